@@ -1,0 +1,1 @@
+"""The checkpoint: spec, edits, tensors, history, and the file that holds them."""

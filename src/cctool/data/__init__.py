@@ -1,0 +1,1 @@
+"""Data sets and the table that names them."""

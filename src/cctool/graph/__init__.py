@@ -1,0 +1,1 @@
+"""One traced forward pass: coupled channels, shapes and costs."""

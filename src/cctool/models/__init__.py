@@ -1,0 +1,1 @@
+"""Architectures and the table that names them."""

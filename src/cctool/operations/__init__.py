@@ -1,0 +1,1 @@
+"""One file per verb, and the pipeline that loads, runs, records and writes."""

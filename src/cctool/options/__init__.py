@@ -1,0 +1,1 @@
+"""One frozen dataclass per verb: names, defaults and checks. Standard library only."""

@@ -1,0 +1,1 @@
+"""Structural pruning: scores, selection, surgery, masks and verification."""

@@ -1,0 +1,1 @@
+"""Fitting and evaluating: loops, losses, metrics, schedules, resuming and run folders."""
