@@ -1,0 +1,112 @@
+"""The tables of architectures: our own networks by name, and the libraries whose networks have a prefix."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from cctool.models import (
+    alexnet,
+    densenet,
+    lenet,
+    mobilenet,
+    preact_resnet,
+    resnet,
+    timm_models,
+    torchvision_models,
+    vgg,
+)
+
+__all__ = ["ARCHITECTURES", "COLLECTIONS", "Architecture", "Collected", "Shape"]
+
+Shape = tuple[int, int, int]
+
+CIFAR_SHAPE: Shape = (3, 32, 32)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of our own networks.
+
+    Attributes:
+        name: the reference that names it.
+        build: the builder; its keyword arguments are the ones that ``--arg`` may set.
+        input_shape: (C, H, W) where neither data nor the user says otherwise.
+        summary: one line for the list of architectures.
+        minimum_size: the smallest H and W that pass through it.
+        fixed_size: whether H and W of `input_shape` are the only ones that it takes.
+        channels_argument: the builder's argument for the number of input channels.
+        classes_argument: the builder's argument for the number of classes.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    input_shape: Shape
+    summary: str
+    minimum_size: int = 8
+    fixed_size: bool = False
+    channels_argument: str = "in_channels"
+    classes_argument: str = "num_classes"
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A library's networks behind one prefix.
+
+    Attributes:
+        names: all names, sorted; raises ArchitectureError where the library is missing.
+        build: (name, arguments) -> module with random weights.
+        default_arguments: (channels, classes) -> arguments that a data set implies.
+        input_shape: (name, arguments) -> (C, H, W).
+        summary: one line for the list of architectures.
+    """
+
+    names: Callable[[], Sequence[str]]
+    build: Callable[[str, Mapping[str, Any]], nn.Module]
+    default_arguments: Callable[[int | None, int | None], dict[str, int]]
+    input_shape: Callable[[str, Mapping[str, Any]], Shape]
+    summary: str
+
+
+_OWN = (
+    Architecture("lenet", lenet.lenet, (1, 32, 32), "LeNet-5 with ReLU", 32, fixed_size=True),
+    Architecture("alexnet", alexnet.alexnet, CIFAR_SHAPE, "AlexNet, CIFAR form", 32, fixed_size=True),
+    Architecture("resnet20", resnet.resnet20, CIFAR_SHAPE, "ResNet for CIFAR, 20 layers"),
+    Architecture("resnet32", resnet.resnet32, CIFAR_SHAPE, "ResNet for CIFAR, 32 layers"),
+    Architecture("resnet44", resnet.resnet44, CIFAR_SHAPE, "ResNet for CIFAR, 44 layers"),
+    Architecture("resnet56", resnet.resnet56, CIFAR_SHAPE, "ResNet for CIFAR, 56 layers"),
+    Architecture("resnet110", resnet.resnet110, CIFAR_SHAPE, "ResNet for CIFAR, 110 layers"),
+    Architecture(
+        "preact_resnet20", preact_resnet.preact_resnet20, CIFAR_SHAPE, "Pre-activation ResNet, 20 layers"
+    ),
+    Architecture("vgg11", vgg.vgg11, CIFAR_SHAPE, "VGG-11 with batch norm for CIFAR", 32),
+    Architecture("vgg16", vgg.vgg16, CIFAR_SHAPE, "VGG-16 with batch norm for CIFAR", 32),
+    Architecture("vgg19", vgg.vgg19, CIFAR_SHAPE, "VGG-19 with batch norm for CIFAR", 32),
+    Architecture("densenet40", densenet.densenet40, CIFAR_SHAPE, "DenseNet for CIFAR, 40 layers, k=12"),
+    Architecture(
+        "mobilenet_student",
+        mobilenet.mobilenet_student,
+        (3, 256, 256),
+        "small MobileNet for distillation",
+        16,
+    ),
+)
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _OWN}
+
+COLLECTIONS: dict[str, Collected] = {
+    "torchvision": Collected(
+        torchvision_models.names,
+        torchvision_models.build,
+        torchvision_models.default_arguments,
+        torchvision_models.input_shape,
+        "torchvision's classifiers",
+    ),
+    "timm": Collected(
+        timm_models.names,
+        timm_models.build,
+        timm_models.default_arguments,
+        timm_models.input_shape,
+        "timm's classifiers (extra: timm)",
+    ),
+}

@@ -1,0 +1,257 @@
+"""All architectures by reference: our own, ``torchvision:NAME``, ``timm:NAME`` and the user's own code.
+
+A reference and its JSON arguments are all that a checkpoint holds of an architecture, and both may come from
+a file that nobody vouches for: arguments are checked against what each builder takes, and user code runs only
+when its reference stands on this command line.
+"""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cctool import user_code as user
+from cctool.errors import ArchitectureError, CctoolError, UserCodeError
+from cctool.models.architectures import ARCHITECTURES, COLLECTIONS, Architecture, Collected, Shape
+
+__all__ = [
+    "ARCHITECTURES",
+    "COLLECTIONS",
+    "Architecture",
+    "ArchitectureRecord",
+    "build",
+    "defaults",
+    "input_shape",
+    "listing",
+]
+
+
+@dataclass(frozen=True)
+class ArchitectureRecord:
+    """A line in the list of architectures; ``parameters`` and what follows are of the default arguments."""
+
+    name: str
+    summary: str
+    parameters: int | None = None
+    input_shape: Shape | None = None
+    arguments: tuple[str, ...] = ()
+
+
+def build(
+    reference: str, arguments: Mapping[str, Any], *, user_code: Collection[str] = frozenset()
+) -> nn.Module:
+    """Build the module that ``reference`` and ``arguments`` describe, with random weights.
+
+    Args:
+        reference: ``resnet20``, ``torchvision:resnet18``, ``timm:resnet18``, ``net.py:factory`` or
+            ``package.module:factory``.
+        arguments: JSON values by the builder's argument names.
+        user_code: references that the user named on this command line, the only ones whose code may run.
+
+    Raises:
+        ArchitectureError: the reference is unknown or not named, or an argument is unknown or out of range.
+        UserCodeError: the user's function failed or gave something that is not an ``nn.Module``.
+    """
+    if reference in ARCHITECTURES:
+        builder = ARCHITECTURES[reference].build
+        _check_own_arguments(reference, builder, arguments)
+        return _build(reference, arguments, lambda: builder(**arguments))
+    collection, name = _collected(reference)
+    if collection is not None:
+        found = collection
+        return _build(reference, arguments, lambda: found.build(name, arguments))
+    factory = _user_factory(reference, user_code)
+    model = user.call(reference, factory, **arguments)
+    if not isinstance(model, nn.Module):
+        raise UserCodeError(f"{reference} returned a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def defaults(
+    reference: str,
+    *,
+    channels: int | None = None,
+    classes: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    user_code: Collection[str] = frozenset(),
+) -> dict[str, Any]:
+    """Complete ``arguments`` with the channels and classes of a data set; what is given stays as it is.
+
+    torchvision's networks always take three channels. A user's factory gets those of ``num_classes``,
+    ``in_channels`` and ``in_chans`` that it names.
+
+    Raises:
+        ArchitectureError: the reference is unknown, or user code that was not named.
+    """
+    implied: dict[str, int]
+    if reference in ARCHITECTURES:
+        own = ARCHITECTURES[reference]
+        implied = _given({own.channels_argument: channels, own.classes_argument: classes})
+    else:
+        collection, _ = _collected(reference)
+        if collection is not None:
+            implied = collection.default_arguments(channels, classes)
+        else:
+            accepted = _parameters(_user_factory(reference, user_code))
+            offered = _given({"num_classes": classes, "in_channels": channels, "in_chans": channels})
+            implied = {key: value for key, value in offered.items() if key in accepted}
+    return {**implied, **(arguments or {})}
+
+
+def input_shape(reference: str, arguments: Mapping[str, Any], data_shape: Shape | None = None) -> Shape:
+    """The input size (C, H, W) of an architecture, given its arguments and perhaps the data's own size.
+
+    The data's H and W win for our own networks (unless too small, or the network takes one size only) and
+    for the user's; torchvision's and timm's networks keep the size that they were made for. The channels are
+    those of the arguments wherever they say.
+
+    Raises:
+        ArchitectureError: the reference is unknown, or user code, which only data or ``--input`` can size.
+    """
+    if reference in ARCHITECTURES:
+        return _own_input_shape(ARCHITECTURES[reference], arguments, data_shape)
+    collection, name = _collected(reference)
+    if collection is not None:
+        return collection.input_shape(name, arguments)
+    if not user.looks_like_user_code(reference):
+        raise _unknown(reference)
+    if data_shape is None:
+        raise ArchitectureError(f"{reference}: its input size is not known; give --input CxHxW, or --data")
+    channels = arguments.get("in_channels", arguments.get("in_chans", data_shape[0]))
+    return int(channels), data_shape[1], data_shape[2]
+
+
+def listing(family: str | None = None) -> list[ArchitectureRecord]:
+    """What there is: our own networks and a line for each library, or all names of one library.
+
+    Args:
+        family: None, ``torchvision`` or ``timm``.
+
+    Raises:
+        ArchitectureError: no such family, or its library is missing.
+    """
+    if family is not None:
+        if family not in COLLECTIONS:
+            raise ArchitectureError(f"no family {family!r}; there are: {', '.join(COLLECTIONS)}")
+        return [
+            ArchitectureRecord(f"{family}:{name}", COLLECTIONS[family].summary)
+            for name in COLLECTIONS[family].names()
+        ]
+    return [_record(architecture) for architecture in ARCHITECTURES.values()] + [
+        ArchitectureRecord(f"{prefix}:NAME", _collection_summary(collection))
+        for prefix, collection in COLLECTIONS.items()
+    ]
+
+
+def _own_input_shape(own: Architecture, arguments: Mapping[str, Any], data_shape: Shape | None) -> Shape:
+    channels, height, width = own.input_shape
+    if data_shape is not None:
+        channels = data_shape[0]
+        if not own.fixed_size and min(data_shape[1:]) >= own.minimum_size:
+            height, width = data_shape[1:]
+    return int(arguments.get(own.channels_argument, channels)), height, width
+
+
+def _collected(reference: str) -> tuple[Collected | None, str]:
+    """The library and name of ``PREFIX:NAME``, (None, "") for any other form; an unknown NAME is refused."""
+    prefix, colon, name = reference.partition(":")
+    if not colon or prefix not in COLLECTIONS:
+        return None, ""
+    collection = COLLECTIONS[prefix]
+    if name not in collection.names():
+        raise ArchitectureError(f"{prefix} has no classifier {name!r}{_near(name, collection.names())}")
+    return collection, name
+
+
+def _user_factory(reference: str, named: Collection[str]) -> Callable[..., Any]:
+    if not user.looks_like_user_code(reference):
+        raise _unknown(reference)
+    if not user.is_named(reference, named):
+        raise ArchitectureError(
+            f"{reference} is user code, which runs only when it is named: name it with --arch {reference}"
+        )
+    return user.load(reference)
+
+
+def _unknown(reference: str) -> ArchitectureError:
+    near = _near(
+        reference, [*ARCHITECTURES, *(f"torchvision:{name}" for name in COLLECTIONS["torchvision"].names())]
+    )
+    return ArchitectureError(
+        f"unknown architecture {reference!r}{near}; allowed: {', '.join(ARCHITECTURES)}, "
+        "torchvision:NAME, timm:NAME, path/to/net.py:function"
+    )
+
+
+def _near(name: str, candidates: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name.lower(), candidates, n=3, cutoff=0.6)
+    return f" (did you mean {', '.join(found)}?)" if found else ""
+
+
+def _build(reference: str, arguments: Mapping[str, Any], builder: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return builder()
+    # Also what a checkpoint's loader raises to stop a network that its file does not back.
+    except (CctoolError, MemoryError):
+        raise
+    # The arguments may come from any file, and each library rejects a bad one by an exception of its choice.
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ArchitectureError(
+            f"{reference} cannot be built with {dict(arguments)}: {type(error).__name__}: {text}"
+        ) from error
+
+
+def _check_own_arguments(reference: str, builder: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    parameters = _parameters(builder)
+    unknown = sorted(set(arguments) - set(parameters))
+    if unknown:
+        near = _near(unknown[0], list(parameters))
+        raise ArchitectureError(
+            f"{reference} does not take {', '.join(unknown)}{near}; allowed: {', '.join(parameters)}"
+        )
+    for name, value in arguments.items():
+        _check_value(reference, name, value, parameters[name].annotation)
+
+
+def _check_value(reference: str, name: str, value: Any, kind: type) -> None:
+    if kind is int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArchitectureError(f"{reference}: {name}={value!r} must be a whole number of at least 1")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ArchitectureError(f"{reference}: {name}={value!r} must be a number")
+    if name == "width" and not 0 < value <= 1:
+        raise ArchitectureError(f"{reference}: width={value!r} must lie in (0, 1]")
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+def _given(arguments: Mapping[str, int | None]) -> dict[str, int]:
+    return {key: value for key, value in arguments.items() if value is not None}
+
+
+def _record(architecture: Architecture) -> ArchitectureRecord:
+    with torch.device("meta"):
+        module = architecture.build()
+    return ArchitectureRecord(
+        architecture.name,
+        architecture.summary,
+        sum(parameter.numel() for parameter in module.parameters()),
+        architecture.input_shape,
+        tuple(_parameters(architecture.build)),
+    )
+
+
+def _collection_summary(collection: Collected) -> str:
+    try:
+        return f"{collection.summary}: {len(collection.names())} names"
+    except ArchitectureError:
+        return f"{collection.summary}: not installed"

@@ -1,0 +1,97 @@
+"""Residual networks for CIFAR (He et al. 2016, arXiv 1512.03385, section 4.2): depth 6n+2, three stages.
+
+Parameter names are those of torchvision's ResNet, so CIFAR networks trained elsewhere load. Three things
+differ from the paper: shortcuts of changing width are 1x1 convolutions (the paper's option B, not A), the
+last batch norm of each block starts at zero (Goyal et al. 2017, arXiv 1706.02677, section 5.1), and the map is
+averaged globally, so that any input size works.
+"""
+
+from torch import Tensor, nn
+
+__all__ = ["BasicBlock", "CifarResNet", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size at stride 1, without bias."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """relu(bn(conv(relu(bn(conv x)))) + shortcut(x))."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample: nn.Sequential | None = None
+        if stride != 1 or in_channels != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, channels, kernel_size=1, stride=stride, bias=False),
+                nn.BatchNorm2d(channels),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, in_channels, H, W] to [N, channels, ceil(H / stride), ceil(W / stride)]."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + shortcut)  # type: ignore[no-any-return]
+
+
+class CifarResNet(nn.Module):
+    """A 3x3 stem and three stages of ``blocks`` blocks at ``base``, 2*``base`` and 4*``base`` channels."""
+
+    def __init__(self, blocks: int, in_channels: int, num_classes: int, base: int) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, base)
+        self.bn1 = nn.BatchNorm2d(base)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _stage(base, base, blocks, stride=1)
+        self.layer2 = _stage(base, 2 * base, blocks, stride=2)
+        self.layer3 = _stage(2 * base, 4 * base, blocks, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(4 * base, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images [N, in_channels, H, W] to logits [N, num_classes]."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(self.avgpool(x).flatten(1))  # type: ignore[no-any-return]
+
+
+def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, channels, stride)
+    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+
+def resnet20(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarResNet:
+    """Build ResNet-20: 272,474 parameters at 3 channels and 10 classes."""
+    return CifarResNet(3, in_channels, num_classes, base)
+
+
+def resnet32(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarResNet:
+    """Build ResNet-32."""
+    return CifarResNet(5, in_channels, num_classes, base)
+
+
+def resnet44(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarResNet:
+    """Build ResNet-44."""
+    return CifarResNet(7, in_channels, num_classes, base)
+
+
+def resnet56(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarResNet:
+    """Build ResNet-56."""
+    return CifarResNet(9, in_channels, num_classes, base)
+
+
+def resnet110(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarResNet:
+    """Build ResNet-110."""
+    return CifarResNet(18, in_channels, num_classes, base)

@@ -1,0 +1,93 @@
+"""timm's classifiers as ``timm:NAME`` (the ``timm`` extra), always with random weights."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from cctool.errors import ArchitectureError
+
+__all__ = ["build", "check_arguments", "default_arguments", "input_shape", "names"]
+
+# `checkpoint_path` would unpickle a file and `pretrained*` download one; the others make something that is
+# no classifier, or place it. A spec comes from a file that nobody vouches for.
+REFUSED = frozenset(
+    {
+        "cache_dir",
+        "checkpoint_path",
+        "device",
+        "dtype",
+        "exportable",
+        "feature_cfg",
+        "feature_cls",
+        "features_only",
+        "kwargs_filter",
+        "model_cfg",
+        "no_jit",
+        "out_indices",
+        "pruned",
+        "scriptable",
+    }
+)
+DEFAULT_SHAPE = (3, 224, 224)
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The names of all timm models, without pretrained tags, sorted.
+
+    Raises:
+        ArchitectureError: timm is not installed.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ArchitectureError(
+            "timm:NAME needs the timm package, which is not installed: pip install 'cctool[timm]'"
+        ) from error
+    return tuple(timm.list_models())
+
+
+def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse what would read a file, reach the network or not give a classifier.
+
+    Raises:
+        ArchitectureError: naming each refused argument.
+    """
+    refused = sorted(key for key in arguments if key in REFUSED or key.startswith("pretrained"))
+    if refused:
+        raise ArchitectureError(
+            f"timm:{name} does not take {', '.join(refused)} here: nothing is downloaded or read from a file "
+            "while a network is built; give a checkpoint file with --arch instead"
+        )
+
+
+def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build the timm model ``name`` with random weights.
+
+    Raises:
+        ArchitectureError: an argument is refused.
+    """
+    import timm
+
+    check_arguments(name, arguments)
+    model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+    return model
+
+
+def default_arguments(channels: int | None, classes: int | None) -> dict[str, int]:
+    """``in_chans`` and ``num_classes`` from the data set."""
+    found = {"in_chans": channels, "num_classes": classes}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def input_shape(name: str, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The size (C, H, W) in timm's configuration of ``name``, or what ``in_chans`` and ``img_size`` say."""
+    import timm
+
+    configuration = timm.get_pretrained_cfg(name)
+    channels, height, width = configuration.input_size if configuration else DEFAULT_SHAPE
+    size = arguments.get("img_size", (height, width))
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return int(arguments.get("in_chans", channels)), int(height), int(width)

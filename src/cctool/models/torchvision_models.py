@@ -1,0 +1,79 @@
+"""torchvision's classifiers as ``torchvision:NAME``, with random weights: nothing is downloaded."""
+
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from cctool.errors import ArchitectureError
+
+__all__ = ["allowed_arguments", "build", "default_arguments", "input_shape", "names"]
+
+# These reach for files or the network, or print; a spec comes from a file that nobody vouches for.
+REFUSED = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress"})
+# Their constructors warn that the default will change, unless it is given.
+NEED_INIT_WEIGHTS = frozenset({"googlenet", "inception_v3"})
+INPUT_SIZES = {"inception_v3": 299}
+DEFAULT_SIZE = 224
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The names of all of torchvision's classifiers, sorted."""
+    from torchvision import models
+
+    return tuple(models.list_models(module=models))
+
+
+def allowed_arguments(name: str) -> tuple[str, ...]:
+    """The arguments that may be set: those of plain values that the builder does not fix itself."""
+    from torchvision import models
+
+    constructor = inspect.signature(models.get_model_builder(name)).return_annotation
+    found = {
+        parameter.name
+        for parameter in inspect.signature(constructor.__init__).parameters.values()
+        if parameter.default is not inspect.Parameter.empty and "Callable" not in str(parameter.annotation)
+    }
+    if name.startswith("vit_"):
+        # The builder sets it to 224 unless it is given, so the constructor shows no default.
+        found.add("image_size")
+    if name == "maxvit_t":
+        found.add("input_size")
+    return tuple(sorted(found - REFUSED))
+
+
+def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build the classifier ``name`` with random weights.
+
+    Raises:
+        ArchitectureError: an argument is refused or unknown.
+    """
+    from torchvision import models
+
+    allowed = allowed_arguments(name)
+    unknown = sorted(set(arguments) - set(allowed))
+    if unknown:
+        raise ArchitectureError(
+            f"torchvision:{name} does not take {', '.join(unknown)}; allowed: {', '.join(allowed)} "
+            "(weights are never downloaded: give a checkpoint file instead)"
+        )
+    arguments = dict(arguments)
+    if name in NEED_INIT_WEIGHTS:
+        arguments.setdefault("init_weights", True)
+    model: nn.Module = models.get_model(name, weights=None, progress=False, **arguments)
+    return model
+
+
+def default_arguments(channels: int | None, classes: int | None) -> dict[str, int]:
+    """``num_classes`` from the data set; the channels are always three, so gray images are served as RGB."""
+    return {} if classes is None else {"num_classes": classes}
+
+
+def input_shape(name: str, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The size (3, H, W) that ``name`` was made for (224x224 or 299x299), or as the arguments say."""
+    size = arguments.get("image_size", arguments.get("input_size", INPUT_SIZES.get(name, DEFAULT_SIZE)))
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return 3, int(height), int(width)
