@@ -1,0 +1,195 @@
+"""Run a model once and show every torch function that it calls to observers.
+
+The pass runs in evaluation mode, without gradients, and leaves nothing behind: training flags, the random
+state and the hooks are put back even when `forward` raises. It sees the functions that Python code calls,
+under the name that they have in torch (`conv2d`, `add`, `view`, ...), with the qualified name of the module
+that was executing.
+
+It does not look into scripted modules or other compiled code: those show as one `Event` named
+`script_module`, or, where even the call is invisible, as a tensor that no event has produced.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+SCRIPT_MODULE = "script_module"
+
+# `x += y` calls `__iadd__`, `1 - x` calls `__rsub__`, ...: one name for each operation.
+_DUNDER_ALIASES = {
+    "truediv": "div",
+    "idiv": "div",
+    "itruediv": "div",
+    "rdiv": "div",
+    "rtruediv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "multiply": "mul",
+    "subtract": "sub",
+    "concat": "cat",
+    "concatenate": "cat",
+    **{f"{prefix}{name}": name for prefix in "ir" for name in ("add", "sub", "mul", "pow", "matmul")},
+}
+
+
+@dataclass(frozen=True)
+class Event:
+    """One call of a torch function.
+
+    Attributes:
+        name: canonical name: no underscores of in-place or dunder forms, one name for synonyms.
+        function: the function itself, to be replayed on other tensors.
+        args: positional arguments as called.
+        kwargs: keyword arguments as called.
+        result: what it returned.
+        module: qualified name of the innermost module executing, "" for the root.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    result: Any
+    module: str
+
+
+Observer = Callable[[Event], None]
+
+
+def canonical_name(function: Callable[..., Any]) -> str:
+    """Name of a torch function without the marks of its in-place, dunder, reflected or property form.
+
+    >>> canonical_name(torch.Tensor.__iadd__), canonical_name(torch.relu_), canonical_name(F.conv2d)
+    ('add', 'relu', 'conv2d')
+    """
+    name = getattr(function, "__name__", type(function).__name__)
+    if name in ("__get__", "__set__"):
+        name = getattr(getattr(function, "__self__", None), "__name__", name)
+    stripped = name.strip("_")
+    return _DUNDER_ALIASES.get(stripped, stripped) or name
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from tensors_in(vars(value))
+
+
+def _transparent(function: Any) -> Callable[..., Any]:
+    """The same Python function, without the check that would send its whole call to the mode again."""
+    names = {**function.__globals__, "has_torch_function": lambda *_: False}
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+# Python functions that hide the operations that they are made of; they are run with the mode on.
+_COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.multi_head_attention_forward: _transparent(F.multi_head_attention_forward),
+}
+
+
+class _Watch(TorchFunctionMode):
+    """Shows each torch function called to the observers, after it has run."""
+
+    def __init__(self, observers: Sequence[Observer], names: Mapping[nn.Module, str]) -> None:
+        super().__init__()
+        self.observers = observers
+        self.names = names
+        self.modules: list[str] = [""]
+        self._canonical: dict[Callable[..., Any], str] = {}
+        self._in_script = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        composite = _COMPOSITES.get(func)
+        if composite is not None:
+            with self:
+                return composite(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if not self._in_script:
+            name = self._canonical.get(func)
+            if name is None:
+                # property getters are made anew at each access: remembering them would only leak
+                name = canonical_name(func)
+                if getattr(func, "__name__", "") != "__get__":
+                    self._canonical[func] = name
+            self.show(name, func, args, kwargs, result)
+        return result
+
+    def show(self, name: str, function: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
+        event = Event(name, function, args, kwargs, result, self.modules[-1])
+        for observer in self.observers:
+            observer(event)
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        name = self.names.get(module)
+        if name is not None:
+            self.modules.append(name)
+            self._in_script += isinstance(module, torch.jit.ScriptModule)
+
+    def leave(self, module: nn.Module, args: Any, result: Any) -> None:
+        if self.names.get(module) is None:
+            return
+        if isinstance(module, torch.jit.ScriptModule):
+            self._in_script -= 1
+            if not self._in_script:
+                self.show(SCRIPT_MODULE, module, args, {}, result)
+        self.modules.pop()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; training flags and the random state are put back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    random_state = torch.get_rng_state()
+    try:
+        for module, _ in flags:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        torch.set_rng_state(random_state)
+
+
+def execute(model: nn.Module, inputs: Sequence[Tensor], observers: Sequence[Observer]) -> Any:
+    """Run the model once, show every torch function that it calls to the observers, return its output.
+
+    Args:
+        model: any module; its training flags are restored and no hook stays on it.
+        inputs: positional arguments of its forward.
+        observers: called with each `Event` in order of execution.
+    """
+    watch = _Watch(observers, {module: name for name, module in model.named_modules()})
+    handles = [
+        register_module_forward_pre_hook(watch.enter),
+        register_module_forward_hook(watch.leave, always_call=True),
+    ]
+    try:
+        with evaluating(model), watch:
+            return model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
