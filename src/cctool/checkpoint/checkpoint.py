@@ -1,0 +1,252 @@
+"""The checkpoint in memory, and its way from and to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor, nn
+
+from cctool.checkpoint.atomic import write_atomically
+from cctool.checkpoint.build import assemble, instantiate
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.foreign import bare_tensors, read_foreign
+from cctool.checkpoint.payload import Payload, ResumeState, content_hash, tensor_digests
+from cctool.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from cctool.checkpoint.spec import History, ModelSpec, Parent, Step
+from cctool.checkpoint.tables import Tables
+from cctool.checkpoint.torch_file import parse_pt, verify_checksum, write_pt
+from cctool.errors import CheckpointError, CorruptCheckpointError, SpecError, UsageError
+
+__all__ = ["SUFFIXES", "Checkpoint", "Opened", "load", "open_file", "save"]
+
+_WRITERS = {".pt": write_pt, ".safetensors": write_safetensors}
+SUFFIXES = tuple(_WRITERS)
+"""File suffixes that a checkpoint can be written to."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file's content before its module is built.
+
+    Attributes:
+        payload: what a file of ours holds; None for a foreign file.
+        tensors: what a foreign file holds; None for ours.
+        origin: name and hashes of the file.
+    """
+
+    origin: Parent
+    payload: Payload | None = None
+    tensors: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that trains, with all that a file remembers of it.
+
+    Attributes:
+        model: the built module with its tensors, on the CPU.
+        spec: how to build it again.
+        history: the steps that led to it.
+        stored: how tensors lie in the file where that is not dense. The model holds the decoded values;
+            whoever changes a tensor cuts, encodes again or drops its entry.
+        resume: state for continuing a training.
+        origin: the file that it came from; None for a fresh one.
+    """
+
+    model: nn.Module
+    spec: ModelSpec
+    history: tuple[Step, ...] = ()
+    stored: Mapping[str, EncodedTensor] = field(default_factory=dict)
+    resume: ResumeState | None = None
+    origin: Parent | None = None
+
+    def with_step(self, step: Step) -> Checkpoint:
+        """Return this checkpoint with one more line of history."""
+        return replace(self, history=(*self.history, step))
+
+    def payload(self) -> Payload:
+        """What a file of this checkpoint holds, digests included."""
+        tensors: dict[str, Tensor | EncodedTensor] = {}
+        for name, value in self.model.state_dict().items():
+            if not isinstance(value, Tensor):
+                raise CheckpointError(f"{name} of the state dict is a {type(value).__name__}, not a tensor")
+            tensors[name] = self.stored.get(name, value)
+        if unknown := self.stored.keys() - tensors.keys():
+            raise CheckpointError(
+                f"stored tensors that the model does not have: {', '.join(sorted(unknown))}"
+            )
+        payload = Payload(self.spec, History(steps=self.history), tensors, self.resume)
+        return replace(payload, digests=tensor_digests(payload))
+
+
+def open_file(path: Path, *, trust_pickle: bool = False) -> Opened:
+    """Read and verify a file, without building a module.
+
+    Args:
+        path: a ``.pt``, ``.pth``, ``.safetensors`` or any other torch file.
+        trust_pickle: whether a foreign file may run code; never applies to files of ours.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or unsafe.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file" if not path.exists() else f"{path} is not a file")
+    if not path.stat().st_size:
+        raise CorruptCheckpointError(f"{path} is empty")
+    try:
+        file_hash, signed = verify_checksum(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if path.suffix == ".safetensors":
+        found = read_safetensors(path)
+        payload = found if isinstance(found, Payload) else None
+        document = None if isinstance(found, Payload) else found
+    else:
+        document = read_foreign(path, trust_pickle=trust_pickle)
+        ours = isinstance(document, dict) and "cctool" in document
+        if ours and not signed:
+            raise CorruptCheckpointError(f"{path} is damaged: the checksum at its end is missing")
+        payload = parse_pt(path, document) if ours else None
+    if payload is None:
+        return Opened(
+            Parent(path=path.name, content=None, file=file_hash), tensors=bare_tensors(document, path)
+        )
+    digests = tensor_digests(payload)
+    if digests != dict(payload.digests):
+        wrong = sorted(
+            k for k in digests.keys() | payload.digests.keys() if digests.get(k) != payload.digests.get(k)
+        )
+        raise CorruptCheckpointError(f"{path} is damaged: {', '.join(wrong[:3])} does not match its digest")
+    origin = Parent(path=path.name, content=content_hash(payload, digests), file=file_hash)
+    return Opened(origin, payload=payload)
+
+
+def load(path: Path | str, tables: Tables) -> Checkpoint:
+    """Load a checkpoint of ours: a module that trains, prunes, quantizes and exports again.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, unsafe or foreign.
+    """
+    opened = open_file(Path(path))
+    if opened.payload is None:
+        raise CheckpointError(f"{path} does not say which network it holds; name it with --arch")
+    return build(opened, opened.payload.spec, tables)
+
+
+def build(opened: Opened, spec: ModelSpec, tables: Tables) -> Checkpoint:
+    """Build the module of ``spec`` and give it the tensors of an opened file."""
+    if opened.payload is None:
+        tensors: dict[str, Tensor] = dict(opened.tensors or {})
+        model = instantiate(spec, tables, sum(value.numel() for value in tensors.values()))
+        return Checkpoint(assemble(model, tensors), spec, origin=opened.origin)
+    stored = {k: v for k, v in opened.payload.tensors.items() if isinstance(v, EncodedTensor)}
+    elements = sum(
+        value.nbytes if isinstance(value, EncodedTensor) else value.numel()
+        for value in opened.payload.tensors.values()
+    )
+    # One stored byte may hold several packed weights, and a codebook one of very few.
+    model = instantiate(spec, tables, elements * (16 if stored else 1))
+    expected = {
+        name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)
+    }
+    for name, value in stored.items():
+        if name in expected and expected[name] != value.shape:
+            raise SpecError(
+                f"{name} is stored as {list(value.shape)}, the architecture has {list(expected[name])}"
+            )
+    decoded = _decode(opened.payload.tensors, tables)
+    return Checkpoint(
+        model=assemble(model, decoded),
+        spec=spec,
+        history=opened.payload.history.steps,
+        stored=stored,
+        resume=opened.payload.resume,
+        origin=opened.origin,
+    )
+
+
+def _decode(tensors: Mapping[str, Tensor | EncodedTensor], tables: Tables) -> dict[str, Tensor]:
+    decoded: dict[str, Tensor] = {}
+    shared: dict[tuple[int, ...], Tensor] = {}
+    for name, value in tensors.items():
+        if isinstance(value, Tensor):
+            decoded[name] = value
+            continue
+        encoding = tables.encodings.get(value.encoding)
+        if encoding is None:
+            raise SpecError(
+                f"{name} is stored as {value.encoding!r}: "
+                f"this version knows {', '.join(sorted(tables.encodings))}"
+            )
+        place = tuple(sorted(id(part) for part in value.parts.values()))
+        if place not in shared:
+            shared[place] = encoding.decode(value)
+        decoded[name] = shared[place]
+    return decoded
+
+
+def save(checkpoint: Checkpoint, path: Path | str, tables: Tables, *, overwrite: bool = False) -> Parent:
+    """Write a checkpoint so that a crash leaves the old file or the new one, whole, and read it back.
+
+    Args:
+        checkpoint: what to write.
+        path: the target; its suffix decides the format.
+        tables: registries, to check that stored tensors decode to what the model holds.
+        overwrite: whether an existing file may be replaced.
+
+    Returns:
+        Name and hashes of the file.
+
+    Raises:
+        UsageError: if the suffix is unknown.
+        CheckpointError: if it cannot be written; nothing is left under that name then.
+    """
+    path = Path(path)
+    writer = _WRITERS.get(path.suffix)
+    if writer is None:
+        raise UsageError(
+            f"{path}: a checkpoint ends in {' or '.join(SUFFIXES)}, not {path.suffix or 'nothing'}"
+        )
+    payload = checkpoint.payload()
+    _refuse_stale(checkpoint, tables)
+    content = content_hash(payload, payload.digests)
+    written: list[Parent] = []
+
+    def write(stream: IO[bytes]) -> None:
+        writer(payload, stream)
+
+    def check(temporary: Path) -> None:
+        reread = _reopen(temporary, path.suffix)
+        if reread.origin.content != content:
+            raise CheckpointError(f"{path}: reading back gave other content than was written")
+        written.append(reread.origin.model_copy(update={"path": path.name}))
+
+    write_atomically(path, write, check, overwrite=overwrite)
+    return written[0]
+
+
+def _reopen(temporary: Path, suffix: str) -> Opened:
+    if suffix != ".safetensors":
+        return open_file(temporary)
+    payload = read_safetensors(temporary)
+    if not isinstance(payload, Payload):
+        raise CheckpointError(f"{temporary}: reading back found no metadata")
+    digests = tensor_digests(payload)
+    file_hash, _ = verify_checksum(temporary)
+    return Opened(
+        Parent(path=temporary.name, content=content_hash(payload, digests), file=file_hash), payload
+    )
+
+
+def _refuse_stale(checkpoint: Checkpoint, tables: Tables) -> None:
+    present = checkpoint.model.state_dict()
+    for name, encoded in checkpoint.stored.items():
+        decoded = tables.encodings[encoded.encoding].decode(encoded)
+        if not torch.equal(decoded, present[name].detach().cpu()):
+            raise CheckpointError(
+                f"{name}: its stored form is not what the model computes with (a fault of cctool)"
+            )

@@ -1,0 +1,106 @@
+"""The `thin` edit: final widths of a module after channels were cut.
+
+Edits of other kinds belong to the packages that make them; this one only needs a module, and every
+pruned checkpoint has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from cctool.checkpoint.spec import MAX_DIMENSION, Dimension, Edit
+from cctool.checkpoint.tables import EditKind
+from cctool.errors import SpecError
+
+__all__ = ["THIN", "Thin", "thin_edits"]
+
+_Width = Annotated[int, Field(ge=1, le=MAX_DIMENSION, strict=True)]
+
+
+class Thin(Edit):
+    """Final shapes of a module's own tensors and its integer attributes that hold a width."""
+
+    kind: Literal["thin"] = "thin"
+    shapes: dict[str, tuple[Dimension, ...]] = Field(default={})
+    attributes: dict[str, _Width | tuple[_Width, ...]] = Field(default={})
+
+
+def thin_edits(
+    model: nn.Module, shapes: Iterable[str], attributes: Iterable[tuple[str, str]]
+) -> tuple[Thin, ...]:
+    """Describe the present widths of a thinned model.
+
+    Args:
+        model: the model after cutting.
+        shapes: qualified names of the parameters and buffers that were cut.
+        attributes: (module name, attribute) pairs that were changed.
+
+    Returns:
+        One edit per touched module, in the order of `model.named_modules()`.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, int | tuple[int, ...]]]] = {}
+    for name in shapes:
+        owner, _, leaf = name.rpartition(".")
+        tensor = getattr(modules[owner], leaf)
+        found.setdefault(owner, ({}, {}))[0][leaf] = tuple(tensor.shape)
+    for owner, attribute in attributes:
+        value = getattr(modules[owner], attribute)
+        found.setdefault(owner, ({}, {}))[1][attribute] = value if isinstance(value, int) else tuple(value)
+    return tuple(
+        Thin(module=name, shapes=found[name][0], attributes=found[name][1])
+        for name in modules
+        if name in found
+    )
+
+
+def _apply_thin(model: nn.Module, edit: Thin) -> None:
+    try:
+        module = model.get_submodule(edit.module)
+    except AttributeError:
+        raise SpecError(f"thin: the architecture has no module {edit.module!r}") from None
+    for name, shape in edit.shapes.items():
+        _resize(model, module, edit.module, name, shape)
+    for name, value in edit.attributes.items():
+        present = getattr(module, name, None)
+        whole = isinstance(present, int) and not isinstance(present, bool)
+        several = isinstance(present, (tuple, list)) and all(isinstance(item, int) for item in present)
+        if (
+            name.startswith("_")
+            or name not in vars(module)
+            or not (whole if isinstance(value, int) else several)
+        ):
+            raise SpecError(f"thin: {edit.module}.{name} is not an integer attribute of the architecture")
+        setattr(module, name, value if isinstance(value, int) or isinstance(present, tuple) else list(value))
+
+
+def _resize(model: nn.Module, module: nn.Module, owner: str, name: str, shape: tuple[int, ...]) -> None:
+    parameter, buffer = module._parameters.get(name), module._buffers.get(name)
+    present = parameter if parameter is not None else buffer
+    if present is None:
+        raise SpecError(f"thin: {owner or 'the model'} has no tensor {name!r}")
+    if present.dim() != len(shape) or any(new > old for new, old in zip(shape, present.shape, strict=True)):
+        raise SpecError(
+            f"thin: {owner}.{name} of shape {list(present.shape)} cannot be cut to {list(shape)}: "
+            "the same number of dimensions, none larger, is allowed"
+        )
+    if parameter is None:
+        # A cut view of the built buffer keeps what non-persistent ones hold; stored values replace it.
+        module._buffers[name] = present[tuple(slice(0, size) for size in shape)].clone()
+        return
+    resized = nn.Parameter(
+        torch.empty(shape, dtype=parameter.dtype, device=parameter.device),
+        requires_grad=parameter.requires_grad,
+    )
+    for other in model.modules():
+        for key, value in other._parameters.items():
+            if value is parameter:
+                other._parameters[key] = resized
+
+
+THIN = EditKind(record=Thin, apply=_apply_thin)

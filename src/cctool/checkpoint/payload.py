@@ -1,0 +1,110 @@
+"""What a file holds before any module is built, and the hashes over it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.spec import History, ModelSpec
+from cctool.errors import CheckpointError
+
+__all__ = ["DTYPES", "Payload", "ResumeState", "as_bytes", "content_hash", "tensor_digests"]
+
+DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+"""Element types that a checkpoint may hold, by name."""
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """What training needs besides the weights to go on bit for bit.
+
+    Attributes:
+        tensors: optimizer moments, generator states, best weights.
+        state: everything that is not a tensor, as JSON.
+    """
+
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, JsonValue]
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Spec, history and tensors of one file, dense or encoded, on the CPU."""
+
+    spec: ModelSpec
+    history: History
+    tensors: Mapping[str, Tensor | EncodedTensor]
+    resume: ResumeState | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Bytes of a tensor in C order, little endian as on every platform that torch supports."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+
+
+def _digest(tensor: Tensor) -> str:
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise CheckpointError(f"tensors of type {name} cannot be stored; allowed: {', '.join(DTYPES)}")
+    digest = hashlib.sha256(f"{name}{list(tensor.shape)}".encode())
+    digest.update(as_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _encoded_digest(encoded: EncodedTensor) -> str:
+    head = {
+        "encoding": encoded.encoding,
+        "shape": encoded.shape,
+        "dtype": encoded.dtype,
+        "parameters": dict(encoded.parameters),
+        "parts": {name: _digest(part) for name, part in sorted(encoded.parts.items())},
+    }
+    return hashlib.sha256(canonical(head).encode()).hexdigest()
+
+
+def canonical(value: object) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def tensor_digests(payload: Payload) -> dict[str, str]:
+    """SHA-256 of each tensor over element type, shape and bytes; resume tensors as ``resume/NAME``."""
+    digests = {
+        name: _encoded_digest(value) if isinstance(value, EncodedTensor) else _digest(value)
+        for name, value in payload.tensors.items()
+    }
+    if payload.resume is not None:
+        digests |= {f"resume/{name}": _digest(value) for name, value in payload.resume.tensors.items()}
+        text = canonical(dict(payload.resume.state))
+        digests["resume"] = hashlib.sha256(text.encode()).hexdigest()
+    return digests
+
+
+def content_hash(payload: Payload, digests: Mapping[str, str]) -> str:
+    """SHA-256 over spec, history and the model's tensors: what lineage refers to.
+
+    Equal for the same content in ``.pt`` and ``.safetensors``; resume state does not count.
+    """
+    text = canonical(
+        {
+            "spec": payload.spec.model_dump(mode="json"),
+            "history": payload.history.model_dump(mode="json"),
+            "tensors": {name: digests[name] for name in payload.tensors},
+        }
+    )
+    return hashlib.sha256(text.encode()).hexdigest()

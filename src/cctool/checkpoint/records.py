@@ -1,0 +1,48 @@
+"""JSON text of a file to validated records."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from cctool.checkpoint.spec import History, ModelSpec
+from cctool.errors import CorruptCheckpointError, SpecError
+
+__all__ = ["parse_digests", "parse_history", "parse_spec"]
+
+_MAX_TEXT = 64 * 2**20
+_R = TypeVar("_R", bound=BaseModel)
+
+
+def parse_spec(text: Any) -> ModelSpec:
+    """Validate the JSON text of a spec. Raises SpecError with the first thing that is wrong."""
+    return _parse(ModelSpec, text, "spec")
+
+
+def parse_history(text: Any) -> History:
+    """Validate the JSON text of a history. Raises SpecError with the first thing that is wrong."""
+    return _parse(History, text, "history")
+
+
+def parse_digests(text: Any) -> dict[str, str]:
+    """Validate the JSON text of the digests."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        raise CorruptCheckpointError("the digests are not JSON text") from None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CorruptCheckpointError("the digests are not a table of texts")
+    return found
+
+
+def _parse(record: type[_R], text: Any, what: str) -> _R:
+    if not isinstance(text, str) or len(text) > _MAX_TEXT:
+        raise SpecError(f"the {what} is missing or is not JSON text")
+    try:
+        return record.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"])) or what
+        raise SpecError(f"the {what} is malformed at {place}: {problem['msg']}") from None

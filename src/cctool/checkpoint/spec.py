@@ -1,0 +1,160 @@
+"""What a checkpoint says about its model: how to build it again, and what was done to it.
+
+Everything here is data, validated by pydantic before anything is allocated: no code, no pickles.
+It does not know which architectures, edits or encodings exist; `tables.py` carries those in.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+MAX_DIMENSION = 2**31 - 1
+"""Largest size of one dimension that a spec may name."""
+
+MAX_EDITS = 100_000
+"""Largest number of edits that a spec may hold."""
+
+Dimension = Annotated[int, Field(ge=1, le=MAX_DIMENSION, strict=True)]
+Shape = tuple[Annotated[int, Field(ge=0, le=MAX_DIMENSION, strict=True)], ...]
+
+
+class Record(BaseModel):
+    """Base of all stored records: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Preprocessing(Record):
+    """How an image becomes an input: scaled to 0..1, then (x - mean) / std per channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _usable(self) -> Preprocessing:
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError("mean and std need one value per channel")
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
+            raise ValueError("mean must be finite and std positive")
+        return self
+
+
+class Edit(Record):
+    """One declarative change of structure; the kinds are subclasses, listed in `Tables.edits`.
+
+    An edit describes the final state of one module, so applying it twice changes nothing more, and a
+    later edit of the same kind to the same module replaces it.
+    """
+
+    kind: str
+    module: str
+
+
+class ModelSpec(Record):
+    """How to build the module again, what it takes in, and what it was made for.
+
+    Attributes:
+        architecture: name in the table of architectures, or the user's ``file.py:factory``.
+        arguments: keyword arguments of the builder.
+        input_shape: (channels, height, width) of one input.
+        task: what the outputs mean.
+        classes: names of the classes, in the order of the logits.
+        preprocessing: normalisation that the inputs need; None where nobody said.
+        data: reference of the last data set, never the data.
+        edits: changes of structure, applied in order after building.
+    """
+
+    architecture: str = Field(min_length=1, max_length=4096)
+    arguments: dict[str, JsonValue] = {}
+    input_shape: tuple[Dimension, Dimension, Dimension]
+    task: Literal["classification"] = "classification"
+    classes: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
+    data: str | None = None
+    edits: tuple[dict[str, JsonValue], ...] = Field(default=(), max_length=MAX_EDITS)
+
+    def with_edits(self, edits: tuple[Edit, ...]) -> ModelSpec:
+        """Return this spec with ``edits`` merged in: the last of a kind for a module stands."""
+        merged: dict[tuple[str, str], dict[str, Any]] = {
+            (str(edit["kind"]), str(edit["module"])): dict(edit) for edit in self.edits
+        }
+        for edit in edits:
+            merged[edit.kind, edit.module] = edit.model_dump(mode="json")
+        return self.model_copy(update={"edits": tuple(merged.values())})
+
+
+class Metrics(Record):
+    """What an evaluation measured. ``top1`` and ``top5`` are percent, ``loss`` a mean over n samples."""
+
+    split: str
+    n: int = Field(ge=0)
+    values: dict[str, float]
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _finite(cls, values: Any) -> Any:
+        # JSON has no NaN; a value that was not finite is left out rather than written as invalid JSON.
+        if isinstance(values, dict):
+            return {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        return values
+
+
+class Size(Record):
+    """What a model costs: scalar parameters, multiply-accumulates of one input, bytes of stored tensors."""
+
+    parameters: int
+    macs: int | None = None
+    bytes: int | None = None
+
+
+class Parent(Record):
+    """A file that went into a step.
+
+    Attributes:
+        path: file name, without its folder.
+        content: SHA-256 over spec, history and tensors; equal for ``.pt`` and ``.safetensors``.
+        file: SHA-256 of the file's bytes, as ``sha256sum`` prints it.
+    """
+
+    path: str
+    content: str | None
+    file: str
+
+
+class Step(Record):
+    """One line of history: a command, what it read, what it found.
+
+    Attributes:
+        verb: the command's name.
+        options: its options, defaults included.
+        seed: of the pseudo-random generators.
+        parent: the checkpoint that was read; None for a fresh network.
+        others: further files that were read (a teacher), by role.
+        versions: of cctool and torch.
+        before: size of the network that came in; None for a fresh network.
+        after: size of the network that went out.
+        metrics_before: measured on the network that came in.
+        metrics_after: measured on the network that went out.
+        notes: what the command did not do, and why.
+    """
+
+    verb: str
+    options: dict[str, JsonValue]
+    seed: int
+    parent: Parent | None = None
+    others: dict[str, Parent] = {}
+    versions: dict[str, str] = {}
+    before: Size | None = None
+    after: Size | None = None
+    metrics_before: tuple[Metrics, ...] = ()
+    metrics_after: tuple[Metrics, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class History(Record):
+    """All steps that led to a checkpoint, oldest first."""
+
+    steps: tuple[Step, ...] = ()

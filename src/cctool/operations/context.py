@@ -1,0 +1,70 @@
+"""What every operation is handed beside its checkpoint and options, and what it hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.spec import Metrics, Parent
+from cctool.checkpoint.tables import Tables
+from cctool.options.common import ModelOptions, RuntimeOptions
+from cctool.runtime import Reporter
+
+__all__ = ["Context", "Outcome"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One product of an operation.
+
+    Attributes:
+        checkpoint: the result, without the new line of history, which the pipeline adds.
+        report: what was found out: a frozen dataclass that becomes JSON.
+        label: distinguishes several products of one command in their file names, as ``step1``.
+        metrics_before: measured on the network that came in.
+        metrics_after: measured on the network that goes out.
+        notes: what was not done, and why.
+        others: further files that were read, by role.
+    """
+
+    checkpoint: Checkpoint
+    report: Any
+    label: str = ""
+    metrics_before: tuple[Metrics, ...] = ()
+    metrics_after: tuple[Metrics, ...] = ()
+    notes: tuple[str, ...] = ()
+    others: Mapping[str, Parent] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where an operation runs.
+
+    Attributes:
+        device: resolved device.
+        runtime: precision, seed and determinism as asked for.
+        model_options: how networks were named on the command line.
+        tables: registries for loading and saving.
+        user_code: references of the user's functions that were named on this command line.
+        reporter: where to speak.
+        output: where the product will be written.
+        force: whether existing files may be replaced.
+        stamp: (checkpoint, outcome) -> checkpoint with the line of history that the pipeline would add;
+            for files that are written before the operation ends.
+        trusted: whether foreign pickles may be opened.
+    """
+
+    device: torch.device
+    runtime: RuntimeOptions
+    model_options: ModelOptions
+    tables: Tables
+    user_code: frozenset[str]
+    reporter: Reporter
+    output: Path
+    force: bool
+    stamp: Callable[[Outcome], Checkpoint]
