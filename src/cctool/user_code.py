@@ -10,14 +10,14 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from cctool.errors import CctoolError, UserCodeError
 
-__all__ = ["call", "is_named", "load", "looks_like_user_code"]
+__all__ = ["call", "importable", "is_named", "load", "looks_like_user_code"]
 
 PRIVATE_PREFIX = "cctool_user_"
 
@@ -72,6 +72,11 @@ def call(reference: str, function: Callable[..., Any], *arguments: Any, **named:
     """
     with _importable(_folder_of(reference)):
         return _guarded(reference, lambda: function(*arguments, **named))
+
+
+def importable(reference: str) -> AbstractContextManager[None]:
+    """Let modules beside the user's file be imported by their plain names, as pickled modules need."""
+    return _importable(_folder_of(reference))
 
 
 def _guarded(reference: str, action: Callable[[], Any]) -> Any:

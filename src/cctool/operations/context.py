@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.spec import Metrics, Parent
+from cctool.checkpoint.spec import Metrics, Parent, Step
 from cctool.checkpoint.tables import Tables
 from cctool.options.common import ModelOptions, RuntimeOptions
 from cctool.runtime import Reporter
@@ -30,6 +30,8 @@ class Outcome:
         metrics_after: measured on the network that goes out.
         notes: what was not done, and why.
         others: further files that were read, by role.
+        continues: the unfinished line of history that this one takes the place of, after a resumed
+            training; its parent and size before are kept. It must not stand in ``checkpoint.history`` too.
     """
 
     checkpoint: Checkpoint
@@ -39,6 +41,7 @@ class Outcome:
     metrics_after: tuple[Metrics, ...] = ()
     notes: tuple[str, ...] = ()
     others: Mapping[str, Parent] = field(default_factory=dict)
+    continues: Step | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,6 @@ class Context:
         force: whether existing files may be replaced.
         stamp: (checkpoint, outcome) -> checkpoint with the line of history that the pipeline would add;
             for files that are written before the operation ends.
-        trusted: whether foreign pickles may be opened.
     """
 
     device: torch.device

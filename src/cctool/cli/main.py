@@ -1,0 +1,49 @@
+"""The program: a table of contents of its commands."""
+
+from __future__ import annotations
+
+import typer
+
+from cctool import __version__
+from cctool.cli.common import guarded
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="cctool",
+    help="Compress trained CNNs: each command reads a checkpoint, does one thing and writes a checkpoint.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"cctool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Compress trained CNNs: each command reads a checkpoint, does one thing and writes a checkpoint."""
+
+
+def _register() -> None:
+    from cctool.cli.models import models
+
+    for command in (models,):
+        app.command()(guarded(command))
+
+
+_register()
+
+
+def main() -> None:
+    """Run the program."""
+    app()

@@ -1,0 +1,68 @@
+"""The composition root: the one place where the tables that a checkpoint may name are put together.
+
+The library's `cctool.load`, every command and every worker process use this; no table is filled by the
+accident of an import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.checkpoint import load as load_checkpoint
+from cctool.checkpoint.checkpoint import save as save_checkpoint
+from cctool.checkpoint.edits import THIN
+from cctool.checkpoint.tables import EditKind, Tables
+from cctool.models import registry
+from cctool.quantization.storage import ENCODINGS
+from cctool.user_code import looks_like_user_code
+
+__all__ = ["EDITS", "load", "save", "tables"]
+
+EDITS: Mapping[str, EditKind] = {"thin": THIN}
+
+
+def tables(user_code: Collection[str] = ()) -> Tables:
+    """Put together everything that a checkpoint may name.
+
+    Args:
+        user_code: references of the user's functions that were named by the caller; no other user code runs.
+    """
+    return Tables(
+        build=partial(_build, user_code=frozenset(user_code)),
+        edits=EDITS,
+        encodings=ENCODINGS,
+    )
+
+
+def _build(reference: str, arguments: Mapping[str, Any], *, user_code: frozenset[str]) -> nn.Module:
+    return registry.build(reference, arguments, user_code=user_code)
+
+
+def load(path: Path | str, *, arch: str | None = None) -> Checkpoint:
+    """Load a checkpoint: a module that trains, with its spec and history.
+
+    Args:
+        path: a file that cctool wrote.
+        arch: ``net.py:factory`` of a network of the caller's own; its code runs only if it is named here.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, unsafe or foreign.
+        ArchitectureError: if it holds user code that was not named.
+    """
+    named = () if arch is None or not looks_like_user_code(arch) else (arch,)
+    return load_checkpoint(path, tables(named))
+
+
+def save(checkpoint: Checkpoint, path: Path | str, *, overwrite: bool = False) -> None:
+    """Write a checkpoint atomically and read it back.
+
+    Raises:
+        CheckpointError: if it cannot be written, or exists and ``overwrite`` is false.
+    """
+    save_checkpoint(checkpoint, path, tables(), overwrite=overwrite)

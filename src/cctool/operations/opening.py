@@ -1,0 +1,206 @@
+"""From what the command line says of a network to a checkpoint: ours, a foreign file, or a fresh one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cctool import user_code
+from cctool.checkpoint.build import build_fresh, instantiate
+from cctool.checkpoint.checkpoint import Checkpoint, Opened, build, open_file
+from cctool.checkpoint.records import parse_spec
+from cctool.checkpoint.spec import ModelSpec, Preprocessing
+from cctool.checkpoint.tables import Tables
+from cctool.errors import ArchitectureError, CheckpointError, SpecError, UsageError
+from cctool.models import registry
+from cctool.options.common import ModelOptions
+from cctool.runtime import Reporter
+
+__all__ = ["DataShape", "fresh", "open_checkpoint", "parse_arguments"]
+
+
+class DataShape:
+    """What a data set says about a network for it: channels, height, width and classes."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], classes: tuple[str, ...], preprocessing: Preprocessing | None
+    ):
+        self.shape = shape
+        self.classes = classes
+        self.preprocessing = preprocessing
+
+
+def parse_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Parse ``key=value`` texts; a value is JSON where it can be, else text.
+
+    >>> parse_arguments(("num_classes=11", "act=relu"))
+    {'num_classes': 11, 'act': 'relu'}
+    """
+    arguments = {}
+    for pair in pairs:
+        key, _, text = pair.partition("=")
+        try:
+            arguments[key] = json.loads(text)
+        except ValueError:
+            arguments[key] = text
+    return arguments
+
+
+def fresh(
+    options: ModelOptions,
+    tables: Tables,
+    named: frozenset[str],
+    data: DataShape | None,
+    reference: str | None,
+) -> Checkpoint:
+    """Build and initialise a new network from ``--arch``, completed from a data set.
+
+    Args:
+        options: the command line; ``arch`` must be given.
+        tables: registries.
+        named: user code on this command line.
+        data: gives channels, classes, size and preprocessing where the command line does not.
+        reference: of the data set, remembered by the spec.
+    """
+    if options.arch is None:
+        raise UsageError(
+            "there is no INPUT, so --arch must name the network to build; `cctool models` lists them"
+        )
+    given = parse_arguments(options.arguments)
+    arguments = registry.defaults(
+        options.arch,
+        channels=options.input_shape[0] if options.input_shape else data.shape[0] if data else None,
+        classes=len(data.classes) if data else None,
+        arguments=given,
+        user_code=named,
+    )
+    shape = options.input_shape or registry.input_shape(options.arch, arguments, data.shape if data else None)
+    spec = ModelSpec(
+        architecture=options.arch,
+        arguments=arguments,
+        input_shape=shape,
+        classes=data.classes if data else None,
+        preprocessing=_preprocessing(options) or (data.preprocessing if data else None),
+        data=reference,
+    )
+    return Checkpoint(build_fresh(spec, tables), spec)
+
+
+def open_checkpoint(
+    path: Path, options: ModelOptions, tables: Tables, named: frozenset[str], reporter: Reporter
+) -> Checkpoint:
+    """Load a file, ours or foreign, as the command line says.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, unsafe, or foreign and nobody named its architecture.
+        UsageError: if the command line contradicts the file.
+    """
+    with _importable(options.arch):
+        opened = open_file(path, trust_pickle=options.trust_pickle)
+    if opened.payload is not None:
+        return build(opened, _adjusted(opened.payload.spec, options, path), tables)
+    if options.spec is not None:
+        return build(opened, _overridden(_read_spec(options.spec), options), tables)
+    if options.arch is None:
+        raise CheckpointError(
+            f"{path} does not say which network it holds; name it with --arch, "
+            "as in --arch torchvision:resnet18"
+        )
+    spec = _foreign_spec(opened, options, tables, named)
+    reporter.note(
+        f"{path} is foreign: loaded {len(opened.tensors or ())} tensors into {spec.architecture}, "
+        f"input {'x'.join(map(str, spec.input_shape))}"
+        + ("" if spec.preprocessing else "; its preprocessing is unknown (--mean, --std)")
+    )
+    return build(opened, spec, tables)
+
+
+def _importable(arch: str | None) -> contextlib.AbstractContextManager[None]:
+    """Let pickled modules find the classes of the user's file, where one was named."""
+    if arch is None or not user_code.looks_like_user_code(arch):
+        return contextlib.nullcontext()
+    return user_code.importable(arch)
+
+
+def _adjusted(spec: ModelSpec, options: ModelOptions, path: Path) -> ModelSpec:
+    if options.spec is not None:
+        raise UsageError(f"{path} has a spec of its own; --spec is for bare state dicts")
+    named, present = options.arch, spec.architecture
+    if named is not None and named != present:
+        # The user's file may have moved; which of the two spellings counts is the user's word.
+        if not (user_code.looks_like_user_code(named) and user_code.looks_like_user_code(present)):
+            raise UsageError(f"{path} holds {present}, --arch says {named}: leave --arch out")
+        spec = spec.model_copy(update={"architecture": named})
+    for key, value in parse_arguments(options.arguments).items():
+        if spec.arguments.get(key) != value:
+            raise UsageError(
+                f"{path} was built with {key}={spec.arguments.get(key)!r}, --arg says {value!r}: leave it out"
+            )
+    return _overridden(spec, options)
+
+
+def _overridden(spec: ModelSpec, options: ModelOptions) -> ModelSpec:
+    update: dict[str, Any] = {}
+    if options.input_shape is not None:
+        update["input_shape"] = options.input_shape
+    if options.mean is not None:
+        update["preprocessing"] = _preprocessing(options)
+    return spec.model_copy(update=update)
+
+
+def _preprocessing(options: ModelOptions) -> Preprocessing | None:
+    if options.mean is None or options.std is None:
+        return None
+    return Preprocessing(mean=options.mean, std=options.std)
+
+
+def _read_spec(path: str) -> ModelSpec:
+    try:
+        return parse_spec(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"--spec {path}: {error}") from None
+
+
+def _foreign_spec(opened: Opened, options: ModelOptions, tables: Tables, named: frozenset[str]) -> ModelSpec:
+    """Build a spec for bare tensors, taking channels and classes from them where nobody said."""
+    arch, tensors = str(options.arch), dict(opened.tensors or {})
+    given = parse_arguments(options.arguments)
+    channels = options.input_shape[0] if options.input_shape else None
+    attempts = [
+        {"channels": channels, "classes": None},
+        {"channels": channels or _channels(tensors), "classes": _classes(tensors)},
+    ]
+    for attempt in attempts:
+        arguments = registry.defaults(arch, **attempt, arguments=given, user_code=named)
+        shape = options.input_shape or registry.input_shape(arch, arguments, None)
+        spec = ModelSpec(
+            architecture=arch,
+            arguments=arguments,
+            input_shape=shape,
+            preprocessing=_preprocessing(options),
+        )
+        with contextlib.suppress(ArchitectureError, SpecError):
+            if _fits(spec, tables, tensors):
+                return spec
+    # Neither fits: the error of what the command line alone says is the one to show.
+    arguments = registry.defaults(arch, **attempts[0], arguments=given, user_code=named)
+    return spec.model_copy(update={"arguments": arguments})
+
+
+def _fits(spec: ModelSpec, tables: Tables, tensors: Mapping[str, Tensor]) -> bool:
+    model = instantiate(spec, tables, sum(value.numel() for value in tensors.values()))
+    expected = {name: value.shape for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return expected == {name: value.shape for name, value in tensors.items()}
+
+
+def _channels(tensors: Mapping[str, Tensor]) -> int | None:
+    return next((int(value.shape[1]) for value in tensors.values() if value.dim() == 4), None)
+
+
+def _classes(tensors: Mapping[str, Tensor]) -> int | None:
+    return next((int(value.shape[0]) for value in reversed(tensors.values()) if value.dim() in (2, 4)), None)

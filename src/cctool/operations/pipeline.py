@@ -1,0 +1,216 @@
+"""Load, run, record, write: done once, for every verb.
+
+    INPUT or --arch -> Checkpoint -> operation.run -> Outcome(s) -> + one line of history -> file
+
+An operation never opens its own input or writes its own product; it is handed a checkpoint and yields
+outcomes. What it writes beside the product (a run folder, a workbook) is its own affair.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+
+from cctool import __version__
+from cctool.checkpoint.checkpoint import SUFFIXES, Checkpoint, save
+from cctool.checkpoint.spec import Size, Step
+from cctool.errors import CheckpointError, UsageError
+from cctool.operations.composition import tables
+from cctool.operations.context import Context, Outcome
+from cctool.operations.opening import fresh, open_checkpoint
+from cctool.operations.sizes import measure
+from cctool.operations.sources import describe
+from cctool.options.common import ModelOptions, RuntimeOptions
+from cctool.runtime import Reporter, Silent, resolve_device, seed_everything
+from cctool.user_code import looks_like_user_code
+
+__all__ = ["Product", "Request", "read", "recorded", "write"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every command is told, whatever its verb.
+
+    Attributes:
+        verb: the command's name, part of the default output's name.
+        source: path of the input; None builds a fresh network from ``model.arch``.
+        output: path of the product; None for the default.
+        force: replace existing files.
+        allow_nonfinite: write even NaN or infinite weights.
+        model: how the network was named.
+        runtime: device, precision, seed.
+        user_code: further references of user functions on this command line.
+        reporter: where to speak.
+        resumes: whether the command goes on with its own earlier run, whose product it may replace.
+    """
+
+    verb: str
+    source: str | None
+    output: str | None = None
+    force: bool = False
+    allow_nonfinite: bool = False
+    model: ModelOptions = field(default_factory=ModelOptions)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    user_code: tuple[str, ...] = ()
+    reporter: Reporter = field(default_factory=Silent)
+    resumes: bool = False
+
+
+@dataclass(frozen=True)
+class Product:
+    """A file that was written, and what is known of it."""
+
+    path: str
+    content: str | None
+    file: str
+    step: Step
+    report: Any
+
+
+def write(
+    operation: Callable[[Checkpoint, Any, Context], Iterator[Outcome]], options: Any, request: Request
+) -> Iterator[Product]:
+    """Run an operation that writes checkpoints, and write each outcome as soon as it is there.
+
+    Raises:
+        UsageError: if the output has an unknown suffix, or is the input and ``force`` is not given.
+        CheckpointError: if the input cannot be read or an output exists.
+    """
+    output = _output(request)
+    checkpoint, context = _prepare(options, request, output)
+    if not request.allow_nonfinite:
+        _refuse_nonfinite(checkpoint, "INPUT holds")
+    before = measure(checkpoint) if checkpoint.origin is not None else None
+    context = replace(context, stamp=lambda outcome: _stamped(outcome, options, request, checkpoint, before))
+    checkpoint.model.to(context.device)
+    for outcome in operation(checkpoint, options, context):
+        outcome.checkpoint.model.to("cpu")
+        finished = context.stamp(outcome)
+        if not request.allow_nonfinite:
+            _refuse_nonfinite(finished, "the result would hold")
+        path = output.with_name(f"{output.stem}.{outcome.label}{output.suffix}") if outcome.label else output
+        parent = save(finished, path, context.tables, overwrite=request.force or request.resumes)
+        yield Product(str(path), parent.content, parent.file, finished.history[-1], outcome.report)
+
+
+def read(operation: Callable[[Checkpoint, Any, Context], Any], options: Any, request: Request) -> Any:
+    """Run an operation that writes no checkpoint, and return its report."""
+    output = Path(request.source or ".")
+    checkpoint, context = _prepare(options, request, output)
+    checkpoint.model.to(context.device)
+    return operation(checkpoint, options, context)
+
+
+def _prepare(options: Any, request: Request, output: Path) -> tuple[Checkpoint, Context]:
+    references = (request.model.arch, *request.user_code)
+    named = frozenset(reference for reference in references if reference and looks_like_user_code(reference))
+    registries = tables(named)
+    device = resolve_device(request.runtime.device)
+    seed_everything(request.runtime.seed, deterministic=request.runtime.deterministic)
+    data = getattr(options, "data", None)
+    if request.source is None:
+        described = describe(data, request.model, named) if data is not None and data.data else None
+        checkpoint = fresh(request.model, registries, named, described, data.data if data else None)
+    else:
+        checkpoint = open_checkpoint(Path(request.source), request.model, registries, named, request.reporter)
+    context = Context(
+        device=device,
+        runtime=request.runtime,
+        model_options=request.model,
+        tables=registries,
+        user_code=named,
+        reporter=request.reporter,
+        output=output,
+        force=request.force,
+        stamp=lambda outcome: outcome.checkpoint,
+    )
+    return checkpoint, context
+
+
+def _output(request: Request) -> Path:
+    if request.output is not None:
+        output = Path(request.output)
+    elif request.source is not None:
+        source = Path(request.source)
+        output = source.with_name(f"{source.stem}.{request.verb}.pt")
+    elif request.model.arch is not None:
+        output = Path(f"{_file_stem(request.model.arch)}.{request.verb}.pt")
+    else:
+        raise UsageError("neither INPUT nor --arch is given: name a checkpoint, or a network to build")
+    if output.suffix not in SUFFIXES:
+        raise UsageError(f"{output}: a checkpoint ends in {' or '.join(SUFFIXES)}")
+    if not output.parent.is_dir():
+        raise CheckpointError(f"{output}: the folder {output.parent} does not exist; create it first")
+    if output.exists() and not request.force and not request.resumes:
+        raise CheckpointError(f"{output} exists already; --force replaces it, -o names another file")
+    return output
+
+
+def _file_stem(architecture: str) -> str:
+    """Name a file after an architecture: ``net.py:make_net`` gives ``make_net``."""
+    name = architecture.rpartition(":")[2]
+    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
+
+
+def recorded(options: Any) -> dict[str, JsonValue]:
+    """Turn an options dataclass into what the history stores.
+
+    A field whose metadata says ``recorded=False`` steers one run and not its result, and is left out.
+    """
+    from cctool.options.common import Choice
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            kept = [item for item in fields(value) if item.metadata.get("recorded", True)]
+            return {item.name: plain(getattr(value, item.name)) for item in kept}
+        if isinstance(value, Choice):
+            return str(value)
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        return value
+
+    result = plain(options)
+    return result if isinstance(result, dict) else {}
+
+
+def _stamped(
+    outcome: Outcome, options: Any, request: Request, source: Checkpoint, before: Size | None
+) -> Checkpoint:
+    earlier = outcome.continues
+    step = Step(
+        verb=request.verb,
+        options=recorded(options) | {"runtime": recorded(request.runtime)},
+        seed=request.runtime.seed,
+        parent=source.origin if earlier is None else earlier.parent,
+        others=dict(outcome.others),
+        versions={
+            "cctool": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        before=before if earlier is None else earlier.before,
+        after=measure(outcome.checkpoint),
+        metrics_before=outcome.metrics_before,
+        metrics_after=outcome.metrics_after,
+        notes=outcome.notes,
+    )
+    return outcome.checkpoint.with_step(step)
+
+
+def _refuse_nonfinite(checkpoint: Checkpoint, who: str) -> None:
+    for name, tensor in checkpoint.model.state_dict().items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise CheckpointError(
+                    f"{who} {bad:,} NaN or infinite values in {name}; "
+                    "`cctool analyze` lists them all, --allow-nonfinite goes on"
+                )
