@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -217,7 +218,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
         except BrokenPipeError:
             # The reader of stdout went away; Python would complain once more when it flushes at exit.
-            sys.stdout = None  # type: ignore[assignment]
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - lives until the process ends
             raise typer.Exit(1) from None
         except MemoryError:
             Console().error("out of memory; a smaller --batch-size or --limit may fit")

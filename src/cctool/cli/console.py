@@ -12,7 +12,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TextIO, TypeVar
 
 __all__ = ["Console", "plain"]
@@ -71,7 +71,7 @@ class Console:
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
-            if total is None and hasattr(items, "__len__"):
+            if total is None and isinstance(items, Sized):
                 total = len(items)
             yield from bar.track(items, total=total, description=description)
 

@@ -203,4 +203,6 @@ def _channels(tensors: Mapping[str, Tensor]) -> int | None:
 
 
 def _classes(tensors: Mapping[str, Tensor]) -> int | None:
-    return next((int(value.shape[0]) for value in reversed(tensors.values()) if value.dim() in (2, 4)), None)
+    return next(
+        (int(value.shape[0]) for value in reversed(list(tensors.values())) if value.dim() in (2, 4)), None
+    )

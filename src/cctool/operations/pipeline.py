@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -163,14 +164,13 @@ def recorded(options: Any) -> dict[str, JsonValue]:
 
     A field whose metadata says ``recorded=False`` steers one run and not its result, and is left out.
     """
-    from cctool.options.common import Choice
 
     def plain(value: Any) -> Any:
         if is_dataclass(value) and not isinstance(value, type):
             kept = [item for item in fields(value) if item.metadata.get("recorded", True)]
             return {item.name: plain(getattr(value, item.name)) for item in kept}
-        if isinstance(value, Choice):
-            return str(value)
+        if isinstance(value, Enum):
+            return value.value
         if isinstance(value, (list, tuple)):
             return [plain(item) for item in value]
         if isinstance(value, dict):

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The whole way of a network through cctool, on the digits that the package ships: each step is a file that
+# the next one reads. Usage: docs/demo.sh [CCTOOL [FOLDER]]
+set -euo pipefail
+cctool=${1:-cctool}
+folder=${2:-demo}
+rm -rf "$folder"
+mkdir -p "$folder"
+
+step() {
+    printf '\n$ cctool %s\n' "$*"
+    "$cctool" "$@"
+}
+
+step train --arch resnet20 --data digits --epochs 12 --lr 0.1 --schedule onecycle -o "$folder/teacher.pt"
+step distill --arch mobilenet_student --data digits --teacher "$folder/teacher.pt" --epochs 40 -o "$folder/student.pt"
+step prune "$folder/student.pt" --method slimming --rate 0.5 --finetune-epochs 15 -o "$folder/pruned.pt"
+step quantize "$folder/pruned.pt" --method uint8 -o "$folder/small.pt"
+step analyze "$folder/small.pt" --macs --sparsity
+step export "$folder/small.pt" -o "$folder/small.onnx"
+step analyze "$folder/small.pt" --history
+step compare "$folder/teacher.pt" "$folder/student.pt" "$folder/pruned.pt" "$folder/small.pt"
