@@ -1,0 +1,128 @@
+"""What a network computes for its inputs: multiply-accumulates and element operations, call by call.
+
+Counted on the traced pass, so functional calls, raw parameters and attention count as modules do, and a
+module that is called twice counts twice. One multiply-accumulate (MAC) is one multiplication and the
+addition of its product; biases are not counted. Products with weights (convolution, linear) are the headline;
+products of activations with each other (attention), norms, activations, pooling and elementwise arithmetic
+have columns of their own, because counters differ most in what they do with those. Moving data is free.
+A function without a rule is not guessed at: it is listed in `ModelCost.uncounted`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cctool.errors import ArchitectureError
+from cctool.graph.cost_rules import FREE, RULES, Cost
+from cctool.graph.trace import Call, Trace, trace
+
+__all__ = ["Cost", "CountedCall", "ModelCost", "count", "measure"]
+
+
+@dataclass(frozen=True)
+class CountedCall:
+    """One call with its cost.
+
+    Attributes:
+        call: what was called.
+        module: qualified name of the module that the cost belongs to: the one that owns the weight, else the
+            innermost one executing. They differ where a parent computes with its child's parameters, as
+            `nn.MultiheadAttention` does with `out_proj`.
+        weight: qualified name of the weight of a convolution or linear layer, None where it was computed.
+        cost: its operations.
+    """
+
+    call: Call
+    module: str
+    weight: str | None
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Cost of one forward pass.
+
+    For `nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())` on (1, 3, 32, 32): 8*30*30 outputs, each the sum of
+    3*3*3 products, so `total` is `Cost(macs=194_400, activation_ops=7_200)`.
+
+    Attributes:
+        calls: those that cost something or carry weights, in order.
+        uncounted: number of calls of each function that has no rule.
+    """
+
+    calls: tuple[CountedCall, ...]
+    uncounted: Mapping[str, int]
+
+    @property
+    def total(self) -> Cost:
+        """Sum over all calls."""
+        return sum((counted.cost for counted in self.calls), Cost())
+
+    def by_module(self) -> dict[str, tuple[CountedCall, ...]]:
+        """Calls of each module, in order of their first call."""
+        grouped: dict[str, list[CountedCall]] = {}
+        for counted in self.calls:
+            grouped.setdefault(counted.module, []).append(counted)
+        return {name: tuple(calls) for name, calls in grouped.items()}
+
+
+def count(model: nn.Module, traced: Trace) -> ModelCost:
+    """Count a recorded pass.
+
+    Args:
+        model: the module that was traced; it tells which module owns a parameter.
+        traced: its record.
+    """
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    owners = {names[0]: [n.rpartition(".")[0] for n in names] for names in aliases.values()}
+    counted, uncounted = [], Counter[str]()
+    for call in traced.calls:
+        if not call.input_shapes or call.function in FREE:
+            continue
+        cost = _cost(call)
+        if cost is None:
+            uncounted[call.function] += 1
+            continue
+        weight = next((name for name in call.tensor_names if name in owners), None)
+        owning = owners[weight] if weight else [call.module]
+        module = call.module if call.module in owning else owning[0]
+        counted.append(CountedCall(call, module, weight, cost))
+    return ModelCost(tuple(counted), dict(uncounted))
+
+
+def _cost(call: Call) -> Cost | None:
+    rule = RULES.get(call.function)
+    try:
+        return None if rule is None else rule(call)
+    except (IndexError, KeyError, TypeError, ValueError):
+        # Called in a form whose arguments the record does not name: not counted, and said so.
+        return None
+
+
+def measure(model: nn.Module, input_shape: tuple[int, ...]) -> ModelCost:
+    """Run one input of zeros through the model and count it.
+
+    Args:
+        model: any module that takes one tensor.
+        input_shape: of one input, without the batch: (C, H, W).
+
+    Raises:
+        ArchitectureError: if the model does not run on such an input.
+    """
+    example = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    try:
+        traced = trace(model, (torch.zeros(1, *input_shape, device=example.device, dtype=example.dtype),))
+    # Whatever the network raises on a size that it was not made for.
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        size, text = "x".join(map(str, input_shape)), " ".join(str(error).split())[:200]
+        raise ArchitectureError(
+            f"the network does not run on an input of {size} ({text}); --input CxHxW names another size"
+        ) from error
+    return count(model, traced)
