@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cctool import user_code
@@ -22,6 +23,9 @@ from cctool.options.common import ModelOptions
 from cctool.runtime import Reporter
 
 __all__ = ["DataShape", "fresh", "open_checkpoint", "parse_arguments"]
+
+
+_COMMON_SIZES = (32, 224, 28, 64, 96, 128, 256, 299, 16, 8)
 
 
 class DataShape:
@@ -92,9 +96,22 @@ def fresh(
 
 
 def open_checkpoint(
-    path: Path, options: ModelOptions, tables: Tables, named: frozenset[str], reporter: Reporter
+    path: Path,
+    options: ModelOptions,
+    tables: Tables,
+    named: frozenset[str],
+    reporter: Reporter,
+    data: DataShape | None = None,
 ) -> Checkpoint:
     """Load a file, ours or foreign, as the command line says.
+
+    Args:
+        path: the file.
+        options: what the command line says of it.
+        tables: registries.
+        named: user code on this command line.
+        reporter: where to say what was assumed of a foreign file.
+        data: of the data set that the command line names; sizes the input of a foreign network.
 
     Raises:
         CheckpointError: if it is missing, damaged, unsafe, or foreign and nobody named its architecture.
@@ -111,7 +128,7 @@ def open_checkpoint(
             f"{path} does not say which network it holds; name it with --arch, "
             "as in --arch torchvision:resnet18"
         )
-    spec = _foreign_spec(opened, options, tables, named)
+    spec = _foreign_spec(opened, options, tables, named, data)
     reporter.note(
         f"{path} is foreign: loaded {len(opened.tensors or ())} tensors into {spec.architecture}, "
         f"input {'x'.join(map(str, spec.input_shape))}"
@@ -166,7 +183,9 @@ def _read_spec(path: str) -> ModelSpec:
         raise CheckpointError(f"--spec {path}: {error}") from None
 
 
-def _foreign_spec(opened: Opened, options: ModelOptions, tables: Tables, named: frozenset[str]) -> ModelSpec:
+def _foreign_spec(
+    opened: Opened, options: ModelOptions, tables: Tables, named: frozenset[str], data: DataShape | None
+) -> ModelSpec:
     """Build a spec for bare tensors, taking channels and classes from them where nobody said."""
     arch, tensors = str(options.arch), dict(opened.tensors or {})
     given = parse_arguments(options.arguments)
@@ -177,7 +196,7 @@ def _foreign_spec(opened: Opened, options: ModelOptions, tables: Tables, named: 
     ]
     for attempt in attempts:
         arguments = registry.defaults(arch, **attempt, arguments=given, user_code=named)
-        shape = options.input_shape or registry.input_shape(arch, arguments, None)
+        shape = options.input_shape or _input_shape(arch, arguments, tables, tensors, data)
         spec = ModelSpec(
             architecture=arch,
             arguments=arguments,
@@ -190,6 +209,26 @@ def _foreign_spec(opened: Opened, options: ModelOptions, tables: Tables, named: 
     # Neither fits: the error of what the command line alone says is the one to show.
     arguments = registry.defaults(arch, **attempts[0], arguments=given, user_code=named)
     return spec.model_copy(update={"arguments": arguments})
+
+
+def _input_shape(
+    arch: str,
+    arguments: Mapping[str, Any],
+    tables: Tables,
+    tensors: Mapping[str, Tensor],
+    data: DataShape | None,
+) -> tuple[int, int, int]:
+    """The size that an architecture takes; of the user's own, the first common size that it computes on."""
+    if data is not None or not user_code.looks_like_user_code(arch):
+        return registry.input_shape(arch, arguments, data.shape if data else None)
+    model = tables.build(arch, arguments).eval()
+    channels = _channels(tensors) or 3
+    for size in _COMMON_SIZES:
+        # A size that does not fit raises whatever the user's code raises.
+        with contextlib.suppress(Exception), torch.no_grad():
+            model(torch.zeros(2, channels, size, size))
+            return channels, size, size
+    raise ArchitectureError(f"{arch}: its input size is not known; give --input CxHxW, or --data")
 
 
 def _fits(spec: ModelSpec, tables: Tables, tensors: Mapping[str, Tensor]) -> bool:

@@ -8,6 +8,7 @@ outcomes. What it writes beside the product (a run folder, a workbook) is its ow
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -115,11 +116,13 @@ def _prepare(options: Any, request: Request, output: Path) -> tuple[Checkpoint, 
     device = resolve_device(request.runtime.device)
     seed_everything(request.runtime.seed, deterministic=request.runtime.deterministic)
     data = getattr(options, "data", None)
+    described = describe(data, request.model, named) if data is not None and data.data else None
     if request.source is None:
-        described = describe(data, request.model, named) if data is not None and data.data else None
         checkpoint = fresh(request.model, registries, named, described, data.data if data else None)
     else:
-        checkpoint = open_checkpoint(Path(request.source), request.model, registries, named, request.reporter)
+        checkpoint = open_checkpoint(
+            Path(request.source), request.model, registries, named, request.reporter, described
+        )
     context = Context(
         device=device,
         runtime=request.runtime,
@@ -175,6 +178,8 @@ def recorded(options: Any) -> dict[str, JsonValue]:
             return [plain(item) for item in value]
         if isinstance(value, dict):
             return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
         return value
 
     result = plain(options)
