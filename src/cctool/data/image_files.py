@@ -1,0 +1,208 @@
+"""Images in files: decoded, scaled, cropped and varied one by one, or held in memory where they are small."""
+
+import math
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cctool.data.augment import RATIO
+from cctool.data.records import Augmentation, Crop, Padding, Shape
+from cctool.errors import DataError
+
+__all__ = ["EXTENSIONS", "FileStream", "Geometry", "ImageSizes", "hold", "measure"]
+
+EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+PIL_MODES = {1: "L", 3: "RGB"}
+NUMPY_PADDING = {Padding.ZERO: "constant", Padding.SYMMETRIC: "symmetric"}
+MEASURED = 64
+DECODING_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How an image of any size comes to the served size H x W, before the crop.
+
+    Attributes:
+        margin: the shorter side is resized to ``margin`` times the served one (ImageNet: 256/224).
+        native: where given, images are not fitted but scaled by max(H, W) / ``native``, so at the native
+            size the crop is cut out of the image as it is.
+    """
+
+    margin: float = 1.0
+    native: int | None = None
+
+    def scaled_size(self, size: tuple[int, int], shape: Shape) -> tuple[int, int]:
+        """The (width, height) to resize an image of ``size`` (width, height) to."""
+        width, height = size
+        if self.native is not None:
+            factor = max(shape[1:]) / self.native
+        else:
+            factor = max(shape[2] * self.margin / width, shape[1] * self.margin / height)
+        return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+@dataclass(frozen=True)
+class FileStream:
+    """Image files read one by one, as `cctool.data.records.Stream` asks.
+
+    Attributes:
+        folder: the data set's folder.
+        files: paths relative to it.
+        geometry: how images of any size are fitted.
+        padding_mode: what fills an image that is smaller than the crop.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    geometry: Geometry
+    padding_mode: Padding = Padding.SYMMETRIC
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(
+        self, index: int, shape: Shape, augmentation: Augmentation | None, seed: int
+    ) -> tuple[Tensor, int | None]:
+        """Give image ``index`` as uint8 [C, H, W]; without augmentation its centre.
+
+        Raises:
+            DataError: the file is missing or damaged; the message has its path.
+        """
+        image = _decode(self.folder / self.files[index], shape[0])
+        draw = random.Random(seed)
+        chosen = augmentation or Augmentation()
+        if chosen.crop is Crop.RESIZED:
+            image = _random_part(image, shape, chosen.area, draw)
+        else:
+            image = image.resize(self.geometry.scaled_size(image.size, shape), Image.Resampling.BILINEAR)
+            image = self._cut(image, shape, chosen, draw)
+        if chosen.flip and draw.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if chosen.rotation:
+            angle = draw.uniform(-chosen.rotation, chosen.rotation)
+            image = image.rotate(angle, Image.Resampling.BILINEAR)
+        pixels = np.asarray(image).reshape(shape[1], shape[2], shape[0])
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), None
+
+    def take(self, indices: Sequence[int]) -> "FileStream":
+        """The same files, these alone, in this order."""
+        files = tuple(self.files[index] for index in indices)
+        return FileStream(self.folder, files, self.geometry, self.padding_mode)
+
+    def _cut(
+        self, image: Image.Image, shape: Shape, augmentation: Augmentation, draw: random.Random
+    ) -> Image.Image:
+        padded = augmentation.crop is Crop.PADDED
+        if padded and augmentation.padding:
+            image = _padded(image, augmentation.padding, augmentation.padding, augmentation.padding_mode)
+        missing_x, missing_y = max(0, shape[2] - image.width), max(0, shape[1] - image.height)
+        if missing_x or missing_y:
+            image = _padded(image, math.ceil(missing_x / 2), math.ceil(missing_y / 2), self.padding_mode)
+        spare_x, spare_y = image.width - shape[2], image.height - shape[1]
+        left = draw.randint(0, spare_x) if padded else spare_x // 2
+        top = draw.randint(0, spare_y) if padded else spare_y // 2
+        return image.crop((left, top, left + shape[2], top + shape[1]))
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """What the headers of a sample of image files say.
+
+    Attributes:
+        channels: 1 if all of them are gray, else 3.
+        common: (H, W) if all of them have one size, else None.
+        longest: the longest side of any, in pixels.
+    """
+
+    channels: int
+    common: tuple[int, int] | None
+    longest: int
+
+
+def measure(folder: Path, files: Sequence[str]) -> ImageSizes:
+    """Read the headers of up to 64 files, evenly spread.
+
+    Raises:
+        DataError: one of them is damaged.
+    """
+    count = min(MEASURED, len(files))
+    sample = [files[index * len(files) // count] for index in range(count)]
+    modes, sizes = set(), set()
+    for name in sample:
+        with _opened(folder / name) as image:
+            modes.add(image.mode)
+            sizes.add((image.height, image.width))
+    gray = all(mode in ("1", "L") or mode.startswith("I") for mode in modes)
+    common = next(iter(sizes)) if len(sizes) == 1 else None
+    return ImageSizes(1 if gray else 3, common, max(max(size) for size in sizes))
+
+
+def hold(stream: FileStream, shape: Shape) -> Tensor:
+    """Decode all files at the served size: uint8 [N, C, H, W].
+
+    Raises:
+        DataError: a file is missing or damaged; the message has its path.
+    """
+    images = torch.empty((len(stream), *shape), dtype=torch.uint8)
+
+    def read(index: int) -> None:
+        images[index] = stream.read(index, shape, None, 0)[0]
+
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        for _ in pool.map(read, range(len(stream))):
+            pass
+    return images
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing, though the data set lists it") from error
+    # PIL's decoders raise what they please on damaged files.
+    except Exception as error:
+        raise DataError(f"{path} is damaged or no image: {' '.join(str(error).split())}") from error
+
+
+def _decode(path: Path, channels: int) -> Image.Image:
+    if channels not in PIL_MODES:
+        raise DataError(f"image files are served with 1 or 3 channels, not {channels}")
+    with _opened(path) as opened:
+        image: Image.Image = opened
+        try:
+            image.load()
+            if image.mode.startswith("I"):
+                # 16 bit gray: PIL would clip it to 255 instead of scaling it.
+                image = Image.fromarray(
+                    (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+                )
+            elif image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")
+            return image.convert(PIL_MODES[channels])
+        except Exception as error:
+            raise DataError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+
+
+def _padded(image: Image.Image, x: int, y: int, mode: Padding) -> Image.Image:
+    pixels = np.asarray(image)
+    widths = [(y, y), (x, x)] + [(0, 0)] * (pixels.ndim - 2)
+    return Image.fromarray(np.pad(pixels, widths, mode=NUMPY_PADDING[mode]))  # type: ignore[call-overload]
+
+
+def _random_part(
+    image: Image.Image, shape: Shape, area: tuple[float, float], draw: random.Random
+) -> Image.Image:
+    pixels = draw.uniform(*area) * image.width * image.height
+    ratio = math.exp(draw.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+    width = min(image.width, math.sqrt(pixels * ratio))
+    height = min(image.height, math.sqrt(pixels / ratio))
+    left, top = draw.uniform(0, image.width - width), draw.uniform(0, image.height - height)
+    box = (left, top, left + width, top + height)
+    return image.resize((shape[2], shape[1]), Image.Resampling.BILINEAR, box=box)

@@ -1,0 +1,53 @@
+"""Where data sets are looked for, and how to say that one is not there."""
+
+import os
+from pathlib import Path
+
+from cctool.errors import DataError
+
+__all__ = ["DOWNLOAD_VARIABLE", "download_allowed", "missing", "named_folder", "root_folder"]
+
+FOLDER_VARIABLE = "CCTOOL_DATA"
+DOWNLOAD_VARIABLE = "CCTOOL_DOWNLOAD"
+
+
+def root_folder(folder: str) -> Path:
+    """The folder that a reference names, or the environment's CCTOOL_DATA, or ~/.cache/cctool."""
+    return Path(folder or os.environ.get(FOLDER_VARIABLE) or "~/.cache/cctool").expanduser()
+
+
+def named_folder(kind: str, folder: str) -> Path:
+    """The folder that the reference of a kind without a default place must name.
+
+    Raises:
+        DataError: none is named, or it is no folder.
+    """
+    if not folder:
+        raise DataError(f"{kind} needs the folder of the images: {kind}:DIR")
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise DataError(f"{kind}:{folder}: there is no folder {path}")
+    return path
+
+
+def download_allowed() -> bool:
+    """Whether the user asked, by CCTOOL_DOWNLOAD=1, that torchvision fetch what is missing."""
+    return os.environ.get(DOWNLOAD_VARIABLE, "") not in ("", "0")
+
+
+def missing(reference: str, wanted: str, places: list[Path], *, downloadable: bool = False) -> DataError:
+    """The error that says what was looked for, where, and what to do.
+
+    Args:
+        reference: what the user wrote.
+        wanted: the files, in words.
+        places: where they were looked for, the best first.
+        downloadable: whether torchvision can fetch them.
+    """
+    looked = ", ".join(str(place) for place in places)
+    kind = reference.partition(":")[0]
+    fetch = f", or set {DOWNLOAD_VARIABLE}=1 to let torchvision download it" if downloadable else ""
+    return DataError(
+        f"{reference}: did not find {wanted} in {looked}; put them there, "
+        f"name their folder as {kind}:DIR{fetch}"
+    )

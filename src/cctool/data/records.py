@@ -1,0 +1,247 @@
+"""The nouns of a data set: its splits, how training images are varied, and the source that gives both."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cctool.errors import DataError
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "SPLITS",
+    "Augmentation",
+    "Crop",
+    "DataSource",
+    "Padding",
+    "Shape",
+    "Split",
+    "Stream",
+]
+
+Shape = tuple[int, int, int]
+
+SPLITS = ("train", "validation", "test")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+FINGERPRINT_SAMPLES = 64
+FINGERPRINT_BYTES = 65536
+
+
+class Crop(str, Enum):
+    """How a training image is cut: not at all, padded and cut at random, or a random part resized."""
+
+    NONE = "none"
+    PADDED = "padded"
+    RESIZED = "resized"
+
+
+class Padding(str, Enum):
+    """What stands beyond the border of a padded image: black, or the image mirrored at its edge."""
+
+    ZERO = "zero"
+    SYMMETRIC = "symmetric"
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied, each drawn by (seed, epoch, image) alone.
+
+    Attributes:
+        crop: see `Crop`.
+        padding: pixels added on every side before a padded crop.
+        padding_mode: what these pixels are.
+        flip: mirror left to right in half of the cases.
+        rotation: the largest angle in degrees, to either side; what turns in is black.
+        area: the smallest and largest part of the image's area that a resized crop takes, in (0, 1].
+    """
+
+    crop: Crop = Crop.NONE
+    padding: int = 0
+    padding_mode: Padding = Padding.ZERO
+    flip: bool = False
+    rotation: float = 0.0
+    area: tuple[float, float] = (0.08, 1.0)
+
+
+class Stream(Protocol):
+    """Images that are read one by one, in worker processes, because they do not fit in memory."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+        ...
+
+    def read(
+        self, index: int, shape: Shape, augmentation: Augmentation | None, seed: int
+    ) -> tuple[Tensor, int | None]:
+        """Give image ``index`` as uint8 [C, H, W] of ``shape``, and its label where the stream knows it.
+
+        Args:
+            index: 0 <= index < len.
+            shape: (C, H, W) to serve.
+            augmentation: None for evaluation.
+            seed: all that the augmentation may depend on.
+        """
+        ...
+
+    def take(self, indices: Sequence[int]) -> "Stream":
+        """The same images, these alone, in this order."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The training, validation or test part of a data set.
+
+    Attributes:
+        name: ``train``, ``validation`` or ``test``.
+        shape: (C, H, W) of the images that `cctool.data.batches` serves from it.
+        images: uint8 [N, c, h, w] as stored (perhaps not yet of `shape`); None where `stream` reads them.
+        labels: int64 [N]; None where there are none, or where only reading an image tells (`stream`).
+        stream: reads images that are not in memory.
+        files: the images' paths, relative to `folder`, where there are any.
+        folder: where the files lie.
+    """
+
+    name: str
+    shape: Shape
+    images: Tensor | None = None
+    labels: Tensor | None = None
+    stream: Stream | None = None
+    files: tuple[str, ...] | None = None
+    folder: Path | None = None
+    _on_device: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        if self.images is not None:
+            return len(self.images)
+        return len(self.stream) if self.stream is not None else 0
+
+    def images_on(self, device: torch.device) -> Tensor:
+        """The stored images on ``device``, moved there once."""
+        if self.images is None:
+            raise DataError(f"the {self.name} images are read from files, they are not held in memory")
+        if device not in self._on_device:
+            self._on_device[device] = self.images.to(device)
+        return self._on_device[device]
+
+    def take(self, indices: Sequence[int]) -> "Split":
+        """The split of these images alone, in this order."""
+        chosen = torch.as_tensor(list(indices), dtype=torch.int64)
+        return dataclasses.replace(
+            self,
+            images=None if self.images is None else self.images[chosen],
+            labels=None if self.labels is None else self.labels[chosen],
+            stream=None if self.stream is None else self.stream.take(indices),
+            files=None if self.files is None else tuple(self.files[i] for i in indices),
+            _on_device={},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class DataSource:
+    """A data set that was found: what it holds, how it is best served, and its splits, read when asked for.
+
+    Attributes:
+        name: the kind, such as ``cifar10``.
+        reference: what the user wrote, such as ``cifar10:DIR``.
+        classes: class names in the order of the labels; empty for unlabelled images.
+        shape: (C, H, W) as served.
+        mean: recommended preprocessing, per served channel, of images in 0..1.
+        std: likewise.
+        augmentation: recommended for training.
+        notes: what was converted, held out or found unusual, one sentence each.
+        loaders: split name -> what reads it.
+        limit: at most so many images of each split are served.
+        whole: reads all images at once, where the splits were made by us and not by the source.
+    """
+
+    name: str
+    reference: str
+    classes: tuple[str, ...]
+    shape: Shape
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: Augmentation
+    loaders: Mapping[str, Callable[[], Split]]
+    notes: tuple[str, ...] = ()
+    whole: Callable[[], Split] | None = None
+    limit: int | None = None
+    _loaded: dict[str, Split] = field(default_factory=dict, repr=False)
+    _served: dict[str, Split] = field(default_factory=dict, repr=False)
+
+    def split(self, name: str) -> Split:
+        """Read a split, once.
+
+        Args:
+            name: ``train``, ``validation`` or ``test``.
+
+        Raises:
+            DataError: the data set has no such split, or its files are damaged.
+        """
+        if name not in self._served:
+            limited = _limited(self._load(name), self.limit)
+            self._served[name] = dataclasses.replace(limited, name=name, shape=self.shape, _on_device={})
+        return self._served[name]
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the class names, and each split's size and a bounded sample of it as stored.
+
+        Neither the served shape nor ``--limit`` enters, so one data set has one fingerprint.
+        """
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        for name in SPLITS:
+            if name in self.loaders:
+                _add_to_digest(digest, self._load(name))
+        return digest.hexdigest()
+
+    def _load(self, name: str) -> Split:
+        if name not in self.loaders:
+            there_are = ", ".join(self.loaders) or "none"
+            option = {"validation": "; name one with --val-data", "test": "; name one with --test-data"}
+            raise DataError(
+                f"{self.reference} has no {name} split (it has: {there_are}){option.get(name, '')}"
+            )
+        if name not in self._loaded:
+            self._loaded[name] = self.loaders[name]()
+        return self._loaded[name]
+
+
+def _limited(split: Split, limit: int | None) -> Split:
+    """At most ``limit`` images, evenly spread, so that sources sorted by class keep all their classes."""
+    if limit is None or limit >= len(split):
+        return split
+    return split.take([index * len(split) // limit for index in range(limit)])
+
+
+def _add_to_digest(digest: "hashlib._Hash", split: Split) -> None:
+    digest.update(f"{split.name} {len(split)}".encode())
+    sample = np.linspace(0, max(len(split) - 1, 0), num=min(FINGERPRINT_SAMPLES, len(split)), dtype=np.int64)
+    for index in sample.tolist():
+        if split.labels is not None:
+            digest.update(str(int(split.labels[index])).encode())
+        if split.files is not None and split.folder is not None:
+            digest.update(split.files[index].encode())
+            digest.update(_head(split.folder / split.files[index]))
+        elif split.images is not None:
+            digest.update(split.images[index].contiguous().numpy().tobytes())
+        elif split.stream is not None:
+            image, label = split.stream.read(index, split.shape, None, 0)
+            digest.update(str(label).encode() + image.numpy().tobytes())
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return str(path.stat().st_size).encode() + file.read(FINGERPRINT_BYTES)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error

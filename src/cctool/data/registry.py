@@ -1,0 +1,174 @@
+"""All data sets by reference, such as ``digits``, ``cifar10:DIR`` or the user's ``my.py:factory``."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from cctool import user_code as user
+from cctool.data import cifar, mnist
+from cctool.data.convert import LUMA, check_channels, describe
+from cctool.data.cub200 import open_cub200
+from cctool.data.digits import open_digits
+from cctool.data.folders import open_folder, open_labelled
+from cctool.data.records import DataSource, Shape, Split
+from cctool.data.user_data import open_user_data
+from cctool.errors import DataError
+
+__all__ = ["DATASETS", "Dataset", "DatasetRecord", "listing", "open_data"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A kind of data set.
+
+    Attributes:
+        form: how it is named.
+        summary: one line for the list of data sets.
+        open: (reference, folder, input shape or None) -> source; the folder is empty where none is named.
+    """
+
+    form: str
+    summary: str
+    open: Callable[[str, str, Shape | None], DataSource]
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """A line in the list of data sets."""
+
+    name: str
+    form: str
+    summary: str
+
+
+def _digits(reference: str, folder: str, input_shape: Shape | None) -> DataSource:
+    if folder:
+        raise DataError(f"{reference}: the digits lie inside the package; write digits alone")
+    return open_digits(reference)
+
+
+def _cifar(layout: cifar.Layout, reference: str, folder: str, input_shape: Shape | None) -> DataSource:
+    return cifar.open_cifar(layout, reference, folder)
+
+
+def _mnist(layout: mnist.Layout, reference: str, folder: str, input_shape: Shape | None) -> DataSource:
+    return mnist.open_mnist(layout, reference, folder)
+
+
+DATASETS: dict[str, Dataset] = {
+    "digits": Dataset("digits", "1,797 handwritten digits inside the package, 1x32x32", _digits),
+    "cifar10": Dataset("cifar10[:DIR]", "CIFAR-10, 3x32x32", partial(_cifar, cifar.CIFAR10)),
+    "cifar100": Dataset("cifar100[:DIR]", "CIFAR-100, 3x32x32", partial(_cifar, cifar.CIFAR100)),
+    "mnist": Dataset("mnist[:DIR]", "MNIST, 1x28x28", partial(_mnist, mnist.MNIST)),
+    "fashion-mnist": Dataset(
+        "fashion-mnist[:DIR]", "Fashion-MNIST, 1x28x28", partial(_mnist, mnist.FASHION_MNIST)
+    ),
+    "folder": Dataset("folder:DIR", "a folder of images a class; train, val, test", open_folder),
+    "labelled": Dataset("labelled:DIR", "files named <label>_<id>.jpg", open_labelled),
+    "cub200": Dataset("cub200[:DIR]", "Caltech-UCSD Birds 200 (2011), by its own lists", open_cub200),
+}
+
+
+def open_data(
+    reference: str,
+    *,
+    val_data: str | None = None,
+    test_data: str | None = None,
+    user_code: Collection[str] = frozenset(),
+    input_shape: Shape | None = None,
+    limit: int | None = None,
+) -> DataSource:
+    """Find a data set; its images are read when a split is asked for.
+
+    Args:
+        reference: ``KIND``, ``KIND:DIR``, ``my.py:factory`` or ``package.module:factory``.
+        val_data: another reference, whose validation split is used (or all of it, where nobody divided it).
+        test_data: likewise, for the test split.
+        user_code: references that the user named on this command line, the only ones whose code may run.
+        input_shape: (C, H, W) that the network takes; others are converted, and a note says so.
+        limit: at most so many images of each split, evenly spread.
+
+    Raises:
+        DataError: the data set is unknown, missing or damaged, or user code that was not named.
+        UserCodeError: the user's function failed or returned the wrong thing.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit} must be at least 1")
+    source = _open(reference, user_code, input_shape)
+    loaders = dict(source.loaders)
+    for role, other in (("validation", val_data), ("test", test_data)):
+        if other is not None:
+            loaders[role] = _override(source, _open(other, user_code, input_shape), role)
+    return _serve(
+        dataclasses.replace(source, loaders=loaders, limit=limit, _loaded={}, _served={}), input_shape
+    )
+
+
+def listing() -> list[DatasetRecord]:
+    """What there is, in the order of the table, and the user's own."""
+    own = DatasetRecord("my.py:factory", "my.py:factory", "your own, see docs/datasets.md")
+    return [DatasetRecord(name, entry.form, entry.summary) for name, entry in DATASETS.items()] + [own]
+
+
+def _open(reference: str, named: Collection[str], input_shape: Shape | None) -> DataSource:
+    kind, _, folder = reference.partition(":")
+    if kind in DATASETS:
+        return DATASETS[kind].open(reference, folder, input_shape)
+    if user.looks_like_user_code(reference):
+        return open_user_data(reference, named)
+    if Path(reference).expanduser().is_dir():
+        raise DataError(f"{reference} is a folder: say what it holds, such as folder:{reference}")
+    near = difflib.get_close_matches(kind.lower(), DATASETS, n=2, cutoff=0.6)
+    hint = f" (did you mean {', '.join(near)}?)" if near else ""
+    forms = ", ".join(entry.form for entry in DATASETS.values())
+    raise DataError(f"unknown data set {reference!r}{hint}; allowed: {forms}, path/to/file.py:function")
+
+
+def _override(source: DataSource, other: DataSource, role: str) -> Callable[[], Split]:
+    """What reads the ``role`` split of another source, its labels numbered as in ``source``."""
+    unknown = sorted(set(other.classes) - set(source.classes))
+    if unknown:
+        raise DataError(
+            f"{other.reference} has classes that {source.reference} lacks: {', '.join(unknown[:5])}; "
+            f"as {role} data it must have the same"
+        )
+    numbers = [source.classes.index(name) for name in other.classes]
+    load = other.whole or other.loaders.get(role)
+    if load is None:
+        raise DataError(f"{other.reference} has no {role} split (it has: {', '.join(other.loaders)})")
+    if numbers == list(range(len(numbers))):
+        return load
+    return partial(_renumbered, load, numbers, other.reference)
+
+
+def _renumbered(load: Callable[[], Split], numbers: list[int], reference: str) -> Split:
+    import torch
+
+    split = load()
+    if split.labels is None:
+        if split.stream is not None and split.files is None:
+            raise DataError(f"{reference} must name its classes in the order of the training data")
+        return split
+    return dataclasses.replace(split, labels=torch.tensor(numbers)[split.labels], _on_device={})
+
+
+def _serve(source: DataSource, input_shape: Shape | None) -> DataSource:
+    if input_shape is None or input_shape == source.shape:
+        return source
+    check_channels(source.shape[0], input_shape[0])
+    mean, std = source.mean, source.std
+    if input_shape[0] != source.shape[0]:
+        mean, std = _as_channels(mean, input_shape[0]), _as_channels(std, input_shape[0])
+    note = f"{source.reference}: {describe(source.shape, input_shape)}"
+    return dataclasses.replace(
+        source, shape=input_shape, mean=mean, std=std, notes=(*source.notes, note), _loaded={}, _served={}
+    )
+
+
+def _as_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    if channels == 3:
+        return values * 3
+    return (sum(weight * value for weight, value in zip(LUMA, values, strict=True)),)

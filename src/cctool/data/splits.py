@@ -1,0 +1,74 @@
+"""Deterministic divisions of a data set: the same files and labels give the same splits, for ever."""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+__all__ = ["held_out", "stratified", "stratified_by_name"]
+
+# The legacy generator's stream is frozen by NumPy's policy, so these permutations never change.
+SEED = 20
+
+
+def held_out(size: int, count: int) -> tuple[list[int], list[int]]:
+    """Divide range(size) by a fixed permutation; both parts come back in ascending order.
+
+    Args:
+        size: how many images there are.
+        count: how many of them to hold out.
+
+    Returns:
+        (the others, the last ``count`` of the permutation).
+    """
+    order = np.random.RandomState(SEED).permutation(size)
+    return sorted(order[: size - count].tolist()), sorted(order[size - count :].tolist())
+
+
+def stratified(labels: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+    """Divide the indices of ``labels`` into parts of exactly ``counts``, each with its share of every class.
+
+    Within a class a fixed permutation decides. The class shares are rounded so that the totals are exact.
+
+    Args:
+        labels: a class for each image.
+        counts: the sizes of the parts; they add up to len(labels).
+    """
+    array = np.asarray(labels)
+    random = np.random.RandomState(SEED)
+    # Spread each class evenly over 0..1, then cut the line of all images at the parts' sizes.
+    position = np.empty(len(array))
+    for label in np.unique(array):
+        members = random.permutation(np.flatnonzero(array == label))
+        position[members] = (np.arange(len(members)) + 0.5) / len(members)
+    order = np.argsort(position, kind="stable")
+    bounds = np.cumsum([0, *counts])
+    return [sorted(order[start:end].tolist()) for start, end in pairwise(bounds.tolist())]
+
+
+def stratified_by_name(
+    names: Sequence[str], labels: Sequence[int] | None, fractions: Sequence[float]
+) -> list[list[int]]:
+    """Divide files by the hash of their names, class by class, so that adding a file moves few others.
+
+    Args:
+        names: the files' paths relative to the data set's folder, with ``/`` between parts.
+        labels: a class for each file, or None to divide all at once.
+        fractions: the parts; they add up to one. Every part after the first gets at least one file of
+            each class that has as many files as there are parts.
+    """
+    classes: dict[int, list[int]] = {}
+    for index in range(len(names)):
+        classes.setdefault(0 if labels is None else int(labels[index]), []).append(index)
+    parts: list[list[int]] = [[] for _ in fractions]
+    for members in classes.values():
+        members.sort(key=lambda index: hashlib.sha256(names[index].encode()).digest())
+        start = 0
+        for part in range(len(fractions) - 1, 0, -1):
+            least = 1 if len(members) >= len(fractions) else 0
+            count = max(least, round(fractions[part] * len(members)))
+            parts[part] += members[start : start + count]
+            start += count
+        parts[0] += members[start:]
+    return [sorted(part) for part in parts]
