@@ -35,9 +35,10 @@ def _program(
 
 
 def _register() -> None:
+    from cctool.cli.compare import compare
     from cctool.cli.models import models
 
-    for command in (models,):
+    for command in (compare, models):
         app.command()(guarded(command))
 
 

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Size
+from cctool.errors import CctoolError
+from cctool.graph import cost
 
 __all__ = ["measure", "stored_bytes"]
 
 
 def measure(checkpoint: Checkpoint) -> Size:
-    """Count parameters, multiply-accumulates of one input and bytes of stored tensors."""
+    """Count parameters, multiply-accumulates of one input and bytes of stored tensors.
+
+    A network that does not run on its own input shape has no count of multiply-accumulates.
+    """
     parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
-    return Size(parameters=parameters, bytes=stored_bytes(checkpoint))
+    try:
+        macs: int | None = cost.measure(checkpoint.model, checkpoint.spec.input_shape).total.macs
+    except CctoolError:
+        macs = None
+    return Size(parameters=parameters, macs=macs, bytes=stored_bytes(checkpoint))
 
 
 def stored_bytes(checkpoint: Checkpoint) -> int:
