@@ -39,9 +39,11 @@ def open_cub200(reference: str, folder: str, input_shape: Shape | None = None) -
             raise DataError(f"{root / other} lists other images than images.txt; fetch the data set again")
     _check_values(root / "image_class_labels.txt", labels, set(names))
     _check_values(root / "train_test_split.txt", training, {"0", "1"})
-    parts = {
-        role: _part(images, labels, names, training, flag) for role, flag in (("train", "1"), ("test", "0"))
-    }
+    parts = {}
+    for role, flag in (("train", "1"), ("test", "0")):
+        chosen = [key for key in images if training[key] == flag]
+        files = tuple(f"images/{images[key]}" for key in chosen)
+        parts[role] = FileSet(files, tuple(names[labels[key]] for key in chosen))
     presentation = Presentation(input_shape or DEFAULT_SHAPE, IMAGENET_GEOMETRY, PHOTO_AUGMENTATION)
     return file_source("cub200", reference, root, parts, presentation, tuple(names.values()))
 
@@ -69,11 +71,3 @@ def _check_values(path: Path, values: dict[str, str], allowed: set[str]) -> None
             raise DataError(
                 f"{path}: image {key} has {value!r}, which is none of {len(allowed)} allowed values"
             )
-
-
-def _part(
-    images: dict[str, str], labels: dict[str, str], names: dict[str, str], chosen: list[str]
-) -> FileSet:
-    return FileSet(
-        tuple(f"images/{images[key]}" for key in chosen), tuple(names[labels[key]] for key in chosen)
-    )
