@@ -1,0 +1,159 @@
+"""Measuring a network on a split: exact counts, every sample once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cctool.checkpoint.spec import Metrics
+from cctool.data.batches import Batch
+from cctool.errors import DataError
+from cctool.runtime import autocast
+from cctool.training.group import Alone, Group
+from cctool.training.objectives import cross_entropy, main_output
+from cctool.training.user_functions import UserMetric
+
+__all__ = ["LossFunction", "count_correct", "evaluate", "in_eval_mode", "outputs_of"]
+
+LossFunction = Callable[[Any, Tensor], Tensor]
+
+_TOP = 5
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch every module to eval mode, and back to the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def outputs_of(
+    model: nn.Module, batches: Iterable[Batch], device: torch.device, precision: str = "32"
+) -> Iterator[tuple[Any, Batch]]:
+    """Run a network over batches in eval mode without gradients.
+
+    Args:
+        model: on ``device`` already.
+        batches: normalised images (N, C, H, W), with labels (N,) where there are any.
+        device: where the network lies.
+        precision: ``32``, ``bf16`` or ``16``.
+
+    Yields:
+        What the network returned, in float32 where it is a tensor, and the batch.
+    """
+    for batch in batches:
+        # The caller's code runs between the batches: it must find its own modes there.
+        with in_eval_mode(model), torch.no_grad(), autocast(device, precision):
+            outputs = model(batch.images.to(device, non_blocking=True))
+        yield outputs.float() if isinstance(outputs, Tensor) else outputs, batch
+
+
+def count_correct(logits: Tensor, labels: Tensor, top: int) -> Tensor:
+    """Count samples whose label is among the ``top`` largest logits, as a scalar tensor on their device."""
+    if top == 1:
+        return (logits.argmax(1) == labels).sum()
+    best = logits.topk(min(top, logits.shape[1]), dim=1).indices
+    return (best == labels[:, None]).any(1).sum()
+
+
+class _Totals:
+    """Sums over the batches of one split, kept on the device so that no step waits for them."""
+
+    def __init__(self, device: torch.device, loss: LossFunction, metric: UserMetric | None) -> None:
+        self._loss = loss
+        self._metric = metric
+        # n, sum of losses, correct among the first, correct among the first five.
+        dtype = torch.float64
+        self._sums = torch.zeros(4, dtype=dtype, device=device)
+        self._classifies = True
+        self._outputs: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def add(self, outputs: Any, labels: Tensor) -> None:
+        logits = main_output(outputs)
+        n = labels.shape[0]
+        loss = self._loss(outputs, labels).detach().to(self._sums.dtype)
+        self._classifies &= logits.dim() == 2 and labels.dim() == 1
+        hits = (
+            [count_correct(logits, labels, top) for top in (1, _TOP)] if self._classifies else [loss * 0] * 2
+        )
+        self._sums += torch.stack([loss.new_tensor(n), loss * n, *(hit.to(loss) for hit in hits)])
+        if self._metric is not None:
+            self._outputs.append(logits.cpu())
+            self._labels.append(labels.cpu())
+
+    def metrics(self, split: str, group: Group) -> Metrics:
+        n, loss, top1, top5 = group.sum(self._sums).tolist()
+        if not n:
+            raise DataError(f"the {split} split is empty: nothing can be measured on it")
+        values = {"loss": loss / n}
+        if self._classifies:
+            values |= {"top1": 100 * top1 / n, "top5": 100 * top5 / n}
+        if self._metric is not None:
+            outputs, labels = (group.concatenate(torch.cat(parts)) for parts in (self._outputs, self._labels))
+            values[self._metric.name] = self._metric(outputs, labels)
+        return Metrics(split=split, n=int(n), values=values)
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    split: str,
+    device: torch.device,
+    precision: str = "32",
+    loss: LossFunction | None = None,
+    metric: UserMetric | None = None,
+    group: Group | None = None,
+) -> Metrics:
+    """Measure a network on one split.
+
+    Args:
+        model: on ``device`` already; its modes and weights come back as they were.
+        batches: normalised images (N, C, H, W) and labels (N,); each sample once.
+        split: name of the split, for the record.
+        device: where the network lies.
+        precision: ``32``, ``bf16`` or ``16``.
+        loss: (outputs, labels) -> mean loss of a batch; cross-entropy where None.
+        metric: the user's metric, computed over all samples at once.
+        group: the processes that share the split, each with its own part of it.
+
+    Returns:
+        ``loss`` (mean), ``top1`` and ``top5`` (percent) where outputs are logits, and the user's metric.
+
+    Raises:
+        DataError: if there are no samples, no labels, or labels that the network has no class for.
+        UserCodeError: if the user's loss or metric fails.
+    """
+    totals = _Totals(device, loss or cross_entropy, metric)
+    for outputs, batch in outputs_of(model, batches, device, precision):
+        if batch.labels is None:
+            raise DataError(f"the {split} split has no labels: only `evaluate --predictions` can use it")
+        labels = batch.labels.to(device, non_blocking=True)
+        if loss is None:
+            _refuse_unknown_classes(main_output(outputs), labels, split)
+        with torch.no_grad():
+            totals.add(outputs, labels)
+    return totals.metrics(split, group or Alone())
+
+
+def _refuse_unknown_classes(logits: Tensor, labels: Tensor, split: str) -> None:
+    # On a GPU the comparison would wait for every batch, and cross-entropy itself stops there.
+    if logits.device.type != "cpu" or logits.dim() != 2 or not labels.numel():
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= logits.shape[1]:
+        odd = low if low < 0 else high
+        raise DataError(
+            f"the {split} split has a label {odd}, the network {logits.shape[1]} classes "
+            f"(0 to {logits.shape[1] - 1}): another data set, or another network, is needed"
+        )

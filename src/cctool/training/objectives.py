@@ -1,0 +1,189 @@
+"""What training minimises: a loss of the network's outputs, or of a student's and a teacher's.
+
+Penalties on the weights are not here: `fit` adds them to whichever objective it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cctool.errors import TrainingError
+from cctool.training.user_functions import UserLoss
+
+__all__ = [
+    "Distillation",
+    "Objective",
+    "Supervised",
+    "Terms",
+    "cross_entropy",
+    "distillation_loss",
+    "gamma_penalty",
+    "main_output",
+]
+
+_AUXILIARY_WEIGHT = 0.3
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The loss of one batch.
+
+    Attributes:
+        loss: what is minimised, a scalar.
+        logits: the network's main output, shape (N, classes).
+        components: the summands of ``loss`` as they enter it, where there are several.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    components: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """Computes the loss of one batch; ``user`` names the user's function in it, if there is one."""
+
+    user: str | None
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Terms:
+        """Run the network on normalised images (N, C, H, W) and labels (N,)."""
+
+
+def main_output(outputs: Any) -> Tensor:
+    """Give the logits of what a network returned: a tensor, or a tuple that starts with it.
+
+    Raises:
+        TrainingError: for anything else.
+    """
+    first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+    if not isinstance(first, Tensor):
+        raise TrainingError(
+            f"the network returned a {type(outputs).__name__}; a tensor of logits (N, classes) is expected"
+        )
+    return first
+
+
+def auxiliary_outputs(outputs: Any) -> list[Tensor]:
+    """Give the logits of auxiliary classifiers: what follows the first of a tuple."""
+    return [item for item in outputs[1:] if isinstance(item, Tensor)] if isinstance(outputs, tuple) else []
+
+
+def cross_entropy(outputs: Any, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy; auxiliary classifiers count 0.3 each.
+
+    The weight is that of Szegedy et al. 2015, arXiv 1409.4842, section 5.
+
+    Args:
+        outputs: logits (N, classes), or a tuple of them, the main classifier's first.
+        labels: class indices (N,).
+        label_smoothing: share of the target spread evenly over all classes.
+
+    Raises:
+        TrainingError: if the outputs are no logits of these classes.
+    """
+    logits = main_output(outputs)
+    if logits.dim() != 2 or logits.shape[0] != labels.shape[0]:
+        raise TrainingError(
+            f"the network returned shape {list(logits.shape)} for {labels.shape[0]} images; "
+            "cross-entropy needs (N, classes), or give your own --loss"
+        )
+    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    for auxiliary in auxiliary_outputs(outputs):
+        loss = loss + _AUXILIARY_WEIGHT * F.cross_entropy(auxiliary, labels, label_smoothing=label_smoothing)
+    return loss
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T^2 * KL(softmax(teacher / T) || softmax(student / T))``, mean over the batch.
+
+    Hinton et al. 2015, arXiv 1503.02531, section 2; T^2 keeps gradients of the same size at every T.
+
+    Args:
+        student: logits (N, classes).
+        teacher: logits (N, classes), taken as constants.
+        temperature: T, above 0.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(student / temperature, dim=1),
+        F.log_softmax(teacher.detach() / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return temperature**2 * divergence
+
+
+def gamma_penalty(model: nn.Module, weight: float) -> Callable[[], Tensor] | None:
+    """Give a function that computes ``weight * sum |gamma|`` over the batch norms of a network.
+
+    None where ``weight`` is 0.
+
+    Raises:
+        TrainingError: if there is no batch norm with a trainable scale.
+    """
+    if not weight:
+        return None
+    gammas: list[Tensor] = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None
+    ]
+    gammas = [gamma for gamma in gammas if gamma.requires_grad]
+    if not gammas:
+        raise TrainingError("--gamma-l1: the network has no batch norm with a trainable scale")
+    # One concatenation is much cheaper than a sum a layer.
+    return lambda: weight * torch.cat(gammas).abs().sum()
+
+
+class Supervised:
+    """Cross-entropy, or the user's own loss, of outputs and labels."""
+
+    def __init__(self, label_smoothing: float = 0.0, loss: UserLoss | None = None) -> None:
+        self.user = loss.reference if loss is not None else None
+        self._loss: Callable[[Any, Tensor], Tensor]
+        if loss is not None:
+            self._loss = loss
+        else:
+            self._loss = lambda outputs, labels: cross_entropy(outputs, labels, label_smoothing)
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Terms:
+        """Run the network and compare its outputs with the labels."""
+        outputs = model(images)
+        return Terms(self._loss(outputs, labels), main_output(outputs))
+
+
+class Distillation:
+    """``alpha * T^2 * KL(teacher || student) + (1 - alpha) * hard``, ``hard`` being a `Supervised` loss.
+
+    Args:
+        teacher: images as the student gets them -> teacher logits (N, classes), without gradients.
+        temperature: T, above 0.
+        alpha: weight of the teacher, in [0, 1].
+        label_smoothing: of the hard loss.
+        loss: the user's loss in place of cross-entropy.
+    """
+
+    def __init__(
+        self,
+        teacher: Callable[[Tensor], Tensor],
+        temperature: float,
+        alpha: float,
+        label_smoothing: float = 0.0,
+        loss: UserLoss | None = None,
+    ) -> None:
+        self.user = loss.reference if loss is not None else None
+        self._teacher = teacher
+        self._temperature = temperature
+        self._alpha = alpha
+        self._supervised = Supervised(label_smoothing, loss)
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Terms:
+        """Run both networks on the same images."""
+        hard = self._supervised(model, images, labels)
+        soft = distillation_loss(hard.logits, self._teacher(images), self._temperature)
+        components = {"distillation": self._alpha * soft, "hard": (1 - self._alpha) * hard.loss}
+        return Terms(components["distillation"] + components["hard"], hard.logits, components)

@@ -1,0 +1,94 @@
+"""The user's loss, metric and optimizer: called so that every failure names the function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cctool import user_code
+from cctool.errors import UserCodeError
+
+__all__ = ["UserLoss", "UserMetric", "named_function"]
+
+
+def named_function(reference: str, named: Collection[str], option: str) -> Callable[..., Any]:
+    """Load a function that stands on this command line.
+
+    Raises:
+        UserCodeError: if it was not named there, is not found, or is no function.
+    """
+    if not user_code.looks_like_user_code(reference):
+        raise UserCodeError(f"{option} {reference}: my.py:function or package.module:function is expected")
+    if not user_code.is_named(reference, named):
+        raise UserCodeError(
+            f"{reference} is user code, which runs only when it is named: add {option} {reference}"
+        )
+    return user_code.load(reference)
+
+
+def _call(reference: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except Exception:
+        # The slow way prepares imports and finds the line to blame; it is too slow for every step.
+        return user_code.call(reference, function, *arguments)
+
+
+class UserLoss:
+    """A loss of the user's: (outputs, labels) -> scalar tensor.
+
+    Raises UserCodeError where the function raises or returns something else.
+    """
+
+    def __init__(self, reference: str, function: Callable[..., Any]) -> None:
+        self.reference = reference
+        self._function = function
+
+    def __call__(self, outputs: Any, labels: Tensor) -> Tensor:
+        """Loss of one batch."""
+        value = _call(self.reference, self._function, outputs, labels)
+        if not isinstance(value, Tensor):
+            raise UserCodeError(
+                f"{self.reference} returned a {type(value).__name__}; "
+                "a loss is a scalar tensor that depends on the outputs"
+            )
+        if value.numel() != 1:
+            raise UserCodeError(
+                f"{self.reference} returned shape {list(value.shape)}; a loss is one number: take its mean"
+            )
+        if not value.is_floating_point():
+            raise UserCodeError(f"{self.reference} returned {value.dtype}; a loss is a floating-point tensor")
+        if torch.is_grad_enabled() and not value.requires_grad:
+            raise UserCodeError(
+                f"{self.reference} returned a loss without a gradient: "
+                "compute it from the outputs by torch functions"
+            )
+        return value.reshape(())
+
+
+class UserMetric:
+    """A metric of the user's: (outputs of a whole split, labels) -> number.
+
+    Raises UserCodeError where the function raises or returns something that is not one finite number.
+    """
+
+    def __init__(self, reference: str, function: Callable[..., Any]) -> None:
+        self.reference = reference
+        self.name = reference.rpartition(":")[2]
+        self._function = function
+
+    def __call__(self, outputs: Tensor, labels: Tensor) -> float:
+        """Metric of all samples together, on the CPU."""
+        value = _call(self.reference, self._function, outputs, labels)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            shown = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise UserCodeError(f"{self.reference} returned {shown}; a metric is one number") from None
+        if not math.isfinite(number):
+            raise UserCodeError(f"{self.reference} returned {number}; a metric is a finite number")
+        return number
