@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-from torch import Tensor
-
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Preprocessing
-from cctool.data.batches import batches
+from cctool.data.batches import Batches, batches
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.options.common import DataOptions
 from cctool.training.evaluate import evaluate
 
-__all__ = ["ServedSplit", "measured", "preprocessing_of", "serve"]
-
-
-class ServedSplit:
-    """The batches of one split as (images, labels), normalised on the device; iterating again starts anew."""
-
-    def __init__(self, found: Any, context: Context, description: str | None) -> None:
-        self._batches = found
-        self._context = context
-        self._description = description
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        served = self._batches
-        if self._description:
-            served = self._context.reporter.progress(served, self._description, total=len(self))
-        for batch in served:
-            yield batch.images, batch.labels
+__all__ = ["measured", "preprocessing_of", "serve"]
 
 
 def preprocessing_of(checkpoint: Checkpoint, source: DataSource, context: Context) -> Preprocessing:
@@ -59,9 +35,8 @@ def serve(
     options: DataOptions,
     context: Context,
     *,
-    description: str | None = None,
     preprocessing: Preprocessing | None = None,
-) -> ServedSplit:
+) -> Batches:
     """Serve a split un-augmented and in order.
 
     Args:
@@ -70,11 +45,10 @@ def serve(
         split: ``train``, ``validation`` or ``test``.
         options: batch size and workers.
         context: device, and where progress is shown.
-        description: of the progress bar; None shows none.
         preprocessing: where the caller has asked for it already.
     """
     normalisation = preprocessing or preprocessing_of(checkpoint, source, context)
-    found = batches(
+    return batches(
         source.split(split),
         batch_size=options.batch_size,
         device=context.device,
@@ -82,7 +56,6 @@ def serve(
         std=normalisation.std,
         workers=options.workers,
     )
-    return ServedSplit(found, context, description)
 
 
 def measured(
@@ -93,24 +66,27 @@ def measured(
     *,
     split: str = "test",
     preprocessing: Preprocessing | None = None,
+    silent: bool = False,
 ) -> Metrics:
     """Measure top-1, top-5 and loss on a split; every metric names its split and n.
+
+    Args:
+        checkpoint: its model is moved to the context's device.
+        source: opened for the checkpoint.
+        options: batch size and workers.
+        context: device and precision.
+        split: ``train``, ``validation`` or ``test``.
+        preprocessing: where the caller has asked for it already.
+        silent: show no progress.
 
     Raises:
         DataError: if the data has no such split, or other classes than the network.
     """
-    served = serve(
-        checkpoint,
-        source,
-        split,
-        options,
-        context,
-        description=f"evaluating on {split}",
-        preprocessing=preprocessing,
-    )
+    served = serve(checkpoint, source, split, options, context, preprocessing=preprocessing)
+    shown = served if silent else context.reporter.progress(served, f"evaluating on {split}", len(served))
     return evaluate(
         checkpoint.model.to(context.device),
-        served,
+        shown,
         split=split,
         device=context.device,
         precision=str(context.runtime.precision),

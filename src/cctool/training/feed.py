@@ -1,24 +1,16 @@
-"""A short training of a network as it stands now, as after a cut."""
+"""Serving a data source to one network: training batches of each epoch, and splits as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import torch
-from torch import nn
 
-from cctool.checkpoint.spec import Metrics, Preprocessing
+from cctool.checkpoint.spec import Preprocessing
 from cctool.data.batches import Batches, batches
 from cctool.data.records import DataSource
-from cctool.options.common import Precision
-from cctool.options.fit import FitOptions
-from cctool.runtime import Reporter, Silent
-from cctool.training.evaluate import evaluate
-from cctool.training.fit import FitResult, Task, fit
-from cctool.training.group import make_fabric
-from cctool.training.objectives import Objective, Supervised
 
-__all__ = ["Feed", "finetune"]
+__all__ = ["Feed"]
 
 
 class Feed:
@@ -91,55 +83,3 @@ class Feed:
             rank=self.rank,
             world_size=self.world_size,
         )
-
-
-def finetune(
-    model: nn.Module,
-    feed: Feed,
-    options: FitOptions,
-    *,
-    precision: Precision = Precision.FULL,
-    objective: Objective | None = None,
-    user_code: Collection[str] = frozenset(),
-    reporter: Reporter | None = None,
-) -> FitResult:
-    """Train with a new optimizer over the parameters that the network has now.
-
-    Args:
-        model: changed in place; holds the weights of the best epoch by validation top-1 afterwards (the last
-            epoch where there is no validation split), in eval mode.
-        feed: its data.
-        options: epochs, optimizer and so on; the learning rate defaults to that of a trained network.
-        precision: arithmetic of forward and backward passes.
-        objective: what is minimised; cross-entropy where None.
-        user_code: references that stand on this command line.
-        reporter: where to speak.
-
-    Raises:
-        DivergedError: if the loss becomes NaN or infinite.
-    """
-
-    def validate(bare: nn.Module) -> Metrics:
-        return evaluate(
-            bare,
-            feed.plain("validation"),
-            split="validation",
-            device=feed.device,
-            precision=str(precision),
-        )
-
-    result = fit(
-        Task(
-            model=model,
-            batches=feed.training(augment=options.augment),
-            options=options,
-            objective=objective or Supervised(options.label_smoothing),
-            lr=options.learning_rate(fresh=False),
-            fabric=make_fabric(feed.device, precision),
-            validate=validate if feed.has("validation") else None,
-            user_code=user_code,
-            reporter=reporter or Silent(),
-        )
-    )
-    model.eval()
-    return result
