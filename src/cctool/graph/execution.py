@@ -1,9 +1,9 @@
 """Run a model once and show every torch function that it calls to observers.
 
-The pass runs in evaluation mode, without gradients, and leaves nothing behind: training flags, the random
-state and the hooks are put back even when `forward` raises. It sees the functions that Python code calls,
-under the name that they have in torch (`conv2d`, `add`, `view`, ...), with the qualified name of the module
-that was executing.
+The pass runs without gradients, in evaluation mode unless told otherwise, and leaves nothing behind:
+training flags, the random state and the hooks are put back even when `forward` raises. It sees the
+functions that Python code calls, under the name that they have in torch (`conv2d`, `add`, `view`, ...),
+with the qualified name of the module that was executing.
 
 It does not look into scripted modules or other compiled code: those show as one `Event` named
 `script_module`, or, where even the call is invisible, as a tensor that no event has produced.
@@ -159,28 +159,35 @@ class _Watch(TorchFunctionMode):
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and the random state are put back afterwards."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Set a mode, without gradients; flags, buffers and the random state are put back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     random_state = torch.get_rng_state()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
     try:
         for module, _ in flags:
-            module.training = False
+            module.training = training
         with torch.no_grad():
             yield
     finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
         for module, training in flags:
             module.training = training
         torch.set_rng_state(random_state)
 
 
-def execute(model: nn.Module, inputs: Sequence[Tensor], observers: Sequence[Observer]) -> Any:
+def execute(
+    model: nn.Module, inputs: Sequence[Tensor], observers: Sequence[Observer], training: bool = False
+) -> Any:
     """Run the model once, show every torch function that it calls to the observers, return its output.
 
     Args:
         model: any module; its training flags are restored and no hook stays on it.
         inputs: positional arguments of its forward.
         observers: called with each `Event` in order of execution.
+        training: run in training mode; buffers that it changes are put back.
     """
     watch = _Watch(observers, {module: name for name, module in model.named_modules()})
     handles = [
@@ -188,7 +195,7 @@ def execute(model: nn.Module, inputs: Sequence[Tensor], observers: Sequence[Obse
         register_module_forward_hook(watch.leave, always_call=True),
     ]
     try:
-        with evaluating(model), watch:
+        with in_mode(model, training), watch:
             return model(*inputs)
     finally:
         for handle in handles:

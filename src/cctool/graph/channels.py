@@ -1,0 +1,176 @@
+"""Coupled channels: which channels must go together, and every index of every tensor that they touch.
+
+The method: one traced forward pass that carries channel ids beside the activations (`ledger.py`, `rules/`),
+then connected components over the ties (`solution.py`). Torch-Pruning's nouns are used where they fit (Fang
+et al., "DepGraph", CVPR 2023), the method is our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from cctool.graph.execution import Event, execute, tensors_in
+from cctool.graph.ledger import INPUT, Ledger, Role, compact, constant
+from cctool.graph.rules import apply_rule
+
+# Reading these says nothing about channels; they are most of all calls, so that the pass skips them early.
+_SILENT = """
+    size shape dim ndim numel nelement item device dtype layout is_cuda is_floating_point is_complex stride
+    is_contiguous get_device is_sparse is_quantized is_meta grad grad_fn is_leaf names len index itemsize
+    element_size data_ptr is_inference is_nested is_mkldnn storage_offset
+"""
+_SILENT_NAMES = frozenset(_SILENT.split())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a family lies in one dim of one tensor.
+
+    Attributes:
+        tensor: qualified name of a parameter or buffer.
+        dim: its dim.
+        indices: row u holds the indices that unit u owns there; shape [units, indices per unit].
+        role: what the tensor is to the unit.
+    """
+
+    tensor: str
+    dim: int
+    indices: Tensor
+    role: Role
+
+
+@dataclass(frozen=True)
+class Family:
+    """Units (channels that go as one) that share their places.
+
+    For `conv1 (3 -> 8), bn1, conv2 (8 -> 5)` there is one family, "conv1", of 8 units with the places
+    conv1.weight dim 0, bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var dim 0, conv2.weight dim 1.
+
+    Attributes:
+        name: the first module that produces the channels.
+        labels: number of each unit in the whole graph; shape [units].
+        places: every place that the units touch.
+    """
+
+    name: str
+    labels: Tensor
+    places: tuple[Place, ...]
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return self.labels.numel()
+
+    @property
+    def width(self) -> int:
+        """How many channels of its first producer one unit holds."""
+        return self.places[0].indices.shape[1]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A parameter's dim of which some indices cannot be cut.
+
+    Attributes:
+        parameter: qualified name of the parameter or buffer.
+        dim: its dim.
+        indices: how many indices are frozen.
+        of: how many there are.
+        op: function that froze them.
+        module: module that was executing it, "" for the root.
+        reason: why.
+    """
+
+    parameter: str
+    dim: int
+    indices: int
+    of: int
+    op: str
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A tensor's dim, or a module's integer attribute, as labels: index i goes when unit `labels[i]` goes."""
+
+    name: str
+    key: int | str
+    labels: Tensor
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class ChannelGraph:
+    """All that can be cut, and what cannot.
+
+    Attributes:
+        families: in the order of the forward pass; a family of one unit cannot lose it.
+        frozen: every parameter dim with indices that cannot be cut, and why.
+        tensors: labels of each bound dim of each tensor (`key` is the dim).
+        attributes: labels of the channels that each integer attribute counts (`key` is its name).
+        label_count: labels are below this.
+    """
+
+    families: tuple[Family, ...]
+    frozen: tuple[Frozen, ...]
+    tensors: tuple[Labelled, ...]
+    attributes: tuple[Labelled, ...]
+    label_count: int = field(default=0)
+
+
+def couple(model: nn.Module, inputs: Sequence[Tensor]) -> ChannelGraph:
+    """Find the channels that go together by one forward pass (two, where parameters run in training only).
+
+    Args:
+        model: any module, in any mode; it is left as it was.
+        inputs: positional arguments of its forward, on its device; one sample suffices.
+    """
+    from cctool.graph.solution import solve
+
+    ledger = Ledger(model)
+    inputs = tuple(inputs)
+    _carry(ledger, inputs, training=False)
+    unused = _unused(ledger)
+    note = ""
+    if unused:
+        note = _carry_training(ledger, inputs)
+    return solve(ledger, _unused(ledger), note)
+
+
+def _carry(ledger: Ledger, inputs: tuple[Tensor, ...], training: bool) -> None:
+    for value in tensors_in(inputs):
+        ledger.set(value, constant(INPUT, value.shape))
+
+    def observe(event: Event) -> None:
+        if event.name in _SILENT_NAMES:
+            return
+        ledger.begin(event.name, event.module)
+        apply_rule(ledger, event)
+
+    output = execute(ledger.model, inputs, [observe], training=training)
+    ledger.begin("output", "")
+    for result in tensors_in(output):
+        if result.ndim:
+            ledger.freeze(compact(ledger.of(result)), "the width of the model's output")
+
+
+def _carry_training(ledger: Ledger, inputs: tuple[Tensor, ...]) -> str:
+    """Auxiliary heads run in training mode only: their parameters are bound by a second pass."""
+    doubled = tuple(value if value.shape[0] > 1 else value.expand(2, *value.shape[1:]) for value in inputs)
+    checkpoint = len(ledger.freezes), len(ledger.ties), dict(ledger.bindings), dict(ledger.attributes)
+    try:
+        _carry(ledger, doubled, training=True)
+    except Exception as error:  # user code may fail in training mode in any way
+        freezes, ties, ledger.bindings, ledger.attributes = checkpoint
+        del ledger.freezes[freezes:], ledger.ties[ties:]
+        return f"training mode raises {type(error).__name__}"
+    return ""
+
+
+def _unused(ledger: Ledger) -> list[str]:
+    used = {name for name, _ in ledger.bindings} | set(ledger.elements)
+    return [name for name, _ in ledger.model.named_parameters() if name not in used]

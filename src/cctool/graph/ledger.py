@@ -1,0 +1,240 @@
+"""The book that the traced pass keeps: channel ids of activations, and what ties, binds or freezes them.
+
+Every channel that a layer sends out has an id. Beside each activation lies a tensor of ids of the same
+shape, with stride 0 along the dims where the id does not vary: those are *neutral*, the others *varying*.
+Two ids that must go together are *tied*; a parameter's dim is *bound* to the ids of the channels that its
+indices belong to; ids that cannot be cut are *frozen* with a reason. Nothing is solved here; that is
+`solution.py`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+FIXED = 0
+"""Id of channels whose number no cut changes: constants, results of operations without a rule."""
+INPUT = 1
+"""Id of the model's inputs."""
+
+_MAXIMUM_ELEMENTS = 1 << 22  # a larger parameter used as an activation would cost more ids than it is worth
+
+
+class Role(str, Enum):
+    """What the indices of a parameter are to the unit that owns them."""
+
+    FILTER = "filter"  # weights that produce the channel
+    BIAS = "bias"
+    SCALE = "scale"  # batch norm's gamma
+    SHIFT = "shift"  # batch norm's beta
+    STATISTIC = "statistic"  # running mean and variance
+    NORM = "norm"  # weight and bias of group and layer norm
+    CONSUMER = "consumer"  # weights that read the channel
+    ELEMENT = "element"  # a parameter used elementwise
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Index i of `dim` of the tensor belongs to channel `ids[i]`."""
+
+    tensor: str
+    dim: int
+    ids: Tensor
+    role: Role
+
+
+@dataclass(frozen=True)
+class Elements:
+    """A parameter used as an activation: element i (row-major) of it has the id `ids[i]`."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class AttributeBinding:
+    """An integer attribute of a module (or entry `index` of a tuple) that counts the channels in `ids`."""
+
+    module: str
+    attribute: str
+    index: int | None
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Ids that cannot be cut, the number of the call that says so, and why."""
+
+    ids: Tensor
+    call: int
+    reason: str
+
+
+def varying(ids: Tensor) -> list[int]:
+    """Dims along which ids differ (by construction: those with a stride)."""
+    return [dim for dim, stride in enumerate(ids.stride()) if stride and ids.shape[dim] > 1]
+
+
+def compact(ids: Tensor) -> Tensor:
+    """The same ids with size 1 along neutral dims."""
+    shape = [size if stride else 1 for size, stride in zip(ids.shape, ids.stride(), strict=True)]
+    return ids.as_strided(shape, ids.stride(), ids.storage_offset())
+
+
+def canonical(ids: Tensor) -> Tensor:
+    """The same ids with stride 0 along every dim where they do not differ."""
+    small = compact(ids)
+    for dim in varying(small):
+        first = small.narrow(dim, 0, 1)
+        if torch.equal(first.expand_as(small), small):
+            small = first
+    return small.expand(ids.shape)
+
+
+class Ledger:
+    """Ids, ties, bindings and freezes of one model, filled call by call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.names = {id(tensor): name for name, tensor in model.named_buffers()}
+        self.names.update({id(tensor): name for name, tensor in model.named_parameters()})
+        self.count = INPUT + 1
+        self.calls: list[tuple[str, str]] = []
+        self.ties: list[tuple[Tensor, Tensor, int]] = []
+        self.freezes: list[Freeze] = []
+        self.bindings: dict[tuple[str, int], Binding] = {}
+        self.elements: dict[str, Elements] = {}
+        self.attributes: dict[tuple[str, str, int | None], AttributeBinding] = {}
+        self._ids: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._turned: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self._constants = {
+            id(value)
+            for module in self.modules.values()
+            for value in vars(module).values()
+            if isinstance(value, Tensor)
+        }
+
+    # ---- calls -----------------------------------------------------------------------------------------
+    def begin(self, function: str, module: str) -> None:
+        """Open the call to which ties and freezes are charged."""
+        self.calls.append((function, module))
+
+    @property
+    def call(self) -> int:
+        """Number of the call that is open."""
+        return len(self.calls) - 1
+
+    # ---- ids of tensors --------------------------------------------------------------------------------
+    def new(self, size: int) -> Tensor:
+        """Fresh ids."""
+        self.count += size
+        return torch.arange(self.count - size, self.count)
+
+    def set(self, tensor: Tensor, ids: Tensor) -> None:
+        """Lay ids beside an activation."""
+        self._ids[id(tensor)] = (weakref.ref(tensor), ids)
+
+    def known(self, tensor: Tensor) -> bool:
+        """Whether ids lie beside this very tensor."""
+        entry = self._ids.get(id(tensor))
+        return entry is not None and entry[0]() is tensor
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Ids beside a tensor; parameters get one per element, an unknown tensor freezes all so far."""
+        entry = self._ids.get(id(tensor))
+        if entry is not None and entry[0]() is tensor:
+            return entry[1]
+        name = self.names.get(id(tensor))
+        if name is not None:
+            return self._element_ids(tensor, name)
+        if id(tensor) not in self._constants and tensor.ndim:
+            reason = "an activation of unknown origin (scripted or opaque code) may depend on any channel"
+            self.freezes.append(Freeze(torch.arange(INPUT + 1, self.count), self.call, reason))
+            self.set(tensor, constant(FIXED, tensor.shape))
+        return constant(FIXED, tensor.shape)
+
+    def _element_ids(self, tensor: Tensor, name: str) -> Tensor:
+        if tensor.numel() == 1 or tensor.numel() > _MAXIMUM_ELEMENTS:
+            self.pin(name, tensor)
+            return constant(FIXED, tensor.shape)
+        if name not in self.elements:
+            shape = tuple(tensor.shape)
+            self.elements[name] = Elements(name, shape, self.new(tensor.numel()))
+            for dim, _ in enumerate(shape):
+                if (name, dim) in self.bindings:
+                    self.freeze(self.elements[name].ids, "a parameter both of a layer and used elementwise")
+                    self.freeze(self.bindings[name, dim].ids, "a parameter of a layer also used elementwise")
+        return canonical(self.elements[name].ids.view(tensor.shape))
+
+    def turn(self, tensor: Tensor, name: str) -> None:
+        """Remember that a tensor is the transpose of a matrix parameter."""
+        self._turned[id(tensor)] = (weakref.ref(tensor), name)
+
+    def turned(self, tensor: Tensor) -> str | None:
+        """Name of the matrix parameter whose transpose this is."""
+        entry = self._turned.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else None
+
+    def name(self, tensor: Tensor | None) -> str | None:
+        """Qualified name of a parameter or buffer."""
+        return None if tensor is None else self.names.get(id(tensor))
+
+    # ---- what the ids mean -----------------------------------------------------------------------------
+    def tie(self, a: Tensor, b: Tensor) -> None:
+        """Ids at the same position (after broadcasting) go together."""
+        if a is not b:
+            shape = torch.Size(max(n, m) for n, m in zip(a.shape, b.shape, strict=True))
+            self.ties.append((a.expand(shape).reshape(-1), b.expand(shape).reshape(-1), self.call))
+
+    def freeze(self, ids: Tensor, reason: str) -> None:
+        """These ids cannot be cut."""
+        flat = compact(ids).reshape(-1)
+        if flat.numel() > 1 or int(flat[0]) > INPUT:
+            self.freezes.append(Freeze(flat, self.call, reason))
+
+    def bind(self, tensor: Tensor | None, dim: int, ids: Tensor, role: Role) -> None:
+        """The indices of a parameter's or buffer's dim belong to these ids; None has none."""
+        name = self.name(tensor)
+        if name is None:
+            if tensor is not None:
+                self.freeze(ids, "a weight computed on the fly, not a parameter, has this width")
+            return
+        existing = self.bindings.get((name, dim))
+        if name in self.elements:
+            self.freeze(ids, "a parameter of a layer also used elementwise")
+            self.freeze(self.elements[name].ids, "a parameter both of a layer and used elementwise")
+        if existing is not None:
+            self.tie(existing.ids, ids)
+        else:
+            self.bindings[name, dim] = Binding(name, dim, ids.reshape(-1), role)
+
+    def produce(self, tensor: Tensor, dim: int, size: int) -> Tensor:
+        """Ids that a parameter's dim sends out: new ones, or those of an earlier call of a shared layer."""
+        existing = self.bindings.get((self.names.get(id(tensor), ""), dim))
+        return self.new(size) if existing is None else existing.ids
+
+    def count_in(self, module: str, attribute: str, ids: Tensor, index: int | None = None) -> None:
+        """A module's integer attribute counts these channels, if it has one of that value."""
+        value = getattr(self.modules.get(module), attribute, None)
+        if index is not None:
+            value = value[index] if isinstance(value, (tuple, list)) and len(value) > index else None
+        if isinstance(value, int) and not isinstance(value, bool) and value == ids.numel():
+            key = (module, attribute, index)
+            if key not in self.attributes:
+                self.attributes[key] = AttributeBinding(module, attribute, index, ids.reshape(-1))
+
+    def pin(self, name: str, tensor: Tensor) -> None:
+        """No dim of this parameter can be cut."""
+        for dim, size in enumerate(tensor.shape):
+            self.bind(tensor, dim, torch.full((size,), FIXED), Role.ELEMENT)
+
+
+def constant(value: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Ids that vary nowhere."""
+    return torch.tensor(value).expand(shape)

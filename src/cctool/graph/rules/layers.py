@@ -1,0 +1,215 @@
+"""Rules of the layers with weights: they bind the ids that arrive and send out new ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cctool.graph.execution import Event, tensors_in
+from cctool.graph.ledger import FIXED, INPUT, Ledger, Role, compact, constant, varying
+from cctool.graph.trace import argument
+
+
+def vector(ledger: Ledger, ids: Tensor, dim: int) -> Tensor:
+    """Ids along one dim; if they vary along another one, all are frozen and the dim counts as fixed."""
+    dim %= ids.ndim
+    others = [d for d in varying(ids) if d != dim]
+    if others:
+        ledger.freeze(ids, f"channels lie in dim {others[0]}, while the layer's lie in dim {dim}")
+        return torch.full((ids.shape[dim],), FIXED)
+    return compact(ids).reshape(-1).expand(ids.shape[dim])
+
+
+def along(ids: Tensor, dim: int, shape: torch.Size) -> Tensor:
+    """A vector of ids laid along one dim of a shape."""
+    dim %= len(shape)
+    return ids.reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+
+
+def linear(ledger: Ledger, event: Event) -> None:
+    """`linear(x, W, b)`: binds dim 1 of W to what arrives in the last dim, sends out dim 0."""
+    weight = argument(event, "weight")
+    ids = ledger.of(argument(event, "input"))
+    _affine(ledger, event, ids, weight, argument(event, "bias"), consumer_dim=weight.ndim - 1)
+
+
+def matmul_parameter(ledger: Ledger, event: Event, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """`x @ W`, `addmm(b, x, W)`: as linear, with W's dims the other way round."""
+    _affine(ledger, event, ledger.of(x), weight, bias, consumer_dim=0)
+
+
+def _affine(
+    ledger: Ledger, event: Event, ids: Tensor, weight: Tensor, bias: Tensor | None, consumer_dim: int
+) -> None:
+    name = ledger.turned(weight)
+    if name is not None:
+        weight, consumer_dim = ledger.model.get_parameter(name), 1 - consumer_dim
+    arriving = vector(ledger, ids, -1)
+    if weight.ndim != 2:
+        ledger.freeze(arriving, "a weight that is not a matrix")
+        opaque(ledger, event, "a weight that is not a matrix")
+        return
+    producer_dim = 1 - consumer_dim
+    sent = ledger.produce(weight, producer_dim, weight.shape[producer_dim])
+    ledger.bind(weight, consumer_dim, arriving, Role.CONSUMER)
+    ledger.bind(weight, producer_dim, sent, Role.FILTER)
+    if bias is not None:
+        ledger.bind(bias, 0, sent, Role.BIAS)
+    ledger.count_in(event.module, "in_features", arriving)
+    ledger.count_in(event.module, "out_features", sent)
+    ledger.set(event.result, along(sent, -1, event.result.shape))
+
+
+def _tie_positions(ledger: Ledger, ids: Tensor, groups: int) -> Tensor:
+    """Position j of every group goes together, so that counts stay equal; returns the first group's."""
+    pieces = ids.reshape(groups, -1)
+    if groups > 1:
+        ledger.tie(pieces[:1], pieces)
+    return pieces[0]
+
+
+def convolution(ledger: Ledger, event: Event) -> None:
+    """Convolution, plain, grouped and depthwise.
+
+    Grouped: position j of every group's inputs goes together, and so do those of its outputs. Depthwise (one
+    input channel a group): the group itself goes, with its outputs.
+    """
+    weight, bias = argument(event, "weight"), argument(event, "bias")
+    groups = int(argument(event, "groups", 1))
+    x = argument(event, "input")
+    channel_dim = x.ndim - (weight.ndim - 1)
+    arriving = vector(ledger, ledger.of(x), channel_dim)
+    outputs, per_group = weight.shape[0], weight.shape[1]
+    if groups > 1 and per_group == 1 and bool((arriving > INPUT).any()):
+        sent = arriving.repeat_interleave(outputs // groups)
+        ledger.count_in(event.module, "groups", arriving)
+    else:
+        ledger.bind(weight, 1, _tie_positions(ledger, arriving, groups), Role.CONSUMER)
+        sent = ledger.produce(weight, 0, outputs)
+        _tie_positions(ledger, sent, groups)
+    ledger.bind(weight, 0, sent, Role.FILTER)
+    if bias is not None:
+        ledger.bind(bias, 0, sent, Role.BIAS)
+    ledger.count_in(event.module, "in_channels", arriving)
+    ledger.count_in(event.module, "out_channels", sent)
+    ledger.set(event.result, along(sent, channel_dim, event.result.shape))
+
+
+def transposed_convolution(ledger: Ledger, event: Event) -> None:
+    """Transposed convolution: the weight's dim 0 reads, its dim 1 sends out (per group)."""
+    weight, bias = argument(event, "weight"), argument(event, "bias")
+    groups = int(argument(event, "groups", 1))
+    x = argument(event, "input")
+    channel_dim = x.ndim - (weight.ndim - 1)
+    arriving = vector(ledger, ledger.of(x), channel_dim)
+    per_group = weight.shape[1]
+    if groups == weight.shape[0] and groups > 1 and bool((arriving > INPUT).any()):
+        sent = arriving.repeat_interleave(per_group)
+        ledger.bind(weight, 0, arriving, Role.FILTER)
+        ledger.count_in(event.module, "groups", arriving)
+    else:
+        _tie_positions(ledger, arriving, groups)
+        ledger.bind(weight, 0, arriving, Role.CONSUMER)
+        one_group = ledger.produce(weight, 1, per_group)
+        ledger.bind(weight, 1, one_group, Role.FILTER)
+        sent = one_group.repeat(groups)
+    if bias is not None:
+        ledger.bind(bias, 0, sent, Role.BIAS)
+    ledger.count_in(event.module, "in_channels", arriving)
+    ledger.count_in(event.module, "out_channels", sent)
+    ledger.set(event.result, along(sent, channel_dim, event.result.shape))
+
+
+def channel_norm(ledger: Ledger, event: Event) -> None:
+    """Batch and instance norm: each channel by itself, so that its tensors belong to what arrives."""
+    x = argument(event, "input")
+    arriving = vector(ledger, ledger.of(x), 1)
+    roles = {"running_mean": Role.STATISTIC, "running_var": Role.STATISTIC}
+    for name, role in {**roles, "weight": Role.SCALE, "bias": Role.SHIFT}.items():
+        tensor = argument(event, name)
+        if tensor is not None:
+            ledger.bind(tensor, 0, arriving, role)
+    ledger.count_in(event.module, "num_features", arriving)
+    ledger.set(event.result, along(arriving, 1, event.result.shape))
+
+
+def group_norm(ledger: Ledger, event: Event) -> None:
+    """Group norm: a group's statistics are shared, so that whole groups go, and their number falls."""
+    x, groups = argument(event, "input"), int(argument(event, "num_groups"))
+    arriving = vector(ledger, ledger.of(x), 1)
+    pieces = arriving.reshape(groups, -1)
+    ledger.tie(pieces[:, :1], pieces)
+    for tensor in (argument(event, "weight"), argument(event, "bias")):
+        if tensor is not None:
+            ledger.bind(tensor, 0, arriving, Role.NORM)
+    ledger.count_in(event.module, "num_channels", arriving)
+    ledger.count_in(event.module, "num_groups", pieces[:, 0])
+    ledger.set(event.result, along(arriving, 1, event.result.shape))
+
+
+def layer_norm(ledger: Ledger, event: Event) -> None:
+    """Layer and RMS norm: the statistics run over the channels, so that cutting one would change all."""
+    x = argument(event, "input", event.args[0] if event.args else None)
+    ids = ledger.of(x)
+    shape = argument(event, "normalized_shape", event.args[1] if len(event.args) > 1 else ())
+    first = ids.ndim - len(shape)
+    if any(dim >= first for dim in varying(ids)):
+        ledger.freeze(ids, "its statistics run over the channels: cutting one would change all the others")
+    for tensor in tensors_in((event.args[2:], dict(event.kwargs))):
+        name = ledger.name(tensor)
+        if name is not None and tensor is not x:
+            for dim in range(tensor.ndim):
+                others = [d for d in varying(ids) if d != first + dim]
+                fixed = torch.full((tensor.shape[dim],), FIXED)
+                ledger.bind(tensor, dim, fixed if others else vector(ledger, ids, first + dim), Role.NORM)
+    ledger.set(event.result, ids)
+
+
+def prelu(ledger: Ledger, event: Event) -> None:
+    """PReLU: one slope for all channels is left alone, one a channel belongs to its channel."""
+    ids, weight = ledger.of(argument(event, "input")), argument(event, "weight")
+    if weight.numel() > 1:
+        arriving = vector(ledger, ids, 1)
+        ledger.bind(weight, 0, arriving, Role.NORM)
+        ledger.count_in(event.module, "num_parameters", arriving)
+    else:
+        ledger.pin(ledger.name(weight) or "", weight)
+    ledger.set(event.result, ids)
+
+
+def embedding(ledger: Ledger, event: Event) -> None:
+    """Embedding: a table whose columns are sent out; its rows are looked up by number and stay."""
+    weight = argument(event, "weight")
+    sent = ledger.produce(weight, 1, weight.shape[1])
+    ledger.bind(weight, 0, torch.full((weight.shape[0],), FIXED), Role.CONSUMER)
+    ledger.bind(weight, 1, sent, Role.FILTER)
+    ledger.count_in(event.module, "embedding_dim", sent)
+    ledger.set(event.result, along(sent, -1, event.result.shape))
+
+
+def attention(ledger: Ledger, event: Event) -> None:
+    """Attention: query and key widths set the scale of the scores; the width of the values passes."""
+    query, key, value = (argument(event, name) for name in ("query", "key", "value"))
+    for tensor in (query, key):
+        ledger.freeze(ledger.of(tensor), "the scores are scaled by the width of queries and keys")
+    mask = argument(event, "attn_mask")
+    if mask is not None:
+        ledger.freeze(ledger.of(mask), "an attention mask")
+    ids = ledger.of(value)
+    if varying(ids) not in ([], [ids.ndim - 1]):
+        ledger.freeze(ids, "whole attention heads are not cut")
+        ids = constant(FIXED, ids.shape)
+    ledger.set(event.result, vector(ledger, ids, -1).expand(event.result.shape))
+
+
+def opaque(ledger: Ledger, event: Event, reason: str) -> None:
+    """No rule: everything that goes in keeps its width, and what comes out is fixed."""
+    for tensor in tensors_in((event.args, dict(event.kwargs))):
+        name = ledger.name(tensor)
+        if name is not None:
+            ledger.pin(name, tensor)
+        elif tensor.ndim:
+            ledger.freeze(ledger.of(tensor), reason)
+    for result in tensors_in(event.result):
+        if ledger.name(result) is None:
+            ledger.set(result, constant(FIXED, result.shape))

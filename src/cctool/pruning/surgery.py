@@ -1,0 +1,186 @@
+"""Cutting and masking: a plan as data, and the functions that carry it out.
+
+A plan names, for each tensor, the indices that stay in each dim, and for each module the integer attributes
+that change. The same plan cuts whatever lies beside a parameter: masks, momentum, Adam moments, stored
+integers, per-channel scales (`cut_tensor`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cctool.errors import PruningError
+from cctool.graph.channels import ChannelGraph
+from cctool.graph.ledger import Role
+from cctool.pruning.selection import Selection
+
+Attribute = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Indices of one dim that stay, ascending, of `size` that there were."""
+
+    dim: int
+    keep: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """What stays of each tensor, and the new integer attributes of each module.
+
+    Attributes:
+        tensors: cuts by qualified name of parameters and buffers, every alias of a shared one included.
+        attributes: new values by qualified module name, then attribute name.
+    """
+
+    tensors: Mapping[str, tuple[Cut, ...]]
+    attributes: Mapping[str, Mapping[str, Attribute]]
+
+
+def plan_cut(model: nn.Module, graph: ChannelGraph, selection: Selection) -> CutPlan:
+    """Plan the removal of the units that a selection does not keep."""
+    removed = torch.zeros(graph.label_count, dtype=torch.bool)
+    for family, kept in zip(graph.families, selection.kept, strict=True):
+        removed[family.labels[~kept]] = True
+    cuts: dict[str, list[Cut]] = defaultdict(list)
+    for entry in graph.tensors:
+        gone = removed[entry.labels]
+        if bool(gone.any()):
+            cuts[entry.name].append(Cut(int(entry.key), (~gone).nonzero().flatten(), len(gone)))
+    attributes: dict[str, dict[str, Attribute]] = defaultdict(dict)
+    for entry in graph.attributes:
+        kept_count = int((~removed[entry.labels]).sum())
+        if kept_count != entry.labels.numel():
+            attributes[entry.name][str(entry.key)] = kept_count
+    return CutPlan(_with_aliases(model, cuts), dict(attributes))
+
+
+def _with_aliases(model: nn.Module, cuts: Mapping[str, Sequence[Cut]]) -> dict[str, tuple[Cut, ...]]:
+    first: dict[int, str] = {}
+    planned: dict[str, tuple[Cut, ...]] = {}
+    for name, tensor in _named_tensors(model):
+        original = first.setdefault(id(tensor), name)
+        if original in cuts:
+            planned[name] = tuple(cuts[original])
+    return planned
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+
+
+def cut_tensor(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    """What stays of a tensor of the parameter's shape (a gradient, momentum, mask, stored integers).
+
+    Example: `cut_tensor(torch.arange(4.), [Cut(0, torch.tensor([0, 2]), 4)])` is `tensor([0., 2.])`.
+
+    Raises:
+        PruningError: the tensor does not have the size that the plan was made for.
+    """
+    for cut in cuts:
+        if tensor.ndim <= cut.dim or tensor.shape[cut.dim] != cut.size:
+            raise PruningError(
+                f"a tensor of shape {tuple(tensor.shape)} has no dim {cut.dim} of size {cut.size}: "
+                "the plan was made for another model, plan again"
+            )
+        tensor = tensor.index_select(cut.dim, cut.keep.to(tensor.device))
+    return tensor
+
+
+def apply_cut(model: nn.Module, plan: CutPlan) -> None:
+    """Shrink parameters, their gradients, buffers and integer attributes in place.
+
+    Shrunk parameters are new `nn.Parameter` objects: build a new optimizer over them. Tied ones stay tied.
+    """
+    shrunk: dict[int, Tensor] = {}
+    originals = dict(_named_tensors(model))
+    for name, cuts in plan.tensors.items():
+        original = originals[name]
+        if id(original) not in shrunk:
+            shrunk[id(original)] = _shrink(original, cuts)
+        _replace(model, name, shrunk[id(original)])
+    _set_attributes(model, plan)
+
+
+def _shrink(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    small = cut_tensor(tensor.detach(), cuts)
+    if not isinstance(tensor, nn.Parameter):
+        return small
+    parameter = nn.Parameter(small, requires_grad=tensor.requires_grad)
+    if tensor.grad is not None:
+        parameter.grad = cut_tensor(tensor.grad, cuts)
+    return parameter
+
+
+def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    table = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+    table[attribute] = tensor  # type: ignore[assignment]
+
+
+def _set_attributes(model: nn.Module, plan: CutPlan) -> None:
+    for name, values in plan.attributes.items():
+        module = model.get_submodule(name)
+        for attribute, value in values.items():
+            setattr(module, attribute, value)
+
+
+def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | None = None) -> nn.Module:
+    """A copy of a model that shares its tensors, but for those given; attributes follow the plan."""
+    memo: dict[int, object] = {}
+    for name, tensor in _named_tensors(model):
+        replacement = tensors.get(name)
+        if replacement is None:
+            memo.setdefault(id(tensor), tensor)
+        elif not isinstance(memo.get(id(tensor)), nn.Parameter) or name in tensors:
+            given = nn.Parameter(replacement, tensor.requires_grad and replacement.is_floating_point())
+            memo[id(tensor)] = given if isinstance(tensor, nn.Parameter) else replacement
+    copy = deepcopy(model, memo)
+    if plan is not None:
+        _set_attributes(copy, plan)
+    return copy
+
+
+_KEPT_BY_MASKS = {Role.STATISTIC}
+
+
+def masked_tensors(
+    tensors: Mapping[str, Tensor], graph: ChannelGraph, selection: Selection
+) -> dict[str, Tensor]:
+    """Copies of the tensors that removed units touch, with zeros in all that they touch.
+
+    Filters, biases, batch-norm gammas *and betas*, and the weights that read the units: a batch norm whose
+    beta stays would still emit a constant. Running statistics stay, as gamma = 0 makes them irrelevant.
+    """
+    masked: dict[str, Tensor] = {}
+    for family, kept in zip(graph.families, selection.kept, strict=True):
+        if bool(kept.all()):
+            continue
+        for place in family.places:
+            if place.role in _KEPT_BY_MASKS:
+                continue
+            if place.tensor not in masked:
+                masked[place.tensor] = tensors[place.tensor].detach().clone()
+            tensor = masked[place.tensor]
+            tensor.index_fill_(place.dim, place.indices[~kept].flatten().to(tensor.device), 0)
+    return masked
+
+
+@torch.no_grad()
+def mask(model: nn.Module, graph: ChannelGraph, selection: Selection) -> None:
+    """Zero in place all that the removed units touch; shapes stay."""
+    tensors = dict(_named_tensors(model))
+    for name, value in masked_tensors(tensors, graph, selection).items():
+        tensors[name].copy_(value)
