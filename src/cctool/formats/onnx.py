@@ -1,0 +1,260 @@
+"""ONNX: exported with a free batch size, checked, run, and only then given its name.
+
+Written by torch's exporter on `torch.export`, opset as that chooses. What identifies the network goes into
+the file; what identifies the machine that exported it (stack traces, module paths) is taken out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from cctool import __version__
+from cctool.checkpoint.atomic import write_atomically
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.errors import ExportError
+from cctool.formats.parity import BATCH_SIZES, Run, compare, outputs_of, random_batches
+from cctool.formats.records import Agreement, ExportRequest, Written
+from cctool.graph.execution import in_mode
+
+__all__ = ["write_onnx"]
+
+INPUT, OUTPUT, BATCH = "input", "logits", "batch"
+
+_LARGEST = 2**31 - 2**20
+_EXPORT_BATCH = 2  # torch.export takes sizes 0 and 1 for constants
+
+
+def write_onnx(request: ExportRequest) -> Written:
+    """Write a network as one ONNX file and verify it.
+
+    The file must pass onnx.checker, and onnxruntime must give the model's outputs for random inputs in two
+    batch sizes and for the request's samples. Where a network cannot be exported with a free batch size, it
+    is exported for batches of one, and a note says so.
+
+    Raises:
+        ExportError: if it cannot be exported or does not compute what the model does; no file is left.
+        CheckpointError: if the file cannot be written.
+    """
+    model = _on_cpu(request.checkpoint.model)
+    _refuse_large(model)
+    document, notes = _convert(model, request.input_shape)
+    _describe(document, request.checkpoint, request.input_shape)
+    agreements: list[Agreement] = []
+
+    def write(stream: IO[bytes]) -> None:
+        stream.write(document.SerializeToString(deterministic=True))
+
+    def check(temporary: Path) -> None:
+        _check(temporary, document)
+        agreements.extend(_verify(temporary, request, free_batch=not notes))
+
+    write_atomically(request.path, write, check, overwrite=request.overwrite)
+    if request.samples is None:
+        notes = (*notes, "compared on random inputs only: no data set was named, or it is not there")
+    if not any(agreement.output_range for agreement in agreements):
+        notes = (*notes, "the network gives the same outputs for every input, so comparing them says little")
+    return Written(str(request.path), "onnx", request.path.stat().st_size, tuple(agreements), notes)
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    if all(
+        tensor.device.type == "cpu" for tensor in model.state_dict().values() if isinstance(tensor, Tensor)
+    ):
+        return model
+    return copy.deepcopy(model).to("cpu")
+
+
+def _refuse_large(model: nn.Module) -> None:
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if size > _LARGEST:
+        raise ExportError(
+            f"the weights take {size / 2**30:.1f} GiB, one ONNX file holds at most 2; "
+            "--format safetensors has no such limit"
+        )
+
+
+def _convert(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Any, tuple[str, ...]]:
+    """Convert with a free batch size, or for batches of one where that fails; the notes say which."""
+    names = _output_names(model, shape)
+    try:
+        document = _run_exporter(model, shape, names, free_batch=True)
+    except ExportError as error:
+        document = _run_exporter(model, shape, names, free_batch=False)
+        return document, (f"the batch size is fixed to 1: with a free one, {error}",)
+    if not document.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        document = _run_exporter(model, shape, names, free_batch=False)
+        return document, ("the batch size is fixed to 1: the network computes with a constant batch size",)
+    return document, ()
+
+
+def _output_names(model: nn.Module, shape: tuple[int, int, int]) -> list[str]:
+    found = outputs_of(model)(_example(model, 1, shape))
+    return [OUTPUT, *(f"output{i}" for i in range(1, len(found)))]
+
+
+def _example(model: nn.Module, batch: int, shape: tuple[int, int, int]) -> Tensor:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return torch.zeros((batch, *shape), dtype=dtype)
+
+
+def _run_exporter(
+    model: nn.Module, shape: tuple[int, int, int], outputs: list[str], *, free_batch: bool
+) -> Any:
+    example = _example(model, _EXPORT_BATCH if free_batch else 1, shape)
+    dimensions = ({0: torch.export.Dim(BATCH, min=1)},) if free_batch else None
+    with in_mode(model, training=False), _quiet():
+        try:
+            program = torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                verbose=False,
+                input_names=[INPUT],
+                output_names=outputs,
+                dynamic_shapes=dimensions,
+            )
+        # Whatever torch.export or a translation of one operator raises for a network that it cannot take.
+        except Exception as error:
+            raise ExportError(f"torch cannot export this network: {_reason(error)}") from error
+    if program is None:
+        raise ExportError("torch's exporter gave nothing back")
+    return program.model_proto
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, in one line: the exporter wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter from talking: it prints, logs and warns about itself, not about the network."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with Path(os.devnull).open("w") as sink, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+                yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _describe(document: Any, checkpoint: Checkpoint, shape: tuple[int, int, int]) -> None:
+    """Say in the file what it is; take out what the exporter noted about modules, stacks and paths."""
+    _strip(document)
+    spec, size = checkpoint.spec, "x".join(map(str, shape))
+    steps = " > ".join(step.verb for step in checkpoint.history)
+    properties = {
+        "cctool.version": __version__,
+        "cctool.architecture": spec.architecture,
+        "cctool.arguments": json.dumps(spec.arguments, sort_keys=True),
+        "cctool.input_shape": size,
+        "cctool.history": steps,
+    }
+    if spec.preprocessing is not None:
+        properties["cctool.mean"] = json.dumps(spec.preprocessing.mean)
+        properties["cctool.std"] = json.dumps(spec.preprocessing.std)
+    if spec.classes is not None:
+        properties["cctool.classes"] = json.dumps(spec.classes, ensure_ascii=False)
+    if checkpoint.origin is not None:
+        properties["cctool.source"] = checkpoint.origin.path
+        properties["cctool.source_file_sha256"] = checkpoint.origin.file
+        if checkpoint.origin.content is not None:
+            properties["cctool.source_content_sha256"] = checkpoint.origin.content
+    document.producer_name, document.producer_version = "cctool", __version__
+    document.graph.name = spec.architecture
+    document.doc_string = (
+        f"{spec.architecture} for {spec.task}, exported by cctool {__version__}. "
+        f"{INPUT}: float images [{BATCH}, {', '.join(map(str, shape))}], scaled to 0..1, then "
+        f"(x - mean) / std as cctool.mean and cctool.std say. {OUTPUT}: one score per class, before softmax."
+    )
+    for key, value in properties.items():
+        document.metadata_props.add(key=key, value=value)
+
+
+def _strip(document: Any) -> None:
+    graph = document.graph
+    graph.ClearField("metadata_props")
+    for entries in (graph.node, graph.input, graph.output, graph.value_info, graph.initializer):
+        for entry in entries:
+            entry.ClearField("metadata_props")
+            entry.ClearField("doc_string")
+    for function in document.functions:
+        function.ClearField("metadata_props")
+        for node in function.node:
+            node.ClearField("metadata_props")
+            node.ClearField("doc_string")
+
+
+def _check(temporary: Path, document: Any) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(temporary), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"onnx.checker refuses the exported model: {_reason(error)}") from error
+    for node in document.graph.node:
+        training = [a for a in node.attribute if a.name == "training_mode" and a.i]
+        if training or (node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]):
+            raise ExportError(f"{node.op_type} {node.name} was exported in training mode")
+
+
+def _verify(temporary: Path, request: ExportRequest, *, free_batch: bool) -> list[Agreement]:
+    candidate = _runtime(temporary)
+    sizes = BATCH_SIZES if free_batch else (1,)
+    model, allowed = request.checkpoint.model, request.allow_nonfinite
+    dtype = _example(model, 1, request.input_shape).dtype
+    random = (batch.to(dtype) for batch in random_batches(request.input_shape, request.seed, sizes))
+    found = [compare(model, candidate, random, "random inputs", allow_nonfinite=allowed)]
+    if request.samples is not None:
+        batches = _one_by_one(request.samples.batches) if not free_batch else request.samples.batches
+        found.append(compare(model, candidate, batches, request.samples.name, allow_nonfinite=allowed))
+    return found
+
+
+def _one_by_one(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    for batch in batches:
+        for i in range(len(batch)):
+            yield batch[i : i + 1]
+
+
+def _runtime(path: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    # Its exceptions share no base class of their own.
+    except Exception as error:
+        raise ExportError(f"onnxruntime cannot load the exported model: {_reason(error)}") from error
+    name = session.get_inputs()[0].name
+
+    def run(batch: Tensor) -> list[Tensor]:
+        try:
+            found = session.run(None, {name: batch.numpy()})
+        except Exception as error:
+            raise ExportError(
+                f"onnxruntime cannot run the exported model on a batch of {len(batch)}: {_reason(error)}"
+            ) from error
+        return [torch.from_numpy(value) for value in found]
+
+    return run

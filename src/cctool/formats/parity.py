@@ -1,0 +1,204 @@
+"""Does a written model compute what the model computes?
+
+Outputs are compared in units of how far they move from input to input, because an absolute error means
+nothing without that, and an offset that all inputs share would hide errors. Two float32 programs that
+compute the same function differ by rounding, which grows with depth and with badly scaled statistics; where
+that alone exceeds the tolerance, both are compared with the model in float64, and the written one may be at
+most a few times as far from it as the model itself is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from cctool.errors import ExportError
+from cctool.formats.records import Agreement
+from cctool.graph.execution import in_mode
+
+__all__ = ["BATCH_SIZES", "TOLERANCE", "compare", "outputs_of", "random_batches"]
+
+TOLERANCE = 1e-4
+"""Allowed difference of two float32 programs, as a fraction of the output range; 1e-7 to 1e-6 is usual."""
+
+BATCH_SIZES = (1, 5)
+"""Of the random inputs: one, and an odd number that no reshape folds away."""
+
+_ROUNDS = 3
+_ROUNDING_FACTOR = 4.0
+_FLOAT32 = 1e-6  # of the largest output: no float32 program can be held to less
+
+Run = Callable[[Tensor], list[Tensor]]
+
+
+def outputs_of(model: nn.Module) -> Run:
+    """Run a model in evaluation mode; all tensors that it returns, on the CPU, in order.
+
+    TF32 is switched off while it runs: its ten bits of mantissa would drown what is looked for.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+    def run(inputs: Tensor) -> list[Tensor]:
+        with in_mode(model, training=False), torch.backends.cudnn.flags(allow_tf32=False), _float32_matmul():
+            found = tree_leaves(model(inputs.to(device)))
+        return [value.detach().cpu() for value in found if isinstance(value, Tensor)]
+
+    return run
+
+
+class _float32_matmul:  # noqa: N801 - a context manager, named as torch names its own
+    def __enter__(self) -> None:
+        self.before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = self.before
+
+
+def random_batches(
+    shape: tuple[int, ...], seed: int, sizes: tuple[int, ...] = BATCH_SIZES
+) -> Iterator[Tensor]:
+    """Standard normal inputs, three of each batch size; the same for the same seed, on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    for size in sizes * _ROUNDS:
+        yield torch.randn((size, *shape), generator=generator)
+
+
+class _Tally:
+    """What the batches so far say: errors, agreement, and how far each output moves."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.same = 0
+        self.error = 0.0
+        self.largest = 0.0
+        self._bounds: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, expected: list[Tensor], found: list[Tensor]) -> None:
+        self.n += len(expected[0])
+        self.same += int((_top1(expected[0]) == _top1(found[0])).sum())
+        bounds = []
+        for left, right in zip(expected, found, strict=True):
+            # Where the model's value is not finite, the candidate's is not either, see `_check_finite`.
+            left, right = left.double().nan_to_num(0, 0, 0), right.double().nan_to_num(0, 0, 0)
+            self.error = max(self.error, float((left - right).abs().max()))
+            self.largest = max(self.largest, float(left.abs().max()))
+            bounds.append((left.amin(0), left.amax(0)))
+        self._bounds = [
+            (torch.minimum(low, old_low), torch.maximum(high, old_high))
+            for (low, high), (old_low, old_high) in zip(bounds, self._bounds or bounds, strict=True)
+        ]
+
+    @property
+    def range(self) -> float:
+        return max(float((high - low).max()) for low, high in self._bounds)
+
+    def within(self, tolerance: float) -> bool:
+        return self.error <= max(tolerance * self.range, _FLOAT32 * self.largest)
+
+
+def _top1(outputs: Tensor) -> Tensor:
+    return outputs.flatten(1).argmax(1)
+
+
+def compare(
+    model: nn.Module,
+    candidate: Run,
+    batches: Iterable[Tensor],
+    inputs: str,
+    *,
+    tolerance: float = TOLERANCE,
+    allow_nonfinite: bool = False,
+) -> Agreement:
+    """Compare a candidate's outputs with the model's.
+
+    Args:
+        model: the reference, on any device.
+        candidate: gives its outputs for a batch on the CPU.
+        batches: inputs [B, ...], on any device.
+        inputs: what they are, for the report.
+        tolerance: allowed difference as a fraction of the output range.
+        allow_nonfinite: whether NaN and infinities may stand where the model has them.
+
+    Raises:
+        ExportError: if shapes differ, values are not finite, or the error exceeds the tolerance.
+    """
+    reference = outputs_of(model)
+    tally, sizes, worst = _Tally(), set(), (-1.0, torch.empty(0))
+    for batch in batches:
+        expected, found = reference(batch), candidate(batch.detach().cpu())
+        _check_shapes(expected, found, batch, inputs)
+        _check_finite(expected, found, inputs, allow_nonfinite)
+        before = tally.error
+        tally.add(expected, found)
+        if tally.error > before or worst[0] < 0:
+            worst = (tally.error, batch)
+        sizes.add(len(batch))
+    if not tally.n:
+        raise ExportError(f"there are no inputs to compare on: {inputs}")
+    agreement = Agreement(
+        inputs=inputs,
+        n=tally.n,
+        batch_sizes=tuple(sorted(sizes)),
+        max_abs_error=tally.error,
+        output_range=tally.range,
+        top1_agreement=100 * tally.same / tally.n,
+        tolerance=tolerance,
+    )
+    if tally.within(tolerance):
+        return agreement
+    if _is_rounding(model, candidate, worst[1]):
+        return replace(agreement, judged_in_float64=True)
+    raise ExportError(
+        f"the exported model does not compute what the model does: on {inputs} its outputs are off by up to "
+        f"{tally.error:.3g}; {tolerance:.0e} of their range of {tally.range:.3g} is allowed; "
+        f"top-1 agrees on {agreement.top1_agreement:.1f} % of {tally.n}"
+    )
+
+
+def _is_rounding(model: nn.Module, candidate: Run, batch: Tensor) -> bool:
+    """Whether the candidate is about as far from the model in float64 as the model in float32 is."""
+    exact_model = copy.deepcopy(model).to("cpu", torch.float64)
+    try:
+        exact = outputs_of(exact_model)(batch.detach().cpu().double())
+    except (RuntimeError, TypeError):
+        # A network that cannot run in float64 cannot be excused by it.
+        return False
+    expected, found = outputs_of(model)(batch), candidate(batch.detach().cpu())
+    own, other = _distance(exact, expected), _distance(exact, found)
+    return other <= _ROUNDING_FACTOR * own
+
+
+def _distance(exact: list[Tensor], outputs: list[Tensor]) -> float:
+    return max(
+        float((left - right.double()).nan_to_num(0, 0, 0).abs().max())
+        for left, right in zip(exact, outputs, strict=True)
+    )
+
+
+def _check_shapes(expected: list[Tensor], found: list[Tensor], batch: Tensor, inputs: str) -> None:
+    left, right = [list(t.shape) for t in expected], [list(t.shape) for t in found]
+    if left != right or not left:
+        raise ExportError(
+            f"the exported model puts out {right} for a batch of {len(batch)} ({inputs}), the model {left}"
+        )
+
+
+def _check_finite(expected: list[Tensor], found: list[Tensor], inputs: str, allowed: bool) -> None:
+    for left, right in zip(expected, found, strict=True):
+        if not left.is_floating_point():
+            continue
+        if not allowed and not bool(torch.isfinite(left).all()):
+            raise ExportError(
+                f"the model puts out NaN or infinities on {inputs}; `cctool analyze` lists weights that are "
+                "not finite, --allow-nonfinite exports all the same"
+            )
+        if not torch.equal(torch.isfinite(left), torch.isfinite(right)):
+            raise ExportError(
+                f"the exported model puts out NaN or infinities where the model does not ({inputs})"
+            )

@@ -1,0 +1,98 @@
+"""What a writer of an export format is given, and what it hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from cctool.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["Agreement", "ExportRequest", "Samples", "Writer", "Written"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Real inputs to compare on.
+
+    Attributes:
+        name: data set and split, for the report.
+        batches: preprocessed inputs [B, C, H, W]; iterated once.
+    """
+
+    name: str
+    batches: Iterable[Tensor]
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export and where to.
+
+    Attributes:
+        checkpoint: the model with its spec and origin; it is not changed.
+        path: the file to write.
+        input_shape: (C, H, W) of one input.
+        samples: real inputs to compare on; None where there are none.
+        seed: of the random inputs to compare on.
+        overwrite: whether an existing file may be replaced.
+        allow_nonfinite: whether outputs may be NaN or infinite, in the same places as the model's.
+    """
+
+    checkpoint: Checkpoint
+    path: Path
+    input_shape: tuple[int, int, int]
+    samples: Samples | None = None
+    seed: int = 0
+    overwrite: bool = False
+    allow_nonfinite: bool = False
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How close a written model comes to the one it was made from.
+
+    Attributes:
+        inputs: what it was fed.
+        n: how many inputs.
+        batch_sizes: sizes of the batches that they came in.
+        max_abs_error: largest difference of any output.
+        output_range: largest minus smallest value over the inputs, of the output that moves most;
+            0 where the model gives the same for every input.
+        top1_agreement: percent of inputs for which the largest output is the same one.
+        tolerance: allowed max_abs_error / output_range.
+        judged_in_float64: whether float32 rounding alone exceeded the tolerance, so that both were compared
+            with the model in float64.
+    """
+
+    inputs: str
+    n: int
+    batch_sizes: tuple[int, ...]
+    max_abs_error: float
+    output_range: float
+    top1_agreement: float
+    tolerance: float
+    judged_in_float64: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was written and verified.
+
+    Attributes:
+        path: the file.
+        format: name of its format.
+        bytes: its size.
+        agreements: outputs compared with the model's; empty where reading back equal tensors says it all.
+        notes: what is different from what was asked, and what was not checked.
+    """
+
+    path: str
+    format: str
+    bytes: int
+    agreements: tuple[Agreement, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+
+Writer = Callable[[ExportRequest], Written]

@@ -1,0 +1,17 @@
+"""All export formats."""
+
+from __future__ import annotations
+
+from cctool.formats.bare import write_safetensors, write_state_dict
+from cctool.formats.onnx import write_onnx
+from cctool.formats.records import Writer
+from cctool.options.export import ExportFormat
+
+__all__ = ["FORMATS"]
+
+FORMATS: dict[ExportFormat, Writer] = {
+    ExportFormat.ONNX: write_onnx,
+    ExportFormat.STATE_DICT: write_state_dict,
+    ExportFormat.SAFETENSORS: write_safetensors,
+}
+"""What writes and verifies each format."""

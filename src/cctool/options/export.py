@@ -1,0 +1,79 @@
+"""What `cctool export` can be asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import PurePath
+
+from cctool.errors import UsageError
+from cctool.options.common import Choice, DataOptions
+
+__all__ = ["DEFAULT_SUFFIXES", "SUFFIXES", "ExportFormat", "ExportOptions"]
+
+
+class ExportFormat(Choice):
+    """What is written.
+
+    onnx: the network as ONNX, batch norm folded, batch size free. state-dict: bare dense tensors that
+    `torch.load(weights_only=True)` opens. safetensors: the same tensors in a safetensors file.
+    """
+
+    ONNX = "onnx"
+    STATE_DICT = "state-dict"
+    SAFETENSORS = "safetensors"
+
+
+SUFFIXES: dict[ExportFormat, tuple[str, ...]] = {
+    ExportFormat.ONNX: (".onnx",),
+    ExportFormat.STATE_DICT: (".pt", ".pth"),
+    ExportFormat.SAFETENSORS: (".safetensors",),
+}
+"""Suffixes of each format's files; a given output's suffix implies the format."""
+
+DEFAULT_SUFFIXES: dict[ExportFormat, str] = {
+    ExportFormat.ONNX: ".onnx",
+    ExportFormat.STATE_DICT: ".state.pt",
+    ExportFormat.SAFETENSORS: ".state.safetensors",
+}
+"""What replaces the input's suffix where no output is named; never a name that a checkpoint may have."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of one export.
+
+    Attributes:
+        format: what to write; None takes what the output's suffix says, else ONNX.
+        output: path of the product; None writes beside the input.
+        data: samples that the written model is compared on, besides random inputs.
+        allow_nonfinite: export even NaN or infinite weights.
+    """
+
+    format: ExportFormat | None = None
+    output: str | None = None
+    data: DataOptions = field(default_factory=lambda: DataOptions(batch_size=64, limit=256))
+    allow_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.output is None:
+            return
+        suffix = PurePath(self.output).suffix.lower()
+        implied = next((kind for kind, known in SUFFIXES.items() if suffix in known), None)
+        if implied is None:
+            every = ", ".join(f"{' or '.join(known)} ({kind})" for kind, known in SUFFIXES.items())
+            raise UsageError(
+                f"--output {self.output}: the suffix {suffix!r} names no format; allowed: {every}"
+            )
+        if self.format not in (None, implied):
+            raise UsageError(
+                f"--output {self.output} is a name for {implied}, --format says {self.format}; "
+                f"that takes {' or '.join(SUFFIXES[self.format])}"
+            )
+
+    @property
+    def effective_format(self) -> ExportFormat:
+        """The format asked for, else the one that the output's suffix implies, else ONNX."""
+        if self.format is not None:
+            return self.format
+        suffix = PurePath(self.output).suffix.lower() if self.output is not None else ".onnx"
+        return next(kind for kind, known in SUFFIXES.items() if suffix in known)
