@@ -163,8 +163,13 @@ def _collected(reference: str) -> tuple[Collected | None, str]:
     if not colon or prefix not in COLLECTIONS:
         return None, ""
     collection = COLLECTIONS[prefix]
-    if name not in collection.names():
-        raise ArchitectureError(f"{prefix} has no classifier {name!r}{_near(name, collection.names())}")
+    # A timm name may carry a tag, as in resnet18.a1_in1k, which timm itself checks.
+    bare = name.partition(".")[0] if prefix == "timm" else name
+    if bare not in collection.names():
+        raise ArchitectureError(
+            f"{prefix} has no classifier {name!r}{_near(name, collection.names())}; "
+            f"`cctool models {prefix}` lists them"
+        )
     return collection, name
 
 
@@ -228,6 +233,8 @@ def _check_value(reference: str, name: str, value: Any, kind: type) -> None:
         raise ArchitectureError(f"{reference}: {name}={value!r} must be a number")
     if name == "width" and not 0 < value <= 1:
         raise ArchitectureError(f"{reference}: width={value!r} must lie in (0, 1]")
+    if name == "dropout" and not 0 <= value < 1:
+        raise ArchitectureError(f"{reference}: dropout={value!r} must lie in [0, 1)")
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

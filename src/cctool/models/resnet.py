@@ -2,8 +2,8 @@
 
 Parameter names are those of torchvision's ResNet, so CIFAR networks trained elsewhere load. Three things
 differ from the paper: shortcuts of changing width are 1x1 convolutions (the paper's option B, not A), the
-last batch norm of each block starts at zero (Goyal et al. 2017, arXiv 1706.02677, section 5.1), and the map is
-averaged globally, so that any input size works.
+last batch norm of each block starts at zero (Goyal et al. 2017, arXiv 1706.02677, section 5.1), and the map
+is averaged globally, so that any input size works.
 """
 
 from torch import Tensor, nn

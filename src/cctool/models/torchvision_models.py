@@ -56,9 +56,9 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     allowed = allowed_arguments(name)
     unknown = sorted(set(arguments) - set(allowed))
     if unknown:
+        why = " (weights are not downloaded: give a file of them)" if REFUSED & set(unknown) else ""
         raise ArchitectureError(
-            f"torchvision:{name} does not take {', '.join(unknown)}; allowed: {', '.join(allowed)} "
-            "(weights are never downloaded: give a checkpoint file instead)"
+            f"torchvision:{name} does not take {', '.join(unknown)}; allowed: {', '.join(allowed)}{why}"
         )
     arguments = dict(arguments)
     if name in NEED_INIT_WEIGHTS:
