@@ -152,16 +152,32 @@ class Invocation:
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     user_code: tuple[str | None, ...] = ()
 
-    def write(self, operation: Callable[..., Any], options: Any) -> None:
-        """Run an operation that writes checkpoints; print the path of each."""
+    def write(
+        self,
+        operation: Callable[..., Any],
+        options: Any,
+        report: Callable[[Console, Any], None] | None = None,
+        *,
+        resumes: bool = False,
+    ) -> None:
+        """Run an operation that writes checkpoints; print the path of each.
+
+        Args:
+            operation: generator of outcomes.
+            options: of its verb.
+            report: says on stderr what a product's report holds.
+            resumes: whether the command goes on with its own earlier run.
+        """
         from cctool.operations import pipeline
 
-        reports = []
+        products = []
         with self.console.products_only():
-            for product in pipeline.write(operation, options, self.request()):
+            for product in pipeline.write(operation, options, self.request(resumes=resumes)):
+                if report is not None:
+                    report(self.console, product.report)
                 self.console.path(product.path)
-                reports.append(product)
-            self.console.document({"products": reports})
+                products.append(product)
+            self.console.document({"products": products})
 
     def read(self, operation: Callable[..., Any], options: Any) -> Any:
         """Run an operation that writes no checkpoint, and return its report."""
@@ -170,7 +186,7 @@ class Invocation:
         with self.console.products_only():
             return pipeline.read(operation, options, self.request())
 
-    def request(self) -> Any:
+    def request(self, *, resumes: bool = False) -> Any:
         """Everything the pipeline must know, with ``-`` replaced by the path that stdin gives."""
         from cctool.operations.pipeline import Request
 
@@ -184,7 +200,29 @@ class Invocation:
             runtime=self.runtime,
             user_code=tuple(reference for reference in self.user_code if reference),
             reporter=self.console,
+            resumes=resumes,
         )
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, rather than at its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def number(value: int | None) -> str:
+    """Print a count, or that it is unknown."""
+    return "unknown" if value is None else f"{value:,}"
+
+
+def show_metrics(console: Console, before: Any, after: Any) -> None:
+    """Say what was measured before and after, by split."""
+    earlier = {metrics.split: metrics for metrics in before}
+    for metrics in after:
+        for name, value in metrics.values.items():
+            old = earlier[metrics.split].values.get(name) if metrics.split in earlier else None
+            change = f"{old:.4g} -> " if old is not None else ""
+            console.note(f"{metrics.split} {name} {change}{value:.4g} (n={metrics.n:,})")
 
 
 def _source(source: str | None) -> str | None:

@@ -37,8 +37,9 @@ def _program(
 def _register() -> None:
     from cctool.cli.compare import compare
     from cctool.cli.models import models
+    from cctool.cli.prune import prune
 
-    for command in (compare, models):
+    for command in (prune, compare, models):
         app.command()(guarded(command))
 
 

@@ -12,7 +12,7 @@ from cctool.operations.opening import DataShape
 from cctool.options.common import DataOptions, ModelOptions
 
 if TYPE_CHECKING:
-    from cctool.data.registry import DataSource
+    from cctool.data.records import DataSource
 
 __all__ = ["describe", "open_source", "require_source"]
 

@@ -1,0 +1,5 @@
+"""`python -m cctool`: the program, without its script."""
+
+from cctool.cli.main import main
+
+main()

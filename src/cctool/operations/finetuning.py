@@ -1,0 +1,104 @@
+"""Training a network that an operation has just changed, with a new optimizer over its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.spec import Metrics
+from cctool.data.batches import batches
+from cctool.data.records import DataSource
+from cctool.operations.context import Context
+from cctool.operations.measuring import measured, preprocessing_of
+from cctool.options.common import DataOptions
+from cctool.options.fit import FitOptions
+from cctool.training.fit import Task, fit
+from cctool.training.group import make_fabric
+from cctool.training.objectives import Supervised
+
+__all__ = ["decoded", "encoded_again", "finetune"]
+
+
+def finetune(
+    checkpoint: Checkpoint, source: DataSource, options: FitOptions, data: DataOptions, context: Context
+) -> Checkpoint:
+    """Train a checkpoint's model in place; it ends with the weights of the best epoch by validation.
+
+    Args:
+        checkpoint: its stored tensors are dropped, because training works on decoded values.
+        source: opened for the checkpoint.
+        options: epochs, optimizer, learning rate.
+        data: batch size and workers.
+        context: device, seed, reporter.
+
+    Returns:
+        The same model, stored dense.
+    """
+    preprocessing = preprocessing_of(checkpoint, source, context)
+    trained = decoded(checkpoint, context)
+
+    def training_batches(epoch: int):  # type: ignore[no-untyped-def]
+        return batches(
+            source.split("train"),
+            batch_size=data.batch_size,
+            device=context.device,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            augmentation=source.augmentation if options.augment else None,
+            seed=context.runtime.seed,
+            epoch=epoch,
+            shuffle=True,
+            workers=data.workers,
+        )
+
+    def validate(_: object) -> Metrics:
+        return measured(
+            trained, source, data, context, split="validation", preprocessing=preprocessing, silent=True
+        )
+
+    fit(
+        Task(
+            model=trained.model,
+            batches=training_batches,
+            options=options,
+            objective=Supervised(),
+            lr=options.learning_rate(fresh=False),
+            fabric=make_fabric(context.device, context.runtime.precision),
+            validate=validate if "validation" in source.loaders else None,
+            user_code=context.user_code,
+            reporter=context.reporter,
+        )
+    )
+    return trained
+
+
+def decoded(checkpoint: Checkpoint, context: Context) -> Checkpoint:
+    """The checkpoint with all tensors dense; says so where some were not."""
+    if checkpoint.stored:
+        methods = ", ".join(sorted({tensor.encoding for tensor in checkpoint.stored.values()}))
+        context.reporter.note(
+            f"training works on decoded float32: {len(checkpoint.stored)} tensors were stored as {methods} "
+            "(--keep-storage stores them so again)"
+        )
+    return replace(checkpoint, stored={})
+
+
+def encoded_again(checkpoint: Checkpoint, earlier: Checkpoint, context: Context) -> Checkpoint:
+    """Store tensors as ``earlier`` stored them; the model gets the values that this leaves.
+
+    Args:
+        checkpoint: a trained one, all dense, on any device.
+        earlier: tells each tensor's encoding and its parameters.
+        context: tables.
+    """
+    state = checkpoint.model.state_dict()
+    stored = {}
+    for name, form in earlier.stored.items():
+        tensor = state[name]
+        encoding = context.tables.encodings[form.encoding]
+        stored[name] = encoding.encode(tensor.detach().cpu(), form.parameters)
+        if isinstance(tensor, Tensor):
+            tensor.copy_(encoding.decode(stored[name]))
+    return replace(checkpoint, stored=stored)
