@@ -170,7 +170,10 @@ def _report(console: Console, report: Any) -> None:
     untouched = [family for family in cut.families if family.note]
     for family in untouched:
         console.note(f"{family.name} keeps its {family.units} units: {family.note}")
-    frozen = sorted({f"{item.op}: {item.reason}" for item in cut.frozen})
+    # Every network has an input and an output; their widths are not worth a line each time.
+    frozen = sorted(
+        {f"{item.op}: {item.reason}" for item in cut.frozen if item.op not in ("input", "output")}
+    )
     for reason in frozen:
         console.note(f"frozen by {reason}")
     for note in cut.notes:

@@ -194,5 +194,6 @@ def _finetune(
 
 
 def _frozen_notes(report: PruneReport) -> tuple[str, ...]:
-    reasons = sorted({f"{frozen.op}: {frozen.reason}" for frozen in report.frozen})
+    inner = [frozen for frozen in report.frozen if frozen.op not in ("input", "output")]
+    reasons = sorted({f"{frozen.op}: {frozen.reason}" for frozen in inner})
     return tuple(f"kept their width because of {reason}" for reason in reasons)
