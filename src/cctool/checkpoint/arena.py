@@ -86,22 +86,27 @@ def unpack(index: str, arena: Tensor) -> dict[str, EncodedTensor]:
         raise CorruptCheckpointError("the arena of encoded tensors is not a row of bytes")
     try:
         entries = {name: _Entry.model_validate(entry) for name, entry in json.loads(index).items()}
-    except (ValidationError, ValueError, AttributeError, RecursionError) as error:
+    except (ValidationError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpointError(
             f"the index of encoded tensors is malformed: {type(error).__name__}"
         ) from None
-    shared: dict[tuple[int, str, tuple[int, ...]], Tensor] = {}
+    views: dict[tuple[int, str, tuple[int, ...]], Tensor] = {}
+    shared: dict[str, EncodedTensor] = {}
     found = {}
     for name, entry in entries.items():
         if entry.dtype not in DTYPES:
             raise CorruptCheckpointError(f"{name}: unknown element type {entry.dtype!r}")
-        parts = {}
-        for key, part in entry.parts.items():
-            place = (part.offset, part.dtype, part.shape)
-            if place not in shared:
-                shared[place] = _view(arena, part, f"{name}.{key}")
-            parts[key] = shared[place]
-        found[name] = EncodedTensor(entry.encoding, entry.shape, entry.dtype, parts, entry.parameters)
+        # Tied tensors have equal entries, and come back as one object.
+        same = canonical(entry.model_dump(mode="json"))
+        if same not in shared:
+            parts = {}
+            for key, part in entry.parts.items():
+                place = (part.offset, part.dtype, part.shape)
+                if place not in views:
+                    views[place] = _view(arena, part, f"{name}.{key}")
+                parts[key] = views[place]
+            shared[same] = EncodedTensor(entry.encoding, entry.shape, entry.dtype, parts, entry.parameters)
+        found[name] = shared[same]
     return found
 
 
@@ -112,4 +117,8 @@ def _view(arena: Tensor, part: _Part, name: str) -> Tensor:
     length = math.prod(part.shape) * dtype.itemsize
     if part.offset % dtype.itemsize or part.offset + length > arena.numel():
         raise CorruptCheckpointError(f"{name}: lies outside the arena of {arena.numel():,} bytes")
-    return arena[part.offset : part.offset + length].view(dtype).reshape(part.shape)
+    try:
+        return arena[part.offset : part.offset + length].view(dtype).reshape(part.shape)
+    except RuntimeError:
+        # Sizes next to a 0 are backed by nothing and may still overflow.
+        raise CorruptCheckpointError(f"{name}: shape {list(part.shape)} is impossible") from None

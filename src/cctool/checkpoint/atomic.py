@@ -44,8 +44,10 @@ def write_atomically(
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if not overwrite and path.exists():
+        raise _exists(path)
     _remove_stale(path)
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}{_SUFFIX}")
+    temporary = path.with_name(f".{secrets.token_hex(8)}{_SUFFIX}")
     try:
         with _open_locked(temporary) as stream:
             guarded = _Guarded(stream)
@@ -80,12 +82,16 @@ def _rename_new(temporary: Path, path: Path) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        raise CheckpointError(f"{path} exists already; --force replaces it") from None
+        raise _exists(path) from None
     except OSError:
         # File systems without hard links: the window between test and rename is small but real.
         if path.exists():
-            raise CheckpointError(f"{path} exists already; --force replaces it") from None
+            raise _exists(path) from None
         temporary.replace(path)
+
+
+def _exists(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} exists already; --force replaces it")
 
 
 class _Guarded:
@@ -133,8 +139,9 @@ def _open_locked(temporary: Path) -> IO[bytes]:
         with contextlib.suppress(OSError):
             fcntl.flock(stream, fcntl.LOCK_EX)
         # Another writer that cleans up may have removed the file before it was locked.
-        if temporary.exists() and os.fstat(stream.fileno()).st_ino == temporary.stat().st_ino:
-            return stream
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(stream.fileno()).st_ino == temporary.stat().st_ino:
+                return stream
         stream.close()
 
 

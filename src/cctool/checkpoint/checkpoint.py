@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
 from cctool.checkpoint.atomic import write_atomically
-from cctool.checkpoint.build import assemble, instantiate
+from cctool.checkpoint.build import assemble, instantiate, refuse_misfit
+from cctool.checkpoint.checksum import verify_checksum
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.foreign import bare_tensors, read_foreign
+from cctool.checkpoint.foreign import bare_tensors, match_names, read_foreign
 from cctool.checkpoint.payload import Payload, ResumeState, content_hash, tensor_digests
 from cctool.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from cctool.checkpoint.spec import History, ModelSpec, Parent, Step
 from cctool.checkpoint.tables import Tables
-from cctool.checkpoint.torch_file import parse_pt, verify_checksum, write_pt
+from cctool.checkpoint.torch_file import parse_pt, write_pt
 from cctool.errors import CheckpointError, CorruptCheckpointError, SpecError, UsageError
 
 __all__ = ["SUFFIXES", "Checkpoint", "Opened", "load", "open_file", "save"]
@@ -93,28 +94,32 @@ def open_file(path: Path, *, trust_pickle: bool = False) -> Opened:
     Raises:
         CheckpointError: if it is missing, damaged or unsafe.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file" if not path.exists() else f"{path} is not a file")
-    if not path.stat().st_size:
-        raise CorruptCheckpointError(f"{path} is empty")
+    return _open(path, path.suffix, trust_pickle)
+
+
+def _open(path: Path, suffix: str, trust_pickle: bool = False) -> Opened:
     try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a file" if path.exists() else f"{path}: no such file")
+        if not path.stat().st_size:
+            raise CorruptCheckpointError(f"{path} is empty")
         file_hash, signed = verify_checksum(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    if path.suffix == ".safetensors":
-        found = read_safetensors(path)
-        payload = found if isinstance(found, Payload) else None
-        document = None if isinstance(found, Payload) else found
+    document: Any
+    if suffix == ".safetensors":
+        document = read_safetensors(path, signed=signed)
     else:
-        document = read_foreign(path, trust_pickle=trust_pickle)
-        ours = isinstance(document, dict) and "cctool" in document
-        if ours and not signed:
-            raise CorruptCheckpointError(f"{path} is damaged: the checksum at its end is missing")
-        payload = parse_pt(path, document) if ours else None
-    if payload is None:
-        return Opened(
-            Parent(path=path.name, content=None, file=file_hash), tensors=bare_tensors(document, path)
-        )
+        # Files of ours never need pickle, whatever the user trusts.
+        document = read_foreign(path, trust_pickle=trust_pickle and not signed)
+        if isinstance(document, dict) and "cctool" in document:
+            if not signed:
+                raise CorruptCheckpointError(f"{path} is damaged: the checksum at its end is missing")
+            document = parse_pt(path, document)
+    if not isinstance(document, Payload):
+        origin = Parent(path=path.name, content=None, file=file_hash)
+        return Opened(origin, tensors=bare_tensors(document, path))
+    payload = document
     digests = tensor_digests(payload)
     if digests != dict(payload.digests):
         wrong = sorted(
@@ -141,23 +146,12 @@ def build(opened: Opened, spec: ModelSpec, tables: Tables) -> Checkpoint:
     """Build the module of ``spec`` and give it the tensors of an opened file."""
     if opened.payload is None:
         tensors: dict[str, Tensor] = dict(opened.tensors or {})
-        model = instantiate(spec, tables, sum(value.numel() for value in tensors.values()))
-        return Checkpoint(assemble(model, tensors), spec, origin=opened.origin)
+        model = instantiate(spec, tables, tensors)
+        return Checkpoint(assemble(model, match_names(model, tensors)), spec, origin=opened.origin)
     stored = {k: v for k, v in opened.payload.tensors.items() if isinstance(v, EncodedTensor)}
-    elements = sum(
-        value.nbytes if isinstance(value, EncodedTensor) else value.numel()
-        for value in opened.payload.tensors.values()
-    )
-    # One stored byte may hold several packed weights, and a codebook one of very few.
-    model = instantiate(spec, tables, elements * (16 if stored else 1))
-    expected = {
-        name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)
-    }
-    for name, value in stored.items():
-        if name in expected and expected[name] != value.shape:
-            raise SpecError(
-                f"{name} is stored as {list(value.shape)}, the architecture has {list(expected[name])}"
-            )
+    model = instantiate(spec, tables, opened.payload.tensors)
+    # Before anything is decoded, for decoding allocates what the shapes say.
+    refuse_misfit(model, {name: value.shape for name, value in opened.payload.tensors.items()})
     decoded = _decode(opened.payload.tensors, tables)
     return Checkpoint(
         model=assemble(model, decoded),
@@ -171,7 +165,7 @@ def build(opened: Opened, spec: ModelSpec, tables: Tables) -> Checkpoint:
 
 def _decode(tensors: Mapping[str, Tensor | EncodedTensor], tables: Tables) -> dict[str, Tensor]:
     decoded: dict[str, Tensor] = {}
-    shared: dict[tuple[int, ...], Tensor] = {}
+    shared: dict[int, Tensor] = {}
     for name, value in tensors.items():
         if isinstance(value, Tensor):
             decoded[name] = value
@@ -182,10 +176,9 @@ def _decode(tensors: Mapping[str, Tensor | EncodedTensor], tables: Tables) -> di
                 f"{name} is stored as {value.encoding!r}: "
                 f"this version knows {', '.join(sorted(tables.encodings))}"
             )
-        place = tuple(sorted(id(part) for part in value.parts.values()))
-        if place not in shared:
-            shared[place] = encoding.decode(value)
-        decoded[name] = shared[place]
+        if id(value) not in shared:
+            shared[id(value)] = encoding.decode(value)
+        decoded[name] = shared[id(value)]
     return decoded
 
 
@@ -220,26 +213,13 @@ def save(checkpoint: Checkpoint, path: Path | str, tables: Tables, *, overwrite:
         writer(payload, stream)
 
     def check(temporary: Path) -> None:
-        reread = _reopen(temporary, path.suffix)
+        reread = _open(temporary, path.suffix)
         if reread.origin.content != content:
             raise CheckpointError(f"{path}: reading back gave other content than was written")
         written.append(reread.origin.model_copy(update={"path": path.name}))
 
     write_atomically(path, write, check, overwrite=overwrite)
     return written[0]
-
-
-def _reopen(temporary: Path, suffix: str) -> Opened:
-    if suffix != ".safetensors":
-        return open_file(temporary)
-    payload = read_safetensors(temporary)
-    if not isinstance(payload, Payload):
-        raise CheckpointError(f"{temporary}: reading back found no metadata")
-    digests = tensor_digests(payload)
-    file_hash, _ = verify_checksum(temporary)
-    return Opened(
-        Parent(path=temporary.name, content=content_hash(payload, digests), file=file_hash), payload
-    )
 
 
 def _refuse_stale(checkpoint: Checkpoint, tables: Tables) -> None:

@@ -7,7 +7,7 @@ pruned checkpoint has it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -67,16 +67,26 @@ def _apply_thin(model: nn.Module, edit: Thin) -> None:
     for name, shape in edit.shapes.items():
         _resize(model, module, edit.module, name, shape)
     for name, value in edit.attributes.items():
-        present = getattr(module, name, None)
-        whole = isinstance(present, int) and not isinstance(present, bool)
-        several = isinstance(present, (tuple, list)) and all(isinstance(item, int) for item in present)
-        if (
-            name.startswith("_")
-            or name not in vars(module)
-            or not (whole if isinstance(value, int) else several)
-        ):
+        present = vars(module).get(name) if not name.startswith("_") else None
+        if not _is_width(present, value):
             raise SpecError(f"thin: {edit.module}.{name} is not an integer attribute of the architecture")
+        if any(new > old for new, old in zip(_several(value), _several(present), strict=True)):
+            raise SpecError(f"thin: {edit.module}.{name} is {present} and cannot grow to {value}")
         setattr(module, name, value if isinstance(value, int) or isinstance(present, tuple) else list(value))
+
+
+def _is_width(present: Any, value: int | tuple[int, ...]) -> bool:
+    if isinstance(value, int):
+        return type(present) is int
+    return (
+        isinstance(present, (tuple, list))
+        and len(present) == len(value)
+        and all(type(item) is int for item in present)
+    )
+
+
+def _several(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
 
 
 def _resize(model: nn.Module, module: nn.Module, owner: str, name: str, shape: tuple[int, ...]) -> None:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cctool.checkpoint.torch_file import load_torch_zip
+from cctool.checkpoint.torch_file import load_torch_file
 from cctool.errors import CheckpointError, UnsafeCheckpointError
 
-__all__ = ["bare_tensors", "read_with_pickle"]
+__all__ = ["bare_tensors", "match_names", "read_foreign"]
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "module", "weights", "params", "model_state")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
+# torchvision's published DenseNets have dots where attributes may no longer have any.
+_OLD_NAMES = ((re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), r"\1\2"),)
 
 
-def read_with_pickle(path: Path) -> Any:
+def _read_with_pickle(path: Path) -> Any:
     """Unpickle a file, running whatever code it contains: only on the user's explicit word."""
     try:
         with path.open("rb") as stream:
@@ -33,8 +37,8 @@ def read_with_pickle(path: Path) -> Any:
 def bare_tensors(document: Any, path: Path) -> dict[str, Tensor]:
     """Find the state dict in what a foreign file holds.
 
-    Looks into the usual wrappers (``state_dict``, ``model``, ...), takes a pickled module's own state dict
-    and drops a prefix such as ``module.`` that all names share. Floating-point tensors come out as float32.
+    Looks into the usual wrappers (``state_dict``, ``model``, ...) and takes a pickled module's own state
+    dict. Floating-point tensors come out as float32.
 
     Raises:
         CheckpointError: if there is no state dict in it.
@@ -57,14 +61,52 @@ def bare_tensors(document: Any, path: Path) -> dict[str, Tensor]:
             else type(document).__name__
         )
         raise CheckpointError(f"{path} holds no state dict; it holds {holds or 'nothing'}")
-    tensors = {name: value.detach() for name, value in document.items() if isinstance(value, Tensor)}
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
     return {
-        name: value.float() if value.is_floating_point() and value.dtype != torch.float32 else value
-        for name, value in tensors.items()
+        name: value.detach().float() if value.is_floating_point() else value.detach()
+        for name, value in document.items()
+        if isinstance(value, Tensor)
     }
+
+
+def match_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name a foreign file's tensors as ``model`` does.
+
+    Drops a prefix such as ``module.`` that all names share, knows names that libraries used in the past,
+    and lets the model's own modules translate older versions of themselves (``num_batches_tracked`` came
+    with torch 0.4.1). Names that fit nothing come back as they are, nearest to what fits.
+    """
+    expected = model.state_dict().keys()
+    nearest: dict[str, Tensor] = dict(tensors)
+    for spelling in _spellings(tensors):
+        if spelling.keys() == expected:
+            return spelling
+        for candidate in (spelling, _translated(model, spelling)):
+            if candidate.keys() == expected:
+                return candidate
+            if len(candidate.keys() & expected) > len(nearest.keys() & expected):
+                nearest = candidate
+    return nearest
+
+
+def _spellings(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    spelling = dict(tensors)
+    yield spelling
+    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in spelling)), None):
+        spelling = {name.removeprefix(prefix): value for name, value in spelling.items()}
+        yield spelling
+    for old, new in _OLD_NAMES:
+        renamed = {old.sub(new, name): value for name, value in spelling.items()}
+        if renamed.keys() != spelling.keys():
+            yield renamed
+
+
+def _translated(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Let each module rewrite the names of its older versions, as `load_state_dict` does on its way."""
+    state: dict[str, Any] = dict(tensors)
+    for prefix, module in copy.deepcopy(model).named_modules(remove_duplicate=False):
+        start = f"{prefix}." if prefix else ""
+        module._load_from_state_dict(state, start, {"assign_to_params_buffers": True}, True, [], [], [])
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _is_state_dict(document: Mapping[Any, Any]) -> bool:
@@ -81,10 +123,10 @@ def read_foreign(path: Path, *, trust_pickle: bool) -> Any:
         UnsafeCheckpointError: if it needs pickle and nobody vouched for it.
     """
     try:
-        return load_torch_zip(path)
+        return load_torch_file(path)
     except UnsafeCheckpointError as error:
         if trust_pickle:
-            return read_with_pickle(path)
+            return _read_with_pickle(path)
         raise UnsafeCheckpointError(
             f"{error}; if you trust whoever wrote it, --trust-pickle together with --arch loads it"
         ) from None

@@ -10,12 +10,23 @@ from dataclasses import dataclass, field
 import torch
 from pydantic import JsonValue
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.spec import History, ModelSpec
-from cctool.errors import CheckpointError
+from cctool.errors import CheckpointError, SpecError
 
-__all__ = ["DTYPES", "Payload", "ResumeState", "as_bytes", "content_hash", "tensor_digests"]
+__all__ = [
+    "DTYPES",
+    "Payload",
+    "Place",
+    "ResumeState",
+    "as_bytes",
+    "canonical",
+    "content_hash",
+    "place",
+    "tensor_digests",
+]
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -51,45 +62,66 @@ class Payload:
     digests: Mapping[str, str] = field(default_factory=dict)
 
 
+Place = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
+
+
+def place(tensor: Tensor) -> Place:
+    """Where a tensor lies in memory, and how: equal for tensors that are tied."""
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
+
+
 def as_bytes(tensor: Tensor) -> memoryview:
     """Bytes of a tensor in C order, little endian as on every platform that torch supports."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
-def _digest(tensor: Tensor) -> str:
-    name = str(tensor.dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise CheckpointError(f"tensors of type {name} cannot be stored; allowed: {', '.join(DTYPES)}")
-    digest = hashlib.sha256(f"{name}{list(tensor.shape)}".encode())
+def _digest(name: str, tensor: Tensor) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"{name}: tensors of type {dtype} cannot be stored; allowed: {', '.join(DTYPES)}"
+        )
+    if is_lazy(tensor) or tensor.is_meta:
+        raise CheckpointError(f"{name} has no values yet; run the model once before saving it")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise CheckpointError(f"{name}: a {tensor.layout} tensor cannot be stored; make it dense")
+    digest = hashlib.sha256(f"{dtype}{list(tensor.shape)}".encode())
     digest.update(as_bytes(tensor))
     return digest.hexdigest()
 
 
-def _encoded_digest(encoded: EncodedTensor) -> str:
+def _encoded_digest(owner: str, encoded: EncodedTensor) -> str:
     head = {
         "encoding": encoded.encoding,
         "shape": encoded.shape,
         "dtype": encoded.dtype,
         "parameters": dict(encoded.parameters),
-        "parts": {name: _digest(part) for name, part in sorted(encoded.parts.items())},
+        "parts": {name: _digest(owner, part) for name, part in sorted(encoded.parts.items())},
     }
     return hashlib.sha256(canonical(head).encode()).hexdigest()
 
 
 def canonical(value: object) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """JSON with sorted keys and no spaces: equal values give equal text.
+
+    Raises:
+        SpecError: if a number is NaN or infinite, which JSON does not know.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise SpecError(f"spec, history or state cannot be written as JSON: {error}") from None
 
 
 def tensor_digests(payload: Payload) -> dict[str, str]:
     """SHA-256 of each tensor over element type, shape and bytes; resume tensors as ``resume/NAME``."""
     digests = {
-        name: _encoded_digest(value) if isinstance(value, EncodedTensor) else _digest(value)
+        name: _encoded_digest(name, value) if isinstance(value, EncodedTensor) else _digest(name, value)
         for name, value in payload.tensors.items()
     }
     if payload.resume is not None:
-        digests |= {f"resume/{name}": _digest(value) for name, value in payload.resume.tensors.items()}
+        digests |= {f"resume/{name}": _digest(name, value) for name, value in payload.resume.tensors.items()}
         text = canonical(dict(payload.resume.state))
         digests["resume"] = hashlib.sha256(text.encode()).hexdigest()
     return digests

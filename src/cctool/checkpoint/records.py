@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from cctool.checkpoint.payload import canonical
 from cctool.checkpoint.spec import History, ModelSpec
 from cctool.errors import CorruptCheckpointError, SpecError
 
@@ -41,7 +42,10 @@ def _parse(record: type[_R], text: Any, what: str) -> _R:
     if not isinstance(text, str) or len(text) > _MAX_TEXT:
         raise SpecError(f"the {what} is missing or is not JSON text")
     try:
-        return record.model_validate_json(text)
+        found = record.model_validate_json(text)
+        # JSON values inside may hold NaN or 1e999, which pydantic lets pass.
+        canonical(found.model_dump(mode="json"))
+        return found
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"])) or what

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from cctool.checkpoint.arena import pack, unpack
+from cctool.checkpoint.checksum import MARK, ZEROS
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.payload import Payload, canonical
+from cctool.checkpoint.payload import Payload, Place, as_bytes, canonical, place
 from cctool.checkpoint.records import parse_digests, parse_history, parse_spec
 from cctool.checkpoint.torch_file import FORMAT_VERSION
 from cctool.errors import CheckpointError, CorruptCheckpointError
@@ -20,27 +22,32 @@ from cctool.errors import CheckpointError, CorruptCheckpointError
 __all__ = ["read_safetensors", "write_safetensors"]
 
 _ARENA = "cctool.arena"
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def write_safetensors(payload: Payload, stream: IO[bytes]) -> None:
-    """Write ``payload``; tied tensors are stored once and named in the metadata."""
-    import safetensors.torch
+    """Write ``payload``; tied tensors are stored once and named in the metadata.
 
+    The library's own writer copies every tensor twice and orders the metadata by a random hash.
+    """
     if payload.resume is not None:
         raise CheckpointError("a .safetensors file cannot hold the state for --resume; write a .pt file")
-    dense, aliases, seen = {}, {}, dict[tuple[int, tuple[int, ...], tuple[int, ...]], str]()
-    encoded = {}
+    dense: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[Place, str] = {}
+    encoded: dict[str, EncodedTensor] = {}
     for name, value in payload.tensors.items():
         if isinstance(value, EncodedTensor):
             encoded[name] = value
-            continue
-        key = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
-        if value.numel() and key in seen:
-            aliases[name] = seen[key]
+        elif value.numel() and place(value) in seen:
+            aliases[name] = seen[place(value)]
         else:
-            seen[key] = name
-            # The library refuses tensors that overlap in memory.
-            dense[name] = value.detach().cpu().contiguous().clone()
+            seen[place(value)] = name
+            dense[name] = value
     metadata = {
         "format": "pt",
         "cctool": str(FORMAT_VERSION),
@@ -49,23 +56,47 @@ def write_safetensors(payload: Payload, stream: IO[bytes]) -> None:
         "digests": canonical(dict(payload.digests)),
         "aliases": canonical(aliases),
         "order": canonical(list(payload.tensors)),
+        "checksum": (MARK + ZEROS).decode(),
     }
     if encoded:
         metadata["encoded"], dense[_ARENA] = pack(encoded)
-    _write_sorted(safetensors.torch.save(dense, metadata=metadata), stream)
+    _write(dense, metadata, stream)
 
 
-def _write_sorted(data: bytes, stream: IO[bytes]) -> None:
-    """Write with a sorted header: the library orders the metadata by a random hash."""
-    (length,) = struct.unpack("<Q", data[:8])
-    header = canonical(json.loads(data[8 : 8 + length])).encode()
-    header += b" " * (-len(header) % 8)
-    stream.write(struct.pack("<Q", len(header)) + header)
-    stream.write(memoryview(data)[8 + length :])
+def _write(tensors: dict[str, Tensor], metadata: dict[str, str], stream: IO[bytes]) -> None:
+    # The largest element type first: then every tensor is aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"a .safetensors file cannot hold {tensor.dtype} ({name}); write a .pt file"
+            )
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = canonical(header).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    digest = hashlib.sha256(head)
+    for name in names:
+        digest.update(as_bytes(tensors[name]))
+    stream.write(head.replace(MARK + ZEROS, MARK + digest.hexdigest().encode()))
+    for name in names:
+        stream.write(as_bytes(tensors[name]))
 
 
-def read_safetensors(path: Path) -> Payload | dict[str, Tensor]:
+def read_safetensors(path: Path, *, signed: bool) -> Payload | dict[str, Tensor]:
     """Read a file; one without our metadata comes back as its bare tensors.
+
+    Args:
+        path: the file.
+        signed: whether it holds a checksum of ours, which was right.
 
     Raises:
         CorruptCheckpointError: if it cannot be read.
@@ -76,26 +107,38 @@ def read_safetensors(path: Path) -> Payload | dict[str, Tensor]:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    # The library raises KeyError, AttributeError or its own error, by what is wrong.
+    except Exception as error:
         raise CorruptCheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-    if "cctool" not in metadata:
+    if "cctool" not in metadata and not signed:
         return tensors
-    if metadata["cctool"] != str(FORMAT_VERSION):
+    if not signed:
+        raise CorruptCheckpointError(f"{path} is damaged: its checksum is missing")
+    if metadata.get("cctool") != str(FORMAT_VERSION):
         raise CorruptCheckpointError(
-            f"{path} is of format {metadata['cctool']!r}; this cctool reads format {FORMAT_VERSION}"
+            f"{path} is of format {metadata.get('cctool')!r}; this cctool reads format {FORMAT_VERSION}"
         )
-    everything: dict[str, Tensor | EncodedTensor] = dict(tensors)
-    try:
-        if "encoded" in metadata:
-            everything.update(unpack(metadata["encoded"], everything.pop(_ARENA, torch.empty(0))))  # type: ignore[arg-type]
-        for name, source in json.loads(metadata["aliases"]).items():
-            everything[name] = everything[source]
-        ordered = {name: everything[name] for name in json.loads(metadata["order"])}
-    except (KeyError, ValueError, TypeError, AttributeError):
-        raise CorruptCheckpointError(f"{path}: its metadata does not fit its tensors") from None
     return Payload(
         spec=parse_spec(metadata.get("spec")),
         history=parse_history(metadata.get("history")),
-        tensors=ordered,
+        tensors=_ordered(path, metadata, tensors),
         digests=parse_digests(metadata.get("digests")),
     )
+
+
+def _ordered(
+    path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]
+) -> dict[str, Tensor | EncodedTensor]:
+    everything: dict[str, Tensor | EncodedTensor] = {**tensors}
+    try:
+        if "encoded" in metadata:
+            del everything[_ARENA]
+            everything |= unpack(metadata["encoded"], tensors[_ARENA])
+        for name, source in json.loads(metadata["aliases"]).items():
+            everything[name] = everything[source]
+        order = json.loads(metadata["order"])
+        if len(order) != len(everything):
+            raise ValueError("the order does not name each tensor once")
+        return {name: everything[name] for name in order}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        raise CorruptCheckpointError(f"{path}: its metadata does not fit its tensors") from None

@@ -9,27 +9,31 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import struct
+import sys
+import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cctool.checkpoint.arena import pack, unpack
+from cctool.checkpoint.checksum import DIGITS, MARK, ZEROS
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.payload import Payload, ResumeState, canonical
+from cctool.checkpoint.payload import Payload, Place, ResumeState, canonical, place
 from cctool.checkpoint.records import parse_digests, parse_history, parse_spec
-from cctool.errors import CorruptCheckpointError, UnsafeCheckpointError
+from cctool.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 
-__all__ = ["FORMAT_VERSION", "load_torch_zip", "parse_pt", "verify_checksum", "write_pt"]
+__all__ = ["FORMAT_VERSION", "load_torch_file", "parse_pt", "write_pt"]
 
 FORMAT_VERSION = 1
-_MARK = b"cctool-sha256:"
-_COMMENT_BYTES = len(_MARK) + 64
 _CHUNK = 1 << 20
+_REMARKS = ("TypedStorage is deprecated", "Detected pickle protocol", "Validating sparse tensor invariants")
 
 
 def write_pt(payload: Payload, stream: IO[bytes]) -> None:
@@ -55,107 +59,128 @@ def write_pt(payload: Payload, stream: IO[bytes]) -> None:
     _append_checksum(stream)
 
 
-def _own_storage(tensors: Any) -> OrderedDict[str, Tensor]:
+def _own_storage(tensors: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
     """Make tensors contiguous, each with a storage of its own size; equal storages stay shared."""
-    made: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
+    made: dict[Place, Tensor] = {}
     result = OrderedDict()
     for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        key = place(tensor)
         if key not in made or not tensor.numel():
-            value = tensor.detach().cpu().contiguous()
+            value = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
             if value.untyped_storage().nbytes() != value.numel() * value.element_size():
                 value = value.clone()
             made[key] = value
-        result[name] = made[key]
+        # pickle writes a text once per object: equal names must be the same object for equal bytes.
+        result[sys.intern(name)] = made[key]
     return result
 
 
 def _append_checksum(stream: IO[bytes]) -> None:
-    """Put SHA-256 of everything before it into the archive's comment: then any flipped bit is seen."""
+    """Make the checksum the archive's comment."""
     stream.seek(-2, 2)
-    stream.write(struct.pack("<H", _COMMENT_BYTES))
+    stream.write(struct.pack("<H", len(MARK) + DIGITS) + MARK + ZEROS)
     stream.flush()
     stream.seek(0)
     digest = hashlib.sha256()
     while chunk := stream.read(_CHUNK):
         digest.update(chunk)
-    stream.seek(0, 2)
-    stream.write(_MARK + digest.hexdigest().encode())
+    stream.seek(-DIGITS, 2)
+    stream.write(digest.hexdigest().encode())
 
 
-def verify_checksum(path: Path) -> tuple[str, bool]:
-    """Hash a file in one pass.
-
-    Returns:
-        SHA-256 of the whole file, and whether it ends in a checksum of ours (which then was right).
-
-    Raises:
-        CorruptCheckpointError: if the checksum at its end is not that of the bytes before it.
-    """
-    size = path.stat().st_size
-    digest, left = hashlib.sha256(), max(0, size - _COMMENT_BYTES)
-    with path.open("rb") as stream:
-        while left and (chunk := stream.read(min(_CHUNK, left))):
-            digest.update(chunk)
-            left -= len(chunk)
-        tail = stream.read()
-    body = digest.hexdigest()
-    digest.update(tail)
-    if not tail.startswith(_MARK):
-        return digest.hexdigest(), False
-    if tail != _MARK + body.encode():
-        raise CorruptCheckpointError(f"{path} is damaged: its checksum does not match its bytes")
-    return digest.hexdigest(), True
-
-
-def load_torch_zip(path: Path) -> Any:
-    """Open a ``torch.save`` file without running any code that it contains.
+def load_torch_file(path: Path) -> Any:
+    """Open a ``torch.save`` file, zip or legacy, without running any code that it contains.
 
     Raises:
         UnsafeCheckpointError: if it holds anything but tensors and plain containers.
         CorruptCheckpointError: if it cannot be read.
     """
-    if zipfile.is_zipfile(path):
-        _refuse_zip_bomb(path)
     try:
-        with path.open("rb") as stream:
+        if zipfile.is_zipfile(path):
+            _refuse_odd_archive(path)
+        with path.open("rb") as stream, warnings.catch_warnings():
+            # Legacy files and old protocols draw remarks that a user can do nothing about.
+            for message in _REMARKS:
+                warnings.filterwarnings("ignore", message)
             document = torch.load(stream, map_location="cpu", weights_only=True)
+    except (UnsafeCheckpointError, CorruptCheckpointError):
+        raise
     except pickle.UnpicklingError as error:
-        raise UnsafeCheckpointError(f"{path} needs pickle, which runs code: {_reason(error)}") from None
+        raise _refused_pickle(path, error) from None
     except MemoryError:
         raise CorruptCheckpointError(f"{path} asks for more memory than there is") from None
+    # torch raises whatever a damaged file makes it trip over.
     except Exception as error:
         raise CorruptCheckpointError(f"{path} is not a readable checkpoint: {_line(error)}") from None
-    for tensor in _tensors(document):
-        # An expanded tensor would let a kilobyte stand for a terabyte.
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise CorruptCheckpointError(
-                f"{path}: a tensor of shape {list(tensor.shape)} is not backed by data"
-            )
+    _refuse_unbacked(path, document)
     return document
 
 
-def _refuse_zip_bomb(path: Path) -> None:
+def _refuse_odd_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
         raise CorruptCheckpointError(f"{path} is not a readable archive: {_line(error)}") from None
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise UnsafeCheckpointError(
+            f"{path} is a TorchScript archive, which holds code; save its state_dict()"
+        )
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CorruptCheckpointError(f"{path} holds compressed entries, which torch never writes")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise CorruptCheckpointError(f"{path} claims to hold more bytes than it has")
 
 
-def _tensors(value: Any, depth: int = 0) -> Any:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict) and depth < 32:
-        for item in value.values():
-            yield from _tensors(item, depth + 1)
-    elif isinstance(value, (list, tuple)) and depth < 32:
-        for item in value:
-            yield from _tensors(item, depth + 1)
+def _refuse_unbacked(path: Path, document: Any) -> None:
+    """Refuse tensors whose size no byte of the file stands for: a kilobyte would claim a terabyte."""
+    storages: dict[int, int] = {}
+    for tensor in _tensors(document):
+        if (
+            type(tensor) not in (Tensor, nn.Parameter)
+            or tensor.layout != torch.strided
+            or tensor.is_quantized
+        ):
+            raise CorruptCheckpointError(f"{path} holds a {_kind(tensor)} tensor; dense tensors are allowed")
+        storage = tensor.untyped_storage()
+        if tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() > storage.nbytes():
+            raise CorruptCheckpointError(
+                f"{path}: a tensor of shape {list(tensor.shape)} is not backed by data"
+            )
+        storages[storage.data_ptr()] = storage.nbytes()
+    if sum(storages.values()) > path.stat().st_size:
+        raise CorruptCheckpointError(f"{path} claims to hold more bytes than it has")
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_quantized:
+        return "quantized"
+    return str(tensor.layout).removeprefix("torch.") if type(tensor) is Tensor else type(tensor).__name__
+
+
+def _tensors(document: Any) -> Iterator[Tensor]:
+    """All tensors in nested containers; each container is entered once, for they may contain themselves."""
+    seen: set[int] = set()
+    waiting = [document]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+
+
+def _refused_pickle(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
+    """Say what torch says of a pickle, without its advice to switch the safety off."""
+    text = str(error)
+    names = sorted(set(re.findall(r"GLOBAL ([\w.]+)", text)))
+    if names:
+        return UnsafeCheckpointError(f"{path} needs pickle, which runs code: it contains {', '.join(names)}")
+    if re.search(r"Unsupported operand 1[45]\d", text):
+        return UnsafeCheckpointError(f"{path} needs pickle, which runs code: its protocol is 4 or newer")
+    detail = text.rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
+    return CorruptCheckpointError(f"{path} is not a readable checkpoint: {' '.join(detail.split())[:200]}")
 
 
 def _line(error: BaseException) -> str:
@@ -163,58 +188,55 @@ def _line(error: BaseException) -> str:
     return text[0][:200] if text else type(error).__name__
 
 
-def _reason(error: BaseException) -> str:
-    """What torch says that the pickle contains, without its advice to switch the safety off."""
-    import re
-
-    text = str(error)
-    names = re.findall(r"(?:Unsupported global: )?GLOBAL ([\w.]+)", text)
-    return f"it contains {', '.join(sorted(set(names)))}" if names else _line(error)
-
-
 def parse_pt(path: Path, document: Any) -> Payload:
-    """Read the parts of a cctool document, which `load_torch_zip` returned.
+    """Read the parts of a cctool document, which `load_torch_file` returned.
 
     Raises:
         CorruptCheckpointError: if a part is missing or of the wrong kind.
     """
     version = document.get("cctool")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CorruptCheckpointError(
             f"{path} is of format {version!r}; this cctool reads format {FORMAT_VERSION}: "
             "install the one that wrote it"
         )
-    model = document.get("model")
-    if not isinstance(model, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in model.items()
-    ):
-        raise CorruptCheckpointError(f"{path}: 'model' is not a state dict")
-    tensors: dict[str, Tensor | EncodedTensor] = dict(model)
-    encoded = document.get("encoded")
-    if encoded is not None:
-        try:
-            found = unpack(encoded["index"], encoded["arena"])
-            order = json.loads(encoded["order"])
-            both = {**tensors, **found}
-            tensors = {name: both.pop(name) for name in order}
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise CorruptCheckpointError(f"{path}: the encoded tensors are malformed") from None
-        if both:
-            raise CorruptCheckpointError(f"{path}: tensors without a place in the order: {', '.join(both)}")
+    model = _state_dict(path, "model", document.get("model"))
     return Payload(
         spec=parse_spec(document.get("spec")),
         history=parse_history(document.get("history")),
-        tensors=tensors,
+        tensors=_with_encoded(path, model, document["encoded"]) if "encoded" in document else {**model},
         resume=_parse_resume(path, document.get("resume")),
         digests=parse_digests(document.get("digests")),
     )
+
+
+def _state_dict(path: Path, what: str, found: Any) -> dict[str, Tensor]:
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
+    ):
+        raise CorruptCheckpointError(f"{path}: {what!r} is not a state dict")
+    return dict(found)
+
+
+def _with_encoded(path: Path, model: Mapping[str, Tensor], encoded: Any) -> dict[str, Tensor | EncodedTensor]:
+    try:
+        found = unpack(encoded["index"], encoded["arena"])
+        order = json.loads(encoded["order"])
+        both: dict[str, Tensor | EncodedTensor] = {**model, **found}
+        if len(order) != len(model) + len(found):
+            raise ValueError("the order does not name each tensor once")
+        return {name: both.pop(name) for name in order}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        raise CorruptCheckpointError(f"{path}: the encoded tensors are malformed") from None
 
 
 def _parse_resume(path: Path, resume: Any) -> ResumeState | None:
     if resume is None:
         return None
     try:
-        tensors, state = dict(resume["tensors"]), json.loads(resume["state"])
-    except (KeyError, TypeError, ValueError):
+        tensors, state = resume["tensors"], json.loads(resume["state"])
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise CorruptCheckpointError(f"{path}: the resume state is malformed") from None
-    return ResumeState(tensors=tensors, state=state)
+    if not isinstance(state, dict):
+        raise CorruptCheckpointError(f"{path}: the resume state is malformed")
+    return ResumeState(tensors=_state_dict(path, "resume", tensors), state=state)

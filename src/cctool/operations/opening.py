@@ -14,6 +14,7 @@ from torch import Tensor
 from cctool import user_code
 from cctool.checkpoint.build import build_fresh, instantiate
 from cctool.checkpoint.checkpoint import Checkpoint, Opened, build, open_file
+from cctool.checkpoint.foreign import match_names
 from cctool.checkpoint.records import parse_spec
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.checkpoint.tables import Tables
@@ -232,9 +233,9 @@ def _input_shape(
 
 
 def _fits(spec: ModelSpec, tables: Tables, tensors: Mapping[str, Tensor]) -> bool:
-    model = instantiate(spec, tables, sum(value.numel() for value in tensors.values()))
+    model = instantiate(spec, tables, tensors)
     expected = {name: value.shape for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return expected == {name: value.shape for name, value in tensors.items()}
+    return expected == {name: value.shape for name, value in match_names(model, tensors).items()}
 
 
 def _channels(tensors: Mapping[str, Tensor]) -> int | None:
