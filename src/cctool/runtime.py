@@ -74,7 +74,9 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
     # cuBLAS reads this when it is first used.
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    # Setting it loads torch's compiler, a second that a command without need of it should not wait.
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
 
