@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from cctool.data.augment import RATIO
@@ -166,9 +166,11 @@ def _opened(path: Path) -> Image.Image:
         return Image.open(path)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing, though the data set lists it") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path} is damaged, or no image that PIL knows") from error
     # PIL's decoders raise what they please on damaged files.
     except Exception as error:
-        raise DataError(f"{path} is damaged or no image: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
 def _decode(path: Path, channels: int) -> Image.Image:
