@@ -36,10 +36,13 @@ def _program(
 
 def _register() -> None:
     from cctool.cli.compare import compare
+    from cctool.cli.datasets import datasets
     from cctool.cli.models import models
     from cctool.cli.prune import prune
+    from cctool.cli.quantize import quantize
+    from cctool.cli.quantize import quantize
 
-    for command in (prune, compare, models):
+    for command in (prune, quantize, compare, models):
         app.command()(guarded(command))
 
 

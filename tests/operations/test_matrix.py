@@ -1,0 +1,171 @@
+"""Every ordered pair of methods composes through files, on three networks, one of them the user's own.
+
+Each later method joins `METHODS` and is tried before and after all others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import cctool
+from cctool.cli.main import app
+
+DATA = ("--data", "digits", "--limit", "32", "--batch-size", "16")
+QUIET = ("--quiet", "--device", "cpu")
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "INPUT", "--epochs", "1", "--lr", "0.01", *DATA),
+    "distill": ("distill", "INPUT", "--teacher", "TEACHER", "--epochs", "1", "--lr", "0.01", *DATA),
+    "prune-slimming": ("prune", "INPUT", "--method", "slimming", "--rate", "0.3", "--limit", "32"),
+    "prune-l1": ("prune", "INPUT", "--method", "l1", "--rate", "0.3", "--limit", "32"),
+    "prune-l2": ("prune", "INPUT", "--method", "l2", "--rate", "0.3", "--limit", "32"),
+    "prune-random": ("prune", "INPUT", "--method", "random", "--rate", "0.3", "--limit", "32"),
+    "quantize-fp16": ("quantize", "INPUT", "--method", "fp16", "--limit", "32"),
+    "quantize-bf16": ("quantize", "INPUT", "--method", "bf16", "--limit", "32"),
+    "quantize-uint8": ("quantize", "INPUT", "--method", "uint8", "--limit", "32"),
+    "quantize-channel": ("quantize", "INPUT", "--method", "uint8", "--per-channel", "--limit", "32"),
+}
+"""Command lines, with the places of the input and of the teacher."""
+
+VERBS_ONLY = ("train", "distill", "prune-slimming", "quantize-uint8")
+
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, in_channels=1, num_classes=10):
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 8, 3, stride=4, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.body = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8 * 4, num_classes)
+
+    def forward(self, x):
+        x = self.bn1(self.stem(x)).relu()
+        x = x + self.bn2(self.body(x)).relu()
+        return self.fc(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+
+def make_net(in_channels=1, num_classes=10):
+    return Net(in_channels, num_classes)
+"""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder with a network's first checkpoint and a teacher."""
+
+    folder: Path
+    arch: tuple[str, ...]
+    start: Path
+    teacher: Path
+
+
+def cctool_(*arguments: str) -> list[Path]:
+    """Run a command in this process and give the paths that it printed."""
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, f"{' '.join(arguments)}\n{result.output}\n{result.exception}"
+    return [Path(line) for line in result.stdout.splitlines()]
+
+
+def start(folder: Path, *build: str, arch: tuple[str, ...] = ()) -> Workplace:
+    """Train a network for an epoch, so that no batch norm is as it was initialised."""
+    train = ("--epochs", "1", *DATA, *QUIET)
+    (teacher,) = cctool_("train", "--arch", "lenet", *train, "-o", str(folder / "teacher.pt"))
+    (first,) = cctool_("train", *build, *train, "-o", str(folder / "start.pt"))
+    return Workplace(folder, arch, first, teacher)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workplace]:
+    made = {}
+    own = tmp_path_factory.mktemp("own")
+    (own / "net.py").write_text(NET)
+    arch = ("--arch", f"{own / 'net.py'}:make_net")
+    made["own"] = start(own, *arch, arch=arch)
+    made["resnet20"] = start(tmp_path_factory.mktemp("resnet20"), "--arch", "resnet20", "--arg", "base=4")
+    made["mobilenet_student"] = start(
+        tmp_path_factory.mktemp("mobilenet"), "--arch", "mobilenet_student", "--arg", "base=4"
+    )
+    return made
+
+
+def apply(place: Workplace, method: str, source: Path, output: Path) -> Path:
+    """Run one method of the table."""
+    places_ = {"INPUT": str(source), "TEACHER": str(place.teacher)}
+    line = [places_.get(word, word) for word in METHODS[method]]
+    (written,) = cctool_(*line, *place.arch, *QUIET, "--force", "-o", str(output))
+    return written
+
+
+LOAD = """
+import json, sys, torch, cctool
+paths, arch, inputs = json.loads(sys.argv[1]), sys.argv[2] or None, torch.load(sys.argv[3])
+with torch.no_grad():
+    torch.save({path: cctool.load(path, arch=arch).model(inputs) for path in paths}, sys.argv[4])
+"""
+
+
+def check_new_process(place: Workplace, files: list[Path]) -> None:
+    """Load files in a new process; logits must be equal to the last bit."""
+    arch = place.arch[1] if place.arch else None
+    shape = cctool.load(files[0], arch=arch).spec.input_shape
+    inputs = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    torch.save(inputs, place.folder / "inputs.pt")
+    command = [sys.executable, "-c", LOAD, json.dumps([str(f) for f in files]), arch or ""]
+    subprocess.run([*command, place.folder / "inputs.pt", place.folder / "logits.pt"], check=True)
+    logits = torch.load(place.folder / "logits.pt")
+    for file in files:
+        with torch.no_grad():
+            assert torch.equal(logits[str(file)], cctool.load(file, arch=arch).model(inputs)), file.name
+
+
+def check_pairs(place: Workplace, methods: tuple[str, ...], export: str) -> None:
+    """Apply every ordered pair and look at each result."""
+    arch = place.arch[1] if place.arch else None
+    firsts = {m: apply(place, m, place.start, place.folder / f"{m}.pt") for m in methods}
+    results = []
+    for first, second in itertools.product(methods, methods):
+        output = place.folder / f"{first}+{second}.pt"
+        results.append(apply(place, second, firsts[first], output))
+        history = cctool.load(output, arch=arch).history
+        verbs = [step.verb for step in history]
+        assert verbs == ["train", METHODS[first][0], METHODS[second][0]], output.name
+        for step, file in zip(history[1:], (place.start, firsts[first]), strict=True):
+            assert step.parent is not None
+            assert step.parent.path == file.name
+    check_new_process(place, results)
+    for result in results:
+        trained = apply(place, "train", result, place.folder / "trained.pt")
+        before, after = (cctool.load(f, arch=arch).model.state_dict() for f in (result, trained))
+        assert any(not torch.equal(before[name], after[name]) for name in before), result.name
+        exported = place.folder / ("exported.onnx" if export == "onnx" else "exported.pt")
+        cctool_(
+            "export", str(result), "--format", export, *place.arch, *QUIET, "--force", "-o", str(exported)
+        )
+        assert exported.stat().st_size > 0
+
+
+def test_every_pair_on_the_users_own_network(places: dict[str, Workplace]) -> None:
+    check_pairs(places["own"], tuple(METHODS), "state-dict")
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_student"])
+def test_every_pair_of_verbs(places: dict[str, Workplace], name: str) -> None:
+    check_pairs(places[name], VERBS_ONLY, "state-dict")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["own", "resnet20", "mobilenet_student"])
+def test_every_pair_exports_to_onnx(places: dict[str, Workplace], name: str) -> None:
+    check_pairs(places[name], tuple(METHODS), "onnx")
