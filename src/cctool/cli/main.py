@@ -40,9 +40,8 @@ def _register() -> None:
     from cctool.cli.models import models
     from cctool.cli.prune import prune
     from cctool.cli.quantize import quantize
-    from cctool.cli.quantize import quantize
 
-    for command in (prune, quantize, compare, models):
+    for command in (prune, quantize, compare, models, datasets):
         app.command()(guarded(command))
 
 
