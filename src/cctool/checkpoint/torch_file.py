@@ -33,6 +33,9 @@ __all__ = ["FORMAT_VERSION", "load_torch_file", "parse_pt", "write_pt"]
 
 FORMAT_VERSION = 1
 _CHUNK = 1 << 20
+_PLAIN = (Tensor, nn.Parameter)
+_SMALL = 4096
+"""Bytes up to which tensors share a storage in the file."""
 _REMARKS = ("TypedStorage is deprecated", "Detected pickle protocol", "Validating sparse tensor invariants")
 
 
@@ -44,7 +47,7 @@ def write_pt(payload: Payload, stream: IO[bytes]) -> None:
         "spec": canonical(payload.spec.model_dump(mode="json")),
         "history": canonical(payload.history.model_dump(mode="json")),
         "digests": canonical(dict(payload.digests)),
-        "model": _own_storage({k: v for k, v in payload.tensors.items() if isinstance(v, Tensor)}),
+        "model": _laid_out({k: v for k, v in payload.tensors.items() if isinstance(v, Tensor)}),
     }
     if encoded:
         index, arena = pack(encoded)
@@ -52,27 +55,49 @@ def write_pt(payload: Payload, stream: IO[bytes]) -> None:
     if payload.resume is not None:
         document["resume"] = {
             "state": canonical(dict(payload.resume.state)),
-            "tensors": _own_storage(payload.resume.tensors),
+            "tensors": _laid_out(payload.resume.tensors),
         }
     # A path would put its temporary name into the archive.
     torch.save(document, stream)
     _append_checksum(stream)
 
 
-def _own_storage(tensors: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """Make tensors contiguous, each with a storage of its own size; equal storages stay shared."""
-    made: dict[Place, Tensor] = {}
-    result = OrderedDict()
+def _laid_out(tensors: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """Tensors as the file holds them: contiguous, tied ones still tied, none with more storage than it needs.
+
+    Small ones of a type lie side by side in one storage, for a zip entry costs about 300 bytes.
+    """
+    keys = {name: place(tensor) if tensor.numel() else name for name, tensor in tensors.items()}
+    made: dict[object, Tensor] = {}
+    small: dict[torch.dtype, list[object]] = {}
     for name, tensor in tensors.items():
-        key = place(tensor)
-        if key not in made or not tensor.numel():
-            value = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            if value.untyped_storage().nbytes() != value.numel() * value.element_size():
-                value = value.clone()
-            made[key] = value
-        # pickle writes a text once per object: equal names must be the same object for equal bytes.
-        result[sys.intern(name)] = made[key]
-    return result
+        if keys[name] in made:
+            continue
+        value = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        made[keys[name]] = value if _alone(value) else value.clone()
+        if value.nbytes <= _SMALL:
+            small.setdefault(value.dtype, []).append(keys[name])
+    for group in small.values():
+        row = torch.cat([made[key].reshape(-1) for key in group])
+        end = 0
+        for key in group:
+            start, end = end, end + made[key].numel()
+            made[key] = row[start:end].view(made[key].shape)
+    # pickle writes a text once per object: equal names must be the same object for equal bytes.
+    return OrderedDict((sys.intern(name), made[keys[name]]) for name in tensors)
+
+
+def _alone(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo what `_laid_out` put side by side: only tied tensors of a module share storage."""
+    made: dict[Place, Tensor] = {}
+    for tensor in tensors.values():
+        if place(tensor) not in made:
+            made[place(tensor)] = tensor if _alone(tensor) else tensor.clone()
+    return {name: made[place(tensor)] for name, tensor in tensors.items()}
 
 
 def _append_checksum(stream: IO[bytes]) -> None:
@@ -215,7 +240,7 @@ def _state_dict(path: Path, what: str, found: Any) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
     ):
         raise CorruptCheckpointError(f"{path}: {what!r} is not a state dict")
-    return dict(found)
+    return _apart(found)
 
 
 def _with_encoded(path: Path, model: Mapping[str, Tensor], encoded: Any) -> dict[str, Tensor | EncodedTensor]:

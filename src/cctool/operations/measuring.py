@@ -10,7 +10,7 @@ from cctool.operations.context import Context
 from cctool.options.common import DataOptions
 from cctool.training.evaluate import evaluate
 
-__all__ = ["measured", "preprocessing_of", "serve"]
+__all__ = ["measured", "measured_splits", "preprocessing_of", "serve"]
 
 
 def preprocessing_of(checkpoint: Checkpoint, source: DataSource, context: Context) -> Preprocessing:
@@ -91,3 +91,13 @@ def measured(
         device=context.device,
         precision=str(context.runtime.precision),
     )
+
+
+def measured_splits(
+    checkpoint: Checkpoint, source: DataSource | None, options: DataOptions, context: Context
+) -> tuple[Metrics, ...]:
+    """Measure on the validation and test splits, as far as the data has them; on nothing without data."""
+    if source is None:
+        return ()
+    splits = [split for split in ("validation", "test") if split in source.loaders]
+    return tuple(measured(checkpoint, source, options, context, split=split) for split in splits)
