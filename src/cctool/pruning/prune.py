@@ -49,7 +49,7 @@ class PruneReport:
         frozen: parameter dims that cannot be cut, with the operation that froze them.
         parameters_before: number of parameters.
         parameters_after: number after the cut.
-        error: largest difference of the cut from the masked network, relative to the largest output.
+        error: largest difference of the cut from the masked network, relative to the spread of its outputs.
         precision: the dtype in which that was measured.
         batch_sizes: batch sizes at which all output shapes were compared.
         notes: what a user should know besides.

@@ -66,14 +66,15 @@ def plan_cut(model: nn.Module, graph: ChannelGraph, selection: Selection) -> Cut
 def _with_aliases(model: nn.Module, cuts: Mapping[str, Sequence[Cut]]) -> dict[str, tuple[Cut, ...]]:
     first: dict[int, str] = {}
     planned: dict[str, tuple[Cut, ...]] = {}
-    for name, tensor in _named_tensors(model):
+    for name, tensor in named_tensors(model):
         original = first.setdefault(id(tensor), name)
         if original in cuts:
             planned[name] = tuple(cuts[original])
     return planned
 
 
-def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers by qualified name, shared ones under each of their names."""
     return [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
@@ -104,7 +105,7 @@ def apply_cut(model: nn.Module, plan: CutPlan) -> None:
     Shrunk parameters are new `nn.Parameter` objects: build a new optimizer over them. Tied ones stay tied.
     """
     shrunk: dict[int, Tensor] = {}
-    originals = dict(_named_tensors(model))
+    originals = dict(named_tensors(model))
     for name, cuts in plan.tensors.items():
         original = originals[name]
         if id(original) not in shrunk:
@@ -140,7 +141,7 @@ def _set_attributes(model: nn.Module, plan: CutPlan) -> None:
 def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | None = None) -> nn.Module:
     """A copy of a model that shares its tensors, but for those given; attributes follow the plan."""
     memo: dict[int, object] = {}
-    for name, tensor in _named_tensors(model):
+    for name, tensor in named_tensors(model):
         replacement = tensors.get(name)
         if replacement is None:
             memo.setdefault(id(tensor), tensor)
@@ -181,6 +182,6 @@ def masked_tensors(
 @torch.no_grad()
 def mask(model: nn.Module, graph: ChannelGraph, selection: Selection) -> None:
     """Zero in place all that the removed units touch; shapes stay."""
-    tensors = dict(_named_tensors(model))
+    tensors = dict(named_tensors(model))
     for name, value in masked_tensors(tensors, graph, selection).items():
         tensors[name].copy_(value)
