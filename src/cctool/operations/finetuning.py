@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
-from cctool.data.batches import batches
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
-from cctool.operations.measuring import measured, preprocessing_of
+from cctool.operations.measuring import feed_of
 from cctool.options.common import DataOptions
 from cctool.options.fit import FitOptions
+from cctool.training.evaluate import evaluate
 from cctool.training.fit import Task, fit
 from cctool.training.group import make_fabric
 from cctool.training.objectives import Supervised
@@ -36,37 +36,27 @@ def finetune(
     Returns:
         The same model, stored dense.
     """
-    preprocessing = preprocessing_of(checkpoint, source, context)
     trained = decoded(checkpoint, context)
+    feed = feed_of(checkpoint, source, data, context)
 
-    def training_batches(epoch: int):  # type: ignore[no-untyped-def]
-        return batches(
-            source.split("train"),
-            batch_size=data.batch_size,
+    def validate(model: nn.Module) -> Metrics:
+        return evaluate(
+            model,
+            feed.plain("validation"),
+            split="validation",
             device=context.device,
-            mean=preprocessing.mean,
-            std=preprocessing.std,
-            augmentation=source.augmentation if options.augment else None,
-            seed=context.runtime.seed,
-            epoch=epoch,
-            shuffle=True,
-            workers=data.workers,
-        )
-
-    def validate(_: object) -> Metrics:
-        return measured(
-            trained, source, data, context, split="validation", preprocessing=preprocessing, silent=True
+            precision=str(context.runtime.precision),
         )
 
     fit(
         Task(
             model=trained.model,
-            batches=training_batches,
+            batches=feed.training(augment=options.augment),
             options=options,
             objective=Supervised(),
             lr=options.learning_rate(fresh=False),
             fabric=make_fabric(context.device, context.runtime.precision),
-            validate=validate if "validation" in source.loaders else None,
+            validate=validate if feed.has("validation") else None,
             user_code=context.user_code,
             reporter=context.reporter,
         )

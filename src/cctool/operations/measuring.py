@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Preprocessing
-from cctool.data.batches import Batches, batches
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.options.common import DataOptions
 from cctool.training.evaluate import evaluate
+from cctool.training.feed import Feed
 
-__all__ = ["measured", "measured_splits", "preprocessing_of", "serve"]
+__all__ = ["measured", "measured_splits", "preprocessing_of", "feed_of"]
 
 
 def preprocessing_of(checkpoint: Checkpoint, source: DataSource, context: Context) -> Preprocessing:
@@ -28,32 +28,29 @@ def _short(values: tuple[float, ...]) -> str:
     return ",".join(f"{value:.4g}" for value in values)
 
 
-def serve(
+def feed_of(
     checkpoint: Checkpoint,
     source: DataSource,
-    split: str,
     options: DataOptions,
     context: Context,
     *,
     preprocessing: Preprocessing | None = None,
-) -> Batches:
-    """Serve a split un-augmented and in order.
+) -> Feed:
+    """Serve a data set to a checkpoint's network.
 
     Args:
         checkpoint: says how inputs are normalised.
         source: opened for the checkpoint's input shape.
-        split: ``train``, ``validation`` or ``test``.
         options: batch size and workers.
-        context: device, and where progress is shown.
+        context: device and seed.
         preprocessing: where the caller has asked for it already.
     """
-    normalisation = preprocessing or preprocessing_of(checkpoint, source, context)
-    return batches(
-        source.split(split),
+    return Feed(
+        source,
+        preprocessing or preprocessing_of(checkpoint, source, context),
         batch_size=options.batch_size,
         device=context.device,
-        mean=normalisation.mean,
-        std=normalisation.std,
+        seed=context.runtime.seed,
         workers=options.workers,
     )
 
@@ -66,7 +63,6 @@ def measured(
     *,
     split: str = "test",
     preprocessing: Preprocessing | None = None,
-    silent: bool = False,
 ) -> Metrics:
     """Measure top-1, top-5 and loss on a split; every metric names its split and n.
 
@@ -77,16 +73,14 @@ def measured(
         context: device and precision.
         split: ``train``, ``validation`` or ``test``.
         preprocessing: where the caller has asked for it already.
-        silent: show no progress.
 
     Raises:
         DataError: if the data has no such split, or other classes than the network.
     """
-    served = serve(checkpoint, source, split, options, context, preprocessing=preprocessing)
-    shown = served if silent else context.reporter.progress(served, f"evaluating on {split}", len(served))
+    served = feed_of(checkpoint, source, options, context, preprocessing=preprocessing).plain(split)
     return evaluate(
         checkpoint.model.to(context.device),
-        shown,
+        context.reporter.progress(served, f"evaluating on {split}", len(served)),
         split=split,
         device=context.device,
         precision=str(context.runtime.precision),

@@ -20,7 +20,7 @@ from cctool.data.records import DataSource
 from cctool.errors import UsageError
 from cctool.operations.context import Context, Outcome
 from cctool.operations.finetuning import encoded_again, finetune
-from cctool.operations.measuring import measured, preprocessing_of, serve
+from cctool.operations.measuring import feed_of, measured, preprocessing_of
 from cctool.operations.sizes import measure
 from cctool.operations.sources import open_source, require_source
 from cctool.options.fit import FitOptions
@@ -170,7 +170,8 @@ def _recalibrate(
             "--recalibrate would estimate statistics from wrongly scaled images: the preprocessing of this "
             "model is unknown; say it with --mean and --std"
         )
-    served = serve(checkpoint, source, "train", options.data, context)
+    # Shuffled, because the first images of a sorted set are all of one class.
+    served = feed_of(checkpoint, source, options.data, context).plain("train", shuffle=True)
     used = recalibrate(checkpoint.model, served, options.recalibrate, context.device)
     if used < options.recalibrate:
         context.reporter.note(f"--recalibrate {options.recalibrate}: {used} images were there to use")
