@@ -35,13 +35,15 @@ def _program(
 
 
 def _register() -> None:
+    from cctool.cli.analyze import analyze
     from cctool.cli.compare import compare
     from cctool.cli.datasets import datasets
+    from cctool.cli.export import export
     from cctool.cli.models import models
     from cctool.cli.prune import prune
     from cctool.cli.quantize import quantize
 
-    for command in (prune, quantize, compare, models, datasets):
+    for command in (prune, quantize, analyze, export, compare, models, datasets):
         app.command()(guarded(command))
 
 

@@ -53,10 +53,12 @@ class ModelCost:
     Attributes:
         calls: those that cost something or carry weights, in order.
         uncounted: number of calls of each function that has no rule.
+        touched: qualified names of the parameters and buffers that any call took.
     """
 
     calls: tuple[CountedCall, ...]
     uncounted: Mapping[str, int]
+    touched: frozenset[str] = frozenset()
 
     @property
     def total(self) -> Cost:
@@ -94,7 +96,8 @@ def count(model: nn.Module, traced: Trace) -> ModelCost:
         owning = owners[weight] if weight else [call.module]
         module = call.module if call.module in owning else owning[0]
         counted.append(CountedCall(call, module, weight, cost))
-    return ModelCost(tuple(counted), dict(uncounted))
+    touched = frozenset(name for call in traced.calls for name in call.parameters)
+    return ModelCost(tuple(counted), dict(uncounted), touched)
 
 
 def _cost(call: Call) -> Cost | None:

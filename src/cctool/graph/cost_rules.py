@@ -38,6 +38,9 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    def __bool__(self) -> bool:
+        return any(getattr(self, f.name) for f in fields(self))
+
 
 Rule = Callable[[Call], Cost]
 

@@ -1,0 +1,246 @@
+"""One row a layer: shapes, parameters, operations, zeros and bytes.
+
+A row is a module that holds tensors or computes something itself; what a parent computes between its children
+(a residual addition) is the parent's row. Rows stand in the order of their first call; modules whose tensors
+the pass never touched (auxiliary heads) come last, with no calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from torch import Tensor, nn
+
+from cctool.analysis.sparsity import weights
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.graph.cost import CountedCall, ModelCost
+from cctool.graph.trace import Call, Shape
+
+__all__ = ["Layer", "LayerTable", "Totals", "tabulate"]
+
+ROOT = "(network)"
+"""Name of the row of the outermost module."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What adds up over layers. Operations are those of one input; see `cctool.graph.cost_rules.Cost`.
+
+    Attributes:
+        parameters: elements of all parameters, tied ones once, wherever they are first registered.
+        weights: of these, elements of weights as `cctool.analysis.sparsity` defines them.
+        zeros: how many weights are zero.
+        macs: multiply-accumulates of convolutions and linear layers.
+        effective_macs: the same times the share of weights that are not zero; what a perfect sparse kernel
+            would still have to do. No dense kernel is faster for it.
+        matmul_macs: multiply-accumulates between activations.
+        norm_ops: elements normalised.
+        activation_ops: elements put through a nonlinearity.
+        pooling_ops: elements read by poolings, reductions and resampling.
+        elementwise_ops: elements of other arithmetic.
+        bytes: of the tensors as the file stores them, tied ones once.
+        nonfinite: elements that are NaN or infinite.
+    """
+
+    parameters: int = 0
+    weights: int = 0
+    zeros: int = 0
+    macs: int = 0
+    effective_macs: int = 0
+    matmul_macs: int = 0
+    norm_ops: int = 0
+    activation_ops: int = 0
+    pooling_ops: int = 0
+    elementwise_ops: int = 0
+    bytes: int = 0
+    nonfinite: int = 0
+
+    @property
+    def sparsity(self) -> float | None:
+        """Percent of weights that are zero; None where there are no weights."""
+        return 100 * self.zeros / self.weights if self.weights else None
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module.
+
+    Attributes:
+        name: qualified name, `(network)` for the outermost module.
+        type: class name.
+        attributes: kernel, stride, padding, dilation and groups, as far as they apply.
+        calls: how many counted functions it called.
+        input_shape: of the first activation that it took in, batch of one included; None if it never ran.
+        output_shape: of the last that it put out.
+        sums: everything that adds up.
+        sparsity: percent of its weights that are zero; None where it has none.
+    """
+
+    name: str
+    type: str
+    attributes: str
+    calls: int
+    input_shape: Shape | None
+    output_shape: Shape | None
+    sums: Totals
+    sparsity: float | None
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """All layers of a network.
+
+    Attributes:
+        layers: the rows.
+        totals: their sum.
+        uncounted: functions that have no counting rule, with the number of their calls.
+        unused: layers with parameters that the pass never touched.
+    """
+
+    layers: tuple[Layer, ...]
+    totals: Totals
+    uncounted: Mapping[str, int] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+
+def tabulate(checkpoint: Checkpoint, cost: ModelCost) -> LayerTable:
+    """Join the counts of a traced pass with the tensors of a checkpoint.
+
+    Args:
+        checkpoint: the model and how its tensors are stored.
+        cost: counts of one input, of the same model.
+    """
+    model = checkpoint.model
+    called = cost.by_module()
+    tensors = _tensor_sums(checkpoint)
+    density = _densities(model)
+    modules = dict(model.named_modules())
+    names = [*called, *(name for name in modules if name in tensors and name not in called)]
+    rows = [
+        _row(name, modules[name], called.get(name, ()), tensors.get(name, Totals()), density)
+        for name in names
+        if any(call.cost for call in called.get(name, ())) or name in tensors
+    ]
+    owned = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    touched = {name.rpartition(".")[0] for name in cost.touched}
+    return LayerTable(
+        layers=tuple(rows),
+        totals=sum((row.sums for row in rows), Totals()),
+        uncounted=dict(cost.uncounted),
+        unused=tuple(row.name for row in rows if row.name in owned - touched and not row.calls),
+    )
+
+
+def _row(
+    name: str, module: nn.Module, calls: tuple[CountedCall, ...], held: Totals, density: Mapping[str, float]
+) -> Layer:
+    sums = held
+    for counted in calls:
+        cost = counted.cost
+        sums += Totals(
+            macs=cost.macs,
+            effective_macs=round(cost.macs * _density(counted, name, density)),
+            matmul_macs=cost.matmul_macs,
+            norm_ops=cost.norm_ops,
+            activation_ops=cost.activation_ops,
+            pooling_ops=cost.pooling_ops,
+            elementwise_ops=cost.elementwise_ops,
+        )
+    described = next((c.call for c in calls if c.cost.macs), calls[0].call if calls else None)
+    return Layer(
+        name=name or ROOT,
+        type=type(module).__name__,
+        attributes=_settings(described) if described else "",
+        calls=len(calls),
+        input_shape=_activation_shape(calls[0].call) if calls else None,
+        output_shape=calls[-1].call.output_shapes[0] if calls else None,
+        sums=sums,
+        sparsity=sums.sparsity,
+    )
+
+
+def _density(counted: CountedCall, module: str, density: Mapping[str, float]) -> float:
+    # A weight that was computed (quantized, masked) on its way has no name; the module's own stands for it.
+    fallback = f"{module}.weight" if module else "weight"
+    return density.get(counted.weight or fallback, 1.0)
+
+
+def _densities(model: nn.Module) -> dict[str, float]:
+    return {
+        name: int((value != 0).sum()) / value.numel()
+        for name, value in model.named_parameters()
+        if value.numel()
+    }
+
+
+def _activation_shape(call: Call) -> Shape | None:
+    unnamed = (shape for shape, name in zip(call.input_shapes, call.tensor_names, strict=True) if not name)
+    return next(unnamed, None)
+
+
+def _tensor_sums(checkpoint: Checkpoint) -> dict[str, Totals]:
+    """Parameters, zeros, bytes and faults of each module's own tensors; a tied one counts at its first."""
+    model = checkpoint.model
+    counted = {name for name, _ in model.named_parameters()}
+    weighty = {name for name, _, _ in weights(model)}
+    sums: dict[str, Totals] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            continue
+        size = _stored_bytes(checkpoint, name, value, seen)
+        found = Totals(
+            parameters=value.numel() if name in counted else 0,
+            weights=value.numel() if name in weighty else 0,
+            zeros=int((value == 0).sum()) if name in weighty else 0,
+            bytes=size,
+            nonfinite=int((~value.isfinite()).sum()) if size and value.is_floating_point() else 0,
+        )
+        owner = name.rpartition(".")[0]
+        sums[owner] = sums.get(owner, Totals()) + found
+    return sums
+
+
+def _stored_bytes(checkpoint: Checkpoint, name: str, value: Tensor, seen: set[int]) -> int:
+    encoded = checkpoint.stored.get(name)
+    total = 0
+    for piece in [value] if encoded is None else encoded.parts.values():
+        place = value.data_ptr() if encoded is None else id(piece)
+        if piece.numel() and place not in seen:
+            seen.add(place)
+            total += piece.numel() * piece.element_size()
+    return total
+
+
+def _settings(call: Call) -> str:
+    """Kernel, stride, padding, dilation, groups: `k=3x3, s=2, p=1, g=32`."""
+    given, function = call.attributes, call.function
+    if function.startswith("conv"):
+        parts = {"k": call.input_shapes[1][2:], "s": given.get("stride", 1), "p": given.get("padding", 0)}
+        if _text(given.get("dilation", 1)) != "1":
+            parts["d"] = given["dilation"]
+        parts["g"] = given.get("groups", 1)
+    elif function.startswith("adaptive_"):
+        parts = {"out": given.get("output_size")}
+    elif "_pool" in function:
+        kernel = given.get("kernel_size")
+        parts = {"k": kernel, "s": given.get("stride") or kernel, "p": given.get("padding", 0)}
+    elif function == "scaled_dot_product_attention":
+        parts = {"heads": call.input_shapes[0][-3] if len(call.input_shapes[0]) > 3 else 1}
+    elif function == "group_norm":
+        parts = {"g": given.get("num_groups")}
+    else:
+        return ""
+    return ", ".join(f"{key}={_text(value)}" for key, value in parts.items())
+
+
+def _text(value: object) -> str:
+    """`(3, 3)` -> `3`, `(3, 5)` -> `3x5`."""
+    if not isinstance(value, (tuple, list)):
+        return str(value)
+    distinct = list(dict.fromkeys(value))
+    return str(distinct[0]) if len(distinct) == 1 else "x".join(map(str, value))

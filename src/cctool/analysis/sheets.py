@@ -1,0 +1,187 @@
+"""The spreadsheets: which columns they have, and what their totals and notes say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from cctool.analysis.crosscheck import CrossCheck
+from cctool.analysis.layers import Layer, LayerTable
+from cctool.analysis.sparsity import NonFinite, TensorSparsity
+from cctool.analysis.table import Cell, Chart, Column, Report, Table, complement, mean_by, total_sum
+
+__all__ = ["macs_report", "sparsity_report"]
+
+Notes = tuple[tuple[str, str], ...]
+
+_WHOLE, _PERCENT, _SMALL = "#,##0", "0.00", "0.000000"
+
+
+def _count(key: str, title: str, meaning: str) -> Column:
+    return Column(key, title, meaning, _WHOLE, total_sum(key))
+
+
+LAYER_COLUMNS = (
+    Column("name", "Name", "Qualified name of the module."),
+    Column("type", "Type", "Class of the module."),
+    Column("attributes", "Attrs", "k kernel, s stride, p padding, d dilation, g groups."),
+    Column("calls", "Calls", "Counted functions called in one pass; 0: the pass never ran it.", _WHOLE),
+    Column("ifm", "IFM", "Shape of the input feature map, batch of one."),
+    Column("ifm_volume", "IFM volume", "Elements of the input feature map.", _WHOLE),
+    Column("ofm", "OFM", "Shape of the output feature map, batch of one."),
+    Column("ofm_volume", "OFM volume", "Elements of the output feature map.", _WHOLE),
+    _count("weights_volume", "Weights volume", "Elements of the weights: no biases, no norms."),
+    _count("parameters", "Parameters", "Elements of all parameters, tied ones once."),
+    _count("macs", "MACs", "Multiply-accumulates of convolutions and linear layers; biases are not counted."),
+    _count(
+        "effective_macs",
+        "Effective MACs",
+        "MACs times the share of weights that are not zero: what a perfect sparse kernel would still do.",
+    ),
+    _count(
+        "matmul_macs", "Matmul MACs", "Multiply-accumulates between activations: attention, matmul, einsum."
+    ),
+    _count("norm_ops", "Norm ops", "Elements normalised."),
+    _count("activation_ops", "Activation ops", "Elements put through a nonlinearity or softmax."),
+    _count("pooling_ops", "Pooling ops", "Elements read by poolings, reductions and resampling."),
+    _count("elementwise_ops", "Elementwise ops", "Elements of additions, products and other arithmetic."),
+    Column(
+        "sparsity",
+        "Sparsity (%)",
+        "Zero weights, percent of the weights.",
+        _PERCENT,
+        # The share of what is left is what the sums of two columns give.
+        complement("nonzeros", "weights_volume"),
+    ),
+    _count("nonzeros", "Non-zero weights", "Weights that are not zero."),
+    _count("bytes", "Bytes", "Of the tensors as the checkpoint stores them, without names and headers."),
+    _count("nonfinite", "NaN or inf", "Elements that are NaN or infinite."),
+)
+
+TENSOR_COLUMNS = (
+    Column("name", "Name", "Qualified name of the weight."),
+    Column("shape", "Shape", "Its shape."),
+    _count("nnz_dense", "NNZ (dense)", "Elements."),
+    _count("nnz_sparse", "NNZ (sparse)", "Elements that are not zero."),
+    Column("cols", "Cols (%)", "All-zero columns of the weight flattened to [outputs, rest].", _PERCENT),
+    Column("rows", "Rows (%)", "All-zero rows of the same matrix.", _PERCENT),
+    Column("channels", "Ch (%)", "Input channels that no filter reads.", _PERCENT),
+    Column("kernels_2d", "2D (%)", "All-zero kernels.", _PERCENT),
+    Column("filters_3d", "3D (%)", "All-zero filters.", _PERCENT),
+    Column("fine", "Fine (%)", "Zero elements.", _PERCENT, complement("nnz_sparse", "nnz_dense")),
+    Column("std", "Std", "Standard deviation of all elements.", _SMALL),
+    Column("mean", "Mean", "Mean of all elements.", _SMALL, mean_by("mean", "nnz_dense")),
+    Column(
+        "abs_mean", "Abs-Mean", "Mean magnitude of all elements.", _SMALL, mean_by("abs_mean", "nnz_dense")
+    ),
+)
+
+_CROSS_COLUMNS = (
+    Column("kind", "Operations", "What is counted."),
+    _count("ours", "cctool", "As the traced pass counts it."),
+    _count("thop", "thop", "As thop's module hooks count it."),
+    _count("difference", "Difference", "thop minus cctool."),
+    Column("explanation", "Explanation", "Why they differ."),
+)
+
+
+def macs_report(table: LayerTable, check: CrossCheck, notes: Notes) -> Report:
+    """Build the sheet of layers, with thop's figures on a sheet of their own.
+
+    Args:
+        table: the layers.
+        check: thop's figures.
+        notes: what identifies the model.
+    """
+    layers = Table(
+        "MACs",
+        LAYER_COLUMNS,
+        tuple(_layer_row(layer) for layer in table.layers),
+        Chart("MACs by layer, largest first", "name", "macs", "macs"),
+    )
+    lines = tuple(
+        (line.kind, line.ours, line.thop, line.thop - line.ours, line.explanation) for line in check.lines
+    )
+    others = (Table("thop", _CROSS_COLUMNS, lines),) if lines else ()
+    return Report("MACs by layer", layers, others, (*notes, *_counting_notes(table, check)))
+
+
+def sparsity_report(tensors: Sequence[TensorSparsity], faults: Sequence[NonFinite], notes: Notes) -> Report:
+    """Build the sheet of weights.
+
+    Args:
+        tensors: one row each.
+        faults: tensors with NaN or infinities, for the notes.
+        notes: what identifies the model.
+    """
+    rows = tuple(_tensor_row(tensor) for tensor in tensors)
+    chart = Chart("Zero elements of the largest weights (%)", "name", "fine", "nnz_dense")
+    conventions = (
+        (
+            "Weights",
+            "Parameters of two or four dimensions and weights of convolutions of other dimensions; "
+            "biases and norms are left out. A tied weight is listed once.",
+        ),
+        ("Blank cells", "The granularity does not apply: a linear layer has no kernels."),
+        *((f"NaN or infinite: {fault.name}", _fault(fault)) for fault in faults),
+    )
+    return Report(
+        "Sparsity by weight", Table("Sparsity", TENSOR_COLUMNS, rows, chart), (), (*notes, *conventions)
+    )
+
+
+def _fault(fault: NonFinite) -> str:
+    return f"{fault.nan:,} NaN and {fault.infinite:,} infinite of {fault.elements:,} elements"
+
+
+def _layer_row(layer: Layer) -> tuple[Cell, ...]:
+    sums = layer.sums
+    return (
+        layer.name,
+        layer.type,
+        layer.attributes,
+        layer.calls,
+        _shape(layer.input_shape),
+        None if layer.input_shape is None else math.prod(layer.input_shape),
+        _shape(layer.output_shape),
+        None if layer.output_shape is None else math.prod(layer.output_shape),
+        sums.weights,
+        sums.parameters,
+        sums.macs,
+        sums.effective_macs,
+        sums.matmul_macs,
+        sums.norm_ops,
+        sums.activation_ops,
+        sums.pooling_ops,
+        sums.elementwise_ops,
+        layer.sparsity,
+        sums.weights - sums.zeros,
+        sums.bytes,
+        sums.nonfinite,
+    )
+
+
+def _tensor_row(tensor: TensorSparsity) -> tuple[Cell, ...]:
+    values = (getattr(tensor, column.key) for column in TENSOR_COLUMNS)
+    return tuple(_shape(value) if isinstance(value, tuple) else value for value in values)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str | None:
+    return None if shape is None else "x".join(map(str, shape)) or "scalar"
+
+
+def _counting_notes(table: LayerTable, check: CrossCheck) -> Notes:
+    uncounted = ", ".join(f"{name} ({calls} calls)" for name, calls in table.uncounted.items())
+    if check.total is None:
+        compared = check.failure or "thop gave no figure"
+    else:
+        compared = (
+            f"{check.total:,} operations, of which convolution and linear compare with our MACs column; "
+            "the sheet 'thop' explains the rest"
+        )
+    return (
+        ("Unit", "One multiply-accumulate (MAC) is one multiplication and one addition: two FLOPs."),
+        ("Not counted", uncounted or "Nothing: every function of the pass has a rule, or only moves data."),
+        ("Never run", ", ".join(table.unused) or "Nothing: the pass touched every parameter."),
+        ("Cross-check with thop", compared),
+    )

@@ -1,0 +1,139 @@
+"""A table with totals, before it becomes a sheet, a CSV file or JSON.
+
+A total is known twice: as a spreadsheet formula over the rows, and as the value that the formula gives, for
+files that cannot hold formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Chart", "Column", "Report", "Table", "Total", "complement", "mean_by", "total_sum"]
+
+Cell = str | int | float | None
+Values = Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Total:
+    """What stands under a column.
+
+    Attributes:
+        formula: spreadsheet formula; `{key}` stands for the range of the column with that key.
+        value: what the formula gives, from the columns' values by key.
+    """
+
+    formula: str
+    value: Callable[[Values], float | int | None]
+
+
+def _numbers(values: Sequence[Any]) -> list[Any]:
+    return [value for value in values if value is not None]
+
+
+def total_sum(key: str) -> Total:
+    """Sum of a column."""
+    return Total(f"=SUM({{{key}}})", lambda values: sum(_numbers(values[key])))
+
+
+def complement(part: str, whole: str) -> Total:
+    """Percent of a column's sum that another column's sum lacks; 0 of nothing."""
+
+    def value(values: Values) -> float:
+        total = sum(_numbers(values[whole]))
+        return 100 * (1 - sum(_numbers(values[part])) / total) if total else 0.0
+
+    return Total(f"=IF(SUM({{{whole}}})=0,0,100*(1-SUM({{{part}}})/SUM({{{whole}}})))", value)
+
+
+def mean_by(key: str, weight: str) -> Total:
+    """Mean of a column, each row weighted by another column."""
+
+    def value(values: Values) -> float:
+        total = sum(_numbers(values[weight]))
+        pairs = zip(values[key], values[weight], strict=True)
+        return sum(v * w for v, w in pairs if v is not None) / total if total else 0.0
+
+    return Total(f"=IF(SUM({{{weight}}})=0,0,SUMPRODUCT({{{key}}},{{{weight}}})/SUM({{{weight}}}))", value)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes:
+        key: short name, for JSON and for formulas of totals.
+        title: heading.
+        meaning: one sentence, for the notes.
+        number_format: spreadsheet format of its numbers; None for text.
+        total: what stands under it.
+    """
+
+    key: str
+    title: str
+    meaning: str
+    number_format: str | None = None
+    total: Total | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A bar chart of the largest rows.
+
+    Attributes:
+        title: above it.
+        label: key of the column that names the bars.
+        value: key of the column that gives their lengths.
+        order: key of the column by which rows are chosen and ordered, largest first.
+    """
+
+    title: str
+    label: str
+    value: str
+    order: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under columns.
+
+    Attributes:
+        name: of its sheet, at most 31 characters.
+        columns: from left to right.
+        rows: one value per column, None where it does not apply.
+        chart: drawn from its rows, if any.
+    """
+
+    name: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    chart: Chart | None = None
+
+    def values(self) -> dict[str, list[Cell]]:
+        """Columns by key."""
+        return {column.key: [row[i] for row in self.rows] for i, column in enumerate(self.columns)}
+
+    def totals(self) -> tuple[Cell, ...]:
+        """The values of the total row; the first column says `Total`."""
+        values = self.values()
+        found = [None if column.total is None else column.total.value(values) for column in self.columns]
+        return ("Total", *found[1:])
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one file holds.
+
+    Attributes:
+        title: of the document.
+        table: the one that a CSV file gets.
+        others: further sheets.
+        notes: (what, value) pairs: where the figures come from and what they do not say.
+    """
+
+    title: str
+    table: Table
+    others: tuple[Table, ...] = ()
+    notes: tuple[tuple[str, str], ...] = field(default=())

@@ -1,0 +1,240 @@
+"""A report as an .xlsx workbook, or as CSV or JSON, by the file's suffix.
+
+The workbook has a sheet a table (frozen header, filter, number formats, totals as live formulas), a sheet
+with a bar chart of the largest rows, which follow the table, and a sheet of notes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from cctool.analysis.table import Cell, Chart, Report, Table
+from cctool.checkpoint.atomic import write_atomically
+from cctool.errors import CctoolError, UsageError
+
+__all__ = ["WRITERS", "check_suffix", "write_report"]
+
+_BARS = 25
+_WIDEST = 60
+# Control characters that XML cannot hold.
+_ILLEGAL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+
+
+def write_report(report: Report, path: Path, *, overwrite: bool = False) -> None:
+    """Write a report so that a crash leaves the old file or the new one, whole, and read it back.
+
+    Args:
+        report: what to write.
+        path: .xlsx holds everything; .json too, totals as values; .csv the first table with its totals.
+        overwrite: whether an existing file may be replaced.
+
+    Raises:
+        UsageError: if the suffix is none of these.
+        CheckpointError: if it exists, or cannot be written.
+    """
+    check_suffix(path)
+    document = WRITERS[path.suffix.lower()](report)
+
+    def write(stream: IO[bytes]) -> None:
+        stream.write(document)
+
+    def check(temporary: Path) -> None:
+        if temporary.read_bytes() != document:
+            raise CctoolError(f"{path}: reading back gave other bytes than were written")
+
+    write_atomically(path, write, check, overwrite=overwrite)
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a file name that no writer takes.
+
+    Raises:
+        UsageError: naming the suffixes that are known.
+    """
+    if path.suffix.lower() not in WRITERS:
+        raise UsageError(
+            f"{path}: a table is written to {', '.join(WRITERS)}, not {path.suffix or 'nothing'}"
+        )
+
+
+def _as_json(report: Report) -> bytes:
+    def plain(cell: Cell) -> Cell:
+        return None if isinstance(cell, float) and not math.isfinite(cell) else cell
+
+    def table(found: Table) -> dict[str, Any]:
+        keys = [column.key for column in found.columns]
+        return {
+            "name": found.name,
+            "columns": {column.key: f"{column.title}: {column.meaning}" for column in found.columns},
+            "rows": [dict(zip(keys, map(plain, row), strict=True)) for row in found.rows],
+            "totals": dict(zip(keys, map(plain, found.totals()), strict=True)),
+        }
+
+    document = {
+        "title": report.title,
+        "table": table(report.table),
+        "others": [table(other) for other in report.others],
+        "notes": [list(note) for note in report.notes],
+    }
+    return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _as_csv(report: Report) -> bytes:
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([column.title for column in report.table.columns])
+    writer.writerows([*report.table.rows, report.table.totals()])
+    return stream.getvalue().encode()
+
+
+def _as_workbook(report: Report) -> bytes:
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    book.remove(book.active)
+    book.properties.title, book.properties.creator = report.title, "cctool"
+    book.calculation.fullCalcOnLoad = True
+    for table in (report.table, *report.others):
+        sheet = book.create_sheet(table.name)
+        _fill(sheet, table)
+        if table.chart is not None:
+            _draw(book.create_sheet(f"{table.name} chart"), table, table.chart)
+    _note(book.create_sheet("Notes"), report)
+    stream = io.BytesIO()
+    book.save(stream)
+    return stream.getvalue()
+
+
+WRITERS: Mapping[str, Callable[[Report], bytes]] = {".xlsx": _as_workbook, ".csv": _as_csv, ".json": _as_json}
+"""Bytes of a report's file, by suffix."""
+
+
+def _put(cell: Any, value: Cell) -> None:
+    """Set a value; text stays text, also where it looks like a formula, and NaN becomes text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        value = str(value)
+    if isinstance(value, str):
+        cell.value = _ILLEGAL.sub("?", value)
+        cell.data_type = "s"
+    else:
+        cell.value = value
+
+
+def _fill(sheet: Any, table: Table) -> None:
+    from openpyxl.styles import Border, Font, Side
+    from openpyxl.utils import get_column_letter
+
+    _head(sheet, [column.title for column in table.columns])
+    for y, row in enumerate(table.rows, start=2):
+        for x, (value, column) in enumerate(zip(row, table.columns, strict=True), start=1):
+            cell = sheet.cell(y, x)
+            _put(cell, value)
+            if column.number_format:
+                cell.number_format = column.number_format
+    last = len(table.rows) + 1
+    letters = {column.key: get_column_letter(x) for x, column in enumerate(table.columns, start=1)}
+    ranges = {key: f"{letter}2:{letter}{max(last, 2)}" for key, letter in letters.items()}
+    for x, column in enumerate(table.columns, start=1):
+        cell = sheet.cell(last + 1, x)
+        cell.font, cell.border = Font(bold=True), Border(top=Side(style="thin"))
+        if x == 1:
+            cell.value = "Total"
+        elif column.total is not None:
+            cell.value = column.total.formula.format_map(ranges)
+            cell.number_format = column.number_format or "General"
+    sheet.freeze_panes = "B2"
+    sheet.auto_filter.ref = f"A1:{get_column_letter(len(table.columns))}{last}"
+    sheet.print_title_rows = "1:1"
+    sheet.page_setup.orientation, sheet.page_setup.fitToHeight = "landscape", 0
+    sheet.sheet_properties.pageSetUpPr.fitToPage = True
+    totals = table.totals()
+    for x, column in enumerate(table.columns):
+        shown = [_shown(row[x], column.number_format) for row in (*table.rows, totals)]
+        _widen(sheet, x + 1, column.title, shown)
+
+
+def _head(sheet: Any, titles: list[str]) -> None:
+    from openpyxl.styles import Alignment, Font, PatternFill
+
+    for x, title in enumerate(titles, start=1):
+        cell = sheet.cell(1, x, title)
+        cell.font = Font(bold=True, color="FFFFFF")
+        cell.fill = PatternFill("solid", fgColor="1F4E78")
+        cell.alignment = Alignment(
+            wrap_text=True, vertical="center", horizontal="left" if x == 1 else "center"
+        )
+
+
+def _shown(value: Cell, number_format: str | None) -> str:
+    if isinstance(value, (int, float)) and number_format and math.isfinite(value):
+        digits = len(number_format.partition(".")[2])
+        return f"{value:,.{digits}f}"
+    return "" if value is None else str(value)
+
+
+def _widen(sheet: Any, x: int, title: str, texts: list[str]) -> None:
+    from openpyxl.utils import get_column_letter
+
+    # The filter's button hides three characters of the heading, which may break between words.
+    heading = max(len(word) for word in title.split()) + 3
+    width = max([heading, *(len(text) + 2 for text in texts)])
+    sheet.column_dimensions[get_column_letter(x)].width = min(width, _WIDEST)
+
+
+def _draw(sheet: Any, table: Table, chart: Chart) -> None:
+    """Draw the largest rows from cells that refer to the table, so that the bars follow it."""
+    from openpyxl.chart import BarChart, Reference
+    from openpyxl.utils import get_column_letter
+
+    keys = [column.key for column in table.columns]
+    order, label, value = (keys.index(key) for key in (chart.order, chart.label, chart.value))
+    ranked = sorted(
+        (i for i, row in enumerate(table.rows) if row[order]), key=lambda i: -float(table.rows[i][order] or 0)
+    )[:_BARS]
+    _head(sheet, [table.columns[label].title, table.columns[value].title])
+    for y, i in enumerate(ranked, start=2):
+        for x, column in ((1, label), (2, value)):
+            cell = sheet.cell(y, x, f"='{table.name}'!{get_column_letter(column + 1)}{i + 2}")
+            cell.number_format = table.columns[column].number_format or "General"
+    _widen(sheet, 1, table.columns[label].title, [str(table.rows[i][label]) for i in ranked])
+    _widen(sheet, 2, table.columns[value].title, [_shown(table.rows[i][value], "#,##0") for i in ranked])
+    if not ranked:
+        return
+    bars = BarChart()
+    bars.type, bars.style, bars.title, bars.legend = "bar", 10, chart.title, None
+    last = len(ranked) + 1
+    bars.add_data(Reference(sheet, min_col=2, min_row=1, max_row=last), titles_from_data=True)
+    bars.set_categories(Reference(sheet, min_col=1, min_row=2, max_row=last))
+    bars.x_axis.delete = bars.y_axis.delete = False
+    # The largest stands at the top, as in the table beside it.
+    bars.x_axis.scaling.orientation = "maxMin"
+    bars.y_axis.number_format = table.columns[value].number_format or "General"
+    bars.gapWidth, bars.width, bars.height = 40, 26, max(7, 0.62 * len(ranked) + 3)
+    sheet.add_chart(bars, "D2")
+
+
+def _note(sheet: Any, report: Report) -> None:
+    from openpyxl.styles import Alignment
+
+    _head(sheet, ["What", "Value"])
+    meanings = [
+        (f"{table.name}: {column.title}", column.meaning)
+        for table in (report.table, *report.others)
+        for column in table.columns
+    ]
+    for y, (what, value) in enumerate([*report.notes, *meanings], start=2):
+        _put(sheet.cell(y, 1), what)
+        _put(sheet.cell(y, 2), value)
+        for x in (1, 2):
+            sheet.cell(y, x).alignment = Alignment(wrap_text=True, vertical="top")
+    sheet.freeze_panes = "A2"
+    sheet.column_dimensions["A"].width, sheet.column_dimensions["B"].width = 34, 100
+    sheet.page_setup.fitToHeight = 0
+    sheet.sheet_properties.pageSetUpPr.fitToPage = True
