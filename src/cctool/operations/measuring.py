@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Preprocessing
+from cctool.data.batches import Batches
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.options.common import DataOptions
 from cctool.training.evaluate import evaluate
 from cctool.training.feed import Feed
 
-__all__ = ["measured", "measured_splits", "preprocessing_of", "feed_of"]
+__all__ = ["feed_of", "measured", "measured_splits", "preprocessing_of", "serve"]
 
 
 def preprocessing_of(checkpoint: Checkpoint, source: DataSource, context: Context) -> Preprocessing:
@@ -53,6 +54,13 @@ def feed_of(
         seed=context.runtime.seed,
         workers=options.workers,
     )
+
+
+def serve(
+    checkpoint: Checkpoint, source: DataSource, split: str, options: DataOptions, context: Context
+) -> Batches:
+    """Serve a split un-augmented and in order, each image once."""
+    return feed_of(checkpoint, source, options, context).plain(split)
 
 
 def measured(
