@@ -123,6 +123,9 @@ def _prepare(options: Any, request: Request, output: Path) -> tuple[Checkpoint, 
         checkpoint = open_checkpoint(
             Path(request.source), request.model, registries, named, request.reporter, described
         )
+    if described is not None:
+        update = {"data": data.data, "classes": checkpoint.spec.classes or described.classes}
+        checkpoint = replace(checkpoint, spec=checkpoint.spec.model_copy(update=update))
     context = Context(
         device=device,
         runtime=request.runtime,

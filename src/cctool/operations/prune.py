@@ -20,7 +20,7 @@ from cctool.data.records import DataSource
 from cctool.errors import UsageError
 from cctool.operations.context import Context, Outcome
 from cctool.operations.finetuning import encoded_again, finetune
-from cctool.operations.measuring import feed_of, measured, preprocessing_of
+from cctool.operations.measuring import feed_of, measured_splits, preprocessing_of
 from cctool.operations.sizes import measure
 from cctool.operations.sources import open_source, require_source
 from cctool.options.fit import FitOptions
@@ -79,7 +79,7 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
         UsageError: if fine-tuning or recalibration has no data, or the preprocessing is unknown.
     """
     source = _data(checkpoint, options, context)
-    before = _metrics(checkpoint, source, options, context)
+    before = measured_splits(checkpoint, source, options.data, context)
     current = checkpoint
     for step in range(1, options.steps + 1):
         start = current if options.step_mode is StepMode.PROGRESSIVE else checkpoint
@@ -89,7 +89,7 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
         current = _recorded(current, found, context)
         used = _recalibrate(current, source, options, context)
         current, trained = _finetune(current, source, options, context)
-        after = _metrics(current, source, options, context)
+        after = measured_splits(current, source, options.data, context)
         yield Outcome(
             checkpoint=current,
             report=StepReport(
@@ -125,15 +125,6 @@ def _data(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Da
     if options.recalibrate:
         return require_source(options.data, checkpoint, context, "--recalibrate")
     return open_source(options.data, checkpoint, context)
-
-
-def _metrics(
-    checkpoint: Checkpoint, source: DataSource | None, options: PruneOptions, context: Context
-) -> tuple[Metrics, ...]:
-    if source is None:
-        return ()
-    splits = [split for split in ("validation", "test") if split in source.loaders]
-    return tuple(measured(checkpoint, source, options.data, context, split=split) for split in splits)
 
 
 def _recorded(checkpoint: Checkpoint, found: ThinResult, context: Context) -> Checkpoint:
