@@ -32,7 +32,7 @@ from cctool.options.common import ModelOptions, RuntimeOptions
 from cctool.runtime import Reporter, Silent, resolve_device, seed_everything
 from cctool.user_code import looks_like_user_code
 
-__all__ = ["Product", "Request", "read", "recorded", "write"]
+__all__ = ["Product", "Request", "default_output", "read", "recorded", "write"]
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def _prepare(options: Any, request: Request, output: Path) -> tuple[Checkpoint, 
             Path(request.source), request.model, registries, named, request.reporter, described
         )
     if described is not None:
-        update = {"data": data.data, "classes": checkpoint.spec.classes or described.classes}
-        checkpoint = replace(checkpoint, spec=checkpoint.spec.model_copy(update=update))
+        # The last data set is remembered; whose classes the outputs are, it cannot say of a foreign network.
+        checkpoint = replace(checkpoint, spec=checkpoint.spec.model_copy(update={"data": data.data}))
     context = Context(
         device=device,
         runtime=request.runtime,
@@ -140,16 +140,25 @@ def _prepare(options: Any, request: Request, output: Path) -> tuple[Checkpoint, 
     return checkpoint, context
 
 
+def default_output(verb: str, source: str | None, arch: str | None) -> Path:
+    """Name the product of a command where nobody did: beside the input, or after the architecture.
+
+    Raises:
+        UsageError: if neither is given.
+    """
+    if source is not None:
+        path = Path(source)
+        return path.with_name(f"{path.stem}.{verb}.pt")
+    if arch is not None:
+        return Path(f"{_file_stem(arch)}.{verb}.pt")
+    raise UsageError("neither INPUT nor --arch is given: name a checkpoint, or a network to build")
+
+
 def _output(request: Request) -> Path:
     if request.output is not None:
         output = Path(request.output)
-    elif request.source is not None:
-        source = Path(request.source)
-        output = source.with_name(f"{source.stem}.{request.verb}.pt")
-    elif request.model.arch is not None:
-        output = Path(f"{_file_stem(request.model.arch)}.{request.verb}.pt")
     else:
-        raise UsageError("neither INPUT nor --arch is given: name a checkpoint, or a network to build")
+        output = default_output(request.verb, request.source, request.model.arch)
     if output.suffix not in SUFFIXES:
         raise UsageError(f"{output}: a checkpoint ends in {' or '.join(SUFFIXES)}")
     if not output.parent.is_dir():
