@@ -38,12 +38,15 @@ def _register() -> None:
     from cctool.cli.analyze import analyze
     from cctool.cli.compare import compare
     from cctool.cli.datasets import datasets
+    from cctool.cli.distill import distill
+    from cctool.cli.evaluate import evaluate
     from cctool.cli.export import export
     from cctool.cli.models import models
     from cctool.cli.prune import prune
     from cctool.cli.quantize import quantize
+    from cctool.cli.train import train
 
-    for command in (prune, quantize, analyze, export, compare, models, datasets):
+    for command in (train, distill, evaluate, prune, quantize, analyze, export, compare, models, datasets):
         app.command()(guarded(command))
 
 

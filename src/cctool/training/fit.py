@@ -25,6 +25,7 @@ from cctool.training.objectives import Objective, Terms, gamma_penalty
 from cctool.training.optimizers import make_optimizer
 from cctool.training.progress import Best, EpochRow, Progress, capture, restore
 from cctool.training.schedules import multiplier
+from cctool.training.sparsity import TOTAL, sparsity
 from cctool.training.tally import Tally
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ class _Loop:
             train=tally.means(),
             validation=dict(metrics.values) if metrics else {},
             validation_n=metrics.n if metrics else 0,
+            sparsity=sparsity(self.bare)[TOTAL],
         )
         self._record(row, metrics)
 

@@ -36,6 +36,7 @@ class EpochRow:
         validation: metrics of the validation split; empty where it was not evaluated.
         validation_n: its images.
         best: whether no epoch before was as good.
+        sparsity: percentage of zeros in all weights after it.
     """
 
     epoch: int
@@ -47,6 +48,7 @@ class EpochRow:
     validation: Mapping[str, float] = field(default_factory=dict)
     validation_n: int = 0
     best: bool = False
+    sparsity: float = 0.0
 
     def as_best(self) -> EpochRow:
         """Return this row, marked as the best so far."""

@@ -1,0 +1,100 @@
+"""Going on with an interrupted training: what was asked for then, and whether the same is asked for now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
+
+from cctool.checkpoint.checkpoint import open_file
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.spec import Step
+from cctool.errors import CheckpointError, TrainingError
+from cctool.options.fit import Schedule
+
+__all__ = ["flat", "forms_from", "forms_to", "last_step", "refuse_other_options"]
+
+# Neither decides what is computed, only where and how fast.
+_FREE = {"runtime.device", "data.workers"}
+_LENGTH_FREE = {Schedule.CONSTANT.value, Schedule.MULTISTEP.value}
+
+
+def last_step(path: Path) -> Step:
+    """Read the unfinished line of history of a ``last.pt``.
+
+    Raises:
+        CheckpointError: if the file holds no training that can go on.
+    """
+    opened = open_file(path)
+    if opened.payload is None or opened.payload.resume is None or not opened.payload.history.steps:
+        raise CheckpointError(f"{path} holds no training that could go on")
+    return opened.payload.history.steps[-1]
+
+
+def refuse_other_options(earlier: Step, verb: str, now: Mapping[str, JsonValue], data: str | None) -> None:
+    """Refuse to go on under other options than training began with.
+
+    Args:
+        earlier: the unfinished line of history.
+        verb: the command now.
+        now: its options as the history would store them.
+        data: the data set that the checkpoint remembers, which no ``--data`` stands for.
+
+    Raises:
+        TrainingError: naming every difference that matters.
+    """
+    if earlier.verb != verb:
+        raise TrainingError(f"this training was begun by `cctool {earlier.verb}`: go on with that")
+    then_flat, now_flat = flat(earlier.options), flat(now)
+    for options in (then_flat, now_flat):
+        options["data.data"] = options.get("data.data") or data
+    free = set(_FREE)
+    if then_flat.get("fit.schedule") in _LENGTH_FREE:
+        free.add("fit.epochs")
+    different = [
+        f"{name.rpartition('.')[2]} was {then_flat.get(name)}, now {now_flat.get(name)}"
+        for name in sorted(then_flat.keys() | now_flat.keys())
+        if name not in free and then_flat.get(name) != now_flat.get(name)
+    ]
+    if different:
+        raise TrainingError(
+            f"--resume goes on with the same options only: {'; '.join(different)} (--force starts anew)"
+        )
+
+
+def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested options into one level.
+
+    >>> flat({"fit": {"lr": 0.1}, "seed": 0})
+    {'fit.lr': 0.1, 'seed': 0}
+    """
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def forms_to(stored: Mapping[str, EncodedTensor]) -> dict[str, JsonValue]:
+    """Turn how tensors were stored, without their content, into JSON."""
+    return {
+        name: {
+            "encoding": form.encoding,
+            "shape": list(form.shape),
+            "dtype": form.dtype,
+            "parameters": dict(form.parameters),
+        }
+        for name, form in stored.items()
+    }
+
+
+def forms_from(data: Any) -> dict[str, EncodedTensor]:
+    """Put together again what `forms_to` wrote; the parts are empty."""
+    return {
+        name: EncodedTensor(form["encoding"], tuple(form["shape"]), form["dtype"], {}, form["parameters"])
+        for name, form in (data or {}).items()
+    }
