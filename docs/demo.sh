@@ -12,7 +12,7 @@ step() {
     "$cctool" "$@"
 }
 
-step train --arch resnet20 --data digits --epochs 12 --lr 0.1 --schedule onecycle -o "$folder/teacher.pt"
+step train --arch resnet20 --data digits --epochs 12 -o "$folder/teacher.pt"
 step distill --arch mobilenet_student --data digits --teacher "$folder/teacher.pt" --epochs 40 -o "$folder/student.pt"
 step prune "$folder/student.pt" --method slimming --rate 0.5 --finetune-epochs 15 -o "$folder/pruned.pt"
 step quantize "$folder/pruned.pt" --method uint8 -o "$folder/small.pt"
