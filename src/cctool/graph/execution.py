@@ -117,11 +117,14 @@ class _Watch(TorchFunctionMode):
         self.modules: list[str] = [""]
         self._canonical: dict[Callable[..., Any], str] = {}
         self._in_script = 0
+        self._showing = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._showing:
+            return func(*args, **kwargs)
         composite = _COMPOSITES.get(func)
         if composite is not None:
             with self:
@@ -139,8 +142,14 @@ class _Watch(TorchFunctionMode):
 
     def show(self, name: str, function: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
         event = Event(name, function, args, kwargs, result, self.modules[-1])
-        for observer in self.observers:
-            observer(event)
+        self._showing = (
+            True  # a hook shows events with the mode on: what observers compute is not the model's
+        )
+        try:
+            for observer in self.observers:
+                observer(event)
+        finally:
+            self._showing = False
 
     def enter(self, module: nn.Module, args: Any) -> None:
         name = self.names.get(module)

@@ -139,15 +139,18 @@ def _set_attributes(model: nn.Module, plan: CutPlan) -> None:
 
 
 def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | None = None) -> nn.Module:
-    """A copy of a model that shares its tensors, but for those given; attributes follow the plan."""
+    """A copy of a model that shares its tensors, but for those given; attributes follow the plan.
+
+    A shared tensor is given under its first name.
+    """
     memo: dict[int, object] = {}
     for name, tensor in named_tensors(model):
-        replacement = tensors.get(name)
-        if replacement is None:
-            memo.setdefault(id(tensor), tensor)
-        elif not isinstance(memo.get(id(tensor)), nn.Parameter) or name in tensors:
-            given = nn.Parameter(replacement, tensor.requires_grad and replacement.is_floating_point())
-            memo[id(tensor)] = given if isinstance(tensor, nn.Parameter) else replacement
+        if id(tensor) in memo:
+            continue
+        given = tensors.get(name)
+        if given is not None and isinstance(tensor, nn.Parameter):
+            given = nn.Parameter(given, requires_grad=False)
+        memo[id(tensor)] = tensor if given is None else given
     copy = deepcopy(model, memo)
     if plan is not None:
         _set_attributes(copy, plan)

@@ -20,7 +20,7 @@ from cctool.graph.channels import ChannelGraph
 from cctool.graph.execution import in_mode, tensors_in
 from cctool.graph.ledger import Role
 from cctool.pruning.selection import Selection
-from cctool.pruning.surgery import CutPlan, copy_with, cut_tensor, masked_tensors, named_tensors, plan_cut
+from cctool.pruning.surgery import CutPlan, copy_with, cut_tensor, masked_tensors, plan_cut
 
 BATCH_SIZES = (1, 3)
 TOLERANCE = 1e-5
@@ -132,7 +132,11 @@ class _Trial:
         return [_run(network, batch) for batch in self.batches]
 
     def compare(self, plan: CutPlan, expected: list[list[Tensor]]) -> Check:
-        cut = {name: cut_tensor(self.tensors[name], cuts) for name, cuts in plan.tensors.items()}
+        cut = {
+            name: cut_tensor(self.tensors[name], cuts)
+            for name, cuts in plan.tensors.items()
+            if name in self.tensors
+        }
         network = copy_with(self.model, {**self.changed, **cut}, plan)
         scales, worst = _scales(expected[-1]), 0.0
         dtype = str(expected[0][0].dtype).removeprefix("torch.")
@@ -152,7 +156,7 @@ def check(
     Raises:
         PruningError: the model itself, merely masked, fails at one of the batch sizes.
     """
-    tensors = {name: t.detach() for name, t in named_tensors(model)}
+    tensors = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
     varied = varied_norms(tensors, graph)
     batches = [probe_inputs(inputs, size) for size in BATCH_SIZES]
     trial = _Trial(model, {**tensors, **varied}, varied, batches)
