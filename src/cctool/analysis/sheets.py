@@ -14,7 +14,8 @@ __all__ = ["macs_report", "sparsity_report"]
 
 Notes = tuple[tuple[str, str], ...]
 
-_WHOLE, _PERCENT, _SMALL = "#,##0", "0.00", "0.000000"
+# A dash for zero: most cells of a column that only some layers have are zero.
+_WHOLE, _PERCENT, _SMALL = '#,##0;-#,##0;"-"', "0.00", "0.000000"
 
 
 def _count(key: str, title: str, meaning: str) -> Column:
@@ -25,7 +26,7 @@ LAYER_COLUMNS = (
     Column("name", "Name", "Qualified name of the module."),
     Column("type", "Type", "Class of the module."),
     Column("attributes", "Attrs", "k kernel, s stride, p padding, d dilation, g groups."),
-    Column("calls", "Calls", "Counted functions called in one pass; 0: the pass never ran it.", _WHOLE),
+    Column("calls", "Calls", "Counted functions called in one pass; 0: it computes nothing itself.", _WHOLE),
     Column("ifm", "IFM", "Shape of the input feature map, batch of one."),
     Column("ifm_volume", "IFM volume", "Elements of the input feature map.", _WHOLE),
     Column("ofm", "OFM", "Shape of the output feature map, batch of one."),
@@ -115,7 +116,7 @@ def sparsity_report(tensors: Sequence[TensorSparsity], faults: Sequence[NonFinit
         notes: what identifies the model.
     """
     rows = tuple(_tensor_row(tensor) for tensor in tensors)
-    chart = Chart("Zero elements of the largest weights (%)", "name", "fine", "nnz_dense")
+    chart = Chart("Zero elements of the largest weights (%)", "name", "fine", "nnz_dense", 100)
     conventions = (
         (
             "Weights",

@@ -87,12 +87,14 @@ class Chart:
         label: key of the column that names the bars.
         value: key of the column that gives their lengths.
         order: key of the column by which rows are chosen and ordered, largest first.
+        maximum: end of the axis; None fits it to the bars.
     """
 
     title: str
     label: str
     value: str
     order: str
+    maximum: float | None = None
 
 
 @dataclass(frozen=True)

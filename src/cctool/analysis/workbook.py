@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +22,8 @@ from cctool.errors import CctoolError, UsageError
 __all__ = ["WRITERS", "check_suffix", "write_report"]
 
 _BARS = 25
-_WIDEST = 60
+_WIDEST, _NOTE_WIDTH = 60, 100
+_FONT = "Calibri"
 # Control characters that XML cannot hold.
 _ILLEGAL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
@@ -128,7 +129,7 @@ def _put(cell: Any, value: Cell) -> None:
 
 
 def _fill(sheet: Any, table: Table) -> None:
-    from openpyxl.styles import Border, Font, Side
+    from openpyxl.styles import Alignment, Border, Font, Side
     from openpyxl.utils import get_column_letter
 
     _head(sheet, [column.title for column in table.columns])
@@ -138,12 +139,16 @@ def _fill(sheet: Any, table: Table) -> None:
             _put(cell, value)
             if column.number_format:
                 cell.number_format = column.number_format
+            elif x > 1:
+                # Indented, or it would touch the number that ends the column before it.
+                cell.alignment = Alignment(horizontal="left", indent=1)
+        _wrap(sheet, y, row)
     last = len(table.rows) + 1
     letters = {column.key: get_column_letter(x) for x, column in enumerate(table.columns, start=1)}
     ranges = {key: f"{letter}2:{letter}{max(last, 2)}" for key, letter in letters.items()}
     for x, column in enumerate(table.columns, start=1):
         cell = sheet.cell(last + 1, x)
-        cell.font, cell.border = Font(bold=True), Border(top=Side(style="thin"))
+        cell.font, cell.border = Font(name=_FONT, bold=True), Border(top=Side(style="thin"))
         if x == 1:
             cell.value = "Total"
         elif column.total is not None:
@@ -152,8 +157,7 @@ def _fill(sheet: Any, table: Table) -> None:
     sheet.freeze_panes = "B2"
     sheet.auto_filter.ref = f"A1:{get_column_letter(len(table.columns))}{last}"
     sheet.print_title_rows = "1:1"
-    sheet.page_setup.orientation, sheet.page_setup.fitToHeight = "landscape", 0
-    sheet.sheet_properties.pageSetUpPr.fitToPage = True
+    _fit_width(sheet)
     totals = table.totals()
     for x, column in enumerate(table.columns):
         shown = [_shown(row[x], column.number_format) for row in (*table.rows, totals)]
@@ -165,16 +169,35 @@ def _head(sheet: Any, titles: list[str]) -> None:
 
     for x, title in enumerate(titles, start=1):
         cell = sheet.cell(1, x, title)
-        cell.font = Font(bold=True, color="FFFFFF")
+        cell.font = Font(name=_FONT, bold=True, color="FFFFFF")
         cell.fill = PatternFill("solid", fgColor="1F4E78")
         cell.alignment = Alignment(
             wrap_text=True, vertical="center", horizontal="left" if x == 1 else "center"
         )
+    # Not every program fits the height to a heading of two lines.
+    sheet.row_dimensions[1].height = 32 if any(" " in title for title in titles) else 18
+
+
+def _fit_width(sheet: Any) -> None:
+    """Print on landscape pages, all columns on one."""
+    sheet.page_setup.orientation, sheet.page_setup.fitToHeight = "landscape", 0
+    sheet.sheet_properties.pageSetUpPr.fitToPage = True
+
+
+def _wrap(sheet: Any, y: int, row: Sequence[Cell], width: int = _WIDEST) -> None:
+    """Break texts that are wider than their column; not every program fits the row's height to that."""
+    from openpyxl.styles import Alignment
+
+    lines = max((-(-len(value) // (width - 6)) for value in row if isinstance(value, str)), default=1)
+    if lines > 1:
+        sheet.row_dimensions[y].height = 15 * lines
+        for x in range(1, len(row) + 1):
+            sheet.cell(y, x).alignment = Alignment(vertical="top", wrap_text=isinstance(row[x - 1], str))
 
 
 def _shown(value: Cell, number_format: str | None) -> str:
     if isinstance(value, (int, float)) and number_format and math.isfinite(value):
-        digits = len(number_format.partition(".")[2])
+        digits = len(number_format.partition(";")[0].partition(".")[2])
         return f"{value:,.{digits}f}"
     return "" if value is None else str(value)
 
@@ -205,24 +228,29 @@ def _draw(sheet: Any, table: Table, chart: Chart) -> None:
             cell.number_format = table.columns[column].number_format or "General"
     _widen(sheet, 1, table.columns[label].title, [str(table.rows[i][label]) for i in ranked])
     _widen(sheet, 2, table.columns[value].title, [_shown(table.rows[i][value], "#,##0") for i in ranked])
+    _fit_width(sheet)
     if not ranked:
         return
     bars = BarChart()
-    bars.type, bars.style, bars.title, bars.legend = "bar", 10, chart.title, None
+    bars.type, bars.style, bars.title, bars.legend = "bar", 10, _heading(table, chart, len(ranked)), None
     last = len(ranked) + 1
     bars.add_data(Reference(sheet, min_col=2, min_row=1, max_row=last), titles_from_data=True)
     bars.set_categories(Reference(sheet, min_col=1, min_row=2, max_row=last))
     bars.x_axis.delete = bars.y_axis.delete = False
     # The largest stands at the top, as in the table beside it.
     bars.x_axis.scaling.orientation = "maxMin"
+    bars.y_axis.scaling.min, bars.y_axis.scaling.max = 0, chart.maximum
     bars.y_axis.number_format = table.columns[value].number_format or "General"
     bars.gapWidth, bars.width, bars.height = 40, 26, max(7, 0.62 * len(ranked) + 3)
     sheet.add_chart(bars, "D2")
 
 
-def _note(sheet: Any, report: Report) -> None:
-    from openpyxl.styles import Alignment
+def _heading(table: Table, chart: Chart, shown: int) -> str:
+    left_out = sum(1 for value in table.values()[chart.order] if value) - shown
+    return f"{chart.title} ({left_out} smaller not shown)" if left_out else chart.title
 
+
+def _note(sheet: Any, report: Report) -> None:
     _head(sheet, ["What", "Value"])
     meanings = [
         (f"{table.name}: {column.title}", column.meaning)
@@ -232,9 +260,7 @@ def _note(sheet: Any, report: Report) -> None:
     for y, (what, value) in enumerate([*report.notes, *meanings], start=2):
         _put(sheet.cell(y, 1), what)
         _put(sheet.cell(y, 2), value)
-        for x in (1, 2):
-            sheet.cell(y, x).alignment = Alignment(wrap_text=True, vertical="top")
+        _wrap(sheet, y, ("", value), _NOTE_WIDTH)
     sheet.freeze_panes = "A2"
-    sheet.column_dimensions["A"].width, sheet.column_dimensions["B"].width = 34, 100
-    sheet.page_setup.fitToHeight = 0
-    sheet.sheet_properties.pageSetUpPr.fitToPage = True
+    sheet.column_dimensions["A"].width, sheet.column_dimensions["B"].width = 34, _NOTE_WIDTH
+    _fit_width(sheet)

@@ -139,7 +139,7 @@ def _layers(table: Any) -> tuple[list[str], list[tuple[object, ...]]]:
         (
             layer.name,
             layer.type,
-            layer.attributes,
+            "never run" if layer.name in table.unused else layer.attributes,
             _size(layer.input_shape),
             _size(layer.output_shape),
             *numbers(layer.sums),
@@ -150,7 +150,10 @@ def _layers(table: Any) -> tuple[list[str], list[tuple[object, ...]]]:
 
 
 def _size(shape: tuple[int, ...] | None) -> str:
-    return "never run" if shape is None else "x".join(map(str, shape[1:]))
+    """Without the batch of one, where that comes first."""
+    if shape is None:
+        return ""
+    return "x".join(map(str, shape[1:] if shape[:1] == (1,) else shape))
 
 
 def _remarks(report: Any) -> list[str]:

@@ -71,7 +71,7 @@ def _flat(options: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _main(key: str) -> bool:
-    """Whether an option belongs to the verb: which data counts, how they were read and computed on does not."""
+    """Whether an option is the verb's own: which data counts, how they were read does not."""
     return key == "data.data" or not key.startswith(("data.", "runtime."))
 
 

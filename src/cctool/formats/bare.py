@@ -67,7 +67,7 @@ def write_safetensors(request: ExportRequest) -> Written:
 def _tensors(checkpoint: Checkpoint) -> OrderedDict[str, Tensor]:
     """Detached, contiguous and on the CPU, each in a storage of its own size; ties stay one tensor."""
     made: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
-    tensors = OrderedDict[str, Tensor]()
+    tensors: OrderedDict[str, Tensor] = OrderedDict()
     for name, value in checkpoint.model.state_dict().items():
         if not isinstance(value, Tensor):
             raise ExportError(f"{name} of the state dict is a {type(value).__name__}, not a tensor")
