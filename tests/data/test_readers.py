@@ -202,6 +202,12 @@ def test_a_bare_folder_is_asked_what_it_holds(tmp_path: Path) -> None:
         open_data(str(tmp_path))
 
 
+def test_the_page_names_every_data_set() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    told = [line.split("`")[1] for line in page.split("## Splits")[0].splitlines() if line.startswith("| `")]
+    assert told == [record.form for record in listing()]
+
+
 def test_listing_covers_the_table() -> None:
     assert [record.name for record in listing()] == [*DATASETS, "my.py:factory"]
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -202,6 +204,24 @@ def test_input_shapes() -> None:
     # VGG's five poolings need 32 pixels, and LeNet takes nothing else.
     assert input_shape("vgg16", {}, (1, 28, 28)) == (1, 32, 32)
     assert input_shape("lenet", {}, (1, 64, 64)) == (1, 32, 32)
+
+
+def test_the_page_says_what_the_listing_says() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in page.splitlines()
+        if line.startswith("| `")
+    ]
+    told = {
+        row[0].strip("`"): (row[1].removesuffix(", fixed"), row[2], row[3]) for row in rows if len(row) == 5
+    }
+    records = {record.name: record for record in listing() if record.parameters}
+    assert told.keys() == records.keys()
+    for name, (shape, parameters, arguments) in told.items():
+        assert shape == "x".join(map(str, records[name].input_shape))
+        assert parameters == f"{records[name].parameters:,}"
+        assert all(f"`{own}`" in arguments for own in records[name].arguments[2:])
 
 
 def test_listing_covers_the_table() -> None:

@@ -135,6 +135,7 @@ def test_the_line_is_the_users(net: str) -> None:
 
 
 def test_files_that_cannot_be_imported(tmp_path: Path) -> None:
+    before = set(sys.modules)
     (tmp_path / "syntax.py").write_text("def make(:\n")
     (tmp_path / "raises.py").write_text("import nothing_of_this_name\n")
     for name, said in (
@@ -145,7 +146,7 @@ def test_files_that_cannot_be_imported(tmp_path: Path) -> None:
         reference = f"{tmp_path / name}.py:make"
         with pytest.raises(UserCodeError, match=said):
             build(reference, {}, user_code={reference})
-    assert not [name for name in sys.modules if name.startswith(user_code.PRIVATE_PREFIX)]
+    assert set(sys.modules) - before == set()
 
 
 def test_our_own_errors_pass_through() -> None:

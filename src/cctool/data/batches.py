@@ -83,8 +83,13 @@ class Batches:
         if self.augmentation is not None:
             size = (images.shape[2], images.shape[3])
             draws = augment.draw(len(images), size, self.augmentation, self.seed, self.epoch).to(self.device)
+        if not self.parts:
+            return
+        # Moved once: a copy a batch would make a GPU wait for each.
+        order, start = torch.cat(self.parts).to(self.device), 0
         for indices in self.parts:
-            chosen = indices.to(self.device)
+            chosen = order[start : start + len(indices)]
+            start += len(indices)
             batch = images[chosen]
             if draws is not None and self.augmentation is not None:
                 batch = augment.apply(batch, draws.take(chosen), self.augmentation)

@@ -1,6 +1,7 @@
 """Read and vary images one by one in worker processes, for splits that do not fit in memory."""
 
 import multiprocessing
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,13 @@ def stream_batches(
         generator=generator(seed, epoch, "workers"),
         multiprocessing_context=_context(workers),
     )
-    for found in loader:
+    with warnings.catch_warnings():
+        # Python 3.12 warns of any fork beside threads; workers only decode, on one thread of their own.
+        warnings.filterwarnings(
+            "ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning
+        )
+        running = iter(loader)
+    for found in running:
         if isinstance(found, CctoolError):
             raise found
         yield found
