@@ -147,4 +147,4 @@ def _by_group(occupied: Tensor, module: nn.Module, groups: int) -> Tensor:
 
 def _empty(occupied: Tensor) -> float:
     """Percent of False."""
-    return 100 * (1 - int(occupied.sum()) / occupied.numel()) if occupied.numel() else 0.0
+    return 100 * int((~occupied).sum()) / occupied.numel() if occupied.numel() else 0.0

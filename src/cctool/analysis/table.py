@@ -54,7 +54,7 @@ def mean_by(key: str, weight: str) -> Total:
     def value(values: Values) -> float:
         total = sum(_numbers(values[weight]))
         pairs = zip(values[key], values[weight], strict=True)
-        return sum(v * w for v, w in pairs if v is not None) / total if total else 0.0
+        return sum(v * w for v, w in pairs if None not in (v, w)) / total if total else 0.0
 
     return Total(f"=IF(SUM({{{weight}}})=0,0,SUMPRODUCT({{{key}}},{{{weight}}})/SUM({{{weight}}}))", value)
 

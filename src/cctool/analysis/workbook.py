@@ -118,10 +118,11 @@ WRITERS: Mapping[str, Callable[[Report], bytes]] = {".xlsx": _as_workbook, ".csv
 
 
 def _put(cell: Any, value: Cell) -> None:
-    """Set a value; text stays text, also where it looks like a formula, and NaN becomes text."""
+    """Set a value; text stays text, also where it looks like a formula."""
     if isinstance(value, float) and not math.isfinite(value):
-        value = str(value)
-    if isinstance(value, str):
+        # The format knows no NaN; an error value makes the totals over it errors, too, as NaN would.
+        cell.value = "#NUM!"
+    elif isinstance(value, str):
         cell.value = _ILLEGAL.sub("?", value)
         cell.data_type = "s"
     else:
@@ -192,7 +193,8 @@ def _wrap(sheet: Any, y: int, row: Sequence[Cell], width: int = _WIDEST) -> None
     if lines > 1:
         sheet.row_dimensions[y].height = 15 * lines
         for x in range(1, len(row) + 1):
-            sheet.cell(y, x).alignment = Alignment(vertical="top", wrap_text=isinstance(row[x - 1], str))
+            text, cell = isinstance(row[x - 1], str), sheet.cell(y, x)
+            cell.alignment = Alignment("left" if text else None, "top", wrap_text=text, indent=text and x > 1)
 
 
 def _shown(value: Cell, number_format: str | None) -> str:
