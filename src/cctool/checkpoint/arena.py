@@ -52,7 +52,8 @@ def pack(tensors: Mapping[str, EncodedTensor]) -> tuple[str, Tensor]:
     end = 0
     for name, encoded in tensors.items():
         parts = {}
-        for key, value in encoded.parts.items():
+        # Sorted, as the index has them: what was loaded lies as what was made.
+        for key, value in sorted(encoded.parts.items()):
             part = value.detach().cpu().contiguous()
             if id(value) not in offsets:
                 start = -(-end // part.element_size()) * part.element_size()

@@ -6,6 +6,7 @@ documents it to the byte. Nothing here unpickles anything but tensors.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pickle
@@ -34,6 +35,7 @@ __all__ = ["FORMAT_VERSION", "load_torch_file", "parse_pt", "write_pt"]
 FORMAT_VERSION = 1
 _CHUNK = 1 << 20
 _PLAIN = (Tensor, nn.Parameter)
+_MAX_OVERLAP = 4
 _SMALL = 4096
 """Bytes up to which tensors share a storage in the file."""
 _REMARKS = ("TypedStorage is deprecated", "Detected pickle protocol", "Validating sparse tensor invariants")
@@ -160,6 +162,7 @@ def _refuse_odd_archive(path: Path) -> None:
 def _refuse_unbacked(path: Path, document: Any) -> None:
     """Refuse tensors whose size no byte of the file stands for: a kilobyte would claim a terabyte."""
     storages: dict[int, int] = {}
+    places: dict[Place, int] = {}
     for tensor in _tensors(document):
         if (
             type(tensor) not in (Tensor, nn.Parameter)
@@ -173,7 +176,10 @@ def _refuse_unbacked(path: Path, document: Any) -> None:
                 f"{path}: a tensor of shape {list(tensor.shape)} is not backed by data"
             )
         storages[storage.data_ptr()] = storage.nbytes()
-    if sum(storages.values()) > path.stat().st_size:
+        places[place(tensor)] = tensor.nbytes
+    size = path.stat().st_size
+    # Views may overlap, as a weight and its halves do, but not so that thousands claim the same bytes.
+    if sum(storages.values()) > size or sum(places.values()) > _MAX_OVERLAP * size:
         raise CorruptCheckpointError(f"{path} claims to hold more bytes than it has")
 
 
@@ -199,9 +205,14 @@ def _tensors(document: Any) -> Iterator[Tensor]:
 def _refused_pickle(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
     """Say what torch says of a pickle, without its advice to switch the safety off."""
     text = str(error)
-    names = sorted(set(re.findall(r"GLOBAL ([\w.]+)", text)))
+    names = set(re.findall(r"GLOBAL ([\w.]+)", text))
+    # torch stops at the first name; of a zip it can list them all. Legacy files and damaged ones it cannot read.
+    with contextlib.suppress(Exception):
+        names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     if names:
-        return UnsafeCheckpointError(f"{path} needs pickle, which runs code: it contains {', '.join(names)}")
+        return UnsafeCheckpointError(
+            f"{path} needs pickle, which runs code: it contains {', '.join(sorted(names))}"
+        )
     if re.search(r"Unsupported operand 1[45]\d", text):
         return UnsafeCheckpointError(f"{path} needs pickle, which runs code: its protocol is 4 or newer")
     detail = text.rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]

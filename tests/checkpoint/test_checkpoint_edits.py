@@ -1,0 +1,127 @@
+"""The thin edit, and edits that nobody knows."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_toys import INPUT, TABLES, Tied, Toy, assert_same_tensors, logits, make, quantized
+from torch import nn
+
+from cctool.checkpoint.build import build_fresh
+from cctool.checkpoint.checkpoint import Checkpoint, load, save
+from cctool.checkpoint.edits import Thin, thin_edits
+from cctool.checkpoint.spec import ModelSpec
+from cctool.errors import SpecError
+
+KEEP = torch.tensor([0, 2, 3, 5, 6])
+
+
+def thinned(width: int = 8) -> Checkpoint:
+    """A toy of which three channels of the inner width were cut by hand."""
+    checkpoint = make(width=width)
+    model = checkpoint.model
+    for module, names in (
+        (model.conv, ["weight"]),
+        (model.bn, ["weight", "bias"]),
+        (model.depthwise, ["weight", "bias"]),
+    ):
+        for name in names:
+            setattr(module, name, nn.Parameter(getattr(module, name)[KEEP].detach()))
+    for name in ("running_mean", "running_var"):
+        setattr(model.bn, name, getattr(model.bn, name)[KEEP])
+    model.fc.weight = nn.Parameter(model.fc.weight[:, KEEP].detach())
+    model.depthwise.groups = model.depthwise.in_channels = model.depthwise.out_channels = len(KEEP)
+    model.bn.num_features = len(KEEP)
+    shapes = [name for name in model.state_dict() if name not in ("fc.bias", "bn.num_batches_tracked")]
+    attributes = [("depthwise", "groups"), ("depthwise", "in_channels"), ("bn", "num_features")]
+    edits = thin_edits(model, shapes, attributes)
+    return replace(checkpoint, spec=checkpoint.spec.with_edits(edits))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_thinned_network_is_built_again(suffix: str, tmp_path: Path) -> None:
+    checkpoint = thinned()
+    save(checkpoint, tmp_path / f"a{suffix}", TABLES)
+    loaded = load(tmp_path / f"a{suffix}", TABLES)
+    assert_same_tensors(checkpoint.model, loaded.model)
+    assert torch.equal(logits(checkpoint), logits(loaded))
+    assert loaded.model.depthwise.groups == len(KEEP)
+    loaded.model.train()(INPUT).sum().backward()
+
+
+def test_a_thinned_and_quantized_network_is_built_again(tmp_path: Path) -> None:
+    checkpoint = quantized(thinned(), "affine-u8", axis=0)
+    save(checkpoint, tmp_path / "a.pt", TABLES)
+    assert torch.equal(logits(checkpoint), logits(load(tmp_path / "a.pt", TABLES)))
+
+
+def test_the_last_edit_of_a_module_stands() -> None:
+    spec = ModelSpec(architecture="toy", arguments={"width": 8}, input_shape=(1, 6, 6))
+    first = spec.with_edits((Thin(module="fc", shapes={"weight": (3, 6)}),))
+    second = first.with_edits((Thin(module="fc", shapes={"weight": (3, 5)}), Thin(module="bn")))
+    assert [edit["module"] for edit in second.edits] == ["fc", "bn"]
+    assert build_fresh(second, TABLES).fc.weight.shape == (3, 5)
+
+
+def test_thinning_a_tied_parameter_thins_all_its_places() -> None:
+    spec = ModelSpec(architecture="tied", input_shape=(1, 6, 6))
+    spec = spec.with_edits((Thin(module="encode", shapes={"weight": (6, 8)}),))
+    model = build_fresh(spec, TABLES)
+    assert isinstance(model, Tied)
+    assert model.encode.weight is model.decode.weight
+    assert model.decode.weight.shape == (6, 8)
+
+
+def test_a_cut_nonpersistent_buffer_keeps_its_values() -> None:
+    spec = ModelSpec(architecture="hidden", arguments={"scale": 2.0}, input_shape=(1, 6, 6))
+    spec = spec.with_edits((Thin(module="", shapes={"scale": (3,)}),))
+    assert torch.equal(build_fresh(spec, TABLES).scale, torch.full((3,), 2.0))
+
+
+def refused(edit: dict[str, Any], message: str) -> None:
+    spec = ModelSpec(architecture="toy", arguments={"width": 8}, input_shape=(1, 6, 6), edits=(edit,))
+    with pytest.raises(SpecError, match=message):
+        build_fresh(spec, TABLES)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"module": "nobody", "shapes": {"weight": [1]}}, "no module 'nobody'"),
+        ({"module": "fc", "shapes": {"nothing": [1]}}, "no tensor 'nothing'"),
+        ({"module": "fc", "shapes": {"weight": [3, 9]}}, "cannot be cut"),
+        ({"module": "fc", "shapes": {"weight": [3]}}, "cannot be cut"),
+        ({"module": "fc", "shapes": {"weight": [3, 0]}}, "malformed"),
+        ({"module": "fc", "shapes": {"weight": [3, 1.5]}}, "malformed"),
+        ({"module": "fc", "attributes": {"in_features": 9}}, "cannot grow"),
+        ({"module": "conv", "attributes": {"kernel_size": [3, 4]}}, "cannot grow"),
+        ({"module": "conv", "attributes": {"kernel_size": [3]}}, "not an integer attribute"),
+        ({"module": "conv", "attributes": {"padding_mode": 3}}, "not an integer attribute"),
+        ({"module": "bn", "attributes": {"affine": 1}}, "not an integer attribute"),
+        ({"module": "bn", "attributes": {"forward": 1}}, "not an integer attribute"),
+        ({"module": "bn", "attributes": {"_version": 1}}, "not an integer attribute"),
+        ({"module": "bn", "attributes": {"num_features": -1}}, "malformed"),
+        ({"module": "bn", "surprise": 1}, "malformed"),
+        ({"shapes": {}}, "malformed"),
+    ],
+)
+def test_what_thin_refuses(edit: dict[str, Any], message: str) -> None:
+    refused({"kind": "thin", **edit}, message)
+
+
+@pytest.mark.parametrize("edit", [{"kind": "telepathy", "module": "fc"}, {"module": "fc"}, {"kind": None}])
+def test_unknown_edits_are_refused_by_name(edit: dict[str, Any], tmp_path: Path) -> None:
+    refused(edit, f"unknown edit {edit.get('kind')!r}")
+    checkpoint = make()
+    spec = checkpoint.spec.model_copy(update={"edits": (edit,)})
+    save(replace(checkpoint, spec=spec), tmp_path / "a.pt", TABLES)
+    with pytest.raises(SpecError, match="newer cctool"):
+        load(tmp_path / "a.pt", TABLES)
+
+
+def test_thin_edits_name_only_what_was_asked_for() -> None:
+    model = Toy(width=4)
+    (edit,) = thin_edits(model, ["fc.weight"], [("fc", "in_features")])
+    assert edit == Thin(module="fc", shapes={"weight": (3, 4)}, attributes={"in_features": 4})
