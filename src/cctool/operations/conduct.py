@@ -133,9 +133,8 @@ def _fit(
     for log in result.logs:
         log.finish(after)
     best = result.best_epoch
-    context.reporter.note(
-        f"best epoch {best} of {options.fit.epochs}: {_summary(after)}; logs in {folder.path}"
-    )
+    context.reporter.note(f"best epoch {best} of {options.fit.epochs}; logs in {folder.path}")
+    folder.log(_summary(after))
     report = TrainReport(len(result.rows), best, start.metrics_before, after, str(folder.path), result.rows)
     yield Outcome(
         finished,

@@ -89,7 +89,9 @@ def main(job_path: str) -> int:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    # A buffered reader would hold a lock that the interpreter wants when it ends.
+    while os.read(0, 1):
+        pass
     os._exit(1)
 
 

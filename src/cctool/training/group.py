@@ -54,7 +54,9 @@ class Together:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all processes, element by element."""
-        return self._fabric.all_reduce(values.clone(), reduce_op="sum")  # type: ignore[return-value]
+        total = values.to(self._fabric.device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total
 
     def concatenate(self, values: Tensor) -> Tensor:
         """Put the rows of all processes behind each other, however many each has."""
@@ -66,8 +68,10 @@ class Together:
 
     def stack(self, values: Tensor) -> Tensor:
         """Put equally shaped tensors of all processes into a new first dimension, on the CPU."""
-        gathered = self._fabric.all_gather(values)
-        return gathered.cpu()  # type: ignore[union-attr]
+        mine = values.to(self._fabric.device).contiguous()
+        gathered = [torch.empty_like(mine) for _ in range(self._fabric.world_size)]
+        torch.distributed.all_gather(gathered, mine)
+        return torch.stack(gathered).cpu()
 
 
 def group_of(fabric: Fabric) -> Group:
