@@ -156,7 +156,7 @@ CHANGES = {
     "an order of lists": (assign("encoded", "order", value="[[1]]"), "malformed"),
     "a short order": (assign("encoded", "order", value='["fc.weight"]'), "malformed"),
     "a resume state that is none": (assign("resume", value=5), "resume state is malformed"),
-    "a resume state of numbers": (assign("resume", value={"tensors": {"a": 1}, "state": "{}"}), "not a state"),
+    "resumed numbers": (assign("resume", value={"tensors": {"a": 1}, "state": "{}"}), "not a state"),
     "a deep resume state": (assign("resume", value={"tensors": {}, "state": DEEP}), "malformed"),
     "a list": (lambda document: [document], "no state dict"),
 }  # fmt: skip

@@ -206,7 +206,7 @@ def _refused_pickle(path: Path, error: pickle.UnpicklingError) -> CheckpointErro
     """Say what torch says of a pickle, without its advice to switch the safety off."""
     text = str(error)
     names = set(re.findall(r"GLOBAL ([\w.]+)", text))
-    # torch stops at the first name; of a zip it can list them all. Legacy files and damaged ones it cannot read.
+    # torch stops at the first name; of a zip it can list them all, if the zip is not legacy or damaged.
     with contextlib.suppress(Exception):
         names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     if names:
