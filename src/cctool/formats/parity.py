@@ -23,8 +23,8 @@ from cctool.graph.execution import in_mode
 
 __all__ = ["BATCH_SIZES", "TOLERANCE", "compare", "outputs_of", "random_batches"]
 
-TOLERANCE = 1e-4
-"""Allowed difference of two float32 programs, as a fraction of the output range; 1e-7 to 1e-6 is usual."""
+TOLERANCE = 1e-5
+"""Allowed difference of two float32 programs, as a fraction of the output range; 1e-7 is usual."""
 
 BATCH_SIZES = (1, 5)
 """Of the random inputs: one, and an odd number that no reshape folds away."""

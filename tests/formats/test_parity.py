@@ -1,0 +1,145 @@
+"""The comparison itself: what it lets pass, and what it must catch."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cctool.errors import ExportError
+from cctool.formats.parity import compare, outputs_of, random_batches
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).eval()
+
+
+def inputs() -> Iterator[Tensor]:
+    return random_batches((3, 8, 8), seed=1)
+
+
+def test_the_model_agrees_with_itself() -> None:
+    model = net()
+    found = compare(model, outputs_of(model), inputs(), "noise")
+    assert (found.n, found.batch_sizes, found.max_abs_error, found.top1_agreement) == (18, (1, 5), 0.0, 100.0)
+    expected = torch.cat([model(batch).detach() for batch in inputs()])
+    assert found.output_range == pytest.approx(float((expected.amax(0) - expected.amin(0)).max()))
+
+
+@pytest.mark.parametrize("error", [1e-3, 0.1])
+def test_an_error_of_a_thousandth_of_the_range_is_caught(error: float) -> None:
+    model = net()
+
+    def candidate(batch: Tensor) -> list[Tensor]:
+        return [output + error for output in outputs_of(model)(batch)]
+
+    with pytest.raises(ExportError, match=r"noise.*top-1 agrees on 100\.0 % of 18"):
+        compare(model, candidate, inputs(), "noise")
+
+
+def test_an_offset_shared_by_all_inputs_does_not_hide_an_error() -> None:
+    model = net()
+    with torch.no_grad():
+        model[3].bias += 1000
+
+    def candidate(batch: Tensor) -> list[Tensor]:
+        return [output + 0.1 for output in outputs_of(model)(batch)]
+
+    with pytest.raises(ExportError, match="off by up to"):
+        compare(model, candidate, inputs(), "noise")
+
+
+def test_an_error_in_one_batch_size_only_is_caught() -> None:
+    model = net()
+
+    def candidate(batch: Tensor) -> list[Tensor]:
+        outputs = outputs_of(model)(batch)
+        return [output.flip(1) for output in outputs] if len(batch) == 1 else outputs
+
+    with pytest.raises(ExportError):
+        compare(model, candidate, inputs(), "noise")
+
+
+def test_other_shapes_are_caught() -> None:
+    model = net()
+    with pytest.raises(ExportError, match=r"puts out \[\[5, 2\]\]|puts out \[\[1, 2\]\]"):
+        compare(model, lambda batch: [torch.zeros(len(batch), 2)], inputs(), "noise")
+
+
+def ill_conditioned() -> nn.Module:
+    """Differences of large numbers: float32 keeps some three digits of the output."""
+
+    class Difference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(64, 10)
+            self.shift = nn.Parameter(torch.tensor(3e3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.linear(x.flatten(1)) + self.shift) - self.shift
+
+    return Difference().eval()
+
+
+def test_rounding_is_told_from_faults_in_float64() -> None:
+    model = ill_conditioned()
+
+    def reordered(batch: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return [model.linear(batch.flatten(1))]
+
+    found = compare(model, reordered, random_batches((1, 8, 8), seed=0), "noise")
+    assert found.judged_in_float64
+    assert found.max_abs_error > found.tolerance * found.output_range
+
+    def faulty(batch: Tensor) -> list[Tensor]:
+        return [output + 0.1 for output in reordered(batch)]
+
+    with pytest.raises(ExportError):
+        compare(model, faulty, random_batches((1, 8, 8), seed=0), "noise")
+
+
+def test_values_that_are_not_finite_need_permission_and_the_same_place() -> None:
+    model = net()
+    with torch.no_grad():
+        model[3].bias[2] = torch.nan
+    same = outputs_of(model)
+    with pytest.raises(ExportError, match="allow-nonfinite"):
+        compare(model, same, inputs(), "noise")
+    assert compare(model, same, inputs(), "noise", allow_nonfinite=True).max_abs_error == 0
+    with pytest.raises(ExportError, match="where the model does not"):
+        compare(
+            model, lambda b: [o.roll(1, dims=1) for o in same(b)], inputs(), "noise", allow_nonfinite=True
+        )
+
+
+def test_no_inputs_are_no_agreement() -> None:
+    model = net()
+    with pytest.raises(ExportError, match="no inputs"):
+        compare(model, outputs_of(model), iter(()), "an empty split")
+
+
+def test_random_inputs_follow_the_seed() -> None:
+    first, again, other = (torch.cat(list(random_batches((2, 2), seed))) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_running_a_model_leaves_its_mode() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout())
+    model.train()
+    before = model[0].running_mean.clone()
+    outputs_of(model)(torch.randn(3, 4))
+    assert model.training
+    assert torch.equal(model[0].running_mean, before)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_on_the_gpu_agrees_with_its_copy_on_the_cpu() -> None:
+    model = net()
+    on_cpu = outputs_of(net())
+    found = compare(model.cuda(), on_cpu, inputs(), "noise")
+    assert found.max_abs_error <= found.tolerance * found.output_range
