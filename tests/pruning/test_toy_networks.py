@@ -395,6 +395,28 @@ def test_network_that_fixes_its_batch_size_is_refused() -> None:
         thin(model, (X[:1],), HALF)
 
 
+def test_a_dead_signal_hides_no_mistake() -> None:
+    """A constant a million times the signal: only the spread over the batch shows a wrong channel."""
+    from cctool.pruning.scores import score_context
+    from cctool.pruning.selection import select
+    from cctool.pruning.surgery import CutPlan, plan_cut
+    from cctool.pruning.verify import check as verify
+
+    torch.manual_seed(0)
+    model = Net(lambda m, x: head(m, m.b(F.relu(m.a(x)))), a=conv(3, 8), b=conv(8, 6), fc=nn.Linear(6, 4))
+    nn.init.constant_(model.fc.bias, 1e6)
+    graph = couple(model, (X,))
+    selection = select(model, graph, HALF, score_context(model))
+    plan = plan_cut(model, graph, selection)
+    assert not verify(model, graph, selection, plan, (X,)).failure
+    (cut,) = [cut for cut in plan.tensors["b.weight"] if cut.dim == 1]
+    gone = [index for index in range(8) if index not in cut.keep.tolist()]
+    wrong = type(cut)(1, torch.tensor(gone), 8)
+    others = tuple(cut for cut in plan.tensors["b.weight"] if cut.dim != 1)
+    mistaken = CutPlan({**plan.tensors, "b.weight": (wrong, *others)}, plan.attributes)
+    assert "differ by" in verify(model, graph, selection, mistaken, (X,)).failure
+
+
 def test_several_inputs_and_a_dict_output() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

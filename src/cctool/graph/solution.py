@@ -155,19 +155,26 @@ def _families(bindings: list[Bound], free: NDArray[np.bool_]) -> tuple[Family, .
 
     sort = np.lexsort((indices, position[labels], places, producer, family[labels]))
     labels, places, indices = labels[sort], places[sort], indices[sort]
-    edges = np.flatnonzero(np.diff(family[labels]) | np.diff(places)) + 1
+    sizes = np.bincount(family[order])
+    owner = family[labels]
+    edges = np.flatnonzero(np.diff(owner) | np.diff(places)) + 1
+    starts = np.concatenate([[0], edges])
+    stops = np.concatenate([edges, [len(labels)]])
+    all_labels, all_indices = torch.from_numpy(labels), torch.from_numpy(indices)
     members: dict[int, list[Place]] = {}
     units: dict[int, Tensor] = {}
-    for start, stop in zip([0, *edges], [*edges, len(labels)], strict=True):
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
         name, dim, _, role = bindings[places[start]]
-        number, owned = int(family[labels[start]]), labels[start:stop]
-        count = len(np.unique(owned))
-        table = torch.from_numpy(indices[start:stop].reshape(count, -1).copy())
+        number = int(owner[start])
+        count = int(sizes[number])
+        table = all_indices[start:stop].view(count, -1)
         members.setdefault(number, []).append(Place(name, dim, table, role))
-        units.setdefault(number, torch.from_numpy(owned[:: len(owned) // count].copy()))
+        units.setdefault(number, all_labels[start : stop : (stop - start) // count])
+    numbers = sorted(members)
+    names = _names([members[number] for number in numbers])
     return tuple(
         Family(name, units[number], tuple(members[number]))
-        for (number, name) in zip(sorted(members), _names([members[n] for n in sorted(members)]), strict=True)
+        for number, name in zip(numbers, names, strict=True)
     )
 
 

@@ -49,7 +49,7 @@ class PruneReport:
         frozen: parameter dims that cannot be cut, with the operation that froze them.
         parameters_before: number of parameters.
         parameters_after: number after the cut.
-        error: largest difference of the cut from the masked network, relative to the spread of its outputs.
+        error: largest difference of the cut from the masked network, relative to the largest output.
         precision: the dtype in which that was measured.
         batch_sizes: batch sizes at which all output shapes were compared.
         notes: what a user should know besides.
@@ -99,7 +99,7 @@ def plan_thinning(
         plan = plan_cut(model, graph, selection)
         if not plan.tensors:
             _refuse_nothing(graph, selection, options, step)
-            outcome = Check(0.0, "", "")
+            outcome = Check(0.0, 0.0, "", "")
             notes.append("nothing to remove: the rate is below one unit")
             break
         outcome = check(model, graph, selection, plan, inputs)

@@ -24,8 +24,10 @@ from cctool.pruning.surgery import CutPlan, copy_with, cut_tensor, masked_tensor
 
 BATCH_SIZES = (1, 3)
 TOLERANCE = 1e-5
-"""Largest difference allowed, relative to the spread of the masked network's outputs over a batch."""
-_LOOSE_TOLERANCE = 1e-2  # where float64 is not to be had: deep float32 networks differ by 1e-4 at most
+"""Largest difference allowed, relative to the largest output of the masked network."""
+SPREAD_TOLERANCE = 1e-3
+"""Largest difference allowed, relative to the spread of the outputs over a batch: one wrong channel among
+thousands makes a hundredth, even where a bias dwarfs the signal and the relative error looks small."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,14 @@ class Check:
     """Outcome of one comparison.
 
     Attributes:
-        error: largest difference between cut and masked, relative to the spread of the masked network's
-            outputs over a batch.
+        error: largest difference between cut and masked, relative to the largest masked output.
+        of_spread: the same relative to the spread of the masked network's outputs over a batch.
         precision: the dtype in which it was measured.
         failure: what went wrong, "" if nothing.
     """
 
     error: float
+    of_spread: float
     precision: str
     failure: str
 
@@ -86,29 +89,29 @@ def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         return [value.detach() for value in tensors_in(model(*inputs))]
 
 
-def _compare(masked: list[Tensor], cut: list[Tensor], scales: list[float]) -> tuple[float, str]:
-    """Largest difference over the scale of each output, and what makes a comparison impossible."""
+def _compare(masked: list[Tensor], cut: list[Tensor], spreads: list[float]) -> tuple[float, float, str]:
+    """Largest difference over the largest output and over the outputs' spread; what forbids to compare."""
     shapes, cut_shapes = [tuple(t.shape) for t in masked], [tuple(t.shape) for t in cut]
     if shapes != cut_shapes:
-        return inf, f"outputs of shape {cut_shapes}, not {shapes}: a width is written into code"
-    error = 0.0
-    for a, b, scale in zip(masked, cut, scales, strict=True):
+        return inf, inf, f"outputs of shape {cut_shapes}, not {shapes}: a width is written into code"
+    error = of_spread = 0.0
+    for a, b, spread in zip(masked, cut, spreads, strict=True):
         if a.is_floating_point() and a.numel():
-            error = max(error, float((a - b).abs().max()) / scale)
-    return (inf, "outputs are not finite") if isnan(error) else (error, "")
+            difference = float((a - b).abs().max())
+            tiny = torch.finfo(a.dtype).tiny
+            error = max(error, difference / max(float(a.abs().max()), tiny))
+            of_spread = max(of_spread, difference / max(spread, tiny))
+            if isnan(difference):
+                return inf, inf, "outputs are not finite"
+    return error, of_spread, ""
 
 
-def _scales(outputs: list[Tensor]) -> list[float]:
-    """How far each output is spread over the batch: a constant that dwarfs it must hide no mistake."""
-    scales = []
-    for value in outputs:
-        if not value.is_floating_point() or not value.numel():
-            scales.append(1.0)
-            continue
-        spread = float((value - value.mean(dim=0)).abs().max()) if value.ndim else 0.0
-        resolution = 1e3 * torch.finfo(value.dtype).eps * float(value.abs().max())
-        scales.append(max(spread, resolution, torch.finfo(value.dtype).tiny))
-    return scales
+def _spread(value: Tensor) -> float:
+    """How far an output is spread over the batch: a constant that dwarfs it must hide no mistake."""
+    if not value.is_floating_point() or not value.numel() or not value.ndim:
+        return 0.0
+    resolution = 1e3 * torch.finfo(value.dtype).eps * float(value.abs().max())
+    return max(float((value - value.mean(dim=0)).abs().max()), resolution)
 
 
 @dataclass(frozen=True)
@@ -138,14 +141,14 @@ class _Trial:
             if name in self.tensors
         }
         network = copy_with(self.model, {**self.changed, **cut}, plan)
-        scales, worst = _scales(expected[-1]), 0.0
+        spreads, error, of_spread = [_spread(value) for value in expected[-1]], 0.0, 0.0
         dtype = str(expected[0][0].dtype).removeprefix("torch.")
         for batch, outputs in zip(self.batches, expected, strict=True):
-            error, failure = _compare(outputs, _run(network, batch), scales)
-            worst = max(worst, error)
+            *differences, failure = _compare(outputs, _run(network, batch), spreads)
+            error, of_spread = max(error, differences[0]), max(of_spread, differences[1])
             if failure:
-                return Check(worst, dtype, failure)
-        return Check(worst, dtype, "")
+                return Check(error, of_spread, dtype, failure)
+        return Check(error, of_spread, dtype, "")
 
 
 def check(
@@ -168,8 +171,8 @@ def check(
     try:
         outcome = trial.compare(plan, expected)
     except Exception as error:  # code that holds widths may fail in any way
-        return Check(inf, "", f"the thinned network raises {_one_line(error)}")
-    if outcome.failure or outcome.error <= TOLERANCE:
+        return Check(inf, inf, "", f"the thinned network raises {_one_line(error)}")
+    if outcome.failure or (outcome.error <= TOLERANCE and outcome.of_spread <= SPREAD_TOLERANCE):
         return outcome
     return _judge(_in_float64(trial, graph, selection, plan) or outcome)
 
@@ -184,10 +187,14 @@ def _in_float64(trial: _Trial, graph: ChannelGraph, selection: Selection, plan: 
 
 
 def _judge(outcome: Check) -> Check:
-    allowed = TOLERANCE if outcome.precision == "float64" else _LOOSE_TOLERANCE
-    if outcome.failure or outcome.error <= allowed:
+    """Where float64 is not to be had, rounding errors of deep networks have to be let pass."""
+    slack = 1 if outcome.precision == "float64" else 100
+    if outcome.failure or (
+        outcome.error <= slack * TOLERANCE and outcome.of_spread <= slack * SPREAD_TOLERANCE
+    ):
         return outcome
-    return replace(outcome, failure=f"cut and masked outputs differ by {outcome.error:.2g} of their spread")
+    failure = f"cut and masked outputs differ by {outcome.of_spread:.2g} of their spread"
+    return replace(outcome, failure=failure)
 
 
 def _one_line(error: Exception) -> str:
