@@ -7,8 +7,9 @@ nothing and no second copy exists.
 from __future__ import annotations
 
 import math
+import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +37,7 @@ _REAL_ALLOWANCE = 64
 _SMALLEST_LIMIT = 2**24
 # One stored byte may hold several packed weights, and a codebook one of very few.
 _PACKED_PER_BYTE = 16
+_PATCHING = threading.RLock()
 
 
 class Budget:
@@ -107,11 +109,27 @@ class BoundedFactories(TorchFunctionMode):
 @contextmanager
 def registering(budget: Budget, *, meta: bool) -> Iterator[None]:
     """Count what modules register, and put their parameters on the meta device if ``meta``."""
-    register_parameter, register_buffer = nn.Module.register_parameter, nn.Module.register_buffer
+    with _PATCHING:
+        register_parameter, register_buffer = nn.Module.register_parameter, nn.Module.register_buffer
+        parameter, buffer = _counted(budget, meta, register_parameter, register_buffer)
+        nn.Module.register_parameter = parameter  # type: ignore[method-assign]
+        nn.Module.register_buffer = buffer  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
+            nn.Module.register_buffer = register_buffer  # type: ignore[method-assign]
+
+
+def _counted(
+    budget: Budget, meta: bool, register_parameter: Callable[..., None], register_buffer: Callable[..., None]
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    builder = threading.get_ident()
     moved: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}
 
     def parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if not isinstance(param, nn.Parameter) or param.is_meta or is_lazy(param):
+        other = threading.get_ident() != builder
+        if other or not isinstance(param, nn.Parameter) or param.is_meta or is_lazy(param):
             register_parameter(self, name, param)
             return
         source, kept = moved.get(id(param), (None, param))
@@ -125,14 +143,8 @@ def registering(budget: Budget, *, meta: bool) -> Iterator[None]:
         register_parameter(self, name, kept)
 
     def buffer(self: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        if isinstance(tensor, Tensor) and not is_lazy(tensor):
+        if threading.get_ident() == builder and isinstance(tensor, Tensor) and not is_lazy(tensor):
             budget.spend_buffer(tensor.numel())
         register_buffer(self, name, tensor, persistent)
 
-    nn.Module.register_parameter = parameter  # type: ignore[method-assign]
-    nn.Module.register_buffer = buffer  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
-        nn.Module.register_buffer = register_buffer  # type: ignore[method-assign]
+    return parameter, buffer
