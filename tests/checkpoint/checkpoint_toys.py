@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cctool.checkpoint.build import build_fresh
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.edits import THIN
+from cctool.checkpoint.edits import THIN, thin_edits
 from cctool.checkpoint.spec import ModelSpec, Step
 from cctool.checkpoint.tables import Tables
 from cctool.errors import ArchitectureError
@@ -169,6 +169,26 @@ def quantized(checkpoint: Checkpoint, encoding: str, **parameters: Any) -> Check
                 value.copy_(method.decode(by_place[value.data_ptr()]))
             stored[name] = by_place[value.data_ptr()]
     return replace(checkpoint, stored=stored)
+
+
+def cut(checkpoint: Checkpoint, keep: Tensor) -> Checkpoint:
+    """A `Toy` of which only the inner channels ``keep`` are left, cut by hand."""
+    model, spec = checkpoint.model, checkpoint.spec
+    for module, names in (
+        ("conv", ["weight"]),
+        ("bn", ["weight", "bias"]),
+        ("depthwise", ["weight", "bias"]),
+    ):
+        owner = model.get_submodule(module)
+        for name in names:
+            setattr(owner, name, nn.Parameter(getattr(owner, name)[keep].detach()))
+    for name in ("running_mean", "running_var"):
+        setattr(model.bn, name, getattr(model.bn, name)[keep])
+    model.fc.weight = nn.Parameter(model.fc.weight[:, keep].detach())
+    model.depthwise.groups = model.depthwise.in_channels = model.bn.num_features = len(keep)
+    tensors = [name for name in model.state_dict() if name not in ("fc.bias", "bn.num_batches_tracked")]
+    attributes = [("depthwise", "groups"), ("depthwise", "in_channels"), ("bn", "num_features")]
+    return replace(checkpoint, spec=spec.with_edits(thin_edits(model, tensors, attributes)))
 
 
 def logits(checkpoint: Checkpoint) -> Tensor:

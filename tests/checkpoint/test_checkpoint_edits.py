@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_toys import INPUT, TABLES, Tied, Toy, assert_same_tensors, logits, make, quantized
-from torch import nn
+from checkpoint_toys import INPUT, TABLES, Tied, Toy, assert_same_tensors, cut, logits, make, quantized
 
 from cctool.checkpoint.build import build_fresh
 from cctool.checkpoint.checkpoint import Checkpoint, load, save
@@ -19,25 +18,7 @@ KEEP = torch.tensor([0, 2, 3, 5, 6])
 
 
 def thinned(width: int = 8) -> Checkpoint:
-    """A toy of which three channels of the inner width were cut by hand."""
-    checkpoint = make(width=width)
-    model = checkpoint.model
-    for module, names in (
-        (model.conv, ["weight"]),
-        (model.bn, ["weight", "bias"]),
-        (model.depthwise, ["weight", "bias"]),
-    ):
-        for name in names:
-            setattr(module, name, nn.Parameter(getattr(module, name)[KEEP].detach()))
-    for name in ("running_mean", "running_var"):
-        setattr(model.bn, name, getattr(model.bn, name)[KEEP])
-    model.fc.weight = nn.Parameter(model.fc.weight[:, KEEP].detach())
-    model.depthwise.groups = model.depthwise.in_channels = model.depthwise.out_channels = len(KEEP)
-    model.bn.num_features = len(KEEP)
-    shapes = [name for name in model.state_dict() if name not in ("fc.bias", "bn.num_batches_tracked")]
-    attributes = [("depthwise", "groups"), ("depthwise", "in_channels"), ("bn", "num_features")]
-    edits = thin_edits(model, shapes, attributes)
-    return replace(checkpoint, spec=checkpoint.spec.with_edits(edits))
+    return cut(make(width=width), KEEP)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
