@@ -192,6 +192,12 @@ def _describe(document: Any, checkpoint: Checkpoint, shape: tuple[int, int, int]
 
 def _strip(document: Any) -> None:
     graph = document.graph
+    free = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for entry in (*graph.input, *graph.output, *graph.value_info) if free else ():
+        for dimension in entry.type.tensor_type.shape.dim:
+            # Some versions of torch call it by the name of their symbol.
+            if dimension.dim_param == free:
+                dimension.dim_param = BATCH
     graph.ClearField("metadata_props")
     for entries in (graph.node, graph.input, graph.output, graph.value_info, graph.initializer):
         for entry in entries:
