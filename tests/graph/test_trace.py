@@ -146,3 +146,11 @@ def test_every_torchvision_classifier_is_traced() -> None:
         # auxiliary heads do not run in evaluation mode
         assert all(name.lower().startswith("aux") for name in unused), name
         assert result.output_shapes[0] == (1, 1000)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_trace_equals_the_cpu_trace() -> None:
+    model, x = Toy(), torch.randn(2, 3, 9, 9)
+    on_cpu = trace(model, (x,))
+    assert trace(model.cuda(), (x.cuda(),)) == on_cpu

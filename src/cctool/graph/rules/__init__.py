@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from cctool.graph.execution import Event
 from cctool.graph.ledger import Ledger
-from cctool.graph.rules import arithmetic, layers, shapes
+from cctool.graph.rules import arithmetic, layers, shapes, slices
 
 Rule = Callable[[Ledger, Event], None]
 
@@ -56,8 +56,8 @@ RULES: dict[str, Rule] = {
     **_each("layer_norm rms_norm", layers.layer_norm),
     **_each("matmul mm bmm", arithmetic.matrix_product),
     **_each("view reshape flatten unflatten view_as reshape_as", shapes.view),
-    **_each("chunk split split_with_sizes tensor_split", shapes.pieces),
-    **_each("unbind select", shapes.unbind),
+    **_each("chunk split split_with_sizes tensor_split", slices.pieces),
+    **_each("unbind select", slices.unbind),
     **_each("permute movedim moveaxis unsqueeze squeeze", shapes.replay),
     **_each("transpose swapaxes swapdims t T mT H", shapes.transposed),
     **_each("repeat tile repeat_interleave flip", shapes.copying),
@@ -71,8 +71,8 @@ RULES: dict[str, Rule] = {
     "prelu": layers.prelu,
     "embedding": layers.embedding,
     "scaled_dot_product_attention": layers.attention,
-    "getitem": shapes.getitem,
-    "narrow": shapes.narrow,
+    "getitem": slices.getitem,
+    "narrow": slices.narrow,
     "cat": shapes.concatenate,
     "stack": shapes.stack,
     "pad": shapes.pad,

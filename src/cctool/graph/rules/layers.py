@@ -26,6 +26,14 @@ def along(ids: Tensor, dim: int, shape: torch.Size) -> Tensor:
     return ids.reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
 
 
+def equal_pieces(ledger: Ledger, ids: Tensor, dim: int) -> Tensor:
+    """Tie the slices along a dim to each other; returns the first, which stands for all."""
+    first = ids.narrow(dim, 0, 1)
+    if ids.shape[dim] > 1:
+        ledger.tie(first, ids)
+    return first
+
+
 def linear(ledger: Ledger, event: Event) -> None:
     """`linear(x, W, b)`: binds dim 1 of W to what arrives in the last dim, sends out dim 0."""
     weight = argument(event, "weight")
