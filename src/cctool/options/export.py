@@ -35,7 +35,7 @@ DEFAULT_SUFFIXES: dict[ExportFormat, str] = {
     ExportFormat.STATE_DICT: ".state.pt",
     ExportFormat.SAFETENSORS: ".state.safetensors",
 }
-"""What replaces the input's suffix where no output is named; never a name that a checkpoint may have."""
+"""What replaces the input's suffix where no output is named; `.state` keeps it apart from the input."""
 
 
 @dataclass(frozen=True)
