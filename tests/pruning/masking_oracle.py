@@ -23,15 +23,17 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         for module in model.modules():
             if isinstance(module, _NORMS):
                 for tensor, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_mean, -0.2)):
-                    tensor.copy_(torch.rand(tensor.shape, generator=generator).double() + low)
-                variance = torch.rand(module.running_var.shape, generator=generator).double()
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + low)
+                variance = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
                 module.running_var.copy_(variance + 0.5)
             elif isinstance(module, _LAYERS):
                 # keeps the signal's size from layer to layer (He et al. 2015), so that no mistake drowns
                 weight = torch.randn(module.weight.shape, generator=generator).double()
                 module.weight.copy_(weight * (2 / module.weight[0].numel()) ** 0.5)
             if isinstance(module, _LAYERS) and module.bias is not None:
-                module.bias.copy_(torch.rand(module.bias.shape, generator=generator).double() - 0.5)
+                module.bias.copy_(
+                    torch.rand(module.bias.shape, generator=generator, dtype=torch.float64) - 0.5
+                )
     return model
 
 
