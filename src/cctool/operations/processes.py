@@ -37,6 +37,8 @@ __all__ = ["fit_in_processes", "node_rank"]
 _PATIENCE = 3.0
 _PLACE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 
+_Heard = queue.Queue[tuple[int, dict[str, Any]]]
+
 
 def node_rank() -> int:
     """Number of this machine among those that train together."""
@@ -60,6 +62,9 @@ def fit_in_processes(verb: str, start: Start, options: Any, context: Context, fo
     job.write_text(json.dumps(_job(verb, start, options, context), indent=1), encoding="utf-8")
     first = int(str(start.resume.state["epoch"])) if start.resume else 0
     _listen(job, environment, run, context, folder)
+    if node_rank() and run.nodes > 1:
+        # The first machine has the files.
+        return Fitted((), None, completed=True)
     if not folder.last.exists():
         raise TrainingError(f"the workers ended without a word; see {folder.path}/worker-0.log")
     last = folder.load(folder.last)
@@ -139,10 +144,8 @@ def _listen(
     job: Path, environment: dict[str, str], run: RunOptions, context: Context, folder: RunFolder
 ) -> None:
     """Run the workers and pass on what they say, until all have ended well or one has failed."""
-    heard: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
-    with _workers(job, environment, run, folder) as workers:
-        for rank, worker in enumerate(workers):
-            threading.Thread(target=_hear, args=(rank, worker, heard), daemon=True).start()
+    heard: _Heard = queue.Queue()
+    with _workers(job, environment, run, folder, heard) as workers:
         running, failures, deadline = len(workers), {}, float("inf")
         while running and time.monotonic() < deadline:
             try:
@@ -183,23 +186,27 @@ def _error(failures: dict[int, Any], folder: RunFolder) -> CctoolError:
 
 @contextlib.contextmanager
 def _workers(
-    job: Path, environment: dict[str, str], run: RunOptions, folder: RunFolder
+    job: Path, environment: dict[str, str], run: RunOptions, folder: RunFolder, heard: _Heard
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start the workers; none of them outlives the block."""
+    """Start the workers, each with a thread that listens to it; none of them outlives the block."""
     workers: list[subprocess.Popen[str]] = []
+    listeners: list[threading.Thread] = []
     with contextlib.ExitStack() as files:
         try:
             for local in range(run.devices):
                 rank = int(environment["GROUP_RANK"]) * run.devices + local
                 log = files.enter_context((folder.path / f"worker-{rank}.log").open("w", encoding="utf-8"))
-                workers.append(_start_worker(job, environment, rank, local, log))
+                worker = files.enter_context(_start_worker(job, environment, rank, local, log))
+                workers.append(worker)
+                listeners.append(threading.Thread(target=_hear, args=(rank, worker, heard), daemon=True))
+                listeners[-1].start()
             yield workers
         finally:
             for worker in workers:
                 if worker.poll() is None:
                     worker.kill()
-            for worker in workers:
-                worker.wait()
+            for listener in listeners:
+                listener.join()
 
 
 def _start_worker(
@@ -218,7 +225,7 @@ def _start_worker(
     )
 
 
-def _hear(rank: int, worker: subprocess.Popen[str], heard: queue.Queue[tuple[int, dict[str, Any]]]) -> None:
+def _hear(rank: int, worker: subprocess.Popen[str], heard: _Heard) -> None:
     if worker.stdout is not None:
         for line in worker.stdout:
             heard.put((rank, json.loads(line)))

@@ -100,7 +100,8 @@ def restore_generators(tensors: Mapping[str, Tensor], fabric: Fabric) -> None:
             f"{processes} processes trained this, now there are {fabric.world_size}: "
             "give the same --devices and --nodes"
         )
-    mine = {name: value[fabric.global_rank] for name, value in found.items()}
+    # torch reads a state from the start of its storage, whatever a view's offset says.
+    mine = {name: value[fabric.global_rank].clone() for name, value in found.items()}
     version, *internal = mine["python"].tolist()
     has_gauss, gauss = mine["python_gauss"].tolist()
     random.setstate((version, tuple(internal), gauss if has_gauss else None))
