@@ -7,6 +7,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.payload import Place, place
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
@@ -84,11 +86,14 @@ def encoded_again(checkpoint: Checkpoint, earlier: Checkpoint, context: Context)
         context: tables.
     """
     state = checkpoint.model.state_dict()
-    stored = {}
+    stored: dict[str, EncodedTensor] = {}
+    # Tied tensors are encoded once, and stored once.
+    made: dict[Place, EncodedTensor] = {}
     for name, form in earlier.stored.items():
-        tensor = state[name]
-        encoding = context.tables.encodings[form.encoding]
-        stored[name] = encoding.encode(tensor.detach().cpu(), form.parameters)
-        if isinstance(tensor, Tensor):
-            tensor.copy_(encoding.decode(stored[name]))
+        tensor: Tensor = state[name]
+        if place(tensor) not in made:
+            encoding = context.tables.encodings[form.encoding]
+            made[place(tensor)] = encoding.encode(tensor.detach().cpu(), form.parameters)
+            tensor.copy_(encoding.decode(made[place(tensor)]))
+        stored[name] = made[place(tensor)]
     return replace(checkpoint, stored=stored)
