@@ -26,7 +26,7 @@ SIDES = dict.fromkeys(["resnet20", "resnet32", "resnet44", "resnet56", "resnet11
 SIDES |= {"preact_resnet20": 8, "densenet40": 8, "mobilenet_student": 16}
 SIDES |= dict.fromkeys(FOREIGN, 64)
 WITHOUT_BATCH_NORM = {"lenet", "alexnet"}
-TOLERANCE = 1e-9  # in float64; float32 itself is worth 1e-6 in the deepest of these
+TOLERANCE = 1e-7  # of the spread over the batch, in float64: it may be a millionth of the output
 
 
 def make(name: str) -> tuple[nn.Module, torch.Tensor]:
@@ -36,7 +36,8 @@ def make(name: str) -> tuple[nn.Module, torch.Tensor]:
         arguments["init_weights"] = False
     model = randomise(build(name, arguments))
     channels, side = input_shape(name, arguments)[0], SIDES.get(name, 32)
-    return model, torch.randn(2, channels, side, side, dtype=torch.float64)
+    # large inputs keep the signal above the constants that betas and biases add in each of many layers
+    return model, 30 * torch.randn(2, channels, side, side, dtype=torch.float64)
 
 
 def check_exact(name: str, method: PruneMethod) -> None:
