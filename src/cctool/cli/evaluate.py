@@ -74,9 +74,12 @@ def evaluate(
 
     report = invocation.read(run, options)
     if report.metrics is not None:
-        rows = [(name, f"{value:.4f}") for name, value in report.metrics.values.items()]
-        title = f"{report.architecture} on the {report.split} split of {report.data}, n={report.n:,}"
-        console.table(title, ("metric", "value"), rows)
+        values = report.metrics.values
+        console.table(
+            "",
+            ("network", "data", "split", "n", *values),
+            [(report.architecture, report.data, report.split, report.n, *values.values())],
+        )
     if report.predictions is not None:
         console.path(report.predictions)
     console.document(report)
