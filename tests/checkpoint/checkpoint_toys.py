@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -97,6 +98,21 @@ class MetaBuffer(nn.Module):
         return x.flatten(1)[:, :4] @ (self.fc.weight * self.unit)
 
 
+class Sizes(nn.Module):
+    """Sizes in every way that torch takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        number = np.int64(4)
+        self.fc = nn.Linear(number, number)
+        made = torch.zeros(number) + torch.ones(size=(4,)) + torch.full((4,), 2.0) + torch.eye(4)[0]
+        made = made + torch.zeros([number]) + torch.zeros(torch.tensor(4)) + torch.eye(4, 4).sum(0)
+        self.register_buffer("made", made + torch.ones(()) + torch.empty(torch.Size([4])).zero_())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.flatten(1)[:, :4]) + self.made
+
+
 class Many(nn.Module):
     """A great number of tiny parameters."""
 
@@ -128,6 +144,7 @@ ARCHITECTURES: dict[str, Any] = {
     "from-values": FromValues,
     "plain-attribute": PlainAttribute,
     "meta-buffer": MetaBuffer,
+    "sizes": Sizes,
     "many": Many,
     "norms": Norms,
     "stack": Stack,

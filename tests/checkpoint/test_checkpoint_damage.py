@@ -77,7 +77,7 @@ def test_an_empty_file_a_folder_and_no_file(suffix: str, tmp_path: Path) -> None
     path.mkdir()
     with pytest.raises(CheckpointError, match="is not a file"):
         open_file(path)
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match=r"cannot read|no such file"):
         open_file(tmp_path / ("x" * 300 + suffix))
 
 

@@ -18,7 +18,7 @@ from cctool.checkpoint.spec import Metrics, ModelSpec, Parent, Preprocessing, Si
 from cctool.errors import CheckpointError, UsageError
 
 SUFFIXES = (".pt", ".safetensors")
-BUILT = ("toy", "tied", "hidden", "from-values", "plain-attribute", "meta-buffer")
+BUILT = ("toy", "tied", "hidden", "from-values", "plain-attribute", "meta-buffer", "sizes")
 
 
 def again(checkpoint: Checkpoint, path: Path) -> Checkpoint:

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -98,10 +99,12 @@ class BoundedFactories(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _EMPTY or func in _FILLED:
-            sizes = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+            first = kwargs.get("size", args[0] if args else ())
+            sizes = first if isinstance(first, (tuple, list)) else args
+            # numpy's integers are sizes, too.
+            elements = math.prod(int(size) for size in sizes if isinstance(size, Integral))
             if func is torch.eye and len(sizes) == 1:
-                sizes = (*sizes, *sizes)
-            elements = math.prod(size for size in sizes if isinstance(size, int))
+                elements *= elements
             self.budget.check(elements, self.budget.parameters if func in _EMPTY else self.budget.real)
         return func(*args, **kwargs)
 
