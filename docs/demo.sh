@@ -7,14 +7,18 @@ folder=${2:-demo}
 rm -rf "$folder"
 mkdir -p "$folder"
 
+# The digits are few: small batches make enough steps of an epoch.
+tune=(--batch-size 32 --optimizer adamw --lr 0.003)
+fit=(--data digits "${tune[@]}")
+
 step() {
     printf '\n$ cctool %s\n' "$*"
     "$cctool" "$@"
 }
 
-step train --arch resnet20 --data digits --epochs 12 -o "$folder/teacher.pt"
-step distill --arch mobilenet_student --data digits --teacher "$folder/teacher.pt" --epochs 40 -o "$folder/student.pt"
-step prune "$folder/student.pt" --method slimming --rate 0.5 --finetune-epochs 15 -o "$folder/pruned.pt"
+step train --arch resnet20 "${fit[@]}" --epochs 10 -o "$folder/teacher.pt"
+step distill --arch mobilenet_student --teacher "$folder/teacher.pt" "${fit[@]}" --epochs 20 -o "$folder/student.pt"
+step prune "$folder/student.pt" --method slimming --rate 0.5 --finetune-epochs 10 "${tune[@]}" -o "$folder/pruned.pt"
 step quantize "$folder/pruned.pt" --method uint8 -o "$folder/small.pt"
 step analyze "$folder/small.pt" --macs --sparsity
 step export "$folder/small.pt" -o "$folder/small.onnx"

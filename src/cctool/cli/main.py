@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from cctool import __version__
@@ -55,4 +57,7 @@ _register()
 
 def main() -> None:
     """Run the program."""
+    # Read when torch is loaded. Threads that spin while they wait for each other made training five times
+    # slower on a machine that others use too; sleeping ones cost little where nobody does.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
