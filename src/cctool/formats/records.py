@@ -60,6 +60,7 @@ class Agreement:
         max_abs_error: largest difference of any output.
         output_range: largest minus smallest value over the inputs, of the output that moves most;
             0 where the model gives the same for every input.
+        largest_output: largest magnitude of the model's outputs.
         top1_agreement: percent of inputs for which the largest output is the same one.
         tolerance: allowed max_abs_error / output_range.
         judged_in_float64: whether float32 rounding alone exceeded the tolerance, so that both were compared
@@ -71,6 +72,7 @@ class Agreement:
     batch_sizes: tuple[int, ...]
     max_abs_error: float
     output_range: float
+    largest_output: float
     top1_agreement: float
     tolerance: float
     judged_in_float64: bool = False
