@@ -123,7 +123,7 @@ def _prepare(options: Any, request: Request, output: Path) -> tuple[Checkpoint, 
         checkpoint = open_checkpoint(
             Path(request.source), request.model, registries, named, request.reporter, described
         )
-    if described is not None:
+    if described is not None and data is not None:
         # The last data set is remembered; whose classes the outputs are, it cannot say of a foreign network.
         checkpoint = replace(checkpoint, spec=checkpoint.spec.model_copy(update={"data": data.data}))
     context = Context(

@@ -1,0 +1,41 @@
+"""docs/benchmarks.md is what the committed results say."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def report() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_report", ROOT / "benchmarks" / "report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_not_stale(report: ModuleType) -> None:
+    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == report.render()
+
+
+def test_every_result_says_how_it_came_about() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert {"commit", "command", "seed", "machine", "torch", "rows"} <= result.keys(), path.name
+        assert (ROOT / result["command"].split()[1]).is_file(), path.name
+
+
+def test_claims_against_peers_hold() -> None:
+    results = ROOT / "benchmarks" / "results"
+    speed = json.loads((results / "prune_speed.json").read_text(encoding="utf-8"))["rows"]
+    assert {row["network"] for row in speed} == {"resnet50", "densenet121", "mobilenet_v2"}
+    assert all(row["ratio"] <= 1.0 for row in speed)
+    for row in json.loads((results / "prune_table.json").read_text(encoding="utf-8"))["rows"]:
+        # The peer's fraction is rounded to six digits as ours is.
+        assert row["removable"] >= (row["torch_pruning_removable"] or 0.0) - 1e-6, row["architecture"]
