@@ -326,6 +326,25 @@ def test_more_classes_than_the_network_has_are_refused(tmp_path: Path, net: str)
     assert not (tmp_path / "a.run").exists()
 
 
+def test_classes_are_those_that_the_network_was_trained_on(tmp_path: Path, net: str) -> None:
+    products(options(1), request(net, tmp_path / "a.pt"))
+    digits = opened(tmp_path / "a.pt", net)
+    assert digits.spec.classes == tuple("0123456789")
+    named = digits.spec.model_copy(update={"classes": tuple("abcdefghij")})
+    save(replace(digits, spec=named), tmp_path / "letters.pt", tables((net,)))
+    said = Notes()
+    products(options(1), request(net, tmp_path / "b.pt", source=tmp_path / "letters.pt", reporter=said))
+    assert opened(tmp_path / "b.pt", net).spec.classes == tuple("0123456789")
+    assert any("classes of digits take the place" in text for text in said.said)
+    wide = ModelOptions(arch=net, arguments=("num_classes=12",))
+    torch.manual_seed(0)
+    bare = tables((net,)).build(net, {"num_classes": 12}).state_dict()
+    torch.save(bare, tmp_path / "wide.pth")
+    asked = request(net, tmp_path / "c.pt", source=tmp_path / "wide.pth")
+    products(options(1), replace(asked, model=replace(wide, input_shape=(1, 32, 32))))
+    assert opened(tmp_path / "c.pt", net).spec.classes is None
+
+
 def user(net: str, name: str) -> str:
     return net.replace("make_net", name)
 

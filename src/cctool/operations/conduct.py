@@ -68,7 +68,7 @@ MakeGoal = Callable[[Checkpoint, DataSource, Any, Context], Goal]
 def conduct(
     verb: str, make_goal: MakeGoal, checkpoint: Checkpoint, options: Any, context: Context
 ) -> Iterator[Outcome]:
-    """Train a checkpoint's network and hand it out; nothing comes where training was stopped early.
+    """Train a checkpoint's network and hand out the best epoch, the best so far where it was stopped early.
 
     Args:
         verb: the command.
@@ -116,11 +116,8 @@ def _fit(
     except CctoolError as error:
         raise type(error)(f"{error}; {_left(folder, context)}") from error
     if not result.completed:
-        done = len(result.rows)
-        context.reporter.note(
-            f"stopped after epoch {done} of {options.fit.epochs}: the same command with --resume goes on "
-            f"({folder.last}); nothing was written to {context.output}"
-        )
+        if options.run.nodes == 1 or node_rank() == 0:
+            yield _stopped(len(result.rows), options, context, folder)
         return
     if options.run.nodes > 1 and node_rank() > 0:
         context.reporter.note("this machine trained along; the first one writes the product")
@@ -144,6 +141,28 @@ def _fit(
         notes=start.notes(keep_storage=options.keep_storage),
         others=start.others,
         continues=start.continues,
+    )
+
+
+def _stopped(done: int, options: Any, context: Context, folder: RunFolder) -> Outcome:
+    """Hand out the best epoch of a training that was stopped early; a resumed one takes its place."""
+    last = folder.load(folder.last)
+    step = last.history[-1]
+    best = best_of(last.resume, last.model.state_dict()) if last.resume is not None else None
+    if best is not None:
+        last.model.load_state_dict(best.weights)
+    epoch = best.epoch if best is not None else done
+    note = f"stopped after epoch {done} of {options.fit.epochs}, with the weights of epoch {epoch}"
+    context.reporter.note(f"{note}; the same command with --resume goes on ({folder.last})")
+    metrics = step.metrics_after if best is None or best.metrics is None else (best.metrics,)
+    return Outcome(
+        replace(last, history=last.history[:-1], resume=None),
+        TrainReport(done, epoch, step.metrics_before, metrics, str(folder.path)),
+        metrics_before=step.metrics_before,
+        metrics_after=metrics,
+        notes=(*step.notes, note),
+        others=step.others,
+        continues=step,
     )
 
 
@@ -172,7 +191,11 @@ def _completed(checkpoint: Checkpoint, source: DataSource, context: Context) -> 
         "data": source.reference,
         "preprocessing": preprocessing_of(checkpoint, source, context),
     }
-    if spec.classes is None and source.classes:
+    if source.classes != spec.classes and len(source.classes) == _width(checkpoint):
+        if spec.classes is not None:
+            context.reporter.warn(
+                f"the classes of {source.reference} take the place of those that the network was made for"
+            )
         update["classes"] = source.classes
     return replace(checkpoint, spec=spec.model_copy(update=update))
 
@@ -200,17 +223,21 @@ def _resumed(verb: str, checkpoint: Checkpoint, options: Any, context: Context, 
 
 
 def _refuse_other_classes(checkpoint: Checkpoint, source: DataSource, options: Any) -> None:
-    if options.fit.loss is not None or not source.classes:
-        return
+    width = _width(checkpoint)
+    if options.fit.loss is None and width is not None and width < len(source.classes):
+        raise DataError(
+            f"{source.reference} has {len(source.classes)} classes, the network tells {width} "
+            "apart: another data set, or another network, is needed"
+        )
+
+
+def _width(checkpoint: Checkpoint) -> int | None:
+    """Number of logits; None where the outputs are none."""
     model = checkpoint.model
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with in_eval_mode(model), torch.no_grad():
         logits = main_output(model(torch.zeros(2, *checkpoint.spec.input_shape, device=device)))
-    if logits.dim() == 2 and logits.shape[1] < len(source.classes):
-        raise DataError(
-            f"{source.reference} has {len(source.classes)} classes, the network tells {logits.shape[1]} "
-            "apart: another data set, or another network, is needed"
-        )
+    return logits.shape[1] if logits.dim() == 2 else None
 
 
 def _left(folder: RunFolder, context: Context) -> str:

@@ -59,6 +59,8 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
     if options.predictions is not None and Path(options.predictions).exists() and not context.force:
         raise CheckpointError(f"{options.predictions} exists already; --force replaces it")
     source = require_source(options.data, checkpoint, context, "evaluate")
+    if checkpoint.spec.classes and source.classes and checkpoint.spec.classes != source.classes:
+        context.reporter.warn(f"{source.reference} has other classes than the network was made for")
     split = _split(source, options.split, context)
     has_labels = _has_labels(source.split(split))
     if not has_labels and options.predictions is None:
