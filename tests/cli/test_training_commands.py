@@ -54,7 +54,7 @@ def test_resume_takes_the_options_that_training_began_with() -> None:
     begun = ("--arch", "net.py:make_net", *SMALL, "--lr", "0.03", "--schedule", "multistep", "--seed", "3")
     begun = (*begun, "--milestones", "1,3", "--no-augment", "--epochs", "4", "--warmup-epochs", "1")
     assert run("train", *begun, "-o", "whole.pt").exit_code == 0
-    assert run("train", *begun, "-o", "a.pt", "--stop-after", "2").stdout == ""
+    assert run("train", *begun, "-o", "a.pt", "--stop-after", "2").stdout == "a.pt\n"
     result = run("train", "a.run/last.pt", "--arch", "net.py:make_net", "--resume", "--device", "cpu")
     assert result.stdout == "a.pt\n", result.stderr
     assert Path("a.pt").read_bytes() == Path("whole.pt").read_bytes()
