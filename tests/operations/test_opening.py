@@ -70,6 +70,7 @@ def test_a_torchvision_state_dict_of_eleven_classes(tmp_path: Path) -> None:
     )
     checkpoint = opened(path, arch="torchvision:resnet18", mean=(0.5,) * 3, std=(0.25,) * 3)
     assert checkpoint.spec.arguments == {"num_classes": 11}
+    assert checkpoint.spec.input_shape == (3, 224, 224)
     assert checkpoint.spec.preprocessing is not None
     assert checkpoint.spec.preprocessing.std == (0.25,) * 3
 
@@ -125,7 +126,17 @@ def test_the_command_line_may_not_contradict_the_file(tmp_path: Path) -> None:
         opened(tmp_path / "a.pt", arch="resnet20")
     with pytest.raises(UsageError, match="num_classes"):
         opened(tmp_path / "a.pt", arguments=("num_classes=3",))
+    with pytest.raises(UsageError, match="holds lenet"):
+        opened(tmp_path / "a.pt", arch="torchvision:resnet18")
     assert opened(tmp_path / "a.pt", arch="lenet", arguments=("num_classes=10",)).spec == spec
+
+
+def test_a_library_network_is_not_taken_for_another(tmp_path: Path) -> None:
+    spec = ModelSpec(architecture="torchvision:squeezenet1_0", arguments={}, input_shape=(3, 64, 64))
+    model = registry.build("torchvision:squeezenet1_0", {})
+    save(Checkpoint(model, spec), tmp_path / "a.pt", tables())
+    with pytest.raises(UsageError, match="holds torchvision:squeezenet1_0"):
+        opened(tmp_path / "a.pt", arch="torchvision:squeezenet1_1")
 
 
 def test_a_spec_file_builds_a_bare_state_dict(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "build",
     "defaults",
     "input_shape",
+    "is_user_code",
     "listing",
 ]
 
@@ -124,6 +125,11 @@ def input_shape(reference: str, arguments: Mapping[str, Any], data_shape: Shape 
         raise ArchitectureError(f"{reference}: its input size is not known; give --input CxHxW, or --data")
     channels = arguments.get("in_channels", arguments.get("in_chans", data_shape[0]))
     return int(channels), data_shape[1], data_shape[2]
+
+
+def is_user_code(reference: str) -> bool:
+    """Whether a reference names the user's own function rather than a network of ours or of a library."""
+    return user.looks_like_user_code(reference) and reference.partition(":")[0] not in COLLECTIONS
 
 
 def listing(family: str | None = None) -> list[ArchitectureRecord]:

@@ -140,7 +140,7 @@ def open_checkpoint(
 
 def _importable(arch: str | None) -> contextlib.AbstractContextManager[None]:
     """Let pickled modules find the classes of the user's file, where one was named."""
-    if arch is None or not user_code.looks_like_user_code(arch):
+    if arch is None or not registry.is_user_code(arch):
         return contextlib.nullcontext()
     return user_code.importable(arch)
 
@@ -151,7 +151,7 @@ def _adjusted(spec: ModelSpec, options: ModelOptions, path: Path) -> ModelSpec:
     named, present = options.arch, spec.architecture
     if named is not None and named != present:
         # The user's file may have moved; which of the two spellings counts is the user's word.
-        if not (user_code.looks_like_user_code(named) and user_code.looks_like_user_code(present)):
+        if not (registry.is_user_code(named) and registry.is_user_code(present)):
             raise UsageError(f"{path} holds {present}, --arch says {named}: leave --arch out")
         spec = spec.model_copy(update={"architecture": named})
     for key, value in parse_arguments(options.arguments).items():
@@ -220,7 +220,7 @@ def _input_shape(
     data: DataShape | None,
 ) -> tuple[int, int, int]:
     """The size that an architecture takes; of the user's own, the first common size that it computes on."""
-    if data is not None or not user_code.looks_like_user_code(arch):
+    if data is not None or not registry.is_user_code(arch):
         return registry.input_shape(arch, arguments, data.shape if data else None)
     model = tables.build(arch, arguments).eval()
     channels = _channels(tensors) or 3
