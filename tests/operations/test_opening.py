@@ -119,6 +119,15 @@ def test_a_pickled_module_loads_only_with_trust_and_arch(net: Path) -> None:
     assert checkpoint.spec.input_shape == (3, 32, 32)
 
 
+def test_a_module_pickled_by_its_own_script_finds_its_class(net: Path) -> None:
+    script = (net / "net.py").read_text() + "\nimport torch\ntorch.save(make_net(), 'whole.pth')\n"
+    (net / "script.py").write_text(script)
+    subprocess.run([sys.executable, "script.py"], check=True, cwd=net)
+    checkpoint = opened(net / "whole.pth", arch="net.py:make_net", trust_pickle=True)
+    assert checkpoint.model.fc.out_features == 4
+    assert not hasattr(sys.modules["__main__"], "Net")
+
+
 def test_the_command_line_may_not_contradict_the_file(tmp_path: Path) -> None:
     spec = ModelSpec(architecture="lenet", arguments={"num_classes": 10}, input_shape=(1, 32, 32))
     save(Checkpoint(registry.build("lenet", {"num_classes": 10}), spec), tmp_path / "a.pt", tables())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def open_checkpoint(
         CheckpointError: if it is missing, damaged, unsafe, or foreign and nobody named its architecture.
         UsageError: if the command line contradicts the file.
     """
-    with _importable(options.arch):
+    with _classes_at_hand(options):
         opened = open_file(path, trust_pickle=options.trust_pickle)
     if opened.payload is not None:
         return build(opened, _adjusted(opened.payload.spec, options, path), tables)
@@ -138,11 +139,26 @@ def open_checkpoint(
     return build(opened, spec, tables)
 
 
-def _importable(arch: str | None) -> contextlib.AbstractContextManager[None]:
-    """Let pickled modules find the classes of the user's file, where one was named."""
-    if arch is None or not registry.is_user_code(arch):
-        return contextlib.nullcontext()
-    return user_code.importable(arch)
+@contextlib.contextmanager
+def _classes_at_hand(options: ModelOptions) -> Iterator[None]:
+    """Let a trusted pickle find the classes of the user's file, also those pickled by a script of that file.
+
+    A module that was saved by ``python net.py`` names its class ``__main__.Net``.
+    """
+    if options.arch is None or not options.trust_pickle or not registry.is_user_code(options.arch):
+        yield
+        return
+    defined = vars(sys.modules[user_code.load(options.arch).__module__])
+    main = sys.modules["__main__"]
+    lent = [name for name, value in defined.items() if isinstance(value, type) and not hasattr(main, name)]
+    for name in lent:
+        setattr(main, name, defined[name])
+    try:
+        with user_code.importable(options.arch):
+            yield
+    finally:
+        for name in lent:
+            delattr(main, name)
 
 
 def _adjusted(spec: ModelSpec, options: ModelOptions, path: Path) -> ModelSpec:
