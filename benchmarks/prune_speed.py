@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-import prune_record
+import record
 from cctool.graph.channels import couple
 from cctool.models.registry import build
 from cctool.options.prune import PruneMethod, PruneOptions, Scope
@@ -94,7 +94,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # Torch-Pruning warns about every parameter that it does not know
     repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 7
     command = " ".join(["python", "benchmarks/prune_speed.py", *sys.argv[1:]])
-    prune_record.write("prune_speed", command, SEED, [row(name, repeats) for name in NETWORKS])
+    record.write("prune_speed", command, SEED, [row(name, repeats) for name in NETWORKS])
 
 
 if __name__ == "__main__":

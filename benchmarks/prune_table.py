@@ -15,7 +15,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-import prune_record
+import record
 from cctool.graph.channels import ChannelGraph, couple
 from cctool.models.registry import build, input_shape
 
@@ -108,9 +108,7 @@ def row(name: str) -> dict[str, object]:
 
 def main() -> None:
     warnings.simplefilter("ignore")  # Torch-Pruning warns about every parameter that it does not know
-    prune_record.write(
-        "prune_table", "python benchmarks/prune_table.py", SEED, [row(n) for n in OWN + FOREIGN]
-    )
+    record.write("prune_table", "python benchmarks/prune_table.py", SEED, [row(n) for n in OWN + FOREIGN])
 
 
 if __name__ == "__main__":

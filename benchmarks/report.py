@@ -32,7 +32,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def provenance(result: dict[str, Any]) -> str:
     """Say how a result came about."""
-    machine = ", ".join(f"{key} {value}" for key, value in result.get("machine", {}).items())
+    machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items() if value is not None)
     made = f"commit {result['commit']}, seed {result['seed']}, torch {result['torch']}"
     return f"`{result['command']}`, {made}, {machine}."
 
@@ -63,8 +63,8 @@ def prune_speed(result: dict[str, Any]) -> str:
     return (
         "## Pruning: trace and cut\n\n"
         "Half of the channels of each family by L2 norm, at 224x224; median of "
-        f"{result['rows'][0]['repeats']} runs each in turn. The verification (cut against masked network, two "
-        "batch sizes) has no counterpart in the peer and stands apart; `cctool prune` always does it.\n\n"
+        f"{result['rows'][0]['repeats']} runs each in turn. The verification (cut against masked network, "
+        "two batch sizes) has no counterpart in the peer and stands apart; `cctool prune` always does it.\n\n"
         + table(headers, rows)
     )
 
@@ -122,10 +122,19 @@ def train_throughput(result: dict[str, Any]) -> str:
     )
 
 
+def devices(result: dict[str, Any]) -> str:
+    """Seconds of each command on the CPU and on a CUDA device."""
+    rows = [(row["command"], row["cpu"], row["cuda"], f"**{row['ratio']}**") for row in result["rows"]]
+    headers = ("command", "CPU, s", "CUDA, s", "CPU / CUDA")
+    return "## CPU and CUDA\n\nThe same command in one process, start-up left out.\n\n" + table(headers, rows)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "train_throughput": train_throughput,
+    "train_throughput_cuda": train_throughput,
     "prune_speed": prune_speed,
     "prune_table": prune_table,
+    "devices": devices,
 }
 
 

@@ -12,20 +12,16 @@ none of them. The ratio is that of the medians of images a second, against the f
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import record
 from cctool.checkpoint.spec import Preprocessing
 from cctool.data.registry import open_data
 from cctool.models.registry import build
@@ -155,35 +151,12 @@ def main() -> None:
         "steps": arguments.steps,
         "batch_size": BATCH,
     }
-    print(json.dumps(row))
-    write(row, f"python benchmarks/train_throughput.py CIFAR_DIR --rounds {arguments.rounds} --steps "
-          f"{arguments.steps} --device {arguments.device} --threads {arguments.threads}")  # fmt: skip
-
-
-def write(row: dict[str, Any], command: str) -> None:
-    """Write the row, and what it was made on, to `benchmarks/results`."""
-    folder = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    record = {
-        "commit": commit,
-        "command": command,
-        "seed": SEED,
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if row["device"].startswith("cuda") else None,
-        },
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "rows": [row],
-    }
-    name = "train_throughput" if row["device"] == "cpu" else "train_throughput_cuda"
-    target = folder / "results" / f"{name}.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    command = (
+        f"python benchmarks/train_throughput.py CIFAR_DIR --rounds {arguments.rounds} "
+        f"--steps {arguments.steps} --device {arguments.device} --threads {arguments.threads}"
+    )
+    name = "train_throughput" if arguments.device == "cpu" else "train_throughput_cuda"
+    record.write(name, command, SEED, [row])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a result of the pruning benchmarks says of its making: commit, command, seed, machine."""
+"""What a result says of its making: commit, command, seed, machine."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def write(name: str, command: str, seed: int, rows: list[dict[str, Any]]) -> Pat
             "cores": os.cpu_count(),
             "processor": platform.machine(),
             "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "python": platform.python_version(),
         "torch": torch.__version__,
