@@ -317,6 +317,7 @@ def test_all_faults_are_told_at_once() -> None:
 
 def test_default_rates_depend_on_optimizer_and_past() -> None:
     assert FitOptions().learning_rate(fresh=True) > FitOptions().learning_rate(fresh=False)
+    assert FitOptions().learning_rate(fresh=True, normalised=False) < FitOptions().learning_rate(fresh=True)
     assert FitOptions(optimizer="adam").learning_rate(fresh=True) == 1e-3
     assert FitOptions(optimizer="my.py:f").learning_rate(fresh=True) == 1e-3
     assert FitOptions(lr=0.3).learning_rate(fresh=False) == 0.3

@@ -26,7 +26,7 @@ from cctool.training.feed import Feed
 from cctool.training.fit import Task, fit
 from cctool.training.group import Group, group_of, make_fabric
 from cctool.training.logs import Log, write_csv
-from cctool.training.objectives import Objective
+from cctool.training.objectives import Objective, has_batch_norm
 from cctool.training.progress import EpochRow, Progress
 from cctool.training.user_functions import UserLoss, UserMetric, named_function
 
@@ -96,7 +96,9 @@ def fit_here(
                 batches=feed.training(augment=fit_options.augment),
                 options=fit_options,
                 objective=objective,
-                lr=fit_options.learning_rate(fresh=start.fresh),
+                lr=fit_options.learning_rate(
+                    fresh=start.fresh, normalised=has_batch_norm(start.checkpoint.model)
+                ),
                 fabric=fabric,
                 validate=(lambda model: _measure(model, feed, "validation", options, context, group))
                 if has_validation

@@ -64,6 +64,7 @@ OPTIMIZER_DEFAULTS: dict[OptimizerName, tuple[float, float]] = {
 }
 """Learning rate where none is given: of a fresh network, and of one that was trained before."""
 
+_SGD_WITHOUT_NORM = 0.02
 _USER_DEFAULT = (1e-3, 3e-4)
 _DEFAULT_MOMENTUM = 0.9
 _DEFAULT_WARMUP_EPOCHS = 5
@@ -222,10 +223,17 @@ class FitOptions:
             return self.warmup_epochs
         return _DEFAULT_WARMUP_EPOCHS if self.warmup is not None else 0
 
-    def learning_rate(self, *, fresh: bool) -> float:
-        """The learning rate asked for, or the default for a fresh or an already trained network."""
+    def learning_rate(self, *, fresh: bool, normalised: bool = True) -> float:
+        """The learning rate asked for, or the default for a network.
+
+        Args:
+            fresh: whether it was never trained before.
+            normalised: whether it has batch norm; without, SGD diverges at the rate that is usual with it.
+        """
         if self.lr is not None:
             return self.lr
+        if self.optimizer == OptimizerName.SGD.value and fresh and not normalised:
+            return _SGD_WITHOUT_NORM
         known = {name.value: rates for name, rates in OPTIMIZER_DEFAULTS.items()}
         return known.get(self.optimizer, _USER_DEFAULT)[0 if fresh else 1]
 

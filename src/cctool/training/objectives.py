@@ -24,6 +24,7 @@ __all__ = [
     "cross_entropy",
     "distillation_loss",
     "gamma_penalty",
+    "has_batch_norm",
     "main_output",
 ]
 
@@ -115,6 +116,11 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
         log_target=True,
     )
     return temperature**2 * divergence
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether any module is a batch norm."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def gamma_penalty(model: nn.Module, weight: float) -> Callable[[], Tensor] | None:
