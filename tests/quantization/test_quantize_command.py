@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ from torch import nn
 from typer.testing import CliRunner
 
 from cctool.checkpoint.checkpoint import Checkpoint, load, save
+from cctool.checkpoint.payload import ResumeState
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.cli.main import app
 from cctool.errors import CheckpointError, QuantizationError, UsageError
 from cctool.models import registry
 from cctool.operations import pipeline, prune, quantize
 from cctool.operations.composition import tables
-from cctool.options.common import DataOptions, RuntimeOptions
+from cctool.operations.context import Context
+from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.prune import PruneOptions
 from cctool.options.quantize import PRESETS, QuantizeMethod, QuantizeOptions, QuantizePreset, preset_options
+from cctool.runtime import Silent
 
 DIGITS = DataOptions(data="digits", limit=64, batch_size=32)
 
@@ -114,6 +118,27 @@ def test_the_product_holds_the_decoded_values_and_the_source_stays(resnet: Path)
     assert names == {n for n, w in original.model.named_parameters() if w.dim() > 1}
 
 
+def test_the_checkpoint_that_went_in_stays_as_it_is(resnet: Path) -> None:
+    given = replace(load(resnet, tables()), resume=ResumeState({"moment": torch.ones(2)}, {"epoch": 1}))
+    before = {name: value.clone() for name, value in given.model.state_dict().items()}
+    context = Context(
+        device=torch.device("cpu"),
+        runtime=RuntimeOptions(),
+        model_options=ModelOptions(),
+        tables=tables(),
+        user_code=frozenset(),
+        reporter=Silent(),
+        output=resnet,
+        force=False,
+        stamp=lambda outcome: outcome.checkpoint,
+    )
+    (outcome,) = quantize.run(given, QuantizeOptions(), context)
+    assert all(torch.equal(value, before[name]) for name, value in given.model.state_dict().items())
+    assert not torch.equal(outcome.checkpoint.model.fc.weight, given.model.fc.weight)
+    assert not given.stored
+    assert outcome.checkpoint.resume is None, "moments belong to the values before"
+
+
 def test_the_report_is_right(resnet: Path) -> None:
     original = load(resnet, tables())
     loaded, report = run(resnet, exclude=("fc.*",))
@@ -176,8 +201,6 @@ def test_transposed_convolutions_have_their_channels_in_dimension_one(tmp_path: 
     registries = tables((reference,))
     spec = ModelSpec(architecture=reference, input_shape=(1, 8, 8))
     save(Checkpoint(registries.build(reference, {}), spec), tmp_path / "a.pt", registries)
-    from cctool.options.common import ModelOptions
-
     product = products(
         tmp_path / "a.pt", QuantizeOptions(per_channel=True), model=ModelOptions(arch=reference)
     )
@@ -244,8 +267,6 @@ def test_tied_weights_are_encoded_once(tmp_path: Path) -> None:
         "    def forward(self, x):\n"
         "        return self.b(self.a(x.flatten(1)))\n"
     )
-    from cctool.options.common import ModelOptions
-
     reference = f"{tmp_path}/net.py:Net"
     registries = tables((reference,))
     spec = ModelSpec(architecture=reference, input_shape=(1, 8, 8))
