@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -23,8 +23,10 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         for module in model.modules():
             if isinstance(module, _NORMS):
                 for tensor, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_mean, -0.2)):
-                    tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + low)
-                variance = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+                    if tensor is not None:
+                        drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+                        tensor.copy_(drawn + low)
+                variance = torch.rand(module.running_var.shape, generator=generator, dtype=torch.float64)
                 module.running_var.copy_(variance + 0.5)
             elif isinstance(module, _LAYERS):
                 # keeps the signal's size from layer to layer (He et al. 2015), so that no mistake drowns
@@ -42,16 +44,20 @@ def lost_channels(dense: nn.Module, cut: nn.Module) -> dict[str, Tensor]:
     lost = {}
     small = dict(cut.named_modules())
     for name, module in dense.named_modules():
-        values = module.weight if isinstance(module, _NORMS) else None
-        if isinstance(module, _LAYERS):
-            values = module.bias
-        if values is None:
+        values, other = _marks(module), _marks(small[name])
+        if values is None or other is None:
             continue
-        other = small[name].weight if isinstance(module, _NORMS) else small[name].bias
         missing = ~torch.isin(values, other)
         assert len(other) == len(values) - int(missing.sum())
         lost[name] = missing.nonzero().flatten()
     return lost
+
+
+def _marks(module: nn.Module) -> Tensor | None:
+    """One value a channel, no two of them equal."""
+    if isinstance(module, _NORMS):
+        return module.running_mean if module.weight is None else module.weight
+    return module.bias if isinstance(module, _LAYERS) else None
 
 
 @contextmanager

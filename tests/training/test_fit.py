@@ -271,6 +271,22 @@ def test_half_precision_is_refused_on_the_cpu() -> None:
         make_fabric(CPU, Precision.FP16)
 
 
+def test_convolutions_of_two_and_three_dimensions_train_together() -> None:
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flat, self.deep = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv3d(1, 2, 3, padding=1)
+            self.fc = torch.nn.Linear(2 * 4 * 64, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.deep(self.flat(images).unsqueeze(1)).flatten(1))
+
+    model = Both()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fit(task(model))
+    assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_no_trainable_parameters_is_an_error() -> None:
     with pytest.raises(TrainingError, match="no trainable"):
         fit(task(network().requires_grad_(False)))

@@ -115,7 +115,7 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
 def _example(checkpoint: Checkpoint) -> tuple[torch.Tensor, ...]:
     """Inputs that show which channels go together; the numbers serve the comparison of cut and masked."""
     generator = torch.Generator().manual_seed(0)
-    device = next(checkpoint.model.parameters()).device
+    device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
     return (torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device),)
 
 

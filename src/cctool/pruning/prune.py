@@ -106,6 +106,11 @@ def plan_thinning(
         if not outcome.failure:
             break
         culprits = find_culprits(model, graph, selection, inputs)
+        if not culprits:
+            raise PruningError(
+                f"{outcome.failure}, and no family is to blame: does the network give other outputs at "
+                "each call?"
+            )
         spared |= {graph.families[n].name: reason for n, reason in culprits.items()}
         notes += [f"{graph.families[n].name} keeps its width: {reason}" for n, reason in culprits.items()]
     return ThinResult(plan, _report(model, graph, selection, plan, outcome, notes), graph, selection)

@@ -256,9 +256,13 @@ def main_metric(options: FitOptions) -> str:
 
 
 def _memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """Channels last wherever there are 2-D convolutions: both cuDNN and oneDNN compute in it."""
+    """Channels last wherever there are 2-D convolutions: both cuDNN and oneDNN compute in it.
+
+    Not beside tensors of five dimensions (3-D convolutions), which have no such layout.
+    """
     has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    return torch.channels_last if has_convolutions else torch.contiguous_format
+    fits = all(tensor.dim() <= 4 for tensor in (*model.parameters(), *model.buffers()))
+    return torch.channels_last if has_convolutions and fits else torch.contiguous_format
 
 
 def _copy_of_state(model: nn.Module) -> dict[str, Any]:

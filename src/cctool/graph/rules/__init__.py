@@ -87,9 +87,14 @@ RULES: dict[str, Rule] = {
 
 
 def apply_rule(ledger: Ledger, event: Event) -> None:
-    """Apply the rule of a call; without one, freeze what goes in."""
+    """Apply the rule of a call; without one, or in a form that it does not read, freeze what goes in."""
     rule = RULES.get(event.name)
     if rule is None:
         layers.opaque(ledger, event, f"no rule for `{event.name}`")
-    else:
+        return
+    try:
         rule(ledger, event)
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        # torch takes arguments in more forms than rules name; one that is not read must not be guessed at.
+        reason = f"no rule for `{event.name}` called like this ({type(error).__name__})"
+        layers.opaque(ledger, event, reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
@@ -15,17 +15,25 @@ from cctool.graph.rules.layers import along, equal_pieces, opaque, vector
 from cctool.graph.trace import argument
 
 
+def _replayed(ledger: Ledger, event: Event) -> Iterator[tuple[Tensor, Tensor]]:
+    """Results of a call beside those of the same call on the ids of its first argument."""
+    kwargs = dict(event.kwargs)
+    source, rest = (event.args[0], event.args[1:]) if event.args else (kwargs.pop("input"), ())
+    ids = ledger.of(source)
+    # A view: in-place forms (`unsqueeze_`) would turn the ids that other activations share.
+    moved = event.function(ids.view_as(ids), *rest, **kwargs)
+    return zip(tensors_in(event.result), tensors_in(moved), strict=True)
+
+
 def replay(ledger: Ledger, event: Event) -> None:
     """Run the same function on the ids."""
-    moved = event.function(ledger.of(event.args[0]), *event.args[1:], **event.kwargs)
-    for result, result_ids in zip(tensors_in(event.result), tensors_in(moved), strict=True):
+    for result, result_ids in _replayed(ledger, event):
         ledger.set(result, result_ids)
 
 
 def copying(ledger: Ledger, event: Event) -> None:
     """Run the same function on the ids, where it copies: neutral dims must be found again."""
-    moved = event.function(ledger.of(event.args[0]), *event.args[1:], **event.kwargs)
-    for result, result_ids in zip(tensors_in(event.result), tensors_in(moved), strict=True):
+    for result, result_ids in _replayed(ledger, event):
         ledger.set(result, canonical(result_ids))
 
 
