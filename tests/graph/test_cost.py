@@ -255,3 +255,16 @@ def test_counts_do_not_depend_on_the_device() -> None:
         pytest.skip("needs a CUDA device")
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
     assert measure(model.cuda(), (3, 8, 8)) == measure(model.cpu(), (3, 8, 8))
+
+
+def test_a_network_that_takes_no_single_input_is_counted_on_two() -> None:
+    class Squeezing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(3, 8, 3)
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.convolution(x).mean((2, 3)).squeeze())
+
+    assert measure(Squeezing().eval(), (3, 10, 10)).total.macs == 8 * 8 * 8 * 27

@@ -113,3 +113,14 @@ def test_a_network_that_draws_at_each_call_ends_with_an_error() -> None:
     model = Net(lambda m, x: head(m, F.dropout(m.a(x))), a=conv(3, 8), fc=nn.Linear(8, 4))
     with pytest.raises(PruningError, match="differ"):
         thin(model, (X,), HALF)
+
+
+def test_a_bare_squeeze_that_takes_no_single_input() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = F.adaptive_avg_pool2d(F.relu(m.a(x)), 1).squeeze()
+        return m.fc(F.relu(m.norm(m.b(x))))  # type: ignore[no-any-return]
+
+    model = Net(forward, a=conv(3, 8), b=nn.Linear(8, 6), norm=nn.BatchNorm1d(6), fc=nn.Linear(6, 4))
+    result = thin(model.eval(), (X,), HALF)
+    assert [(family.name, family.kept) for family in result.report.families] == [("a", 4), ("b", 3)]
+    assert result.report.error < 1e-5

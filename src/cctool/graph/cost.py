@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
@@ -120,12 +120,26 @@ def measure(model: nn.Module, input_shape: tuple[int, ...]) -> ModelCost:
         ArchitectureError: if the model does not run on such an input.
     """
     example = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    inputs = torch.zeros(2, *input_shape, device=example.device, dtype=example.dtype)
     try:
-        traced = trace(model, (torch.zeros(1, *input_shape, device=example.device, dtype=example.dtype),))
-    # Whatever the network's own code raises on a size that it was not made for.
+        return count(model, trace(model, (inputs[:1],)))
     except Exception as error:
-        size, text = "x".join(map(str, input_shape)), " ".join(str(error).split())[:200]
+        refusal = error
+    try:
+        # Code with a bare squeeze() does not take a single input, but it takes two.
+        return _halved(count(model, trace(model, (inputs,))))
+    # Whatever the network's own code raises on a size that it was not made for.
+    except Exception:
+        size, text = "x".join(map(str, input_shape)), " ".join(str(refusal).split())[:200]
         raise ArchitectureError(
             f"the network does not run on an input of {size} ({text}); --input CxHxW names another size"
-        ) from error
-    return count(model, traced)
+        ) from refusal
+
+
+def _halved(cost: ModelCost) -> ModelCost:
+    """The cost of one input, from that of two; what does not depend on the batch is rounded down."""
+    halves = (
+        replace(counted, cost=Cost(*(getattr(counted.cost, f.name) // 2 for f in fields(Cost))))
+        for counted in cost.calls
+    )
+    return replace(cost, calls=tuple(halves))

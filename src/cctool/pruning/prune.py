@@ -91,7 +91,7 @@ def plan_thinning(
         UsageError: a pattern matches nothing.
         PruningError: there is nothing that can be cut.
     """
-    graph = couple(model, [value[:1] if value.ndim else value for value in inputs])
+    graph = _coupled(model, inputs)
     spared: dict[str, str] = {}
     notes: list[str] = []
     while True:
@@ -114,6 +114,15 @@ def plan_thinning(
         spared |= {graph.families[n].name: reason for n, reason in culprits.items()}
         notes += [f"{graph.families[n].name} keeps its width: {reason}" for n, reason in culprits.items()]
     return ThinResult(plan, _report(model, graph, selection, plan, outcome, notes), graph, selection)
+
+
+def _coupled(model: nn.Module, inputs: Sequence[Tensor]) -> ChannelGraph:
+    """Couple on one sample, which is fastest, or on all where the network does not take a single one."""
+    try:
+        return couple(model, [value[:1] if value.ndim else value for value in inputs])
+    # Code with a bare squeeze() may fail in any way on a batch of one; what is truly wrong fails again.
+    except Exception:
+        return couple(model, list(inputs))
 
 
 def thin(

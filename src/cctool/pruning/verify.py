@@ -22,7 +22,8 @@ from cctool.graph.ledger import Role
 from cctool.pruning.selection import Selection
 from cctool.pruning.surgery import CutPlan, copy_with, cut_tensor, masked_tensors, plan_cut
 
-BATCH_SIZES = (1, 3)
+BATCH_SIZES = (3, 5)
+"""Odd, so that a width cannot hide in them; more than 1, which a bare `squeeze()` in user code would drop."""
 TOLERANCE = 1e-5
 """Largest difference allowed, relative to the largest output of the masked network."""
 SPREAD_TOLERANCE = 1e-3
