@@ -138,6 +138,11 @@ def test_a_device_that_is_not_there(verb: str) -> None:
         ("prune", "good.pt", "--steps", "0"),
         ("prune", "good.pt", "--round-to", "0"),
         ("prune", "good.pt", "--method", "l1", "--exclude", "nothing"),
+        ("prune", "good.pt", "--method", "l1", "--lr", "0.1"),
+        ("prune", "good.pt", "--method", "l1", "--optimizer", "adam"),
+        ("prune", "good.pt", "--method", "l1", "--keep", "0.5", "--rate", "0.5"),
+        ("prune", "good.pt", "--method", "l1", "--test-data", "digits"),
+        ("prune", "good.pt", "--method", "l1", "--mean", "nan", "--std", "1"),
         ("prune", "good.pt", "--method", "l1", "--finetune-epochs", "1"),
         ("prune", "good.pt", "--method", "l1", "--data", "no-such-data"),
         ("prune", "good.pt", "--method", "l1", "--data", "cifar10:nowhere"),
@@ -149,6 +154,8 @@ def test_a_device_that_is_not_there(verb: str) -> None:
         ("train", "--arch", "lenet", "--arg", "width", "--data", "digits"),
         ("train", "--arch", "lenet", "--input", "3x3", "--data", "digits"),
         ("train", "good.pt", "--data", "digits", "-o", "no/such/folder/x.pt"),
+        ("analyze", "good.pt", "--spec", "--macs"),
+        ("analyze", "good.pt", "--history", "--onnx-file", "x.onnx"),
         ("evaluate", "good.pt"),
         ("evaluate", "good.pt", "--data", "digits", "--mean", "0.5"),
         ("distill", "good.pt", "--teacher", "missing.pt", "--data", "digits"),
@@ -186,3 +193,31 @@ def test_stdin_must_give_one_path() -> None:
         assert result.exit_code == 1
         assert says in result.stderr
         assert result.stdout == ""
+
+
+@pytest.mark.usefixtures("folder")
+def test_compare_takes_a_path_from_stdin() -> None:
+    result = CliRunner().invoke(app, ["compare", "-", "teacher.pt"], input="good.pt\n")
+    assert result.exit_code == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines() if ".pt" in line] == [
+        "good.pt",
+        "teacher.pt",
+    ]
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_step_that_exists_is_refused_before_the_first_is_written() -> None:
+    Path("good.prune.step2.pt").write_bytes(b"precious")
+    arguments = ("prune", "good.pt", "--method", "l1", "--steps", "2")
+    assert "good.prune.step2.pt exists" in fails(*arguments, status=1)
+    assert Path("good.prune.step2.pt").read_bytes() == b"precious"
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_the_system_refuses_is_one_line_without_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(28, "No space left on device", "good.train.run/log.txt")
+
+    monkeypatch.setattr("cctool.operations.run_folder.RunFolder.begin", full)
+    said = fails("train", "good.pt", "--data", "digits", "--limit", "8", "--epochs", "1", status=1)
+    assert said == "error: good.train.run/log.txt: No space left on device"

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from cctool.checkpoint.checkpoint import Checkpoint, save
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
+from cctool.cli.main import app
 from cctool.data.digits import open_digits
 from cctool.errors import CheckpointError, DataError, UsageError, UserCodeError
 from cctool.models import registry
@@ -101,6 +103,14 @@ def test_predictions_are_not_overwritten(path: Path, tmp_path: Path) -> None:
     assert target.read_text() == "mine"
     report(path, predictions=str(target), force=True)
     assert len(rows(target)) == 360
+
+
+def test_with_predictions_their_path_is_the_product(path: Path, tmp_path: Path) -> None:
+    target = str(tmp_path / "p.csv")
+    arguments = ["evaluate", str(path), "--data", "digits", "--limit", "20", "--predictions", target]
+    result = CliRunner().invoke(app, arguments)
+    assert result.stdout == f"{target}\n"
+    assert "top1" in result.stderr
 
 
 @pytest.fixture

@@ -113,6 +113,7 @@ def test_steps_write_a_file_each_and_modes_differ(student: Path) -> None:
         products = list(pipeline.write(prune.run, options, request))
         assert student.read_bytes() == before
         assert [Path(p.path).name for p in products] == [f"{mode.value}.step{i}.pt" for i in (1, 2, 3)]
+        assert [p.step.notes[0] for p in products] == [f"step {i} of 3" for i in (1, 2, 3)]
         return [parameters(load(p.path, tables())) for p in products]
 
     independent, progressive = sizes(StepMode.INDEPENDENT), sizes(StepMode.PROGRESSIVE)

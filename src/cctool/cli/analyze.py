@@ -74,6 +74,8 @@ def analyze(
         onnx_file=onnx_file,
         data=common.data_options(data, None, None, batch_size, workers, limit),
     )
+    if view is not View.LAYERS and options.writes:
+        raise UsageError(f"--{view} prints one thing and nothing else: write files in a call of their own")
     console = Console(quiet=quiet, as_json=as_json, debug=debug)
     invocation = common.Invocation(
         verb="analyze",

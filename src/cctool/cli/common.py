@@ -192,7 +192,7 @@ class Invocation:
 
         return Request(
             verb=self.verb,
-            source=_source(self.source),
+            source=None if self.source is None else resolved_source(self.source),
             output=self.output,
             force=self.force,
             allow_nonfinite=self.allow_nonfinite,
@@ -225,10 +225,16 @@ def show_metrics(console: Console, before: Any, after: Any) -> None:
             console.note(f"{metrics.split} {name} {change}{value:.4g} (n={metrics.n:,})")
 
 
-def _source(source: str | None) -> str | None:
+def resolved_source(source: str) -> str:
+    """Give INPUT itself, or the path that stdin gives where INPUT is ``-``.
+
+    Raises:
+        UsageError: if stdin is a terminal.
+        CctoolError: unless exactly one path comes from it.
+    """
     if source != "-":
         return source
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("INPUT is -, which reads a path from stdin, but nothing is piped into this command")
     lines = [line.strip() for line in sys.stdin.read().splitlines() if line.strip()]
     if not lines:
@@ -257,6 +263,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:
             # The reader of stdout went away; Python would complain once more when it flushes at exit.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - lives until the process ends
+            raise typer.Exit(1) from None
+        except OSError as error:
+            # A full disk or a folder that may not be written to is nobody's fault here.
+            if debug:
+                traceback.print_exc()
+            place = f"{error.filename}: " if error.filename is not None else ""
+            Console().error(f"{place}{error.strerror or error}")
             raise typer.Exit(1) from None
         except MemoryError:
             Console().error("out of memory; a smaller --batch-size or --limit may fit")

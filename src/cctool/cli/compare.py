@@ -10,14 +10,13 @@ import typer
 from cctool.cli import common
 from cctool.cli.console import Console
 from cctool.options.common import DataOptions, Precision, RuntimeOptions
-from cctool.options.compare import CompareOptions, CompareSplit
+from cctool.options.compare import CompareOptions
+from cctool.options.evaluate import SplitName
 
 
 def compare(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Checkpoints to put side by side.")],
-    split: Annotated[
-        CompareSplit, typer.Option(help="Samples to measure accuracy on.")
-    ] = CompareOptions.split,
+    split: Annotated[SplitName, typer.Option(help="Samples to measure accuracy on.")] = CompareOptions.split,
     data: common.Data = None,
     test_data: common.TestData = None,
     batch_size: common.BatchSize = DataOptions.batch_size,
@@ -39,7 +38,7 @@ def compare(
     console = Console(quiet=quiet, as_json=as_json, debug=debug)
     options = CompareOptions(split, common.data_options(data, None, test_data, batch_size, workers, limit))
     rows = []
-    for file in files:
+    for file in map(common.resolved_source, files):
         invocation = common.Invocation(
             verb="compare",
             console=console,
@@ -48,9 +47,8 @@ def compare(
             runtime=RuntimeOptions(device=device, precision=precision),
             user_code=(data, test_data),
         )
-        rows.append(
-            (file, Path(file).stat().st_size if Path(file).exists() else 0, invocation.read(run, options))
-        )
+        report = invocation.read(run, options)
+        rows.append((file, Path(file).stat().st_size, report))
     first_bytes = rows[0][1]
     console.table(
         "",

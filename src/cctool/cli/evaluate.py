@@ -75,7 +75,9 @@ def evaluate(
     report = invocation.read(run, options)
     if report.metrics is not None:
         values = report.metrics.values
-        console.table(
+        # With a file as the product, the figures are talk.
+        show = console.table if report.predictions is None else console.talk_table
+        show(
             "",
             ("network", "data", "split", "n", *values),
             [(report.architecture, report.data, report.split, report.n, *values.values())],

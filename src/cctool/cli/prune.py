@@ -8,6 +8,7 @@ import typer
 
 from cctool.cli import common
 from cctool.cli.console import Console
+from cctool.errors import UsageError
 from cctool.options.common import DataOptions, Precision, RuntimeOptions
 from cctool.options.prune import PruneMethod, PruneOptions, PrunePreset, Scope, StepMode, preset_options
 
@@ -117,6 +118,7 @@ def prune(
         **given,
         data=common.data_options(data, val_data, test_data, batch_size, workers, limit),
     )
+    _refuse_idle(context, options)
     console = Console(quiet=quiet, as_json=as_json, debug=debug)
     invocation = common.Invocation(
         verb="prune",
@@ -135,6 +137,17 @@ def prune(
         from cctool.operations.prune import run
 
         invocation.write(run, options, _report)
+
+
+def _refuse_idle(context: typer.Context, options: PruneOptions) -> None:
+    """Refuse what stands on the command line and would change nothing."""
+    if options.keep is not None and common.is_given(context, "rate"):
+        origin = f"--preset {options.preset} sets --keep" if options.preset else "--keep is given"
+        raise UsageError(f"{origin}, which takes the place of --rate: give one of them")
+    if not options.finetune_epochs:
+        idle = [f"--{name}" for name in ("optimizer", "lr") if common.is_given(context, name)]
+        if idle:
+            raise UsageError(f"{', '.join(idle)}: nothing is fine-tuned; --finetune-epochs says for how long")
 
 
 def _print_plan(invocation: common.Invocation, options: PruneOptions) -> None:

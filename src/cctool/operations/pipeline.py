@@ -32,7 +32,7 @@ from cctool.options.common import ModelOptions, RuntimeOptions
 from cctool.runtime import Reporter, Silent, resolve_device, seed_everything
 from cctool.user_code import looks_like_user_code
 
-__all__ = ["Product", "Request", "default_output", "read", "recorded", "write"]
+__all__ = ["Product", "Request", "default_output", "labelled", "read", "recorded", "write"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def write(
         finished = context.stamp(outcome)
         if not request.allow_nonfinite:
             _refuse_nonfinite(finished, "the result would hold")
-        path = output.with_name(f"{output.stem}.{outcome.label}{output.suffix}") if outcome.label else output
+        path = labelled(output, outcome.label)
         parent = save(finished, path, context.tables, overwrite=request.force or request.resumes)
         yield Product(str(path), parent.content, parent.file, finished.history[-1], outcome.report)
 
@@ -152,6 +152,15 @@ def default_output(verb: str, source: str | None, arch: str | None) -> Path:
     if arch is not None:
         return Path(f"{_file_stem(arch)}.{verb}.pt")
     raise UsageError("neither INPUT nor --arch is given: name a checkpoint, or a network to build")
+
+
+def labelled(output: Path, label: str) -> Path:
+    """Name one of several products of a command.
+
+    >>> str(labelled(Path("a.prune.pt"), "step1"))
+    'a.prune.step1.pt'
+    """
+    return output.with_name(f"{output.stem}.{label}{output.suffix}") if label else output
 
 
 def _output(request: Request) -> Path:

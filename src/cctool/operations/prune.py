@@ -17,10 +17,11 @@ from cctool.checkpoint.edits import thin_edits
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
-from cctool.errors import UsageError
+from cctool.errors import CheckpointError, UsageError
 from cctool.operations.context import Context, Outcome
 from cctool.operations.finetuning import encoded_again, finetune
 from cctool.operations.measuring import feed_of, measured_splits, preprocessing_of
+from cctool.operations.pipeline import labelled
 from cctool.operations.sizes import measure
 from cctool.operations.sources import open_source, require_source
 from cctool.options.fit import FitOptions
@@ -78,6 +79,8 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
         PruningError: if nothing can be cut.
         UsageError: if fine-tuning or recalibration has no data, or the preprocessing is unknown.
     """
+    labels = _labels(options)
+    _refuse_existing(labels, context)
     source = _data(checkpoint, options, context)
     before = measured_splits(checkpoint, source, options.data, context)
     current = checkpoint
@@ -103,13 +106,28 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
                 metrics_before=before,
                 metrics_after=after,
             ),
-            label=f"step{step}" if options.steps > 1 else "",
+            label=labels[step - 1],
             metrics_before=before,
             metrics_after=after,
-            notes=found.report.notes + _frozen_notes(found.report),
+            notes=(
+                *([f"step {step} of {options.steps}"] if options.steps > 1 else []),
+                *found.report.notes,
+                *_frozen_notes(found.report),
+            ),
         )
         # The pipeline moves what it writes to the CPU.
         current.model.to(context.device)
+
+
+def _labels(options: PruneOptions) -> tuple[str, ...]:
+    return tuple(f"step{step}" for step in range(1, options.steps + 1)) if options.steps > 1 else ("",)
+
+
+def _refuse_existing(labels: tuple[str, ...], context: Context) -> None:
+    """Refuse before hours of fine-tuning what could not be written after them."""
+    for path in (labelled(context.output, label) for label in labels):
+        if path.exists() and not context.force:
+            raise CheckpointError(f"{path} exists already; --force replaces it, -o names another file")
 
 
 def _example(checkpoint: Checkpoint) -> tuple[torch.Tensor, ...]:

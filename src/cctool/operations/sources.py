@@ -42,7 +42,12 @@ def open_source(options: DataOptions, checkpoint: Checkpoint, context: Context) 
     remembered = options.data is None
     reference = checkpoint.spec.data if remembered else options.data
     if reference is None:
+        for option, other in (("--val-data", options.val_data), ("--test-data", options.test_data)):
+            if other is not None:
+                raise UsageError(f"{option} {other} replaces a split of a data set: name that with --data")
         return None
+    if remembered:
+        context.reporter.note(f"data: {reference}, the checkpoint's last (--data names another)")
     try:
         source = open_data(
             reference,
@@ -59,8 +64,6 @@ def open_source(options: DataOptions, checkpoint: Checkpoint, context: Context) 
             f"the checkpoint's last data set cannot be opened, so nothing is measured: {error}"
         )
         return None
-    if remembered:
-        context.reporter.note(f"data: {reference}, the checkpoint's last (--data names another)")
     for note in source.notes:
         context.reporter.note(f"data: {note}")
     return source

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from enum import Enum
 
 from cctool.errors import UsageError
@@ -118,17 +119,6 @@ class RuntimeOptions:
             raise UsageError(f"--seed {self.seed}: 0 to {2**32 - 1} is allowed")
 
 
-@dataclass(frozen=True)
-class Paths:
-    """Where a command reads and writes."""
-
-    source: str | None = None
-    output: str | None = None
-    force: bool = False
-    allow_nonfinite: bool = False
-    extra: dict[str, str] = field(default_factory=dict)
-
-
 def parse_shape(text: str) -> tuple[int, int, int]:
     """Parse ``CxHxW``.
 
@@ -149,6 +139,9 @@ def parse_values(text: str, option: str) -> tuple[float, ...]:
     (0.5, 0.25)
     """
     try:
-        return tuple(float(piece) for piece in text.split(","))
+        values = tuple(float(piece) for piece in text.split(","))
+        if not all(map(math.isfinite, values)):
+            raise ValueError
+        return values
     except ValueError:
         raise UsageError(f"{option} {text}: comma-separated numbers are expected, as in .5,.5,.5") from None

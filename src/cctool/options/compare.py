@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 from cctool.options.common import DataOptions
-
-
-class CompareSplit(str, Enum):
-    """Which samples accuracy is measured on."""
-
-    TRAIN = "train"
-    VALIDATION = "validation"
-    TEST = "test"
+from cctool.options.evaluate import SplitName
 
 
 @dataclass(frozen=True)
@@ -25,5 +17,5 @@ class CompareOptions:
         data: which data set; None takes each checkpoint's last.
     """
 
-    split: CompareSplit = CompareSplit.TEST
+    split: SplitName = SplitName.TEST
     data: DataOptions = field(default_factory=DataOptions)
