@@ -91,7 +91,9 @@ def _as_csv(report: Report) -> bytes:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([column.title for column in report.table.columns])
-    writer.writerows([*report.table.rows, report.table.totals()])
+    for row in (*report.table.rows, report.table.totals()):
+        # Python 3.10's csv refuses NUL, and no spreadsheet shows any of these.
+        writer.writerow([_ILLEGAL.sub("?", cell) if isinstance(cell, str) else cell for cell in row])
     return stream.getvalue().encode()
 
 
