@@ -155,6 +155,13 @@ def test_an_input_size_that_does_not_fit_is_one_clear_line(net: Path) -> None:
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+def test_nan_weights_are_not_exported(tmp_path: Path) -> None:
+    source = written_checkpoint(tmp_path / "net.pt", nan=True)
+    with pytest.raises(ExportError, match="INPUT holds 1 NaN"):
+        analyzed(source, AnalyzeOptions(onnx=True, macs=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["net.pt"]
+
+
 def test_nan_is_reported_and_does_not_stop_the_tables(tmp_path: Path) -> None:
     source = written_checkpoint(tmp_path / "net.pt", nan=True)
     result = invoked(source, "--sparsity")

@@ -190,6 +190,19 @@ def test_images_reach_the_teacher_in_its_own_preprocessing() -> None:
     assert np.allclose(seen[1][0, :, 0, 0].numpy(), expected, atol=1e-5)
 
 
+def test_a_gray_teacher_of_unknown_preprocessing_teaches_a_network_of_colours(tmp_path: Path) -> None:
+    torch.save(registry.build("lenet", {}).state_dict(), tmp_path / "gray.pth")
+    wanted = asked(tmp_path, model=ModelOptions(arch="resnet20", input_shape=(3, 32, 32)))
+    distilled(tmp_path / "gray.pth", wanted, teacher_model=ModelOptions(arch="lenet"))
+
+
+def test_a_teacher_that_does_not_run_says_how_to_name_its_size(tmp_path: Path) -> None:
+    torch.save(registry.build("vgg11", {"in_channels": 1}).state_dict(), tmp_path / "vgg.pth")
+    named = ModelOptions(arch="vgg11", input_shape=(1, 8, 8), mean=(0.5,), std=(0.5,))
+    with pytest.raises(TrainingError, match=r"vgg\.pth does not run .*--teacher-input"):
+        distilled(tmp_path / "vgg.pth", asked(tmp_path), teacher_model=named)
+
+
 def test_equal_preprocessing_passes_images_as_they_are() -> None:
     same = Preprocessing(mean=(0.5,), std=(0.5,))
     images = torch.randn(2, 1, 4, 4)

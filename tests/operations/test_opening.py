@@ -106,6 +106,22 @@ def test_user_code_runs_only_when_named(net: Path) -> None:
     assert torch.equal(load(net / "a.pt", arch=named).model(x), model(x))
 
 
+def test_the_library_loads_moved_user_code_and_foreign_files(net: Path) -> None:
+    named = "net.py:make_net"
+    spec = ModelSpec(architecture=named, arguments={"num_classes": 4}, input_shape=(3, 8, 8))
+    model = tables({named}).build(named, {"num_classes": 4})
+    save(Checkpoint(model, spec), net / "a.pt", tables({named}))
+    (net / "moved").mkdir()
+    for name in ("net.py", "helper.py"):
+        (net / name).rename(net / "moved" / name)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(load(net / "a.pt", arch="moved/net.py:make_net").model(x), model.eval()(x))
+    torch.save(registry.build("lenet", {}).state_dict(), net / "foreign.pt")
+    with pytest.raises(CheckpointError, match="--arch"):
+        load(net / "foreign.pt")
+    assert load(net / "foreign.pt", arch="lenet").spec.input_shape == (1, 32, 32)
+
+
 def test_a_pickled_module_loads_only_with_trust_and_arch(net: Path) -> None:
     named = "net.py:make_net"
     code = "import torch, net; torch.manual_seed(0); torch.save(net.make_net(), 'whole.pth')"

@@ -12,6 +12,7 @@ import torch
 
 from cctool.checkpoint.checkpoint import Checkpoint, load, save
 from cctool.errors import (
+    ArchitectureError,
     CctoolError,
     CheckpointError,
     DataError,
@@ -316,6 +317,13 @@ def test_the_seed_decides_the_fresh_network(tmp_path: Path, net: str) -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_a_network_that_does_not_run_on_its_input_says_which_size(tmp_path: Path) -> None:
+    wanted = request("vgg11", tmp_path / "a.pt")
+    model = ModelOptions(arch="vgg11", input_shape=(1, 8, 8))
+    with pytest.raises(ArchitectureError, match=r"does not run on inputs of 1x8x8 .*--input"):
+        products(options(1), replace(wanted, model=model))
+
+
 def test_data_are_needed(tmp_path: Path, net: str) -> None:
     model = ModelOptions(arch=net, input_shape=(1, 32, 32))
     with pytest.raises(UsageError, match="needs data"):
@@ -448,7 +456,8 @@ def test_storage_can_be_kept(tmp_path: Path, net: str) -> None:
     assert set(found.stored) == {"6.weight"}
     assert len(found.model.state_dict()["6.weight"].unique()) <= 256
     halved = request(net, tmp_path / "b.pt", source=source, resumes=True)
-    products(replace(keeping, run=RunOptions(stop_after=1)), halved)
+    (stopped,) = products(replace(keeping, run=RunOptions(stop_after=1)), halved)
+    assert set(opened(Path(stopped.path), net).stored) == {"6.weight"}
     (resumed,) = products(replace(keeping, run=RunOptions(resume=True)), halved)
     assert resumed.file == product.file
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from cctool.data.records import Shape
 from cctool.errors import DataError
 
-__all__ = ["check_channels", "convert", "describe"]
+__all__ = ["check_channels", "convert", "convert_statistics", "describe"]
 
 # ITU-R BT.601, the weights that PIL uses for "L".
 LUMA = (0.299, 0.587, 0.114)
@@ -39,6 +39,17 @@ def convert(images: Tensor, shape: Shape) -> Tensor:
     if images.shape[1] == 1 and channels == 3:
         images = images.expand(-1, 3, -1, -1)
     return images
+
+
+def convert_statistics(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Means or deviations per channel of images whose channels `convert` changes to ``channels``.
+
+    >>> convert_statistics((0.5,), 3)
+    (0.5, 0.5, 0.5)
+    """
+    if channels == 3:
+        return values * 3
+    return (sum(weight * value for weight, value in zip(LUMA, values, strict=True)),)
 
 
 def check_channels(found: int, wanted: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cctool import user_code as user
 from cctool.data import cifar, mnist
-from cctool.data.convert import LUMA, check_channels, describe
+from cctool.data.convert import check_channels, convert_statistics, describe
 from cctool.data.cub200 import open_cub200
 from cctool.data.digits import open_digits
 from cctool.data.folders import open_folder, open_labelled
@@ -161,14 +161,8 @@ def _serve(source: DataSource, input_shape: Shape | None) -> DataSource:
     check_channels(source.shape[0], input_shape[0])
     mean, std = source.mean, source.std
     if input_shape[0] != source.shape[0]:
-        mean, std = _as_channels(mean, input_shape[0]), _as_channels(std, input_shape[0])
+        mean, std = (convert_statistics(values, input_shape[0]) for values in (mean, std))
     note = f"{source.reference}: {describe(source.shape, input_shape)}"
     return dataclasses.replace(
         source, shape=input_shape, mean=mean, std=std, notes=(*source.notes, note), _loaded={}, _served={}
     )
-
-
-def _as_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    if channels == 3:
-        return values * 3
-    return (sum(weight * value for weight, value in zip(LUMA, values, strict=True)),)

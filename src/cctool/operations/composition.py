@@ -14,12 +14,14 @@ from typing import Any
 from torch import nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.checkpoint import load as load_checkpoint
 from cctool.checkpoint.checkpoint import save as save_checkpoint
 from cctool.checkpoint.edits import THIN
 from cctool.checkpoint.tables import EditKind, Tables
 from cctool.models import registry
+from cctool.operations.opening import open_checkpoint
+from cctool.options.common import ModelOptions
 from cctool.quantization.storage import ENCODINGS
+from cctool.runtime import Silent
 from cctool.user_code import looks_like_user_code
 
 __all__ = ["EDITS", "load", "save", "tables"]
@@ -48,15 +50,17 @@ def load(path: Path | str, *, arch: str | None = None) -> Checkpoint:
     """Load a checkpoint: a module that trains, with its spec and history.
 
     Args:
-        path: a file that cctool wrote.
-        arch: ``net.py:factory`` of a network of the caller's own; its code runs only if it is named here.
+        path: a file that cctool wrote, or a foreign one whose architecture ``arch`` names.
+        arch: ``net.py:factory`` of a network of the caller's own (its code runs only if it is named here,
+            and may have moved since the file was written), or a foreign file's architecture.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, unsafe or foreign.
+        CheckpointError: if the file is missing, damaged or unsafe, or foreign and ``arch`` is not given.
         ArchitectureError: if it holds user code that was not named.
+        UsageError: if ``arch`` is not what the file holds.
     """
-    named = () if arch is None or not looks_like_user_code(arch) else (arch,)
-    return load_checkpoint(path, tables(named))
+    named = frozenset() if arch is None or not looks_like_user_code(arch) else frozenset({arch})
+    return open_checkpoint(Path(path), ModelOptions(arch=arch), tables(named), named, Silent())
 
 
 def save(checkpoint: Checkpoint, path: Path | str, *, overwrite: bool = False) -> None:

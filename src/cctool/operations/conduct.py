@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.records import DataSource
@@ -21,8 +19,8 @@ from cctool.operations.processes import fit_in_processes, node_rank
 from cctool.operations.resuming import forms_from, refuse_other_options
 from cctool.operations.run_folder import LoggedReporter, RunFolder
 from cctool.operations.sources import open_source, require_source
-from cctool.training.evaluate import in_eval_mode
-from cctool.training.objectives import Objective, main_output
+from cctool.training.evaluate import trial_output
+from cctool.training.objectives import Objective
 from cctool.training.progress import EpochRow, best_of
 
 __all__ = ["Goal", "TrainReport", "conduct"]
@@ -117,7 +115,7 @@ def _fit(
         raise type(error)(f"{error}; {_left(folder, context)}") from error
     if not result.completed:
         if options.run.nodes == 1 or node_rank() == 0:
-            yield _stopped(len(result.rows), options, context, folder)
+            yield _stopped(len(result.rows), source, options, context, folder)
         return
     if options.run.nodes > 1 and node_rank() > 0:
         context.reporter.note("this machine trained along; the first one writes the product")
@@ -144,7 +142,7 @@ def _fit(
     )
 
 
-def _stopped(done: int, options: Any, context: Context, folder: RunFolder) -> Outcome:
+def _stopped(done: int, source: DataSource, options: Any, context: Context, folder: RunFolder) -> Outcome:
     """Hand out the best epoch of a training that was stopped early; a resumed one takes its place."""
     last = folder.load(folder.last)
     step = last.history[-1]
@@ -155,8 +153,13 @@ def _stopped(done: int, options: Any, context: Context, folder: RunFolder) -> Ou
     note = f"stopped after epoch {done} of {options.fit.epochs}, with the weights of epoch {epoch}"
     context.reporter.note(f"{note}; the same command with --resume goes on ({folder.last})")
     metrics = step.metrics_after if best is None or best.metrics is None else (best.metrics,)
+    product = replace(last, history=last.history[:-1], resume=None)
+    forms = forms_from(last.resume.state.get("storage")) if last.resume is not None else {}
+    if options.keep_storage and forms:
+        product = encoded_again(product, replace(product, stored=forms), context)
+        metrics = metrics_of(product, source, options, context)
     return Outcome(
-        replace(last, history=last.history[:-1], resume=None),
+        product,
         TrainReport(done, epoch, step.metrics_before, metrics, str(folder.path)),
         metrics_before=step.metrics_before,
         metrics_after=metrics,
@@ -233,10 +236,7 @@ def _refuse_other_classes(checkpoint: Checkpoint, source: DataSource, options: A
 
 def _width(checkpoint: Checkpoint) -> int | None:
     """Number of logits; None where the outputs are none."""
-    model = checkpoint.model
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with in_eval_mode(model), torch.no_grad():
-        logits = main_output(model(torch.zeros(2, *checkpoint.spec.input_shape, device=device)))
+    logits = trial_output(checkpoint.model, checkpoint.spec.input_shape)
     return logits.shape[1] if logits.dim() == 2 else None
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Preprocessing
-from cctool.data.convert import convert
+from cctool.data.convert import convert, convert_statistics
 from cctool.data.records import DataSource
-from cctool.errors import TrainingError
+from cctool.errors import CctoolError, TrainingError
 from cctool.operations.conduct import Goal, conduct
 from cctool.operations.context import Context, Outcome
 from cctool.operations.fitting import user_loss
@@ -20,6 +20,7 @@ from cctool.operations.measuring import preprocessing_of
 from cctool.operations.opening import open_checkpoint
 from cctool.options.distill import DistillOptions
 from cctool.runtime import autocast
+from cctool.training.evaluate import trial_output
 from cctool.training.objectives import Distillation, main_output
 
 __all__ = ["Teacher", "goal", "run"]
@@ -40,10 +41,14 @@ def goal(checkpoint: Checkpoint, source: DataSource, options: DistillOptions, co
     found = open_checkpoint(
         Path(options.teacher), options.teacher_model, context.tables, context.user_code, context.reporter
     )
+    own = preprocessing_of(
+        found, source, context, whose="the teacher", options="--teacher-mean and --teacher-std"
+    )
+    shape = found.spec.input_shape
     teacher = Teacher(
         found.model.to(context.device),
-        found.spec.input_shape,
-        preprocessing_of(found, source, context),
+        shape,
+        _of_channels(own, shape[0]),
         preprocessing_of(checkpoint, source, context),
         str(context.runtime.precision),
     )
@@ -98,19 +103,33 @@ class Teacher:
         return (plain - _row(self._own.mean, plain)) / _row(self._own.std, plain)
 
 
+def _of_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
+    """The data set's own values stand in for unknown ones, and may be of another number of channels."""
+    if {len(preprocessing.mean), channels} != {1, 3}:
+        return preprocessing
+    return Preprocessing(
+        mean=convert_statistics(preprocessing.mean, channels),
+        std=convert_statistics(preprocessing.std, channels),
+    )
+
+
 def _row(values: tuple[float, ...], like: Tensor) -> Tensor:
     return torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1)
 
 
 def _refuse_other_classes(checkpoint: Checkpoint, teacher: Teacher, options: DistillOptions) -> None:
-    device = next(checkpoint.model.parameters()).device
-    images = torch.zeros(2, *checkpoint.spec.input_shape, device=device)
-    was_training = checkpoint.model.training
-    checkpoint.model.eval()
-    with torch.no_grad():
-        student = main_output(checkpoint.model(images))
-    checkpoint.model.train(was_training)
-    taught = teacher(images)
+    student = trial_output(checkpoint.model, checkpoint.spec.input_shape)
+    images = torch.zeros(2, *checkpoint.spec.input_shape, device=student.device)
+    try:
+        taught = teacher(images)
+    except CctoolError:
+        raise
+    # Whatever the teacher's own code raises on a size that it was not made for.
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise TrainingError(
+            f"{options.teacher} does not run on its inputs ({text}); --teacher-input CxHxW names their size"
+        ) from error
     if student.shape != taught.shape:
         raise TrainingError(
             f"{options.teacher} tells {taught.shape[-1]} classes apart, the student {student.shape[-1]}: "

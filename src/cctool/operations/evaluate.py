@@ -16,8 +16,9 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.batches import Batch
 from cctool.data.records import SPLITS, DataSource, Split
-from cctool.errors import CheckpointError, DataError
+from cctool.errors import DataError
 from cctool.operations.context import Context
+from cctool.operations.export import refuse_existing
 from cctool.operations.fitting import user_loss, user_metric
 from cctool.operations.measuring import serve
 from cctool.operations.sources import require_source
@@ -56,8 +57,8 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
         DataError: if the data has no such split, or no labels and no predictions are asked for.
         CheckpointError: if the predictions' file exists and may not be replaced.
     """
-    if options.predictions is not None and Path(options.predictions).exists() and not context.force:
-        raise CheckpointError(f"{options.predictions} exists already; --force replaces it")
+    if options.predictions is not None:
+        refuse_existing((Path(options.predictions),), context)
     source = require_source(options.data, checkpoint, context, "evaluate")
     if checkpoint.spec.classes and source.classes and checkpoint.spec.classes != source.classes:
         context.reporter.warn(f"{source.reference} has other classes than the network was made for")

@@ -50,8 +50,6 @@ def run(checkpoint: Checkpoint, options: ExportOptions, context: Context) -> Exp
     kind = options.effective_format
     path = Path(options.output) if options.output else beside(context.output, DEFAULT_SUFFIXES[kind])
     refuse_existing((path,), context)
-    if not options.allow_nonfinite:
-        _refuse_nonfinite(checkpoint)
     written = export(checkpoint, kind, path, options.data, context, allow_nonfinite=options.allow_nonfinite)
     return ExportReport(checkpoint.spec.architecture, checkpoint.spec.input_shape, (written,))
 
@@ -65,7 +63,13 @@ def export(
     *,
     allow_nonfinite: bool = False,
 ) -> Written:
-    """Write one file in one format, verified on the data where there is any."""
+    """Write one file in one format, verified on the data where there is any.
+
+    Raises:
+        ExportError: if weights are not finite and ``allow_nonfinite`` is false, or the file is wrong.
+    """
+    if not allow_nonfinite:
+        _refuse_nonfinite(checkpoint)
     samples = samples_of(checkpoint, data, context) if kind is ExportFormat.ONNX else None
     request = ExportRequest(
         checkpoint=checkpoint,

@@ -14,13 +14,20 @@ from cctool.training.feed import Feed
 __all__ = ["feed_of", "measured", "measured_splits", "preprocessing_of", "serve"]
 
 
-def preprocessing_of(checkpoint: Checkpoint, source: DataSource, context: Context) -> Preprocessing:
+def preprocessing_of(
+    checkpoint: Checkpoint,
+    source: DataSource,
+    context: Context,
+    *,
+    whose: str = "this model",
+    options: str = "--mean and --std",
+) -> Preprocessing:
     """The preprocessing that the model was trained with; the data set's own, with a warning, if unknown."""
     if checkpoint.spec.preprocessing is not None:
         return checkpoint.spec.preprocessing
     context.reporter.warn(
-        f"the preprocessing of this model is unknown: using {source.name}'s, mean {_short(source.mean)} "
-        f"std {_short(source.std)}; --mean and --std say better"
+        f"the preprocessing of {whose} is unknown: using {source.name}'s, mean {_short(source.mean)} "
+        f"std {_short(source.std)}; {options} say better"
     )
     return Preprocessing(mean=source.mean, std=source.std)
 

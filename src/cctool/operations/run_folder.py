@@ -16,11 +16,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import torch
 
 from cctool import __version__
+from cctool.checkpoint.atomic import write_atomically
 from cctool.checkpoint.checkpoint import Checkpoint, load, save
 from cctool.checkpoint.tables import Tables
 from cctool.errors import CheckpointError
@@ -110,7 +111,12 @@ class RunFolder:
 
     def keep_copy(self, epoch: int) -> None:
         """Keep ``last.pt`` under the number of its epoch."""
-        shutil.copyfile(self.last, self.path / f"epoch-{epoch:04d}.pt")
+
+        def copy(stream: IO[bytes]) -> None:
+            with self.last.open("rb") as source:
+                shutil.copyfileobj(source, stream)
+
+        write_atomically(self.path / f"epoch-{epoch:04d}.pt", copy)
 
 
 class LoggedReporter:

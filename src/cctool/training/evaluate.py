@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from cctool.checkpoint.spec import Metrics
 from cctool.data.batches import Batch
-from cctool.errors import DataError
+from cctool.errors import ArchitectureError, CctoolError, DataError
 from cctool.runtime import autocast
 from cctool.training.group import Alone, Group
 from cctool.training.objectives import cross_entropy, main_output
 from cctool.training.user_functions import UserMetric
 
-__all__ = ["LossFunction", "count_correct", "evaluate", "in_eval_mode", "outputs_of"]
+__all__ = ["LossFunction", "count_correct", "evaluate", "in_eval_mode", "outputs_of", "trial_output"]
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 
@@ -34,6 +34,32 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def trial_output(model: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
+    """Main output of a network for two images of zeros.
+
+    Args:
+        model: on any device; its modes come back as they were.
+        input_shape: (C, H, W) of one image.
+
+    Raises:
+        ArchitectureError: if it does not run on them.
+        TrainingError: if its outputs are none that can be trained on.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    try:
+        with in_eval_mode(model), torch.no_grad():
+            outputs = model(torch.zeros(2, *input_shape, device=device))
+    except CctoolError:
+        raise
+    # Whatever the network's own code raises on a size that it was not made for.
+    except Exception as error:
+        size, text = "x".join(map(str, input_shape)), " ".join(str(error).split())[:200]
+        raise ArchitectureError(
+            f"the network does not run on inputs of {size} ({text}); --input CxHxW names another size"
+        ) from error
+    return main_output(outputs)
 
 
 def outputs_of(
