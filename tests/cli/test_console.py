@@ -58,3 +58,17 @@ def test_plain_is_strict_json() -> None:
         "a": [1, None],
         "2": None,
     }
+
+
+def test_names_in_a_file_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "a\x1b[2Jb\x9bc\rd\x07"
+    console = Console()
+    console.note(evil)
+    console.warn(evil)
+    console.error(evil)
+    console.text(evil)
+    console.table("", ("name",), [(evil,)])
+    printed = capsys.readouterr()
+    assert not set("\x1b\x9b\r\x07") & set(printed.out + printed.err)
+    assert printed.err.count("a?[2Jb?c") == 3
+    assert printed.out.count("a?[2Jb?c") == 2

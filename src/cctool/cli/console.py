@@ -37,6 +37,14 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+_CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "?")
+
+
+def _harmless(text: str) -> str:
+    """Replace control characters: a name in a file that nobody vouches for could steer the terminal."""
+    return text.translate(_CONTROL)
+
+
 class Console:
     """Prints for one command; also the `Reporter` that operations speak to."""
 
@@ -51,15 +59,15 @@ class Console:
     def note(self, text: str) -> None:
         """Say something worth knowing, unless quiet."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(_harmless(text), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         """Say something that may be wrong, quiet or not."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {_harmless(text)}", file=sys.stderr, flush=True)
 
     def error(self, text: str) -> None:
         """Say in one line why the command failed."""
-        print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(_harmless(text).split())}", file=sys.stderr, flush=True)
 
     def progress(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """Pass ``items`` on and draw a bar on stderr, where that is a terminal."""
@@ -119,7 +127,7 @@ class Console:
     def text(self, text: str) -> None:
         """Print text that is the command's product."""
         if not self.as_json:
-            print(text, file=self._products, flush=True)
+            print(_harmless(text), file=self._products, flush=True)
 
     def document(self, value: Any, *, always: bool = False) -> None:
         """Print one JSON document, where JSON was asked for."""
@@ -140,7 +148,7 @@ def _draw(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]], 
         table.add_column(header, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for row in cells:
         # Text, or brackets in a name would be taken for markup.
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(_harmless(cell)) for cell in row))
     if stream.isatty():
         RichConsole(file=stream).print(table)
         return

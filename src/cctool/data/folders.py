@@ -119,16 +119,28 @@ def _by_name(root: Path, part: Path) -> FileSet:
 
 
 def _images(root: Path, folder: Path) -> list[str]:
-    """All image files below ``folder``, as sorted POSIX paths relative to ``root``."""
+    """All image files below ``folder``, as sorted POSIX paths relative to ``root``.
+
+    Links are followed, but none into a folder that stands above it: that would go round for ever.
+    """
     found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+        above = {os.path.realpath(parent) for parent in (Path(place), *Path(place).parents)}
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(Path(place, name)) not in above
+        ]
         found += [
             (Path(place) / name).relative_to(root).as_posix()
             for name in files
             if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
         ]
     return sorted(found)
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def _plain_numbers(part: FileSet) -> FileSet:

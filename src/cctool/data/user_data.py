@@ -62,7 +62,7 @@ class UserStream:
         """
         position = self.indices[index]
         with _seeded(seed):
-            item = user_code.call(self.reference, self.dataset.__getitem__, position)
+            item = user_code.call_often(self.reference, self.dataset.__getitem__, position)
         where = f"{self.reference}: item {position}"
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise UserCodeError(f"{where} is a {type(item).__name__}, not a pair (image, label)")

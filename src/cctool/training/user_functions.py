@@ -30,14 +30,6 @@ def named_function(reference: str, named: Collection[str], option: str) -> Calla
     return user_code.load(reference)
 
 
-def _call(reference: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return function(*arguments)
-    except Exception:
-        # The slow way prepares imports and finds the line to blame; it is too slow for every step.
-        return user_code.call(reference, function, *arguments)
-
-
 class UserLoss:
     """A loss of the user's: (outputs, labels) -> scalar tensor.
 
@@ -50,7 +42,7 @@ class UserLoss:
 
     def __call__(self, outputs: Any, labels: Tensor) -> Tensor:
         """Loss of one batch."""
-        value = _call(self.reference, self._function, outputs, labels)
+        value = user_code.call_often(self.reference, self._function, outputs, labels)
         if not isinstance(value, Tensor):
             raise UserCodeError(
                 f"{self.reference} returned a {type(value).__name__}; "
@@ -83,7 +75,7 @@ class UserMetric:
 
     def __call__(self, outputs: Tensor, labels: Tensor) -> float:
         """Metric of all samples together, on the CPU."""
-        value = _call(self.reference, self._function, outputs, labels)
+        value = user_code.call_often(self.reference, self._function, outputs, labels)
         try:
             number = float(value)
         except (TypeError, ValueError, RuntimeError):
