@@ -121,7 +121,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
     options = FitOptions(epochs=rounds, lr=LR, nesterov=True)
     fabric = make_fabric(device)
     fit(
-        Task(networks[0], feed.training(), options, Supervised(), LR, fabric, observers=(take_turns,)),
+        Task(
+            networks[0],
+            feed.training(),
+            options,
+            Supervised(),
+            LR,
+            fabric,
+            observers=(take_turns,),
+            input_shape=source.shape,
+        )
     )
     return {name: values[1:] for name, values in seconds.items()}
 

@@ -356,3 +356,49 @@ def test_cuda_follows_the_cpu(precision: str, tmp_path: Path) -> None:
         result = fit(task(model, batches=found.training(), fabric=make_fabric(device, kind), validate=None))
         losses.append(result.rows[-1].train["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.02 if precision == "32" else 0.1)
+
+
+class Viewing(nn.Module):
+    """Asks for contiguous memory behind its convolution, in training mode only if so told."""
+
+    def __init__(self, *, always: bool) -> None:
+        super().__init__()
+        self.body = network()[:2]
+        self.fc = nn.Linear(6 * 64, 3)
+        self.always = always
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        return self.fc(x.view(x.size(0), -1) if self.always or self.training else x.flatten(1))
+
+
+class Watching(nn.Module):
+    """Notes in which memory format its input arrives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.formats: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.formats.append(x.is_contiguous(memory_format=torch.channels_last))
+        return x
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_code_that_needs_contiguous_memory_trains(always: bool) -> None:
+    model = Viewing(always=always)
+    before = model.fc.weight.detach().clone()
+    fit(task(model, input_shape=(1, 8, 8)))
+    assert not torch.equal(model.fc.weight, before)
+
+
+@pytest.mark.parametrize("shape", [None, (1, 8, 8)])
+def test_channels_last_is_used_where_the_network_takes_it(shape: tuple[int, ...] | None) -> None:
+    watching = Watching()
+    fit(
+        task(
+            nn.Sequential(nn.Conv2d(1, 6, 3), watching, *network()[1:4], nn.Flatten(), nn.Linear(216, 3)),
+            input_shape=shape,
+        )
+    )
+    assert watching.formats[-1] == (shape is not None)

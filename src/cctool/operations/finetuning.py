@@ -61,6 +61,7 @@ def finetune(
             validate=validate if feed.has("validation") else None,
             user_code=context.user_code,
             reporter=context.reporter,
+            input_shape=trained.spec.input_shape,
         )
     )
     return trained

@@ -109,6 +109,7 @@ def fit_here(
                 save=_Saver(start, options, context, folder),
                 resume=start.resume,
                 stop_after=run.stop_after,
+                input_shape=start.checkpoint.spec.input_shape,
             )
         )
     except BaseException:

@@ -18,6 +18,7 @@ from cctool.checkpoint.payload import ResumeState
 from cctool.checkpoint.spec import Metrics
 from cctool.data.batches import Batch
 from cctool.errors import DataError, DivergedError
+from cctool.graph.execution import in_mode
 from cctool.options.fit import FitOptions, MetricMode
 from cctool.runtime import Reporter, Silent
 from cctool.training.group import group_of
@@ -55,6 +56,7 @@ class Task:
         options: epochs, optimizer, schedule and so on.
         objective: what is minimised.
         lr: base learning rate.
+        input_shape: (C, H, W) of one input; with it, channels-last memory is used where the network takes it.
         fabric: device, precision and the processes that train together.
         validate: measures the bare network; called by all processes. None keeps the last epoch as the best.
         user_code: references that stand on this command line.
@@ -78,6 +80,7 @@ class Task:
     save: Callable[[nn.Module, ResumeState, Progress], None] | None = None
     resume: ResumeState | None = None
     stop_after: int | None = None
+    input_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class _Loop:
         self.fabric = task.fabric
         self.bare = task.model
         self.bare.to(self.fabric.device)
-        self.layout = _memory_format(self.bare, self.fabric.device)
+        self.layout = _memory_format(self.bare, self.fabric.device, task.input_shape)
         self.bare.to(memory_format=self.layout)
         self.bare.train()
         plain = make_optimizer(self.bare, task.lr, self.options, task.user_code)
@@ -255,14 +258,29 @@ def main_metric(options: FitOptions) -> str:
     return "top1" if options.metric is None else options.metric.rpartition(":")[2]
 
 
-def _memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """Channels last wherever there are 2-D convolutions: both cuDNN and oneDNN compute in it.
+def _memory_format(
+    model: nn.Module, device: torch.device, input_shape: tuple[int, ...] | None
+) -> torch.memory_format:
+    """Channels last wherever the network computes in it: both cuDNN and oneDNN are faster so.
 
-    Not beside tensors of five dimensions (3-D convolutions), which have no such layout.
+    Code such as ``x.view(x.size(0), -1)`` behind a convolution asks for contiguous memory; a trial tells.
     """
     has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    # Tensors of five dimensions (3-D convolutions) have no such layout.
     fits = all(tensor.dim() <= 4 for tensor in (*model.parameters(), *model.buffers()))
-    return torch.channels_last if has_convolutions and fits else torch.contiguous_format
+    if input_shape is None or not has_convolutions or not fits:
+        return torch.contiguous_format
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    inputs = torch.zeros(2, *input_shape, device=device).to(memory_format=torch.channels_last)
+    try:
+        for training in (False, True):
+            with in_mode(model, training=training), torch.no_grad():
+                model(inputs)
+    except Exception:
+        # Whatever is wrong beside the memory format is raised again by the first step of training.
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def _copy_of_state(model: nn.Module) -> dict[str, Any]:
