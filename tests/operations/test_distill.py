@@ -144,6 +144,9 @@ def test_a_checkpoint_can_be_the_student_and_be_resumed(tmp_path: Path, teacher:
     assert early.file != whole.file
     resumed = distilled(teacher, halved, fit=fit, run=RunOptions(resume=True))
     assert resumed.file == whole.file
+    save(checkpoint("lenet", seed=4), teacher, tables(), overwrite=True)
+    with pytest.raises(TrainingError, match=r"teacher teacher\.pt is not the one"):
+        distilled(teacher, halved, fit=fit, run=RunOptions(resume=True))
     with pytest.raises(TrainingError, match=r"alpha was 0\.9, now 0\.5"):
         distilled(teacher, halved, fit=fit, run=RunOptions(resume=True), alpha=0.5)
 

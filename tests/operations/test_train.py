@@ -307,6 +307,23 @@ def test_no_epoch_writes_the_network_as_it_was_built(tmp_path: Path, net: str) -
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_network_that_was_only_built_trains_as_a_fresh_one(tmp_path: Path, net: str) -> None:
+    asked = TrainOptions(FitOptions(epochs=1), options(1).data)
+    (direct,) = products(asked, request(net, tmp_path / "direct.pt"))
+    products(options(0), request(net, tmp_path / "built.pt"))
+    (after,) = products(asked, request(net, tmp_path / "after.pt", source=tmp_path / "built.pt"))
+    rates = [product.report.rows[0].lr for product in (direct, after)]
+    assert rates[0] == rates[1]
+    (further,) = products(asked, request(net, tmp_path / "further.pt", source=tmp_path / "after.pt"))
+    assert further.report.rows[0].lr < rates[0]
+    halved = request(net, tmp_path / "halved.pt", source=tmp_path / "built.pt", resumes=True)
+    two = replace(asked, fit=FitOptions(epochs=2))
+    products(replace(two, run=RunOptions(stop_after=1)), halved)
+    (resumed,) = products(replace(two, run=RunOptions(resume=True)), halved)
+    (whole,) = products(two, request(net, tmp_path / "whole.pt", source=tmp_path / "built.pt"))
+    assert resumed.content == whole.content
+
+
 def test_the_seed_decides_the_fresh_network(tmp_path: Path, net: str) -> None:
     weights = []
     for index, seed in enumerate((0, 0, 1)):

@@ -9,14 +9,14 @@ from typing import Any
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.records import DataSource
-from cctool.errors import CctoolError, DataError, TrainingError
+from cctool.errors import CctoolError, CorruptCheckpointError, DataError, TrainingError
 from cctool.operations.context import Context, Outcome
 from cctool.operations.finetuning import decoded, encoded_again
 from cctool.operations.fitting import Start, fit_here, metrics_of
 from cctool.operations.measuring import preprocessing_of
 from cctool.operations.pipeline import recorded
 from cctool.operations.processes import fit_in_processes, node_rank
-from cctool.operations.resuming import forms_from, refuse_other_options
+from cctool.operations.resuming import forms_from, never_trained, refuse_other_files, refuse_other_options
 from cctool.operations.run_folder import LoggedReporter, RunFolder
 from cctool.operations.sources import open_source, require_source
 from cctool.training.evaluate import trial_output
@@ -89,9 +89,12 @@ def conduct(
     start = _resumed(verb, checkpoint, options, context, folder) if options.run.resume else None
     if start is None:
         dense = _completed(decoded(checkpoint, context), source, context)
-        start = Start(dense, fresh=checkpoint.origin is None, forms=checkpoint.stored)
+        fresh = checkpoint.origin is None or never_trained(checkpoint.history)
+        start = Start(dense, fresh=fresh, forms=checkpoint.stored)
     _refuse_other_classes(start.checkpoint, source, options)
     goal = make_goal(start.checkpoint, source, options, context)
+    if start.continues is not None:
+        refuse_other_files(start.continues, goal.others)
     start = replace(start, others=goal.others)
     if start.resume is None and checkpoint.origin is not None:
         start = replace(start, metrics_before=metrics_of(start.checkpoint, source, options, context))
@@ -213,11 +216,13 @@ def _resumed(verb: str, checkpoint: Checkpoint, options: Any, context: Context, 
     earlier = found.history[-1]
     now = recorded(options) | {"runtime": recorded(context.runtime)}
     refuse_other_options(earlier, verb, now, found.spec.data)
-    epoch = found.resume.state["epoch"]
+    epoch = found.resume.state.get("epoch")
+    if not isinstance(epoch, int) or "best" not in found.resume.state:
+        raise CorruptCheckpointError(f"{folder.last} holds a malformed state of training")
     context.reporter.note(f"going on after epoch {epoch} of {options.fit.epochs}")
     return Start(
         replace(found, history=found.history[:-1], resume=None),
-        fresh=earlier.parent is None,
+        fresh=earlier.parent is None or never_trained(found.history[:-1]),
         forms=forms_from(found.resume.state.get("storage")),
         resume=found.resume,
         continues=earlier,

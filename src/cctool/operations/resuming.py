@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,19 @@ from pydantic import JsonValue
 
 from cctool.checkpoint.checkpoint import open_file
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.spec import Step
+from cctool.checkpoint.spec import Parent, Step
 from cctool.errors import CheckpointError, TrainingError
 from cctool.options.fit import Schedule
 
-__all__ = ["flat", "forms_from", "forms_to", "last_step", "refuse_other_options"]
+__all__ = [
+    "flat",
+    "forms_from",
+    "forms_to",
+    "last_step",
+    "never_trained",
+    "refuse_other_files",
+    "refuse_other_options",
+]
 
 # Neither decides what is computed, only where and how fast.
 _FREE = {"runtime.device", "data.workers"}
@@ -62,6 +70,32 @@ def refuse_other_options(earlier: Step, verb: str, now: Mapping[str, JsonValue],
         raise TrainingError(
             f"--resume goes on with the same options only: {'; '.join(different)} (--force starts anew)"
         )
+
+
+def refuse_other_files(earlier: Step, now: Mapping[str, Parent]) -> None:
+    """Refuse to go on with other files, such as a teacher, than training began with.
+
+    Args:
+        earlier: the unfinished line of history.
+        now: the files that were read now, by role.
+
+    Raises:
+        TrainingError: naming the first whose content is another one.
+    """
+    for role, before in earlier.others.items():
+        found = now.get(role)
+        if found is not None and (found.content or found.file) != (before.content or before.file):
+            raise TrainingError(
+                f"--resume goes on with the same files only: the {role} {found.path} is not the one that "
+                "training began with (--force starts anew)"
+            )
+
+
+def never_trained(history: Sequence[Step]) -> bool:
+    """Whether all that a history tells is that a network was built here, and perhaps cut or stored."""
+    epochs = [step.options.get("finetune_epochs") for step in history]
+    epochs += [flat(step.options).get("fit.epochs") for step in history]
+    return bool(history) and history[0].parent is None and not any(epochs)
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

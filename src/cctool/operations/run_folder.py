@@ -7,6 +7,7 @@ where training broke off; and the job and logs of worker processes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -79,13 +80,22 @@ class RunFolder:
         """Make the folder, clean unless resuming, and write down command and environment."""
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"{self.path} is a file; the run folder cannot be made there")
-        if not resume:
-            self._clean()
-        self.path.mkdir(exist_ok=True)
-        with (self.path / "command.txt").open("a", encoding="utf-8") as stream:
-            stream.write(f"{shlex.join(sys.argv)}\n")
-        text = json.dumps(_environment(device), indent=2)
-        (self.path / "environment.json").write_text(f"{text}\n", encoding="utf-8")
+        with self._writing():
+            if not resume:
+                self._clean()
+            self.path.mkdir(exist_ok=True)
+            with (self.path / "command.txt").open("a", encoding="utf-8") as stream:
+                stream.write(f"{shlex.join(sys.argv)}\n")
+            text = json.dumps(_environment(device), indent=2)
+            (self.path / "environment.json").write_text(f"{text}\n", encoding="utf-8")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what the system refuses into an error that names the folder."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"cannot write into {self.path}: {error.strerror or error}") from error
 
     def _clean(self) -> None:
         for pattern in _OURS:
@@ -98,7 +108,7 @@ class RunFolder:
     def log(self, text: str) -> None:
         """Add a line with the time to ``log.txt``."""
         if self.path.is_dir():
-            with (self.path / "log.txt").open("a", encoding="utf-8") as stream:
+            with self._writing(), (self.path / "log.txt").open("a", encoding="utf-8") as stream:
                 stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def save(self, checkpoint: Checkpoint, path: Path) -> None:
