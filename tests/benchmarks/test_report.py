@@ -36,6 +36,9 @@ def test_claims_against_peers_hold() -> None:
     speed = json.loads((results / "prune_speed.json").read_text(encoding="utf-8"))["rows"]
     assert {row["network"] for row in speed} == {"resnet50", "densenet121", "mobilenet_v2"}
     assert all(row["ratio"] <= 1.0 for row in speed)
+    training = json.loads((results / "train_throughput.json").read_text(encoding="utf-8"))["rows"]
+    assert {row["device"] for row in training} >= {"cpu"}
+    assert all(row["ratio"] >= 0.95 for row in training)
     for row in json.loads((results / "prune_table.json").read_text(encoding="utf-8"))["rows"]:
         # The peer's fraction is rounded to six digits as ours is.
         assert row["removable"] >= (row["torch_pruning_removable"] or 0.0) - 1e-6, row["architecture"]

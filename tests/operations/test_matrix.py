@@ -5,6 +5,7 @@ Each later method joins `METHODS` and is tried before and after all others.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import subprocess
@@ -144,6 +145,7 @@ def check_pairs(place: Workplace, methods: tuple[str, ...], export: str) -> None
         for step, file in zip(history[1:], (place.start, firsts[first]), strict=True):
             assert step.parent is not None
             assert step.parent.path == file.name
+            assert step.parent.file == hashlib.sha256(file.read_bytes()).hexdigest()
     check_new_process(place, results)
     for result in results:
         trained = apply(place, "train", result, place.folder / "trained.pt")
