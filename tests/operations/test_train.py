@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cctool.checkpoint.checkpoint import Checkpoint, load, save
 from cctool.errors import (
@@ -339,6 +341,48 @@ def test_a_network_that_does_not_run_on_its_input_says_which_size(tmp_path: Path
     model = ModelOptions(arch="vgg11", input_shape=(1, 8, 8))
     with pytest.raises(ArchitectureError, match=r"does not run on inputs of 1x8x8 .*--input"):
         products(options(1), replace(wanted, model=model))
+
+
+UNUSUAL = """
+import torch
+from torch import nn
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.LazyLinear(10)
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+
+class Extra(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(1024, 10)
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+    def get_extra_state(self):
+        return {"a": 1}
+    def set_extra_state(self, state):
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("Lazy", r"lazy layers \(fc\.weight"), ("Extra", "_extra_state .* not a tensor")]
+)
+def test_what_no_file_can_hold_is_named(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "unusual.py").write_text(UNUSUAL)
+    with pytest.raises(CheckpointError, match=message):
+        products(options(0), request(f"{tmp_path / 'unusual.py'}:{name}", tmp_path / "a.pt"))
+    assert not (tmp_path / "a.pt").exists()
+
+
+def test_unlabelled_images_train_nothing(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(tmp_path / "photos" / "a.png")
+    asked = replace(options(1), data=DataOptions(data=f"folder:{tmp_path / 'photos'}"))
+    with pytest.raises(DataError, match="has no train split"):
+        products(asked, request("resnet20", tmp_path / "a.pt"))
 
 
 def test_data_are_needed(tmp_path: Path, net: str) -> None:

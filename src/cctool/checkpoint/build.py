@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cctool.checkpoint.budget import TOO_LARGE, BoundedFactories, Budget, registering
 from cctool.checkpoint.encoding import EncodedTensor
@@ -23,8 +24,19 @@ __all__ = ["assemble", "build_fresh", "instantiate", "refuse_misfit"]
 
 
 def build_fresh(spec: ModelSpec, tables: Tables) -> nn.Module:
-    """Build and initialise the module of ``spec`` for training from scratch, edits applied."""
-    return _apply_edits(tables.build(spec.architecture, spec.arguments), spec, tables)
+    """Build and initialise the module of ``spec`` for training from scratch, edits applied.
+
+    Raises:
+        SpecError: if layers only learn their sizes from data, so that no file could be checked against them.
+    """
+    model = _apply_edits(tables.build(spec.architecture, spec.arguments), spec, tables)
+    lazy = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if is_lazy(value)]
+    if lazy:
+        raise SpecError(
+            f"{spec.architecture} has lazy layers ({_some(lazy)}), and a checkpoint needs sizes that are "
+            "written down: give the layers theirs"
+        )
+    return model
 
 
 def instantiate(spec: ModelSpec, tables: Tables, tensors: Mapping[str, Tensor | EncodedTensor]) -> nn.Module:

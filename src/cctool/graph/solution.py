@@ -78,7 +78,7 @@ def _components(ledger: Ledger) -> tuple[Ids, Ids, list[Reason]]:
             reasons.append((ledger.calls[call], reason))
     roots = len(reasons)
     reasons += [
-        (("", ""), "constant: no layer produces these channels"),
+        (("constant", ""), "no layer produces these channels"),
         (("input", ""), "the model's input"),
     ]
 

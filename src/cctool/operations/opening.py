@@ -81,7 +81,7 @@ def fresh(
     arguments = registry.defaults(
         options.arch,
         channels=options.input_shape[0] if options.input_shape else data.shape[0] if data else None,
-        classes=len(data.classes) if data else None,
+        classes=(len(data.classes) or None) if data else None,
         arguments=given,
         user_code=named,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Size
 from cctool.errors import CctoolError
@@ -28,6 +30,9 @@ def stored_bytes(checkpoint: Checkpoint) -> int:
     total = 0
     seen: set[int] = set()
     for name, tensor in checkpoint.model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            # Extra state: what it may be is for the file's writer to refuse.
+            continue
         stored = checkpoint.stored.get(name)
         pieces = [tensor] if stored is None else list(stored.parts.values())
         for piece in pieces:
