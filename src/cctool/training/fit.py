@@ -270,7 +270,7 @@ def _memory_format(
     fits = all(tensor.dim() <= 4 for tensor in (*model.parameters(), *model.buffers()))
     if input_shape is None or not has_convolutions or not fits:
         return torch.contiguous_format
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     inputs = torch.zeros(2, *input_shape, device=device).to(memory_format=torch.channels_last)
     try:
         for training in (False, True):
@@ -278,7 +278,7 @@ def _memory_format(
                 model(inputs)
     except Exception:
         # Whatever is wrong beside the memory format is raised again by the first step of training.
-        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        model.to(memory_format=torch.contiguous_format)
         return torch.contiguous_format
     return torch.channels_last
 
