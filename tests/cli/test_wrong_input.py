@@ -221,3 +221,16 @@ def test_what_the_system_refuses_is_one_line_without_blame(monkeypatch: pytest.M
     monkeypatch.setattr("cctool.operations.run_folder.RunFolder.begin", full)
     said = fails("train", "good.pt", "--data", "digits", "--limit", "8", "--epochs", "1", status=1)
     assert said == "error: good.train.run/log.txt: No space left on device"
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "distill", "prune", "analyze"])
+@pytest.mark.usefixtures("folder")
+def test_a_size_that_the_network_does_not_take(verb: str) -> None:
+    assert "Kernel size" in fails(*line(verb, "good.pt"), "--input", "1x16x16", status=1)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_size_that_the_network_does_not_take_is_neither_exported_nor_measured() -> None:
+    assert "--input CxHxW" in fails("export", "good.pt", "--input", "1x16x16", status=1)
+    measured = ("quantize", "good.pt", "--input", "1x16x16", "--data", "digits", "--limit", "8")
+    assert "--input CxHxW" in fails(*measured, status=1)

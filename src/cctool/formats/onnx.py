@@ -25,7 +25,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.errors import ExportError
 from cctool.formats.parity import BATCH_SIZES, Run, compare, outputs_of, random_batches
 from cctool.formats.records import Agreement, ExportRequest, Written
-from cctool.graph.execution import in_mode
+from cctool.graph.execution import blaming_the_size, in_mode
 
 __all__ = ["write_onnx"]
 
@@ -100,7 +100,8 @@ def _convert(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Any, tuple[
 
 
 def _output_names(model: nn.Module, shape: tuple[int, int, int]) -> list[str]:
-    found = outputs_of(model)(_example(model, 1, shape))
+    with blaming_the_size(shape):
+        found = outputs_of(model)(_example(model, 1, shape))
     return [OUTPUT, *(f"output{i}" for i in range(1, len(found)))]
 
 

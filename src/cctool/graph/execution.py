@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from cctool.errors import ArchitectureError, CctoolError
+
 SCRIPT_MODULE = "script_module"
 
 # `x += y` calls `__iadd__`, `1 - x` calls `__rsub__`, ...: one name for each operation.
@@ -165,6 +167,27 @@ class _Watch(TorchFunctionMode):
             if not self._in_script:
                 self.show(SCRIPT_MODULE, module, args, {}, result)
         self.modules.pop()
+
+
+@contextmanager
+def blaming_the_size(input_shape: Sequence[int]) -> Iterator[None]:
+    """Turn whatever a network's own code raises on its inputs into an error that says how to size them.
+
+    Args:
+        input_shape: (C, H, W) of one input.
+
+    Raises:
+        ArchitectureError: in place of anything but our own errors and a lack of memory.
+    """
+    try:
+        yield
+    except (CctoolError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        size, text = "x".join(map(str, input_shape)), " ".join(str(error).split())[:200]
+        raise ArchitectureError(
+            f"the network does not run on inputs of {size} ({text}); --input CxHxW names another size"
+        ) from error
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.errors import CheckpointError, UsageError
+from cctool.graph.execution import blaming_the_size, in_mode
 from cctool.operations.context import Context, Outcome
 from cctool.operations.finetuning import encoded_again, finetune
 from cctool.operations.measuring import feed_of, measured_splits, preprocessing_of
@@ -134,7 +135,10 @@ def _example(checkpoint: Checkpoint) -> tuple[torch.Tensor, ...]:
     """Inputs that show which channels go together; the numbers serve the comparison of cut and masked."""
     generator = torch.Generator().manual_seed(0)
     device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
-    return (torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device),)
+    images = torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device)
+    with blaming_the_size(checkpoint.spec.input_shape), in_mode(checkpoint.model, training=False):
+        checkpoint.model(images)
+    return (images,)
 
 
 def _data(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> DataSource | None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from cctool.checkpoint.spec import Metrics
 from cctool.data.batches import Batch
-from cctool.errors import ArchitectureError, CctoolError, DataError
+from cctool.errors import DataError
+from cctool.graph.execution import blaming_the_size
 from cctool.runtime import autocast
 from cctool.training.group import Alone, Group
 from cctool.training.objectives import cross_entropy, main_output
@@ -48,17 +49,8 @@ def trial_output(model: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
         TrainingError: if its outputs are none that can be trained on.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    try:
-        with in_eval_mode(model), torch.no_grad():
-            outputs = model(torch.zeros(2, *input_shape, device=device))
-    except CctoolError:
-        raise
-    # Whatever the network's own code raises on a size that it was not made for.
-    except Exception as error:
-        size, text = "x".join(map(str, input_shape)), " ".join(str(error).split())[:200]
-        raise ArchitectureError(
-            f"the network does not run on inputs of {size} ({text}); --input CxHxW names another size"
-        ) from error
+    with blaming_the_size(input_shape), in_eval_mode(model), torch.no_grad():
+        outputs = model(torch.zeros(2, *input_shape, device=device))
     return main_output(outputs)
 
 
@@ -75,11 +67,16 @@ def outputs_of(
 
     Yields:
         What the network returned, in float32 where it is a tensor, and the batch.
+
+    Raises:
+        ArchitectureError: if the network does not run on images of this size.
     """
     for batch in batches:
         # The caller's code runs between the batches: it must find its own modes there.
-        with in_eval_mode(model), torch.no_grad(), autocast(device, precision):
-            outputs = model(batch.images.to(device, non_blocking=True))
+        images = batch.images.to(device, non_blocking=True)
+        shape = tuple(images.shape[1:])
+        with blaming_the_size(shape), in_eval_mode(model), torch.no_grad(), autocast(device, precision):
+            outputs = model(images)
         yield outputs.float() if isinstance(outputs, Tensor) else outputs, batch
 
 
