@@ -118,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
             seconds[name].append(loop.round())
 
     feed = Feed(source, Preprocessing(mean=MEAN, std=STD), batch_size=BATCH, device=device, seed=SEED)
-    options = FitOptions(epochs=rounds, lr=LR, nesterov=True)
+    options = FitOptions(epochs=rounds, optimizer="sgd", lr=LR, nesterov=True)
     fabric = make_fabric(device)
     fit(
         Task(

@@ -8,7 +8,7 @@ rm -rf "$folder"
 mkdir -p "$folder"
 
 # The digits are few: small batches make enough steps of an epoch.
-tune=(--batch-size 32 --optimizer adamw --lr 0.003)
+tune=(--batch-size 32 --lr 0.003)
 fit=(--data digits "${tune[@]}")
 
 step() {

@@ -107,7 +107,7 @@ def request(net: str | None, output: Path, *, source: Path | None = None, **chan
 
 
 def options(epochs: int = 4, run: RunOptions = RunOptions(), **fit: Any) -> TrainOptions:  # noqa: B008
-    settings = FitOptions(**{"epochs": epochs, "lr": 0.05, **fit})
+    settings = FitOptions(**{"epochs": epochs, "optimizer": "sgd", "lr": 0.05, **fit})
     return TrainOptions(settings, DataOptions(data="digits", limit=64, batch_size=32), run)
 
 

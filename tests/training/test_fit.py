@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def task(model: nn.Module | None = None, n: int = 64, **changes: Any) -> Task:
-    options = changes.pop("options", None) or FitOptions(epochs=2, lr=0.05)
+    options = changes.pop("options", None) or FitOptions(epochs=2, optimizer="sgd", lr=0.05)
     found = feed(n)
     return replace(
         Task(
@@ -45,7 +45,7 @@ def task(model: nn.Module | None = None, n: int = 64, **changes: Any) -> Task:
 def trained(**options: Any) -> dict[str, torch.Tensor]:
     model = network()
     torch.manual_seed(1)
-    fit(task(model, options=FitOptions(**{"epochs": 2, "lr": 0.05, **options})))
+    fit(task(model, options=FitOptions(**{"epochs": 2, "optimizer": "sgd", "lr": 0.05, **options})))
     return model.state_dict()
 
 
@@ -57,7 +57,7 @@ def test_it_equals_a_bare_loop() -> None:
     """Momentum, decay, cosine steps and augmentation, against the loop that one would write by hand."""
     model, twin = network().requires_grad_(), network()
     model[3].p = twin[3].p = 0.0
-    options = FitOptions(epochs=3, lr=0.05, nesterov=True)
+    options = FitOptions(epochs=3, optimizer="sgd", lr=0.05, nesterov=True)
     fit(task(model, options=options, validate=None))
 
     batches = feed().training()
@@ -74,7 +74,7 @@ def test_it_equals_a_bare_loop() -> None:
 
 
 def test_it_learns() -> None:
-    result = fit(task(n=192, options=FitOptions(epochs=6, lr=0.05)))
+    result = fit(task(n=192, options=FitOptions(epochs=6, optimizer="sgd", lr=0.05)))
     assert result.best is not None
     assert result.best.metrics is not None
     assert result.best.metrics.values["top1"] >= 80
@@ -135,7 +135,13 @@ def test_gamma_l1_shrinks_gammas() -> None:
 def test_the_clipped_gradient_bounds_a_step() -> None:
     model, before = network(), network().state_dict()
     options = FitOptions(
-        epochs=1, lr=1.0, clip_norm=0.01, momentum=0.0, weight_decay=0.0, schedule=Schedule.CONSTANT
+        epochs=1,
+        optimizer="sgd",
+        lr=1.0,
+        clip_norm=0.01,
+        momentum=0.0,
+        weight_decay=0.0,
+        schedule=Schedule.CONSTANT,
     )
     fit(task(model, n=16, options=options, validate=None))
     moved = torch.cat([(value - before[name]).flatten() for name, value in model.named_parameters()])
@@ -166,7 +172,7 @@ def test_the_best_epoch_by_the_validation_metric_stands(
         seen.append({name: value.clone() for name, value in bare.state_dict().items()})
 
     name = "error" if "metric" in options else "top1"
-    fit_options = FitOptions(epochs=4, lr=0.05, **options)
+    fit_options = FitOptions(epochs=4, optimizer="sgd", lr=0.05, **options)
     result = fit(task(model, options=fit_options, validate=scripted(values, name), observers=(watch,)))
     assert result.best is not None
     assert result.best.epoch == best
@@ -188,7 +194,12 @@ def test_no_epoch_leaves_the_network_alone() -> None:
 
 
 def test_rows_hold_the_figures_of_their_epoch() -> None:
-    result = fit(task(n=40, options=FitOptions(epochs=2, lr=0.05, gamma_l1=0.01, schedule=Schedule.CONSTANT)))
+    result = fit(
+        task(
+            n=40,
+            options=FitOptions(epochs=2, optimizer="sgd", lr=0.05, gamma_l1=0.01, schedule=Schedule.CONSTANT),
+        )
+    )
     first, second = result.rows
     assert (first.epoch, second.epoch) == (1, 2)
     assert first.n == 40
@@ -333,7 +344,8 @@ def test_all_faults_are_told_at_once() -> None:
 
 def test_default_rates_depend_on_optimizer_and_past() -> None:
     assert FitOptions().learning_rate(fresh=True) > FitOptions().learning_rate(fresh=False)
-    assert FitOptions().learning_rate(fresh=True, normalised=False) < FitOptions().learning_rate(fresh=True)
+    sgd = FitOptions(optimizer="sgd")
+    assert sgd.learning_rate(fresh=True, normalised=False) < sgd.learning_rate(fresh=True)
     assert FitOptions(optimizer="adam").learning_rate(fresh=True) == 1e-3
     assert FitOptions(optimizer="my.py:f").learning_rate(fresh=True) == 1e-3
     assert FitOptions(lr=0.3).learning_rate(fresh=False) == 0.3

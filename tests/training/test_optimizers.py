@@ -26,10 +26,10 @@ def test_names_give_torchs_optimizers(name: str, kind: type) -> None:
 
 
 def test_sgd_takes_momentum_and_nesterov() -> None:
-    made = make_optimizer(network(), 0.1, FitOptions(momentum=0.7, nesterov=True))
+    made = make_optimizer(network(), 0.1, FitOptions(optimizer="sgd", momentum=0.7, nesterov=True))
     assert made.param_groups[0]["momentum"] == 0.7
     assert made.param_groups[0]["nesterov"] is True
-    assert make_optimizer(network(), 0.1, FitOptions()).param_groups[0]["momentum"] == 0.9
+    assert make_optimizer(network(), 0.1, FitOptions(optimizer="sgd")).param_groups[0]["momentum"] == 0.9
 
 
 def test_decay_of_weights_leaves_biases_and_normalisation_out() -> None:

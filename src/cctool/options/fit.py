@@ -60,7 +60,7 @@ class MetricMode(Choice):
 OPTIMIZER_DEFAULTS: dict[OptimizerName, tuple[float, float]] = {
     OptimizerName.SGD: (0.1, 0.01),
     OptimizerName.ADAM: (1e-3, 3e-4),
-    OptimizerName.ADAMW: (1e-3, 3e-4),
+    OptimizerName.ADAMW: (3e-3, 5e-4),
 }
 """Learning rate where none is given: of a fresh network, and of one that was trained before."""
 
@@ -103,7 +103,7 @@ class FitOptions:
     """
 
     epochs: int = 30
-    optimizer: str = OptimizerName.SGD.value
+    optimizer: str = OptimizerName.ADAMW.value
     lr: float | None = None
     momentum: float | None = None
     nesterov: bool = False

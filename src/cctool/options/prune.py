@@ -74,7 +74,7 @@ class PruneOptions:
     steps: int = 1
     step_mode: StepMode = StepMode.INDEPENDENT
     finetune_epochs: int = 0
-    optimizer: str = "sgd"
+    optimizer: str = "adamw"
     lr: float | None = None
     keep_storage: bool = False
     recalibrate: int = 0
