@@ -215,3 +215,16 @@ def test_a_network_without_removable_channels_is_a_clear_error(tmp_path: Path) -
     request = pipeline.Request("prune", str(tmp_path / "a.pt"), model=ModelOptions(arch=arch))
     with pytest.raises(PruningError):
         list(pipeline.write(prune.run, PruneOptions(method=PruneMethod.L2), request))
+
+
+def test_a_second_cut_keeps_what_the_first_recorded(student: Path) -> None:
+    first = pruned(student, "first.pt", rate=0.5, method=PruneMethod.L1)
+    # Slimming cuts the inputs of the last convolution, whose outputs and bias only the first cut touched.
+    second = pruned(student.with_name("first.pt"), "second.pt", rate=0.5, method=PruneMethod.SLIMMING)
+    last = [checkpoint.model.state_dict()["cnn.7.3.weight"].shape for checkpoint in (first, second)]
+    assert last[0][0] == last[1][0] < 256
+    assert last[0][1] > last[1][1]
+    third = pruned(
+        student.with_name("second.pt"), "third.pt", only=("cnn.4.1",), rate=0.3, method=PruneMethod.L1
+    )
+    assert parameters(third) < parameters(second)

@@ -13,11 +13,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from cctool.checkpoint.spec import MAX_DIMENSION, Dimension, Edit
+from cctool.checkpoint.spec import MAX_DIMENSION, Dimension, Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
 from cctool.errors import SpecError
 
-__all__ = ["THIN", "Thin", "thin_edits"]
+__all__ = ["THIN", "Thin", "thin_edits", "thinned"]
 
 _Width = Annotated[int, Field(ge=1, le=MAX_DIMENSION, strict=True)]
 
@@ -28,6 +28,26 @@ class Thin(Edit):
     kind: Literal["thin"] = "thin"
     shapes: dict[str, tuple[Dimension, ...]] = Field(default={})
     attributes: dict[str, _Width | tuple[_Width, ...]] = Field(default={})
+
+
+def thinned(
+    spec: ModelSpec, model: nn.Module, shapes: Iterable[str], attributes: Iterable[tuple[str, str]]
+) -> ModelSpec:
+    """Record a cut: the spec whose thin edits describe the present widths of ``model``.
+
+    What an earlier cut changed stays recorded, also where this one left it alone: an edit is the final state
+    of its module.
+
+    Args:
+        spec: of the model before this cut.
+        model: the model after it.
+        shapes: qualified names of the parameters and buffers that were cut.
+        attributes: (module name, attribute) pairs that were changed.
+    """
+    earlier = [Thin.model_validate(edit) for edit in spec.edits if edit.get("kind") == "thin"]
+    names = [f"{edit.module}.{leaf}" if edit.module else leaf for edit in earlier for leaf in edit.shapes]
+    pairs = [(edit.module, attribute) for edit in earlier for attribute in edit.attributes]
+    return spec.with_edits(thin_edits(model, [*names, *shapes], [*pairs, *attributes]))
 
 
 def thin_edits(

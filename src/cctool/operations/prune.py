@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.edits import thin_edits
+from cctool.checkpoint.edits import thinned
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
@@ -152,9 +152,9 @@ def _data(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Da
 def _recorded(checkpoint: Checkpoint, found: ThinResult, context: Context) -> Checkpoint:
     """Write the cut into the spec, and cut what is stored beside the model's tensors."""
     attributes = [(module, name) for module, values in found.plan.attributes.items() for name in values]
-    edits = thin_edits(checkpoint.model, found.plan.tensors, attributes)
+    spec = thinned(checkpoint.spec, checkpoint.model, found.plan.tensors, attributes)
     stored = _cut_stored(checkpoint.stored, found.plan, context)
-    return replace(checkpoint, spec=checkpoint.spec.with_edits(edits), stored=stored)
+    return replace(checkpoint, spec=spec, stored=stored)
 
 
 def _cut_stored(
