@@ -23,7 +23,7 @@ TIMM = (
     "ghostnet_050",
     "hardcorenas_a", "lcnet_050", "dla46_c", "convnext_atto", "repvgg_a0", "vgg11_bn", "densenet121",
     "mixer_s32_224", "resmlp_12_224", "vit_tiny_patch16_224", "deit_tiny_patch16_224",
-    "eva02_tiny_patch14_224",
+    "coat_lite_tiny", "eva02_tiny_patch14_224",
     "swin_tiny_patch4_window7_224", "swinv2_cr_tiny_224", "maxvit_rmlp_pico_rw_256", "levit_128s",
     "pit_ti_224",
     "edgenext_xx_small", "beit_base_patch16_224", "nf_regnet_b0",
