@@ -519,6 +519,10 @@ def test_storage_can_be_kept(tmp_path: Path, net: str) -> None:
     halved = request(net, tmp_path / "b.pt", source=source, resumes=True)
     (stopped,) = products(replace(keeping, run=RunOptions(stop_after=1)), halved)
     assert set(opened(Path(stopped.path), net).stored) == {"6.weight"}
+    assert "encoded again" in stopped.step.notes[0]
+    last = opened(tmp_path / "b.run/last.pt", net)
+    assert not last.stored
+    assert "left dense" in last.history[-1].notes[0]
     (resumed,) = products(replace(keeping, run=RunOptions(resume=True)), halved)
     assert resumed.file == product.file
 

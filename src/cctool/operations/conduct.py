@@ -118,7 +118,7 @@ def _fit(
         raise type(error)(f"{error}; {_left(folder, context)}") from error
     if not result.completed:
         if options.run.nodes == 1 or node_rank() == 0:
-            yield _stopped(len(result.rows), source, options, context, folder)
+            yield _stopped(len(result.rows), start, source, options, context, folder)
         return
     if options.run.nodes > 1 and node_rank() > 0:
         context.reporter.note("this machine trained along; the first one writes the product")
@@ -145,7 +145,9 @@ def _fit(
     )
 
 
-def _stopped(done: int, source: DataSource, options: Any, context: Context, folder: RunFolder) -> Outcome:
+def _stopped(
+    done: int, start: Start, source: DataSource, options: Any, context: Context, folder: RunFolder
+) -> Outcome:
     """Hand out the best epoch of a training that was stopped early; a resumed one takes its place."""
     last = folder.load(folder.last)
     step = last.history[-1]
@@ -166,7 +168,7 @@ def _stopped(done: int, source: DataSource, options: Any, context: Context, fold
         TrainReport(done, epoch, step.metrics_before, metrics, str(folder.path)),
         metrics_before=step.metrics_before,
         metrics_after=metrics,
-        notes=(*step.notes, note),
+        notes=(*start.notes(keep_storage=options.keep_storage), note),
         others=step.others,
         continues=step,
     )

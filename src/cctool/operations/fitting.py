@@ -243,7 +243,7 @@ class _Saver:
             None,
             metrics_before=start.metrics_before,
             metrics_after=after,
-            notes=start.notes(keep_storage=self._options.keep_storage),
+            notes=start.notes(keep_storage=False),
             others=start.others,
             continues=start.continues,
         )

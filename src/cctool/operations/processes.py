@@ -87,7 +87,7 @@ def _job(verb: str, start: Start, options: Any, context: Context) -> dict[str, A
             start.checkpoint,
             None,
             metrics_before=start.metrics_before,
-            notes=start.notes(keep_storage=options.keep_storage),
+            notes=start.notes(keep_storage=False),
             others=start.others,
             continues=start.continues,
         )
