@@ -31,7 +31,7 @@ def prune(
     ] = None,
     round_to: Annotated[
         int, typer.Option(help="Keep widths that are multiples of this.")
-    ] = PruneOptions.round_to,
+    ] = 1,
     exclude: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="GLOB", help="Modules or families that keep their width; may be repeated."),

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cctool.graph.channels import Family, Place
+from cctool.errors import PruningError
+from cctool.graph.channels import ChannelGraph, Family, Place
 from cctool.graph.ledger import Role
-from cctool.options.prune import PruneMethod
+from cctool.options.prune import PruneMethod, PruneOptions
 
 
 @dataclass(frozen=True)
@@ -89,3 +90,30 @@ SCORES: dict[PruneMethod, ScoreFn] = {
     PruneMethod.RANDOM: random,
 }
 """Score function of each method."""
+
+
+def score_families(
+    graph: ChannelGraph, options: PruneOptions, context: ScoreContext
+) -> tuple[Tensor | Unscored, ...]:
+    """Score every unit of every family.
+
+    Args:
+        graph: the coupled channels.
+        options: method, reduction, normalisation.
+        context: what score functions may look at.
+
+    Returns:
+        For each family of the graph one score a unit, float64 on the CPU, or why there is none.
+
+    Raises:
+        PruningError: a score is not finite.
+    """
+    return tuple(_finite(SCORES[options.method](family, context), family) for family in graph.families)
+
+
+def _finite(score: Tensor | Unscored, family: Family) -> Tensor | Unscored:
+    if isinstance(score, Unscored):
+        return score
+    if not bool(torch.isfinite(score).all()):
+        raise PruningError(f"family {family.name}: scores are not finite: its weights hold NaN or infinity")
+    return score.double()

@@ -15,11 +15,11 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from cctool.errors import PruningError, UsageError
+from cctool.errors import UsageError
 from cctool.graph.channels import ChannelGraph, Family
 from cctool.graph.ledger import Role
-from cctool.options.prune import PruneOptions, Scope
-from cctool.pruning.scores import SCORES, ScoreContext, Unscored
+from cctool.options.prune import AUTO_ROUND, PruneOptions, Scope
+from cctool.pruning.scores import ScoreContext, Unscored, score_families
 
 _FUZZ = 1e-9  # 0.29 * 100 is 28.999999999999996
 
@@ -100,8 +100,9 @@ def select(
     excluded = matching(model, graph, options.exclude)
     chosen = matching(model, graph, options.only) if options.only else set(range(len(graph.families)))
     scores: dict[int, Tensor] = {}
+    found = score_families(graph, options, context)
     for number, family in enumerate(graph.families):
-        score = SCORES[options.method](family, context)
+        score = found[number]
         if family.name in reasons:
             continue
         if family.units == 1:
@@ -113,7 +114,7 @@ def select(
         elif isinstance(score, Unscored):
             reasons[family.name] = score.reason
         else:
-            scores[number] = _finite(score, family)
+            scores[number] = score
     counts = _counts(graph, scores, options, step)
     return Selection(
         tuple(_keep(f, scores.get(n), counts.get(n)) for n, f in enumerate(graph.families)), reasons
@@ -124,12 +125,6 @@ def select_counts(graph: ChannelGraph, scores: Mapping[int, Tensor], counts: Map
     """Keep the best `counts[number]` units of each family numbered there, and all of the others."""
     kept = tuple(_keep(f, scores.get(n), counts.get(n)) for n, f in enumerate(graph.families))
     return Selection(kept, {})
-
-
-def _finite(score: Tensor, family: Family) -> Tensor:
-    if not bool(torch.isfinite(score).all()):
-        raise PruningError(f"family {family.name}: scores are not finite: its weights hold NaN or infinity")
-    return score.double()
 
 
 def _order(score: Tensor) -> Tensor:
@@ -178,5 +173,6 @@ def _global_counts(scores: Mapping[int, Tensor], remove: int) -> dict[int, int]:
 
 
 def _round_up(count: int, size: int, family: Family, options: PruneOptions) -> int:
-    grain = options.round_to // math.gcd(options.round_to, family.width)
+    wanted = options.round_to or AUTO_ROUND
+    grain = wanted // math.gcd(wanted, family.width)
     return min(size, math.ceil(count / grain) * grain)

@@ -21,6 +21,7 @@ from cctool.errors import DataError, DivergedError
 from cctool.graph.execution import in_mode
 from cctool.options.fit import FitOptions, MetricMode
 from cctool.runtime import Reporter, Silent
+from cctool.training.constraints import Constraint
 from cctool.training.group import group_of
 from cctool.training.objectives import Objective, Terms, gamma_penalty
 from cctool.training.optimizers import make_optimizer
@@ -57,6 +58,7 @@ class Task:
         objective: what is minimised.
         lr: base learning rate.
         input_shape: (C, H, W) of one input; with it, channels-last memory is used where the network takes it.
+        constraints: what is respected besides the objective.
         fabric: device, precision and the processes that train together.
         validate: measures the bare network; called by all processes. None keeps the last epoch as the best.
         user_code: references that stand on this command line.
@@ -81,6 +83,7 @@ class Task:
     resume: ResumeState | None = None
     stop_after: int | None = None
     input_shape: tuple[int, ...] | None = None
+    constraints: Sequence[Constraint] = ()
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,8 @@ class _Loop:
 
     def _train(self, epoch: int) -> tuple[Tally, float]:
         self.bare.train()
+        for constraint in self.task.constraints:
+            constraint.epoch(epoch)
         tally = Tally(epoch, self.task.objective.user, _LOOK_EVERY[self.fabric.device.type])
         title = f"epoch {epoch + 1}/{self.options.epochs}"
         lr = 0.0
@@ -191,18 +196,30 @@ class _Loop:
         images = images.to(self.fabric.device, memory_format=self.layout, non_blocking=True)
         labels = labels.to(self.fabric.device, non_blocking=True)
         terms = self.task.objective(self.model, images, labels)
-        if self.penalty is not None:
-            extra = self.penalty()
+        for name, extra in self._penalties():
             components = dict(terms.components) or {"loss_without_penalty": terms.loss}
-            terms = Terms(terms.loss + extra, terms.logits, components | {"gamma_l1": extra})
+            terms = Terms(terms.loss + extra, terms.logits, components | {name: extra})
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(terms.loss)
+        for constraint in self.task.constraints:
+            constraint.gradients()
         if self.options.clip_norm is not None:
             self.fabric.clip_gradients(
                 self.model, self.optimizer, max_norm=self.options.clip_norm, error_if_nonfinite=False
             )
         self.optimizer.step()
+        with torch.no_grad():
+            for constraint in self.task.constraints:
+                constraint.weights()
         return terms
+
+    def _penalties(self) -> Iterator[tuple[str, Tensor]]:
+        if self.penalty is not None:
+            yield "gamma_l1", self.penalty()
+        for constraint in self.task.constraints:
+            extra = constraint.penalty()
+            if extra is not None:
+                yield constraint.name, extra
 
     def _refuse_broken_weights(self, epoch: int) -> None:
         for name, value in self.bare.state_dict().items():

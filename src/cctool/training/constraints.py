@@ -1,0 +1,30 @@
+"""What training must respect besides its loss: penalties on weights, weights that stay zero."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["Constraint"]
+
+
+class Constraint:
+    """One such thing; each method is called at its place in every step of training and may do nothing.
+
+    A constraint holds the parameters that it acts on; `fit` trains these very objects.
+    """
+
+    name = "constraint"
+    """Column of its penalty in the table of epochs."""
+
+    def epoch(self, epoch: int) -> None:
+        """Called before each epoch, numbered from 0."""
+
+    def penalty(self) -> Tensor | None:
+        """Give a scalar that is added to the loss."""
+        return None
+
+    def gradients(self) -> None:
+        """Change gradients in place, after the backward pass and before they are clipped."""
+
+    def weights(self) -> None:
+        """Change weights in place, after the optimizer's step."""
