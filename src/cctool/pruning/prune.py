@@ -53,6 +53,8 @@ class PruneReport:
         precision: the dtype in which that was measured.
         batch_sizes: batch sizes at which all output shapes were compared.
         notes: what a user should know besides.
+        statistics: calls whose statistics now run over the channels that are kept, so that the error is the
+            difference from the masked network with such statistics; without any, it is exact as it stands.
     """
 
     families: tuple[FamilyReport, ...]
@@ -63,6 +65,7 @@ class PruneReport:
     precision: str
     batch_sizes: tuple[int, ...]
     notes: tuple[str, ...]
+    statistics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def plan_thinning(
         UsageError: a pattern matches nothing.
         PruningError: there is nothing that can be cut.
     """
-    graph = _coupled(model, inputs)
+    graph = _coupled(model, inputs, options.exact)
     spared: dict[str, str] = {}
     notes: list[str] = []
     while True:
@@ -116,13 +119,13 @@ def plan_thinning(
     return ThinResult(plan, _report(model, graph, selection, plan, outcome, notes), graph, selection)
 
 
-def _coupled(model: nn.Module, inputs: Sequence[Tensor]) -> ChannelGraph:
+def _coupled(model: nn.Module, inputs: Sequence[Tensor], exact: bool) -> ChannelGraph:
     """Couple on one sample, which is fastest, or on all where the network does not take a single one."""
     try:
-        return couple(model, [value[:1] if value.ndim else value for value in inputs])
+        return couple(model, [value[:1] if value.ndim else value for value in inputs], exact)
     # Code with a bare squeeze() may fail in any way on a batch of one; what is truly wrong fails again.
     except Exception:
-        return couple(model, list(inputs))
+        return couple(model, list(inputs), exact)
 
 
 def thin(
@@ -184,4 +187,7 @@ def _report(
         precision=outcome.precision,
         batch_sizes=BATCH_SIZES,
         notes=tuple(notes),
+        statistics=tuple(
+            f"{s.op} in {s.module or 'the model'}: {s.reason} ({', '.join(s.families)})" for s in outcome.statistics
+        ),
     )

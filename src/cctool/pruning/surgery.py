@@ -59,8 +59,18 @@ def plan_cut(model: nn.Module, graph: ChannelGraph, selection: Selection) -> Cut
     for entry in graph.attributes:
         kept_count = int((~removed[entry.labels]).sum())
         if kept_count != entry.labels.numel():
-            attributes[entry.name][str(entry.key)] = kept_count
+            planned = attributes[entry.name]
+            present = planned.get(str(entry.key), getattr(model.get_submodule(entry.name), str(entry.key)))
+            planned[str(entry.key)] = kept_count if entry.index is None else _with_entry(
+                present, entry.index, kept_count
+            )  # fmt: skip
     return CutPlan(_with_aliases(model, cuts), dict(attributes))
+
+
+def _with_entry(sizes: Attribute, index: int, value: int) -> tuple[int, ...]:
+    """A tuple of sizes (`normalized_shape`) with one of them replaced."""
+    several = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    return (*several[:index], value, *several[index + 1 :])
 
 
 def _with_aliases(model: nn.Module, cuts: Mapping[str, Sequence[Cut]]) -> dict[str, tuple[Cut, ...]]:
@@ -135,7 +145,8 @@ def _set_attributes(model: nn.Module, plan: CutPlan) -> None:
     for name, values in plan.attributes.items():
         module = model.get_submodule(name)
         for attribute, value in values.items():
-            setattr(module, attribute, value)
+            present = getattr(module, attribute)
+            setattr(module, attribute, list(value) if isinstance(present, list) else value)  # type: ignore[arg-type]
 
 
 def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | None = None) -> nn.Module:
