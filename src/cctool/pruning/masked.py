@@ -17,26 +17,14 @@ from torch import Tensor, nn
 
 from cctool.graph.channels import ChannelGraph, Statistic
 from cctool.graph.execution import execute, tensors_in
-from cctool.graph.ledger import Kind, Role
+from cctool.graph.ledger import Kind
 from cctool.pruning.selection import Selection
-from cctool.pruning.surgery import named_tensors
+from cctool.pruning.surgery import masked_places, named_tensors, zeroed
 
 Function = Callable[..., Any]
 Places = Mapping[str, Sequence[tuple[int, Tensor]]]
 
-_KEPT_BY_MASKS = {Role.STATISTIC}
 _READS_ONLY = frozenset({"shape", "size", "dim", "ndim", "numel", "device", "is_floating_point", "requires_grad"})
-
-
-def masked_places(graph: ChannelGraph, selection: Selection) -> dict[str, list[tuple[int, Tensor]]]:
-    """For each tensor that removed units touch, (dim, indices) of what they own there."""
-    places: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
-    for family, kept in zip(graph.families, selection.kept, strict=True):
-        if not bool(kept.all()):
-            for place in family.places:
-                if place.role not in _KEPT_BY_MASKS:
-                    places[place.tensor].append((place.dim, place.indices[~kept].flatten()))
-    return places
 
 
 def active_statistics(graph: ChannelGraph, selection: Selection) -> list[Statistic]:
@@ -115,12 +103,8 @@ class MaskedCalls:
         return value
 
     def _masked(self, name: str, tensor: Tensor) -> Tensor:
-        masked = self.values.get(name, tensor).detach()
-        if name in self.places:
-            masked = masked.clone()
-            for dim, indices in self.places[name]:
-                masked.index_fill_(dim, indices.to(masked.device), 0)
-        return masked
+        value = self.values.get(name, tensor).detach()
+        return zeroed(value, self.places[name]) if name in self.places else value
 
     def _scaled(
         self, statistic: Statistic, args: tuple[Any, ...], kwargs: dict[str, Any]
