@@ -253,7 +253,7 @@ class Ledger:
         return width if result == width else result
 
     def sized(self, ids: Tensor, width: Width) -> None:
-        """The number of these channels is given by a width of the code: of other channels, or an attribute."""
+        """A width of the code gives the number of these channels: that of others, or an attribute."""
         ids = ids.reshape(-1)
         channels = [(s, e) for s, e in width.powers.items() if s.ids is not None]
         attributes = [s for s, e in width.powers.items() if s.ids is None and e == 1]

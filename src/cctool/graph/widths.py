@@ -70,6 +70,7 @@ class Width(int):
     powers: Powers
 
     def __new__(cls, value: int, powers: Powers) -> Width:
+        """Make an int that was multiplied from widths."""
         made = super().__new__(cls, value)
         made.powers = powers
         return made
@@ -83,7 +84,7 @@ class Width(int):
     __hash__ = int.__hash__
 
     def __eq__(self, other: object) -> bool:
-        same = int.__eq__(self, other)  # type: ignore[operator]
+        same = int.__eq__(self, other)
         if same is True and isinstance(other, Width):
             _note_equal(self, other)
         return same
@@ -115,7 +116,11 @@ class Width(int):
         return _number(_bare(float(self), other, "__rtruediv__"), _joined(other, self, -1))
 
     def __pow__(self, other: Any, modulo: Any = None) -> Any:
-        value = int.__pow__(self, other, modulo) if isinstance(other, int) else _bare(float(self), other, "__pow__")
+        value = (
+            int.__pow__(self, other, modulo)
+            if isinstance(other, int)
+            else _bare(float(self), other, "__pow__")
+        )
         if modulo is not None or value is NotImplemented or powers_of(other):
             return value
         return _number(value, {symbol: exponent * other for symbol, exponent in self.powers.items()})
@@ -127,6 +132,7 @@ class Scale(float):
     powers: Powers
 
     def __new__(cls, value: float, powers: Powers) -> Scale:
+        """Make a float that was multiplied from powers of widths."""
         made = super().__new__(cls, value)
         made.powers = powers
         return made
