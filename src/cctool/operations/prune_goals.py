@@ -155,7 +155,7 @@ def within_target(
                 reached.trials,
             )
         )
-        return ordered.counts(reached.chosen.removed)
+        return reached.counts
 
     result = planner.verified(counts)
     return result, found[-1]
@@ -264,7 +264,7 @@ class _BudgetSearch:
         measured_grid = [self.look(rate) for rate in self.context.reporter.progress(grid, "measuring rates")]
         within = [trial.rate for trial in measured_grid if trial.drop <= budget]
         low = max(within, default=0.0)
-        high = low + 1 / _GRID
+        high = min(low + 1 / _GRID, 1 - _FINEST)
         while high - low > _FINEST and self.removed(high) - self.removed(low) > 1:
             middle = (low + high) / 2
             if self.look(middle).drop <= budget:
