@@ -96,8 +96,8 @@ def test_a_unit_that_overshoots_gives_way_to_one_that_fits(
     first = next(k for k in range(len(ordered.owners) + 1) if cost(ordered.counts(k)) <= limit)
     single = [cost(ordered.counts(first))]
     if first and limit - single[0] > 0.005 * dense:
-        for number in set(ordered.owners[first:].tolist()):
-            single.append(cost(ordered.counts(first - 1)) - prices[number])
+        before = cost(ordered.counts(first - 1))
+        single += [before - prices[number] for number in set(ordered.owners[first:].tolist())]
     assert found.chosen.cost == max(value for value in single if value <= limit)
 
 

@@ -122,7 +122,7 @@ class ChannelGraph:
     label_count: int = field(default=0)
 
 
-def couple(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool = False) -> ChannelGraph:
+def couple(model: nn.Module, inputs: Sequence[Tensor]) -> ChannelGraph:
     """Find the channels that go together by one forward pass (two, where parameters run in training only).
 
     Args:

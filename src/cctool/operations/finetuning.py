@@ -24,13 +24,8 @@ __all__ = ["decoded", "encoded_again", "finetune"]
 
 
 def finetune(
-    checkpoint: Checkpoint,
-    source: DataSource,
-    options: FitOptions,
-    data: DataOptions,
-    context: Context,
-    teacher=None,
-):
+    checkpoint: Checkpoint, source: DataSource, options: FitOptions, data: DataOptions, context: Context
+) -> Checkpoint:
     """Train a checkpoint's model in place; it ends with the weights of the best epoch by validation.
 
     Args:
@@ -69,7 +64,7 @@ def finetune(
             input_shape=trained.spec.input_shape,
         )
     )
-    return trained, {}
+    return trained
 
 
 def decoded(checkpoint: Checkpoint, context: Context) -> Checkpoint:

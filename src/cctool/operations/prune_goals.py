@@ -193,6 +193,11 @@ def within_budget(
             "--max-drop searches on the validation split by top-1: the data has none (--val-data names one), "
             "or the outputs are no logits"
         )
+    if not checkpoint.history and options.data.val_data is None:
+        context.reporter.warn(
+            f"this network was trained elsewhere, perhaps on the very images of {source.reference}'s validation "
+            "split: --val-data names images that it has not seen"
+        )
     search = _BudgetSearch(planner, checkpoint, source, dense, options, context)
     # Families that a trial finds guilty are spared before anything is judged.
     planner.verified(lambda chosen: search.counts(chosen, 1 - 1 / _GRID))

@@ -36,7 +36,7 @@ class ScoreContext:
 ScoreFn = Callable[[Family, ScoreContext], Tensor | Unscored]
 
 
-def score_context(model: nn.Module, seed: int = 0, evidence: object = None) -> ScoreContext:
+def score_context(model: nn.Module, seed: int = 0) -> ScoreContext:
     """Context of a model's own tensors and a seeded generator."""
     tensors = {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     return ScoreContext(tensors, torch.Generator().manual_seed(seed))
