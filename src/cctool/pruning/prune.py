@@ -166,7 +166,7 @@ def thin(
 def _coupled(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool) -> ChannelGraph:
     """Couple on one sample, which is fastest, or on all where the network does not take a single one."""
     try:
-        return couple(model, [value[:1] if value.ndim else value for value in inputs], exact=exact)
+        return couple(model, [value[:1] if value.ndim else value for value in inputs], exact)
     # Code with a bare squeeze() may fail in any way on a batch of one; what is truly wrong fails again.
     except Exception:
-        return couple(model, list(inputs), exact=exact)
+        return couple(model, list(inputs), exact)
