@@ -101,7 +101,9 @@ class Run:
 
     def accuracy(self, checkpoint: Checkpoint) -> float:
         checkpoint.model.eval()
-        return round(measured(checkpoint, self.source, self.data, self.context).values["top1"], 2)
+        found = round(measured(checkpoint, self.source, self.data, self.context).values["top1"], 2)
+        self.reporter.note(f"{found} % at {self.macs(checkpoint.model):,} MACs")
+        return found
 
     def finetuned(self, checkpoint: Checkpoint) -> Checkpoint:
         options = self.fit_options(self.arguments.epochs, self.arguments.lr)
@@ -204,7 +206,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sparse-epochs", type=int, default=1)
     parser.add_argument("--sparse-lr", type=float, default=0.01)
-    parser.add_argument("--strength", type=float, default=0.01, help="weight of the L1 penalty, of both tools")
+    parser.add_argument(
+        "--strength", type=float, default=0.01, help="weight of the L1 penalty, of both tools"
+    )
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning")
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -212,8 +216,11 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # Torch-Pruning warns about every parameter that it does not know
     rows = [row(arguments, seed) for seed in arguments.seeds]
-    settings = f"--sparse-epochs {arguments.sparse_epochs} --strength {arguments.strength} --epochs {arguments.epochs} --lr {arguments.lr}"
-    command = f"python benchmarks/slimming.py --weights resnet20.pth --data cifar10:DIR {settings}"
+    command = (
+        "python benchmarks/slimming.py --weights resnet20.pth --data cifar10:DIR "
+        f"--sparse-epochs {arguments.sparse_epochs} --sparse-lr {arguments.sparse_lr} "
+        f"--strength {arguments.strength} --epochs {arguments.epochs} --lr {arguments.lr}"
+    )
     record.write("slimming", command, arguments.seeds[0], rows)
 
 
