@@ -49,16 +49,18 @@ class Aloud(Silent):
     """Says on stdout how far a run of an hour has come."""
 
     def note(self, text: str) -> None:
+        """Say something, and when."""
         print(f"# {time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 class PeerPenalty(Constraint):
-    """Torch-Pruning's regularizer at the place where its documentation calls it: before the optimizer's step."""
+    """Torch-Pruning's regularizer, called where its documentation calls it: before the optimizer's step."""
 
     def __init__(self, pruner: object, model: nn.Module) -> None:
         self.pruner, self.model = pruner, model
 
     def gradients(self) -> None:
+        """Add the subgradients of the penalty."""
         self.pruner.regularize(self.model)  # type: ignore[attr-defined]
 
 
@@ -94,22 +96,27 @@ class Run:
         return replace(self.checkpoint, model=deepcopy(self.checkpoint.model))
 
     def fit_options(self, epochs: int, lr: float) -> FitOptions:
+        """SGD with momentum, cosine, and the defaults of `cctool train`."""
         return FitOptions(epochs=epochs, optimizer="sgd", lr=lr)
 
     def macs(self, model: nn.Module) -> int:
+        """Multiply-accumulates of one image."""
         return measure(model, self.checkpoint.spec.input_shape).total.macs
 
     def accuracy(self, checkpoint: Checkpoint) -> float:
+        """Top-1 on the test split, in percent."""
         checkpoint.model.eval()
         found = round(measured(checkpoint, self.source, self.data, self.context).values["top1"], 2)
         self.reporter.note(f"{found} % at {self.macs(checkpoint.model):,} MACs")
         return found
 
     def finetuned(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The same network after the last phase; the best epoch by validation counts."""
         options = self.fit_options(self.arguments.epochs, self.arguments.lr)
         return finetune(checkpoint, self.source, options, self.data, self.context)
 
     def example(self) -> torch.Tensor:
+        """Two random images."""
         return torch.randn(2, *self.checkpoint.spec.input_shape, device=self.context.device)
 
 
