@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -16,17 +17,27 @@ from cctool.operations.mask_storage import encode_under_mask, lossy_forms, masks
 from cctool.operations.measuring import feed_of
 from cctool.options.common import DataOptions
 from cctool.options.fit import FitOptions
+from cctool.training.constraints import Constraint
 from cctool.training.evaluate import evaluate
 from cctool.training.fit import Task, fit
 from cctool.training.group import make_fabric
 from cctool.training.masked import keeping_masks
-from cctool.training.objectives import Supervised
+from cctool.training.objectives import Objective, Supervised, has_batch_norm
 
 __all__ = ["decoded", "encoded_again", "finetune"]
 
 
 def finetune(
-    checkpoint: Checkpoint, source: DataSource, options: FitOptions, data: DataOptions, context: Context
+    checkpoint: Checkpoint,
+    source: DataSource,
+    options: FitOptions,
+    data: DataOptions,
+    context: Context,
+    *,
+    objective: Objective | None = None,
+    constraints: Sequence[Constraint] = (),
+    choose_best: bool = True,
+    fresh: bool = False,
 ) -> Checkpoint:
     """Train a checkpoint's model in place; it ends with the weights of the best epoch by validation.
 
@@ -36,6 +47,10 @@ def finetune(
         options: epochs, optimizer, learning rate.
         data: batch size and workers.
         context: device, seed, reporter.
+        objective: what is minimised; None is cross-entropy. `teaching.distillation` gives one with a teacher.
+        constraints: what is respected besides; they hold the parameters of the checkpoint's own model.
+        choose_best: whether the best epoch counts; else the last one does, and nothing is validated.
+        fresh: whether the weights were never trained, which decides the default learning rate.
 
     Returns:
         The same model, stored dense.
@@ -57,14 +72,14 @@ def finetune(
             model=trained.model,
             batches=feed.training(augment=options.augment),
             options=options,
-            objective=Supervised(),
-            lr=options.learning_rate(fresh=False),
+            objective=objective or Supervised(),
+            lr=options.learning_rate(fresh=fresh, normalised=has_batch_norm(trained.model)),
             fabric=make_fabric(context.device, context.runtime.precision),
-            validate=validate if feed.has("validation") else None,
+            validate=validate if choose_best and feed.has("validation") else None,
             user_code=context.user_code,
             reporter=context.reporter,
             input_shape=trained.spec.input_shape,
-            constraints=keeping_masks(trained.model),
+            constraints=(*keeping_masks(trained.model), *constraints),
         )
     )
     return trained
