@@ -27,6 +27,8 @@ def print_plan(console: Console, reports: Any) -> None:
         if report.masks is not None:
             console.table(title or "masks", _MASKS, [_mask(row) for row in report.masks.tensors])
         console.table("costs", _COSTS, _costs(report))
+        if report.cut is not None:
+            console.note(_comparison(report.cut))
         for note in _notes(report):
             console.note(note)
         if report.picture is not None:
@@ -41,8 +43,7 @@ def say_report(console: Console, report: Any) -> None:
         console.talk_table("", _FAMILY, [_family(family) for family in families[:_MOST]])
         if len(families) > _MOST:
             console.note(f"... and {len(families) - _MOST} families more; --json has them all")
-        same = f"within {report.cut.error:.1e} ({report.cut.precision or 'nothing was cut'})"
-        console.note(f"cut equals masked {same}")
+        console.note(_comparison(report.cut))
         # Every network has an input and an output; their widths are not worth a line each time.
         frozen = {
             f"{item.op}: {item.reason}" for item in report.cut.frozen if item.op not in ("input", "output")
@@ -60,6 +61,18 @@ def say_report(console: Console, report: Any) -> None:
     common.show_metrics(console, report.metrics_before, report.metrics_after)
     if report.picture is not None:
         console.note(f"kept widths: {report.picture}")
+
+
+def _comparison(cut: Any) -> str:
+    same = f"cut equals masked within {cut.error:.1e} ({cut.precision or 'nothing was cut'})"
+    if not cut.statistics:
+        return same
+    places = [f"{found.op} of {found.module}" if found.module else found.op for found in cut.statistics]
+    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+    return (
+        f"{same}, statistics running over the kept channels in both: {', '.join(places[:3])}{more} "
+        "(--exact leaves such widths alone)"
+    )
 
 
 _FAMILY = ("family", "units", "kept", "width", "parameters touched", "removed up to", "kept from", "note")

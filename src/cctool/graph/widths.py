@@ -115,7 +115,11 @@ class Width(int):
         return _number(_bare(float(self), other, "__rtruediv__"), _joined(other, self, -1))
 
     def __pow__(self, other: Any, modulo: Any = None) -> Any:
-        value = int.__pow__(self, other, modulo) if isinstance(other, int) else _bare(float(self), other, "__pow__")
+        value = (
+            int.__pow__(self, other, modulo)
+            if isinstance(other, int)
+            else _bare(float(self), other, "__pow__")
+        )
         if modulo is not None or value is NotImplemented or powers_of(other):
             return value
         return _number(value, {symbol: exponent * other for symbol, exponent in self.powers.items()})

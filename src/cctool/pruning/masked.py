@@ -24,7 +24,9 @@ from cctool.pruning.surgery import masked_places, named_tensors, zeroed
 Function = Callable[..., Any]
 Places = Mapping[str, Sequence[tuple[int, Tensor]]]
 
-_READS_ONLY = frozenset({"shape", "size", "dim", "ndim", "numel", "device", "is_floating_point", "requires_grad"})
+_READS_ONLY = frozenset(
+    {"shape", "size", "dim", "ndim", "numel", "device", "is_floating_point", "requires_grad"}
+)
 
 
 def active_statistics(graph: ChannelGraph, selection: Selection) -> list[Statistic]:
@@ -73,7 +75,9 @@ class MaskedCalls:
         self.names = {id(tensor): name for name, tensor in reversed(named_tensors(model)) if name in changed}
         self.ordinals: Counter[str] = Counter()
 
-    def __call__(self, name: str, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def __call__(
+        self, name: str, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         """Compute one call."""
         ordinal = self.ordinals[name]
         self.ordinals[name] += 1
@@ -147,7 +151,9 @@ def over_kept(
             return [len(index) if first + d == dim else size for d, size in enumerate(value)]
         return value
 
-    result = function(*(chosen(value) for value in args), **{key: chosen(value) for key, value in kwargs.items()})
+    result = function(
+        *(chosen(value) for value in args), **{key: chosen(value) for key, value in kwargs.items()}
+    )
 
     def spread(value: Any) -> Any:
         if not isinstance(value, Tensor):

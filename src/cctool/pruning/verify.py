@@ -175,7 +175,9 @@ class Trial:
     def cut_network(self, plan: CutPlan, device: str | None = None) -> nn.Module:
         """The thinned network; it shares the tensors that are not cut, or is wholly on another device."""
         tensors = {**self.tensors, **self.varied}
-        changed = {name: cut_tensor(tensors[name], cuts) for name, cuts in plan.tensors.items() if name in tensors}
+        changed = {
+            name: cut_tensor(tensors[name], cuts) for name, cuts in plan.tensors.items() if name in tensors
+        }
         changed = {**self.varied, **changed}
         if device is not None:
             changed = {name: changed.get(name, tensor).to(device) for name, tensor in tensors.items()}
@@ -256,7 +258,9 @@ def check(
 
 
 def _does_not_run(error: Exception) -> str:
-    return f"the network does not run at batch sizes {' and '.join(map(str, BATCH_SIZES))}: {_one_line(error)}"
+    return (
+        f"the network does not run at batch sizes {' and '.join(map(str, BATCH_SIZES))}: {_one_line(error)}"
+    )
 
 
 def _judge(outcome: Check) -> Check:
