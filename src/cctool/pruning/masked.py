@@ -19,7 +19,7 @@ from cctool.graph.channels import ChannelGraph, Statistic
 from cctool.graph.execution import execute, tensors_in
 from cctool.graph.ledger import Kind
 from cctool.pruning.selection import Selection
-from cctool.pruning.surgery import masked_places, named_tensors, zeroed
+from cctool.pruning.surgery import named_tensors, places_removed, zeroed
 
 Function = Callable[..., Any]
 Places = Mapping[str, Sequence[tuple[int, Tensor]]]
@@ -67,7 +67,7 @@ class MaskedCalls:
         self.places: Places = {}
         self.statistics: dict[tuple[str, int], list[Statistic]] = defaultdict(list)
         if graph is not None and selection is not None:
-            self.places = masked_places(graph, selection)
+            self.places = places_removed(graph, selection)
             self.kept = ~removed_labels(graph, selection)
             for statistic in active_statistics(graph, selection):
                 self.statistics[statistic.op, statistic.ordinal].append(statistic)

@@ -176,7 +176,7 @@ def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | N
 _KEPT_BY_MASKS = {Role.STATISTIC}
 
 
-def masked_places(graph: ChannelGraph, selection: Selection) -> dict[str, list[tuple[int, Tensor]]]:
+def places_removed(graph: ChannelGraph, selection: Selection) -> dict[str, list[tuple[int, Tensor]]]:
     """For each tensor that removed units touch, (dim, indices) of all that they own there.
 
     Filters, biases, batch-norm gammas *and betas*, and the weights that read the units: a batch norm whose
@@ -203,5 +203,5 @@ def zeroed(tensor: Tensor, places: Sequence[tuple[int, Tensor]]) -> Tensor:
 def mask(model: nn.Module, graph: ChannelGraph, selection: Selection) -> None:
     """Zero in place all that the removed units touch; shapes stay."""
     tensors = dict(named_tensors(model))
-    for name, places in masked_places(graph, selection).items():
+    for name, places in places_removed(graph, selection).items():
         tensors[name].copy_(zeroed(tensors[name], places))
