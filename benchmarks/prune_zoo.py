@@ -1,4 +1,4 @@
-"""Half the units of every family of every classifier, by cctool and by Torch-Pruning: who can, exactly, how fast.
+"""Half the units of every family of each network, by cctool and by Torch-Pruning: who can, exactly, how fast.
 
     python benchmarks/prune_zoo.py [--models GLOB] [--limit-gb 8] [--timeout 900] [--tools cctool,exact,...]
 

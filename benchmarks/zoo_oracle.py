@@ -1,10 +1,10 @@
 """Is the cut network the masked one? An oracle that knows nothing of graphs and plans.
 
-Before the cut every vector (bias, scale, shift, running mean) gets values of which no two are equal. The values
-that a vector of the cut network lacks tell which channels its module lost; these channels are set to zero in
-the dense network: the rows of the module's weights, its scales and shifts. Layer norms compute their statistics
-over the kept channels by a hook, and attention that divides by the square root of its width gets its queries
-scaled for the kept width.
+Before the cut every vector (bias, scale, shift, running mean) gets values of which no two are equal. The
+values that a vector of the cut network lacks tell which channels its module lost; these channels are set to
+zero in the dense network: the rows of the module's weights, its scales and shifts. Layer norms compute their
+statistics over the kept channels by a hook, and attention that divides by the square root of its width gets
+its queries scaled for the kept width.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _mask_attention(module: nn.MultiheadAttention, cut: nn.MultiheadAttention) -
 
 
 def _scale(weight: Tensor, bias: Tensor, kept: int) -> None:
-    """Scale the queries, the first third, by sqrt(width / kept width), as scores are divided by sqrt(width)."""
+    """Scale the queries, the first third, by sqrt(width / kept width): scores are divided by sqrt(width)."""
     factor = (bias.numel() / kept) ** 0.5
     weight[: len(bias) // 3] *= factor
     bias[: len(bias) // 3] *= factor

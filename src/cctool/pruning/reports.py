@@ -76,8 +76,6 @@ class PruneReport:
         precision: the dtype in which that was measured.
         batch_sizes: batch sizes at which all output shapes were compared.
         notes: what a user should know besides.
-        statistics: calls whose statistics now run over the channels that are kept, so that `error` is the
-            difference from the masked network with such statistics; without any, from the plainly masked one.
     """
 
     families: tuple[FamilyReport, ...]
@@ -89,7 +87,6 @@ class PruneReport:
     precision: str
     batch_sizes: tuple[int, ...]
     notes: tuple[str, ...]
-    statistics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,10 +143,6 @@ def report_of(
         precision=outcome.precision,
         batch_sizes=BATCH_SIZES,
         notes=tuple(notes),
-        statistics=tuple(
-            f"{s.op} in {s.module or 'the model'}: {s.reason} (family {', '.join(s.families)})"
-            for s in outcome.statistics
-        ),
     )
 
 
