@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from cctool.graph.execution import Event, execute, tensors_in
 from cctool.graph.ledger import INPUT, Ledger, Role, compact, constant
 from cctool.graph.rules import apply_rule
-from cctool.graph.widths import extents, watched_widths
 
 # Reading these says nothing about channels; they are most of all calls, so that the pass skips them early.
 _SILENT = """
@@ -152,8 +151,7 @@ def _carry(ledger: Ledger, inputs: tuple[Tensor, ...], training: bool) -> None:
         ledger.begin(event.name, event.module)
         apply_rule(ledger, event)
 
-    with watched_widths(ledger.modules):
-        output = execute(ledger.model, inputs, [observe], training=training, mark_sizes=extents)
+    output = execute(ledger.model, inputs, [observe], training=training)
     ledger.begin("output", "")
     for result in tensors_in(output):
         if result.ndim:

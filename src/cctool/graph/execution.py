@@ -112,15 +112,9 @@ _COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
 class _Watch(TorchFunctionMode):
     """Shows each torch function called to the observers, after it has run."""
 
-    def __init__(
-        self,
-        observers: Sequence[Observer],
-        names: Mapping[nn.Module, str],
-        mark_sizes: Callable[[Any], Any] | None,
-    ) -> None:
+    def __init__(self, observers: Sequence[Observer], names: Mapping[nn.Module, str]) -> None:
         super().__init__()
         self.observers = observers
-        self.mark_sizes = mark_sizes
         self.names = names
         self.modules: list[str] = [""]
         self._canonical: dict[Callable[..., Any], str] = {}
@@ -146,8 +140,6 @@ class _Watch(TorchFunctionMode):
                 if getattr(func, "__name__", "") != "__get__":
                     self._canonical[func] = name
             self.show(name, func, args, kwargs, result)
-            if self.mark_sizes is not None and name in ("shape", "size"):
-                return self.mark_sizes(result)
         return result
 
     def show(self, name: str, function: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
@@ -219,11 +211,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def execute(
-    model: nn.Module,
-    inputs: Sequence[Tensor],
-    observers: Sequence[Observer],
-    training: bool = False,
-    mark_sizes: Callable[[Any], Any] | None = None,
+    model: nn.Module, inputs: Sequence[Tensor], observers: Sequence[Observer], training: bool = False
 ) -> Any:
     """Run the model once, show every torch function that it calls to the observers, return its output.
 
@@ -232,9 +220,8 @@ def execute(
         inputs: positional arguments of its forward.
         observers: called with each `Event` in order of execution.
         training: run in training mode; buffers that it changes are put back.
-        mark_sizes: replaces what `Tensor.shape` and `Tensor.size` return to the model's code.
     """
-    watch = _Watch(observers, {module: name for name, module in model.named_modules()}, mark_sizes)
+    watch = _Watch(observers, {module: name for name, module in model.named_modules()})
     handles = [
         register_module_forward_pre_hook(watch.enter),
         register_module_forward_hook(watch.leave, always_call=True),

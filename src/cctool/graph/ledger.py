@@ -16,8 +16,6 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from cctool.graph.widths import Width
-
 FIXED = 0
 """Id of channels whose number no cut changes: constants, results of operations without a rule."""
 INPUT = 1
@@ -230,28 +228,6 @@ class Ledger:
             key = (module, attribute, index)
             if key not in self.attributes:
                 self.attributes[key] = AttributeBinding(module, attribute, index, ids.reshape(-1))
-
-    def count_by(self, width: int, ids: Tensor) -> bool:
-        """The integer that the code passed to this call counts these channels.
-
-        Args:
-            width: a `Width` knows the attribute that it came from, any other integer nothing.
-            ids: of the channels that it counts.
-
-        Returns:
-            Whether a cut can set the attribute.
-        """
-        counted = width.counted(ids.reshape(-1)) if isinstance(width, Width) else None
-        if counted is None or not isinstance(width, Width):
-            return False
-        source = width.source
-        key = (source.module, source.attribute, source.index)
-        existing = self.attributes.get(key)
-        if existing is None:
-            self.attributes[key] = AttributeBinding(*key, counted)
-        elif not torch.equal(existing.ids, counted):
-            self.tie(existing.ids, counted)
-        return True
 
     def pin(self, name: str, tensor: Tensor) -> None:
         """No dim of this parameter can be cut."""

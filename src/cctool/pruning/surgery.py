@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.errors import PruningError
-from cctool.graph.channels import ChannelGraph, Labelled
+from cctool.graph.channels import ChannelGraph
 from cctool.graph.ledger import Role
 from cctool.pruning.selection import Selection
 
@@ -59,19 +59,8 @@ def plan_cut(model: nn.Module, graph: ChannelGraph, selection: Selection) -> Cut
     for entry in graph.attributes:
         kept_count = int((~removed[entry.labels]).sum())
         if kept_count != entry.labels.numel():
-            _set_width(model, attributes[entry.name], entry, kept_count)
+            attributes[entry.name][str(entry.key)] = kept_count
     return CutPlan(_with_aliases(model, cuts), dict(attributes))
-
-
-def _set_width(model: nn.Module, planned: dict[str, Attribute], entry: Labelled, count: int) -> None:
-    """Plan a new value of an integer attribute, or of one entry of a tuple or list."""
-    attribute = str(entry.key)
-    if entry.index is None:
-        planned[attribute] = count
-        return
-    present = planned.get(attribute, getattr(model.get_submodule(entry.name), attribute))
-    entries = list(present) if isinstance(present, (tuple, list)) else []
-    planned[attribute] = (*entries[: entry.index], count, *entries[entry.index + 1 :])
 
 
 def _with_aliases(model: nn.Module, cuts: Mapping[str, Sequence[Cut]]) -> dict[str, tuple[Cut, ...]]:
@@ -146,12 +135,7 @@ def _set_attributes(model: nn.Module, plan: CutPlan) -> None:
     for name, values in plan.attributes.items():
         module = model.get_submodule(name)
         for attribute, value in values.items():
-            setattr(module, attribute, _as_before(getattr(module, attribute), value))
-
-
-def _as_before(present: object, value: Attribute) -> Attribute | list[int]:
-    """A list stays a list."""
-    return list(value) if isinstance(present, list) and isinstance(value, tuple) else value
+            setattr(module, attribute, value)
 
 
 def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | None = None) -> nn.Module:

@@ -76,12 +76,6 @@ def _tie_positions(ledger: Ledger, ids: Tensor, groups: int) -> Tensor:
     return pieces[0]
 
 
-def _count_groups(ledger: Ledger, event: Event, name: str, ids: Tensor) -> None:
-    """The number of groups counts these channels, in whatever attribute it was stored."""
-    if not ledger.count_by(argument(event, name), ids):
-        ledger.count_in(event.module, name, ids)
-
-
 def convolution(ledger: Ledger, event: Event) -> None:
     """Convolution, plain, grouped and depthwise.
 
@@ -96,7 +90,7 @@ def convolution(ledger: Ledger, event: Event) -> None:
     outputs, per_group = weight.shape[0], weight.shape[1]
     if groups > 1 and per_group == 1 and bool((arriving > INPUT).any()):
         sent = arriving.repeat_interleave(outputs // groups)
-        _count_groups(ledger, event, "groups", arriving)
+        ledger.count_in(event.module, "groups", arriving)
     else:
         ledger.bind(weight, 1, _tie_positions(ledger, arriving, groups), Role.CONSUMER)
         sent = ledger.produce(weight, 0, outputs)
@@ -120,7 +114,7 @@ def transposed_convolution(ledger: Ledger, event: Event) -> None:
     if groups == weight.shape[0] and groups > 1 and bool((arriving > INPUT).any()):
         sent = arriving.repeat_interleave(per_group)
         ledger.bind(weight, 0, arriving, Role.FILTER)
-        _count_groups(ledger, event, "groups", arriving)
+        ledger.count_in(event.module, "groups", arriving)
     else:
         _tie_positions(ledger, arriving, groups)
         ledger.bind(weight, 0, arriving, Role.CONSUMER)
@@ -157,7 +151,7 @@ def group_norm(ledger: Ledger, event: Event) -> None:
         if tensor is not None:
             ledger.bind(tensor, 0, arriving, Role.NORM)
     ledger.count_in(event.module, "num_channels", arriving)
-    _count_groups(ledger, event, "num_groups", pieces[:, 0])
+    ledger.count_in(event.module, "num_groups", pieces[:, 0])
     ledger.set(event.result, along(arriving, 1, event.result.shape))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
@@ -13,7 +13,6 @@ from cctool.graph.execution import Event, tensors_in
 from cctool.graph.ledger import FIXED, INPUT, Ledger, canonical, compact, constant, varying
 from cctool.graph.rules.layers import along, equal_pieces, opaque, vector
 from cctool.graph.trace import argument
-from cctool.graph.widths import Extent, Width
 
 
 def _replayed(ledger: Ledger, event: Event) -> Iterator[tuple[Tensor, Tensor]]:
@@ -73,9 +72,8 @@ def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
 def view(ledger: Ledger, event: Event) -> None:
     """`view`, `reshape`, `flatten`, `unflatten`: merged dims repeat ids, split dims tie the pieces.
 
-    A channel dim that is split as [a, b] keeps equal counts: where a is the size that a cut changes (-1, read
-    off a shape, or an attribute), each run of b channels goes together; else position j of each of the a
-    pieces does.
+    A channel dim that is split as [a, b] keeps equal counts: with -1 at a, each run of b channels goes
+    together; else position j of each of the a pieces does.
     """
     source = event.args[0] if event.args else event.kwargs["input"]
     if not isinstance(event.result, Tensor):
@@ -86,7 +84,7 @@ def view(ledger: Ledger, event: Event) -> None:
         ledger.set(event.result, small.reshape(-1)[:1].squeeze(0).expand(shape) if ids.numel() else ids)
         return
     groups = _groups(ids.shape, shape)
-    sizes = _sizes(event, len(shape))
+    wildcard = _wildcard(event, len(shape))
     expanded, target = list(small.shape), [1] * len(shape)
     splits: list[int] = []
     for left, right in groups:
@@ -102,46 +100,27 @@ def view(ledger: Ledger, event: Event) -> None:
             expanded[d] = ids.shape[d]
         for d in right:
             target[d] = shape[d]
-        scaling = _scaling(wide_out, sizes)
+        scaling = wildcard if wildcard in wide_out else (wide_out[-1] if wide_out else None)
         splits += [d for d in wide_out if d != scaling]
     moved = small.expand(expanded).reshape(target)
     for dim in splits:
         moved = equal_pieces(ledger, moved, dim)
-    for dim, size in sizes.items():
-        if isinstance(size, Width) and moved.shape[dim] > 1:
-            ledger.count_by(size, line(moved, dim))
     ledger.set(event.result, moved.expand(shape))
 
 
-def _scaling(dims: Sequence[int], sizes: Mapping[int, int]) -> int | None:
-    """Of the dims that a channel dim is split into, the one whose size a cut changes."""
-    inferred = [d for d in dims if sizes.get(d) == -1]
-    extents = [d for d in dims if isinstance(sizes.get(d), Extent)]
-    widths = [d for d in dims if isinstance(sizes.get(d), Width)]
-    return next((found[-1] for found in (inferred, extents, widths, list(dims)) if found), None)
-
-
-def _sizes(event: Event, dims: int) -> dict[int, int]:
-    """Sizes of the result's dims as given to the call, -1 among them, by dim."""
+def _wildcard(event: Event, dims: int) -> int | None:
+    """Dim of the result whose size was given as -1."""
     sizes = list(event.args[1:]) + [event.kwargs[name] for name in ("shape", "size") if name in event.kwargs]
-    start = 0
     if event.name == "unflatten":
         start = int(event.args[1] if len(event.args) > 1 else event.kwargs["dim"])
         sizes = list(event.args[2] if len(event.args) > 2 else event.kwargs["sizes"])
         start %= dims - len(sizes) + 1
-    elif event.name not in ("view", "reshape"):
-        return {}
-    elif len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        return start + sizes.index(-1) if -1 in sizes else None
+    if event.name not in ("view", "reshape"):
+        return None
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         sizes = list(sizes[0])
-    return {start + position: size for position, size in enumerate(sizes) if isinstance(size, int)}
-
-
-def line(ids: Tensor, dim: int) -> Tensor:
-    """Ids along one dim, at the first position of the others."""
-    for other in range(ids.ndim):
-        if other != dim:
-            ids = ids.narrow(other, 0, 1)
-    return ids.reshape(-1)
+    return sizes.index(-1) if -1 in sizes else None
 
 
 def concatenate(ledger: Ledger, event: Event) -> None:

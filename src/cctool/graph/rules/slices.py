@@ -10,8 +10,7 @@ from torch import Tensor
 from cctool.graph.execution import Event
 from cctool.graph.ledger import Ledger, canonical, compact, varying
 from cctool.graph.rules.layers import equal_pieces
-from cctool.graph.rules.shapes import line, replay
-from cctool.graph.widths import Width
+from cctool.graph.rules.shapes import replay
 
 EQUAL_PIECES = "the pieces have different widths: after a cut they would be split elsewhere"
 
@@ -22,38 +21,20 @@ def _first_piece(ledger: Ledger, ids: Tensor, dim: int, width: int) -> Tensor:
     return equal_pieces(ledger, split, dim).squeeze(dim)
 
 
-def _sizes(event: Event) -> Any:
-    """Sizes of the pieces as given to `split`: one for all, or a list."""
-    if event.name not in ("split", "split_with_sizes"):
-        return None
-    names = ("split_size_or_sections", "split_size", "split_sizes")
-    given = [event.kwargs[name] for name in names if name in event.kwargs]
-    return event.args[1] if len(event.args) > 1 else given[0]
-
-
 def pieces(ledger: Ledger, event: Event) -> None:
     """`chunk`, `split`, `tensor_split` along channels: position j of equal pieces goes together."""
     source = event.args[0] if event.args else event.kwargs["tensor"]
     ids, results = ledger.of(source), list(event.result)
     dim = event.kwargs.get("dim", event.args[2] if len(event.args) > 2 else 0) % ids.ndim
-    sizes = _sizes(event)
     if dim in varying(ids):
         widths = {result.shape[dim] for result in results}
-        if isinstance(sizes, (tuple, list)) and all(isinstance(size, Width) for size in sizes):
-            runs = torch.split(line(ids, dim), [int(size) for size in sizes])
-            counted = [ledger.count_by(size, run) for size, run in zip(sizes, runs, strict=True)]
-            if not all(counted):
-                ledger.freeze(ids, EQUAL_PIECES)
-        elif len(widths) == 1:
+        if len(widths) == 1:
             width = widths.pop()
             first = _first_piece(ledger, ids, dim, width)
-            if isinstance(sizes, Width):
-                ledger.count_by(sizes, compact(first).reshape(-1))
             for result in results:
                 ledger.set(result, first.expand(result.shape))
             return
-        else:
-            ledger.freeze(ids, EQUAL_PIECES)
+        ledger.freeze(ids, EQUAL_PIECES)
     start = 0
     for result in results:
         ledger.set(result, ids.narrow(dim, start, result.shape[dim]))
@@ -74,8 +55,7 @@ def narrow(ledger: Ledger, event: Event) -> None:
     _, dim, start, length = (*event.args, *event.kwargs.values())[:4]
     ids = ledger.of(event.args[0])
     whole = [slice(None)] * (dim % ids.ndim)
-    stop = length if int(start) == 0 else int(start) + int(length)
-    _index(ledger, event, ids, (*whole, slice(start if isinstance(start, Width) else int(start), stop)))
+    _index(ledger, event, ids, (*whole, slice(int(start), int(start) + int(length))))
 
 
 def getitem(ledger: Ledger, event: Event) -> None:
@@ -116,26 +96,11 @@ def _cut_by_index(ledger: Ledger, ids: Tensor, dim: int, item: int | slice) -> T
     width = len(range(start, stop, step))
     if width == size and step == 1:
         return ids
-    if step == 1 and _bounds_move(ledger, ids, dim, item):
-        return ids.narrow(dim, start, width)
     if step == 1 and width and size % width == 0 and start % width == 0:
         first = _first_piece(ledger, ids, dim, width)
         return first.expand([width if d == dim else n for d, n in enumerate(ids.shape)])
     ledger.freeze(ids, f"channels {start}:{stop}:{step} are sliced out by number")
     return ids[tuple([slice(None)] * dim + [item])]
-
-
-def _bounds_move(ledger: Ledger, ids: Tensor, dim: int, item: slice) -> bool:
-    """Whether each bound of a slice is an end of the dim or an attribute, which a cut can set."""
-    along = line(ids, dim)
-    inner: list[tuple[Width, Tensor]] = []
-    for bound in (item.start, item.stop):
-        if isinstance(bound, Width) and 0 < abs(bound) < len(along):
-            inner.append((bound, along[:bound] if bound > 0 else along[bound:]))
-        elif bound is not None and 0 != bound < len(along):
-            return False
-    counted = [ledger.count_by(bound, part) for bound, part in inner]
-    return bool(counted) and all(counted)
 
 
 def _fancy(ledger: Ledger, event: Event, ids: Tensor, index: tuple[Any, ...]) -> None:
