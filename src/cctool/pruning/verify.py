@@ -81,9 +81,7 @@ def varied_norms(tensors: Mapping[str, Tensor], graph: ChannelGraph, seed: int =
         if role is Role.SHIFT or name.endswith("running_mean"):
             varied[name] = tensor + 0.2 * (draw - 0.5)
         else:
-            # kept away from 0: in a deep network small gammas drown the signal, and every mistake with it
-            grown = torch.where(tensor < 0, tensor.clamp(max=-0.5), tensor.clamp(min=0.5))
-            varied[name] = grown * (0.5 + draw)
+            varied[name] = torch.where(tensor == 0, 1, tensor) * (0.5 + draw)
     return varied
 
 
@@ -113,8 +111,7 @@ def _spread(value: Tensor) -> float:
     """How far an output is spread over the batch: a constant that dwarfs it must hide no mistake."""
     if not value.is_floating_point() or not value.numel() or not value.ndim:
         return 0.0
-    steps = 1e5 if value.dtype == torch.float64 else 1e3  # float32 that cannot tell is tried in float64
-    resolution = steps * torch.finfo(value.dtype).eps * float(value.abs().max())
+    resolution = 1e3 * torch.finfo(value.dtype).eps * float(value.abs().max())
     return max(float((value - value.mean(dim=0)).abs().max()), resolution)
 
 
