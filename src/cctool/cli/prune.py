@@ -29,9 +29,7 @@ def prune(
             help="Rank across the network or in each family. Default: global for slimming, else local."
         ),
     ] = None,
-    round_to: Annotated[
-        int, typer.Option(help="Keep widths that are multiples of this.")
-    ] = 1,
+    round_to: Annotated[int, typer.Option(help="Keep widths that are multiples of this.")] = 1,
     exclude: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="GLOB", help="Modules or families that keep their width; may be repeated."),

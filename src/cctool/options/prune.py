@@ -224,13 +224,18 @@ class PruneOptions:
         """Whether the method itself looks at images."""
         return self.method in NEEDS_DATA and not self.apply_masks
 
-    def rate_at(self, step: int) -> float:
-        """Fraction of the units of the network that this step starts from to remove, for step 1..steps."""
-        reached = self.growth.at(self.rate, step, self.steps)
+    def rate_at(self, step: int, rate: float | None = None) -> float:
+        """Fraction of the units of the network that this step starts from to remove, for step 1..steps.
+
+        Args:
+            step: its number.
+            rate: what is reached at the last step; None is `rate`.
+        """
+        full = self.rate if rate is None else rate
+        reached = self.growth.at(full, step, self.steps)
         if self.step_mode is StepMode.INDEPENDENT or step == 1:
             return reached
-        before = self.growth.at(self.rate, step - 1, self.steps)
-        return 1 - (1 - reached) / (1 - before)
+        return 1 - (1 - reached) / (1 - self.growth.at(full, step - 1, self.steps))
 
     def keep_at(self, step: int) -> float | None:
         """Fraction of each width to keep at this step, where `keep` sets it."""

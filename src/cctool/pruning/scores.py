@@ -15,6 +15,9 @@ from cctool.errors import PruningError
 from cctool.graph.channels import ChannelGraph, Family, Place
 from cctool.graph.ledger import Role
 from cctool.options.prune import PruneMethod, PruneOptions
+from cctool.pruning.criteria import Unscored
+
+__all__ = ["SCORES", "ScoreContext", "ScoreFn", "Unscored", "score_context", "score_families"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,6 @@ class ScoreContext:
 
     tensors: Mapping[str, Tensor]
     generator: torch.Generator
-
-
-@dataclass(frozen=True)
-class Unscored:
-    """The method cannot rank a family, and why."""
-
-    reason: str
 
 
 ScoreFn = Callable[[Family, ScoreContext], Tensor | Unscored]

@@ -59,8 +59,18 @@ def plan_cut(model: nn.Module, graph: ChannelGraph, selection: Selection) -> Cut
     for entry in graph.attributes:
         kept_count = int((~removed[entry.labels]).sum())
         if kept_count != entry.labels.numel():
-            attributes[entry.name][str(entry.key)] = kept_count
+            planned = attributes[entry.name]
+            present = planned.get(str(entry.key), getattr(model.get_submodule(entry.name), str(entry.key)))
+            planned[str(entry.key)] = kept_count if entry.index is None else _with_entry(
+                present, entry.index, kept_count
+            )  # fmt: skip
     return CutPlan(_with_aliases(model, cuts), dict(attributes))
+
+
+def _with_entry(sizes: Attribute, index: int, value: int) -> tuple[int, ...]:
+    """A tuple of sizes (`normalized_shape`) with one of them replaced."""
+    several = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    return (*several[:index], value, *several[index + 1 :])
 
 
 def _with_aliases(model: nn.Module, cuts: Mapping[str, Sequence[Cut]]) -> dict[str, tuple[Cut, ...]]:
@@ -135,7 +145,8 @@ def _set_attributes(model: nn.Module, plan: CutPlan) -> None:
     for name, values in plan.attributes.items():
         module = model.get_submodule(name)
         for attribute, value in values.items():
-            setattr(module, attribute, value)
+            present = getattr(module, attribute)
+            setattr(module, attribute, list(value) if isinstance(present, list) else value)  # type: ignore[arg-type]
 
 
 def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | None = None) -> nn.Module:
@@ -160,25 +171,26 @@ def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | N
 _KEPT_BY_MASKS = {Role.STATISTIC}
 
 
-def masked_tensors(
-    tensors: Mapping[str, Tensor], graph: ChannelGraph, selection: Selection
-) -> dict[str, Tensor]:
-    """Copies of the tensors that removed units touch, with zeros in all that they touch.
+def masked_places(graph: ChannelGraph, selection: Selection) -> dict[str, list[tuple[int, Tensor]]]:
+    """For each tensor that removed units touch, (dim, indices) of all that they own there.
 
     Filters, biases, batch-norm gammas *and betas*, and the weights that read the units: a batch norm whose
     beta stays would still emit a constant. Running statistics stay, as gamma = 0 makes them irrelevant.
     """
-    masked: dict[str, Tensor] = {}
+    places: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
     for family, kept in zip(graph.families, selection.kept, strict=True):
-        if bool(kept.all()):
-            continue
-        for place in family.places:
-            if place.role in _KEPT_BY_MASKS:
-                continue
-            if place.tensor not in masked:
-                masked[place.tensor] = tensors[place.tensor].detach().clone()
-            tensor = masked[place.tensor]
-            tensor.index_fill_(place.dim, place.indices[~kept].flatten().to(tensor.device), 0)
+        if not bool(kept.all()):
+            for place in family.places:
+                if place.role not in _KEPT_BY_MASKS:
+                    places[place.tensor].append((place.dim, place.indices[~kept].flatten()))
+    return places
+
+
+def zeroed(tensor: Tensor, places: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """A copy of a tensor with zeros at the given (dim, indices)."""
+    masked = tensor.detach().clone()
+    for dim, indices in places:
+        masked.index_fill_(dim, indices.to(masked.device), 0)
     return masked
 
 
@@ -186,5 +198,5 @@ def masked_tensors(
 def mask(model: nn.Module, graph: ChannelGraph, selection: Selection) -> None:
     """Zero in place all that the removed units touch; shapes stay."""
     tensors = dict(named_tensors(model))
-    for name, value in masked_tensors(tensors, graph, selection).items():
-        tensors[name].copy_(value)
+    for name, places in masked_places(graph, selection).items():
+        tensors[name].copy_(zeroed(tensors[name], places))
