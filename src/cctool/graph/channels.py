@@ -202,7 +202,9 @@ def _note_factors(ledger: Ledger, event: Event) -> None:
     """Numbers computed from widths that a call calculates with: its result depends on them."""
     for place, value in (*enumerate(event.args), *event.kwargs.items()):
         if type(value) is Scale or (type(value) is Width and event.name in _ARITHMETIC):
-            ledger.statistic(Kind.FACTOR, place, value.powers, "it calculates with a number made of this width")
+            ledger.statistic(
+                Kind.FACTOR, place, value.powers, "it calculates with a number made of this width"
+            )
 
 
 def _carry_training(ledger: Ledger, inputs: tuple[Tensor, ...], widths: bool) -> str:

@@ -100,11 +100,17 @@ def _tie_equal_widths(ledger: Ledger) -> None:
             wide, narrow = sorted((equal.ids, equal.others), key=Tensor.numel, reverse=True)
             if wide.numel() % narrow.numel():
                 for ids in (wide, narrow):
-                    ledger.freezes.append(Freeze(ids, equal.call, "the code fixes its ratio to another width"))
+                    ledger.freezes.append(
+                        Freeze(ids, equal.call, "the code fixes its ratio to another width")
+                    )
             else:
                 pieces = wide.reshape(-1, narrow.numel())
                 ledger.ties.append((pieces.reshape(-1), narrow.repeat(len(pieces)), equal.call))
-        pending = [e for e in pending if not max(e.ids.numel(), e.others.numel()) % min(e.ids.numel(), e.others.numel())]
+        pending = [
+            e
+            for e in pending
+            if not max(e.ids.numel(), e.others.numel()) % min(e.ids.numel(), e.others.numel())
+        ]
 
 
 def _same_counts(a: Ids, b: Ids) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 from cctool.graph.execution import Event, tensors_in
 from cctool.graph.ledger import FIXED, INPUT, Kind, Ledger, Role, compact, constant, varying
 from cctool.graph.trace import argument
-from cctool.graph.widths import Symbol
+from cctool.graph.widths import Symbol, Width
 
 
 def vector(ledger: Ledger, ids: Tensor, dim: int) -> Tensor:
@@ -78,6 +78,13 @@ def _tie_positions(ledger: Ledger, ids: Tensor, groups: int) -> Tensor:
     return pieces[0]
 
 
+def _count_groups(ledger: Ledger, event: Event, name: str, ids: Tensor) -> None:
+    """The number of groups counts these channels, in whatever attribute it was stored."""
+    groups = argument(event, name)
+    if not isinstance(groups, Width) or not ledger.sized(ids, groups):
+        ledger.count_in(event.module, name, ids)
+
+
 def convolution(ledger: Ledger, event: Event) -> None:
     """Convolution, plain, grouped and depthwise.
 
@@ -92,7 +99,7 @@ def convolution(ledger: Ledger, event: Event) -> None:
     outputs, per_group = weight.shape[0], weight.shape[1]
     if groups > 1 and per_group == 1 and bool((arriving > INPUT).any()):
         sent = arriving.repeat_interleave(outputs // groups)
-        ledger.count_in(event.module, "groups", arriving)
+        _count_groups(ledger, event, "groups", arriving)
     else:
         ledger.bind(weight, 1, _tie_positions(ledger, arriving, groups), Role.CONSUMER)
         sent = ledger.produce(weight, 0, outputs)
@@ -116,7 +123,7 @@ def transposed_convolution(ledger: Ledger, event: Event) -> None:
     if groups == weight.shape[0] and groups > 1 and bool((arriving > INPUT).any()):
         sent = arriving.repeat_interleave(per_group)
         ledger.bind(weight, 0, arriving, Role.FILTER)
-        ledger.count_in(event.module, "groups", arriving)
+        _count_groups(ledger, event, "groups", arriving)
     else:
         _tie_positions(ledger, arriving, groups)
         ledger.bind(weight, 0, arriving, Role.CONSUMER)
@@ -157,7 +164,7 @@ def group_norm(ledger: Ledger, event: Event) -> None:
             ledger.bind(tensor, 0, arriving, Role.NORM)
     ledger.count_in(event.module, "num_channels", arriving)
     if groups > 1:
-        ledger.count_in(event.module, "num_groups", pieces[:, 0])
+        _count_groups(ledger, event, "num_groups", pieces[:, 0])
     ledger.set(event.result, along(arriving, 1, event.result.shape))
 
 

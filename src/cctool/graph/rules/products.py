@@ -135,7 +135,9 @@ def attention(ledger: Ledger, event: Event) -> None:
         opaque(ledger, event, "attention with grouped queries")
         return
     batch = ascii_letters[: event.result.ndim - 2]
-    terms = [batch[len(batch) - t.ndim + 2 :] + tail for t, tail in ((query, "XD"), (key, "YD"), (value, "YE"))]
+    terms = [
+        batch[len(batch) - t.ndim + 2 :] + tail for t, tail in ((query, "XD"), (key, "YD"), (value, "YE"))
+    ]
     operands = [query, key, value]
     if mask is not None:
         letters = f"{batch}XY"
