@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cctool.errors import PruningError
 from cctool.graph.channels import ChannelGraph, couple
 from cctool.options.prune import PruneMethod, PruneOptions, Scope
-from cctool.pruning.prune import PruneReport, thin
+from cctool.pruning.prune import thin
+from cctool.pruning.reports import PruneReport
 from cctool.pruning.surgery import mask
 
 HALF = PruneOptions(method=PruneMethod.L2, rate=0.5, scope=Scope.LOCAL)

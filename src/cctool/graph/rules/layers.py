@@ -95,6 +95,8 @@ def convolution(ledger: Ledger, event: Event) -> None:
     groups = int(argument(event, "groups", 1))
     x = argument(event, "input")
     channel_dim = x.ndim - (weight.ndim - 1)
+    if _slides_over_channels(ledger, event, x, channel_dim):
+        return
     arriving = vector(ledger, ledger.of(x), channel_dim)
     outputs, per_group = weight.shape[0], weight.shape[1]
     if groups > 1 and per_group == 1 and bool((arriving > INPUT).any()):
@@ -110,6 +112,26 @@ def convolution(ledger: Ledger, event: Event) -> None:
     ledger.count_in(event.module, "in_channels", arriving)
     ledger.count_in(event.module, "out_channels", sent)
     ledger.set(event.result, along(sent, channel_dim, event.result.shape))
+
+
+def _slides_over_channels(ledger: Ledger, event: Event, x: Tensor, channel_dim: int) -> bool:
+    """A kernel that slides over the channels themselves (ECA) slides over those that are kept.
+
+    It has to leave their number alone, and to have no other channels.
+    """
+    ids, weight, bias = ledger.of(x), argument(event, "weight"), argument(event, "bias")
+    moving = varying(ids)
+    if len(moving) != 1 or moving[0] <= channel_dim or weight.shape[:2] != (1, 1):
+        return False
+    if event.result.shape != x.shape or any(ledger.name(t) is None for t in (weight, bias) if t is not None):
+        return False
+    symbol = Symbol(ledger, x.shape[moving[0]], compact(ids).reshape(-1))
+    ledger.statistic(Kind.KEPT, moving[0], {symbol: 1}, "its kernel slides over the channels")
+    for tensor in (weight, bias):
+        if tensor is not None:
+            ledger.pin(ledger.name(tensor) or "", tensor)
+    ledger.set(event.result, ids)
+    return True
 
 
 def transposed_convolution(ledger: Ledger, event: Event) -> None:
