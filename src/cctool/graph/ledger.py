@@ -361,7 +361,9 @@ class Ledger:
             key = (module, attribute, index)
             existing = self.attributes.get(key)
             if existing is None:
-                self.attributes[key] = AttributeBinding(module, attribute, index, ids.reshape(-1))
+                # The model's own code compares widths, where a reshape would be shown as a call of its own.
+                flat = ids if ids.ndim == 1 else ids.reshape(-1)
+                self.attributes[key] = AttributeBinding(module, attribute, index, flat)
             elif not torch.equal(existing.ids, ids.reshape(-1)):
                 self.same_width(existing.ids, ids)
 
