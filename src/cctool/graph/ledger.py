@@ -138,6 +138,18 @@ def canonical(ids: Tensor) -> Tensor:
     return small.expand(ids.shape)
 
 
+def _repeated(ids: Tensor, count: int) -> Tensor | None:
+    """The `count` channels of which each appears in `ids` equally often, in runs or in turn; None if not so.
+
+    >>> _repeated(torch.tensor([7, 7, 8, 8]), 2).tolist(), _repeated(torch.tensor([7, 8, 7, 8]), 2).tolist()
+    ([7, 8], [7, 8])
+    """
+    for table in (ids.reshape(count, -1), ids.reshape(-1, count).T):
+        if torch.equal(table, table[:, :1].expand_as(table)):
+            return table[:, 0]
+    return None
+
+
 class Ledger:
     """Ids, ties, bindings and freezes of one model, filled call by call.
 
@@ -252,24 +264,41 @@ class Ledger:
             return torch.Size([width if d == dim else size for d, size in enumerate(result)])
         return width if result == width else result
 
-    def sized(self, ids: Tensor, width: Width) -> None:
-        """A width of the code gives the number of these channels: that of others, or an attribute."""
+    def sized(self, ids: Tensor, width: Width) -> bool:
+        """A width of the code gives the number of these channels: that of others, or an attribute.
+
+        Returns:
+            Whether the width will say how many are left after a cut.
+        """
         ids = ids.reshape(-1)
         channels = [(s, e) for s, e in width.powers.items() if s.ids is not None]
         attributes = [s for s, e in width.powers.items() if s.ids is None and e == 1]
         if any(symbol.book is not self for symbol in width.powers):
-            return
+            return False
         if channels:
             (symbol, exponent), *others = channels
-            if exponent == 1 and not others and symbol.ids is not None:
-                self.same_width(ids, symbol.ids)
-        elif len(attributes) == 1:
-            value, size = attributes[0].value, ids.numel()
-            if value % size == 0:
-                self.count_in(attributes[0].module, attributes[0].attribute, ids.repeat(value // size))
-            elif size % value == 0:
-                self.same_width(ids, ids[:value])
-                self.count_in(attributes[0].module, attributes[0].attribute, ids[:value])
+            if exponent != 1 or others or symbol.ids is None:
+                return False
+            self.same_width(ids, symbol.ids)
+            return True
+        return len(attributes) == 1 and self._held(attributes[0], ids)
+
+    def _held(self, symbol: Symbol, ids: Tensor) -> bool:
+        """An attribute gives the number of these channels, or a multiple or fraction of it."""
+        value, size = symbol.value, ids.numel()
+        if value % size and size % value:
+            return False
+        counted = ids.repeat(value // size) if value >= size else _repeated(ids, value)
+        if counted is None:
+            counted = ids[:value]
+            self.same_width(ids, counted)
+        key = (symbol.module, symbol.attribute, symbol.index)
+        existing = self.attributes.get(key)
+        if existing is None:
+            self.count_in(symbol.module, symbol.attribute, counted, symbol.index)
+        elif not torch.equal(existing.ids, counted):
+            self.same_width(existing.ids, counted)
+        return True
 
     def same_width(self, ids: Tensor, others: Tensor) -> None:
         """These channels stay as many as those, or the same multiple or fraction of them."""
@@ -332,7 +361,9 @@ class Ledger:
             key = (module, attribute, index)
             existing = self.attributes.get(key)
             if existing is None:
-                self.attributes[key] = AttributeBinding(module, attribute, index, ids.reshape(-1))
+                # The model's own code compares widths, where a reshape would be shown as a call of its own.
+                flat = ids if ids.ndim == 1 else ids.reshape(-1)
+                self.attributes[key] = AttributeBinding(module, attribute, index, flat)
             elif not torch.equal(existing.ids, ids.reshape(-1)):
                 self.same_width(existing.ids, ids)
 

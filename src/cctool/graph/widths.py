@@ -29,6 +29,7 @@ class Symbol:
         ids: the channels that it counts; None for an attribute.
         module: qualified name of the module that has the attribute.
         attribute: its name.
+        index: which entry of the attribute, if that is a tuple or a list.
     """
 
     book: object
@@ -36,6 +37,7 @@ class Symbol:
     ids: Tensor | None = None
     module: str = ""
     attribute: str = ""
+    index: int | None = None
 
 
 Powers = dict[Symbol, float]
@@ -98,6 +100,9 @@ class Width(int):
         return _number(_bare(plain, other, "__mul__"), _joined(self, other, 1))
 
     __rmul__ = __mul__
+
+    def __neg__(self) -> Any:
+        return Width(-int(self), self.powers)
 
     def __floordiv__(self, other: Any) -> Any:
         value = int.__floordiv__(self, other) if isinstance(other, int) else NotImplemented
@@ -182,7 +187,7 @@ def _note_equal(a: Width, b: Width) -> None:
         if symbol.ids is None or held.ids is not None or others or more or (exponent, power) != (1, 1):
             continue
         if symbol.book is held.book and symbol.value == held.value:
-            symbol.book.count_in(held.module, held.attribute, symbol.ids)  # type: ignore[attr-defined]
+            symbol.book.count_in(held.module, held.attribute, symbol.ids, held.index)  # type: ignore[attr-defined]
 
 
 def _square_root(value: Any) -> Any:
@@ -190,6 +195,28 @@ def _square_root(value: Any) -> Any:
 
 
 _sqrt: Callable[[Any], float] = math.sqrt
+
+
+def _watched(value: Any, book: object, module: str, attribute: str) -> Any:
+    """An integer, or a tuple or list of integers, as widths; anything else as it is."""
+    if type(value) is int:
+        return Width(value, {Symbol(book, value, None, module, attribute): 1}) if value > 1 else value
+    if (
+        type(value) not in (tuple, list)
+        or not all(type(item) is int and item > 1 for item in value)
+        or not value
+    ):
+        return value
+    symbols = [Symbol(book, item, None, module, attribute, n) for n, item in enumerate(value)]
+    return type(value)(Width(symbol.value, {symbol: 1}) for symbol in symbols)
+
+
+def _unwatched(value: Any) -> Any:
+    if isinstance(value, Width):
+        return int(value)
+    if type(value) in (tuple, list) and any(isinstance(item, Width) for item in value):
+        return type(value)(int(item) if isinstance(item, Width) else item for item in value)
+    return value
 
 
 @contextmanager
@@ -205,15 +232,14 @@ def remembered(model: nn.Module, book: object) -> Iterator[None]:
             if type(module).__module__.startswith("torch.") or isinstance(module, torch.jit.ScriptModule):
                 continue
             for key, value in list(vars(module).items()):
-                if type(value) is int and value > 1:
-                    symbol = Symbol(book, value, None, name, key)
-                    vars(module)[key] = Width(value, {symbol: 1})
+                watched = _watched(value, book, name, key)
+                if watched is not value:
+                    vars(module)[key] = watched
                     replaced.append((module, key))
         math.sqrt = _square_root
         yield
     finally:
         math.sqrt = _sqrt
         for module, key in replaced:
-            value = vars(module).get(key)
-            if isinstance(value, Width):
-                vars(module)[key] = int(value)
+            if key in vars(module):
+                vars(module)[key] = _unwatched(vars(module)[key])

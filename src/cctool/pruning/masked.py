@@ -144,6 +144,8 @@ def over_kept(
 
     def chosen(value: Any) -> Any:
         if isinstance(value, Tensor):
+            if value is not source and statistic.op.startswith("conv"):
+                return value
             own = dim - (source.ndim - value.ndim) if value is source or statistic.op != "group_norm" else 0
             return value.index_select(own, index)
         if isinstance(value, (tuple, list)) and statistic.op in ("layer_norm", "rms_norm"):

@@ -89,8 +89,12 @@ def varied_norms(tensors: Mapping[str, Tensor], graph: ChannelGraph, seed: int =
         draw = torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
         if role is Role.SHIFT or name.endswith("running_mean"):
             varied[name] = tensor + 0.2 * (draw - 0.5)
-        elif role in (Role.SCALE, Role.STATISTIC):
+        elif role is Role.STATISTIC:
             varied[name] = torch.where(tensor == 0, 1, tensor) * (0.5 + draw)
+        elif role is Role.SCALE:
+            # kept away from 0: in a deep network small gammas drown the signal, and every mistake with it
+            grown = torch.where(tensor < 0, tensor.clamp(max=-0.5), tensor.clamp(min=0.5))
+            varied[name] = grown * (0.5 + draw)
         elif role is not Role.ELEMENT:
             varied[name] = torch.where(tensor == 0, 0.2 * (draw - 0.5), tensor * (0.5 + draw))
         elif float(tensor.abs().max()) < _TOO_SMALL:
@@ -143,7 +147,8 @@ def _spread(value: Tensor) -> float:
 
 
 def _resolution(value: Tensor) -> float:
-    return 1e3 * torch.finfo(value.dtype).eps * float(value.abs().max())
+    steps = 1e5 if value.dtype == torch.float64 else 1e3  # float32 that cannot tell is tried in float64
+    return steps * torch.finfo(value.dtype).eps * float(value.abs().max())
 
 
 def _drowned(value: Tensor) -> bool:

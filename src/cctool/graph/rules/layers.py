@@ -8,7 +8,7 @@ from torch import Tensor
 from cctool.graph.execution import Event, tensors_in
 from cctool.graph.ledger import FIXED, INPUT, Kind, Ledger, Role, compact, constant, varying
 from cctool.graph.trace import argument
-from cctool.graph.widths import Symbol
+from cctool.graph.widths import Symbol, Width
 
 
 def vector(ledger: Ledger, ids: Tensor, dim: int) -> Tensor:
@@ -78,6 +78,13 @@ def _tie_positions(ledger: Ledger, ids: Tensor, groups: int) -> Tensor:
     return pieces[0]
 
 
+def _count_groups(ledger: Ledger, event: Event, name: str, ids: Tensor) -> None:
+    """The number of groups counts these channels, in whatever attribute it was stored."""
+    groups = argument(event, name)
+    if not isinstance(groups, Width) or not ledger.sized(ids, groups):
+        ledger.count_in(event.module, name, ids)
+
+
 def convolution(ledger: Ledger, event: Event) -> None:
     """Convolution, plain, grouped and depthwise.
 
@@ -88,11 +95,13 @@ def convolution(ledger: Ledger, event: Event) -> None:
     groups = int(argument(event, "groups", 1))
     x = argument(event, "input")
     channel_dim = x.ndim - (weight.ndim - 1)
+    if _slides_over_channels(ledger, event, x, channel_dim):
+        return
     arriving = vector(ledger, ledger.of(x), channel_dim)
     outputs, per_group = weight.shape[0], weight.shape[1]
     if groups > 1 and per_group == 1 and bool((arriving > INPUT).any()):
         sent = arriving.repeat_interleave(outputs // groups)
-        ledger.count_in(event.module, "groups", arriving)
+        _count_groups(ledger, event, "groups", arriving)
     else:
         ledger.bind(weight, 1, _tie_positions(ledger, arriving, groups), Role.CONSUMER)
         sent = ledger.produce(weight, 0, outputs)
@@ -103,6 +112,26 @@ def convolution(ledger: Ledger, event: Event) -> None:
     ledger.count_in(event.module, "in_channels", arriving)
     ledger.count_in(event.module, "out_channels", sent)
     ledger.set(event.result, along(sent, channel_dim, event.result.shape))
+
+
+def _slides_over_channels(ledger: Ledger, event: Event, x: Tensor, channel_dim: int) -> bool:
+    """A kernel that slides over the channels themselves (ECA) slides over those that are kept.
+
+    It has to leave their number alone, and to have no other channels.
+    """
+    ids, weight, bias = ledger.of(x), argument(event, "weight"), argument(event, "bias")
+    moving = varying(ids)
+    if len(moving) != 1 or moving[0] <= channel_dim or weight.shape[:2] != (1, 1):
+        return False
+    if event.result.shape != x.shape or any(ledger.name(t) is None for t in (weight, bias) if t is not None):
+        return False
+    symbol = Symbol(ledger, x.shape[moving[0]], compact(ids).reshape(-1))
+    ledger.statistic(Kind.KEPT, moving[0], {symbol: 1}, "its kernel slides over the channels")
+    for tensor in (weight, bias):
+        if tensor is not None:
+            ledger.pin(ledger.name(tensor) or "", tensor)
+    ledger.set(event.result, ids)
+    return True
 
 
 def transposed_convolution(ledger: Ledger, event: Event) -> None:
@@ -116,7 +145,7 @@ def transposed_convolution(ledger: Ledger, event: Event) -> None:
     if groups == weight.shape[0] and groups > 1 and bool((arriving > INPUT).any()):
         sent = arriving.repeat_interleave(per_group)
         ledger.bind(weight, 0, arriving, Role.FILTER)
-        ledger.count_in(event.module, "groups", arriving)
+        _count_groups(ledger, event, "groups", arriving)
     else:
         _tie_positions(ledger, arriving, groups)
         ledger.bind(weight, 0, arriving, Role.CONSUMER)
@@ -157,7 +186,7 @@ def group_norm(ledger: Ledger, event: Event) -> None:
             ledger.bind(tensor, 0, arriving, Role.NORM)
     ledger.count_in(event.module, "num_channels", arriving)
     if groups > 1:
-        ledger.count_in(event.module, "num_groups", pieces[:, 0])
+        _count_groups(ledger, event, "num_groups", pieces[:, 0])
     ledger.set(event.result, along(arriving, 1, event.result.shape))
 
 

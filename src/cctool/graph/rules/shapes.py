@@ -147,6 +147,14 @@ def _sizes(event: Event, dims: int) -> list[Any]:
     return sizes if len(sizes) == dims else [None] * dims
 
 
+def line(ids: Tensor, dim: int) -> Tensor:
+    """Ids along one dim, at the first position of the others."""
+    for other in range(ids.ndim):
+        if other != dim:
+            ids = ids.narrow(other, 0, 1)
+    return ids.reshape(-1)
+
+
 def concatenate(ledger: Ledger, event: Event) -> None:
     """`cat`: ids one after the other along its dim; along the other dims they are tied."""
     tensors = [t for t in argument(event, "tensors") if t.numel() or t.ndim > 1]
