@@ -1,4 +1,4 @@
-"""Small networks and images that the criteria are tried on, with everything the formulas need in plain sight."""
+"""Small networks and images that the criteria are tried on, what the formulas need in plain sight."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What is gathered on images: independent of batching, for every kind of layer, and nothing is left behind."""
+"""What is gathered on images: whatever the batches, for every kind of layer, leaving nothing behind."""
 
 import copy
 from collections.abc import Callable
@@ -28,7 +28,9 @@ FIELDS = {
 }
 
 
-def look(model: nn.Module, x: Tensor, y: Tensor | None, method: PruneMethod, size: int = 4, samples: int = 10):
+def look(
+    model: nn.Module, x: Tensor, y: Tensor | None, method: PruneMethod, size: int = 4, samples: int = 10
+) -> Evidence:
     return gather(model, batches(x, y, size), samples, method, loss=F.cross_entropy)
 
 
@@ -159,7 +161,7 @@ class Products(nn.Module):
 
 
 def windows(m: Net, x: Tensor) -> Tensor:
-    b, c, h, w = x.shape
+    b, _, h, w = x.shape
     x = m.a(x).reshape(b, 8, 2, h // 2, 2, w // 2).permute(0, 2, 4, 3, 5, 1).reshape(b * 4, -1, 8)
     return m.fc(F.gelu(m.up(x)).reshape(b, -1, 12).mean(1))  # type: ignore[no-any-return]
 

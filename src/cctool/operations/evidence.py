@@ -46,17 +46,15 @@ def evidence_for(
         )
     if checkpoint.spec.preprocessing is None:
         raise UsageError(
-            f"--method {method.value} would look at wrongly scaled images: the preprocessing of this model is "
-            "unknown; say it with --mean and --std"
+            f"--method {method.value} would look at wrongly scaled images: the preprocessing of this "
+            "model is unknown; say it with --mean and --std"
         )
     # Shuffled, because the first images of a sorted set are all of one class.
     served = feed_of(checkpoint, source, options.data, context).plain("train", shuffle=True)
     shown = context.reporter.progress(
         served, f"{method.value}: looking at images", _batches(served, options.samples)
     )
-    found = gather(
-        checkpoint.model.to(context.device), shown, options.samples, method, loss=cross_entropy
-    )
+    found = gather(checkpoint.model.to(context.device), shown, options.samples, method, loss=cross_entropy)
     if found.images < options.samples:
         context.reporter.note(f"{method.value}: {found.images} training images were there to look at")
     return found

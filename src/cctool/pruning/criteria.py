@@ -255,7 +255,7 @@ def _arriving(
     for place in _read_by(family):
         values = known.get((place.tensor, place.dim))
         if values is not None:
-            _same_network(
+            require_same_network(
                 place.tensor, (context.tensors[place.tensor].shape[place.dim],), tuple(values.shape)
             )
             rows.append(values[place.indices].mean(dim=1))
