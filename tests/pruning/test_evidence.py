@@ -260,6 +260,15 @@ def test_what_runs_in_training_mode_only_is_not_there() -> None:
         assert set(gradients) == {"a.weight", "a.bias", "fc.weight", "fc.bias"}
 
 
+def test_a_batch_of_one_is_no_matter_where_the_code_takes_none() -> None:
+    torch.manual_seed(2)
+    model, (x, y) = READERS["no batch of one"]().double().eval(), images(5, dtype=torch.float64)
+    for method in METHODS:
+        whole, rest = (flat(look(model, x, y, method, size=size)) for size in (5, 4))
+        for key, value in whole.items():
+            torch.testing.assert_close(rest[key], value)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", METHODS)
 def test_missing_labels_are_refused_where_gradients_need_them(method: PruneMethod) -> None:
