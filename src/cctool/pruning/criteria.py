@@ -176,12 +176,17 @@ def _per_filter(
         tensor = context.tensors[place.tensor]
         if place.tensor in known:
             value = known[place.tensor]
-            _same_network(place.tensor, tuple(tensor.shape), tuple(value.shape))
+            require_same_network(place.tensor, tuple(tensor.shape), tuple(value.shape))
             rows.append(score(_owned(place, _real(tensor)), _owned(place, value.to(tensor.device))).cpu())
     return torch.stack(rows) if rows else _NO_GRADIENT
 
 
-def _same_network(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> None:
+def require_same_network(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> None:
+    """Refuse evidence whose shape is not that of the tensor it is about.
+
+    Raises:
+        PruningError: the shapes differ.
+    """
     if expected != found:
         raise PruningError(
             f"{name} has shape {list(expected)}, and what was gathered on images {list(found)}: that was "
@@ -218,7 +223,7 @@ def _contributions(family: Family, context: ScoreContext) -> list[Tensor]:
         values = evidence.contributions.get((place.tensor, place.dim))
         if values is not None:
             size = context.tensors[place.tensor].shape[place.dim]
-            _same_network(place.tensor, (size,), (values.shape[1],))
+            require_same_network(place.tensor, (size,), (values.shape[1],))
             found.append(values.double()[:, place.indices].sum(dim=2))
     return found
 
@@ -250,7 +255,7 @@ def _arriving(
     for place in _read_by(family):
         values = known.get((place.tensor, place.dim))
         if values is not None:
-            _same_network(
+            require_same_network(
                 place.tensor, (context.tensors[place.tensor].shape[place.dim],), tuple(values.shape)
             )
             rows.append(values[place.indices].mean(dim=1))

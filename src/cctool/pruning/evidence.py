@@ -19,13 +19,15 @@ from cctool.data.batches import Batch
 from cctool.errors import DataError, PruningError
 from cctool.graph.execution import execute, in_mode
 from cctool.options.prune_choices import PruneMethod
-from cctool.pruning.reads import Key, ReadApart, Reader
+from cctool.pruning.reads import Key, Read, ReadApart, Reader
 
 __all__ = ["Evidence", "LossFn", "gather"]
 
 LossFn = Callable[[Any, Tensor], Tensor]
 """(outputs of the network, labels [N]) -> mean loss of the batch, a scalar."""
 
+_PIXELS = 1 << 20
+"""Of all images that are looked at together: 20 of 224 x 224."""
 _GRADIENTS = frozenset({PruneMethod.TAYLOR, PruneMethod.HESSIAN, PruneMethod.GRADIENT})
 
 
@@ -92,18 +94,23 @@ def gather(
 
 
 def _first(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
-    """Exactly so many images, or all that there are."""
+    """Exactly so many images, or all that there are, in pieces whose activations fit in memory."""
     used = 0
     for batch in batches:
-        rest = samples - used
-        labels = None if batch.labels is None else batch.labels[:rest]
-        used += min(rest, len(batch.images))
-        if len(batch.images):
-            yield Batch(batch.images[:rest], labels, batch.indices[:rest])
+        stop = min(samples - used, len(batch.images))
+        size = max(1, _PIXELS // max(1, batch.images[0, 0].numel())) if stop else 1
+        for start in range(0, stop, size):
+            yield _part(batch, slice(start, min(start + size, stop)))
+        used += stop
         if used >= samples:
             break
     if not used:
         raise DataError("the training split is empty: the method has no images to look at")
+
+
+def _part(batch: Batch, which: slice | list[int]) -> Batch:
+    labels = None if batch.labels is None else batch.labels[which]
+    return Batch(batch.images[which], labels, batch.indices[which])
 
 
 @contextmanager
@@ -178,8 +185,9 @@ def _gradients(
 ) -> Evidence:
     mean = _Mean()
     for batch in batches:
+        part, copies = _runnable(model, batch)
         with in_mode(model, training=False), torch.enable_grad():
-            value = _loss_of(model(batch.images), batch, loss)
+            value = _loss_of(model(part.images), part, loss) / copies
         found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, found, strict=True):
             mean.add(name, gradient)
@@ -191,11 +199,8 @@ def _squares(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], batches: Iterable[Batch], loss: LossFn
 ) -> Evidence:
     mean = _Mean()
-    copies = 1
     for batch in batches:
-        if not mean.images:
-            copies = _copies(model, batch)
-        for single in _singly(batch, copies):
+        for single, copies in _singly(model, batch):
             with in_mode(model, training=False), torch.enable_grad():
                 value = _loss_of(model(single.images), single, loss) / copies
             found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
@@ -205,25 +210,24 @@ def _squares(
     return Evidence(PruneMethod.HESSIAN, mean.images, squares=mean.means())
 
 
-def _copies(model: nn.Module, batch: Batch) -> int:
-    """How often an image stands in a batch of its own: twice where the code does not take a single one."""
+def _runnable(model: nn.Module, batch: Batch) -> tuple[Batch, int]:
+    """The batch, and how often each image stands in it: a single one twice, where the code takes none."""
+    if len(batch.images) > 1:
+        return batch, 1
     try:
         with in_mode(model, training=False):
-            model(batch.images[:1])
+            model(batch.images)
     # Code with a bare squeeze() may fail in any way on a batch of one; what is truly wrong fails again.
     except Exception:
-        return 2
-    return 1
+        return _part(batch, [0, 0]), 2
+    return batch, 1
 
 
-def _singly(batch: Batch, copies: int) -> Iterator[Batch]:
+def _singly(model: nn.Module, batch: Batch) -> Iterator[tuple[Batch, int]]:
+    """Each image in a batch of its own, and how often it stands there."""
+    _, copies = _runnable(model, _part(batch, slice(0, 1)))
     for n in range(len(batch.images)):
-        chosen = [n] * copies
-        yield Batch(
-            batch.images[chosen],
-            None if batch.labels is None else batch.labels[chosen],
-            batch.indices[chosen],
-        )
+        yield _part(batch, [n] * copies), copies
 
 
 def _contributions(
@@ -235,14 +239,13 @@ def _contributions(
     """
     mean = _Mean()
     rows: dict[Key, list[Tensor]] = {}
-    together, copies = True, 1
+    together: bool | None = None
     for batch in batches:
-        if not mean.images:
-            copies = _copies(model, batch)
-            together = copies == 1 and _image_first(model, batch)
-        for part in [batch] if together else _singly(batch, copies):
+        if together is None:
+            together = _image_first(model, batch)
+        for part, copies in [(batch, 1)] if together else _singly(model, batch):
             images = len(part.images) if together else 1
-            gradients, found = _contributed(model, parameters, part, loss, images, copies)
+            gradients, found = _contributed(model, parameters, part, loss, together, copies)
             for name, gradient in zip(parameters, gradients, strict=True):
                 mean.add(name, gradient)
             for key, values in found.items():
@@ -257,21 +260,22 @@ def _contributed(
     parameters: Mapping[str, nn.Parameter],
     batch: Batch,
     loss: LossFn,
-    images: int,
+    by_image: bool,
     copies: int,
 ) -> tuple[tuple[Tensor | None, ...], dict[Key, Tensor]]:
     """Gradients of the parameters, summed over a batch, and contributions, shape [images, indices]."""
-    reader = Reader(model)
-    with ReadApart(reader):
+    reads: list[Read] = []
+    with ReadApart(Reader(model, reads.append)):
         outputs = execute(_WithGradients(model), (batch.images,), [])
     value = _loss_of(outputs, batch, loss) / copies
-    reads = [read for read in reader.reads if read.tensor.requires_grad]
+    reads = [read for read in reads if read.tensor.requires_grad]
     wanted = [*parameters.values(), *(read.tensor for read in reads)]
     found = torch.autograd.grad(value, wanted, allow_unused=True)
     contributions: dict[Key, Tensor] = {}
     for read, gradient in zip(reads, found[len(parameters) :], strict=True):
         if gradient is not None:
-            part = read.per_channel(gradient * read.tensor.detach(), images)
+            part = read.per_channel(gradient * read.tensor.detach(), by_image)
+            part = part.to(read.tensor.dtype)
             # a layer that runs several times reads the channel each time
             contributions[read.key] = contributions[read.key] + part if read.key in contributions else part
     return found[: len(parameters)], contributions
@@ -279,25 +283,31 @@ def _contributed(
 
 def _image_first(model: nn.Module, batch: Batch) -> bool:
     """Whether dim 0 of everything that is read counts images, which sequence-first attention does not do."""
-    for images in (2, 3):
-        reader = Reader(model)
-        execute(model, (batch.images[:1].repeat(images, 1, 1, 1),), [reader])
-        if any(read.tensor.shape[0] != images or read.dim == 0 for read in reader.reads):
-            return False
+    try:
+        for images in (1, 2, 3):
+            reads: list[Read] = []
+            execute(model, (batch.images[:1].repeat(images, 1, 1, 1),), [Reader(model, reads.append)])
+            if any(read.tensor.shape[0] != images or read.dim == 0 for read in reads):
+                return False
+    # Code that takes no batch of one: each image is doubled then, which `_runnable` does.
+    except Exception:
+        return False
     return True
 
 
 def _activations(model: nn.Module, batches: Iterable[Batch], method: PruneMethod) -> Evidence:
-    sums, counts = _Mean(), dict[Key, int]()
+    sums, counts = _Mean(), dict[Key, float]()
     for batch in batches:
-        reader = Reader(model)
-        execute(model, (batch.images,), [reader])
-        for read in reader.reads:
+        part, copies = _runnable(model, batch)
+
+        def add(read: Read, copies: int = copies) -> None:
             x = read.tensor
-            seen = (x == 0).double() if method is PruneMethod.APOZ else x.abs().double()
-            total = read.per_channel(seen, 1)[0]
+            seen = x == 0 if method is PruneMethod.APOZ else x.abs()
+            total = read.per_channel(seen, by_image=False)[0] / copies
             sums.add(read.key, total)
-            counts[read.key] = counts.get(read.key, 0) + x.numel() // total.numel()
+            counts[read.key] = counts.get(read.key, 0) + x.numel() / total.numel() / copies
+
+        execute(model, (part.images,), [Reader(model, add)])
         sums.images += len(batch.images)
     means = {key: (value / counts[key]).cpu() for key, value in sums.sums.items()}
     if method is PruneMethod.APOZ:

@@ -8,10 +8,11 @@ as the channel graph does, never by the class of a module.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -44,29 +45,33 @@ class Read:
     dim: int
     groups: int = 1
 
-    def per_channel(self, values: Tensor, images: int) -> Tensor:
-        """Sum values of the tensor's shape over all but images and channels.
+    def per_channel(self, values: Tensor, by_image: bool) -> Tensor:
+        """Sum values of the tensor's shape over all but channels, and images where dim 0 counts them.
 
         Args:
             values: shape of the tensor.
-            images: length of the tensor's dim 0 that is kept, or 1: everything is of one image.
+            by_image: keep dim 0 apart; else everything is of one image.
 
         Returns:
-            Shape [images, indices of the weight's dim]; position j of every group is added up.
+            Shape [images or 1, indices of the weight's dim], float64; position j of every group is added up.
         """
-        last = values.movedim(self.dim, -1)
-        return last.reshape(images, -1, last.shape[-1] // self.groups).sum(1)
+        dim = self.dim % values.ndim
+        others = [d for d in range(values.ndim) if d != dim and not (by_image and d == 0)]
+        sums = values.sum(others, dtype=torch.float64) if others else values.double()
+        size = values.shape[dim] // self.groups
+        return sums.reshape(values.shape[0] if by_image else 1, self.groups, size).sum(1)
 
 
 class Reader:
-    """Knows the calls that read channels, and keeps them: an observer of `graph.execution.execute`.
+    """Knows the calls that read channels, and shows them: an observer of `graph.execution.execute`.
 
-    Attributes:
-        reads: every read of a named parameter so far, in order.
+    Args:
+        model: whose parameters are known by name.
+        show: called with every read of a named parameter, in order. What it does not keep is freed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.reads: list[Read] = []
+    def __init__(self, model: nn.Module, show: Callable[[Read], None]) -> None:
+        self.show = show
         self._names = tensor_names(model)
         self._turned: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
@@ -74,7 +79,7 @@ class Reader:
         """Look at one call that has run."""
         read = self.find(event)
         if read is not None:
-            self.reads.append(read)
+            self.show(read)
         self.remember(event)
 
     def find(self, event: Event) -> Read | None:
@@ -135,7 +140,7 @@ class ReadApart(TorchFunctionMode):
             apart = read.tensor.view_as(read.tensor)
             args = tuple(apart if value is read.tensor else value for value in args)
             kwargs = {key: apart if value is read.tensor else value for key, value in kwargs.items()}
-            self._reader.reads.append(replace(read, tensor=apart))
+            self._reader.show(replace(read, tensor=apart))
         result = func(*args, **kwargs)
         self._reader.remember(Event(name, func, args, kwargs, result, ""))
         return result
