@@ -95,12 +95,14 @@ def assert_masked(checkpoint: Checkpoint, before: Checkpoint | None = None) -> N
     ],
 )
 def test_three_epochs_of_training_revive_nothing(fit: dict[str, Any], tmp_path: Path) -> None:
-    source = masked_file(tmp_path, built("resnet20", base=8), rate=0.7)
+    checkpoint = built("resnet20", base=8) if fit["optimizer"] == "sgd" else built()
+    source = masked_file(tmp_path, checkpoint, rate=0.7)
     trained = run("train", train.run, source, TrainOptions(fit=FitOptions(epochs=3, **fit), data=DIGITS))
     before, after = load(source, tables()), load(trained, tables())
     assert_masked(after, before)
-    name = "layer1.0.conv1.weight"
-    assert not torch.equal(after.model.get_parameter(name), before.model.get_parameter(name))
+    for name, mask in masks_of(after.model).items():
+        changed = after.model.get_parameter(name) != before.model.get_parameter(name)
+        assert int(changed[mask].sum()) > 0.9 * int(mask.sum())
 
 
 def test_two_of_four_holds_after_training(tmp_path: Path) -> None:
@@ -268,8 +270,10 @@ def test_quantizing_keeps_zeros_and_masks(method: QuantizeMethod, per_channel: b
     assert after.stored[name].encoding == "masked"
     assert after.stored[name].parts["bits"] is after.stored[f"{name}_mask"].parts["bits"]
     kept = masks_of(after.model)[name]
-    errors = (after.model.get_parameter(name) - before.model.get_parameter(name))[kept].abs()
-    assert 0 < float(errors.max()) < 0.01 * float(before.model.get_parameter(name).abs().max())
+    with torch.no_grad():
+        found, was = after.model.get_parameter(name), before.model.get_parameter(name)
+        error = float((found - was)[kept].abs().max())
+        assert 0 < error < 0.01 * float(was.abs().max())
 
 
 def test_from_command_to_command(tmp_path: Path) -> None:
@@ -329,7 +333,7 @@ def test_onnx_holds_the_zeros(tmp_path: Path) -> None:
 
 
 def test_analyze_honours_masks(tmp_path: Path) -> None:
-    checkpoint = load(masked_file(tmp_path, only=("conv1", "fc1"), rate=0.5), tables())
+    checkpoint = load(masked_file(tmp_path, only=("features.3", "classifier.0"), rate=0.5), tables())
     names = list(masks_of(checkpoint.model))
     found = analyze.run(checkpoint, AnalyzeOptions(), context()).analysis
     assert found is not None
@@ -397,7 +401,7 @@ def test_masked_channels_are_cut_later_by_what_they_left_empty(tmp_path: Path) -
 
 
 def test_the_report_tells_each_tensor_and_why_not(tmp_path: Path) -> None:
-    options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.NM, exclude=("fc1",))
+    options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.NM, exclude=("classifier.0",))
     checkpoint = built()
     planned = plan_weight_masks(checkpoint, options)
     assert masks_of(checkpoint.model) == {}
@@ -405,8 +409,8 @@ def test_the_report_tells_each_tensor_and_why_not(tmp_path: Path) -> None:
     assert report == planned
     assert (report.pattern, report.pattern_holds) == ("2:4", True)
     notes = {tensor.name: tensor.note for tensor in report.tensors}
-    assert notes["fc1.weight"] == "excluded"
-    assert "one input channel" in notes["conv1.weight"]
+    assert notes["classifier.0.weight"] == "excluded"
+    assert "one input channel" in notes["features.0.weight"]
     for tensor in report.tensors:
         mask = masks_of(masked.model).get(tensor.name)
         assert tensor.kept == (tensor.total if mask is None else int(mask.sum()))
