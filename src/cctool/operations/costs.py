@@ -13,13 +13,14 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.errors import ArchitectureError
 from cctool.graph import cost
 from cctool.operations.context import Context
+from cctool.operations.masking import cut_stored
 from cctool.operations.sizes import measure
 from cctool.options.prune import PruneOptions
 from cctool.options.prune_parts import Quantity
 from cctool.pruning.surgery import CutPlan, copy_with, cut_tensor
 from cctool.pruning.targets import sketch
 
-__all__ = ["Costs", "costs_of", "counter", "cut_stored"]
+__all__ = ["Costs", "costs_of", "counter"]
 
 
 @dataclass(frozen=True)
@@ -94,26 +95,6 @@ def _bytes(
             numbers = numbers // cut.size * cut.keep.numel()
         total += numbers * tensor.element_size()
     return total
-
-
-def cut_stored(
-    stored: Mapping[str, EncodedTensor], plan: CutPlan, context: Context
-) -> dict[str, EncodedTensor]:
-    """Cut integers, scales and masks as they are stored, so that nothing is rounded a second time.
-
-    Tensors that are tied, and parts that several tensors share, stay so.
-    """
-    cut: dict[str, EncodedTensor] = {}
-    done: dict[int, EncodedTensor] = {}
-    for name, encoded in stored.items():
-        if id(encoded) not in done:
-            smaller = encoded
-            for piece in plan.tensors.get(name, ()):
-                take = context.tables.encodings[encoded.encoding].take
-                smaller = take(smaller, piece.dim, piece.keep.cpu())
-            done[id(encoded)] = smaller
-        cut[name] = done[id(encoded)]
-    return cut
 
 
 def _latency_counter(checkpoint: Checkpoint) -> Callable[[CutPlan], float]:
