@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from cctool.operations.composition import tables
 from cctool.operations.context import Context
 from cctool.operations.finetuning import encoded_again, finetune
 from cctool.operations.mask_storage import stored_with_masks
-from cctool.operations.masking import emptied_plan, mask_channels, mask_weights
+from cctool.operations.masking import emptied_cut, mask_channels, mask_weights
 from cctool.operations.sizes import stored_bytes
 from cctool.operations.sources import open_source
 from cctool.options.analyze import AnalyzeOptions
@@ -204,7 +205,7 @@ def test_a_sparse_file_is_a_quarter_of_the_dense_one(tmp_path: Path) -> None:
         dense = built("resnet20")
         composition.save(dense, tmp_path / f"dense{suffix}")
         options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.ELEMENT, rate=0.9)
-        masked, report = mask_weights(dense, options, context())
+        masked, report = mask_weights(dense, options)
         composition.save(masked, tmp_path / f"sparse{suffix}")
         sizes = [(tmp_path / f"{name}{suffix}").stat().st_size for name in ("dense", "sparse")]
         assert sizes[0] >= 4 * sizes[1], sizes
@@ -348,7 +349,7 @@ def test_masking_again_keeps_levels_and_narrows_masks(tmp_path: Path) -> None:
     levels = {n: set(p.flatten().tolist()) for n, p in small.model.named_parameters()}
     first = {name: mask.clone() for name, mask in masks_of(small.model).items()}
     options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.ELEMENT, rate=0.5)
-    again, report = mask_weights(small, options, context())
+    again, report = mask_weights(small, options)
     for name, mask in masks_of(again.model).items():
         assert not (mask & ~first[name]).any()
         assert set(again.model.get_parameter(name).flatten().tolist()) <= levels[name] | {0.0}
@@ -386,15 +387,15 @@ def test_patterns_keep_the_width_of_empty_channels(tmp_path: Path) -> None:
     composition.save(built("resnet20", base=8), tmp_path / "m.pt")
     options = PruneOptions(method=PruneMethod.L2, rate=0.5, mask=True)
     masked = load(run("prune", prune.run, tmp_path / "m.pt", options), tables())
-    inputs = (torch.randn(2, 1, 32, 32),)
 
     def cut(**patterns: Any) -> set[str]:
-        plan = emptied_plan(masked, inputs, PruneOptions(apply_masks=True, **patterns), context()).plan
-        return {name for name in plan.tensors if name.endswith("conv1.weight")}
+        found = replace(masked, model=deepcopy(masked.model))
+        _, report = emptied_cut(found, context(), **patterns)
+        return {name for name, _, _ in report.families if name.endswith("conv1")}
 
     everything = cut()
-    assert cut(exclude=("layer1.0.conv1",)) == everything - {"layer1.0.conv1.weight"}
-    assert cut(only=("layer1.0.conv1",)) == {"layer1.0.conv1.weight"}
+    assert cut(exclude=("layer1.0.conv1",)) == everything - {"layer1.0.conv1"}
+    assert cut(only=("layer1.0.conv1",)) == {"layer1.0.conv1"}
     with pytest.raises(UsageError, match="layer9"):
         cut(only=("layer9",))
 
@@ -404,25 +405,16 @@ def test_nothing_to_mask_is_an_error() -> None:
     inputs = (torch.randn(2, 1, 32, 32),)
     fewer = plan_thinning(checkpoint.model, inputs, PruneOptions(method=PruneMethod.L2, rate=0.01))
     with pytest.raises(PruningError, match="nothing to mask"):
-        mask_channels(checkpoint, fewer, context())
+        mask_channels(checkpoint, fewer, PruneOptions())
 
 
 def test_a_table_of_rates_and_the_seed_decide(tmp_path: Path) -> None:
     (tmp_path / "rates.json").write_text('{"features.3": 0.25, "classifier.0.weight": 0.75}')
-    given = {"method": PruneMethod.L1, "granularity": Granularity.ELEMENT}
-    masked, _ = mask_weights(built(), PruneOptions(rates=str(tmp_path / "rates.json"), **given), context())
+    masked = load(masked_file(tmp_path, rates=str(tmp_path / "rates.json")), tables())
     gone = {name: float((~mask).float().mean()) for name, mask in masks_of(masked.model).items()}
     assert gone == pytest.approx({"features.3.weight": 0.25, "classifier.0.weight": 0.75}, abs=1e-3)
-
-    def drawn(seed: int) -> torch.Tensor:
-        there = replace(context(), runtime=RuntimeOptions(device="cpu", seed=seed))
-        options = PruneOptions(method=PruneMethod.RANDOM, granularity=Granularity.ELEMENT)
-        return masks_of(mask_weights(built(), options, there)[0].model)["features.3.weight"]
-
-    assert torch.equal(drawn(1), drawn(1))
-    assert not torch.equal(drawn(1), drawn(2))
     with pytest.raises(PruningError, match="whole channels"):
-        mask_weights(built(), PruneOptions(granularity=Granularity.ELEMENT), context())
+        masked_file(tmp_path, method=PruneMethod.SLIMMING)
 
 
 def test_the_report_tells_each_tensor_and_why_not(tmp_path: Path) -> None:
@@ -430,7 +422,7 @@ def test_the_report_tells_each_tensor_and_why_not(tmp_path: Path) -> None:
     checkpoint = built()
     (planned,) = prune.plan(checkpoint, options, context())
     assert masks_of(checkpoint.model) == {}
-    masked, report = mask_weights(checkpoint, options, context())
+    masked, report = mask_weights(checkpoint, options)
     assert report == planned.masks
     assert (report.pattern, report.pattern_holds) == ("2:4", True)
     notes = {tensor.name: tensor.note for tensor in report.tensors}
@@ -443,7 +435,7 @@ def test_the_report_tells_each_tensor_and_why_not(tmp_path: Path) -> None:
     weights = [p for p in masked.model.parameters() if p.dim() >= 2]
     assert report.total == sum(p.numel() for p in weights)
     assert report.sparsity_after == 100 * sum(int((p == 0).sum()) for p in weights) / report.total
-    _, other = mask_weights(built(), replace(options, pattern=Pattern(1, 4)), context())
+    _, other = mask_weights(built(), replace(options, pattern=Pattern(1, 4)))
     assert other.pattern == "1:4"
     assert other.kept < report.kept
 
@@ -473,4 +465,4 @@ def test_a_network_with_masks_of_its_own_is_refused_by_name(tmp_path: Path) -> N
     checkpoint = Checkpoint(model, ModelSpec(architecture=reference, input_shape=(1, 32, 32)))
     options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.ELEMENT)
     with pytest.raises(SpecError, match="fc has a 'weight_mask' of its own"):
-        mask_weights(checkpoint, options, context())
+        mask_weights(checkpoint, options)

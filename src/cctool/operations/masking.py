@@ -1,122 +1,167 @@
-"""What `cctool prune` does with masks: masking weights or channels, planning to cut what masks emptied."""
+"""What `cctool prune` does with masks: masking weights or channels, and cutting what masks left empty.
+
+Each function works on a checkpoint whose model it may change, and hands back the checkpoint that describes
+what came of it: spec, stored tensors and report.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.masks import add_masks, drop_masks, mask_name, masks_of, with_masks
+from cctool.checkpoint.edits import thinned
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.masks import add_masks, drop_masks, mask_buffers, masks_of, with_masks
 from cctool.errors import PruningError
-from cctool.graph.execution import blaming_the_size
 from cctool.operations.context import Context
 from cctool.operations.mask_storage import stored_with_masks
 from cctool.options.prune import PruneOptions
-from cctool.pruning.criteria import Unscored
-from cctool.pruning.emptied import find_emptied
-from cctool.pruning.evidence import Evidence
+from cctool.pruning.emptied import Emptied, find_emptied
 from cctool.pruning.mask_reports import MaskReport, report_masks, zero_percent
-from cctool.pruning.masks import choose_masks, unit_masks
-from cctool.pruning.rates import read_rates
-from cctool.pruning.reports import ThinResult, report_of
-from cctool.pruning.saliency import weight_saliency
-from cctool.pruning.verify import Check
+from cctool.pruning.masks import Saliency, choose_masks, magnitude, unit_masks
+from cctool.pruning.reports import ThinResult
+from cctool.pruning.surgery import CutPlan, apply_cut
 
-__all__ = ["emptied_plan", "mask_channels", "mask_weights", "stored_with_masks", "without_full_masks"]
+__all__ = [
+    "EmptiedReport",
+    "MaskReport",
+    "cut_stored",
+    "emptied_cut",
+    "mask_channels",
+    "mask_weights",
+]
+
+
+@dataclass(frozen=True)
+class EmptiedReport:
+    """What was cut because masks had left it empty.
+
+    Attributes:
+        families: name, units before and units after of each family that lost some.
+        parameters_before: number of parameters.
+        parameters_after: number after the cut.
+        error: largest difference of the outputs from those before the cut, relative to the largest.
+        precision: the dtype in which that was measured; "" where nothing was cut.
+        dropped: tensors whose masks have nothing left to take away.
+        notes: what looks empty and stays, and why.
+    """
+
+    families: tuple[tuple[str, int, int], ...]
+    parameters_before: int
+    parameters_after: int
+    error: float
+    precision: str
+    dropped: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def mask_weights(
     checkpoint: Checkpoint,
     options: PruneOptions,
-    context: Context,
-    evidence: Evidence | None = None,
+    saliency: Saliency = magnitude,
+    *,
     step: int = 1,
+    rates: Mapping[str, float] | None = None,
 ) -> tuple[Checkpoint, MaskReport]:
     """Mask parts of weights in place; where there are masks already, both hold.
 
     Args:
         checkpoint: its model is changed; what it stores in few bits keeps its levels.
-        options: method, granularity, rate or table of rates, pattern, block, scope, patterns of names.
-        context: the seed, for methods that draw.
-        evidence: for methods that look at images.
+        options: granularity, rate, pattern, block, scope, patterns of names.
+        saliency: how much elements matter.
         step: number of the step, from 1; sets the rate.
+        rates: rate of each tensor, module or pattern, in place of the options' rate.
 
     Raises:
-        UsageError: a pattern or a table of rates names what is not there.
+        UsageError: a pattern matches no parameter or module.
         PruningError: nothing can be masked, or a saliency is not finite.
         SpecError: a module has something called like its mask.
     """
-    generator = torch.Generator().manual_seed(context.runtime.seed)
-
-    def saliency(name: str, weight: Tensor) -> Tensor | Unscored:
-        return weight_saliency(options.method, name, weight, evidence, generator)
-
-    rates = read_rates(options.rates) if options.rates is not None else None
     before = zero_percent(checkpoint.model)
     chosen = choose_masks(checkpoint.model, _example(checkpoint), options, saliency, step=step, rates=rates)
-    why = {**chosen.skipped, **{name: f"follows the rows of {of}" for name, of in chosen.follow.items()}}
+    notes = {**chosen.skipped, **{name: f"follows the rows of {of}" for name, of in chosen.follow.items()}}
     masked = _with(checkpoint, chosen.masks)
-    return masked, report_masks(masked.model, options, before, why)
+    return masked, report_masks(masked.model, options, before, notes)
 
 
 def mask_channels(
-    checkpoint: Checkpoint, found: ThinResult, context: Context
+    checkpoint: Checkpoint, found: ThinResult, options: PruneOptions
 ) -> tuple[Checkpoint, MaskReport]:
     """Mask in place the channels that a plan would cut; their number stays.
 
     Args:
         checkpoint: its model is changed.
-        found: the plan, made for this very model.
-        context: the seed of the run.
-
-    Raises:
-        PruningError: the plan cuts nothing.
+        found: what `plan_thinning` gave for this very model.
+        options: for the report.
     """
+    before = zero_percent(checkpoint.model)
     masks = unit_masks(checkpoint.model, found.graph, found.selection)
     if not masks:
         raise PruningError("nothing to mask: the rate is below one unit")
-    before = zero_percent(checkpoint.model)
     masked = _with(checkpoint, masks)
-    return masked, report_masks(masked.model, PruneOptions(), before, {})
+    return masked, report_masks(masked.model, options, before, {}, found.report.notes)
 
 
-def emptied_plan(
-    checkpoint: Checkpoint, inputs: Sequence[Tensor], options: PruneOptions, context: Context
-) -> ThinResult:
-    """Plan to cut the channels that masks, or zeros of any origin, left empty; the model stays as it is.
+def emptied_cut(
+    checkpoint: Checkpoint, context: Context, *, exclude: Sequence[str] = (), only: Sequence[str] = ()
+) -> tuple[Checkpoint, EmptiedReport]:
+    """Cut in place the channels that masks (or zeros of any origin) left empty; outputs stay what they are.
 
-    The error of the report is the difference from the network *as it is*, not from a masked one.
+    Masks that have nothing left to take away are dropped.
 
     Args:
-        checkpoint: its model is looked at.
-        inputs: positional arguments of its forward, on its device.
-        options: patterns of names that keep their width are respected.
-        context: where to speak.
+        checkpoint: its model is changed.
+        context: tables, for what is stored encoded.
+        exclude: glob patterns of parameters, modules or families that keep their width.
+        only: glob patterns; where given, families that match none keep their width.
 
     Raises:
         UsageError: a pattern matches nothing.
         PruningError: the network does not run at the batch sizes of the comparison.
     """
     model = checkpoint.model
-    found = find_emptied(model, inputs, exclude=options.exclude, only=options.only)
-    outcome = Check(found.error, 0.0, found.precision, "")
-    scores = [Unscored("nothing ranks units: what is empty goes") for _ in found.graph.families]
-    notes = found.notes if found.plan.tensors else ("no channel is empty: nothing to cut", *found.notes)
-    report = report_of(model, found.graph, scores, found.selection, found.plan, outcome, notes)
-    return ThinResult(found.plan, report, found.graph, found.selection)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    found = find_emptied(model, _example(checkpoint), exclude=exclude, only=only)
+    apply_cut(model, found.plan)
+    attributes = [(module, name) for module, values in found.plan.attributes.items() for name in values]
+    spec = thinned(checkpoint.spec, model, found.plan.tensors, attributes)
+    stored = cut_stored(checkpoint.stored, found.plan, context)
+    idle = tuple(name for name, mask in masks_of(model).items() if bool(mask.all()))
+    masks = mask_buffers(model)
+    drop_masks(model, idle)
+    gone = masks - mask_buffers(model)
+    kept = {name: form for name, form in stored.items() if name not in gone}
+    cut = replace(checkpoint, spec=with_masks(spec, model), stored=kept, resume=None)
+    return stored_with_masks(cut), EmptiedReport(
+        families=_families(found),
+        parameters_before=before,
+        parameters_after=sum(parameter.numel() for parameter in model.parameters()),
+        error=found.error,
+        precision=found.precision,
+        dropped=idle,
+        notes=found.notes if found.plan.tensors else ("no channel is empty: nothing was cut", *found.notes),
+    )
 
 
-def without_full_masks(checkpoint: Checkpoint) -> Checkpoint:
-    """Drop in place the masks that take nothing away, as after the channels that they emptied went."""
-    model = checkpoint.model
-    full = [name for name, mask in masks_of(model).items() if bool(mask.all())]
-    drop_masks(model, full)
-    gone = {mask_name(name) for name in full}
-    stored = {name: form for name, form in checkpoint.stored.items() if name not in gone}
-    return replace(checkpoint, spec=with_masks(checkpoint.spec, model), stored=stored)
+def cut_stored(
+    stored: Mapping[str, EncodedTensor], plan: CutPlan, context: Context
+) -> dict[str, EncodedTensor]:
+    """Cut stored integers, scales and bits as a plan cuts the model's tensors; nothing is rounded again."""
+    cut: dict[str, EncodedTensor] = {}
+    done: dict[int, EncodedTensor] = {}
+    for name, encoded in stored.items():
+        if id(encoded) not in done:
+            smaller = encoded
+            for piece in plan.tensors.get(name, ()):
+                take = context.tables.encodings[encoded.encoding].take
+                smaller = take(smaller, piece.dim, piece.keep.cpu())
+            done[id(encoded)] = smaller
+        cut[name] = done[id(encoded)]
+    return cut
 
 
 def _with(checkpoint: Checkpoint, masks: Mapping[str, Tensor]) -> Checkpoint:
@@ -129,5 +174,12 @@ def _with(checkpoint: Checkpoint, masks: Mapping[str, Tensor]) -> Checkpoint:
 def _example(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
-    with blaming_the_size(checkpoint.spec.input_shape):
-        return (torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device),)
+    return (torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device),)
+
+
+def _families(found: Emptied) -> tuple[tuple[str, int, int], ...]:
+    return tuple(
+        (family.name, family.units, int(kept.sum()))
+        for family, kept in zip(found.graph.families, found.selection.kept, strict=True)
+        if not bool(kept.all())
+    )
