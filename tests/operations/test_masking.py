@@ -414,7 +414,7 @@ def test_a_table_of_rates_and_the_seed_decide(tmp_path: Path) -> None:
     gone = {name: float((~mask).float().mean()) for name, mask in masks_of(masked.model).items()}
     assert gone == pytest.approx({"features.3.weight": 0.25, "classifier.0.weight": 0.75}, abs=1e-3)
     with pytest.raises(PruningError, match="whole channels"):
-        masked_file(tmp_path, method=PruneMethod.SLIMMING)
+        run("prune", prune.run, tmp_path / "m.pt", PruneOptions(granularity=Granularity.ELEMENT))
 
 
 def test_the_report_tells_each_tensor_and_why_not(tmp_path: Path) -> None:
