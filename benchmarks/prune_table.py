@@ -44,16 +44,22 @@ def mark(mask: Tensor, dim: int, indices: Tensor) -> None:
     mask.index_fill_(dim, indices, True)
 
 
-def removable_by_torch_pruning(model: nn.Module, x: Tensor) -> tuple[int, int]:
-    """The same count from Torch-Pruning's groups, the output layer ignored; and the number of groups."""
+def removable_by_torch_pruning(
+    model: nn.Module, x: Tensor, heads: list[nn.Module] | None = None
+) -> tuple[int, int]:
+    """The same count from Torch-Pruning's groups, the output layers ignored; and the number of groups.
+
+    Without `heads` the last linear layer counts as the output layer.
+    """
     import torch_pruning as tp
 
-    head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    if heads is None:
+        heads = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     graph = tp.DependencyGraph().build_dependency(model, example_inputs=x)
     marked = {id(p): torch.zeros(p.shape, dtype=torch.bool) for p in model.parameters()}
     count = 0
     types = [tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR]
-    for group in graph.get_all_groups(ignored_layers=[head], root_module_types=types):
+    for group in graph.get_all_groups(ignored_layers=heads, root_module_types=types):
         count += 1
         for dependency, indices in group:
             layer = dependency.target.module

@@ -12,9 +12,10 @@ from torch import nn
 from cctool.checkpoint.checkpoint import Checkpoint, load, save
 from cctool.checkpoint.spec import ModelSpec
 from cctool.models import registry
+from cctool.models.torchvision_models import classifiers
 from cctool.operations.composition import tables
 
-TORCHVISION = registry.COLLECTIONS["torchvision"].names()
+TORCHVISION = classifiers()
 
 # Non-persistent buffers (swin, maxvit, levit, eva, regnet), tied weights, plain convolutions and attention.
 TIMM = (

@@ -5,7 +5,7 @@ import torch
 
 from cctool.errors import ArchitectureError
 from cctool.models.registry import COLLECTIONS, build, defaults, input_shape, listing
-from cctool.models.torchvision_models import allowed_arguments
+from cctool.models.torchvision_models import allowed_arguments, classifiers, segmentation_networks
 
 HAS_TIMM = not listing()[-1].summary.endswith("not installed")
 needs_timm = pytest.mark.skipif(not HAS_TIMM, reason="timm is an extra")
@@ -21,12 +21,29 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
 
 
-def test_all_torchvision_classifiers_are_there() -> None:
+def test_all_torchvision_classifiers_and_segmentation_networks_are_there() -> None:
     from torchvision import models
 
     names = [record.name for record in listing("torchvision")]
-    assert names == [f"torchvision:{name}" for name in models.list_models(module=models)]
-    assert len(names) >= 80
+    expected = [*models.list_models(module=models), *models.list_models(module=models.segmentation)]
+    assert names == [f"torchvision:{name}" for name in sorted(expected)]
+    assert len(names) >= 86
+
+
+@pytest.mark.parametrize("name", segmentation_networks())
+def test_segmentation_networks_build_without_a_download(name: str, no_network: None) -> None:
+    from torchvision import models
+
+    aux = {} if name.startswith("lraspp") else {"aux_loss": True}
+    with torch.device("meta"):
+        ours = build(f"torchvision:{name}", {"num_classes": 5, **aux})
+        theirs = models.get_model(name, weights=None, weights_backbone=None, num_classes=5, **aux)
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {
+        key: value.shape for key, value in theirs.state_dict().items()
+    }
+    assert any(key.startswith("aux_classifier") for key in ours.state_dict()) == bool(aux)
+    with pytest.raises(ArchitectureError, match=r"does not take weights_backbone; allowed: .*num_classes"):
+        build(f"torchvision:{name}", {"weights_backbone": "DEFAULT"})
 
 
 @pytest.mark.parametrize(
@@ -80,7 +97,7 @@ def test_torchvision_argument_of_the_wrong_type() -> None:
 
 
 def test_torchvision_near_miss() -> None:
-    with pytest.raises(ArchitectureError, match=r"no classifier 'resnt18'.*resnet18"):
+    with pytest.raises(ArchitectureError, match=r"no network 'resnt18'.*resnet18"):
         build("torchvision:resnt18", {})
 
 
@@ -144,7 +161,7 @@ def test_timm_refuses_what_reads_files_or_the_network(name: str) -> None:
     "name", ["hf-hub:someone/net", "hf_hub:someone/net", "local-dir:/tmp", "../resnet18", "resnet_18"]
 )
 def test_timm_names_from_elsewhere_are_refused(name: str) -> None:
-    with pytest.raises(ArchitectureError, match="no classifier"):
+    with pytest.raises(ArchitectureError, match="no network"):
         build(f"timm:{name}", {})
 
 
@@ -173,7 +190,7 @@ def test_unknown_family() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("record", [record.name for record in listing("torchvision")])
+@pytest.mark.parametrize("record", [f"torchvision:{name}" for name in classifiers()])
 def test_every_torchvision_classifier_builds(record: str, no_network: None) -> None:
     name = record.partition(":")[2]
     # RegNet scales random weights in its constructor, so only parameters may be on meta: build them for real.

@@ -8,13 +8,16 @@ et al., "DepGraph", CVPR 2023), the method is our own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from cctool.graph.execution import Event, execute, tensors_in
-from cctool.graph.ledger import INPUT, Ledger, Role, compact, constant
+from cctool.graph.ledger import INPUT, Kind, Ledger, Role, compact, constant
 from cctool.graph.rules import apply_rule
+from cctool.graph.widths import Scale, Width, remembered
 
 # Reading these says nothing about channels; they are most of all calls, so that the pass skips them early.
 _SILENT = """
@@ -104,6 +107,33 @@ class Labelled:
 
 
 @dataclass(frozen=True)
+class Statistic:
+    """A call whose result depends on how many channels are kept.
+
+    The cut network is then not the plainly masked one, but the one whose statistics run over what is kept.
+
+    Attributes:
+        op: function that was called.
+        ordinal: how many calls of that function came before it in the forward pass.
+        module: module that was executing it, "" for the root.
+        kind: how it depends.
+        place: dim of its first tensor that the channels lie in; for a factor its position or keyword.
+        widths: (labels of the channels, exponent) of each width that it depends on.
+        families: names of the families that those channels belong to.
+        reason: what a report says of it.
+    """
+
+    op: str
+    ordinal: int
+    module: str
+    kind: Kind
+    place: int | str
+    widths: tuple[tuple[Tensor, float], ...]
+    families: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
 class ChannelGraph:
     """All that can be cut, and what cannot.
 
@@ -113,6 +143,7 @@ class ChannelGraph:
         tensors: labels of each bound dim of each tensor (`key` is the dim).
         attributes: labels of the channels that each integer attribute counts (`key` is its name).
         label_count: labels are below this.
+        statistics: calls that depend on how many channels are kept, in the order of the forward pass.
     """
 
     families: tuple[Family, ...]
@@ -120,28 +151,34 @@ class ChannelGraph:
     tensors: tuple[Labelled, ...]
     attributes: tuple[Labelled, ...]
     label_count: int = field(default=0)
+    statistics: tuple[Statistic, ...] = ()
 
 
-def couple(model: nn.Module, inputs: Sequence[Tensor]) -> ChannelGraph:
+def couple(model: nn.Module, inputs: Sequence[Tensor], exact: bool = False) -> ChannelGraph:
     """Find the channels that go together by one forward pass (two, where parameters run in training only).
 
     Args:
         model: any module, in any mode; it is left as it was.
         inputs: positional arguments of its forward, on its device; one sample suffices.
+        exact: freeze widths over which statistics run (layer norm, attention) instead of noting them.
     """
+    try:
+        return _coupled(model, tuple(inputs), exact, widths=True)
+    except Exception:  # code that takes no subclass of int in the place of one fails in its own way
+        return _coupled(model, tuple(inputs), exact, widths=False)
+
+
+def _coupled(model: nn.Module, inputs: tuple[Tensor, ...], exact: bool, widths: bool) -> ChannelGraph:
     from cctool.graph.solution import solve
 
-    ledger = Ledger(model)
-    inputs = tuple(inputs)
-    _carry(ledger, inputs, training=False)
-    unused = _unused(ledger)
-    note = ""
-    if unused:
-        note = _carry_training(ledger, inputs)
+    ledger = Ledger(model, exact)
+    with remembered(model, ledger) if widths else nullcontext():
+        _carry(ledger, inputs, training=False, widths=widths)
+        note = _carry_training(ledger, inputs, widths) if _unused(ledger) else ""
     return solve(ledger, _unused(ledger), note)
 
 
-def _carry(ledger: Ledger, inputs: tuple[Tensor, ...], training: bool) -> None:
+def _carry(ledger: Ledger, inputs: tuple[Tensor, ...], training: bool, widths: bool) -> None:
     for value in tensors_in(inputs):
         ledger.set(value, constant(INPUT, value.shape))
 
@@ -149,26 +186,46 @@ def _carry(ledger: Ledger, inputs: tuple[Tensor, ...], training: bool) -> None:
         if event.name in _SILENT_NAMES:
             return
         ledger.begin(event.name, event.module)
+        _note_factors(ledger, event)
         apply_rule(ledger, event)
 
-    output = execute(ledger.model, inputs, [observe], training=training)
+    sizes = ledger.sizes if widths else None
+    output = execute(ledger.model, inputs, [observe], training=training, sizes=sizes)
     ledger.begin("output", "")
     for result in tensors_in(output):
         if result.ndim:
             ledger.freeze(compact(ledger.of(result)), "the width of the model's output")
 
 
-def _carry_training(ledger: Ledger, inputs: tuple[Tensor, ...]) -> str:
+_ARITHMETIC = frozenset({"add", "sub", "rsub", "mul", "div", "floor_divide", "pow", "float_power"})
+
+
+def _note_factors(ledger: Ledger, event: Event) -> None:
+    """Numbers computed from widths that a call calculates with: its result depends on them."""
+    named: list[tuple[int | str, Any]] = [*enumerate(event.args), *event.kwargs.items()]
+    for place, value in named:
+        if type(value) is Scale or (type(value) is Width and event.name in _ARITHMETIC):
+            ledger.statistic(
+                Kind.FACTOR, place, value.powers, "it calculates with a number made of this width"
+            )
+
+
+def _carry_training(ledger: Ledger, inputs: tuple[Tensor, ...], widths: bool) -> str:
     """Auxiliary heads run in training mode only: their parameters are bound by a second pass."""
     doubled = tuple(value if value.shape[0] > 1 else value.expand(2, *value.shape[1:]) for value in inputs)
     checkpoint = len(ledger.freezes), len(ledger.ties), dict(ledger.bindings), dict(ledger.attributes)
+    noted, equal = len(ledger.statistics), len(ledger.equal_widths)
+    note = ""
     try:
-        _carry(ledger, doubled, training=True)
+        _carry(ledger, doubled, training=True, widths=widths)
     except Exception as error:  # user code may fail in training mode in any way
         freezes, ties, ledger.bindings, ledger.attributes = checkpoint
-        del ledger.freezes[freezes:], ledger.ties[ties:]
-        return f"training mode raises {type(error).__name__}"
-    return ""
+        del ledger.freezes[freezes:], ledger.ties[ties:], ledger.equal_widths[equal:]
+        note = f"training mode raises {type(error).__name__}"
+    if not ledger.exact:
+        # calls are numbered in the pass in evaluation mode, which alone is verified
+        del ledger.statistics[noted:]
+    return note
 
 
 def _unused(ledger: Ledger) -> list[str]:

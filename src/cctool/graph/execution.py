@@ -66,6 +66,10 @@ class Event:
 
 
 Observer = Callable[[Event], None]
+Substitute = Callable[[str, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
+"""Called with name, function and arguments in place of each function; returns what the function would."""
+Sizes = Callable[[Tensor, Any], Any]
+"""Called with a tensor and what its `shape` or `size()` gave; returns what the model gets to see."""
 
 
 def canonical_name(function: Callable[..., Any]) -> str:
@@ -112,10 +116,18 @@ _COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
 class _Watch(TorchFunctionMode):
     """Shows each torch function called to the observers, after it has run."""
 
-    def __init__(self, observers: Sequence[Observer], names: Mapping[nn.Module, str]) -> None:
+    def __init__(
+        self,
+        observers: Sequence[Observer],
+        names: Mapping[nn.Module, str],
+        substitute: Substitute | None = None,
+        sizes: Sizes | None = None,
+    ) -> None:
         super().__init__()
         self.observers = observers
         self.names = names
+        self.substitute = substitute
+        self.sizes = sizes
         self.modules: list[str] = [""]
         self._canonical: dict[Callable[..., Any], str] = {}
         self._in_script = 0
@@ -131,16 +143,26 @@ class _Watch(TorchFunctionMode):
         if composite is not None:
             with self:
                 return composite(*args, **kwargs)
-        result = func(*args, **kwargs)
-        if not self._in_script:
-            name = self._canonical.get(func)
-            if name is None:
-                # property getters are made anew at each access: remembering them would only leak
-                name = canonical_name(func)
-                if getattr(func, "__name__", "") != "__get__":
-                    self._canonical[func] = name
-            self.show(name, func, args, kwargs, result)
+        if self._in_script:
+            return func(*args, **kwargs)
+        name = self.name(func)
+        if self.substitute is None:
+            result = func(*args, **kwargs)
+        else:
+            result = self.substitute(name, func, args, kwargs)
+        self.show(name, func, args, kwargs, result)
+        if self.sizes is not None and name in ("shape", "size") and args:
+            return self.sizes(args[0], result)
         return result
+
+    def name(self, function: Any) -> str:
+        name = self._canonical.get(function)
+        if name is None:
+            # property getters are made anew at each access: remembering them would only leak
+            name = canonical_name(function)
+            if getattr(function, "__name__", "") != "__get__":
+                self._canonical[function] = name
+        return name
 
     def show(self, name: str, function: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
         event = Event(name, function, args, kwargs, result, self.modules[-1])
@@ -211,7 +233,12 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def execute(
-    model: nn.Module, inputs: Sequence[Tensor], observers: Sequence[Observer], training: bool = False
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    observers: Sequence[Observer],
+    training: bool = False,
+    substitute: Substitute | None = None,
+    sizes: Sizes | None = None,
 ) -> Any:
     """Run the model once, show every torch function that it calls to the observers, return its output.
 
@@ -220,8 +247,11 @@ def execute(
         inputs: positional arguments of its forward.
         observers: called with each `Event` in order of execution.
         training: run in training mode; buffers that it changes are put back.
+        substitute: computes every function in its place.
+        sizes: what the model sees of the sizes of tensors.
     """
-    watch = _Watch(observers, {module: name for name, module in model.named_modules()})
+    names = {module: name for name, module in model.named_modules()}
+    watch = _Watch(observers, names, substitute, sizes)
     handles = [
         register_module_forward_pre_hook(watch.enter),
         register_module_forward_hook(watch.leave, always_call=True),

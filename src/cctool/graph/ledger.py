@@ -10,11 +10,15 @@ indices belong to; ids that cannot be cut are *frozen* with a reason. Nothing is
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from cctool.graph.widths import Powers, Symbol, Width
 
 FIXED = 0
 """Id of channels whose number no cut changes: constants, results of operations without a rule."""
@@ -75,6 +79,44 @@ class Freeze:
     reason: str
 
 
+class Kind(str, Enum):
+    """How a call depends on the number of channels."""
+
+    KEPT = "kept"  # it runs over the channels: those that stay
+    SCALE = "scale"  # attention divides by the square root of the width of the queries
+    FACTOR = "factor"  # one of its arguments was computed from the width
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A call whose result depends on how many channels there are.
+
+    Attributes:
+        call: its number, for its name and module.
+        ordinal: how many calls of the same function came before it in the pass.
+        kind: how it depends.
+        place: dim of its first tensor that the channels lie in; for a factor its position or keyword.
+        powers: the widths that it depends on, with their exponents.
+        reason: what a report says of it.
+    """
+
+    call: int
+    ordinal: int
+    kind: Kind
+    place: int | str
+    powers: Powers
+    reason: str
+
+
+@dataclass(frozen=True)
+class EqualWidth:
+    """So many channels in `ids` as in `others`, or a fixed multiple or fraction of them, whatever is cut."""
+
+    ids: Tensor
+    others: Tensor
+    call: int
+
+
 def varying(ids: Tensor) -> list[int]:
     """Dims along which ids differ (by construction: those with a stride)."""
     return [dim for dim, stride in enumerate(ids.stride()) if stride and ids.shape[dim] > 1]
@@ -96,11 +138,30 @@ def canonical(ids: Tensor) -> Tensor:
     return small.expand(ids.shape)
 
 
-class Ledger:
-    """Ids, ties, bindings and freezes of one model, filled call by call."""
+def _repeated(ids: Tensor, count: int) -> Tensor | None:
+    """The `count` channels of which each appears in `ids` equally often, in runs or in turn; None if not so.
 
-    def __init__(self, model: nn.Module) -> None:
+    >>> _repeated(torch.tensor([7, 7, 8, 8]), 2).tolist(), _repeated(torch.tensor([7, 8, 7, 8]), 2).tolist()
+    ([7, 8], [7, 8])
+    """
+    for table in (ids.reshape(count, -1), ids.reshape(-1, count).T):
+        if torch.equal(table, table[:, :1].expand_as(table)):
+            return table[:, 0]
+    return None
+
+
+class Ledger:
+    """Ids, ties, bindings and freezes of one model, filled call by call.
+
+    With `exact`, widths over which statistics run are frozen instead of noted.
+    """
+
+    def __init__(self, model: nn.Module, exact: bool = False) -> None:
         self.model = model
+        self.exact = exact
+        self.ordinals: Counter[str] = Counter()
+        self.statistics: list[Statistic] = []
+        self.equal_widths: list[EqualWidth] = []
         self.modules = dict(model.named_modules())
         self.names = {id(tensor): name for name, tensor in model.named_buffers()}
         self.names.update({id(tensor): name for name, tensor in model.named_parameters()})
@@ -124,6 +185,7 @@ class Ledger:
     def begin(self, function: str, module: str) -> None:
         """Open the call to which ties and freezes are charged."""
         self.calls.append((function, module))
+        self.ordinals[function] += 1
 
     @property
     def call(self) -> int:
@@ -185,6 +247,68 @@ class Ledger:
         """Qualified name of a parameter or buffer."""
         return None if tensor is None else self.names.get(id(tensor))
 
+    # ---- widths ----------------------------------------------------------------------------------------
+    def sizes(self, tensor: Tensor, result: Any) -> Any:
+        """Sizes of an activation as its model sees them: those of channels remember which they count."""
+        if not isinstance(tensor, Tensor) or not self.known(tensor):
+            return result
+        ids = self._ids[id(tensor)][1]
+        moving = varying(ids)
+        if len(moving) != 1:
+            return result
+        (dim,), channels = moving, compact(ids).reshape(-1)
+        if int(channels.max()) <= INPUT:
+            return result
+        width = Width(ids.shape[dim], {Symbol(self, ids.shape[dim], channels): 1})
+        if isinstance(result, tuple):
+            return torch.Size([width if d == dim else size for d, size in enumerate(result)])
+        return width if result == width else result
+
+    def sized(self, ids: Tensor, width: Width) -> bool:
+        """A width of the code gives the number of these channels: that of others, or an attribute.
+
+        Returns:
+            Whether the width will say how many are left after a cut.
+        """
+        ids = ids.reshape(-1)
+        channels = [(s, e) for s, e in width.powers.items() if s.ids is not None]
+        attributes = [s for s, e in width.powers.items() if s.ids is None and e == 1]
+        if any(symbol.book is not self for symbol in width.powers):
+            return False
+        if channels:
+            (symbol, exponent), *others = channels
+            if exponent != 1 or others or symbol.ids is None:
+                return False
+            self.same_width(ids, symbol.ids)
+            return True
+        return len(attributes) == 1 and self._held(attributes[0], ids)
+
+    def _held(self, symbol: Symbol, ids: Tensor) -> bool:
+        """An attribute gives the number of these channels, or a multiple or fraction of it."""
+        value, size = symbol.value, ids.numel()
+        if value % size and size % value:
+            return False
+        counted = ids.repeat(value // size) if value >= size else _repeated(ids, value)
+        if counted is None:
+            counted = ids[:value]
+            self.same_width(ids, counted)
+        key = (symbol.module, symbol.attribute, symbol.index)
+        existing = self.attributes.get(key)
+        if existing is None:
+            self.count_in(symbol.module, symbol.attribute, counted, symbol.index)
+        elif not torch.equal(existing.ids, counted):
+            self.same_width(existing.ids, counted)
+        return True
+
+    def same_width(self, ids: Tensor, others: Tensor) -> None:
+        """These channels stay as many as those, or the same multiple or fraction of them."""
+        self.equal_widths.append(EqualWidth(ids.reshape(-1), others.reshape(-1), self.call))
+
+    def statistic(self, kind: Kind, place: int | str, powers: Powers, reason: str) -> None:
+        """The result of the open call depends on how many channels there are."""
+        ordinal = self.ordinals[self.calls[-1][0]] - 1
+        self.statistics.append(Statistic(self.call, ordinal, kind, place, powers, reason))
+
     # ---- what the ids mean -----------------------------------------------------------------------------
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Ids at the same position (after broadcasting) go together."""
@@ -203,7 +327,7 @@ class Ledger:
         name = self.name(tensor)
         if name is None:
             if tensor is not None:
-                self.freeze(ids, "a weight computed on the fly, not a parameter, has this width")
+                self._bind_computed(tensor, dim, ids)
             return
         existing = self.bindings.get((name, dim))
         if name in self.elements:
@@ -213,6 +337,15 @@ class Ledger:
             self.tie(existing.ids, ids)
         else:
             self.bindings[name, dim] = Binding(name, dim, ids.reshape(-1), role)
+
+    def _bind_computed(self, tensor: Tensor, dim: int, ids: Tensor) -> None:
+        """A bias that was computed from a parameter goes along where its own ids lie in this dim alone."""
+        own = self.of(tensor)
+        if varying(own) == [dim]:
+            self.tie(compact(own).reshape(-1), ids.reshape(-1))
+        else:
+            self.freeze(ids, "a weight computed on the fly, not a parameter, has this width")
+            self.freeze(own, "a weight is computed from it on the fly")
 
     def produce(self, tensor: Tensor, dim: int, size: int) -> Tensor:
         """Ids that a parameter's dim sends out: new ones, or those of an earlier call of a shared layer."""
@@ -226,8 +359,13 @@ class Ledger:
             value = value[index] if isinstance(value, (tuple, list)) and len(value) > index else None
         if isinstance(value, int) and not isinstance(value, bool) and value == ids.numel():
             key = (module, attribute, index)
-            if key not in self.attributes:
-                self.attributes[key] = AttributeBinding(module, attribute, index, ids.reshape(-1))
+            existing = self.attributes.get(key)
+            if existing is None:
+                # The model's own code compares widths, where a reshape would be shown as a call of its own.
+                flat = ids if ids.ndim == 1 else ids.reshape(-1)
+                self.attributes[key] = AttributeBinding(module, attribute, index, flat)
+            elif not torch.equal(existing.ids, ids.reshape(-1)):
+                self.same_width(existing.ids, ids)
 
     def pin(self, name: str, tensor: Tensor) -> None:
         """No dim of this parameter can be cut."""

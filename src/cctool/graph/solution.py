@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cctool.graph.channels import ChannelGraph, Family, Frozen, Labelled, Place
-from cctool.graph.ledger import FIXED, INPUT, Ledger, Role
+from cctool.graph.channels import ChannelGraph, Family, Frozen, Labelled, Place, Statistic
+from cctool.graph.ledger import FIXED, INPUT, Freeze, Ledger, Role
+from cctool.graph.ledger import Statistic as Noted
 
 _ROOTS = {
     FIXED: "coupled to channels of fixed number",
@@ -31,12 +32,16 @@ def solve(ledger: Ledger, unused: Sequence[str], note: str) -> ChannelGraph:
         unused: parameters that the pass never met.
         note: why a pass in training mode failed, if it did.
     """
+    if ledger.exact:
+        _freeze_statistics(ledger)
+    _tie_equal_widths(ledger)
     labels, causes, reasons = _components(ledger)
     bindings = _bind(ledger, labels, causes, reasons)
     frozen = [*_report(bindings, causes, reasons), *_report_unused(ledger, unused, note)]
     free = causes < 0
+    families = _families(bindings, free)
     return ChannelGraph(
-        families=_families(bindings, free),
+        families=families,
         frozen=tuple(frozen),
         tensors=tuple(Labelled(name, dim, torch.from_numpy(ids)) for name, dim, ids, _ in bindings),
         attributes=tuple(
@@ -44,7 +49,84 @@ def solve(ledger: Ledger, unused: Sequence[str], note: str) -> ChannelGraph:
             for entry in ledger.attributes.values()
         ),
         label_count=int(labels.max()) + 1,
+        statistics=() if ledger.exact else tuple(_statistics(ledger, labels, free, families)),
     )
+
+
+def _widths(ledger: Ledger, statistic: Noted) -> list[tuple[Ids, float]]:
+    """Ids of each width that a call depends on, with its exponent; constant attributes are left out."""
+    found = []
+    for symbol, exponent in statistic.powers.items():
+        entry = ledger.attributes.get((symbol.module, symbol.attribute, None))
+        ids = symbol.ids if symbol.ids is not None else entry.ids if entry is not None else None
+        if ids is not None:
+            found.append((ids.numpy(), exponent))
+    return found
+
+
+def _freeze_statistics(ledger: Ledger) -> None:
+    for statistic in ledger.statistics:
+        for ids, _ in _widths(ledger, statistic):
+            reason = f"{statistic.reason}, and exact results were asked for"
+            ledger.freezes.append(Freeze(torch.from_numpy(ids), statistic.call, reason))
+
+
+def _statistics(
+    ledger: Ledger, labels: Ids, free: NDArray[np.bool_], families: Sequence[Family]
+) -> Iterator[Statistic]:
+    names = {label: family.name for family in families for label in family.labels.tolist()}
+    for noted in ledger.statistics:
+        widths = [(labels[ids], exponent) for ids, exponent in _widths(ledger, noted)]
+        touched = np.unique(np.concatenate([own for own, _ in widths])) if widths else np.zeros(0, np.int64)
+        touched = touched[free[touched]]
+        if len(touched):
+            yield Statistic(
+                *(ledger.calls[noted.call][0], noted.ordinal, ledger.calls[noted.call][1]),
+                kind=noted.kind,
+                place=noted.place,
+                widths=tuple((torch.from_numpy(own), exponent) for own, exponent in widths),
+                families=tuple(dict.fromkeys(names[label] for label in touched.tolist() if label in names)),
+                reason=noted.reason,
+            )
+
+
+def _tie_equal_widths(ledger: Ledger) -> None:
+    """Tie the channels of widths that have to stay equal, where what is tied already does not see to it."""
+    pending = ledger.equal_widths
+    while pending:
+        labels = _labels(ledger)
+        pending = [e for e in pending if not _same_counts(labels[e.ids.numpy()], labels[e.others.numpy()])]
+        for equal in pending:
+            wide, narrow = sorted((equal.ids, equal.others), key=Tensor.numel, reverse=True)
+            if wide.numel() % narrow.numel():
+                for ids in (wide, narrow):
+                    ledger.freezes.append(
+                        Freeze(ids, equal.call, "the code fixes its ratio to another width")
+                    )
+            else:
+                pieces = wide.reshape(-1, narrow.numel())
+                ledger.ties.append((pieces.reshape(-1), narrow.repeat(len(pieces)), equal.call))
+        pending = [
+            e
+            for e in pending
+            if not max(e.ids.numel(), e.others.numel()) % min(e.ids.numel(), e.others.numel())
+        ]
+
+
+def _same_counts(a: Ids, b: Ids) -> bool:
+    """Whether each unit has the same share of both widths, so that no cut changes their ratio."""
+    (units, count), (others, other_count) = np.unique(a, return_counts=True), np.unique(b, return_counts=True)
+    return np.array_equal(units, others) and np.array_equal(count * len(b), other_count * len(a))
+
+
+def _labels(ledger: Ledger) -> Ids:
+    """Label of each id: ids that are tied share one, those tied to fixed ones apart from them."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    a, b = _numpy([t[0] for t in ledger.ties]), _numpy([t[1] for t in ledger.ties])
+    links = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(ledger.count,) * 2)
+    return connected_components(links, directed=False)[1].astype(np.int64)  # type: ignore[no-any-return]
 
 
 def _numpy(tensors: list[Tensor]) -> Ids:

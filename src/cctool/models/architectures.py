@@ -100,7 +100,7 @@ COLLECTIONS: dict[str, Collected] = {
         torchvision_models.build,
         torchvision_models.default_arguments,
         torchvision_models.input_shape,
-        "torchvision's classifiers",
+        "torchvision's classifiers and segmentation networks",
     ),
     "timm": Collected(
         timm_models.names,

@@ -173,7 +173,7 @@ def _collected(reference: str) -> tuple[Collected | None, str]:
     bare = name.partition(".")[0] if prefix == "timm" else name
     if bare not in collection.names():
         raise ArchitectureError(
-            f"{prefix} has no classifier {name!r}{_near(name, collection.names())}; "
+            f"{prefix} has no network {name!r}{_near(name, collection.names())}; "
             f"`cctool models {prefix}` lists them"
         )
     return collection, name

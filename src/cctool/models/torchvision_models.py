@@ -1,4 +1,8 @@
-"""torchvision's classifiers as ``torchvision:NAME``, with random weights: nothing is downloaded."""
+"""torchvision's classifiers and segmentation networks as ``torchvision:NAME``, with random weights.
+
+Nothing is downloaded. A segmentation network returns a dict: ``out`` of shape (N, classes, H, W), and ``aux``
+of the same shape where it was built with ``aux_loss=true``.
+"""
 
 import inspect
 from collections.abc import Mapping
@@ -9,7 +13,15 @@ from torch import nn
 
 from cctool.errors import ArchitectureError
 
-__all__ = ["allowed_arguments", "build", "default_arguments", "input_shape", "names"]
+__all__ = [
+    "allowed_arguments",
+    "build",
+    "classifiers",
+    "default_arguments",
+    "input_shape",
+    "names",
+    "segmentation_networks",
+]
 
 # These reach for files or the network, or print; a spec comes from a file that nobody vouches for.
 REFUSED = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress"})
@@ -20,17 +32,32 @@ DEFAULT_SIZE = 224
 
 
 @cache
-def names() -> tuple[str, ...]:
+def classifiers() -> tuple[str, ...]:
     """The names of all of torchvision's classifiers, sorted."""
     from torchvision import models
 
     return tuple(models.list_models(module=models))
 
 
+@cache
+def segmentation_networks() -> tuple[str, ...]:
+    """The names of all of torchvision's segmentation networks, sorted."""
+    from torchvision import models
+
+    return tuple(models.list_models(module=models.segmentation))
+
+
+def names() -> tuple[str, ...]:
+    """The names of all that can be built, sorted."""
+    return tuple(sorted({*classifiers(), *segmentation_networks()}))
+
+
 def allowed_arguments(name: str) -> tuple[str, ...]:
     """The arguments that may be set: those of plain values that the builder does not fix itself."""
     from torchvision import models
 
+    if name in segmentation_networks():
+        return ("num_classes",) if name.startswith("lraspp") else ("aux_loss", "num_classes")
     constructor = inspect.signature(models.get_model_builder(name)).return_annotation
     found = {
         parameter.name
@@ -46,7 +73,7 @@ def allowed_arguments(name: str) -> tuple[str, ...]:
 
 
 def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Build the classifier ``name`` with random weights.
+    """Build the network ``name`` with random weights.
 
     Raises:
         ArchitectureError: an argument is refused or unknown.
@@ -63,6 +90,8 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     arguments = dict(arguments)
     if name in NEED_INIT_WEIGHTS:
         arguments.setdefault("init_weights", True)
+    if name in segmentation_networks():
+        arguments["weights_backbone"] = None  # its default would be downloaded
     model: nn.Module = models.get_model(name, weights=None, progress=False, **arguments)
     return model
 

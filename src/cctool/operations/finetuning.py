@@ -13,6 +13,7 @@ from cctool.checkpoint.payload import Place, place
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
+from cctool.operations.mask_storage import encode_under_mask, lossy_forms, masks_by_place
 from cctool.operations.measuring import feed_of
 from cctool.options.common import DataOptions
 from cctool.options.fit import FitOptions
@@ -20,6 +21,7 @@ from cctool.training.constraints import Constraint
 from cctool.training.evaluate import evaluate
 from cctool.training.fit import Task, fit
 from cctool.training.group import make_fabric
+from cctool.training.masked import keeping_masks
 from cctool.training.objectives import Objective, Supervised, has_batch_norm
 
 __all__ = ["decoded", "encoded_again", "finetune"]
@@ -77,18 +79,19 @@ def finetune(
             user_code=context.user_code,
             reporter=context.reporter,
             input_shape=trained.spec.input_shape,
-            constraints=constraints,
+            constraints=(*keeping_masks(trained.model), *constraints),
         )
     )
     return trained
 
 
 def decoded(checkpoint: Checkpoint, context: Context) -> Checkpoint:
-    """The checkpoint with all tensors dense; says so where some were not."""
-    if checkpoint.stored:
-        methods = ", ".join(sorted({tensor.encoding for tensor in checkpoint.stored.values()}))
+    """The checkpoint with all tensors dense; says so where some were rounded."""
+    rounded = lossy_forms(checkpoint.stored)
+    if rounded:
+        methods = ", ".join(sorted({tensor.encoding for tensor in rounded.values()}))
         context.reporter.note(
-            f"training works on decoded float32: {len(checkpoint.stored)} tensors were stored as {methods} "
+            f"training works on decoded float32: {len(rounded)} tensors were stored as {methods} "
             "(--keep-storage stores them so again)"
         )
     return replace(checkpoint, stored={})
@@ -103,14 +106,18 @@ def encoded_again(checkpoint: Checkpoint, earlier: Checkpoint, context: Context)
         context: tables.
     """
     state = checkpoint.model.state_dict()
+    masks = masks_by_place(checkpoint.model)
+    encodings = context.tables.encodings
     stored: dict[str, EncodedTensor] = {}
     # Tied tensors are encoded once, and stored once.
     made: dict[Place, EncodedTensor] = {}
-    for name, form in earlier.stored.items():
+    for name, form in lossy_forms(earlier.stored).items():
         tensor: Tensor = state[name]
         if place(tensor) not in made:
-            encoding = context.tables.encodings[form.encoding]
-            made[place(tensor)] = encoding.encode(tensor.detach().cpu(), form.parameters)
-            tensor.copy_(encoding.decode(made[place(tensor)]))
+            encoded = encode_under_mask(
+                tensor.detach().cpu(), masks.get(place(tensor)), encodings[form.encoding], form.parameters
+            )
+            made[place(tensor)] = encoded
+            tensor.copy_(encodings[encoded.encoding].decode(encoded))
         stored[name] = made[place(tensor)]
     return replace(checkpoint, stored=stored)

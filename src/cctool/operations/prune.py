@@ -1,37 +1,48 @@
-"""`cctool prune`: remove channels physically, step by step, and record the widths that are left.
+"""`cctool prune`: remove channels physically, or mask weights, step by step, and record what is left.
 
-source -> (step i: score -> select -> verify cut == masked -> cut tensors, stored integers and scales
-           -> recalibrate batch norm -> fine-tune -> measure) -> one checkpoint a step
+source -> [sparse training]
+       -> (step i: evidence -> score -> select by rate, table, target or budget -> verify cut == masked
+           -> cut tensors, stored integers and scales, or set masks
+           -> [rewind | draw anew] -> recalibrate batch norm -> fine-tune -> measure)
+       -> one checkpoint a step
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass, field, replace
 
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.edits import thinned
-from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.spec import Metrics
+from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.records import DataSource
-from cctool.errors import CheckpointError, UsageError
-from cctool.graph.execution import blaming_the_size, in_mode
+from cctool.errors import CheckpointError
 from cctool.operations.context import Context, Outcome
+from cctool.operations.costs import Costs, costs_of
 from cctool.operations.finetuning import encoded_again, finetune
-from cctool.operations.measuring import feed_of, measured_splits, preprocessing_of
+from cctool.operations.mask_storage import stored_with_masks
+from cctool.operations.masking import EmptiedReport, MaskReport
+from cctool.operations.measuring import measured_splits, preprocessing_of
 from cctool.operations.pipeline import labelled
-from cctool.operations.sizes import measure
+from cctool.operations.prune_change import Changed, Changer
+from cctool.operations.prune_goals import RECALIBRATION, BudgetReport, TargetReport
+from cctool.operations.recalibrating import recalibrated
+from cctool.operations.reinitialising import reinitialised
+from cctool.operations.resuming import never_trained
+from cctool.operations.rewinding import open_earlier, rewound
 from cctool.operations.sources import open_source, require_source
+from cctool.operations.sparsifying import sparsified
+from cctool.operations.teaching import distillation
+from cctool.operations.width_pictures import picture_path, write_picture
 from cctool.options.fit import FitOptions
 from cctool.options.prune import PruneOptions, StepMode
-from cctool.pruning.prune import PruneReport, ThinResult, plan_thinning, thin
+from cctool.pruning.reports import PruneReport
 from cctool.pruning.surgery import CutPlan
-from cctool.training.recalibrate import recalibrate
+from cctool.training.objectives import Objective
 
 __all__ = ["StepReport", "plan", "run"]
+
+_COLLAPSE = 0.5  # of the points above chance
 
 
 @dataclass(frozen=True)
@@ -41,173 +52,261 @@ class StepReport:
     Attributes:
         step: its number, from 1.
         steps: how many there are.
-        cut: families, frozen places, and how far the cut is from the masked network.
-        macs_before: multiply-accumulates of the network that this step started from.
-        macs_after: of the network that came out.
+        cut: families, frozen places, and how far the cut is from the masked network; None where weights were
+            masked, or empty channels cut.
+        masks: what was masked; None where nothing was.
+        emptied: what was cut because masks had left it empty.
+        target: where the search for a target ended.
+        budget: where the search for a budget ended.
+        before: what the network costs that the command was given.
+        after: what the network costs that came out.
         recalibrated: images from which batch-norm statistics were estimated again.
         finetuned: epochs of training.
         metrics_before: of the source.
         metrics_after: of the product.
+        picture: path of the picture of widths.
     """
 
     step: int
     steps: int
-    cut: PruneReport
-    macs_before: int | None
-    macs_after: int | None
-    recalibrated: int
-    finetuned: int
-    metrics_before: tuple[Metrics, ...]
-    metrics_after: tuple[Metrics, ...]
+    cut: PruneReport | None
+    masks: MaskReport | None
+    emptied: EmptiedReport | None
+    target: TargetReport | None
+    budget: BudgetReport | None
+    before: Costs
+    after: Costs
+    recalibrated: int = 0
+    finetuned: int = 0
+    metrics_before: tuple[Metrics, ...] = ()
+    metrics_after: tuple[Metrics, ...] = ()
+    picture: str | None = None
 
 
-def plan(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> tuple[PruneReport, ...]:
-    """Plan every step without data and without writing anything: what ``--dry-run`` prints."""
-    reports = []
-    model = deepcopy(checkpoint.model)
-    for step in range(1, options.steps + 1):
-        progressive = options.step_mode is StepMode.PROGRESSIVE
-        work = thin if progressive else plan_thinning
-        found = work(model, _example(checkpoint), options, step=step, seed=context.runtime.seed)
-        reports.append(found.report)
+@dataclass
+class _Run:
+    """What the steps of one command share.
+
+    Attributes:
+        source: its data.
+        options: what is asked for.
+        context: device, reporter, output.
+        metrics: of the network that came in.
+        costs: likewise.
+        earlier: the checkpoint to rewind to.
+        objective: what fine-tuning minimises; None is cross-entropy.
+        others: files that were read, by role.
+        plans: cuts between the network that came in and the present one.
+    """
+
+    source: DataSource | None
+    options: PruneOptions
+    context: Context
+    metrics: tuple[Metrics, ...]
+    costs: Costs
+    earlier: Checkpoint | None = None
+    objective: Objective | None = None
+    others: dict[str, Parent] = field(default_factory=dict)
+    plans: list[CutPlan] = field(default_factory=list)
+
+
+def plan(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> tuple[StepReport, ...]:
+    """Plan every step without writing a checkpoint or training: what ``--dry-run`` prints."""
+    source = _data(checkpoint, options, context)
+    searched = options.max_drop is not None
+    metrics = measured_splits(checkpoint, source, options.data, context) if searched else ()
+    changer = Changer(source, options, context, metrics)
+    before, reports, start = costs_of(checkpoint), [], checkpoint
+    if options.sparsify is not None:
+        context.reporter.note("the plan ranks the network as it is; --sparsify would train it first")
+    for step, label in enumerate(_labels(options), start=1):
+        changed = changer.changed(replace(start, model=deepcopy(start.model), resume=None), step)
+        report = _report(changed, step, options, before, costs_of(changed.checkpoint))
+        reports.append(_pictured(report, options, context, label))
+        start = changed.checkpoint if options.step_mode is StepMode.PROGRESSIVE else checkpoint
     return tuple(reports)
 
 
 def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iterator[Outcome]:
     """Prune, in one step or several, a product each.
 
+    Args:
+        checkpoint: with a single step its model becomes the product's; several start from copies of it.
+        options: what is asked for.
+        context: device, reporter, output.
+
     Raises:
-        PruningError: if nothing can be cut.
-        UsageError: if fine-tuning or recalibration has no data, or the preprocessing is unknown.
+        PruningError: if nothing can be cut, or a target or budget cannot be met.
+        UsageError: if something needs data and there is none, or the preprocessing is unknown.
     """
     labels = _labels(options)
-    _refuse_existing(labels, context)
-    source = _data(checkpoint, options, context)
-    before = measured_splits(checkpoint, source, options.data, context)
-    current = checkpoint
-    for step in range(1, options.steps + 1):
-        start = current if options.step_mode is StepMode.PROGRESSIVE else checkpoint
-        # The source stays as it is: later steps start from it again.
-        current = replace(start, model=deepcopy(start.model), resume=None)
-        found = thin(current.model, _example(current), options, step=step, seed=context.runtime.seed)
-        current = _recorded(current, found, context)
-        used = _recalibrate(current, source, options, context)
-        current, trained = _finetune(current, source, options, context)
-        after = measured_splits(current, source, options.data, context)
+    _refuse_existing(labels, options, context)
+    work = _begun(checkpoint, options, context)
+    changer = Changer(work.source, options, context, work.metrics)
+    start = current = _sparsified(checkpoint, changer, work)
+    for step, label in enumerate(labels, start=1):
+        base = current if options.step_mode is StepMode.PROGRESSIVE else start
+        # A single step works on what it was given: a copy of a large network would not fit beside it.
+        model = deepcopy(base.model) if options.steps > 1 else base.model
+        changed = changer.changed(replace(base, model=model, resume=None), step)
+        current = _reset(changed, work)
+        images = _recalibrate(current, work)
+        current = stored_with_masks(_finetuned(current, work))
+        after = measured_splits(current, work.source, options.data, context)
+        _warn_of_collapse(current, after, images, work)
+        report = replace(
+            _report(changed, step, options, work.costs, costs_of(current)),
+            recalibrated=images,
+            finetuned=options.finetune_epochs,
+            metrics_before=work.metrics,
+            metrics_after=after,
+        )
         yield Outcome(
             checkpoint=current,
-            report=StepReport(
-                step=step,
-                steps=options.steps,
-                cut=found.report,
-                macs_before=measure(start).macs,
-                macs_after=measure(current).macs,
-                recalibrated=used,
-                finetuned=trained,
-                metrics_before=before,
-                metrics_after=after,
-            ),
-            label=labels[step - 1],
-            metrics_before=before,
+            report=_pictured(report, options, context, label),
+            label=label,
+            metrics_before=work.metrics,
             metrics_after=after,
-            notes=(
-                *([f"step {step} of {options.steps}"] if options.steps > 1 else []),
-                *found.report.notes,
-                *_frozen_notes(found.report),
-            ),
+            notes=(*([f"step {step} of {options.steps}"] if options.steps > 1 else []), *changed.notes),
+            others=work.others,
         )
         # The pipeline moves what it writes to the CPU.
         current.model.to(context.device)
+
+
+def _begun(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> _Run:
+    """Open everything that is read, before hours of training end in a refusal."""
+    source = _data(checkpoint, options, context)
+    work = _Run(source, options, context, (), costs_of(checkpoint))
+    if options.rewind is not None:
+        work.earlier = open_earlier(checkpoint, options.rewind, context)
+        if work.earlier.origin is not None:
+            work.others["rewind"] = work.earlier.origin
+    if options.teacher is not None and source is not None:
+        work.objective, others = distillation(checkpoint, source, options.teacher, context)
+        work.others |= others
+    work.metrics = measured_splits(checkpoint, source, options.data, context)
+    return work
 
 
 def _labels(options: PruneOptions) -> tuple[str, ...]:
     return tuple(f"step{step}" for step in range(1, options.steps + 1)) if options.steps > 1 else ("",)
 
 
-def _refuse_existing(labels: tuple[str, ...], context: Context) -> None:
+def _refuse_existing(labels: tuple[str, ...], options: PruneOptions, context: Context) -> None:
     """Refuse before hours of fine-tuning what could not be written after them."""
-    for path in (labelled(context.output, label) for label in labels):
+    products = [labelled(context.output, label) for label in labels]
+    pictures = [picture_path(options, context, label) for label in labels]
+    for path in (*products, *(picture for picture in pictures if picture is not None)):
         if path.exists() and not context.force:
-            raise CheckpointError(f"{path} exists already; --force replaces it, -o names another file")
-
-
-def _example(checkpoint: Checkpoint) -> tuple[torch.Tensor, ...]:
-    """Inputs that show which channels go together; the numbers serve the comparison of cut and masked."""
-    generator = torch.Generator().manual_seed(0)
-    device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
-    images = torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device)
-    with blaming_the_size(checkpoint.spec.input_shape), in_mode(checkpoint.model, training=False):
-        checkpoint.model(images)
-    return (images,)
+            raise CheckpointError(f"{path} exists already; --force replaces it, another name is safe")
 
 
 def _data(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> DataSource | None:
-    if options.finetune_epochs:
-        return require_source(options.data, checkpoint, context, "--finetune-epochs")
-    if options.recalibrate:
-        return require_source(options.data, checkpoint, context, "--recalibrate")
+    needs = (
+        ("--finetune-epochs", options.finetune_epochs > 0),
+        ("--sparsify", options.sparsify is not None),
+        ("--max-drop", options.max_drop is not None),
+        (f"--method {options.method}", options.needs_data),
+        ("--recalibrate", options.recalibrate > 0),
+    )
+    for why, needed in needs:
+        if needed:
+            return require_source(options.data, checkpoint, context, why)
     return open_source(options.data, checkpoint, context)
 
 
-def _recorded(checkpoint: Checkpoint, found: ThinResult, context: Context) -> Checkpoint:
-    """Write the cut into the spec, and cut what is stored beside the model's tensors."""
-    attributes = [(module, name) for module, values in found.plan.attributes.items() for name in values]
-    spec = thinned(checkpoint.spec, checkpoint.model, found.plan.tensors, attributes)
-    stored = _cut_stored(checkpoint.stored, found.plan, context)
-    return replace(checkpoint, spec=spec, stored=stored)
+def _sparsified(checkpoint: Checkpoint, changer: Changer, work: _Run) -> Checkpoint:
+    """Train towards the widths of the last step, where that was asked for."""
+    options = work.options
+    if options.sparsify is None or work.source is None:
+        return checkpoint
+    found = changer.last_step(checkpoint)
+    return sparsified(checkpoint, work.source, options, work.context, found)
 
 
-def _cut_stored(
-    stored: Mapping[str, EncodedTensor], plan: CutPlan, context: Context
-) -> dict[str, EncodedTensor]:
-    cut: dict[str, EncodedTensor] = {}
-    done: dict[int, EncodedTensor] = {}
-    for name, encoded in stored.items():
-        if id(encoded) not in done:
-            smaller = encoded
-            for piece in plan.tensors.get(name, ()):
-                take = context.tables.encodings[encoded.encoding].take
-                smaller = take(smaller, piece.dim, piece.keep.cpu())
-            done[id(encoded)] = smaller
-        cut[name] = done[id(encoded)]
-    return cut
+def _reset(changed: Changed, work: _Run) -> Checkpoint:
+    """Give what is left its earlier weights, or fresh ones, where that was asked for."""
+    if work.options.step_mode is StepMode.INDEPENDENT:
+        work.plans.clear()
+    if changed.plan is not None:
+        work.plans.append(changed.plan)
+    if work.earlier is not None:
+        return rewound(changed.checkpoint, work.earlier, work.plans)
+    if work.options.from_scratch:
+        return reinitialised(changed.checkpoint, work.context)
+    return changed.checkpoint
 
 
-def _recalibrate(
-    checkpoint: Checkpoint, source: DataSource | None, options: PruneOptions, context: Context
-) -> int:
-    if not options.recalibrate or source is None:
+def _recalibrate(checkpoint: Checkpoint, work: _Run) -> int:
+    options = work.options
+    wanted = options.recalibrate or (RECALIBRATION if options.max_drop is not None else 0)
+    if not wanted or work.source is None:
         return 0
-    if checkpoint.spec.preprocessing is None:
-        raise UsageError(
-            "--recalibrate would estimate statistics from wrongly scaled images: the preprocessing of this "
-            "model is unknown; say it with --mean and --std"
-        )
-    # Shuffled, because the first images of a sorted set are all of one class.
-    served = feed_of(checkpoint, source, options.data, context).plain("train", shuffle=True)
-    used = recalibrate(checkpoint.model, served, options.recalibrate, context.device)
+    used = recalibrated(checkpoint, work.source, wanted, options.data, work.context)
     if used < options.recalibrate:
-        context.reporter.note(f"--recalibrate {options.recalibrate}: {used} images were there to use")
+        work.context.reporter.note(f"--recalibrate {options.recalibrate}: {used} images were there to use")
     return used
 
 
-def _finetune(
-    checkpoint: Checkpoint, source: DataSource | None, options: PruneOptions, context: Context
-) -> tuple[Checkpoint, int]:
+def _finetuned(checkpoint: Checkpoint, work: _Run) -> Checkpoint:
+    options, context, source = work.options, work.context, work.source
     if not options.finetune_epochs or source is None:
-        return checkpoint, 0
-    fit_options = FitOptions(epochs=options.finetune_epochs, optimizer=options.optimizer, lr=options.lr)
-    trained = finetune(checkpoint, source, fit_options, options.data, context)
+        return checkpoint
+    untrained = work.earlier is not None and never_trained(work.earlier.history)
+    trained = finetune(
+        checkpoint,
+        source,
+        FitOptions(epochs=options.finetune_epochs, optimizer=options.optimizer, lr=options.lr),
+        options.data,
+        context,
+        objective=work.objective,
+        fresh=options.from_scratch or untrained,
+    )
     if options.keep_storage:
         trained = encoded_again(trained, checkpoint, context)
     if trained.spec.preprocessing is None:
         # Trained so, it needs inputs so.
         preprocessing = preprocessing_of(trained, source, context)
         trained = replace(trained, spec=trained.spec.model_copy(update={"preprocessing": preprocessing}))
-    return trained, options.finetune_epochs
+    return trained
 
 
-def _frozen_notes(report: PruneReport) -> tuple[str, ...]:
-    inner = [frozen for frozen in report.frozen if frozen.op not in ("input", "output")]
-    reasons = sorted({f"{frozen.op}: {frozen.reason}" for frozen in inner})
-    return tuple(f"kept their width because of {reason}" for reason in reasons)
+def _warn_of_collapse(checkpoint: Checkpoint, after: tuple[Metrics, ...], images: int, work: _Run) -> None:
+    """Say loudly where more than half of what the network knew beyond guessing is gone."""
+    classes = len(checkpoint.spec.classes or ())
+    chance = 100 / classes if classes else 0.0
+    epochs = work.options.finetune_epochs
+    for old, new in zip(work.metrics, after, strict=True):
+        before, now = old.values.get("top1"), new.values.get("top1")
+        if before is None or now is None or before - now < max(_COLLAPSE * (before - chance), 1e-9):
+            continue
+        ways = ["more --finetune-epochs" if epochs else "--finetune-epochs"]
+        ways += [] if images or epochs else ["--recalibrate 1024"]
+        work.context.reporter.warn(
+            f"{new.split} top-1 fell from {before:.2f} to {now:.2f} % (n={new.n:,}): {', '.join(ways)}, "
+            "a smaller --rate or --max-drop would help"
+        )
+        return
+
+
+def _report(changed: Changed, step: int, options: PruneOptions, before: Costs, after: Costs) -> StepReport:
+    return StepReport(
+        step=step,
+        steps=options.steps,
+        cut=changed.cut,
+        masks=changed.masks,
+        emptied=changed.emptied,
+        target=changed.target,
+        budget=changed.budget,
+        before=before,
+        after=after,
+    )
+
+
+def _pictured(report: StepReport, options: PruneOptions, context: Context, label: str) -> StepReport:
+    path = picture_path(options, context, label)
+    if path is None or report.cut is None:
+        return report
+    write_picture(report.cut, path, context)
+    return replace(report, picture=str(path))

@@ -2,186 +2,171 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from cctool.errors import PruningError
-from cctool.graph.channels import ChannelGraph, Frozen, couple
+from cctool.graph.channels import ChannelGraph, couple
 from cctool.options.prune import PruneOptions
-from cctool.pruning.scores import score_context
-from cctool.pruning.selection import Selection, select
+from cctool.pruning.evidence import Evidence
+from cctool.pruning.rates import family_rates, read_rates
+from cctool.pruning.reports import ThinResult, report_of
+from cctool.pruning.scores import score_context, score_families
+from cctool.pruning.selection import Candidates, Selection, by_options, candidates, select_counts
 from cctool.pruning.surgery import CutPlan, apply_cut, plan_cut
-from cctool.pruning.verify import BATCH_SIZES, Check, check, find_culprits
+from cctool.pruning.verify import Check, check, find_culprits
+
+__all__ = ["Counts", "Planner", "ThinResult", "plan_thinning", "thin"]
+
+Counts = Callable[[Candidates], Mapping[int, int]]
+"""Says how many units each candidate keeps, by number of the family, before rounding."""
 
 
-@dataclass(frozen=True)
-class FamilyReport:
-    """What became of one family.
-
-    Attributes:
-        name: the module that produces its channels first.
-        units: units before.
-        kept: units after.
-        width: channels of that module in one unit.
-        members: every (tensor, dim) that its units touch.
-        parameters: parameters that its units touch, buffers apart; families overlap in these.
-        note: why it lost nothing, "" if it did.
-    """
-
-    name: str
-    units: int
-    kept: int
-    width: int
-    members: tuple[tuple[str, int], ...]
-    parameters: int
-    note: str
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """What a pruning did and did not do.
-
-    Attributes:
-        families: every family, in the order of the forward pass.
-        frozen: parameter dims that cannot be cut, with the operation that froze them.
-        parameters_before: number of parameters.
-        parameters_after: number after the cut.
-        error: largest difference of the cut from the masked network, relative to the largest output.
-        precision: the dtype in which that was measured.
-        batch_sizes: batch sizes at which all output shapes were compared.
-        notes: what a user should know besides.
-    """
-
-    families: tuple[FamilyReport, ...]
-    frozen: tuple[Frozen, ...]
-    parameters_before: int
-    parameters_after: int
-    error: float
-    precision: str
-    batch_sizes: tuple[int, ...]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ThinResult:
-    """The plan that was (or would be) carried out, what it came from, and the report."""
-
-    plan: CutPlan
-    report: PruneReport
-    graph: ChannelGraph
-    selection: Selection
-
-
-def plan_thinning(
-    model: nn.Module, inputs: Sequence[Tensor], options: PruneOptions, *, step: int = 1, seed: int = 0
-) -> ThinResult:
-    """Plan and verify a pruning; the model stays as it is.
+class Planner:
+    """Plans cuts of one network, whose channels are coupled and scored once; the network stays as it is.
 
     Args:
         model: any module; widths, weights and flags are left alone.
         inputs: positional arguments of its forward, on its device; one sample suffices.
         options: what is asked for.
-        step: number of the step, from 1.
         seed: for the methods that draw.
+        evidence: what the network did on training images, for the methods that need it.
 
     Raises:
-        UsageError: a pattern matches nothing.
-        PruningError: there is nothing that can be cut.
+        UsageError: a pattern matches nothing, or a table of rates cannot be read.
+        PruningError: a score is not finite.
     """
-    graph = _coupled(model, inputs)
-    spared: dict[str, str] = {}
-    notes: list[str] = []
-    while True:
-        selection = select(model, graph, options, score_context(model, seed), step, spared)
-        plan = plan_cut(model, graph, selection)
-        if not plan.tensors:
-            _refuse_nothing(graph, selection, options, step)
-            outcome = Check(0.0, 0.0, "", "")
-            notes.append("nothing to remove: the rate is below one unit")
-            break
-        outcome = check(model, graph, selection, plan, inputs)
-        if not outcome.failure:
-            break
-        culprits = find_culprits(model, graph, selection, inputs)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Sequence[Tensor],
+        options: PruneOptions,
+        *,
+        seed: int = 0,
+        evidence: Evidence | None = None,
+    ) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.options = options
+        self.graph = _coupled(model, inputs, exact=options.exact)
+        self.scores = score_families(self.graph, options, score_context(model, seed, evidence))
+        self.spared: dict[str, str] = {}
+        self.notes: list[str] = []
+        self._rates: dict[int, float] | None = None
+        if options.rates is not None:
+            self._rates, notes = family_rates(self.graph, read_rates(options.rates), options.rates)
+            self.notes += notes
+
+    def candidates(self) -> Candidates:
+        """Families that may lose units, but for those that a trial found guilty."""
+        return candidates(self.model, self.graph, self.scores, self.options, self.spared)
+
+    def by_options(self, step: int = 1) -> Counts:
+        """Counts as rate, keep or the table of rates says for one step."""
+        return lambda chosen: by_options(self.graph, chosen, self.options, step, self._rates)
+
+    def planned(self, chosen: Candidates, counts: Mapping[int, int]) -> tuple[Selection, CutPlan]:
+        """The cut that keeps so many units of each candidate, not verified."""
+        selection = select_counts(self.graph, chosen, counts, self.options)
+        return selection, plan_cut(self.model, self.graph, selection)
+
+    def verified(self, counts: Counts) -> ThinResult:
+        """Plan a cut and compare the cut network with the masked one; guilty families are spared.
+
+        Args:
+            counts: asked again whenever a family turned out to be guilty.
+
+        Raises:
+            PruningError: there is nothing that can be cut.
+        """
+        while True:
+            chosen = self.candidates()
+            self._refuse_nothing(chosen)
+            selection, plan = self.planned(chosen, counts(chosen))
+            notes = list(self.notes)
+            if not plan.tensors:
+                outcome = Check(0.0, 0.0, "", "")
+                notes.append("nothing to remove: the rate is below one unit")
+                break
+            outcome = check(self.model, self.graph, selection, plan, self.inputs)
+            if not outcome.failure:
+                break
+            self._spare(selection, outcome)
+        report = report_of(self.model, self.graph, self.scores, selection, plan, outcome, notes)
+        return ThinResult(plan, report, self.graph, selection)
+
+    def _spare(self, selection: Selection, outcome: Check) -> None:
+        culprits = find_culprits(self.model, self.graph, selection, self.inputs)
         if not culprits:
             raise PruningError(
                 f"{outcome.failure}, and no family is to blame: does the network give other outputs at "
                 "each call?"
             )
-        spared |= {graph.families[n].name: reason for n, reason in culprits.items()}
-        notes += [f"{graph.families[n].name} keeps its width: {reason}" for n, reason in culprits.items()]
-    return ThinResult(plan, _report(model, graph, selection, plan, outcome, notes), graph, selection)
+        for number, reason in culprits.items():
+            name = self.graph.families[number].name
+            self.spared[name] = reason
+            self.notes.append(f"{name} keeps its width: {reason}")
+
+    def _refuse_nothing(self, chosen: Candidates) -> None:
+        if chosen.scores:
+            return
+        if chosen.spared:
+            (name, reason), *rest = chosen.spared.items()
+            others = f", and {len(rest)} more" if rest else ""
+            method = self.options.method.value
+            raise PruningError(f"nothing can be cut with method {method}: {name}: {reason}{others}")
+        reasons = list(dict.fromkeys(f"{f.op}: {f.reason}" for f in self.graph.frozen))
+        raise PruningError(f"nothing can be cut: every channel is frozen ({'; '.join(reasons[:3])})")
 
 
-def _coupled(model: nn.Module, inputs: Sequence[Tensor]) -> ChannelGraph:
-    """Couple on one sample, which is fastest, or on all where the network does not take a single one."""
-    try:
-        return couple(model, [value[:1] if value.ndim else value for value in inputs])
-    # Code with a bare squeeze() may fail in any way on a batch of one; what is truly wrong fails again.
-    except Exception:
-        return couple(model, list(inputs))
+def plan_thinning(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    options: PruneOptions,
+    *,
+    step: int = 1,
+    seed: int = 0,
+    evidence: Evidence | None = None,
+) -> ThinResult:
+    """Plan and verify a pruning by rate, keep or rates; the model stays as it is. See `Planner`.
+
+    Args:
+        model: any module.
+        inputs: positional arguments of its forward, on its device.
+        options: what is asked for.
+        step: number of the step, from 1.
+        seed: for the methods that draw.
+        evidence: for the methods that need data.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+        PruningError: there is nothing that can be cut.
+    """
+    planner = Planner(model, inputs, options, seed=seed, evidence=evidence)
+    return planner.verified(planner.by_options(step))
 
 
 def thin(
-    model: nn.Module, inputs: Sequence[Tensor], options: PruneOptions, *, step: int = 1, seed: int = 0
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    options: PruneOptions,
+    *,
+    step: int = 1,
+    seed: int = 0,
+    evidence: Evidence | None = None,
 ) -> ThinResult:
     """Prune a model in place; arguments and errors as `plan_thinning`."""
-    result = plan_thinning(model, inputs, options, step=step, seed=seed)
+    result = plan_thinning(model, inputs, options, step=step, seed=seed, evidence=evidence)
     apply_cut(model, result.plan)
     return result
 
 
-def _refuse_nothing(graph: ChannelGraph, selection: Selection, options: PruneOptions, step: int) -> None:
-    free = [f for f in graph.families if f.name not in selection.spared]
-    if free:
-        return
-    if selection.spared:
-        (name, reason), *rest = selection.spared.items()
-        others = f", and {len(rest)} more" if rest else ""
-        raise PruningError(f"nothing can be cut with method {options.method.value}: {name}: {reason}{others}")
-    reasons = list(dict.fromkeys(f"{f.op}: {f.reason}" for f in graph.frozen))
-    raise PruningError(f"nothing can be cut: every channel is frozen ({'; '.join(reasons[:3])})")
-
-
-def _report(
-    model: nn.Module,
-    graph: ChannelGraph,
-    selection: Selection,
-    plan: CutPlan,
-    outcome: Check,
-    notes: Sequence[str],
-) -> PruneReport:
-    parameters = dict(model.named_parameters())
-    after = 0
-    for name, parameter in parameters.items():
-        shape = list(parameter.shape)
-        for cut in plan.tensors.get(name, ()):
-            shape[cut.dim] = cut.keep.numel()
-        after += torch.Size(shape).numel()
-    families = []
-    for family, kept in zip(graph.families, selection.kept, strict=True):
-        touched = sum(
-            place.indices.numel()
-            * parameters[place.tensor].numel()
-            // parameters[place.tensor].shape[place.dim]
-            for place in family.places
-            if place.tensor in parameters
-        )
-        members = tuple((place.tensor, place.dim) for place in family.places)
-        note = "" if not bool(kept.all()) else selection.spared.get(family.name, "")
-        families.append(
-            FamilyReport(family.name, family.units, int(kept.sum()), family.width, members, touched, note)
-        )
-    return PruneReport(
-        families=tuple(families),
-        frozen=graph.frozen,
-        parameters_before=sum(p.numel() for p in parameters.values()),
-        parameters_after=after,
-        error=outcome.error,
-        precision=outcome.precision,
-        batch_sizes=BATCH_SIZES,
-        notes=tuple(notes),
-    )
+def _coupled(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool) -> ChannelGraph:
+    """Couple on one sample, which is fastest, or on all where the network does not take a single one."""
+    try:
+        return couple(model, [value[:1] if value.ndim else value for value in inputs], exact)
+    # Code with a bare squeeze() may fail in any way on a batch of one; what is truly wrong fails again.
+    except Exception:
+        return couple(model, list(inputs), exact)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cctool.checkpoint.masks import mask_name, masked_places
 from cctool.errors import PruningError
 from cctool.graph.channels import ChannelGraph
 from cctool.graph.ledger import Role
@@ -37,7 +38,8 @@ class CutPlan:
     """What stays of each tensor, and the new integer attributes of each module.
 
     Attributes:
-        tensors: cuts by qualified name of parameters and buffers, every alias of a shared one included.
+        tensors: cuts by qualified name of parameters and buffers, every alias of a shared one and the masks
+            of masked ones included.
         attributes: new values by qualified module name, then attribute name.
     """
 
@@ -59,8 +61,18 @@ def plan_cut(model: nn.Module, graph: ChannelGraph, selection: Selection) -> Cut
     for entry in graph.attributes:
         kept_count = int((~removed[entry.labels]).sum())
         if kept_count != entry.labels.numel():
-            attributes[entry.name][str(entry.key)] = kept_count
+            planned = attributes[entry.name]
+            present = planned.get(str(entry.key), getattr(model.get_submodule(entry.name), str(entry.key)))
+            planned[str(entry.key)] = kept_count if entry.index is None else _with_entry(
+                present, entry.index, kept_count
+            )  # fmt: skip
     return CutPlan(_with_aliases(model, cuts), dict(attributes))
+
+
+def _with_entry(sizes: Attribute, index: int, value: int) -> tuple[int, ...]:
+    """A tuple of sizes (`normalized_shape`) with one of them replaced."""
+    several = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    return (*several[:index], value, *several[index + 1 :])
 
 
 def _with_aliases(model: nn.Module, cuts: Mapping[str, Sequence[Cut]]) -> dict[str, tuple[Cut, ...]]:
@@ -70,6 +82,9 @@ def _with_aliases(model: nn.Module, cuts: Mapping[str, Sequence[Cut]]) -> dict[s
         original = first.setdefault(id(tensor), name)
         if original in cuts:
             planned[name] = tuple(cuts[original])
+    for place in masked_places(model, remove_duplicate=False):
+        if place.name in planned:
+            planned[mask_name(place.name)] = planned[place.name]
     return planned
 
 
@@ -135,7 +150,8 @@ def _set_attributes(model: nn.Module, plan: CutPlan) -> None:
     for name, values in plan.attributes.items():
         module = model.get_submodule(name)
         for attribute, value in values.items():
-            setattr(module, attribute, value)
+            present = getattr(module, attribute)
+            setattr(module, attribute, list(value) if isinstance(present, list) else value)  # type: ignore[arg-type]
 
 
 def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | None = None) -> nn.Module:
@@ -160,25 +176,26 @@ def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | N
 _KEPT_BY_MASKS = {Role.STATISTIC}
 
 
-def masked_tensors(
-    tensors: Mapping[str, Tensor], graph: ChannelGraph, selection: Selection
-) -> dict[str, Tensor]:
-    """Copies of the tensors that removed units touch, with zeros in all that they touch.
+def places_removed(graph: ChannelGraph, selection: Selection) -> dict[str, list[tuple[int, Tensor]]]:
+    """For each tensor that removed units touch, (dim, indices) of all that they own there.
 
     Filters, biases, batch-norm gammas *and betas*, and the weights that read the units: a batch norm whose
     beta stays would still emit a constant. Running statistics stay, as gamma = 0 makes them irrelevant.
     """
-    masked: dict[str, Tensor] = {}
+    places: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
     for family, kept in zip(graph.families, selection.kept, strict=True):
-        if bool(kept.all()):
-            continue
-        for place in family.places:
-            if place.role in _KEPT_BY_MASKS:
-                continue
-            if place.tensor not in masked:
-                masked[place.tensor] = tensors[place.tensor].detach().clone()
-            tensor = masked[place.tensor]
-            tensor.index_fill_(place.dim, place.indices[~kept].flatten().to(tensor.device), 0)
+        if not bool(kept.all()):
+            for place in family.places:
+                if place.role not in _KEPT_BY_MASKS:
+                    places[place.tensor].append((place.dim, place.indices[~kept].flatten()))
+    return places
+
+
+def zeroed(tensor: Tensor, places: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """A copy of a tensor with zeros at the given (dim, indices)."""
+    masked = tensor.detach().clone()
+    for dim, indices in places:
+        masked.index_fill_(dim, indices.to(masked.device), 0)
     return masked
 
 
@@ -186,5 +203,5 @@ def masked_tensors(
 def mask(model: nn.Module, graph: ChannelGraph, selection: Selection) -> None:
     """Zero in place all that the removed units touch; shapes stay."""
     tensors = dict(named_tensors(model))
-    for name, value in masked_tensors(tensors, graph, selection).items():
-        tensors[name].copy_(value)
+    for name, places in places_removed(graph, selection).items():
+        tensors[name].copy_(zeroed(tensors[name], places))

@@ -2,8 +2,8 @@
 
 Widths may be written into code: `x.view(-1, 512)` can even fold a wrong width into the batch without an
 error. So the thinned model runs at two odd batch sizes, every output shape is compared with the dense
-model's, and the numbers with those of the masked model. Scales and statistics of norms are varied at random
-first: a fresh network's gammas of 0 and betas of 0 would hide mistakes.
+model's, and at the first of them the numbers with those of the masked model. Scales and statistics of norms
+are varied at random first: a fresh network's gammas of 0 and betas of 0 would hide mistakes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from cctool.errors import PruningError
-from cctool.graph.channels import ChannelGraph
-from cctool.graph.execution import in_mode, tensors_in
+from cctool.graph.channels import ChannelGraph, Statistic
 from cctool.graph.ledger import Role
+from cctool.pruning.masked import MaskedCalls, active_statistics, run
 from cctool.pruning.selection import Selection
-from cctool.pruning.surgery import CutPlan, copy_with, cut_tensor, masked_tensors, plan_cut
+from cctool.pruning.surgery import CutPlan, copy_with, cut_tensor, plan_cut
 
 BATCH_SIZES = (3, 5)
 """Odd, so that a width cannot hide in them; more than 1, which a bare `squeeze()` in user code would drop."""
@@ -40,12 +40,15 @@ class Check:
         of_spread: the same relative to the spread of the masked network's outputs over a batch.
         precision: the dtype in which it was measured.
         failure: what went wrong, "" if nothing.
+        statistics: calls that ran over the kept channels in the masked network, too; without any, it was the
+            plainly masked one.
     """
 
     error: float
     of_spread: float
     precision: str
     failure: str
+    statistics: tuple[Statistic, ...] = ()
 
 
 def probe_inputs(inputs: Sequence[Tensor], batch: int, seed: int = 0) -> tuple[Tensor, ...]:
@@ -64,7 +67,13 @@ def probe_inputs(inputs: Sequence[Tensor], batch: int, seed: int = 0) -> tuple[T
 
 
 def varied_norms(tensors: Mapping[str, Tensor], graph: ChannelGraph, seed: int = 0) -> dict[str, Tensor]:
-    """Random variations of gammas, betas and running statistics, so that none of them is neutral."""
+    """Random variations of scales, shifts and running statistics, so that none of them is neutral.
+
+    Args:
+        tensors: parameters and buffers by name.
+        graph: the channels that they belong to.
+        seed: of the variations.
+    """
     generator = torch.Generator().manual_seed(seed)
     varied: dict[str, Tensor] = {}
     roles = {p.tensor: p.role for f in graph.families for p in f.places}
@@ -74,82 +83,170 @@ def varied_norms(tensors: Mapping[str, Tensor], graph: ChannelGraph, seed: int =
             noise = torch.randn(tensor.shape, generator=generator)
             varied[name] = 0.1 * noise.to(tensor.device, tensor.dtype)
     for name, role in roles.items():
-        if role not in (Role.SCALE, Role.SHIFT, Role.STATISTIC):
+        if role not in _VARIED or not tensors[name].is_floating_point():
             continue
         tensor = tensors[name].detach()
         draw = torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
         if role is Role.SHIFT or name.endswith("running_mean"):
             varied[name] = tensor + 0.2 * (draw - 0.5)
-        else:
+        elif role is Role.STATISTIC:
             varied[name] = torch.where(tensor == 0, 1, tensor) * (0.5 + draw)
+        elif role is Role.SCALE:
+            # kept away from 0: in a deep network small gammas drown the signal, and every mistake with it
+            grown = torch.where(tensor < 0, tensor.clamp(max=-0.5), tensor.clamp(min=0.5))
+            varied[name] = grown * (0.5 + draw)
+        elif role is not Role.ELEMENT:
+            varied[name] = torch.where(tensor == 0, 0.2 * (draw - 0.5), tensor * (0.5 + draw))
+        elif float(tensor.abs().max()) < _TOO_SMALL:
+            varied[name] = 0.5 + draw
     return varied
 
 
-def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    with in_mode(model, training=False):
-        return [value.detach() for value in tensors_in(model(*inputs))]
+_VARIED = frozenset({Role.SCALE, Role.SHIFT, Role.STATISTIC, Role.NORM, Role.BIAS, Role.ELEMENT})
+_TOO_SMALL = 1e-2  # layer scales that start so would silence their blocks
 
 
-def _compare(masked: list[Tensor], cut: list[Tensor], spreads: list[float]) -> tuple[float, float, str]:
-    """Largest difference over the largest output and over the outputs' spread; what forbids to compare."""
-    shapes, cut_shapes = [tuple(t.shape) for t in masked], [tuple(t.shape) for t in cut]
-    if shapes != cut_shapes:
-        return inf, inf, f"outputs of shape {cut_shapes}, not {shapes}: a width is written into code"
+Shapes = list[tuple[int, ...]]
+
+
+def _shapes(outputs: Sequence[Tensor]) -> Shapes:
+    return [tuple(value.shape) for value in outputs]
+
+
+def _shapes_at(outputs: Sequence[Tensor], batch: int, other: int) -> Shapes:
+    """The shapes that outputs should have at another batch size, if their first dim is the batch."""
+    return [(other, *shape[1:]) if shape[:1] == (batch,) else shape for shape in _shapes(outputs)]
+
+
+def _wrong_shapes(cut: Shapes, expected: Shapes) -> str:
+    return f"outputs of shape {cut}, not {expected}: a width is written into code"
+
+
+def _compare(masked: list[Tensor], cut: list[Tensor]) -> Check:
+    """Largest difference over the largest output and over the outputs' spread, or what forbids to compare."""
+    dtype = str(masked[0].dtype).removeprefix("torch.") if masked else ""
+    if _shapes(masked) != _shapes(cut):
+        return Check(inf, inf, dtype, _wrong_shapes(_shapes(cut), _shapes(masked)))
     error = of_spread = 0.0
-    for a, b, spread in zip(masked, cut, spreads, strict=True):
+    for a, b in zip(masked, cut, strict=True):
         if a.is_floating_point() and a.numel():
             difference = float((a - b).abs().max())
             tiny = torch.finfo(a.dtype).tiny
             error = max(error, difference / max(float(a.abs().max()), tiny))
-            of_spread = max(of_spread, difference / max(spread, tiny))
+            of_spread = max(of_spread, difference / max(_spread(a), tiny))
             if isnan(difference):
-                return inf, inf, "outputs are not finite"
-    return error, of_spread, ""
+                return Check(inf, inf, dtype, "outputs are not finite")
+    return Check(error, of_spread, dtype, "")
 
 
 def _spread(value: Tensor) -> float:
     """How far an output is spread over the batch: a constant that dwarfs it must hide no mistake."""
     if not value.is_floating_point() or not value.numel() or not value.ndim:
         return 0.0
-    resolution = 1e3 * torch.finfo(value.dtype).eps * float(value.abs().max())
-    return max(float((value - value.mean(dim=0)).abs().max()), resolution)
+    return max(float((value - value.mean(dim=0)).abs().max()), _resolution(value))
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """One network, with norms varied, in one precision."""
+def _resolution(value: Tensor) -> float:
+    steps = 1e5 if value.dtype == torch.float64 else 1e3  # float32 that cannot tell is tried in float64
+    return steps * torch.finfo(value.dtype).eps * float(value.abs().max())
 
-    model: nn.Module
-    tensors: Mapping[str, Tensor]
-    changed: Mapping[str, Tensor]
-    batches: Sequence[tuple[Tensor, ...]]
 
-    def widened(self) -> _Trial:
-        """The same in float64."""
-        wide = {n: t.double() if t.is_floating_point() else t for n, t in self.tensors.items()}
-        batches = [tuple(v.double() if v.is_floating_point() else v for v in b) for b in self.batches]
-        return _Trial(self.model, wide, wide, batches)
+def _drowned(value: Tensor) -> bool:
+    """Whether a constant is so large that rounding hides what the inputs change."""
+    counts = value.is_floating_point() and value.ndim > 0 and value.numel() > 0
+    return counts and _spread(value) <= _resolution(value)
 
-    def masked_outputs(self, graph: ChannelGraph, selection: Selection) -> list[list[Tensor]]:
-        masked = masked_tensors(self.tensors, graph, selection)
-        network = copy_with(self.model, {**self.changed, **masked})
-        return [_run(network, batch) for batch in self.batches]
 
-    def compare(self, plan: CutPlan, expected: list[list[Tensor]]) -> Check:
-        cut = {
-            name: cut_tensor(self.tensors[name], cuts)
-            for name, cuts in plan.tensors.items()
-            if name in self.tensors
+class Trial:
+    """Comparisons of cut and masked networks of one model, on inputs like the given ones.
+
+    Args:
+        model: the dense model; it is run, and left as it is.
+        graph: its coupled channels.
+        inputs: positional arguments of its forward, on its device.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: Sequence[Tensor]) -> None:
+        self.model, self.graph = model, graph
+        self.tensors = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        self.varied = varied_norms(self.tensors, graph)
+        self.batches = [probe_inputs(inputs, size) for size in BATCH_SIZES]
+
+    def masked_outputs(self, selection: Selection, batch: int = 0, wide: bool = False) -> list[Tensor]:
+        """Outputs of the masked network, its statistics over the channels that are kept."""
+        calls = MaskedCalls(self.model, self.graph, selection, self.varied, wide)
+        return run(self.model, self.batches[batch], calls)
+
+    def cut_network(self, plan: CutPlan, device: str | None = None) -> nn.Module:
+        """The thinned network; it shares the tensors that are not cut, or is wholly on another device."""
+        tensors = {**self.tensors, **self.varied}
+        changed = {
+            name: cut_tensor(tensors[name], cuts) for name, cuts in plan.tensors.items() if name in tensors
         }
-        network = copy_with(self.model, {**self.changed, **cut}, plan)
-        spreads, error, of_spread = [_spread(value) for value in expected[-1]], 0.0, 0.0
-        dtype = str(expected[0][0].dtype).removeprefix("torch.")
-        for batch, outputs in zip(self.batches, expected, strict=True):
-            *differences, failure = _compare(outputs, _run(network, batch), spreads)
-            error, of_spread = max(error, differences[0]), max(of_spread, differences[1])
-            if failure:
-                return Check(error, of_spread, dtype, failure)
-        return Check(error, of_spread, dtype, "")
+        changed = {**self.varied, **changed}
+        if device is not None:
+            changed = {name: changed.get(name, tensor).to(device) for name, tensor in tensors.items()}
+        return copy_with(self.model, changed, plan)
+
+    def shape_failure(self, plan: CutPlan, masked: list[Tensor]) -> str:
+        """What is wrong with the thinned network's output shapes at the second batch size, "" if nothing.
+
+        Shapes need no numbers: it runs on the meta device, and for good only where that cannot tell.
+        """
+        shapes = _shapes_at(masked, *BATCH_SIZES)
+        try:
+            meta = [value.to("meta") for value in self.batches[1]]
+            if _shapes(run(self.cut_network(plan, "meta"), meta)) == shapes:
+                return ""
+        except Exception:  # no kernel for the meta device, or code that looks at values: run it for good
+            pass
+        try:
+            cut_shapes = _shapes(run(self.cut_network(plan), self.batches[1]))
+        except Exception as error:  # code that holds widths may fail in any way
+            return f"the thinned network raises {_one_line(error)}"
+        if cut_shapes != shapes:
+            shapes = _shapes(run(self.model, self.batches[1]))
+        return "" if cut_shapes == shapes else _wrong_shapes(cut_shapes, shapes)
+
+    def compare(self, selection: Selection, plan: CutPlan) -> Check:
+        """Compare numbers in the model's precision, and in float64 if that cannot tell."""
+        try:
+            expected = self.masked_outputs(selection)
+        except Exception as error:  # the user's code may fail in any way
+            raise PruningError(_does_not_run(error)) from error
+        try:
+            cut = self.cut_network(plan)
+            actual = run(cut, self.batches[0])
+        except Exception as error:  # code that holds widths may fail in any way
+            return Check(inf, inf, "", f"the thinned network raises {_one_line(error)}")
+        outcome = _compare(expected, actual)
+        if outcome.failure:
+            return outcome
+        failure = self.shape_failure(plan, expected)
+        if failure:
+            return Check(inf, inf, outcome.precision, failure)
+        clear = not any(_drowned(value) for value in expected)
+        if clear and outcome.error <= TOLERANCE and outcome.of_spread <= SPREAD_TOLERANCE:
+            return outcome
+        return _judge(self._wide(selection, cut) or outcome)
+
+    def _wide(self, selection: Selection, cut: nn.Module) -> Check | None:
+        """The comparison in float64; None for a network whose code insists on another precision."""
+        try:
+            expected = self.masked_outputs(selection, wide=True)
+            return _compare(expected, run(cut, self.batches[0], MaskedCalls(cut, wide=True)))
+        except Exception:  # a dtype written into the user's code
+            return None
+
+    def raises(self, plan: CutPlan) -> str:
+        """What the thinned network raises on the meta device at either batch size, "" if nothing."""
+        try:
+            cut = self.cut_network(plan, "meta")
+            for batch in self.batches:
+                run(cut, [value.to("meta") for value in batch])
+        except Exception as error:  # code that holds widths may fail in any way
+            return f"the thinned network raises {_one_line(error)}"
+        return ""
 
 
 def check(
@@ -160,31 +257,15 @@ def check(
     Raises:
         PruningError: the model itself, merely masked, fails at one of the batch sizes.
     """
-    tensors = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    varied = varied_norms(tensors, graph)
-    batches = [probe_inputs(inputs, size) for size in BATCH_SIZES]
-    trial = _Trial(model, {**tensors, **varied}, varied, batches)
-    try:
-        expected = trial.masked_outputs(graph, selection)
-    except Exception as error:  # the user's code may fail in any way
-        sizes = " and ".join(map(str, BATCH_SIZES))
-        raise PruningError(f"the network does not run at batch sizes {sizes}: {_one_line(error)}") from error
-    try:
-        outcome = trial.compare(plan, expected)
-    except Exception as error:  # code that holds widths may fail in any way
-        return Check(inf, inf, "", f"the thinned network raises {_one_line(error)}")
-    if outcome.failure or (outcome.error <= TOLERANCE and outcome.of_spread <= SPREAD_TOLERANCE):
-        return outcome
-    return _judge(_in_float64(trial, graph, selection, plan) or outcome)
+    trial = Trial(model, graph, inputs)
+    outcome = trial.compare(selection, plan)
+    return replace(outcome, statistics=tuple(active_statistics(graph, selection)))
 
 
-def _in_float64(trial: _Trial, graph: ChannelGraph, selection: Selection, plan: CutPlan) -> Check | None:
-    """The comparison in float64; None for a network whose code insists on another precision."""
-    wide = trial.widened()
-    try:
-        return wide.compare(plan, wide.masked_outputs(graph, selection))
-    except Exception:  # a dtype written into the user's code
-        return None
+def _does_not_run(error: Exception) -> str:
+    return (
+        f"the network does not run at batch sizes {' and '.join(map(str, BATCH_SIZES))}: {_one_line(error)}"
+    )
 
 
 def _judge(outcome: Check) -> Check:
@@ -235,12 +316,31 @@ def only(selection: Selection, numbers: Sequence[int]) -> Selection:
 def find_culprits(
     model: nn.Module, graph: ChannelGraph, selection: Selection, inputs: Sequence[Tensor]
 ) -> dict[int, str]:
-    """Families that cannot be cut as selected, with what goes wrong when each is cut alone."""
+    """Families that cannot be cut as selected, with what goes wrong when each is cut alone.
 
-    def outcome(numbers: Sequence[int]) -> Check:
-        part = only(selection, numbers)
-        return check(model, graph, part, plan_cut(model, graph, part), inputs)
+    Bisection asks the meta device where the thinned network raises something there, and compares numbers
+    otherwise.
+    """
+    trial = Trial(model, graph, inputs)
+    failures: dict[tuple[int, ...], str] = {}
+
+    def failure(numbers: Sequence[int], test: Callable[[Selection, CutPlan], str]) -> str:
+        key = tuple(sorted(numbers))
+        if key not in failures:
+            part = only(selection, numbers)
+            failures[key] = test(part, plan_cut(model, graph, part))
+        return failures[key]
+
+    def by_shapes(part: Selection, plan: CutPlan) -> str:
+        return trial.raises(plan)
+
+    def by_numbers(part: Selection, plan: CutPlan) -> str:
+        return trial.compare(part, plan).failure
 
     cut = [n for n, kept in enumerate(selection.kept) if not bool(kept.all())]
-    guilty = blame(cut, lambda numbers: not outcome(numbers).failure)
-    return {n: outcome([n]).failure or "fails together with another family" for n in guilty}
+    test = by_numbers
+    if not trial.raises(plan_cut(model, graph, only(selection, []))) and failure(cut, by_shapes):
+        test = by_shapes
+    failures.clear()
+    guilty = blame(cut, lambda numbers: not failure(numbers, test))
+    return {n: failure([n], test) or "fails together with another family" for n in guilty}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from cctool.graph.execution import Event
 from cctool.graph.ledger import Ledger
-from cctool.graph.rules import arithmetic, layers, shapes, slices
+from cctool.graph.rules import arithmetic, layers, products, shapes, slices
 
 Rule = Callable[[Ledger, Event], None]
 
@@ -38,7 +38,7 @@ _FACTORIES = """
     new_zeros new_ones new_full new_empty new_tensor meshgrid
 """
 
-_REDUCTIONS = "sum mean amax amin max min var std norm prod any all logsumexp"
+_REDUCTIONS = "sum mean amax amin max min var std var_mean std_mean norm vector_norm prod any all logsumexp"
 
 
 def _each(names: str, rule: Rule) -> dict[str, Rule]:
@@ -54,7 +54,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys([f"conv_transpose{n}d" for n in (1, 2, 3)], layers.transposed_convolution),
     **_each("batch_norm instance_norm", layers.channel_norm),
     **_each("layer_norm rms_norm", layers.layer_norm),
-    **_each("matmul mm bmm", arithmetic.matrix_product),
+    **_each("matmul mm bmm", products.matrix_product),
     **_each("view reshape flatten unflatten view_as reshape_as", shapes.view),
     **_each("chunk split split_with_sizes tensor_split", slices.pieces),
     **_each("unbind select", slices.unbind),
@@ -63,14 +63,16 @@ RULES: dict[str, Rule] = {
     **_each("repeat tile repeat_interleave flip", shapes.copying),
     **_each("expand expand_as broadcast_to", shapes.expand),
     **_each(_REDUCTIONS, arithmetic.reduction),
-    **_each("softmax log_softmax softmin cumsum cumprod", arithmetic.along_dim),
+    **_each("softmax log_softmax softmin normalize cumsum cumprod", arithmetic.along_dim),
     **_each("numpy tolist array", arithmetic.leaves_torch),
     "linear": layers.linear,
-    "addmm": arithmetic.add_matrix_product,
+    "addmm": products.add_matrix_product,
+    "baddbmm": products.add_batched_product,
+    "einsum": products.einsum,
     "group_norm": layers.group_norm,
     "prelu": layers.prelu,
     "embedding": layers.embedding,
-    "scaled_dot_product_attention": layers.attention,
+    "scaled_dot_product_attention": products.attention,
     "getitem": slices.getitem,
     "narrow": slices.narrow,
     "cat": shapes.concatenate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from cctool.graph.execution import Event, tensors_in
 from cctool.graph.ledger import FIXED, INPUT, Ledger, compact, constant, varying
-from cctool.graph.rules.layers import matmul_parameter, opaque
+from cctool.graph.rules.layers import opaque, runs_over
 
 
 def _source(event: Event) -> Tensor:
@@ -73,6 +74,8 @@ def _combine(ledger: Ledger, operands: list[Tensor], shape: torch.Size) -> Tenso
     for part in parts:
         if part is not first:
             ledger.tie(first, part)
+    if any(part.numel() == 1 and int(part.reshape(-1)[0]) <= INPUT for part in parts):
+        return constant(FIXED, shape)
     return first.expand(shape)
 
 
@@ -116,69 +119,60 @@ def _dims(event: Event, ndim: int, position: int = 1) -> list[int]:
 
 
 def reduction(ledger: Ledger, event: Event) -> None:
-    """Sums, means, extrema: over channels they freeze them, over other dims channels pass."""
+    """Means, variances, extrema, sums: over channels they run over those that are kept."""
     tensors = list(tensors_in((event.args, dict(event.kwargs))))
     if len(tensors) > 1:
         elementwise(ledger, event)
         return
     ids = ledger.of(tensors[0])
-    dims = _dims(event, ids.ndim, position=2 if event.name == "norm" else 1)
-    if any(dim in varying(ids) for dim in dims):
-        opaque(ledger, event, f"`{event.name}` runs over the channels")
+    dims = _dims(event, ids.ndim, position=2 if event.name in ("norm", "vector_norm") else 1)
+    if not _runs_over_kept(ledger, event, ids, dims):
         return
     small = compact(ids)
+    if any(dim in varying(ids) for dim in dims):
+        small = constant(FIXED, (1,) * ids.ndim)
     for result in tensors_in(event.result):
         kept = small if result.ndim == ids.ndim else small.reshape(
             [n for d, n in enumerate(small.shape) if d not in dims]
         )  # fmt: skip
-        ledger.set(result, kept.expand(result.shape))
+        ledger.set(result, compact(kept).expand(result.shape))
+
+
+def _runs_over_kept(ledger: Ledger, event: Event, ids: Tensor, dims: Sequence[int]) -> bool:
+    """Note a statistic over channels; whether that could be, else all is frozen."""
+    moving = [dim for dim in varying(ids) if dim in dims]
+    if not moving:
+        return True
+    if len(varying(ids)) > 1 or event.kwargs.get("out") is not None:
+        opaque(ledger, event, f"`{event.name}` runs over channels that lie in several dims")
+        return False
+    if event.name in _KEEPING_ZEROS:
+        return True
+    if ledger.known(_source(event)) and len(moving) == 1:
+        runs_over(ledger, moving[0], compact(ids).reshape(-1))
+        return True
+    opaque(ledger, event, f"`{event.name}` runs over the channels")
+    return False
+
+
+_KEEPING_ZEROS = frozenset({"sum", "norm", "vector_norm", "normalize"})
+"""A masked channel adds nothing to these, where it is 0; the verification tells where it is not."""
 
 
 def along_dim(ledger: Ledger, event: Event) -> None:
-    """Softmax, cumulative sums: over channels they freeze them, along other dims channels pass."""
+    """Softmax, `normalize`, cumulative sums: along dims without channels these pass, else see `reduction`."""
     ids = ledger.of(_source(event))
-    if any(dim in varying(ids) for dim in _dims(event, ids.ndim)):
+    position = 2 if event.name == "normalize" else 1
+    dims = [_NORMALIZED % ids.ndim] if event.name == "normalize" else _dims(event, ids.ndim)
+    if event.name == "normalize" and ("dim" in event.kwargs or len(event.args) > position):
+        dims = _dims(event, ids.ndim, position)
+    if event.name.startswith("cum") and any(dim in varying(ids) for dim in dims):
         opaque(ledger, event, f"`{event.name}` runs over the channels")
-    else:
+    elif _runs_over_kept(ledger, event, ids, dims):
         ledger.set(event.result, ids)
 
 
-def matrix_product(ledger: Ledger, event: Event) -> None:
-    """`matmul`, `mm`, `bmm`: with a matrix parameter it is a linear layer, else see `_product`."""
-    a, b = (*event.args, *event.kwargs.values())[:2]
-    weight = b if ledger.name(b) is not None or ledger.turned(b) is not None else None
-    if weight is not None and weight.ndim == 2 and ledger.name(a) is None and a.ndim > 1:
-        matmul_parameter(ledger, event, a, weight, None)
-    elif a.ndim < 2 or b.ndim < 2 or ledger.name(a) is not None or weight is not None:
-        opaque(ledger, event, f"no rule for `{event.name}` of these operands")
-    else:
-        _product(ledger, event, ledger.of(a), ledger.of(b))
-
-
-def add_matrix_product(ledger: Ledger, event: Event) -> None:
-    """`addmm(bias, x, W)` with parameters is a linear layer."""
-    bias, x, weight = event.args[:3] if len(event.args) >= 3 else (None, None, None)
-    known = isinstance(weight, Tensor) and (ledger.name(weight) or ledger.turned(weight))
-    if known and ledger.name(bias) is not None and bias.ndim == 1 and not event.kwargs:
-        matmul_parameter(ledger, event, x, weight, bias)
-    else:
-        opaque(ledger, event, "no rule for `addmm` of these operands")
-
-
-def _product(ledger: Ledger, event: Event, a: Tensor, b: Tensor) -> None:
-    shape = event.result.shape
-    in_a, in_b = varying(a), varying(b)
-    contracted = a.ndim - 1 in in_a or b.ndim - 2 in in_b
-    free_a, free_b = [d for d in in_a if d != a.ndim - 1], [d for d in in_b if d != b.ndim - 2]
-    if (contracted and (free_a or free_b)) or (free_a and free_b):
-        opaque(ledger, event, f"`{event.name}` mixes channels that lie in several dims")
-    elif contracted:
-        ledger.tie(compact(a).reshape(-1), compact(b).reshape(-1))
-        ledger.set(event.result, constant(FIXED, shape))
-    elif free_a or (int(compact(a).reshape(-1)[0]) > INPUT and not free_b):
-        ledger.set(event.result, a.narrow(-1, 0, 1).expand(shape))
-    else:
-        ledger.set(event.result, b.narrow(-2, 0, 1).expand(shape))
+_NORMALIZED = 1  # the dim over which `F.normalize` runs unless it is told otherwise
 
 
 def leaves_torch(ledger: Ledger, event: Event) -> None:

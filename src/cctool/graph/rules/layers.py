@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from cctool.graph.execution import Event, tensors_in
-from cctool.graph.ledger import FIXED, INPUT, Ledger, Role, compact, constant, varying
+from cctool.graph.ledger import FIXED, INPUT, Kind, Ledger, Role, compact, constant, varying
 from cctool.graph.trace import argument
+from cctool.graph.widths import Symbol, Width
 
 
 def vector(ledger: Ledger, ids: Tensor, dim: int) -> Tensor:
@@ -63,7 +64,8 @@ def _affine(
     ledger.bind(weight, producer_dim, sent, Role.FILTER)
     if bias is not None:
         ledger.bind(bias, 0, sent, Role.BIAS)
-    ledger.count_in(event.module, "in_features", arriving)
+    for attribute in ("in_features", "embed_dim", "kdim", "vdim"):
+        ledger.count_in(event.module, attribute, arriving)
     ledger.count_in(event.module, "out_features", sent)
     ledger.set(event.result, along(sent, -1, event.result.shape))
 
@@ -76,6 +78,13 @@ def _tie_positions(ledger: Ledger, ids: Tensor, groups: int) -> Tensor:
     return pieces[0]
 
 
+def _count_groups(ledger: Ledger, event: Event, name: str, ids: Tensor) -> None:
+    """The number of groups counts these channels, in whatever attribute it was stored."""
+    groups = argument(event, name)
+    if not isinstance(groups, Width) or not ledger.sized(ids, groups):
+        ledger.count_in(event.module, name, ids)
+
+
 def convolution(ledger: Ledger, event: Event) -> None:
     """Convolution, plain, grouped and depthwise.
 
@@ -86,11 +95,13 @@ def convolution(ledger: Ledger, event: Event) -> None:
     groups = int(argument(event, "groups", 1))
     x = argument(event, "input")
     channel_dim = x.ndim - (weight.ndim - 1)
+    if _slides_over_channels(ledger, event, x, channel_dim):
+        return
     arriving = vector(ledger, ledger.of(x), channel_dim)
     outputs, per_group = weight.shape[0], weight.shape[1]
     if groups > 1 and per_group == 1 and bool((arriving > INPUT).any()):
         sent = arriving.repeat_interleave(outputs // groups)
-        ledger.count_in(event.module, "groups", arriving)
+        _count_groups(ledger, event, "groups", arriving)
     else:
         ledger.bind(weight, 1, _tie_positions(ledger, arriving, groups), Role.CONSUMER)
         sent = ledger.produce(weight, 0, outputs)
@@ -101,6 +112,26 @@ def convolution(ledger: Ledger, event: Event) -> None:
     ledger.count_in(event.module, "in_channels", arriving)
     ledger.count_in(event.module, "out_channels", sent)
     ledger.set(event.result, along(sent, channel_dim, event.result.shape))
+
+
+def _slides_over_channels(ledger: Ledger, event: Event, x: Tensor, channel_dim: int) -> bool:
+    """A kernel that slides over the channels themselves (ECA) slides over those that are kept.
+
+    It has to leave their number alone, and to have no other channels.
+    """
+    ids, weight, bias = ledger.of(x), argument(event, "weight"), argument(event, "bias")
+    moving = varying(ids)
+    if len(moving) != 1 or moving[0] <= channel_dim or weight.shape[:2] != (1, 1):
+        return False
+    if event.result.shape != x.shape or any(ledger.name(t) is None for t in (weight, bias) if t is not None):
+        return False
+    symbol = Symbol(ledger, x.shape[moving[0]], compact(ids).reshape(-1))
+    ledger.statistic(Kind.KEPT, moving[0], {symbol: 1}, "its kernel slides over the channels")
+    for tensor in (weight, bias):
+        if tensor is not None:
+            ledger.pin(ledger.name(tensor) or "", tensor)
+    ledger.set(event.result, ids)
+    return True
 
 
 def transposed_convolution(ledger: Ledger, event: Event) -> None:
@@ -114,7 +145,7 @@ def transposed_convolution(ledger: Ledger, event: Event) -> None:
     if groups == weight.shape[0] and groups > 1 and bool((arriving > INPUT).any()):
         sent = arriving.repeat_interleave(per_group)
         ledger.bind(weight, 0, arriving, Role.FILTER)
-        ledger.count_in(event.module, "groups", arriving)
+        _count_groups(ledger, event, "groups", arriving)
     else:
         _tie_positions(ledger, arriving, groups)
         ledger.bind(weight, 0, arriving, Role.CONSUMER)
@@ -142,27 +173,37 @@ def channel_norm(ledger: Ledger, event: Event) -> None:
 
 
 def group_norm(ledger: Ledger, event: Event) -> None:
-    """Group norm: a group's statistics are shared, so that whole groups go, and their number falls."""
+    """Group norm: whole groups go, and their number falls; a single group is a layer norm."""
     x, groups = argument(event, "input"), int(argument(event, "num_groups"))
     arriving = vector(ledger, ledger.of(x), 1)
     pieces = arriving.reshape(groups, -1)
-    ledger.tie(pieces[:, :1], pieces)
+    if groups > 1:
+        ledger.tie(pieces[:, :1], pieces)
+    elif bool((arriving > INPUT).any()):
+        runs_over(ledger, 1, arriving)
     for tensor in (argument(event, "weight"), argument(event, "bias")):
         if tensor is not None:
             ledger.bind(tensor, 0, arriving, Role.NORM)
     ledger.count_in(event.module, "num_channels", arriving)
-    ledger.count_in(event.module, "num_groups", pieces[:, 0])
+    if groups > 1:
+        _count_groups(ledger, event, "num_groups", pieces[:, 0])
     ledger.set(event.result, along(arriving, 1, event.result.shape))
 
 
 def layer_norm(ledger: Ledger, event: Event) -> None:
-    """Layer and RMS norm: the statistics run over the channels, so that cutting one would change all."""
+    """Layer and RMS norm: the statistics run over the channels, of which those count that are kept."""
     x = argument(event, "input", event.args[0] if event.args else None)
     ids = ledger.of(x)
     shape = argument(event, "normalized_shape", event.args[1] if len(event.args) > 1 else ())
     first = ids.ndim - len(shape)
-    if any(dim >= first for dim in varying(ids)):
-        ledger.freeze(ids, "its statistics run over the channels: cutting one would change all the others")
+    moving = varying(ids)
+    inside = [dim for dim in moving if dim >= first]
+    if inside and len(moving) > 1:
+        ledger.freeze(ids, "its statistics run over channels that lie in several dims")
+    elif inside:
+        (dim,), channels = inside, compact(ids).reshape(-1)
+        runs_over(ledger, dim, channels)
+        ledger.count_in(event.module, "normalized_shape", channels, dim - first)
     for tensor in tensors_in((event.args[2:], dict(event.kwargs))):
         name = ledger.name(tensor)
         if name is not None and tensor is not x:
@@ -171,6 +212,12 @@ def layer_norm(ledger: Ledger, event: Event) -> None:
                 fixed = torch.full((tensor.shape[dim],), FIXED)
                 ledger.bind(tensor, dim, fixed if others else vector(ledger, ids, first + dim), Role.NORM)
     ledger.set(event.result, ids)
+
+
+def runs_over(ledger: Ledger, dim: int, channels: Tensor) -> None:
+    """The open call computes statistics over channels that lie in one dim."""
+    symbol = Symbol(ledger, channels.numel(), channels)
+    ledger.statistic(Kind.KEPT, dim, {symbol: 1}, "its statistics run over the channels")
 
 
 def prelu(ledger: Ledger, event: Event) -> None:
@@ -193,21 +240,6 @@ def embedding(ledger: Ledger, event: Event) -> None:
     ledger.bind(weight, 1, sent, Role.FILTER)
     ledger.count_in(event.module, "embedding_dim", sent)
     ledger.set(event.result, along(sent, -1, event.result.shape))
-
-
-def attention(ledger: Ledger, event: Event) -> None:
-    """Attention: query and key widths set the scale of the scores; the width of the values passes."""
-    query, key, value = (argument(event, name) for name in ("query", "key", "value"))
-    for tensor in (query, key):
-        ledger.freeze(ledger.of(tensor), "the scores are scaled by the width of queries and keys")
-    mask = argument(event, "attn_mask")
-    if mask is not None:
-        ledger.freeze(ledger.of(mask), "an attention mask")
-    ids = ledger.of(value)
-    if varying(ids) not in ([], [ids.ndim - 1]):
-        ledger.freeze(ids, "whole attention heads are not cut")
-        ids = constant(FIXED, ids.shape)
-    ledger.set(event.result, vector(ledger, ids, -1).expand(event.result.shape))
 
 
 def opaque(ledger: Ledger, event: Event, reason: str) -> None:

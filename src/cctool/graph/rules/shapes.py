@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import prod
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from cctool.graph.execution import Event, tensors_in
 from cctool.graph.ledger import FIXED, INPUT, Ledger, canonical, compact, constant, varying
 from cctool.graph.rules.layers import along, equal_pieces, opaque, vector
 from cctool.graph.trace import argument
+from cctool.graph.widths import Width
 
 
 def _replayed(ledger: Ledger, event: Event) -> Iterator[tuple[Tensor, Tensor]]:
@@ -47,33 +49,42 @@ def transposed(ledger: Ledger, event: Event) -> None:
         replay(ledger, event)
 
 
-def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Dims of two shapes of one size, matched up where the products of their sizes agree.
+@dataclass(frozen=True)
+class _Factor:
+    """A size that is a factor of a dim before a view and of one after it."""
 
-    >>> _groups((2, 6, 5), (2, 3, 2, 5))
-    [([0], [0]), ([1], [1, 2]), ([2], [3])]
+    size: int
+    left: int
+    right: int
+
+
+def _factors(before: Sequence[int], after: Sequence[int]) -> list[_Factor] | None:
+    """The coarsest dims from which both shapes are made by merging neighbours; None if there are none.
+
+    >>> [(f.size, f.left, f.right) for f in _factors((2, 6, 5), (4, 3, 5)) or ()]
+    [(2, 0, 0), (2, 1, 0), (3, 1, 1), (5, 2, 2)]
     """
-    groups: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(before) or j < len(after):
-        left, right = [i] if i < len(before) else [], [j] if j < len(after) else []
-        i, j = i + len(left), j + len(right)
-        while prod(before[d] for d in left) != prod(after[d] for d in right):
-            if prod(before[d] for d in left) < prod(after[d] for d in right):
-                left.append(i)
-                i += 1
-            else:
-                right.append(j)
-                j += 1
-        groups.append((left, right))
-    return groups
+    left = [(d, size) for d, size in enumerate(before) if size > 1]
+    right = [(d, size) for d, size in enumerate(after) if size > 1]
+    factors = []
+    while left and right:
+        (i, a), (j, b) = left.pop(0), right.pop(0)
+        size = min(a, b)
+        if a % size or b % size:
+            return None
+        factors.append(_Factor(size, i, j))
+        if a > size:
+            left.insert(0, (i, a // size))
+        if b > size:
+            right.insert(0, (j, b // size))
+    return factors
 
 
 def view(ledger: Ledger, event: Event) -> None:
     """`view`, `reshape`, `flatten`, `unflatten`: merged dims repeat ids, split dims tie the pieces.
 
-    A channel dim that is split as [a, b] keeps equal counts: with -1 at a, each run of b channels goes
-    together; else position j of each of the a pieces does.
+    A channel dim that is split as [a, b] keeps equal counts: if a is what scales with the channels, each run
+    of b channels goes together; else position j of each of the a pieces does.
     """
     source = event.args[0] if event.args else event.kwargs["input"]
     if not isinstance(event.result, Tensor):
@@ -83,44 +94,65 @@ def view(ledger: Ledger, event: Event) -> None:
     if max(small.shape, default=1) == 1 or 0 in shape:
         ledger.set(event.result, small.reshape(-1)[:1].squeeze(0).expand(shape) if ids.numel() else ids)
         return
-    groups = _groups(ids.shape, shape)
-    wildcard = _wildcard(event, len(shape))
-    expanded, target = list(small.shape), [1] * len(shape)
-    splits: list[int] = []
-    for left, right in groups:
-        moving = [d for d in left if small.shape[d] > 1]
-        wide_in, wide_out = [d for d in left if ids.shape[d] > 1], [d for d in right if shape[d] > 1]
-        if not moving:
-            continue
-        if len(wide_in) > 1 and len(wide_out) > 1:
-            ledger.freeze(ids, f"{event.name} mixes dims {tuple(ids.shape)} -> {tuple(shape)}")
-            ledger.set(event.result, constant(FIXED, shape))
-            return
-        for d in left:
-            expanded[d] = ids.shape[d]
-        for d in right:
-            target[d] = shape[d]
-        scaling = wildcard if wildcard in wide_out else (wide_out[-1] if wide_out else None)
-        splits += [d for d in wide_out if d != scaling]
-    moved = small.expand(expanded).reshape(target)
-    for dim in splits:
-        moved = equal_pieces(ledger, moved, dim)
+    factors = _factors(ids.shape, shape)
+    if factors is None:
+        ledger.freeze(ids, f"{event.name} mixes dims {tuple(ids.shape)} -> {tuple(shape)}")
+        ledger.set(event.result, constant(FIXED, shape))
+        return
+    sizes = _sizes(event, len(shape))
+    moved = _split(ledger, small, factors, sizes)
+    wide = {f.right for n, f in enumerate(factors) if moved.shape[n] > 1}
+    moved = moved.expand([f.size if f.right in wide else 1 for f in factors])
+    moved = moved.reshape([size if d in wide else 1 for d, size in enumerate(shape)])
+    if len(wide) == 1 and isinstance(sizes[min(wide)], Width):
+        ledger.sized(moved, sizes[min(wide)])
     ledger.set(event.result, moved.expand(shape))
 
 
-def _wildcard(event: Event, dims: int) -> int | None:
-    """Dim of the result whose size was given as -1."""
+def _split(ledger: Ledger, small: Tensor, factors: Sequence[_Factor], sizes: Sequence[Any]) -> Tensor:
+    """Ids with a dim for each factor; of those that a channel dim is split into, one scales."""
+    moved = small.reshape([f.size if small.shape[f.left] > 1 else 1 for f in factors])
+    for dim in range(small.ndim):
+        pieces = [n for n, f in enumerate(factors) if f.left == dim]
+        if small.shape[dim] == 1 or len(pieces) == 1:
+            continue
+        scaling = max(pieces, key=lambda n: _claim(sizes[factors[n].right], n))
+        for piece in pieces:
+            if piece != scaling:
+                moved = equal_pieces(ledger, moved, piece)
+    return moved
+
+
+def _claim(size: Any, position: int) -> tuple[int, int]:
+    """Which size of a split scales with the channels: -1, else a width, else the last."""
+    if isinstance(size, Width):
+        positive = [symbol for symbol, exponent in size.powers.items() if exponent > 0]
+        claim = 2 if any(symbol.ids is not None for symbol in positive) else int(bool(positive))
+        return claim, position
+    return (3, position) if isinstance(size, int) and size == -1 else (0, position)
+
+
+def _sizes(event: Event, dims: int) -> list[Any]:
+    """The size of each dim of the result as the call gave it; None where it was not given."""
     sizes = list(event.args[1:]) + [event.kwargs[name] for name in ("shape", "size") if name in event.kwargs]
     if event.name == "unflatten":
         start = int(event.args[1] if len(event.args) > 1 else event.kwargs["dim"])
         sizes = list(event.args[2] if len(event.args) > 2 else event.kwargs["sizes"])
         start %= dims - len(sizes) + 1
-        return start + sizes.index(-1) if -1 in sizes else None
+        return [None] * start + sizes + [None] * (dims - start - len(sizes))
     if event.name not in ("view", "reshape"):
-        return None
+        return [None] * dims
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         sizes = list(sizes[0])
-    return sizes.index(-1) if -1 in sizes else None
+    return sizes if len(sizes) == dims else [None] * dims
+
+
+def line(ids: Tensor, dim: int) -> Tensor:
+    """Ids along one dim, at the first position of the others."""
+    for other in range(ids.ndim):
+        if other != dim:
+            ids = ids.narrow(other, 0, 1)
+    return ids.reshape(-1)
 
 
 def concatenate(ledger: Ledger, event: Event) -> None:

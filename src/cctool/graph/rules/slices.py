@@ -10,7 +10,8 @@ from torch import Tensor
 from cctool.graph.execution import Event
 from cctool.graph.ledger import Ledger, canonical, compact, varying
 from cctool.graph.rules.layers import equal_pieces
-from cctool.graph.rules.shapes import replay
+from cctool.graph.rules.shapes import line, replay
+from cctool.graph.widths import Width
 
 EQUAL_PIECES = "the pieces have different widths: after a cut they would be split elsewhere"
 
@@ -21,16 +22,37 @@ def _first_piece(ledger: Ledger, ids: Tensor, dim: int, width: int) -> Tensor:
     return equal_pieces(ledger, split, dim).squeeze(dim)
 
 
+def _sizes(event: Event) -> Any:
+    """Sizes of the pieces as given to `split`: one for all, or a list; None for other functions."""
+    if event.name not in ("split", "split_with_sizes"):
+        return None
+    names = ("split_size_or_sections", "split_size", "split_sizes")
+    given = [event.kwargs[name] for name in names if name in event.kwargs]
+    return event.args[1] if len(event.args) > 1 else given[0]
+
+
+def _sizes_move(ledger: Ledger, event: Event, ids: Tensor, dim: int) -> bool:
+    """Whether a list gives each piece its size by a width, so that each piece can be cut by itself."""
+    sizes = _sizes(event)
+    if not isinstance(sizes, (tuple, list)) or not all(isinstance(size, Width) for size in sizes):
+        return False
+    runs = torch.split(line(ids, dim), [int(size) for size in sizes])
+    moved = [ledger.sized(run, size) for size, run in zip(sizes, runs, strict=True)]
+    return all(moved)
+
+
 def pieces(ledger: Ledger, event: Event) -> None:
     """`chunk`, `split`, `tensor_split` along channels: position j of equal pieces goes together."""
     source = event.args[0] if event.args else event.kwargs["tensor"]
     ids, results = ledger.of(source), list(event.result)
     dim = event.kwargs.get("dim", event.args[2] if len(event.args) > 2 else 0) % ids.ndim
-    if dim in varying(ids):
+    if dim in varying(ids) and not _sizes_move(ledger, event, ids, dim):
         widths = {result.shape[dim] for result in results}
         if len(widths) == 1:
-            width = widths.pop()
-            first = _first_piece(ledger, ids, dim, width)
+            first = _first_piece(ledger, ids, dim, widths.pop())
+            size = _sizes(event)
+            if isinstance(size, Width):
+                ledger.sized(first, size)
             for result in results:
                 ledger.set(result, first.expand(result.shape))
             return
@@ -55,7 +77,8 @@ def narrow(ledger: Ledger, event: Event) -> None:
     _, dim, start, length = (*event.args, *event.kwargs.values())[:4]
     ids = ledger.of(event.args[0])
     whole = [slice(None)] * (dim % ids.ndim)
-    _index(ledger, event, ids, (*whole, slice(int(start), int(start) + int(length))))
+    stop = length if int(start) == 0 else int(start) + int(length)
+    _index(ledger, event, ids, (*whole, slice(start if isinstance(start, Width) else int(start), stop)))
 
 
 def getitem(ledger: Ledger, event: Event) -> None:
@@ -96,11 +119,26 @@ def _cut_by_index(ledger: Ledger, ids: Tensor, dim: int, item: int | slice) -> T
     width = len(range(start, stop, step))
     if width == size and step == 1:
         return ids
+    if step == 1 and _bounds_move(ledger, ids, dim, item):
+        return ids.narrow(dim, start, width)
     if step == 1 and width and size % width == 0 and start % width == 0:
         first = _first_piece(ledger, ids, dim, width)
         return first.expand([width if d == dim else n for d, n in enumerate(ids.shape)])
     ledger.freeze(ids, f"channels {start}:{stop}:{step} are sliced out by number")
     return ids[tuple([slice(None)] * dim + [item])]
+
+
+def _bounds_move(ledger: Ledger, ids: Tensor, dim: int, item: slice) -> bool:
+    """Whether each bound of a slice is an end of the dim or a width, which will be right after a cut."""
+    channels = line(ids, dim)
+    inner: list[tuple[Width, Tensor]] = []
+    for bound in (item.start, item.stop):
+        if isinstance(bound, Width) and 0 < abs(bound) < len(channels):
+            inner.append((bound, channels[:bound] if bound > 0 else channels[bound:]))
+        elif bound is not None and 0 != bound < len(channels):
+            return False
+    moved = [ledger.sized(part, bound) for bound, part in inner]
+    return bool(moved) and all(moved)
 
 
 def _fancy(ledger: Ledger, event: Event, ids: Tensor, index: tuple[Any, ...]) -> None:

@@ -1,0 +1,107 @@
+"""How long one forward pass takes, measured.
+
+Machines are shared and clocks change, so what is worth quoting is the ratio of two networks that took turns;
+`compare` gives it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cctool.graph.execution import blaming_the_size, in_mode
+
+__all__ = ["Latency", "compare", "measure_latency"]
+
+_WARM_UP = 2
+_FEWEST, _MOST = 3, 50
+_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one forward pass in evaluation mode.
+
+    Attributes:
+        milliseconds: median of all runs.
+        fastest: of all runs, in milliseconds.
+        runs: how many were timed.
+        batch: inputs at a time.
+        device: as torch names it.
+        threads: that torch computes with on the CPU.
+    """
+
+    milliseconds: float
+    fastest: float
+    runs: int
+    batch: int
+    device: str
+    threads: int
+
+
+def measure_latency(
+    model: nn.Module, input_shape: Sequence[int], *, batch: int = 1, seconds: float = _SECONDS
+) -> Latency:
+    """Time a network where it lies.
+
+    Args:
+        model: any module that takes one tensor; its modes come back as they were.
+        input_shape: (C, H, W) of one input.
+        batch: inputs at a time.
+        seconds: about how long to measure, at least 3 runs and at most 50.
+
+    Raises:
+        ArchitectureError: if it does not run on such inputs.
+    """
+    return compare([model], input_shape, batch=batch, seconds=seconds)[0]
+
+
+def compare(
+    models: Sequence[nn.Module], input_shape: Sequence[int], *, batch: int = 1, seconds: float = _SECONDS
+) -> tuple[Latency, ...]:
+    """Time several networks on one device, taking turns, so that their ratios can be trusted.
+
+    Arguments and errors as `measure_latency`; `seconds` is for each of the networks.
+    """
+    device = next((parameter.device for parameter in models[0].parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    dtype = next((p.dtype for p in models[0].parameters() if p.is_floating_point()), torch.float32)
+    images = torch.randn(batch, *input_shape, generator=generator).to(device, dtype)
+    times: list[list[float]] = [[] for _ in models]
+    for turn in range(_WARM_UP + _MOST):
+        for found, model in zip(times, models, strict=True):
+            elapsed = _once(model, images, input_shape)
+            if turn >= _WARM_UP:
+                found.append(elapsed)
+        if len(times[0]) >= _FEWEST and all(sum(found) >= seconds for found in times):
+            break
+    return tuple(
+        Latency(
+            milliseconds=1000 * statistics.median(found),
+            fastest=1000 * min(found),
+            runs=len(found),
+            batch=batch,
+            device=str(device),
+            threads=torch.get_num_threads(),
+        )
+        for found in times
+    )
+
+
+def _once(model: nn.Module, images: Tensor, input_shape: Sequence[int]) -> float:
+    with blaming_the_size(input_shape), in_mode(model, training=False):
+        _wait(images.device)
+        start = time.perf_counter()
+        model(images)
+        _wait(images.device)
+        return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,117 @@
+"""What a network costs, before and after a cut, and the counters that a target's search asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cctool.analysis.latency import Latency, compare, measure_latency
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.errors import ArchitectureError
+from cctool.graph import cost
+from cctool.operations.context import Context
+from cctool.operations.masking import cut_stored
+from cctool.operations.sizes import measure
+from cctool.options.prune import PruneOptions
+from cctool.options.prune_parts import Quantity
+from cctool.pruning.surgery import CutPlan, copy_with, cut_tensor
+from cctool.pruning.targets import sketch
+
+__all__ = ["Costs", "costs_of", "counter"]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a network costs.
+
+    Attributes:
+        parameters: scalar ones.
+        macs: multiply-accumulates of one input; None where the network does not run on its input shape.
+        bytes: of all tensors as they are stored.
+        latency: of one input, measured; None where it does not run.
+    """
+
+    parameters: int
+    macs: int | None
+    bytes: int
+    latency: Latency | None
+
+
+def costs_of(checkpoint: Checkpoint) -> Costs:
+    """Count and time a checkpoint's network where it lies."""
+    size = measure(checkpoint)
+    try:
+        latency: Latency | None = measure_latency(checkpoint.model, checkpoint.spec.input_shape)
+    except ArchitectureError:
+        latency = None
+    return Costs(size.parameters, size.macs, size.bytes or 0, latency)
+
+
+def counter(
+    quantity: Quantity, checkpoint: Checkpoint, options: PruneOptions, context: Context
+) -> Callable[[CutPlan], float]:
+    """Give the function that says what a checkpoint's network costs after a cut.
+
+    Args:
+        quantity: what is counted: multiply-accumulates of one input, parameters, bytes as stored, or
+            microseconds of one input.
+        checkpoint: before the cut.
+        options: whether fine-tuning will store all tensors dense.
+        context: knows the encodings.
+    """
+    if quantity is Quantity.MACS:
+        shape = checkpoint.spec.input_shape
+        return lambda plan: float(cost.measure(sketch(checkpoint.model, plan), shape).total.macs)
+    if quantity is Quantity.PARAMS:
+        return lambda plan: float(sum(p.numel() for p in sketch(checkpoint.model, plan).parameters()))
+    if quantity is Quantity.BYTES:
+        dense = bool(options.finetune_epochs or options.rewind or options.from_scratch)
+        stored = {} if dense and not options.keep_storage else checkpoint.stored
+        return lambda plan: float(_bytes(checkpoint, stored, plan, context))
+    return _latency_counter(checkpoint)
+
+
+def _bytes(
+    checkpoint: Checkpoint, stored: Mapping[str, EncodedTensor], plan: CutPlan, context: Context
+) -> int:
+    seen: set[int] = set()
+    total = 0
+    small = cut_stored(stored, plan, context)
+    for name, tensor in checkpoint.model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor) or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if name in small:
+            for part in small[name].parts.values():
+                if id(part) not in seen:
+                    seen.add(id(part))
+                    total += part.numel() * part.element_size()
+            continue
+        numbers = tensor.numel()
+        for cut in plan.tensors.get(name, ()):
+            numbers = numbers // cut.size * cut.keep.numel()
+        total += numbers * tensor.element_size()
+    return total
+
+
+def _latency_counter(checkpoint: Checkpoint) -> Callable[[CutPlan], float]:
+    """Time the cut network in turn with the dense one: the ratio stands where the machine's speed drifts."""
+    model, shape = checkpoint.model, checkpoint.spec.input_shape
+    before = 1000 * measure_latency(model, shape).milliseconds
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    def microseconds(plan: CutPlan) -> float:
+        if not plan.tensors:
+            return before
+        small = {
+            name: cut_tensor(tensors[name].detach(), cuts)
+            for name, cuts in plan.tensors.items()
+            if name in tensors
+        }
+        dense, cut = compare([model, copy_with(model, small, plan)], shape)
+        return before * cut.milliseconds / dense.milliseconds
+
+    return microseconds

@@ -1,0 +1,124 @@
+"""How much must go for the network to cost no more than a limit: bisection on the true counter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from cctool.errors import PruningError
+from cctool.pruning.selection import Order
+from cctool.pruning.surgery import CutPlan, copy_with
+
+__all__ = ["Reached", "Trial", "fewest_removed", "sketch"]
+
+_NEAR = 0.005
+_MOST_OTHERS = 24
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One network that a search looked at.
+
+    Attributes:
+        removed: units of the order that went, before widths were rounded.
+        cost: what it costs, in the target's own unit.
+    """
+
+    removed: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Where a search ended.
+
+    Attributes:
+        counts: kept units of each family, by its number, of the network that was chosen.
+        chosen: that network, which costs no more than the limit.
+        above: the one with a unit less removed, which costs more; None where nothing had to go.
+        trials: all that were looked at, in order.
+    """
+
+    counts: Mapping[int, int]
+    chosen: Trial
+    above: Trial | None
+    trials: tuple[Trial, ...]
+
+
+def fewest_removed(
+    ordered: Order, cost: Callable[[Mapping[int, int]], float], limit: float, what: str
+) -> Reached:
+    """Find the smallest number of units whose removal brings the cost to the limit or below.
+
+    Where the last of them overshoots the limit by more than a two-hundredth, the next unit of another family
+    goes in its place, if that lands nearer.
+
+    Args:
+        ordered: the units that may go, from the first to the last.
+        cost: of the network with these kept counts; it must not grow when more units go.
+        limit: what it may cost.
+        what: the target in words, for the error.
+
+    Raises:
+        PruningError: even without all of them it costs more.
+    """
+    trials: list[Trial] = []
+
+    def seen(removed: int, counts: Mapping[int, int]) -> Trial:
+        trials.append(Trial(removed, cost(counts)))
+        return trials[-1]
+
+    def look(removed: int) -> Trial:
+        return seen(removed, ordered.counts(removed))
+
+    low, high = look(0), None
+    if low.cost <= limit:
+        return Reached(ordered.counts(0), low, None, tuple(trials))
+    dense = low.cost
+    high = look(len(ordered.owners))
+    if high.cost > limit:
+        raise PruningError(
+            f"{what} cannot be reached: the network costs {low.cost:,.0f} now, and {high.cost:,.0f} "
+            f"({high.cost / low.cost:.1%}) with all gone that may go; frozen and excluded widths, --round-to "
+            "and --min-channels keep the rest"
+        )
+    while high.removed - low.removed > 1:
+        middle = look((low.removed + high.removed) // 2)
+        if middle.cost > limit:
+            low = middle
+        else:
+            high = middle
+    counts: Mapping[int, int] = ordered.counts(high.removed)
+    if limit - high.cost > _NEAR * dense:
+        for other in _others(ordered, low.removed):
+            trial = seen(high.removed, other)
+            if high.cost < trial.cost <= limit:
+                high, counts = trial, other
+    return Reached(counts, high, low, tuple(trials))
+
+
+def _others(ordered: Order, removed: int) -> Iterator[dict[int, int]]:
+    """Counts with one unit more gone than the first `removed`: that of each family which comes next."""
+    ahead = ordered.owners[removed + 1 :].tolist()
+    for number in list(dict.fromkeys(ahead))[:_MOST_OTHERS]:
+        counts = ordered.counts(removed)
+        counts[number] -= 1
+        yield counts
+
+
+def sketch(model: nn.Module, plan: CutPlan) -> nn.Module:
+    """A network of the widths that a plan leaves, for counting: its tensors are views of the dense ones.
+
+    It computes nothing of use, but costs no memory.
+    """
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    narrow = {}
+    for name, cuts in plan.tensors.items():
+        if name in tensors:
+            view = tensors[name].detach()
+            for cut in cuts:
+                view = view.narrow(cut.dim, 0, cut.keep.numel())
+            narrow[name] = view
+    return copy_with(model, narrow, plan)
