@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from cctool.checkpoint.build import build_fresh
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits import THIN, thin_edits
+from cctool.checkpoint.masks import MASK, add_masks, mask_name, with_masks
 from cctool.checkpoint.spec import ModelSpec, Step
 from cctool.checkpoint.tables import Tables
 from cctool.errors import ArchitectureError
+from cctool.quantization.masked import Inner, encode_masked
 from cctool.quantization.storage import ENCODINGS
 
 
@@ -158,7 +160,7 @@ def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-TABLES = Tables(build=_build, edits={"thin": THIN}, encodings=ENCODINGS)
+TABLES = Tables(build=_build, edits={"thin": THIN, "mask": MASK}, encodings=ENCODINGS)
 INPUT = torch.linspace(-1, 1, 2 * 36).reshape(2, 1, 6, 6)
 STEP = Step(verb="train", options={"lr": 0.1, "data": None}, seed=3, notes=("änderung",))
 
@@ -186,6 +188,18 @@ def quantized(checkpoint: Checkpoint, encoding: str, **parameters: Any) -> Check
                 value.copy_(method.decode(by_place[value.data_ptr()]))
             stored[name] = by_place[value.data_ptr()]
     return replace(checkpoint, stored=stored)
+
+
+def masked(checkpoint: Checkpoint, masks: Mapping[str, Tensor], inner: Inner | None = None) -> Checkpoint:
+    """The checkpoint with these masks, all of them stored as bits and their weights without the zeros."""
+    add_masks(checkpoint.model, masks)
+    stored, state = {}, checkpoint.model.state_dict()
+    for name, mask in masks.items():
+        stored[mask_name(name)] = ENCODINGS["bits"].encode(mask, {})
+        bits = stored[mask_name(name)].parts["bits"]
+        stored[name] = encode_masked(state[name], mask, inner, bits)
+        state[name].copy_(ENCODINGS["masked"].decode(stored[name]))
+    return replace(checkpoint, spec=with_masks(checkpoint.spec, checkpoint.model), stored=stored)
 
 
 def cut(checkpoint: Checkpoint, keep: Tensor) -> Checkpoint:

@@ -15,7 +15,7 @@ from cctool.errors import TrainingError, UsageError
 from cctool.models import registry
 from cctool.operations import distill, pipeline
 from cctool.operations.composition import tables
-from cctool.operations.distill import Teacher
+from cctool.operations.teaching import Teacher
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.distill import PRESETS, DistillOptions, DistillPreset
 from cctool.options.fit import FitOptions

@@ -69,7 +69,7 @@ def test_the_rate_counts_units(student: Path) -> None:
 
 @pytest.mark.parametrize("method", list(PruneMethod))
 def test_every_method_prunes_and_records(student: Path, method: PruneMethod) -> None:
-    checkpoint = pruned(student, method=method, rate=0.5)
+    checkpoint = pruned(student, method=method, rate=0.5, samples=16, data=DIGITS)
     step = checkpoint.history[-1]
     assert step.options["method"] == method.value
     assert step.before is not None
@@ -199,7 +199,7 @@ def test_a_plan_writes_nothing_and_agrees_with_the_cut(student: Path) -> None:
     request = pipeline.Request("prune", str(student))
     (report,) = pipeline.read(prune.plan, PruneOptions(rate=0.5), request)
     assert sorted(path.name for path in student.parent.iterdir()) == ["student.pt"]
-    assert report.parameters_after == parameters(pruned(student, rate=0.5))
+    assert report.cut.parameters_after == report.after.parameters == parameters(pruned(student, rate=0.5))
 
 
 def test_a_network_without_removable_channels_is_a_clear_error(tmp_path: Path) -> None:

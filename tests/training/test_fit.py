@@ -414,3 +414,15 @@ def test_channels_last_is_used_where_the_network_takes_it(shape: tuple[int, ...]
         )
     )
     assert watching.formats[-1] == (shape is not None)
+
+
+def test_a_strided_convolution_of_few_channels_trains_and_leaves_memory_whole() -> None:
+    # Channels last, torch 2.14.1 would end the process with a corrupted heap.
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.Conv2d(4, 8, 1, stride=2, bias=False),
+        nn.Flatten(),
+        nn.Linear(128, 3),
+    )
+    fit(task(model, input_shape=(1, 8, 8)))
+    assert model[1].weight.is_contiguous()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cctool.analysis.sparsity import weights
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.masks import masks_of
 from cctool.graph.cost import CountedCall, ModelCost
 from cctool.graph.trace import Call, Shape
 
@@ -41,6 +42,7 @@ class Totals:
         elementwise_ops: elements of other arithmetic.
         bytes: of the tensors as the file stores them, tied ones once.
         nonfinite: elements that are NaN or infinite.
+        masked: elements of all parameters that a mask holds at zero.
     """
 
     parameters: int = 0
@@ -55,6 +57,7 @@ class Totals:
     elementwise_ops: int = 0
     bytes: int = 0
     nonfinite: int = 0
+    masked: int = 0
 
     @property
     def sparsity(self) -> float | None:
@@ -99,12 +102,14 @@ class LayerTable:
         totals: their sum.
         uncounted: functions that have no counting rule, with the number of their calls.
         unused: layers with parameters that the pass never touched.
+        masked: layers with parameters that have a mask.
     """
 
     layers: tuple[Layer, ...]
     totals: Totals
     uncounted: Mapping[str, int] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    masked: tuple[str, ...] = ()
 
 
 def tabulate(checkpoint: Checkpoint, cost: ModelCost) -> LayerTable:
@@ -126,12 +131,14 @@ def tabulate(checkpoint: Checkpoint, cost: ModelCost) -> LayerTable:
         if any(call.cost for call in called.get(name, ())) or name in tensors
     ]
     owned = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    masked = dict.fromkeys(name.rpartition(".")[0] or ROOT for name in masks_of(model))
     touched = {name.rpartition(".")[0] for name in cost.touched}
     return LayerTable(
         layers=tuple(rows),
         totals=sum((row.sums for row in rows), Totals()),
         uncounted=dict(cost.uncounted),
         unused=tuple(row.name for row in rows if row.name in owned - touched and not row.calls),
+        masked=tuple(masked),
     )
 
 
@@ -187,6 +194,7 @@ def _tensor_sums(checkpoint: Checkpoint) -> dict[str, Totals]:
     model = checkpoint.model
     counted = {name for name, _ in model.named_parameters()}
     weighty = {name for name, _, _ in weights(model)}
+    masks = masks_of(model)
     sums: dict[str, Totals] = {}
     seen: set[int] = set()
     for name, value in model.state_dict().items():
@@ -199,6 +207,7 @@ def _tensor_sums(checkpoint: Checkpoint) -> dict[str, Totals]:
             zeros=int((value == 0).sum()) if name in weighty else 0,
             bytes=size,
             nonfinite=int((~value.isfinite()).sum()) if size and value.is_floating_point() else 0,
+            masked=int((~masks[name]).sum()) if name in masks else 0,
         )
         owner = name.rpartition(".")[0]
         sums[owner] = sums.get(owner, Totals()) + found

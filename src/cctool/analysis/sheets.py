@@ -55,6 +55,7 @@ LAYER_COLUMNS = (
         complement("nonzeros", "weights_volume"),
     ),
     _count("nonzeros", "Non-zero weights", "Weights that are not zero."),
+    _count("masked", "Masked", "Parameters that a mask holds at zero, while training too."),
     _count("bytes", "Bytes", "Of the tensors as the checkpoint stores them, without names and headers."),
     _count("nonfinite", "NaN or inf", "Elements that are NaN or infinite."),
 )
@@ -157,6 +158,7 @@ def _layer_row(layer: Layer) -> tuple[Cell, ...]:
         sums.elementwise_ops,
         layer.sparsity,
         sums.weights - sums.zeros,
+        sums.masked,
         sums.bytes,
         sums.nonfinite,
     )
@@ -184,5 +186,6 @@ def _counting_notes(table: LayerTable, check: CrossCheck) -> Notes:
         ("Unit", "One multiply-accumulate (MAC) is one multiplication and one addition: two FLOPs."),
         ("Not counted", uncounted or "Nothing: every function of the pass has a rule, or only moves data."),
         ("Never run", ", ".join(table.unused) or "Nothing: the pass touched every parameter."),
+        ("Masked layers", ", ".join(table.masked) or "None."),
         ("Cross-check with thop", compared),
     )

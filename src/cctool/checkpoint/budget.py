@@ -10,7 +10,8 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -24,7 +25,7 @@ from cctool.checkpoint.payload import place
 from cctool.checkpoint.spec import ModelSpec
 from cctool.errors import SpecError
 
-__all__ = ["TOO_LARGE", "BoundedFactories", "Budget", "registering"]
+__all__ = ["TOO_LARGE", "BoundedFactories", "Budget", "Register", "registering", "registering_by"]
 
 TOO_LARGE = "the spec asks for a much larger network than the tensors of the file can fill"
 
@@ -39,6 +40,9 @@ _SMALLEST_LIMIT = 2**24
 # One stored byte may hold several packed weights, and a codebook one of very few.
 _PACKED_PER_BYTE = 16
 _PATCHING = threading.RLock()
+
+Register = Callable[..., None]
+"""(module, name, tensor, ...) -> None, as `nn.Module.register_parameter` is."""
 
 
 class Budget:
@@ -109,12 +113,22 @@ class BoundedFactories(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
-def registering(budget: Budget, *, meta: bool) -> Iterator[None]:
+def registering(budget: Budget, *, meta: bool) -> AbstractContextManager[None]:
     """Count what modules register, and put their parameters on the meta device if ``meta``."""
+    return registering_by(partial(_counted, budget, meta))
+
+
+@contextmanager
+def registering_by(make: Callable[[Register, Register], tuple[Register, Register]]) -> Iterator[None]:
+    """Let other functions stand for `nn.Module.register_parameter` and `register_buffer`.
+
+    Args:
+        make: the two methods -> what stands for them meanwhile, for every thread: they must let the
+            registrations of threads other than the caller's pass.
+    """
     with _PATCHING:
         register_parameter, register_buffer = nn.Module.register_parameter, nn.Module.register_buffer
-        parameter, buffer = _counted(budget, meta, register_parameter, register_buffer)
+        parameter, buffer = make(register_parameter, register_buffer)
         nn.Module.register_parameter = parameter  # type: ignore[method-assign]
         nn.Module.register_buffer = buffer  # type: ignore[method-assign]
         try:
@@ -125,8 +139,8 @@ def registering(budget: Budget, *, meta: bool) -> Iterator[None]:
 
 
 def _counted(
-    budget: Budget, meta: bool, register_parameter: Callable[..., None], register_buffer: Callable[..., None]
-) -> tuple[Callable[..., None], Callable[..., None]]:
+    budget: Budget, meta: bool, register_parameter: Register, register_buffer: Register
+) -> tuple[Register, Register]:
     builder = threading.get_ident()
     moved: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}
 

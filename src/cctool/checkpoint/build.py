@@ -16,11 +16,11 @@ from torch.nn.parameter import is_lazy
 from cctool.checkpoint.budget import TOO_LARGE, BoundedFactories, Budget, registering
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.payload import as_bytes, place
-from cctool.checkpoint.spec import ModelSpec
-from cctool.checkpoint.tables import Tables
+from cctool.checkpoint.spec import Edit, ModelSpec
+from cctool.checkpoint.tables import EditKind, Tables
 from cctool.errors import SpecError
 
-__all__ = ["assemble", "build_fresh", "instantiate", "refuse_misfit"]
+__all__ = ["assemble", "build_fresh", "check_edits", "instantiate", "refuse_misfit"]
 
 
 def build_fresh(spec: ModelSpec, tables: Tables) -> nn.Module:
@@ -81,6 +81,25 @@ def _kept_meta(model: nn.Module) -> bool:
 
 
 def _apply_edits(model: nn.Module, spec: ModelSpec, tables: Tables) -> nn.Module:
+    for kind, edit in _edits(spec, tables):
+        kind.apply(model, edit)
+    return model
+
+
+def check_edits(model: nn.Module, spec: ModelSpec, tables: Tables) -> None:
+    """Compare the tensors that `assemble` gave a module with what its edits say of their values.
+
+    Raises:
+        CorruptCheckpointError: if they contradict each other.
+    """
+    for kind, edit in _edits(spec, tables):
+        if kind.check is not None:
+            kind.check(model, edit)
+
+
+def _edits(spec: ModelSpec, tables: Tables) -> list[tuple[EditKind, Edit]]:
+    """Validated edits in the order in which they are applied."""
+    found = []
     for data in spec.edits:
         kind = tables.edits.get(str(data.get("kind")))
         if kind is None:
@@ -92,8 +111,8 @@ def _apply_edits(model: nn.Module, spec: ModelSpec, tables: Tables) -> nn.Module
             edit = kind.record.model_validate(data)
         except ValidationError as error:
             raise SpecError(f"edit {data.get('kind')!r} is malformed: {_first(error)}") from None
-        kind.apply(model, edit)
-    return model
+        found.append((kind, edit))
+    return sorted(found, key=lambda pair: pair[0].order)
 
 
 def _first(error: ValidationError) -> str:

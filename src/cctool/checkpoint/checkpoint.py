@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from cctool.checkpoint.atomic import write_atomically
-from cctool.checkpoint.build import assemble, instantiate, refuse_misfit
+from cctool.checkpoint.build import assemble, check_edits, instantiate, refuse_misfit
 from cctool.checkpoint.checksum import verify_checksum
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.foreign import bare_tensors, match_names, read_foreign
+from cctool.checkpoint.masks import derived_masks
 from cctool.checkpoint.payload import Payload, ResumeState, content_hash, tensor_digests
 from cctool.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from cctool.checkpoint.spec import History, ModelSpec, Parent, Step
@@ -147,14 +148,18 @@ def build(opened: Opened, spec: ModelSpec, tables: Tables) -> Checkpoint:
     if opened.payload is None:
         tensors: dict[str, Tensor] = dict(opened.tensors or {})
         model = instantiate(spec, tables, tensors)
-        return Checkpoint(assemble(model, match_names(model, tensors)), spec, origin=opened.origin)
+        named = match_names(model, tensors)
+        assembled = assemble(model, named | derived_masks(model, named))
+        check_edits(assembled, spec, tables)
+        return Checkpoint(assembled, spec, origin=opened.origin)
     stored = {k: v for k, v in opened.payload.tensors.items() if isinstance(v, EncodedTensor)}
     model = instantiate(spec, tables, opened.payload.tensors)
     # Before anything is decoded, for decoding allocates what the shapes say.
     refuse_misfit(model, {name: value.shape for name, value in opened.payload.tensors.items()})
-    decoded = _decode(opened.payload.tensors, tables)
+    assembled = assemble(model, _decode(opened.payload.tensors, tables))
+    check_edits(assembled, spec, tables)
     return Checkpoint(
-        model=assemble(model, decoded),
+        model=assembled,
         spec=spec,
         history=opened.payload.history.steps,
         stored=stored,

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from cctool.checkpoint.masks import mask_buffers
 from cctool.checkpoint.spec import MAX_DIMENSION, Dimension, Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
 from cctool.errors import SpecError
@@ -41,13 +42,16 @@ def thinned(
     Args:
         spec: of the model before this cut.
         model: the model after it.
-        shapes: qualified names of the parameters and buffers that were cut.
+        shapes: qualified names of the parameters and buffers that were cut; masks among them are left out.
         attributes: (module name, attribute) pairs that were changed.
     """
     earlier = [Thin.model_validate(edit) for edit in spec.edits if edit.get("kind") == "thin"]
     names = [f"{edit.module}.{leaf}" if edit.module else leaf for edit in earlier for leaf in edit.shapes]
     pairs = [(edit.module, attribute) for edit in earlier for attribute in edit.attributes]
-    return spec.with_edits(thin_edits(model, [*names, *shapes], [*pairs, *attributes]))
+    # A mask follows its parameter, and is not there yet when thin edits are applied.
+    masks = mask_buffers(model)
+    cut = [name for name in shapes if name not in masks]
+    return spec.with_edits(thin_edits(model, [*names, *cut], [*pairs, *attributes]))
 
 
 def thin_edits(

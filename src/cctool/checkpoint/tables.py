@@ -25,10 +25,16 @@ class EditKind:
     Attributes:
         record: pydantic model of the edit.
         apply: changes the freshly built module in place; its parameters may be on the meta device.
+        order: edits are applied from the lowest to the highest, in whatever order they were recorded: what
+            says how large tensors are comes before what lies beside them.
+        check: raises CorruptCheckpointError where the assigned tensors contradict the edit; None checks
+            nothing.
     """
 
     record: type[Edit]
     apply: Callable[[nn.Module, Any], None]
+    order: int = 0
+    check: Callable[[nn.Module, Any], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,7 @@ def _show(console: Console, report: Any, talk: bool) -> None:
 _SUMS = {
     "parameters": "parameters",
     "macs": "MACs",
+    "effective_macs": "effective MACs",
     "matmul_macs": "matmul MACs",
     "norm_ops": "norm ops",
     "activation_ops": "activation ops",
@@ -125,12 +126,16 @@ _SUMS = {
     "elementwise_ops": "elementwise ops",
     "bytes": "bytes",
     "nonfinite": "NaN or inf",
+    "masked": "masked",
 }
-_RARE = ("matmul_macs", "nonfinite")
+_RARE = ("matmul_macs", "nonfinite", "masked")
 
 
 def _layers(table: Any) -> tuple[list[str], list[tuple[object, ...]]]:
-    shown = [key for key in _SUMS if key not in _RARE or getattr(table.totals, key)]
+    totals = table.totals
+    shown = [key for key in _SUMS if key not in _RARE or getattr(totals, key)]
+    if totals.effective_macs == totals.macs:
+        shown.remove("effective_macs")
     headers = ["layer", "type", "settings", "input", "output", *map(_SUMS.__getitem__, shown), "sparsity %"]
 
     def numbers(sums: Any) -> list[object]:
@@ -148,7 +153,7 @@ def _layers(table: Any) -> tuple[list[str], list[tuple[object, ...]]]:
         )
         for layer in table.layers
     ]
-    return headers, [*rows, ("total", "", "", "", "", *numbers(table.totals))]
+    return headers, [*rows, ("total", "", "", "", "", *numbers(totals))]
 
 
 def _size(shape: tuple[int, ...] | None) -> str:
@@ -165,6 +170,8 @@ def _remarks(report: Any) -> list[str]:
         remarks.append(
             f"effective MACs: {totals.effective_macs:,} of {totals.macs:,}, without those of zero weights"
         )
+    if layers.masked:
+        remarks.append(f"masked, and kept so by training: {', '.join(layers.masked)}")
     if layers.uncounted:
         named = ", ".join(f"{name} ({calls} calls)" for name, calls in layers.uncounted.items())
         remarks.append(f"not counted, there is no rule: {named}")

@@ -1,4 +1,4 @@
-"""`cctool prune`: the signature of the command, its plan and its report."""
+"""`cctool prune`: the signature of the command, and from it the options."""
 
 from __future__ import annotations
 
@@ -8,9 +8,39 @@ import typer
 
 from cctool.cli import common
 from cctool.cli.console import Console
+from cctool.cli.prune_report import print_plan, say_report
 from cctool.errors import UsageError
 from cctool.options.common import DataOptions, Precision, RuntimeOptions
-from cctool.options.prune import PruneMethod, PruneOptions, PrunePreset, Scope, StepMode, preset_options
+from cctool.options.prune import (
+    Granularity,
+    Growth,
+    Normalize,
+    PruneMethod,
+    PruneOptions,
+    PrunePreset,
+    Reduce,
+    Scope,
+    StepMode,
+    preset_options,
+)
+from cctool.options.prune_parts import (
+    Sparsifier,
+    SparsifyOptions,
+    TeacherOptions,
+    parse_block,
+    parse_pattern,
+    parse_target,
+)
+
+_RANKING = "What goes first"
+_AMOUNT = "How much goes"
+_SHAPE = "What may go"
+_TRAINING = "Training before and after"
+_OUTPUT = "Report"
+
+
+def _option(panel: str, text: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel)
 
 
 def prune(
@@ -18,54 +48,195 @@ def prune(
     source: common.Source,
     output: common.Output = None,
     method: Annotated[
-        PruneMethod, typer.Option(help="How channels are ranked; the lowest go.")
+        PruneMethod,
+        _option(
+            _RANKING,
+            "How units are ranked; the lowest go. taylor, hessian, gradient, apoz and activation look at "
+            "training images. Default: slimming for channels, l1 for weights.",
+        ),
     ] = PruneOptions.method,
-    rate: Annotated[
-        float, typer.Option(help="Fraction of the removable units to remove, in [0, 1).")
-    ] = PruneOptions.rate,
     scope: Annotated[
         Optional[Scope],  # noqa: UP045
-        typer.Option(
-            help="Rank across the network or in each family. Default: global for slimming, else local."
+        _option(
+            _RANKING,
+            "Rank across the network or in each family. Default: global for slimming, lamp, taylor and "
+            "hessian, else local.",
         ),
     ] = None,
-    round_to: Annotated[int, typer.Option(help="Keep widths that are multiples of this.")] = 1,
-    exclude: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="GLOB", help="Modules or families that keep their width; may be repeated."),
+    reduce: Annotated[
+        Optional[Reduce],  # noqa: UP045
+        _option(
+            _RANKING, "How a unit's scores in its several tensors become one. Default: the method's custom."
+        ),
     ] = None,
-    only: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="GLOB", help="Cut nothing but these; may be repeated."),
+    normalize: Annotated[
+        Optional[Normalize],  # noqa: UP045
+        _option(_RANKING, "By what a family's scores are divided. Default: the method's custom."),
+    ] = None,
+    samples: Annotated[
+        int, _option(_RANKING, "Training images that data-driven methods look at.")
+    ] = PruneOptions.samples,
+    rate: Annotated[
+        float, _option(_AMOUNT, "Fraction of the removable units (or weights) to remove, in [0, 1).")
+    ] = PruneOptions.rate,
+    target: Annotated[
+        Optional[str],  # noqa: UP045
+        _option(
+            _AMOUNT,
+            "What the network may cost: macs=0.5, params=30%, bytes=1.2MB, latency=0.6 (measured). Up to 1 "
+            "is a fraction of what comes in.",
+            metavar="QUANTITY=VALUE",
+        ),
+    ] = None,
+    max_drop: Annotated[
+        Optional[float],  # noqa: UP045
+        _option(
+            _AMOUNT, "Points of validation top-1 that may be lost; finds the largest rate.", metavar="POINTS"
+        ),
+    ] = None,
+    rates: Annotated[
+        Optional[str],  # noqa: UP045
+        _option(_AMOUNT, "Table of rates, family or layer -> rate.", metavar="FILE.csv|.json"),
     ] = None,
     keep: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="In place of --rate: fraction of each width that a step keeps, truncated."),
+        _option(_AMOUNT, "Fraction of each width that a step keeps, truncated."),
     ] = None,
+    apply_masks: Annotated[
+        bool, _option(_AMOUNT, "Cut what earlier masks left empty, and nothing else.", "--apply-masks")
+    ] = False,
+    granularity: Annotated[
+        Granularity,
+        _option(_SHAPE, "Cut channels, or mask weights: single ones, N:M, kernels, rows, columns, blocks."),
+    ] = PruneOptions.granularity,
+    pattern: Annotated[
+        Optional[str],  # noqa: UP045
+        _option(_SHAPE, "For --granularity nm: of every M inputs N stay. Default: 2:4.", metavar="N:M"),
+    ] = None,
+    block: Annotated[
+        Optional[str],  # noqa: UP045
+        _option(_SHAPE, "For --granularity block: its size. Default: 4x1.", metavar="ROWSxCOLUMNS"),
+    ] = None,
+    mask: Annotated[
+        bool, _option(_SHAPE, "Only mask the channels that would be cut; --apply-masks cuts them.", "--mask")
+    ] = False,
+    round_to: Annotated[
+        str,
+        _option(_SHAPE, "Keep widths that are multiples of this; auto: of 8 where there are that many."),
+    ] = "1",
+    min_channels: Annotated[
+        int, _option(_SHAPE, "Cut no family below so many channels.")
+    ] = PruneOptions.min_channels,
+    exclude: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        _option(_SHAPE, "Modules, tensors or families that are left alone; may be repeated.", metavar="GLOB"),
+    ] = None,
+    only: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        _option(_SHAPE, "Touch nothing but these; may be repeated.", metavar="GLOB"),
+    ] = None,
+    exact: Annotated[
+        bool,
+        _option(
+            _SHAPE,
+            "Leave widths alone over which statistics run (layer norm, attention): all else is exact.",
+            "--exact",
+        ),
+    ] = False,
     steps: Annotated[
-        int, typer.Option(help="Prune in so many steps, a checkpoint each.")
+        int, _option(_TRAINING, "Prune in so many steps, a checkpoint each.")
     ] = PruneOptions.steps,
     step_mode: Annotated[
-        StepMode, typer.Option(help="Each step starts from the source, or from the step before.")
+        StepMode, _option(_TRAINING, "Each step starts from the source, or from the step before.")
     ] = PruneOptions.step_mode,
-    finetune_epochs: Annotated[
-        int, typer.Option(help="Epochs of training after each step, with a new optimizer.")
-    ] = PruneOptions.finetune_epochs,
-    optimizer: Annotated[
-        str, typer.Option(help="Of the fine-tuning: sgd, adam, adamw or my.py:factory.")
-    ] = PruneOptions.optimizer,
-    lr: Annotated[Optional[float], typer.Option(help="Learning rate of the fine-tuning.")] = None,  # noqa: UP045
-    keep_storage: Annotated[
-        bool, typer.Option("--keep-storage", help="Store fine-tuned tensors as they were stored before.")
+    growth: Annotated[
+        Growth, _option(_TRAINING, "How the rate grows from step to step; agp: fast at first.")
+    ] = PruneOptions.growth,
+    sparsify: Annotated[
+        Optional[Sparsifier],  # noqa: UP045
+        _option(_TRAINING, "Train before the cut so that units go towards zero."),
+    ] = None,
+    sparsify_epochs: Annotated[int, _option(_TRAINING, "Epochs of that training.")] = SparsifyOptions.epochs,
+    sparsify_strength: Annotated[
+        Optional[float],  # noqa: UP045
+        _option(_TRAINING, "Weight of its penalty. Default: the method's."),
+    ] = None,
+    sparsify_lr: Annotated[
+        Optional[float],  # noqa: UP045
+        _option(_TRAINING, "Its learning rate."),
+    ] = None,
+    rewind: Annotated[
+        Optional[str],  # noqa: UP045
+        _option(_TRAINING, "Give what is left the weights of this earlier checkpoint.", metavar="CHECKPOINT"),
+    ] = None,
+    from_scratch: Annotated[
+        bool, _option(_TRAINING, "Initialise the thinned network anew: the control.", "--from-scratch")
     ] = False,
     recalibrate: Annotated[
-        int, typer.Option(metavar="N", help="Estimate batch-norm statistics again from N training images.")
+        int, _option(_TRAINING, "Estimate batch-norm statistics again from N training images.", metavar="N")
     ] = PruneOptions.recalibrate,
+    finetune_epochs: Annotated[
+        int, _option(_TRAINING, "Epochs of training after each step, with a new optimizer.")
+    ] = PruneOptions.finetune_epochs,
+    optimizer: Annotated[
+        str, _option(_TRAINING, "Of the fine-tuning: sgd, adam, adamw or my.py:factory.")
+    ] = PruneOptions.optimizer,
+    lr: Annotated[
+        Optional[float],  # noqa: UP045
+        _option(_TRAINING, "Learning rate of the fine-tuning."),
+    ] = None,
+    teacher: Annotated[
+        Optional[str],  # noqa: UP045
+        _option(
+            _TRAINING,
+            "Follow this network while fine-tuning; the input itself is a good one.",
+            metavar="CHECKPOINT",
+        ),
+    ] = None,
+    teacher_arch: Annotated[
+        Optional[str],  # noqa: UP045
+        _option(_TRAINING, "Architecture of a foreign teacher."),
+    ] = None,
+    teacher_arg: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        _option(_TRAINING, "Argument of its architecture; may be repeated.", metavar="KEY=VALUE"),
+    ] = None,
+    teacher_input: Annotated[
+        Optional[str],  # noqa: UP045
+        _option(_TRAINING, "Size of its input; images are resized to it.", metavar="CxHxW"),
+    ] = None,
+    teacher_mean: Annotated[
+        Optional[str],  # noqa: UP045
+        _option(_TRAINING, "Mean that its inputs are centred by.", metavar="M,M,M"),
+    ] = None,
+    teacher_std: Annotated[
+        Optional[str],  # noqa: UP045
+        _option(_TRAINING, "Deviation that its inputs are divided by.", metavar="S,S,S"),
+    ] = None,
+    temperature: Annotated[
+        float, _option(_TRAINING, "T of the softened outputs.")
+    ] = TeacherOptions.temperature,
+    alpha: Annotated[
+        float, _option(_TRAINING, "Weight of the teacher; the labels weigh 1 - alpha.")
+    ] = TeacherOptions.alpha,
+    keep_storage: Annotated[
+        bool,
+        _option(_TRAINING, "Store fine-tuned tensors as they were stored before.", "--keep-storage"),
+    ] = False,
     preset: Annotated[
         Optional[PrunePreset],  # noqa: UP045
         typer.Option(help="Set the options as a published method did; options that you give stand."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, _option(_OUTPUT, "Print the plan and write no checkpoint.", "--dry-run")
+    ] = False,
+    plot: Annotated[
+        bool, _option(_OUTPUT, "Draw the kept widths beside the product (.widths.png).", "--plot")
+    ] = False,
+    plot_file: Annotated[
+        Optional[str],  # noqa: UP045
+        _option(_OUTPUT, "Draw them into this file: .png, .svg or .pdf.", metavar="PATH"),
+    ] = None,
     data: common.Data = None,
     val_data: common.ValData = None,
     test_data: common.TestData = None,
@@ -89,104 +260,140 @@ def prune(
     quiet: common.Quiet = False,
     debug: common.Debug = False,
 ) -> None:
-    """Remove channels physically; what is left computes what the masked network would.
+    """Remove channels physically, or mask weights; what is left computes what the masked network would.
 
     Example: cctool prune student.pt --method slimming --rate 0.5
+
+    Example: cctool prune student.pt --method l2 --target macs=0.5 --finetune-epochs 10
     """
-    given: dict[str, Any] = {
-        "method": method,
-        "rate": rate,
-        "scope": scope,
-        "round_to": round_to,
-        "exclude": tuple(exclude or ()),
-        "only": tuple(only or ()),
-        "keep": keep,
-        "steps": steps,
-        "step_mode": step_mode,
-        "finetune_epochs": finetune_epochs,
-        "optimizer": optimizer,
-        "lr": lr,
-        "keep_storage": keep_storage,
-        "recalibrate": recalibrate,
-    }
-    if preset is not None:
-        given = {name: value for name, value in given.items() if common.is_given(context, name)}
-    options = preset_options(
-        preset,
-        **given,
-        data=common.data_options(data, val_data, test_data, batch_size, workers, limit),
-    )
-    _refuse_idle(context, options)
-    console = Console(quiet=quiet, as_json=as_json, debug=debug)
+    values = dict(locals())
+    options = _options(context, values)
+    _refuse_idle(context, options, values)
     invocation = common.Invocation(
         verb="prune",
-        console=console,
+        console=Console(quiet=quiet, as_json=as_json, debug=debug),
         source=source,
         output=output,
         force=force,
         allow_nonfinite=allow_nonfinite,
         model=common.model_options(arch, arg, input_shape, mean, std, spec, trust_pickle),
         runtime=RuntimeOptions(device, precision, seed, deterministic),
-        user_code=(data, val_data, test_data, optimizer),
+        user_code=(data, val_data, test_data, optimizer, teacher_arch),
     )
     if dry_run:
-        _print_plan(invocation, options)
+        from cctool.operations.prune import plan
+
+        print_plan(invocation.console, invocation.read(plan, options))
     else:
         from cctool.operations.prune import run
 
-        invocation.write(run, options, _report)
+        invocation.write(run, options, say_report)
 
 
-def _refuse_idle(context: typer.Context, options: PruneOptions) -> None:
-    """Refuse what stands on the command line and would change nothing."""
-    if options.keep is not None and common.is_given(context, "rate"):
-        origin = f"--preset {options.preset} sets --keep" if options.preset else "--keep is given"
-        raise UsageError(f"{origin}, which takes the place of --rate: give one of them")
-    if not options.finetune_epochs:
-        idle = [f"--{name}" for name in ("optimizer", "lr") if common.is_given(context, name)]
-        if idle:
-            raise UsageError(f"{', '.join(idle)}: nothing is fine-tuned; --finetune-epochs says for how long")
+_PLAIN = (
+    "method", "rate", "scope", "reduce", "normalize", "samples", "granularity", "mask", "apply_masks",
+    "max_drop", "rates", "min_channels", "keep", "exact", "steps", "step_mode", "growth", "finetune_epochs",
+    "optimizer", "lr", "rewind", "from_scratch", "keep_storage", "recalibrate", "plot", "plot_file",
+)  # fmt: skip
 
 
-def _print_plan(invocation: common.Invocation, options: PruneOptions) -> None:
-    from cctool.operations.prune import plan
-
-    reports = invocation.read(plan, options)
-    console = invocation.console
-    for step, report in enumerate(reports, start=1):
-        console.table(
-            f"step {step} of {len(reports)}" if len(reports) > 1 else "",
-            ("family", "units", "kept", "width", "parameters touched", "note"),
-            [(f.name, f.units, f.kept, f.kept * f.width, f.parameters, f.note) for f in report.families],
+def _options(context: typer.Context, values: dict[str, Any]) -> PruneOptions:
+    """Make the options of the run from what stands on the command line."""
+    given = {name: values[name] for name in _PLAIN}
+    given["round_to"] = _parse_round(values["round_to"])
+    given["exclude"], given["only"] = tuple(values["exclude"] or ()), tuple(values["only"] or ())
+    if values["granularity"] is not Granularity.CHANNEL and not common.is_given(context, "method"):
+        given["method"] = PruneMethod.L1
+    if values["preset"] is not None:
+        given = {name: value for name, value in given.items() if common.is_given(context, name)}
+    if values["target"] is not None:
+        given["target"] = parse_target(values["target"])
+    if values["pattern"] is not None:
+        given["pattern"] = parse_pattern(values["pattern"])
+    if values["block"] is not None:
+        given["block"] = parse_block(values["block"])
+    if values["sparsify"] is not None:
+        given["sparsify"] = SparsifyOptions(
+            values["sparsify"], values["sparsify_epochs"], values["sparsify_strength"], values["sparsify_lr"]
         )
-        console.table(
-            "cannot be cut",
-            ("parameter", "dim", "indices", "by", "in module", "why"),
-            [(f.parameter, f.dim, f"{f.indices} of {f.of}", f.op, f.module, f.reason) for f in report.frozen],
-        )
-        console.text(
-            f"parameters {report.parameters_before:,} -> {report.parameters_after:,} "
-            f"({report.parameters_after / max(report.parameters_before, 1):.1%})"
-        )
-        for note in report.notes:
-            console.note(note)
-    console.document(reports)
+    if values["teacher"] is not None:
+        given["teacher"] = _teacher(values)
+    data = [values[name] for name in ("data", "val_data", "test_data", "batch_size", "workers", "limit")]
+    return preset_options(values["preset"], **given, data=common.data_options(*data))
 
 
-def _report(console: Console, report: Any) -> None:
-    cut = report.cut
-    macs = f"{common.number(report.macs_before)} -> {common.number(report.macs_after)}"
-    console.note(f"parameters {cut.parameters_before:,} -> {cut.parameters_after:,}, MACs {macs}")
-    console.note(f"cut equals masked within {cut.error:.1e} ({cut.precision or 'nothing was cut'})")
-    untouched = [family for family in cut.families if family.note]
-    for family in untouched:
-        console.note(f"{family.name} keeps its {family.units} units: {family.note}")
-    # Every network has an input and an output; their widths are not worth a line each time.
-    frozen = sorted(
-        {f"{item.op}: {item.reason}" for item in cut.frozen if item.op not in ("input", "output")}
+def _teacher(values: dict[str, Any]) -> TeacherOptions:
+    model = common.model_options(
+        values["teacher_arch"],
+        values["teacher_arg"],
+        values["teacher_input"],
+        values["teacher_mean"],
+        values["teacher_std"],
+        None,
+        values["trust_pickle"],
     )
-    for reason in frozen:
-        console.note(f"frozen by {reason}")
-    for note in cut.notes:
-        console.note(note)
-    common.show_metrics(console, report.metrics_before, report.metrics_after)
+    return TeacherOptions(values["teacher"], model, values["temperature"], values["alpha"])
+
+
+def _parse_round(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--round-to {text}: a whole number from 1 on, or auto, is expected")
+    return int(text)
+
+
+def _refuse_idle(context: typer.Context, options: PruneOptions, values: dict[str, Any]) -> None:
+    """Refuse what stands on the command line and would change nothing."""
+
+    def given(*names: str) -> str:
+        return ", ".join(f"--{name.replace('_', '-')}" for name in names if common.is_given(context, name))
+
+    goals = {
+        "--keep": options.keep is not None,
+        "--target": options.target is not None,
+        "--max-drop": options.max_drop is not None,
+        "--rates": options.rates is not None,
+        "--apply-masks": options.apply_masks,
+        "--granularity nm": options.granularity is Granularity.NM,
+    }
+    for goal, there in goals.items():
+        if there and given("rate"):
+            origin = f"--preset {options.preset} sets {goal}" if options.preset and goal == "--keep" else goal
+            raise UsageError(f"{origin} takes the place of --rate: give one of them")
+    channels = options.granularity is Granularity.CHANNEL
+    teaching = ("teacher_arch", "teacher_arg", "teacher_input", "teacher_mean", "teacher_std")
+    idle = (
+        (
+            options.finetune_epochs == 0,
+            ("optimizer", "lr", "teacher", "keep_storage"),
+            "nothing is fine-tuned; --finetune-epochs says for how long",
+        ),
+        (options.teacher is None, (*teaching, "temperature", "alpha"), "there is no --teacher"),
+        (
+            options.sparsify is None,
+            ("sparsify_epochs", "sparsify_strength", "sparsify_lr"),
+            "there is no --sparsify",
+        ),
+        (options.steps == 1, ("step_mode", "growth"), "a single step has no course; --steps says how many"),
+        (not options.needs_data, ("samples",), f"--method {options.method} looks at no images"),
+        (
+            options.apply_masks,
+            ("method", "scope", "reduce", "normalize", "min_channels", "round_to", "steps", "sparsify"),
+            "--apply-masks cuts what is empty, and chooses nothing",
+        ),
+        (
+            not channels,
+            ("round_to", "min_channels", "reduce", "normalize", "exact", "plot", "plot_file"),
+            f"--granularity {options.granularity} changes no width",
+        ),
+        (
+            options.keep is not None or options.rates is not None,
+            ("normalize",),
+            "each family's width is fixed, so that families are not compared",
+        ),
+    )
+    for wrong, names, reason in idle:
+        found = given(*names)
+        if wrong and found:
+            raise UsageError(f"{found}: {reason}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cctool.checkpoint.atomic import write_atomically
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.masks import mask_buffers
 from cctool.checkpoint.payload import as_bytes
 from cctool.errors import ExportError
 from cctool.formats.records import ExportRequest, Written
@@ -68,7 +69,11 @@ def _tensors(checkpoint: Checkpoint) -> OrderedDict[str, Tensor]:
     """Detached, contiguous and on the CPU, each in a storage of its own size; ties stay one tensor."""
     made: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
     tensors: OrderedDict[str, Tensor] = OrderedDict()
+    masks = mask_buffers(checkpoint.model)
     for name, value in checkpoint.model.state_dict().items():
+        if name in masks:
+            # The architecture does not have them; the weights are zero where they say so.
+            continue
         if not isinstance(value, Tensor):
             raise ExportError(f"{name} of the state dict is a {type(value).__name__}, not a tensor")
         place = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
@@ -91,11 +96,16 @@ def _compare(written: OrderedDict[str, Tensor], read: dict[str, Tensor]) -> None
 
 def _notes(request: ExportRequest) -> tuple[str, ...]:
     notes = []
-    if request.checkpoint.stored:
+    masks = mask_buffers(request.checkpoint.model)
+    small = len(request.checkpoint.stored.keys() - masks)
+    if small:
+        notes.append(f"{small} tensors that the checkpoint stores small are written dense")
+    if masks:
         notes.append(
-            f"{len(request.checkpoint.stored)} tensors that the checkpoint stores small are written dense"
+            f"{len(masks)} masks are left out: the weights are zero where they say so, but training "
+            "elsewhere will not keep them zero"
         )
-    if request.checkpoint.spec.edits:
+    if any(edit.get("kind") != "mask" for edit in request.checkpoint.spec.edits):
         notes.append(
             "the network was edited: these tensors do not fit its original architecture, "
             "and the widths stand only in the checkpoint (cctool analyze --spec)"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -107,8 +108,9 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A call whose result depends on how many channels are kept, so that the cut network is not the plainly
-    masked one: it is the masked one whose statistics run over the channels that are kept.
+    """A call whose result depends on how many channels are kept.
+
+    The cut network is then not the plainly masked one, but the one whose statistics run over what is kept.
 
     Attributes:
         op: function that was called.
@@ -200,7 +202,8 @@ _ARITHMETIC = frozenset({"add", "sub", "rsub", "mul", "div", "floor_divide", "po
 
 def _note_factors(ledger: Ledger, event: Event) -> None:
     """Numbers computed from widths that a call calculates with: its result depends on them."""
-    for place, value in (*enumerate(event.args), *event.kwargs.items()):
+    named: list[tuple[int | str, Any]] = [*enumerate(event.args), *event.kwargs.items()]
+    for place, value in named:
         if type(value) is Scale or (type(value) is Width and event.name in _ARITHMETIC):
             ledger.statistic(
                 Kind.FACTOR, place, value.powers, "it calculates with a number made of this width"

@@ -265,7 +265,7 @@ class Ledger:
         return width if result == width else result
 
     def sized(self, ids: Tensor, width: Width) -> bool:
-        """The number of these channels is given by a width of the code: of other channels, or an attribute.
+        """A width of the code gives the number of these channels: that of others, or an attribute.
 
         Returns:
             Whether the width will say how many are left after a cut.

@@ -54,7 +54,7 @@ def solve(ledger: Ledger, unused: Sequence[str], note: str) -> ChannelGraph:
 
 
 def _widths(ledger: Ledger, statistic: Noted) -> list[tuple[Ids, float]]:
-    """Ids of each width that a call depends on, with its exponent; attributes that count nothing are left out."""
+    """Ids of each width that a call depends on, with its exponent; constant attributes are left out."""
     found = []
     for symbol, exponent in statistic.powers.items():
         entry = ledger.attributes.get((symbol.module, symbol.attribute, None))

@@ -72,6 +72,7 @@ class Width(int):
     powers: Powers
 
     def __new__(cls, value: int, powers: Powers) -> Width:
+        """Make an int that was multiplied from widths."""
         made = super().__new__(cls, value)
         made.powers = powers
         return made
@@ -85,7 +86,7 @@ class Width(int):
     __hash__ = int.__hash__
 
     def __eq__(self, other: object) -> bool:
-        same = int.__eq__(self, other)  # type: ignore[operator]
+        same = int.__eq__(self, other)
         if same is True and isinstance(other, Width):
             _note_equal(self, other)
         return same
@@ -136,6 +137,7 @@ class Scale(float):
     powers: Powers
 
     def __new__(cls, value: float, powers: Powers) -> Scale:
+        """Make a float that was multiplied from powers of widths."""
         made = super().__new__(cls, value)
         made.powers = powers
         return made

@@ -16,8 +16,10 @@ from torch import nn
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.checkpoint import save as save_checkpoint
 from cctool.checkpoint.edits import THIN
+from cctool.checkpoint.masks import MASK
 from cctool.checkpoint.tables import EditKind, Tables
 from cctool.models import registry
+from cctool.operations.mask_storage import stored_with_masks
 from cctool.operations.opening import open_checkpoint
 from cctool.options.common import ModelOptions
 from cctool.quantization.storage import ENCODINGS
@@ -26,7 +28,7 @@ from cctool.user_code import looks_like_user_code
 
 __all__ = ["EDITS", "load", "save", "tables"]
 
-EDITS: Mapping[str, EditKind] = {"thin": THIN}
+EDITS: Mapping[str, EditKind] = {"thin": THIN, "mask": MASK}
 
 
 def tables(user_code: Collection[str] = ()) -> Tables:
@@ -64,9 +66,9 @@ def load(path: Path | str, *, arch: str | None = None) -> Checkpoint:
 
 
 def save(checkpoint: Checkpoint, path: Path | str, *, overwrite: bool = False) -> None:
-    """Write a checkpoint atomically and read it back.
+    """Write a checkpoint atomically and read it back; masked weights are stored without their zeros.
 
     Raises:
         CheckpointError: if it cannot be written, or exists and ``overwrite`` is false.
     """
-    save_checkpoint(checkpoint, path, tables(), overwrite=overwrite)
+    save_checkpoint(stored_with_masks(checkpoint), path, tables(), overwrite=overwrite)

@@ -13,6 +13,7 @@ from cctool.errors import CctoolError, CorruptCheckpointError, DataError, Traini
 from cctool.operations.context import Context, Outcome
 from cctool.operations.finetuning import decoded, encoded_again
 from cctool.operations.fitting import Start, fit_here, metrics_of
+from cctool.operations.mask_storage import lossy_forms
 from cctool.operations.measuring import preprocessing_of
 from cctool.operations.pipeline import recorded
 from cctool.operations.processes import fit_in_processes, node_rank
@@ -90,7 +91,7 @@ def conduct(
     if start is None:
         dense = _completed(decoded(checkpoint, context), source, context)
         fresh = checkpoint.origin is None or never_trained(checkpoint.history)
-        start = Start(dense, fresh=fresh, forms=checkpoint.stored)
+        start = Start(dense, fresh=fresh, forms=lossy_forms(checkpoint.stored))
     _refuse_other_classes(start.checkpoint, source, options)
     goal = make_goal(start.checkpoint, source, options, context)
     if start.continues is not None:

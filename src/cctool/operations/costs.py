@@ -125,7 +125,11 @@ def _latency_counter(checkpoint: Checkpoint) -> Callable[[CutPlan], float]:
     def microseconds(plan: CutPlan) -> float:
         if not plan.tensors:
             return before
-        small = {name: cut_tensor(tensors[name].detach(), cuts) for name, cuts in plan.tensors.items() if name in tensors}
+        small = {
+            name: cut_tensor(tensors[name].detach(), cuts)
+            for name, cuts in plan.tensors.items()
+            if name in tensors
+        }
         dense, cut = compare([model, copy_with(model, small, plan)], shape)
         return before * cut.milliseconds / dense.milliseconds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -12,19 +13,31 @@ from cctool.checkpoint.payload import Place, place
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
+from cctool.operations.mask_storage import encode_under_mask, lossy_forms, masks_by_place
 from cctool.operations.measuring import feed_of
 from cctool.options.common import DataOptions
 from cctool.options.fit import FitOptions
+from cctool.training.constraints import Constraint
 from cctool.training.evaluate import evaluate
 from cctool.training.fit import Task, fit
 from cctool.training.group import make_fabric
-from cctool.training.objectives import Supervised
+from cctool.training.masked import keeping_masks
+from cctool.training.objectives import Objective, Supervised, has_batch_norm
 
 __all__ = ["decoded", "encoded_again", "finetune"]
 
 
 def finetune(
-    checkpoint: Checkpoint, source: DataSource, options: FitOptions, data: DataOptions, context: Context
+    checkpoint: Checkpoint,
+    source: DataSource,
+    options: FitOptions,
+    data: DataOptions,
+    context: Context,
+    *,
+    objective: Objective | None = None,
+    constraints: Sequence[Constraint] = (),
+    choose_best: bool = True,
+    fresh: bool = False,
 ) -> Checkpoint:
     """Train a checkpoint's model in place; it ends with the weights of the best epoch by validation.
 
@@ -34,6 +47,10 @@ def finetune(
         options: epochs, optimizer, learning rate.
         data: batch size and workers.
         context: device, seed, reporter.
+        objective: what is minimised; None is cross-entropy. `teaching.distillation` gives one with a teacher.
+        constraints: what is respected besides; they hold the parameters of the checkpoint's own model.
+        choose_best: whether the best epoch counts; else the last one does, and nothing is validated.
+        fresh: whether the weights were never trained, which decides the default learning rate.
 
     Returns:
         The same model, stored dense.
@@ -55,24 +72,26 @@ def finetune(
             model=trained.model,
             batches=feed.training(augment=options.augment),
             options=options,
-            objective=Supervised(),
-            lr=options.learning_rate(fresh=False),
+            objective=objective or Supervised(),
+            lr=options.learning_rate(fresh=fresh, normalised=has_batch_norm(trained.model)),
             fabric=make_fabric(context.device, context.runtime.precision),
-            validate=validate if feed.has("validation") else None,
+            validate=validate if choose_best and feed.has("validation") else None,
             user_code=context.user_code,
             reporter=context.reporter,
             input_shape=trained.spec.input_shape,
+            constraints=(*keeping_masks(trained.model), *constraints),
         )
     )
     return trained
 
 
 def decoded(checkpoint: Checkpoint, context: Context) -> Checkpoint:
-    """The checkpoint with all tensors dense; says so where some were not."""
-    if checkpoint.stored:
-        methods = ", ".join(sorted({tensor.encoding for tensor in checkpoint.stored.values()}))
+    """The checkpoint with all tensors dense; says so where some were rounded."""
+    rounded = lossy_forms(checkpoint.stored)
+    if rounded:
+        methods = ", ".join(sorted({tensor.encoding for tensor in rounded.values()}))
         context.reporter.note(
-            f"training works on decoded float32: {len(checkpoint.stored)} tensors were stored as {methods} "
+            f"training works on decoded float32: {len(rounded)} tensors were stored as {methods} "
             "(--keep-storage stores them so again)"
         )
     return replace(checkpoint, stored={})
@@ -87,14 +106,18 @@ def encoded_again(checkpoint: Checkpoint, earlier: Checkpoint, context: Context)
         context: tables.
     """
     state = checkpoint.model.state_dict()
+    masks = masks_by_place(checkpoint.model)
+    encodings = context.tables.encodings
     stored: dict[str, EncodedTensor] = {}
     # Tied tensors are encoded once, and stored once.
     made: dict[Place, EncodedTensor] = {}
-    for name, form in earlier.stored.items():
+    for name, form in lossy_forms(earlier.stored).items():
         tensor: Tensor = state[name]
         if place(tensor) not in made:
-            encoding = context.tables.encodings[form.encoding]
-            made[place(tensor)] = encoding.encode(tensor.detach().cpu(), form.parameters)
-            tensor.copy_(encoding.decode(made[place(tensor)]))
+            encoded = encode_under_mask(
+                tensor.detach().cpu(), masks.get(place(tensor)), encodings[form.encoding], form.parameters
+            )
+            made[place(tensor)] = encoded
+            tensor.copy_(encodings[encoded.encoding].decode(encoded))
         stored[name] = made[place(tensor)]
     return replace(checkpoint, stored=stored)

@@ -26,6 +26,7 @@ from cctool.training.feed import Feed
 from cctool.training.fit import Task, fit
 from cctool.training.group import Group, group_of, make_fabric
 from cctool.training.logs import Log, write_csv
+from cctool.training.masked import keeping_masks
 from cctool.training.objectives import Objective, has_batch_norm
 from cctool.training.progress import EpochRow, Progress
 from cctool.training.user_functions import UserLoss, UserMetric, named_function
@@ -110,6 +111,7 @@ def fit_here(
                 resume=start.resume,
                 stop_after=run.stop_after,
                 input_shape=start.checkpoint.spec.input_shape,
+                constraints=keeping_masks(start.checkpoint.model),
             )
         )
     except BaseException:

@@ -155,7 +155,7 @@ def within_target(
                 reached.trials,
             )
         )
-        return ordered.counts(reached.chosen.removed)
+        return reached.counts
 
     result = planner.verified(counts)
     return result, found[-1]
@@ -192,6 +192,11 @@ def within_budget(
         raise UsageError(
             "--max-drop searches on the validation split by top-1: the data has none (--val-data names one), "
             "or the outputs are no logits"
+        )
+    if not checkpoint.history and options.data.val_data is None:
+        context.reporter.warn(
+            f"this network was trained elsewhere, perhaps on the very images of {source.reference}'s validation "
+            "split: --val-data names images that it has not seen"
         )
     search = _BudgetSearch(planner, checkpoint, source, dense, options, context)
     # Families that a trial finds guilty are spared before anything is judged.
@@ -264,7 +269,7 @@ class _BudgetSearch:
         measured_grid = [self.look(rate) for rate in self.context.reporter.progress(grid, "measuring rates")]
         within = [trial.rate for trial in measured_grid if trial.drop <= budget]
         low = max(within, default=0.0)
-        high = low + 1 / _GRID
+        high = min(low + 1 / _GRID, 1 - _FINEST)
         while high - low > _FINEST and self.removed(high) - self.removed(low) > 1:
             middle = (low + high) / 2
             if self.look(middle).drop <= budget:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.payload import place
 from cctool.checkpoint.spec import Metrics
 from cctool.errors import QuantizationError
 from cctool.operations.context import Context, Outcome
+from cctool.operations.mask_storage import encode_under_mask, masks_by_place, stored_with_masks
 from cctool.operations.measuring import measured_splits
 from cctool.operations.sizes import stored_bytes
 from cctool.operations.sources import open_source
@@ -98,12 +100,14 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     # Optimizer state belongs to the values before.
     product = replace(checkpoint, model=deepcopy(checkpoint.model), resume=None)
     stored = dict(checkpoint.stored)
+    masks = masks_by_place(checkpoint.model)
     reports = []
     for item in context.reporter.progress(selected, "quantizing", len(selected)):
-        encoded, found = _quantized(item, checkpoint.stored.get(item.names[0]), options)
+        mask = masks.get(place(item.tensor))
+        encoded, found = _quantized(item, mask, checkpoint.stored.get(item.names[0]), options, context)
         stored |= dict.fromkeys(item.names, encoded)
         reports.append(found)
-    product = replace(product, stored=stored)
+    product = stored_with_masks(replace(product, stored=stored))
     _decode_into(product, [item.names[0] for item in selected], context)
     after = measured_splits(product, source, options.data, context)
     notes = (*_storage_notes(checkpoint, product, reports), *_counted(skipped))
@@ -121,15 +125,19 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
 
 
 def _quantized(
-    item: Selected, earlier: EncodedTensor | None, options: QuantizeOptions
+    item: Selected,
+    mask: Tensor | None,
+    earlier: EncodedTensor | None,
+    options: QuantizeOptions,
+    context: Context,
 ) -> tuple[EncodedTensor, TensorReport]:
     method = METHODS[options.method]
     tensor = item.tensor.detach().cpu()
     try:
-        encoded = method.encoding.encode(tensor, method.parameters(item, options))
+        encoded = encode_under_mask(tensor, mask, method.encoding, method.parameters(item, options))
     except QuantizationError as error:
         raise QuantizationError(f"{item.names[0]}: {error}; --exclude leaves it as it is") from None
-    max_error, sqnr = _errors(tensor, method.encoding.decode(encoded))
+    max_error, sqnr = _errors(tensor, context.tables.encodings[encoded.encoding].decode(encoded))
     report = TensorReport(
         name=item.names[0],
         tied=item.names[1:],

@@ -8,6 +8,7 @@ from typing import Any
 from cctool.errors import UsageError
 from cctool.options.common import Choice, DataOptions
 from cctool.options.prune_choices import (
+    CHANNELS_ONLY,
     NEEDS_DATA,
     Granularity,
     Growth,
@@ -87,7 +88,8 @@ class PruneOptions:
         keep_storage: store fine-tuned tensors again as they were stored before.
         recalibrate: number of images from which batch-norm statistics are estimated again; 0 leaves them.
         samples: number of training images that data-driven methods look at.
-        plot: path of a PNG of the kept widths.
+        plot: draw the kept widths beside the product.
+        plot_file: path of that picture.
         preset: the published method that these options were taken from; see `preset_options`.
         data: what fine-tuning, recalibration and measuring use.
     """
@@ -125,7 +127,8 @@ class PruneOptions:
     keep_storage: bool = False
     recalibrate: int = 0
     samples: int = 1024
-    plot: str | None = field(default=None, metadata={"recorded": False})
+    plot: bool = field(default=False, metadata={"recorded": False})
+    plot_file: str | None = field(default=None, metadata={"recorded": False})
     preset: PrunePreset | None = None
     data: DataOptions = field(default_factory=DataOptions)
 
@@ -168,7 +171,13 @@ class PruneOptions:
         given = [name for name, there in goals.items() if there]
         channels = self.granularity is Granularity.CHANNEL
         searched = self.target is not None or self.max_drop is not None
+        weights = self.granularity is not Granularity.CHANNEL
         return (
+            (
+                weights and self.method in CHANNELS_ONLY,
+                f"--method {self.method} ranks channels, not the parts of weights that --granularity "
+                f"{self.granularity} masks: l1, l2, lamp, taylor, hessian, gradient and random do",
+            ),
             (len(given) > 1, f"{' and '.join(given)} each say how much goes: give one of them"),
             (
                 self.keep is not None and self.scope is Scope.GLOBAL,

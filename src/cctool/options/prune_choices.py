@@ -5,6 +5,7 @@ from __future__ import annotations
 from cctool.options.common import Choice
 
 __all__ = [
+    "CHANNELS_ONLY",
     "NEEDS_DATA",
     "Granularity",
     "Growth",
@@ -42,6 +43,9 @@ NEEDS_DATA = frozenset(
     }
 )
 """Methods that look at training images."""
+
+CHANNELS_ONLY = frozenset({PruneMethod.SLIMMING, PruneMethod.FPGM, PruneMethod.APOZ, PruneMethod.ACTIVATION})
+"""Methods that say nothing of single weights."""
 
 
 class Scope(Choice):

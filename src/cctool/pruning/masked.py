@@ -1,9 +1,9 @@
 """The masked network, computed without a copy of it: tensors are masked as calls take them.
 
-The model runs as it is. Each call gets, in place of the parameters that removed units touch, copies with zeros
-in all that those units own, which are dropped again after the call. Where a call depends on how many channels
-there are (layer norm, attention, a mean over channels), it is computed over those that are kept, as the cut
-network does. In float64 everything is widened as calls take it, which needs no second copy of the weights.
+The model runs as it is. Each call gets, in place of the parameters that removed units touch, copies with
+zeros in all that those units own, which are dropped again after the call. Where a call depends on how many
+channels there are (layer norm, attention, a mean over channels), it is computed over those that are kept, as
+the cut network does. In float64 everything is widened as calls take it, without a second copy of the weights.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from cctool.graph.channels import ChannelGraph, Statistic
 from cctool.graph.execution import execute, tensors_in
 from cctool.graph.ledger import Kind
 from cctool.pruning.selection import Selection
-from cctool.pruning.surgery import masked_places, named_tensors, zeroed
+from cctool.pruning.surgery import named_tensors, places_removed, zeroed
 
 Function = Callable[..., Any]
 Places = Mapping[str, Sequence[tuple[int, Tensor]]]
 
-_READS_ONLY = frozenset({"shape", "size", "dim", "ndim", "numel", "device", "is_floating_point", "requires_grad"})
+_READS_ONLY = frozenset(
+    {"shape", "size", "dim", "ndim", "numel", "device", "is_floating_point", "requires_grad"}
+)
 
 
 def active_statistics(graph: ChannelGraph, selection: Selection) -> list[Statistic]:
@@ -65,7 +67,7 @@ class MaskedCalls:
         self.places: Places = {}
         self.statistics: dict[tuple[str, int], list[Statistic]] = defaultdict(list)
         if graph is not None and selection is not None:
-            self.places = masked_places(graph, selection)
+            self.places = places_removed(graph, selection)
             self.kept = ~removed_labels(graph, selection)
             for statistic in active_statistics(graph, selection):
                 self.statistics[statistic.op, statistic.ordinal].append(statistic)
@@ -73,7 +75,9 @@ class MaskedCalls:
         self.names = {id(tensor): name for name, tensor in reversed(named_tensors(model)) if name in changed}
         self.ordinals: Counter[str] = Counter()
 
-    def __call__(self, name: str, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def __call__(
+        self, name: str, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         """Compute one call."""
         ordinal = self.ordinals[name]
         self.ordinals[name] += 1
@@ -109,7 +113,7 @@ class MaskedCalls:
     def _scaled(
         self, statistic: Statistic, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call with its scale, or the factor that was computed from widths, as the kept widths give it."""
+        """The call with its scale, or a factor that was computed from widths, as the kept widths give it."""
         kept = [(int(self.kept[labels].sum()), labels.numel(), power) for labels, power in statistic.widths]
         if statistic.kind is Kind.SCALE:
             return args, {**kwargs, "scale": kept[0][0] ** -0.5}
@@ -149,7 +153,9 @@ def over_kept(
             return [len(index) if first + d == dim else size for d, size in enumerate(value)]
         return value
 
-    result = function(*(chosen(value) for value in args), **{key: chosen(value) for key, value in kwargs.items()})
+    result = function(
+        *(chosen(value) for value in args), **{key: chosen(value) for key, value in kwargs.items()}
+    )
 
     def spread(value: Any) -> Any:
         if not isinstance(value, Tensor):

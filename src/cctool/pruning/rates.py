@@ -40,7 +40,9 @@ def read_rates(path: str) -> dict[str, float]:
         raise UsageError(f"--rates {path}: a .csv or .json file is expected")
     try:
         if file.stat().st_size > _LARGEST:
-            raise UsageError(f"--rates {path}: {file.stat().st_size:,} bytes are more than a table of rates has")
+            raise UsageError(
+                f"--rates {path}: {file.stat().st_size:,} bytes are more than a table of rates has"
+            )
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--rates {path}: {getattr(error, 'strerror', None) or error}") from error
@@ -137,7 +139,9 @@ def family_rates(
     for number, given in found.items():
         if len(set(given.values())) > 1:
             several = ", ".join(f"{name} {rate:g}" for name, rate in given.items())
-            notes.append(f"{graph.families[number].name}: the smallest of its layers' rates counts ({several})")
+            notes.append(
+                f"{graph.families[number].name}: the smallest of its layers' rates counts ({several})"
+            )
     silent = [family.name for number, family in enumerate(graph.families) if number not in found]
     if silent:
         more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""

@@ -45,6 +45,23 @@ class FamilyReport:
 
 
 @dataclass(frozen=True)
+class StatisticReport:
+    """A call whose result depends on how many channels are kept.
+
+    Attributes:
+        op: function that was called.
+        module: module that was executing it, "" for the root.
+        families: names of the families that were cut and that it runs over.
+        reason: how it depends.
+    """
+
+    op: str
+    module: str
+    families: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
 class PruneReport:
     """What a cut did and did not do.
 
@@ -54,11 +71,11 @@ class PruneReport:
         parameters_before: number of parameters.
         parameters_after: number after the cut.
         error: largest difference of the cut from the masked network, relative to the largest output.
+        statistics: calls that ran over the kept channels in that masked network, too; without any, it was the
+            plainly masked one.
         precision: the dtype in which that was measured.
         batch_sizes: batch sizes at which all output shapes were compared.
         notes: what a user should know besides.
-        statistics: calls whose statistics now run over the channels that are kept, so that `error` is the
-            difference from the masked network with such statistics; without any, from the plainly masked one.
     """
 
     families: tuple[FamilyReport, ...]
@@ -66,10 +83,10 @@ class PruneReport:
     parameters_before: int
     parameters_after: int
     error: float
+    statistics: tuple[StatisticReport, ...]
     precision: str
     batch_sizes: tuple[int, ...]
     notes: tuple[str, ...]
-    statistics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,13 +136,13 @@ def report_of(
         parameters_before=sum(p.numel() for p in parameters.values()),
         parameters_after=after,
         error=outcome.error,
+        statistics=tuple(
+            StatisticReport(found.op, found.module, found.families, found.reason)
+            for found in outcome.statistics
+        ),
         precision=outcome.precision,
         batch_sizes=BATCH_SIZES,
         notes=tuple(notes),
-        statistics=tuple(
-            f"{s.op} in {s.module or 'the model'}: {s.reason} (family {', '.join(s.families)})"
-            for s in outcome.statistics
-        ),
     )
 
 

@@ -5,14 +5,14 @@ The lowest go first. Methods that look at whole channels have no meaning here, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cctool.options.prune_choices import NEEDS_DATA, PruneMethod
-from cctool.pruning.criteria import Unscored, lamp, require_evidence
+from cctool.pruning.criteria import Unscored, lamp, require_evidence, require_same_network
 from cctool.pruning.evidence import Evidence
 
 __all__ = ["SALIENCIES", "weight_saliency"]
@@ -87,6 +87,14 @@ SALIENCIES: dict[PruneMethod, SaliencyFn] = {
 """Saliency function of each method."""
 
 
+def _looked_up(known: Mapping[str, Tensor], name: str, values: Tensor) -> Tensor | None:
+    found = known.get(name)
+    if found is None:
+        return None
+    require_same_network(name, tuple(values.shape), tuple(found.shape))
+    return found.to(values.device)
+
+
 def weight_saliency(
     method: PruneMethod, name: str, weight: Tensor, evidence: Evidence | None, generator: torch.Generator
 ) -> Tensor | Unscored:
@@ -105,11 +113,12 @@ def weight_saliency(
 
     Raises:
         UsageError: the method looks at images, and there is no evidence for it.
+        PruningError: the evidence is of another network.
     """
     values = weight.detach()
     known = require_evidence(method, evidence) if method in NEEDS_DATA else None
-    gradient = known.gradients.get(name) if known is not None else None
-    square = known.squares.get(name) if known is not None else None
+    gradient = _looked_up(known.gradients, name, values) if known is not None else None
+    square = _looked_up(known.squares, name, values) if known is not None else None
     return SALIENCIES[method](
         _Weight(values if values.dtype == torch.float64 else values.float(), gradient, square, generator)
     )

@@ -1,91 +1,136 @@
-"""How much a unit matters: one pure function for each method, the lowest scores go first.
+"""How much a unit matters: one criterion for each method, the lowest scores go first.
 
-A score function sees one family and returns one score a unit, or says why the method cannot rank the family.
+family -> a row of scores for each tensor (`criteria.py`) -> reduced to one row -> normalised
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cctool.errors import PruningError
-from cctool.graph.channels import ChannelGraph, Family, Place
-from cctool.graph.ledger import Role
-from cctool.options.prune import PruneMethod, PruneOptions
-from cctool.pruning.criteria import Unscored
+from cctool.graph.channels import ChannelGraph, Family
+from cctool.options.prune import Normalize, PruneMethod, PruneOptions, Reduce
+from cctool.pruning import criteria
+from cctool.pruning.criteria import RowsFn, ScoreContext, Unscored
+from cctool.pruning.evidence import Evidence
 
-__all__ = ["SCORES", "ScoreContext", "ScoreFn", "Unscored", "score_context", "score_families"]
+__all__ = [
+    "NORMALIZERS",
+    "REDUCTIONS",
+    "SCORES",
+    "Criterion",
+    "ScoreContext",
+    "Unscored",
+    "score_context",
+    "score_families",
+]
+
+REDUCTIONS: dict[Reduce, Callable[[Tensor], Tensor]] = {
+    Reduce.SUM: lambda rows: rows.sum(dim=0),
+    Reduce.MEAN: lambda rows: rows.mean(dim=0),
+    Reduce.MAX: lambda rows: rows.amax(dim=0),
+    Reduce.FIRST: lambda rows: rows[0],
+}
+"""[tensors, units] -> [units]; the first tensor is the first in the forward pass."""
+
+
+def _divided(scores: Tensor, by: Tensor) -> Tensor:
+    return scores / by if bool(by != 0) else scores
+
+
+NORMALIZERS: dict[Normalize, Callable[[Tensor], Tensor]] = {
+    Normalize.NONE: lambda scores: scores,
+    Normalize.MEAN: lambda scores: _divided(scores, scores.mean()),
+    Normalize.MAX: lambda scores: _divided(scores, scores.amax()),
+    Normalize.SUM: lambda scores: _divided(scores, scores.sum()),
+    Normalize.STANDARD: lambda scores: _divided(scores - scores.mean(), scores.std(correction=0)),
+}
+"""[units] -> [units]; `standard` is the standard score: less the mean, over the standard deviation."""
+
+
+def _itself(scores: Tensor) -> Tensor:
+    return scores
 
 
 @dataclass(frozen=True)
-class ScoreContext:
-    """What score functions may look at.
+class Criterion:
+    """How one method ranks the units of a family; called, it gives their scores.
 
     Attributes:
-        tensors: parameters and buffers of the model by qualified name.
-        generator: for the methods that draw; on the CPU, so that every device draws the same.
+        rows: scores of each tensor that the method looks at.
+        reduce: how the rows become one where the user does not say.
+        together: (family, context) -> [units], the method's own custom where it is no reduction of rows.
+        finish: what is applied to reduced rows; [units] -> [units].
+        normalize: by what a family's scores are divided where the user does not say.
     """
 
-    tensors: Mapping[str, Tensor]
-    generator: torch.Generator
+    rows: RowsFn
+    reduce: Reduce = Reduce.SUM
+    together: RowsFn | None = None
+    finish: Callable[[Tensor], Tensor] = _itself
+    normalize: Normalize = Normalize.NONE
+
+    def __call__(
+        self,
+        family: Family,
+        context: ScoreContext,
+        reduce: Reduce | None = None,
+        normalize: Normalize | None = None,
+    ) -> Tensor | Unscored:
+        """Score the units of a family.
+
+        Args:
+            family: the units.
+            context: what may be looked at.
+            reduce: how the scores of several tensors become one; None is the method's own custom.
+            normalize: by what they are divided; None is the method's own custom.
+
+        Returns:
+            Shape [units], on the CPU, or why there is none.
+
+        Raises:
+            UsageError: the method looks at images, and the context has no evidence for it.
+            PruningError: the evidence is of another network.
+        """
+        joint = reduce is None and self.together is not None
+        found = self.together(family, context) if joint and self.together else self.rows(family, context)
+        if isinstance(found, Unscored):
+            return found
+        scores = found if joint else self.finish(REDUCTIONS[reduce or self.reduce](found))
+        return NORMALIZERS[self.normalize if normalize is None else normalize](scores)
 
 
-ScoreFn = Callable[[Family, ScoreContext], Tensor | Unscored]
-
-
-def score_context(model: nn.Module, seed: int = 0) -> ScoreContext:
-    """Context of a model's own tensors and a seeded generator."""
-    tensors = {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    return ScoreContext(tensors, torch.Generator().manual_seed(seed))
-
-
-def _per_unit(place: Place, context: ScoreContext, power: int) -> Tensor:
-    """Sum of |w|^power over all that a unit owns of one tensor; shape [units], float32 on the CPU."""
-    tensor = context.tensors[place.tensor]
-    others = [dim for dim in range(tensor.ndim) if dim != place.dim]
-    if tensor.dtype != torch.float64:
-        tensor = tensor.float()
-    norms = torch.linalg.vector_norm(tensor, ord=power, dim=others) if others else tensor.abs()
-    return (norms**power).cpu()[place.indices].sum(dim=1)
-
-
-def _filters(family: Family) -> list[Place]:
-    return [place for place in family.places if place.role is Role.FILTER] or list(family.places)
-
-
-def slimming(family: Family, context: ScoreContext) -> Tensor | Unscored:
-    """Sum of |gamma| over the unit's batch norms (Liu et al. 2017, "Network Slimming", section 3)."""
-    scales = [place for place in family.places if place.role is Role.SCALE]
-    if not scales:
-        return Unscored("no batch norm on these channels: rank them with --method l1 or l2")
-    return torch.stack([_per_unit(place, context, 1) for place in scales]).sum(dim=0)
-
-
-def l1(family: Family, context: ScoreContext) -> Tensor:
-    """Sum of |w| over the filters that produce the unit (Li et al. 2017, section 3.1)."""
-    return torch.stack([_per_unit(place, context, 1) for place in _filters(family)]).sum(dim=0)
-
-
-def l2(family: Family, context: ScoreContext) -> Tensor:
-    """Euclidean norm of the filters that produce the unit, all together: sqrt(sum of w^2)."""
-    return torch.stack([_per_unit(place, context, 2) for place in _filters(family)]).sum(dim=0).sqrt()
-
-
-def random(family: Family, context: ScoreContext) -> Tensor:
-    """Uniform numbers in [0, 1): the control that every other method has to beat."""
-    return torch.rand(family.units, generator=context.generator)
-
-
-SCORES: dict[PruneMethod, ScoreFn] = {
-    PruneMethod.SLIMMING: slimming,
-    PruneMethod.L1: l1,
-    PruneMethod.L2: l2,
-    PruneMethod.RANDOM: random,
+SCORES: dict[PruneMethod, Criterion] = {
+    PruneMethod.SLIMMING: Criterion(criteria.scale_magnitudes),
+    PruneMethod.L1: Criterion(criteria.l1_norms),
+    PruneMethod.L2: Criterion(criteria.l2_norms, together=criteria.l2_norm_of_all),
+    PruneMethod.FPGM: Criterion(criteria.median_distances, normalize=Normalize.MEAN),
+    PruneMethod.LAMP: Criterion(criteria.squared_norms, finish=criteria.lamp),
+    PruneMethod.TAYLOR: Criterion(criteria.first_order, together=criteria.first_order_of_all),
+    PruneMethod.HESSIAN: Criterion(criteria.second_order),
+    PruneMethod.GRADIENT: Criterion(criteria.mean_gradients, Reduce.MEAN, normalize=Normalize.MEAN),
+    PruneMethod.APOZ: Criterion(criteria.non_zeros, Reduce.MEAN),
+    PruneMethod.ACTIVATION: Criterion(criteria.mean_activations, Reduce.MEAN, normalize=Normalize.MEAN),
+    PruneMethod.RANDOM: Criterion(criteria.uniform),
 }
-"""Score function of each method."""
+"""Criterion of each method.
+
+Changes of the loss (taylor, hessian), shares (apoz) and LAMP compare across families by construction, and
+slimming compares its scales as they are by design, so that nothing divides them. Distances grow with the
+number of filters and their fan-in, activations and gradients have the scale of their layer: those are divided
+by the family's mean. Norms of filters have a scale of their layer, too, but are left as they are: they
+compete within a family unless `--scope global` asks for more, which `--normalize` then serves.
+"""
+
+
+def score_context(model: nn.Module, seed: int = 0, evidence: Evidence | None = None) -> ScoreContext:
+    """Context of a model's own tensors, a seeded generator, and what was gathered on images."""
+    tensors = {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    return ScoreContext(tensors, torch.Generator().manual_seed(seed), evidence)
 
 
 def score_families(
@@ -102,9 +147,14 @@ def score_families(
         For each family of the graph one score a unit, float64 on the CPU, or why there is none.
 
     Raises:
-        PruningError: a score is not finite.
+        PruningError: a score is not finite, or the evidence is of another network.
+        UsageError: the method looks at images, and the context has no evidence for it.
     """
-    return tuple(_finite(SCORES[options.method](family, context), family) for family in graph.families)
+    criterion = SCORES[options.method]
+    return tuple(
+        _finite(criterion(family, context, options.reduce, options.normalize), family)
+        for family in graph.families
+    )
 
 
 def _finite(score: Tensor | Unscored, family: Family) -> Tensor | Unscored:

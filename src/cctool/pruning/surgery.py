@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cctool.checkpoint.masks import mask_name, masked_places
 from cctool.errors import PruningError
 from cctool.graph.channels import ChannelGraph
 from cctool.graph.ledger import Role
@@ -37,7 +38,8 @@ class CutPlan:
     """What stays of each tensor, and the new integer attributes of each module.
 
     Attributes:
-        tensors: cuts by qualified name of parameters and buffers, every alias of a shared one included.
+        tensors: cuts by qualified name of parameters and buffers, every alias of a shared one and the masks
+            of masked ones included.
         attributes: new values by qualified module name, then attribute name.
     """
 
@@ -80,6 +82,9 @@ def _with_aliases(model: nn.Module, cuts: Mapping[str, Sequence[Cut]]) -> dict[s
         original = first.setdefault(id(tensor), name)
         if original in cuts:
             planned[name] = tuple(cuts[original])
+    for place in masked_places(model, remove_duplicate=False):
+        if place.name in planned:
+            planned[mask_name(place.name)] = planned[place.name]
     return planned
 
 
@@ -171,7 +176,7 @@ def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | N
 _KEPT_BY_MASKS = {Role.STATISTIC}
 
 
-def masked_places(graph: ChannelGraph, selection: Selection) -> dict[str, list[tuple[int, Tensor]]]:
+def places_removed(graph: ChannelGraph, selection: Selection) -> dict[str, list[tuple[int, Tensor]]]:
     """For each tensor that removed units touch, (dim, indices) of all that they own there.
 
     Filters, biases, batch-norm gammas *and betas*, and the weights that read the units: a batch norm whose
@@ -198,5 +203,5 @@ def zeroed(tensor: Tensor, places: Sequence[tuple[int, Tensor]]) -> Tensor:
 def mask(model: nn.Module, graph: ChannelGraph, selection: Selection) -> None:
     """Zero in place all that the removed units touch; shapes stay."""
     tensors = dict(named_tensors(model))
-    for name, places in masked_places(graph, selection).items():
+    for name, places in places_removed(graph, selection).items():
         tensors[name].copy_(zeroed(tensors[name], places))

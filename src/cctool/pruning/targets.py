@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from cctool.pruning.selection import Order
 from cctool.pruning.surgery import CutPlan, copy_with
 
 __all__ = ["Reached", "Trial", "fewest_removed", "sketch"]
+
+_NEAR = 0.005
+_MOST_OTHERS = 24
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,13 @@ class Reached:
     """Where a search ended.
 
     Attributes:
-        chosen: the network that costs no more than the limit, with the fewest units removed.
-        above: the next one, which costs more; None where nothing had to go.
+        counts: kept units of each family, by its number, of the network that was chosen.
+        chosen: that network, which costs no more than the limit.
+        above: the one with a unit less removed, which costs more; None where nothing had to go.
         trials: all that were looked at, in order.
     """
 
+    counts: Mapping[int, int]
     chosen: Trial
     above: Trial | None
     trials: tuple[Trial, ...]
@@ -46,6 +51,9 @@ def fewest_removed(
     ordered: Order, cost: Callable[[Mapping[int, int]], float], limit: float, what: str
 ) -> Reached:
     """Find the smallest number of units whose removal brings the cost to the limit or below.
+
+    Where the last of them overshoots the limit by more than a two-hundredth, the next unit of another family
+    goes in its place, if that lands nearer.
 
     Args:
         ordered: the units that may go, from the first to the last.
@@ -58,14 +66,17 @@ def fewest_removed(
     """
     trials: list[Trial] = []
 
+    def seen(removed: int, counts: Mapping[int, int]) -> Trial:
+        trials.append(Trial(removed, cost(counts)))
+        return trials[-1]
+
     def look(removed: int) -> Trial:
-        trial = Trial(removed, cost(ordered.counts(removed)))
-        trials.append(trial)
-        return trial
+        return seen(removed, ordered.counts(removed))
 
     low, high = look(0), None
     if low.cost <= limit:
-        return Reached(low, None, tuple(trials))
+        return Reached(ordered.counts(0), low, None, tuple(trials))
+    dense = low.cost
     high = look(len(ordered.owners))
     if high.cost > limit:
         raise PruningError(
@@ -79,7 +90,22 @@ def fewest_removed(
             low = middle
         else:
             high = middle
-    return Reached(high, low, tuple(trials))
+    counts: Mapping[int, int] = ordered.counts(high.removed)
+    if limit - high.cost > _NEAR * dense:
+        for other in _others(ordered, low.removed):
+            trial = seen(high.removed, other)
+            if high.cost < trial.cost <= limit:
+                high, counts = trial, other
+    return Reached(counts, high, low, tuple(trials))
+
+
+def _others(ordered: Order, removed: int) -> Iterator[dict[int, int]]:
+    """Counts with one unit more gone than the first `removed`: that of each family which comes next."""
+    ahead = ordered.owners[removed + 1 :].tolist()
+    for number in list(dict.fromkeys(ahead))[:_MOST_OTHERS]:
+        counts = ordered.counts(removed)
+        counts[number] -= 1
+        yield counts
 
 
 def sketch(model: nn.Module, plan: CutPlan) -> nn.Module:

@@ -5,7 +5,7 @@ Penalties on the weights are not here: `fit` adds them to whichever objective it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ __all__ = [
     "Objective",
     "Supervised",
     "Terms",
+    "absolute_sum",
     "cross_entropy",
     "distillation_loss",
     "gamma_penalty",
@@ -141,8 +142,26 @@ def gamma_penalty(model: nn.Module, weight: float) -> Callable[[], Tensor] | Non
     gammas = [gamma for gamma in gammas if gamma.requires_grad]
     if not gammas:
         raise TrainingError("--gamma-l1: the network has no batch norm with a trainable scale")
-    # One concatenation is much cheaper than a sum a layer.
-    return lambda: weight * torch.cat(gammas).abs().sum()
+    return absolute_sum(gammas, weight)
+
+
+def absolute_sum(
+    tensors: Sequence[Tensor], weight: float, chosen: Tensor | None = None
+) -> Callable[[], Tensor]:
+    """Give a function that computes ``weight * sum |x|``, with the subgradient 0 at 0.
+
+    Args:
+        tensors: of one dim each, taken as they are at each call.
+        weight: factor of the sum.
+        chosen: indices into all of them, one behind the other, that count; None counts all.
+    """
+
+    def total() -> Tensor:
+        # One concatenation is much cheaper than a sum a layer.
+        together = torch.cat(list(tensors))
+        return weight * (together if chosen is None else together[chosen]).abs().sum()
+
+    return total
 
 
 class Supervised:

@@ -74,6 +74,8 @@ def _combine(ledger: Ledger, operands: list[Tensor], shape: torch.Size) -> Tenso
     for part in parts:
         if part is not first:
             ledger.tie(first, part)
+    if any(part.numel() == 1 and int(part.reshape(-1)[0]) <= INPUT for part in parts):
+        return constant(FIXED, shape)
     return first.expand(shape)
 
 
@@ -158,7 +160,7 @@ _KEEPING_ZEROS = frozenset({"sum", "norm", "vector_norm", "normalize"})
 
 
 def along_dim(ledger: Ledger, event: Event) -> None:
-    """Softmax, cumulative sums, `normalize`: over channels see `reduction`, along other dims channels pass."""
+    """Softmax, `normalize`, cumulative sums: along dims without channels these pass, else see `reduction`."""
     ids = ledger.of(_source(event))
     position = 2 if event.name == "normalize" else 1
     dims = [_NORMALIZED % ids.ndim] if event.name == "normalize" else _dims(event, ids.ndim)

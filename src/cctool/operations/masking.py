@@ -1,0 +1,293 @@
+"""What `cctool prune` does with masks: masking weights or channels, and cutting what masks left empty.
+
+Each function works on a checkpoint whose model it may change, and hands back the checkpoint that describes
+what came of it: spec, stored tensors and report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.edits import thinned
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.masks import add_masks, drop_masks, masks_of, with_masks
+from cctool.errors import PruningError
+from cctool.operations.context import Context
+from cctool.operations.mask_storage import stored_with_masks
+from cctool.options.prune import Granularity, PruneOptions
+from cctool.options.prune_parts import Pattern
+from cctool.pruning.emptied import Emptied, find_emptied
+from cctool.pruning.granularity import as_filters, pattern_holds
+from cctool.pruning.masks import Saliency, choose_masks, magnitude, unit_masks, weights_of
+from cctool.pruning.prune import ThinResult
+from cctool.pruning.surgery import CutPlan, apply_cut
+
+__all__ = [
+    "EmptiedReport",
+    "MaskReport",
+    "TensorMask",
+    "cut_stored",
+    "emptied_cut",
+    "mask_channels",
+    "mask_weights",
+    "plan_weight_masks",
+]
+
+
+@dataclass(frozen=True)
+class TensorMask:
+    """What is left of one tensor.
+
+    Attributes:
+        name: qualified name of the parameter.
+        shape: of it.
+        kept: elements that its mask lets stay; all where it has none.
+        total: elements.
+        note: why it got no mask, or whose rows it follows; "" else.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kept: int
+    total: int
+    note: str
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """What a masking did and did not do.
+
+    Attributes:
+        granularity: what went.
+        tensors: every weight of two or more dimensions, and what else has a mask, in the order of the model.
+        kept: elements that masks let stay, of all weights of two or more dimensions.
+        total: elements of those weights.
+        sparsity_before: percent of those weights that were zero.
+        sparsity_after: percent that are zero now.
+        pattern: N:M, where that was asked for.
+        pattern_holds: whether every masked weight keeps it in each group; None without a pattern.
+        notes: what a user should know besides.
+    """
+
+    granularity: str
+    tensors: tuple[TensorMask, ...]
+    kept: int
+    total: int
+    sparsity_before: float
+    sparsity_after: float
+    pattern: str | None = None
+    pattern_holds: bool | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EmptiedReport:
+    """What was cut because masks had left it empty.
+
+    Attributes:
+        families: name, units before and units after of each family that lost some.
+        parameters_before: number of parameters.
+        parameters_after: number after the cut.
+        error: largest difference of the outputs from those before the cut, relative to the largest.
+        precision: the dtype in which that was measured; "" where nothing was cut.
+        dropped: tensors whose masks have nothing left to take away.
+        notes: what looks empty and stays, and why.
+    """
+
+    families: tuple[tuple[str, int, int], ...]
+    parameters_before: int
+    parameters_after: int
+    error: float
+    precision: str
+    dropped: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def mask_weights(
+    checkpoint: Checkpoint,
+    options: PruneOptions,
+    saliency: Saliency = magnitude,
+    *,
+    step: int = 1,
+    rates: Mapping[str, float] | None = None,
+) -> tuple[Checkpoint, MaskReport]:
+    """Mask parts of weights in place; where there are masks already, both hold.
+
+    Args:
+        checkpoint: its model is changed; what it stores in few bits keeps its levels.
+        options: granularity, rate, pattern, block, scope, patterns of names.
+        saliency: how much elements matter.
+        step: number of the step, from 1; sets the rate.
+        rates: rate of each tensor, module or pattern, in place of the options' rate.
+
+    Raises:
+        UsageError: a pattern matches no parameter or module.
+        PruningError: nothing can be masked, or a saliency is not finite.
+        SpecError: a module has something called like its mask.
+    """
+    before = _sparsity(checkpoint.model)
+    chosen = choose_masks(checkpoint.model, _example(checkpoint), options, saliency, step=step, rates=rates)
+    notes = {**chosen.skipped, **{name: f"follows the rows of {of}" for name, of in chosen.follow.items()}}
+    masked = _with(checkpoint, chosen.masks)
+    return masked, _report(masked.model, options, before, notes)
+
+
+def plan_weight_masks(
+    checkpoint: Checkpoint,
+    options: PruneOptions,
+    saliency: Saliency = magnitude,
+    *,
+    step: int = 1,
+    rates: Mapping[str, float] | None = None,
+) -> MaskReport:
+    """What `mask_weights` would report; the checkpoint stays as it is."""
+    from copy import deepcopy
+
+    copied = replace(checkpoint, model=deepcopy(checkpoint.model), stored={})
+    return mask_weights(copied, options, saliency, step=step, rates=rates)[1]
+
+
+def mask_channels(
+    checkpoint: Checkpoint, found: ThinResult, options: PruneOptions
+) -> tuple[Checkpoint, MaskReport]:
+    """Mask in place the channels that a plan would cut; their number stays.
+
+    Args:
+        checkpoint: its model is changed.
+        found: what `plan_thinning` gave for this very model.
+        options: for the report.
+    """
+    before = _sparsity(checkpoint.model)
+    masks = unit_masks(checkpoint.model, found.graph, found.selection)
+    if not masks:
+        raise PruningError("nothing to mask: the rate is below one unit")
+    masked = _with(checkpoint, masks)
+    return masked, _report(masked.model, options, before, {}, found.report.notes)
+
+
+def emptied_cut(checkpoint: Checkpoint, context: Context) -> tuple[Checkpoint, EmptiedReport]:
+    """Cut in place the channels that masks (or zeros of any origin) left empty; outputs stay what they are.
+
+    Masks that have nothing left to take away are dropped.
+
+    Args:
+        checkpoint: its model is changed.
+        context: tables, for what is stored encoded.
+
+    Raises:
+        PruningError: the network does not run at the batch sizes of the comparison.
+    """
+    model = checkpoint.model
+    before = sum(parameter.numel() for parameter in model.parameters())
+    found = find_emptied(model, _example(checkpoint))
+    apply_cut(model, found.plan)
+    attributes = [(module, name) for module, values in found.plan.attributes.items() for name in values]
+    spec = thinned(checkpoint.spec, model, found.plan.tensors, attributes)
+    stored = cut_stored(checkpoint.stored, found.plan, context)
+    idle = tuple(name for name, mask in masks_of(model).items() if bool(mask.all()))
+    drop_masks(model, idle)
+    kept = {name: form for name, form in stored.items() if name in model.state_dict()}
+    cut = replace(checkpoint, spec=with_masks(spec, model), stored=kept, resume=None)
+    return stored_with_masks(cut), EmptiedReport(
+        families=_families(found),
+        parameters_before=before,
+        parameters_after=sum(parameter.numel() for parameter in model.parameters()),
+        error=found.error,
+        precision=found.precision,
+        dropped=idle,
+        notes=found.notes,
+    )
+
+
+def cut_stored(
+    stored: Mapping[str, EncodedTensor], plan: CutPlan, context: Context
+) -> dict[str, EncodedTensor]:
+    """Cut stored integers, scales and bits as a plan cuts the model's tensors; nothing is rounded again."""
+    cut: dict[str, EncodedTensor] = {}
+    done: dict[int, EncodedTensor] = {}
+    for name, encoded in stored.items():
+        if id(encoded) not in done:
+            smaller = encoded
+            for piece in plan.tensors.get(name, ()):
+                take = context.tables.encodings[encoded.encoding].take
+                smaller = take(smaller, piece.dim, piece.keep.cpu())
+            done[id(encoded)] = smaller
+        cut[name] = done[id(encoded)]
+    return cut
+
+
+def _with(checkpoint: Checkpoint, masks: Mapping[str, Tensor]) -> Checkpoint:
+    add_masks(checkpoint.model, masks)
+    spec = with_masks(checkpoint.spec, checkpoint.model)
+    # Optimizer state belongs to the weights before.
+    return stored_with_masks(replace(checkpoint, spec=spec, resume=None))
+
+
+def _example(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
+    return (torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device),)
+
+
+def _families(found: Emptied) -> tuple[tuple[str, int, int], ...]:
+    return tuple(
+        (family.name, family.units, int(kept.sum()))
+        for family, kept in zip(found.graph.families, found.selection.kept, strict=True)
+        if not bool(kept.all())
+    )
+
+
+def _sparsity(model: nn.Module) -> float:
+    """Percent of weights of two or more dimensions that are zero."""
+    zeros = total = 0
+    for _, weight, _ in weights_of(model):
+        zeros += weight.numel() - int(weight.detach().count_nonzero())
+        total += weight.numel()
+    return 100 * zeros / total if total else 0.0
+
+
+def _report(
+    model: nn.Module,
+    options: PruneOptions,
+    before: float,
+    why: Mapping[str, str],
+    notes: tuple[str, ...] = (),
+) -> MaskReport:
+    masks, weighty = masks_of(model), {name for name, _, _ in weights_of(model)}
+    tensors = tuple(
+        TensorMask(
+            name,
+            tuple(parameter.shape),
+            int(masks[name].sum()) if name in masks else parameter.numel(),
+            parameter.numel(),
+            why.get(name, ""),
+        )
+        for name, parameter in model.named_parameters()
+        if name in masks or name in weighty
+    )
+    pattern = options.pattern or Pattern() if options.granularity is Granularity.NM else None
+    return MaskReport(
+        granularity=options.granularity.value,
+        tensors=tensors,
+        kept=sum(tensor.kept for tensor in tensors if tensor.name in weighty),
+        total=sum(tensor.total for tensor in tensors if tensor.name in weighty),
+        sparsity_before=before,
+        sparsity_after=_sparsity(model),
+        pattern=f"{pattern.keep}:{pattern.of}" if pattern else None,
+        pattern_holds=_holds(model, pattern, why) if pattern else None,
+        notes=notes,
+    )
+
+
+def _holds(model: nn.Module, pattern: Pattern, skipped: Mapping[str, str]) -> bool:
+    return all(
+        pattern_holds(as_filters(weight.detach(), module), pattern)
+        for name, weight, module in weights_of(model)
+        if name not in skipped and isinstance(module, (_ConvNd, nn.Linear, nn.MultiheadAttention))
+    )
