@@ -408,13 +408,11 @@ def test_nothing_to_mask_is_an_error() -> None:
         mask_channels(checkpoint, fewer, PruneOptions())
 
 
-def test_a_table_of_rates_and_the_seed_decide(tmp_path: Path) -> None:
+def test_a_table_of_rates_decides(tmp_path: Path) -> None:
     (tmp_path / "rates.json").write_text('{"features.3": 0.25, "classifier.0.weight": 0.75}')
     masked = load(masked_file(tmp_path, rates=str(tmp_path / "rates.json")), tables())
     gone = {name: float((~mask).float().mean()) for name, mask in masks_of(masked.model).items()}
     assert gone == pytest.approx({"features.3.weight": 0.25, "classifier.0.weight": 0.75}, abs=1e-3)
-    with pytest.raises(PruningError, match="whole channels"):
-        run("prune", prune.run, tmp_path / "m.pt", PruneOptions(granularity=Granularity.ELEMENT))
 
 
 def test_the_report_tells_each_tensor_and_why_not(tmp_path: Path) -> None:
@@ -466,3 +464,24 @@ def test_a_network_with_masks_of_its_own_is_refused_by_name(tmp_path: Path) -> N
     options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.ELEMENT)
     with pytest.raises(SpecError, match="fc has a 'weight_mask' of its own"):
         mask_weights(checkpoint, options)
+
+
+@pytest.mark.cuda
+def test_on_the_gpu_masks_are_those_of_the_cpu_and_stay(tmp_path: Path) -> None:
+    options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.ROW, rate=0.5)
+    here, _ = mask_weights(built("resnet20", base=8), options)
+    there = built("resnet20", base=8)
+    there.model.to("cuda")
+    there, _ = mask_weights(there, options)
+    for name, mask in masks_of(there.model).items():
+        assert mask.device.type == "cuda"
+        assert torch.equal(mask.cpu(), masks_of(here.model)[name])
+    _, cut = emptied_cut(there, context())
+    assert cut.families == emptied_cut(here, context())[1].families
+    source = masked_file(tmp_path, built("resnet20", base=8))
+    request = pipeline.Request(
+        "train", str(source), str(tmp_path / "t.pt"), runtime=RuntimeOptions(device="cuda")
+    )
+    fit = FitOptions(epochs=1, optimizer="sgd", lr=0.05)
+    (product,) = pipeline.write(train.run, TrainOptions(fit=fit, data=DIGITS), request)
+    assert_masked(load(product.path, tables()), load(source, tables()))
