@@ -24,7 +24,7 @@ from cctool.operations.composition import tables
 from cctool.operations.context import Context
 from cctool.operations.finetuning import encoded_again, finetune
 from cctool.operations.mask_storage import stored_with_masks
-from cctool.operations.masking import emptied_cut, mask_channels, mask_weights
+from cctool.operations.masking import cut_stored, emptied_cut, mask_channels, mask_weights
 from cctool.operations.sizes import stored_bytes
 from cctool.operations.sources import open_source
 from cctool.options.analyze import AnalyzeOptions
@@ -397,6 +397,18 @@ def test_patterns_keep_the_width_of_empty_channels(tmp_path: Path) -> None:
     assert cut(only=("layer1.0.conv1",)) == {"layer1.0.conv1"}
     with pytest.raises(UsageError, match="layer9"):
         cut(only=("layer9",))
+
+
+def test_bits_are_one_part_after_a_cut_too() -> None:
+    options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.ELEMENT, rate=0.5)
+    masked, _ = mask_weights(built("resnet20", base=8), options)
+    inputs = (torch.randn(2, 1, 32, 32),)
+    plan = plan_thinning(masked.model, inputs, PruneOptions(method=PruneMethod.L2, rate=0.5)).plan
+    stored = cut_stored(masked.stored, plan, context())
+    for name, form in stored.items():
+        if form.encoding == "masked":
+            assert form.shape != masked.stored[name].shape or name not in plan.tensors
+            assert form.parts["bits"] is stored[f"{name}_mask"].parts["bits"]
 
 
 def test_nothing_to_mask_is_an_error() -> None:
