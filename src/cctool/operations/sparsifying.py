@@ -20,7 +20,8 @@ from cctool.operations.measuring import feed_of
 from cctool.options.fit import FitOptions
 from cctool.options.prune import PruneOptions
 from cctool.options.prune_parts import Sparsifier, SparsifyOptions
-from cctool.pruning.prune import ThinResult, plan_thinning
+from cctool.pruning.prune import plan_thinning
+from cctool.pruning.reports import ThinResult
 from cctool.training.constraints import Constraint
 from cctool.training.penalties import GroupLasso, GrowingPenalty, Part, ScaleL1
 
