@@ -3,7 +3,7 @@
     python benchmarks/prune_zoo.py [--models GLOB] [--limit-gb 8] [--timeout 900] [--tools cctool,exact,...]
 
 Each tool handles each network in a process of its own, which is ended where it takes more memory or time than
-the limits. Rows of networks that ran before stay in the result, so that a run may be done in pieces.
+the limits; seconds are those of the CPU, on one thread. Rows of networks that ran before stay in the result, so that a run may be done in pieces.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ TARGET = Path(__file__).parent / "results" / "prune_zoo.json"
 def torchvision_names() -> list[str]:
     from torchvision import models
 
-    return [f"torchvision:{name}" for name in models.list_models(module=models)]
+    def size(name: str) -> int:
+        return int(models.get_model_weights(name).DEFAULT.meta["num_params"])
+
+    return [f"torchvision:{name}" for name in sorted(models.list_models(module=models), key=size)]
 
 
 SETS: dict[str, Callable[[], list[str]]] = {"torchvision": torchvision_names}
@@ -83,16 +86,16 @@ def by_cctool(name: str, exact: bool = False) -> dict[str, Any]:
     before, verifying, original = count(model), [0.0], prune.check
 
     def timed(*args: Any) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             return original(*args)
         finally:
-            verifying[0] += time.perf_counter() - start
+            verifying[0] += time.process_time() - start
 
     prune.check = timed
-    start = time.perf_counter()
+    start = time.process_time()
     result = prune.thin(model, (x,), options)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     peak = peak_bytes()
     report = result.report
     row: dict[str, Any] = {
@@ -191,7 +194,7 @@ def by_torch_pruning(name: str) -> dict[str, Any]:
 
     model, x = network(name)
     before = count(model)
-    start = time.perf_counter()
+    start = time.process_time()
     tp.pruner.BasePruner(
         model,
         x,
@@ -199,7 +202,7 @@ def by_torch_pruning(name: str) -> dict[str, Any]:
         pruning_ratio=0.5,
         ignored_layers=output_layers(model),
     ).step()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     row: dict[str, Any] = {
         "parameters": before,
         "parameters_after": count(model),
@@ -302,8 +305,8 @@ def main() -> None:
     names = [
         name for name in SETS[options.set]() if fnmatch.fnmatchcase(name.partition(":")[2], options.models)
     ]
-    for name in names:
-        for tool in options.tools.split(","):
+    for tool in options.tools.split(","):
+        for name in names:
             rows = {row["network"]: row for row in read()}
             row = rows.setdefault(name, {"network": name, "set": options.set})
             if options.missing and tool in row:

@@ -18,7 +18,7 @@ from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.records import DataSource
 from cctool.errors import CheckpointError
 from cctool.operations.context import Context, Outcome
-from cctool.operations.costs import Costs, costs_of
+from cctool.operations.costs import Costs, Scales
 from cctool.operations.finetuning import encoded_again, finetune
 from cctool.operations.mask_storage import stored_with_masks
 from cctool.operations.masking import EmptiedReport, MaskReport
@@ -92,7 +92,7 @@ class _Run:
         options: what is asked for.
         context: device, reporter, output.
         metrics: of the network that came in.
-        costs: likewise.
+        scales: weigh networks against it.
         earlier: the checkpoint to rewind to.
         objective: what fine-tuning minimises; None is cross-entropy.
         others: files that were read, by role.
@@ -103,7 +103,7 @@ class _Run:
     options: PruneOptions
     context: Context
     metrics: tuple[Metrics, ...]
-    costs: Costs
+    scales: Scales
     earlier: Checkpoint | None = None
     objective: Objective | None = None
     others: dict[str, Parent] = field(default_factory=dict)
@@ -116,12 +116,12 @@ def plan(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> tup
     searched = options.max_drop is not None
     metrics = measured_splits(checkpoint, source, options.data, context) if searched else ()
     changer = Changer(source, options, context, metrics)
-    before, reports, start = costs_of(checkpoint), [], checkpoint
+    scales, reports, start = Scales(checkpoint), [], checkpoint
     if options.sparsify is not None:
         context.reporter.note("the plan ranks the network as it is; --sparsify would train it first")
     for step, label in enumerate(_labels(options), start=1):
         changed = changer.changed(replace(start, model=deepcopy(start.model), resume=None), step)
-        report = _report(changed, step, options, before, costs_of(changed.checkpoint))
+        report = _report(changed, step, options, *scales.weigh(changed.checkpoint))
         reports.append(_pictured(report, options, context, label))
         start = changed.checkpoint if options.step_mode is StepMode.PROGRESSIVE else checkpoint
     return tuple(reports)
@@ -155,7 +155,7 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
         after = measured_splits(current, work.source, options.data, context)
         _warn_of_collapse(current, after, images, work)
         report = replace(
-            _report(changed, step, options, work.costs, costs_of(current)),
+            _report(changed, step, options, *work.scales.weigh(current)),
             recalibrated=images,
             finetuned=options.finetune_epochs,
             metrics_before=work.metrics,
@@ -177,7 +177,7 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
 def _begun(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> _Run:
     """Open everything that is read, before hours of training end in a refusal."""
     source = _data(checkpoint, options, context)
-    work = _Run(source, options, context, (), costs_of(checkpoint))
+    work = _Run(source, options, context, (), Scales(checkpoint))
     if options.rewind is not None:
         work.earlier = open_earlier(checkpoint, options.rewind, context)
         if work.earlier.origin is not None:

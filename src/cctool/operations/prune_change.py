@@ -95,7 +95,7 @@ class Changer:
         """
         options = self._options
         if options.apply_masks:
-            cut, emptied = emptied_cut(checkpoint, self._context)
+            cut, emptied = emptied_cut(checkpoint, self._context, exclude=options.exclude, only=options.only)
             return Changed(cut, emptied=emptied, notes=emptied.notes)
         if options.granularity is not Granularity.CHANNEL:
             return self._weights_masked(checkpoint, step)
