@@ -3,24 +3,28 @@
     python benchmarks/prune_zoo.py [--models GLOB] [--limit-gb 8] [--timeout 900] [--tools cctool,exact,...]
 
 Each tool handles each network in a process of its own, which is ended where it takes more memory or time than
-the limits; seconds are those of the CPU, on one thread. Rows of networks that ran before stay in the result, so that a run may be done in pieces.
+the limits; seconds are those of the CPU, on one thread. Rows of networks that ran before stay in the result,
+so that a run may be done in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import gc
+import importlib
 import json
+import os
 import resource
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +32,11 @@ from torch import Tensor, nn
 import record
 import zoo_oracle
 import zoo_sets
-from cctool.models.registry import build, input_shape
+from cctool.models.registry import build
 from cctool.options.prune import PruneMethod, PruneOptions, Scope
 
 SEED = 0
+OURS = ("cctool.operations.composition", "cctool.pruning.prune", "prune_table")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -66,7 +71,7 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     model = build(name, arguments_of(name)).eval()
     zoo_oracle.randomise(model)
     generator = torch.Generator().manual_seed(SEED)
-    return model, torch.randn(1, *input_shape(name, arguments_of(name)), generator=generator)
+    return model, torch.randn(1, *zoo_sets.shape_of(name, arguments_of(name)), generator=generator)
 
 
 def count(model: nn.Module) -> int:
@@ -262,45 +267,48 @@ def warm_up(tool: str) -> None:
         thin(model, (x,), PruneOptions(method=PruneMethod.L2, rate=0.5, scope=Scope.LOCAL))
 
 
-def child(tool: str, name: str) -> None:
-    """Run one tool on one network and print what came of it as one JSON line."""
-    torch.set_num_threads(1)
+def child(tool: str, name: str, output: IO[str]) -> None:
+    """Run one tool on one network and write what came of it as JSON."""
     warm_up(tool)
     warnings.simplefilter("ignore")
     try:
         row = {"status": "ok", **TOOLS[tool](name)}
     except Exception as error:  # whatever it raises is a result
         row = {"status": one_line(error)}
-    print(json.dumps(row), flush=True)
+    output.write(json.dumps(row))
+    output.flush()
 
 
 def watched(tool: str, name: str, limit_gb: float, timeout: float) -> dict[str, Any]:
-    """Run one tool on one network in a process of its own, within the limits."""
+    """Run one tool on one network in a process of its own, within the limits.
+
+    It is forked, so that torch is imported once: this process computes nothing, and has no threads.
+    """
     import psutil
 
-    line = [sys.executable, __file__, "--child", tool, "--models", name]
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(line, stdout=output, stderr=subprocess.DEVNULL)
+        process = os.fork()
+        if not process:
+            child(tool, name, output)
+            os._exit(0)
         start, peak, status = time.perf_counter(), 0, ""
-        while process.poll() is None:
-            try:
-                peak = max(peak, psutil.Process(process.pid).memory_info().rss)
-            except psutil.NoSuchProcess:
-                break
+        while os.waitpid(process, os.WNOHANG) == (0, 0):
+            with contextlib.suppress(psutil.Error):  # it may end just now
+                peak = max(peak, psutil.Process(process).memory_info().rss)
             if peak > limit_gb * 2**30:
                 status = f"out of memory at {limit_gb:g} GB"
             elif time.perf_counter() - start > timeout:
                 status = f"out of time at {timeout:g} s"
             if status:
-                process.kill()
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
                 break
             time.sleep(0.05)
-        process.wait()
         output.seek(0)
-        lines = output.read().strip().splitlines()
-    if status or not lines:
-        return {"status": status or f"ended with {process.returncode}", "peak_bytes": peak}
-    found: dict[str, Any] = json.loads(lines[-1])
+        text = output.read()
+    if status or not text:
+        return {"status": status or "ended without a result", "peak_bytes": peak}
+    found: dict[str, Any] = json.loads(text)
     return found
 
 
@@ -312,11 +320,10 @@ def main() -> None:
     parser.add_argument("--limit-gb", type=float, default=8)
     parser.add_argument("--timeout", type=float, default=900)
     parser.add_argument("--missing", action="store_true", help="only what is not in the result yet")
-    parser.add_argument("--child", choices=TOOLS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        child(options.child, options.models)
-        return
+    torch.set_num_threads(1)
+    for module in ("torch_pruning", "scipy.sparse.csgraph", "torch._meta_registrations", *OURS):
+        importlib.import_module(module)
     target = "prune_zoo" if options.set == "torchvision" else f"prune_zoo_{options.set}"
     command = (
         f"python benchmarks/prune_zoo.py --set {options.set} --limit-gb {options.limit_gb:g} "

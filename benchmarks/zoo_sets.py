@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from cctool.models.registry import input_shape
+
 TIMM = """
     vgg11 vgg13_bn vgg16_bn vgg19 resnet18 resnet26d resnet34 resnet50 resnet50d resnext50_32x4d seresnet50
     wide_resnet50_2 ecaresnet26t resnet50_gn resnetblur50 densenet121 densenet169 densenetblur121d
@@ -23,6 +25,10 @@ SEGMENTED_CLASSES = 21
 """Classes of torchvision's segmentation networks."""
 
 
+SIDE = 128
+"""Of the images that these networks get; Inception v4 takes none below 75."""
+
+
 def timm_names() -> list[str]:
     """References of timm's networks."""
     return [f"timm:{name}" for name in TIMM.split()]
@@ -33,6 +39,16 @@ def segmentation_names() -> list[str]:
     from torchvision import models
 
     return [f"torchvision:{name}" for name in models.list_models(module=models.segmentation)]
+
+
+def shape_of(name: str, arguments: dict[str, Any]) -> tuple[int, int, int]:
+    """Input shape: what the network was made for, but smaller images for timm's and segmentation networks.
+
+    Which channels go together does not depend on the size of the image, and their number is large.
+    """
+    channels, height, width = input_shape(name, arguments)
+    side = SIDE if name in segmentation_names() or name.startswith("timm:") else max(height, width)
+    return channels, min(side, height), min(side, width)
 
 
 def segmentation_arguments(name: str) -> dict[str, Any]:
