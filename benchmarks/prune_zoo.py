@@ -31,12 +31,13 @@ from torch import Tensor, nn
 
 import record
 import zoo_oracle
-from cctool.models.registry import build, input_shape
+import zoo_sets
+from cctool.models.registry import build
 from cctool.options.prune import PruneMethod, PruneOptions, Scope
 
 SEED = 0
 OURS = ("cctool.operations.composition", "cctool.pruning.prune", "prune_table")
-TARGET = Path(__file__).parent / "results" / "prune_zoo.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 def torchvision_names() -> list[str]:
@@ -48,13 +49,20 @@ def torchvision_names() -> list[str]:
     return [f"torchvision:{name}" for name in sorted(models.list_models(module=models), key=size)]
 
 
-SETS: dict[str, Callable[[], list[str]]] = {"torchvision": torchvision_names}
+SETS: dict[str, Callable[[], list[str]]] = {
+    "torchvision": torchvision_names,
+    "segmentation": zoo_sets.segmentation_names,
+    "timm": zoo_sets.timm_names,
+}
 """The sets of networks, by name."""
 
 
 def arguments_of(name: str) -> dict[str, Any]:
     """Arguments of the builder: auxiliary heads on where there are any."""
-    return {"aux_logits": True, "init_weights": False} if name.endswith(("googlenet", "inception_v3")) else {}
+    heads = (
+        {"aux_logits": True, "init_weights": False} if name.endswith(("googlenet", "inception_v3")) else {}
+    )
+    return {**heads, **zoo_sets.segmentation_arguments(name)}
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:
@@ -63,7 +71,7 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     model = build(name, arguments_of(name)).eval()
     zoo_oracle.randomise(model)
     generator = torch.Generator().manual_seed(SEED)
-    return model, torch.randn(1, *input_shape(name, arguments_of(name)), generator=generator)
+    return model, torch.randn(1, *zoo_sets.shape_of(name, arguments_of(name)), generator=generator)
 
 
 def count(model: nn.Module) -> int:
@@ -73,7 +81,8 @@ def count(model: nn.Module) -> int:
 def output_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that give the logits, auxiliary ones included."""
     widths = [(m, getattr(m, "out_features", getattr(m, "out_channels", None))) for m in model.modules()]
-    return [module for module, width in widths if width == 1000 and hasattr(module, "weight")][-1:]
+    last = [module for module, width in widths if width == 1000 and hasattr(module, "weight")][-1:]
+    return last or [module for module, width in widths if width == zoo_sets.SEGMENTED_CLASSES]
 
 
 def peak_bytes() -> int:
@@ -121,8 +130,8 @@ def by_cctool(name: str, exact: bool = False) -> dict[str, Any]:
     dense_network, _ = network(name)
     row["removable"] = removable_fraction(dense_network, result.graph)
     row["oracle_error"] = oracle_error(dense_network, model, x)
+    row |= after_the_cut(name, model, shapes(dense_network, x), x, result.plan)
     del dense_network
-    row |= after_the_cut(name, model, x, result.plan)
     smaller = prune.thin(model, (x,), options).report
     row["second_parameters"] = smaller.parameters_after
     return row
@@ -134,7 +143,15 @@ def removable_fraction(model: nn.Module, graph: Any) -> float:
     return round(removable(model, graph) / count(model), 6)
 
 
-def after_the_cut(name: str, model: nn.Module, x: Tensor, plan: Any) -> dict[str, Any]:
+def shapes(model: nn.Module, x: Tensor) -> list[list[int]]:
+    """Shapes of all tensors of a network's output."""
+    with torch.no_grad():
+        return [list(value.shape) for value in zoo_sets.tensors_of(model(x))]
+
+
+def after_the_cut(
+    name: str, model: nn.Module, expected: list[list[int]], x: Tensor, plan: Any
+) -> dict[str, Any]:
     """Forward, backward and the way through a file."""
     from cctool import load, save
     from cctool.checkpoint.checkpoint import Checkpoint
@@ -142,7 +159,7 @@ def after_the_cut(name: str, model: nn.Module, x: Tensor, plan: Any) -> dict[str
     from cctool.checkpoint.spec import ModelSpec
 
     with torch.no_grad():
-        logits = model(x)
+        logits = list(zoo_sets.tensors_of(model(x)))
     spec = ModelSpec(architecture=name, arguments=arguments_of(name), input_shape=tuple(x.shape[1:]))
     attributes = [(module, key) for module, values in plan.attributes.items() for key in values]
     spec = thinned(spec, model, plan.tensors, attributes)
@@ -151,19 +168,19 @@ def after_the_cut(name: str, model: nn.Module, x: Tensor, plan: Any) -> dict[str
         save(Checkpoint(model, spec), path)
         loaded = load(path).model.eval()
         with torch.no_grad():
-            same = bool(torch.equal(loaded(x), logits))
+            again = list(zoo_sets.tensors_of(loaded(x)))
+        same = all(bool(torch.equal(a, b)) for a, b in zip(again, logits, strict=True))
         del loaded
     gc.collect()
     loss = model.train()(torch.cat([x, x.flip(-1)]))
-    tensors = [loss] if isinstance(loss, Tensor) else [value for value in loss if isinstance(value, Tensor)]
-    sum(value.square().mean() for value in tensors).backward()
+    sum(value.square().mean() for value in zoo_sets.tensors_of(loss)).backward()
     gradients = all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
     trained = sum(p.grad is not None for p in model.parameters())
     for parameter in model.parameters():
         parameter.grad = None
     model.eval()
     return {
-        "forward": list(logits.shape) == [1, 1000],
+        "forward": [list(value.shape) for value in logits] == expected,
         "backward": gradients and trained == len(list(model.parameters())),
         "round_trip": same,
     }
@@ -176,8 +193,8 @@ def oracle_error(dense: nn.Module, cut: nn.Module, x: Tensor) -> float:
 
     def difference(inputs: Tensor) -> float:
         with torch.no_grad():
-            expected, found = dense(inputs), cut(inputs)
-        return float((expected - found).abs().max() / expected.abs().max())
+            pairs = zip(zoo_sets.tensors_of(dense(inputs)), zoo_sets.tensors_of(cut(inputs)), strict=True)
+        return max(float((expected - found).abs().max() / expected.abs().max()) for expected, found in pairs)
 
     error = difference(batch)
     if error > 1e-5 and count(dense) < 4e8:
@@ -214,12 +231,11 @@ def by_torch_pruning(name: str) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "peak_bytes": peak_bytes(),
     }
-    with torch.no_grad():
-        row["forward"] = list(model(x).shape) == [1, 1000]
     fresh, x = network(name)
+    row["forward"] = shapes(model, x) == shapes(fresh, x)
     del model
     try:
-        theirs, _ = removable_by_torch_pruning(fresh, x)
+        theirs, _ = removable_by_torch_pruning(fresh, x, output_layers(fresh))
         row["removable"] = round(theirs / before, 6)
     except Exception as error:  # whatever it raises is a result
         row["removable_error"] = one_line(error)
@@ -308,13 +324,17 @@ def main() -> None:
     torch.set_num_threads(1)
     for module in ("torch_pruning", "scipy.sparse.csgraph", "torch._meta_registrations", *OURS):
         importlib.import_module(module)
-    command = f"python benchmarks/prune_zoo.py --limit-gb {options.limit_gb:g} --timeout {options.timeout:g}"
+    target = "prune_zoo" if options.set == "torchvision" else f"prune_zoo_{options.set}"
+    command = (
+        f"python benchmarks/prune_zoo.py --set {options.set} --limit-gb {options.limit_gb:g} "
+        f"--timeout {options.timeout:g}"
+    )
     names = [
         name for name in SETS[options.set]() if fnmatch.fnmatchcase(name.partition(":")[2], options.models)
     ]
     for tool in options.tools.split(","):
         for name in names:
-            rows = {row["network"]: row for row in read()}
+            rows = {row["network"]: row for row in read(target)}
             row = rows.setdefault(name, {"network": name, "set": options.set})
             if options.missing and tool in row:
                 continue
@@ -322,12 +342,13 @@ def main() -> None:
                 continue
             row[tool] = watched(tool, name, options.limit_gb, options.timeout)
             print(name, tool, json.dumps(row[tool]), file=sys.stderr, flush=True)
-            record.write("prune_zoo", command, SEED, sorted(rows.values(), key=lambda r: str(r["network"])))
+            record.write(target, command, SEED, sorted(rows.values(), key=lambda r: str(r["network"])))
 
 
-def read() -> list[dict[str, Any]]:
+def read(target: str) -> list[dict[str, Any]]:
     """Rows of earlier runs."""
-    return list(json.loads(TARGET.read_text(encoding="utf-8"))["rows"]) if TARGET.is_file() else []
+    path = RESULTS / f"{target}.json"
+    return list(json.loads(path.read_text(encoding="utf-8"))["rows"]) if path.is_file() else []
 
 
 if __name__ == "__main__":

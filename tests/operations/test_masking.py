@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from torch import nn
 from cctool.checkpoint.checkpoint import Checkpoint, load, save
 from cctool.checkpoint.masks import masks_of
 from cctool.checkpoint.spec import ModelSpec
-from cctool.errors import PruningError, SpecError
+from cctool.errors import PruningError, SpecError, UsageError
 from cctool.models import registry
 from cctool.operations import analyze, compare, composition, distill, export, pipeline, prune, quantize, train
 from cctool.operations.composition import tables
-from cctool.operations.context import Context, Outcome
+from cctool.operations.context import Context
 from cctool.operations.finetuning import encoded_again, finetune
 from cctool.operations.mask_storage import stored_with_masks
-from cctool.operations.masking import emptied_cut, mask_channels, mask_weights, plan_weight_masks
+from cctool.operations.masking import cut_stored, emptied_cut, mask_channels, mask_weights
 from cctool.operations.sizes import stored_bytes
 from cctool.operations.sources import open_source
 from cctool.options.analyze import AnalyzeOptions
@@ -54,12 +54,6 @@ def built(architecture: str = "lenet", **arguments: Any) -> Checkpoint:
     )
 
 
-def masking(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iterator[Outcome]:
-    """What the command does, without its other steps."""
-    masked, report = mask_weights(checkpoint, options)
-    yield Outcome(masked, report)
-
-
 def run(verb: str, operation: Any, source: Path, options: Any) -> Path:
     """One command; its product lies beside the source."""
     output = source.with_name(f"{source.stem}.{verb}.pt")
@@ -73,7 +67,7 @@ def run(verb: str, operation: Any, source: Path, options: Any) -> Path:
 def masked_file(path: Path, checkpoint: Checkpoint | None = None, **options: Any) -> Path:
     given = {"method": PruneMethod.L1, "granularity": Granularity.ELEMENT, "rate": 0.9} | options
     composition.save(checkpoint or built(), path / "m.pt")
-    return run("prune", masking, path / "m.pt", PruneOptions(**given))
+    return run("prune", prune.run, path / "m.pt", PruneOptions(**given))
 
 
 def assert_masked(checkpoint: Checkpoint, before: Checkpoint | None = None) -> None:
@@ -95,8 +89,7 @@ def assert_masked(checkpoint: Checkpoint, before: Checkpoint | None = None) -> N
     ],
 )
 def test_three_epochs_of_training_revive_nothing(fit: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint = built("resnet20", base=8) if fit["optimizer"] == "sgd" else built()
-    source = masked_file(tmp_path, checkpoint, rate=0.7)
+    source = masked_file(tmp_path, rate=0.7)
     trained = run("train", train.run, source, TrainOptions(fit=FitOptions(epochs=3, **fit), data=DIGITS))
     before, after = load(source, tables()), load(trained, tables())
     assert_masked(after, before)
@@ -210,9 +203,8 @@ def test_a_sparse_file_is_a_quarter_of_the_dense_one(tmp_path: Path) -> None:
     for suffix in (".pt", ".safetensors"):
         dense = built("resnet20")
         composition.save(dense, tmp_path / f"dense{suffix}")
-        masked, report = mask_weights(
-            dense, PruneOptions(method=PruneMethod.L1, granularity=Granularity.ELEMENT, rate=0.9)
-        )
+        options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.ELEMENT, rate=0.9)
+        masked, report = mask_weights(dense, options)
         composition.save(masked, tmp_path / f"sparse{suffix}")
         sizes = [(tmp_path / f"{name}{suffix}").stat().st_size for name in ("dense", "sparse")]
         assert sizes[0] >= 4 * sizes[1], sizes
@@ -355,9 +347,8 @@ def test_masking_again_keeps_levels_and_narrows_masks(tmp_path: Path) -> None:
     small = load(run("quantize", quantize.run, masked_file(tmp_path, rate=0.5), QuantizeOptions()), tables())
     levels = {n: set(p.flatten().tolist()) for n, p in small.model.named_parameters()}
     first = {name: mask.clone() for name, mask in masks_of(small.model).items()}
-    again, report = mask_weights(
-        small, PruneOptions(method=PruneMethod.L1, granularity=Granularity.ELEMENT, rate=0.5)
-    )
+    options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.ELEMENT, rate=0.5)
+    again, report = mask_weights(small, options)
     for name, mask in masks_of(again.model).items():
         assert not (mask & ~first[name]).any()
         assert set(again.model.get_parameter(name).flatten().tolist()) <= levels[name] | {0.0}
@@ -368,45 +359,80 @@ def test_masking_again_keeps_levels_and_narrows_masks(tmp_path: Path) -> None:
 
 
 def test_masked_channels_are_cut_later_by_what_they_left_empty(tmp_path: Path) -> None:
-    options = PruneOptions(method=PruneMethod.L2, rate=0.5, mask=True)
     composition.save(built("resnet20", base=8), tmp_path / "m.pt")
-    checkpoint = load(tmp_path / "m.pt", tables())
-    inputs = (torch.randn(2, 1, 32, 32),)
-    masked, report = mask_channels(checkpoint, plan_thinning(checkpoint.model, inputs, options), options)
-    assert report.granularity == "channel"
-    assert report.kept < 0.5 * report.total
-    assert sum(p.numel() for p in masked.model.parameters()) == sum(
-        p.numel() for p in built("resnet20", base=8).model.parameters()
-    )
-    composition.save(masked, tmp_path / "masked.pt")
-    found = load(tmp_path / "masked.pt", tables())
-    with torch.no_grad():
-        before = found.model(*inputs)
-        cut, after = emptied_cut(found, context())
-        torch.testing.assert_close(cut.model(*inputs), before, rtol=1e-4, atol=1e-5)
-    assert after.parameters_after < 0.4 * after.parameters_before
-    assert after.precision == "float64"
-    assert {before // 2 for _, before, _ in after.families} == {kept for _, _, kept in after.families}
+    options = PruneOptions(method=PruneMethod.L2, rate=0.5, mask=True)
+    source = run("prune", prune.run, tmp_path / "m.pt", options)
+    dense, masked = load(tmp_path / "m.pt", tables()), load(source, tables())
+    assert_masked(masked)
+    shapes = [p.shape for p in masked.model.parameters()]
+    assert shapes == [p.shape for p in dense.model.parameters()]
+    thin = run("prune", prune.run, source, PruneOptions(apply_masks=True))
+    at_once = run("prune", prune.run, tmp_path / "m.pt", PruneOptions(method=PruneMethod.L2, rate=0.5))
+    cut, plain = load(thin, tables()), load(at_once, tables())
+    for name, parameter in plain.model.named_parameters():
+        assert torch.equal(cut.model.get_parameter(name), parameter)
     # Nothing is left for the masks to take away.
     assert masks_of(cut.model) == {}
     assert not any(edit["kind"] == "mask" for edit in cut.spec.edits)
-    composition.save(cut, tmp_path / "cut.pt")
+    assert cut.stored == {}
+    inputs = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
-        assert torch.equal(load(tmp_path / "cut.pt", tables()).model(*inputs), cut.model(*inputs))
-    fewer = plan_thinning(
-        built("resnet20", base=8).model, inputs, PruneOptions(method=PruneMethod.L2, rate=0.01)
-    )
+        torch.testing.assert_close(cut.model(inputs), masked.model(inputs), rtol=1e-4, atol=1e-5)
+    again = run("prune", prune.run, thin, PruneOptions(apply_masks=True))
+    assert any("no channel is empty" in note for note in load(again, tables()).history[-1].notes)
+
+
+def test_patterns_keep_the_width_of_empty_channels(tmp_path: Path) -> None:
+    composition.save(built("resnet20", base=8), tmp_path / "m.pt")
+    options = PruneOptions(method=PruneMethod.L2, rate=0.5, mask=True)
+    masked = load(run("prune", prune.run, tmp_path / "m.pt", options), tables())
+
+    def cut(**patterns: Any) -> set[str]:
+        found = replace(masked, model=deepcopy(masked.model))
+        _, report = emptied_cut(found, context(), **patterns)
+        return {name for name, _, _ in report.families if name.endswith("conv1")}
+
+    everything = cut()
+    assert cut(exclude=("layer1.0.conv1",)) == everything - {"layer1.0.conv1"}
+    assert cut(only=("layer1.0.conv1",)) == {"layer1.0.conv1"}
+    with pytest.raises(UsageError, match="layer9"):
+        cut(only=("layer9",))
+
+
+def test_bits_are_one_part_after_a_cut_too() -> None:
+    options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.ELEMENT, rate=0.5)
+    masked, _ = mask_weights(built("resnet20", base=8), options)
+    inputs = (torch.randn(2, 1, 32, 32),)
+    plan = plan_thinning(masked.model, inputs, PruneOptions(method=PruneMethod.L2, rate=0.5)).plan
+    stored = cut_stored(masked.stored, plan, context())
+    for name, form in stored.items():
+        if form.encoding == "masked":
+            assert form.shape != masked.stored[name].shape or name not in plan.tensors
+            assert form.parts["bits"] is stored[f"{name}_mask"].parts["bits"]
+
+
+def test_nothing_to_mask_is_an_error() -> None:
+    checkpoint = built("resnet20", base=8)
+    inputs = (torch.randn(2, 1, 32, 32),)
+    fewer = plan_thinning(checkpoint.model, inputs, PruneOptions(method=PruneMethod.L2, rate=0.01))
     with pytest.raises(PruningError, match="nothing to mask"):
-        mask_channels(built("resnet20", base=8), fewer, options)
+        mask_channels(checkpoint, fewer, PruneOptions())
+
+
+def test_a_table_of_rates_decides(tmp_path: Path) -> None:
+    (tmp_path / "rates.json").write_text('{"features.3": 0.25, "classifier.0.weight": 0.75}')
+    masked = load(masked_file(tmp_path, rates=str(tmp_path / "rates.json")), tables())
+    gone = {name: float((~mask).float().mean()) for name, mask in masks_of(masked.model).items()}
+    assert gone == pytest.approx({"features.3.weight": 0.25, "classifier.0.weight": 0.75}, abs=1e-3)
 
 
 def test_the_report_tells_each_tensor_and_why_not(tmp_path: Path) -> None:
     options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.NM, exclude=("classifier.0",))
     checkpoint = built()
-    planned = plan_weight_masks(checkpoint, options)
+    (planned,) = prune.plan(checkpoint, options, context())
     assert masks_of(checkpoint.model) == {}
     masked, report = mask_weights(checkpoint, options)
-    assert report == planned
+    assert report == planned.masks
     assert (report.pattern, report.pattern_holds) == ("2:4", True)
     notes = {tensor.name: tensor.note for tensor in report.tensors}
     assert notes["classifier.0.weight"] == "excluded"
@@ -418,7 +444,7 @@ def test_the_report_tells_each_tensor_and_why_not(tmp_path: Path) -> None:
     weights = [p for p in masked.model.parameters() if p.dim() >= 2]
     assert report.total == sum(p.numel() for p in weights)
     assert report.sparsity_after == 100 * sum(int((p == 0).sum()) for p in weights) / report.total
-    other = plan_weight_masks(built(), replace(options, pattern=Pattern(1, 4)))
+    _, other = mask_weights(built(), replace(options, pattern=Pattern(1, 4)))
     assert other.pattern == "1:4"
     assert other.kept < report.kept
 
@@ -446,5 +472,28 @@ def test_a_network_with_masks_of_its_own_is_refused_by_name(tmp_path: Path) -> N
     reference = f"{tmp_path}/own.py:make"
     model = registry.build(reference, {}, user_code=frozenset({reference}))
     checkpoint = Checkpoint(model, ModelSpec(architecture=reference, input_shape=(1, 32, 32)))
+    options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.ELEMENT)
     with pytest.raises(SpecError, match="fc has a 'weight_mask' of its own"):
-        mask_weights(checkpoint, PruneOptions(method=PruneMethod.L1, granularity=Granularity.ELEMENT))
+        mask_weights(checkpoint, options)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_the_gpu_masks_are_those_of_the_cpu_and_stay(tmp_path: Path) -> None:
+    options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.ROW, rate=0.5)
+    here, _ = mask_weights(built("resnet20", base=8), options)
+    there = built("resnet20", base=8)
+    there.model.to("cuda")
+    there, _ = mask_weights(there, options)
+    for name, mask in masks_of(there.model).items():
+        assert mask.device.type == "cuda"
+        assert torch.equal(mask.cpu(), masks_of(here.model)[name])
+    _, cut = emptied_cut(there, context())
+    assert cut.families == emptied_cut(here, context())[1].families
+    source = masked_file(tmp_path, built("resnet20", base=8))
+    request = pipeline.Request(
+        "train", str(source), str(tmp_path / "t.pt"), runtime=RuntimeOptions(device="cuda")
+    )
+    fit = FitOptions(epochs=1, optimizer="sgd", lr=0.05)
+    (product,) = pipeline.write(train.run, TrainOptions(fit=fit, data=DIGITS), request)
+    assert_masked(load(product.path, tables()), load(source, tables()))

@@ -75,11 +75,8 @@ def test_an_absolute_target_is_a_number_not_a_fraction(trained: Path) -> None:
 
 
 def test_coarse_rounding_says_what_it_could_reach(trained: Path) -> None:
-    result = CliRunner().invoke(
-        app,
-        ["prune", str(trained), "--target", "macs=0.5", "--round-to", "8", "--method", "l1", "--force"]
-        + ["-o", str(trained.with_name("r.pt"))],
-    )
+    line = f"--target macs=0.5 --round-to 8 --method l1 --force -o {trained.with_name('r.pt')}"
+    result = CliRunner().invoke(app, ["prune", str(trained), *line.split()])
     assert result.exit_code == 0, result.output
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("target macs")]
     assert "(50.00%): reached" in line

@@ -2,7 +2,7 @@
 
 As `masking_oracle.py`, which knows the layers of classifiers: every vector of the network gets values of
 which no two are equal, the values that the cut network lacks tell which channels each module lost, and hooks
-on the dense network set these channels of the module's output to zero. Nothing here knows of graphs and plans.
+on the dense network set these channels of the module's output to zero. Nothing here knows of graphs or plans.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def masked(dense: nn.Module, lost: Mapping[str, Tensor], inputs: Sequence[Any]) 
 
 def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
     """Largest difference over the spread of what is expected across the batch, of all outputs."""
+    expected, actual = [t.detach() for t in expected], [t.detach() for t in actual]
     assert [t.shape for t in expected] == [t.shape for t in actual]
     spreads = [float((e - e.mean(dim=0)).abs().max()) for e in expected]
     assert min(spreads) > 1e-6, "an output does not look at the input"

@@ -14,7 +14,8 @@ from cctool.errors import PruningError, UsageError
 from cctool.options.prune import Granularity, PruneMethod, PruneOptions, Scope, StepMode
 from cctool.options.prune_parts import Block, Pattern
 from cctool.pruning.granularity import as_filters, from_filters, keep_highest, keep_pattern, pattern_holds
-from cctool.pruning.masks import choose_masks, weights_of
+from cctool.pruning.mask_reports import weights_of
+from cctool.pruning.masks import choose_masks
 
 
 class Net(nn.Module):

@@ -26,6 +26,8 @@ def print_plan(console: Console, reports: Any) -> None:
             )
         if report.masks is not None:
             console.table(title or "masks", _MASKS, [_mask(row) for row in report.masks.tensors])
+        if report.emptied is not None:
+            console.table(title or "empty", _EMPTIED, report.emptied.families)
         console.table("costs", _COSTS, _costs(report))
         if report.cut is not None:
             console.note(_comparison(report.cut))
@@ -55,6 +57,9 @@ def say_report(console: Console, report: Any) -> None:
         console.talk_table("", _MASKS, [_mask(row) for row in rows[:_MOST]])
         if len(rows) > _MOST:
             console.note(f"... and {len(rows) - _MOST} tensors more; --json has them all")
+    if report.emptied is not None:
+        console.talk_table("", _EMPTIED, report.emptied.families)
+        console.note(_same_outputs(report.emptied))
     console.talk_table("", _COSTS, _costs(report))
     for note in _notes(report):
         console.note(note)
@@ -89,6 +94,15 @@ def _family(family: Any) -> tuple[object, ...]:
         family.kept_from,
         family.note,
     )
+
+
+_EMPTIED = ("family", "units", "kept")
+
+
+def _same_outputs(emptied: Any) -> str:
+    if not emptied.families:
+        return "no channel is empty: nothing was cut"
+    return f"outputs are the same within {emptied.error:.1e} ({emptied.precision})"
 
 
 _MASKS = ("tensor", "shape", "weights", "kept", "kept %", "note")
@@ -139,5 +153,19 @@ def _notes(report: Any) -> list[str]:
         notes += [f"{family.name} keeps its {family.units} units: {family.note}" for family in untouched]
         notes += report.cut.notes
     if report.masks is not None:
-        notes += report.masks.notes
-    return notes
+        notes += _of_masks(report.masks)
+    if report.emptied is not None:
+        notes += report.emptied.notes
+    return list(dict.fromkeys(notes))
+
+
+def _of_masks(masks: Any) -> list[str]:
+    share = 100 * (1 - masks.kept / masks.total) if masks.total else 0.0
+    notes = [
+        f"masked {share:.2f} % of {masks.total:,} weights; zeros {masks.sparsity_before:.2f} -> "
+        f"{masks.sparsity_after:.2f} %"
+    ]
+    if masks.pattern is not None:
+        holds = "holds in every group" if masks.pattern_holds else "does not hold everywhere"
+        notes.append(f"{masks.pattern} {holds} of the weights that it fits")
+    return [*notes, *masks.notes]

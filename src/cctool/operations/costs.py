@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from cctool.analysis.latency import Latency, compare, measure_latency
@@ -13,13 +15,16 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.errors import ArchitectureError
 from cctool.graph import cost
 from cctool.operations.context import Context
+from cctool.operations.masking import cut_stored
 from cctool.operations.sizes import measure
 from cctool.options.prune import PruneOptions
 from cctool.options.prune_parts import Quantity
 from cctool.pruning.surgery import CutPlan, copy_with, cut_tensor
 from cctool.pruning.targets import sketch
 
-__all__ = ["Costs", "costs_of", "counter", "cut_stored"]
+__all__ = ["Costs", "Scales", "counter"]
+
+_LARGEST_COPY = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,42 @@ class Costs:
     latency: Latency | None
 
 
-def costs_of(checkpoint: Checkpoint) -> Costs:
-    """Count and time a checkpoint's network where it lies."""
-    size = measure(checkpoint)
+class Scales:
+    """Weighs networks against the one that a command was given, which it may keep a copy of.
+
+    Args:
+        checkpoint: that one; its model may be changed afterwards.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        size = measure(checkpoint)
+        self._before = Costs(size.parameters, size.macs, size.bytes or 0, None)
+        # Networks that take turns can be compared on a busy machine; a copy of a large one costs too much.
+        tensors = (t for t in checkpoint.model.state_dict().values() if isinstance(t, Tensor))
+        small = sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= _LARGEST_COPY
+        self._dense = deepcopy(checkpoint.model) if small else None
+        if self._dense is None:
+            self._before = replace(self._before, latency=_timed(checkpoint))
+
+    def weigh(self, checkpoint: Checkpoint) -> tuple[Costs, Costs]:
+        """Count and time a checkpoint's network where it lies; gives the first one's costs, and its own."""
+        size = measure(checkpoint)
+        after = Costs(size.parameters, size.macs, size.bytes or 0, None)
+        if self._dense is None:
+            return self._before, replace(after, latency=_timed(checkpoint))
+        device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
+        try:
+            pair = compare([self._dense.to(device), checkpoint.model], checkpoint.spec.input_shape)
+        except ArchitectureError:
+            return self._before, after
+        return replace(self._before, latency=pair[0]), replace(after, latency=pair[1])
+
+
+def _timed(checkpoint: Checkpoint) -> Latency | None:
     try:
-        latency: Latency | None = measure_latency(checkpoint.model, checkpoint.spec.input_shape)
+        return measure_latency(checkpoint.model, checkpoint.spec.input_shape)
     except ArchitectureError:
-        latency = None
-    return Costs(size.parameters, size.macs, size.bytes or 0, latency)
+        return None
 
 
 def counter(
@@ -94,26 +127,6 @@ def _bytes(
             numbers = numbers // cut.size * cut.keep.numel()
         total += numbers * tensor.element_size()
     return total
-
-
-def cut_stored(
-    stored: Mapping[str, EncodedTensor], plan: CutPlan, context: Context
-) -> dict[str, EncodedTensor]:
-    """Cut integers, scales and masks as they are stored, so that nothing is rounded a second time.
-
-    Tensors that are tied, and parts that several tensors share, stay so.
-    """
-    cut: dict[str, EncodedTensor] = {}
-    done: dict[int, EncodedTensor] = {}
-    for name, encoded in stored.items():
-        if id(encoded) not in done:
-            smaller = encoded
-            for piece in plan.tensors.get(name, ()):
-                take = context.tables.encodings[encoded.encoding].take
-                smaller = take(smaller, piece.dim, piece.keep.cpu())
-            done[id(encoded)] = smaller
-        cut[name] = done[id(encoded)]
-    return cut
 
 
 def _latency_counter(checkpoint: Checkpoint) -> Callable[[CutPlan], float]:

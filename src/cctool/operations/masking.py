@@ -6,84 +6,35 @@ what came of it: spec, stored tensors and report.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits import thinned
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.masks import add_masks, drop_masks, masks_of, with_masks
+from cctool.checkpoint.masks import add_masks, drop_masks, mask_buffers, masks_of, with_masks
 from cctool.errors import PruningError
 from cctool.operations.context import Context
+from cctool.operations.examples import example
 from cctool.operations.mask_storage import stored_with_masks
-from cctool.options.prune import Granularity, PruneOptions
-from cctool.options.prune_parts import Pattern
+from cctool.options.prune import PruneOptions
 from cctool.pruning.emptied import Emptied, find_emptied
-from cctool.pruning.granularity import as_filters, pattern_holds
-from cctool.pruning.masks import Saliency, choose_masks, magnitude, unit_masks, weights_of
-from cctool.pruning.prune import ThinResult
+from cctool.pruning.mask_reports import MaskReport, report_masks, zero_percent
+from cctool.pruning.masks import Saliency, choose_masks, magnitude, unit_masks
+from cctool.pruning.reports import ThinResult
 from cctool.pruning.surgery import CutPlan, apply_cut
 
 __all__ = [
     "EmptiedReport",
     "MaskReport",
-    "TensorMask",
     "cut_stored",
     "emptied_cut",
     "mask_channels",
     "mask_weights",
-    "plan_weight_masks",
 ]
-
-
-@dataclass(frozen=True)
-class TensorMask:
-    """What is left of one tensor.
-
-    Attributes:
-        name: qualified name of the parameter.
-        shape: of it.
-        kept: elements that its mask lets stay; all where it has none.
-        total: elements.
-        note: why it got no mask, or whose rows it follows; "" else.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kept: int
-    total: int
-    note: str
-
-
-@dataclass(frozen=True)
-class MaskReport:
-    """What a masking did and did not do.
-
-    Attributes:
-        granularity: what went.
-        tensors: every weight of two or more dimensions, and what else has a mask, in the order of the model.
-        kept: elements that masks let stay, of all weights of two or more dimensions.
-        total: elements of those weights.
-        sparsity_before: percent of those weights that were zero.
-        sparsity_after: percent that are zero now.
-        pattern: N:M, where that was asked for.
-        pattern_holds: whether every masked weight keeps it in each group; None without a pattern.
-        notes: what a user should know besides.
-    """
-
-    granularity: str
-    tensors: tuple[TensorMask, ...]
-    kept: int
-    total: int
-    sparsity_before: float
-    sparsity_after: float
-    pattern: str | None = None
-    pattern_holds: bool | None = None
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,26 +82,11 @@ def mask_weights(
         PruningError: nothing can be masked, or a saliency is not finite.
         SpecError: a module has something called like its mask.
     """
-    before = _sparsity(checkpoint.model)
-    chosen = choose_masks(checkpoint.model, _example(checkpoint), options, saliency, step=step, rates=rates)
+    before = zero_percent(checkpoint.model)
+    chosen = choose_masks(checkpoint.model, example(checkpoint), options, saliency, step=step, rates=rates)
     notes = {**chosen.skipped, **{name: f"follows the rows of {of}" for name, of in chosen.follow.items()}}
     masked = _with(checkpoint, chosen.masks)
-    return masked, _report(masked.model, options, before, notes)
-
-
-def plan_weight_masks(
-    checkpoint: Checkpoint,
-    options: PruneOptions,
-    saliency: Saliency = magnitude,
-    *,
-    step: int = 1,
-    rates: Mapping[str, float] | None = None,
-) -> MaskReport:
-    """What `mask_weights` would report; the checkpoint stays as it is."""
-    from copy import deepcopy
-
-    copied = replace(checkpoint, model=deepcopy(checkpoint.model), stored={})
-    return mask_weights(copied, options, saliency, step=step, rates=rates)[1]
+    return masked, report_masks(masked.model, options, before, notes)
 
 
 def mask_channels(
@@ -163,15 +99,17 @@ def mask_channels(
         found: what `plan_thinning` gave for this very model.
         options: for the report.
     """
-    before = _sparsity(checkpoint.model)
+    before = zero_percent(checkpoint.model)
     masks = unit_masks(checkpoint.model, found.graph, found.selection)
     if not masks:
         raise PruningError("nothing to mask: the rate is below one unit")
     masked = _with(checkpoint, masks)
-    return masked, _report(masked.model, options, before, {}, found.report.notes)
+    return masked, report_masks(masked.model, options, before, {}, found.report.notes)
 
 
-def emptied_cut(checkpoint: Checkpoint, context: Context) -> tuple[Checkpoint, EmptiedReport]:
+def emptied_cut(
+    checkpoint: Checkpoint, context: Context, *, exclude: Sequence[str] = (), only: Sequence[str] = ()
+) -> tuple[Checkpoint, EmptiedReport]:
     """Cut in place the channels that masks (or zeros of any origin) left empty; outputs stay what they are.
 
     Masks that have nothing left to take away are dropped.
@@ -179,20 +117,25 @@ def emptied_cut(checkpoint: Checkpoint, context: Context) -> tuple[Checkpoint, E
     Args:
         checkpoint: its model is changed.
         context: tables, for what is stored encoded.
+        exclude: glob patterns of parameters, modules or families that keep their width.
+        only: glob patterns; where given, families that match none keep their width.
 
     Raises:
+        UsageError: a pattern matches nothing.
         PruningError: the network does not run at the batch sizes of the comparison.
     """
     model = checkpoint.model
     before = sum(parameter.numel() for parameter in model.parameters())
-    found = find_emptied(model, _example(checkpoint))
+    found = find_emptied(model, example(checkpoint), exclude=exclude, only=only)
     apply_cut(model, found.plan)
     attributes = [(module, name) for module, values in found.plan.attributes.items() for name in values]
     spec = thinned(checkpoint.spec, model, found.plan.tensors, attributes)
     stored = cut_stored(checkpoint.stored, found.plan, context)
     idle = tuple(name for name, mask in masks_of(model).items() if bool(mask.all()))
+    masks = mask_buffers(model)
     drop_masks(model, idle)
-    kept = {name: form for name, form in stored.items() if name in model.state_dict()}
+    gone = masks - mask_buffers(model)
+    kept = {name: form for name, form in stored.items() if name not in gone}
     cut = replace(checkpoint, spec=with_masks(spec, model), stored=kept, resume=None)
     return stored_with_masks(cut), EmptiedReport(
         families=_families(found),
@@ -201,7 +144,7 @@ def emptied_cut(checkpoint: Checkpoint, context: Context) -> tuple[Checkpoint, E
         error=found.error,
         precision=found.precision,
         dropped=idle,
-        notes=found.notes,
+        notes=found.notes if found.plan.tensors else ("no channel is empty: nothing was cut", *found.notes),
     )
 
 
@@ -211,15 +154,26 @@ def cut_stored(
     """Cut stored integers, scales and bits as a plan cuts the model's tensors; nothing is rounded again."""
     cut: dict[str, EncodedTensor] = {}
     done: dict[int, EncodedTensor] = {}
+    parts: dict[int, Tensor] = {}
     for name, encoded in stored.items():
         if id(encoded) not in done:
             smaller = encoded
             for piece in plan.tensors.get(name, ()):
                 take = context.tables.encodings[encoded.encoding].take
                 smaller = take(smaller, piece.dim, piece.keep.cpu())
-            done[id(encoded)] = smaller
+            done[id(encoded)] = _sharing(smaller, encoded, parts)
         cut[name] = done[id(encoded)]
     return cut
+
+
+def _sharing(smaller: EncodedTensor, encoded: EncodedTensor, parts: dict[int, Tensor]) -> EncodedTensor:
+    """Let what was one part before the cut, as the bits of a mask and its weight, be one part after it."""
+    shared = {}
+    for name, part in smaller.parts.items():
+        before = encoded.parts.get(name)
+        known = part if before is None else parts.setdefault(id(before), part)
+        shared[name] = known if torch.equal(known, part) else part
+    return replace(smaller, parts=shared)
 
 
 def _with(checkpoint: Checkpoint, masks: Mapping[str, Tensor]) -> Checkpoint:
@@ -229,65 +183,9 @@ def _with(checkpoint: Checkpoint, masks: Mapping[str, Tensor]) -> Checkpoint:
     return stored_with_masks(replace(checkpoint, spec=spec, resume=None))
 
 
-def _example(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
-    return (torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device),)
-
-
 def _families(found: Emptied) -> tuple[tuple[str, int, int], ...]:
     return tuple(
         (family.name, family.units, int(kept.sum()))
         for family, kept in zip(found.graph.families, found.selection.kept, strict=True)
         if not bool(kept.all())
-    )
-
-
-def _sparsity(model: nn.Module) -> float:
-    """Percent of weights of two or more dimensions that are zero."""
-    zeros = total = 0
-    for _, weight, _ in weights_of(model):
-        zeros += weight.numel() - int(weight.detach().count_nonzero())
-        total += weight.numel()
-    return 100 * zeros / total if total else 0.0
-
-
-def _report(
-    model: nn.Module,
-    options: PruneOptions,
-    before: float,
-    why: Mapping[str, str],
-    notes: tuple[str, ...] = (),
-) -> MaskReport:
-    masks, weighty = masks_of(model), {name for name, _, _ in weights_of(model)}
-    tensors = tuple(
-        TensorMask(
-            name,
-            tuple(parameter.shape),
-            int(masks[name].sum()) if name in masks else parameter.numel(),
-            parameter.numel(),
-            why.get(name, ""),
-        )
-        for name, parameter in model.named_parameters()
-        if name in masks or name in weighty
-    )
-    pattern = options.pattern or Pattern() if options.granularity is Granularity.NM else None
-    return MaskReport(
-        granularity=options.granularity.value,
-        tensors=tensors,
-        kept=sum(tensor.kept for tensor in tensors if tensor.name in weighty),
-        total=sum(tensor.total for tensor in tensors if tensor.name in weighty),
-        sparsity_before=before,
-        sparsity_after=_sparsity(model),
-        pattern=f"{pattern.keep}:{pattern.of}" if pattern else None,
-        pattern_holds=_holds(model, pattern, why) if pattern else None,
-        notes=notes,
-    )
-
-
-def _holds(model: nn.Module, pattern: Pattern, skipped: Mapping[str, str]) -> bool:
-    return all(
-        pattern_holds(as_filters(weight.detach(), module), pattern)
-        for name, weight, module in weights_of(model)
-        if name not in skipped and isinstance(module, (_ConvNd, nn.Linear, nn.MultiheadAttention))
     )

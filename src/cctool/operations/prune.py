@@ -3,55 +3,42 @@
 source -> [sparse training]
        -> (step i: evidence -> score -> select by rate, table, target or budget -> verify cut == masked
            -> cut tensors, stored integers and scales, or set masks
-           -> [rewind | initialise anew] -> recalibrate batch norm -> fine-tune -> measure)
+           -> [rewind | draw anew] -> recalibrate batch norm -> fine-tune -> measure)
        -> one checkpoint a step
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.edits import thinned
 from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.records import DataSource
 from cctool.errors import CheckpointError
-from cctool.graph.execution import blaming_the_size, in_mode
 from cctool.operations.context import Context, Outcome
-from cctool.operations.costs import Costs, costs_of, cut_stored
-from cctool.operations.evidence import evidence_for
+from cctool.operations.costs import Costs, Scales
 from cctool.operations.finetuning import encoded_again, finetune
-from cctool.operations.masking import (
-    emptied_plan,
-    mask_channels,
-    mask_weights,
-    stored_with_masks,
-    without_full_masks,
-)
+from cctool.operations.mask_storage import stored_with_masks
+from cctool.operations.masking import EmptiedReport, MaskReport
 from cctool.operations.measuring import measured_splits, preprocessing_of
 from cctool.operations.pipeline import labelled
-from cctool.operations.prune_goals import (
-    RECALIBRATION,
-    BudgetReport,
-    TargetReport,
-    within_budget,
-    within_target,
-)
+from cctool.operations.prune_change import Changed, Changer
+from cctool.operations.prune_goals import RECALIBRATION, BudgetReport, TargetReport
 from cctool.operations.recalibrating import recalibrated
-from cctool.operations.rewinding import reinitialised, rewound
+from cctool.operations.reinitialising import reinitialised
+from cctool.operations.resuming import never_trained
+from cctool.operations.rewinding import open_earlier, rewound
 from cctool.operations.sources import open_source, require_source
 from cctool.operations.sparsifying import sparsified
+from cctool.operations.teaching import distillation
 from cctool.operations.width_pictures import picture_path, write_picture
 from cctool.options.fit import FitOptions
-from cctool.options.prune import Granularity, PruneOptions, StepMode
-from cctool.pruning.masks import MaskReport
-from cctool.pruning.prune import Planner
-from cctool.pruning.reports import PruneReport, ThinResult
-from cctool.pruning.surgery import CutPlan, apply_cut
+from cctool.options.prune import PruneOptions, StepMode
+from cctool.pruning.reports import PruneReport
+from cctool.pruning.surgery import CutPlan
+from cctool.training.objectives import Objective
 
 __all__ = ["StepReport", "plan", "run"]
 
@@ -66,8 +53,9 @@ class StepReport:
         step: its number, from 1.
         steps: how many there are.
         cut: families, frozen places, and how far the cut is from the masked network; None where weights were
-            masked.
+            masked, or empty channels cut.
         masks: what was masked; None where nothing was.
+        emptied: what was cut because masks had left it empty.
         target: where the search for a target ended.
         budget: where the search for a budget ended.
         before: what the network costs that the command was given.
@@ -83,70 +71,58 @@ class StepReport:
     steps: int
     cut: PruneReport | None
     masks: MaskReport | None
+    emptied: EmptiedReport | None
     target: TargetReport | None
     budget: BudgetReport | None
     before: Costs
     after: Costs
-    recalibrated: int
-    finetuned: int
-    metrics_before: tuple[Metrics, ...]
-    metrics_after: tuple[Metrics, ...]
+    recalibrated: int = 0
+    finetuned: int = 0
+    metrics_before: tuple[Metrics, ...] = ()
+    metrics_after: tuple[Metrics, ...] = ()
     picture: str | None = None
-
-
-@dataclass(frozen=True)
-class _Changed:
-    """A network that was cut or masked, and what is known of that."""
-
-    checkpoint: Checkpoint
-    plan: CutPlan | None = None
-    cut: PruneReport | None = None
-    masks: MaskReport | None = None
-    target: TargetReport | None = None
-    budget: BudgetReport | None = None
-    notes: tuple[str, ...] = ()
 
 
 @dataclass
 class _Run:
-    """What the steps of one command share."""
+    """What the steps of one command share.
+
+    Attributes:
+        source: its data.
+        options: what is asked for.
+        context: device, reporter, output.
+        metrics: of the network that came in.
+        scales: weigh networks against it.
+        earlier: the checkpoint to rewind to.
+        objective: what fine-tuning minimises; None is cross-entropy.
+        others: files that were read, by role.
+        plans: cuts between the network that came in and the present one.
+    """
 
     source: DataSource | None
     options: PruneOptions
     context: Context
     metrics: tuple[Metrics, ...]
-    target_before: float | None = None
+    scales: Scales
+    earlier: Checkpoint | None = None
+    objective: Objective | None = None
+    others: dict[str, Parent] = field(default_factory=dict)
     plans: list[CutPlan] = field(default_factory=list)
 
 
 def plan(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> tuple[StepReport, ...]:
     """Plan every step without writing a checkpoint or training: what ``--dry-run`` prints."""
     source = _data(checkpoint, options, context)
-    metrics = (
-        measured_splits(checkpoint, source, options.data, context) if options.max_drop is not None else ()
-    )
-    work = _Run(source, options, context, metrics)
-    before = costs_of(checkpoint)
-    reports = []
-    start = checkpoint
-    for step in range(1, options.steps + 1):
-        current = replace(start, model=deepcopy(start.model), resume=None)
-        changed = _changed(current, work, step)
-        report = StepReport(
-            step,
-            options.steps,
-            changed.cut,
-            changed.masks,
-            changed.target,
-            changed.budget,
-            before,
-            costs_of(changed.checkpoint),
-            0,
-            0,
-            (),
-            (),
-        )
-        reports.append(_pictured(report, options, context, "" if options.steps == 1 else f"step{step}"))
+    searched = options.max_drop is not None
+    metrics = measured_splits(checkpoint, source, options.data, context) if searched else ()
+    changer = Changer(source, options, context, metrics)
+    scales, reports, start = Scales(checkpoint), [], checkpoint
+    if options.sparsify is not None:
+        context.reporter.note("the plan ranks the network as it is; --sparsify would train it first")
+    for step, label in enumerate(_labels(options), start=1):
+        changed = changer.changed(replace(start, model=deepcopy(start.model), resume=None), step)
+        report = _report(changed, step, options, *scales.weigh(changed.checkpoint))
+        reports.append(_pictured(report, options, context, label))
         start = changed.checkpoint if options.step_mode is StepMode.PROGRESSIVE else checkpoint
     return tuple(reports)
 
@@ -165,46 +141,52 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
     """
     labels = _labels(options)
     _refuse_existing(labels, options, context)
-    source = _data(checkpoint, options, context)
-    before = measured_splits(checkpoint, source, options.data, context)
-    work = _Run(source, options, context, before)
-    costs = costs_of(checkpoint)
-    start = current = sparsified(checkpoint, source, options, context)
+    work = _begun(checkpoint, options, context)
+    changer = Changer(work.source, options, context, work.metrics)
+    start = current = _sparsified(checkpoint, changer, work)
     for step, label in enumerate(labels, start=1):
         base = current if options.step_mode is StepMode.PROGRESSIVE else start
+        # A single step works on what it was given: a copy of a large network would not fit beside it.
         model = deepcopy(base.model) if options.steps > 1 else base.model
-        changed = _changed(replace(base, model=model, resume=None), work, step)
-        current, others = _reset(changed, work)
+        changed = changer.changed(replace(base, model=model, resume=None), step)
+        current = _reset(changed, work)
         images = _recalibrate(current, work)
-        current, epochs, taught = _finetune(current, work)
-        current = stored_with_masks(current)
-        after = measured_splits(current, source, options.data, context)
-        _warn_of_collapse(before, after, images, epochs, current, context)
-        report = StepReport(
-            step,
-            options.steps,
-            changed.cut,
-            changed.masks,
-            changed.target,
-            changed.budget,
-            costs,
-            costs_of(current),
-            images,
-            epochs,
-            before,
-            after,
+        current = stored_with_masks(_finetuned(current, work))
+        after = measured_splits(current, work.source, options.data, context)
+        _warn_of_collapse(current, after, images, work)
+        report = replace(
+            _report(changed, step, options, *work.scales.weigh(current)),
+            recalibrated=images,
+            finetuned=options.finetune_epochs,
+            metrics_before=work.metrics,
+            metrics_after=after,
         )
         yield Outcome(
             checkpoint=current,
             report=_pictured(report, options, context, label),
             label=label,
-            metrics_before=before,
+            metrics_before=work.metrics,
             metrics_after=after,
             notes=(*([f"step {step} of {options.steps}"] if options.steps > 1 else []), *changed.notes),
-            others={**others, **taught},
+            others=work.others,
         )
         # The pipeline moves what it writes to the CPU.
         current.model.to(context.device)
+
+
+def _begun(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> _Run:
+    """Open everything that is read, before hours of training end in a refusal."""
+    source = _data(checkpoint, options, context)
+    work = _Run(source, options, context, (), Scales(checkpoint))
+    if options.rewind is not None:
+        work.earlier = open_earlier(checkpoint, options.rewind, context)
+        if work.earlier.origin is not None:
+            work.others["rewind"] = work.earlier.origin
+    if options.teacher is not None and source is not None:
+        work.objective, others = distillation(checkpoint, source, options.teacher, context)
+        work.others |= others
+    work.metrics = measured_splits(checkpoint, source, options.data, context)
+    return work
 
 
 def _labels(options: PruneOptions) -> tuple[str, ...]:
@@ -218,16 +200,6 @@ def _refuse_existing(labels: tuple[str, ...], options: PruneOptions, context: Co
     for path in (*products, *(picture for picture in pictures if picture is not None)):
         if path.exists() and not context.force:
             raise CheckpointError(f"{path} exists already; --force replaces it, another name is safe")
-
-
-def _example(checkpoint: Checkpoint) -> tuple[torch.Tensor, ...]:
-    """Inputs that show which channels go together; the numbers serve the comparison of cut and masked."""
-    generator = torch.Generator().manual_seed(0)
-    device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
-    images = torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device)
-    with blaming_the_size(checkpoint.spec.input_shape), in_mode(checkpoint.model, training=False):
-        checkpoint.model(images)
-    return (images,)
 
 
 def _data(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> DataSource | None:
@@ -244,62 +216,26 @@ def _data(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Da
     return open_source(options.data, checkpoint, context)
 
 
-def _changed(checkpoint: Checkpoint, work: _Run, step: int) -> _Changed:
-    """Cut or mask a checkpoint's network in place."""
-    options, context = work.options, work.context
-    if options.apply_masks:
-        return _cut(checkpoint, emptied_plan(checkpoint, _example(checkpoint), options, context), work)
-    evidence = evidence_for(checkpoint, work.source, options, context)
-    if options.granularity is not Granularity.CHANNEL:
-        masked, report = mask_weights(checkpoint, options, context, evidence, step)
-        return _Changed(masked, masks=report, notes=report.notes)
-    planner = Planner(
-        checkpoint.model, _example(checkpoint), options, seed=context.runtime.seed, evidence=evidence
-    )
-    target = budget = None
-    if options.target is not None:
-        found, target = within_target(
-            planner, options.target, work.target_before, checkpoint, options, context, step
-        )
-        work.target_before = target.before
-    elif options.max_drop is not None and work.source is not None:
-        found, budget = within_budget(planner, checkpoint, work.source, work.metrics, options, context)
-    else:
-        found = planner.verified(planner.by_options(step))
-    if options.mask:
-        masked, report = mask_channels(checkpoint, found, context)
-        return _Changed(
-            masked, cut=found.report, masks=report, target=target, budget=budget, notes=found.report.notes
-        )
-    return replace(_cut(checkpoint, found, work), target=target, budget=budget)
-
-
-def _cut(checkpoint: Checkpoint, found: ThinResult, work: _Run) -> _Changed:
-    """Carry a plan out, write it into the spec, and cut what is stored beside the model's tensors."""
-    apply_cut(checkpoint.model, found.plan)
-    attributes = [(module, name) for module, values in found.plan.attributes.items() for name in values]
-    spec = thinned(checkpoint.spec, checkpoint.model, found.plan.tensors, attributes)
-    stored = cut_stored(checkpoint.stored, found.plan, work.context)
-    cut = replace(checkpoint, spec=spec, stored=stored)
-    if work.options.apply_masks:
-        cut = without_full_masks(cut)
-    return _Changed(
-        cut, plan=found.plan, cut=found.report, notes=(*found.report.notes, *_frozen_notes(found.report))
-    )
-
-
-def _reset(changed: _Changed, work: _Run) -> tuple[Checkpoint, Mapping[str, Parent]]:
-    """Give what is left its earlier weights, or fresh ones, where that was asked for."""
+def _sparsified(checkpoint: Checkpoint, changer: Changer, work: _Run) -> Checkpoint:
+    """Train towards the widths of the last step, where that was asked for."""
     options = work.options
-    if options.step_mode is StepMode.INDEPENDENT:
+    if options.sparsify is None or work.source is None:
+        return checkpoint
+    found = changer.last_step(checkpoint)
+    return sparsified(checkpoint, work.source, options, work.context, found)
+
+
+def _reset(changed: Changed, work: _Run) -> Checkpoint:
+    """Give what is left its earlier weights, or fresh ones, where that was asked for."""
+    if work.options.step_mode is StepMode.INDEPENDENT:
         work.plans.clear()
     if changed.plan is not None:
         work.plans.append(changed.plan)
-    if options.rewind is not None:
-        return rewound(changed.checkpoint, work.plans, options, work.context)
-    if options.from_scratch:
-        return reinitialised(changed.checkpoint, work.context), {}
-    return changed.checkpoint, {}
+    if work.earlier is not None:
+        return rewound(changed.checkpoint, work.earlier, work.plans)
+    if work.options.from_scratch:
+        return reinitialised(changed.checkpoint, work.context)
+    return changed.checkpoint
 
 
 def _recalibrate(checkpoint: Checkpoint, work: _Run) -> int:
@@ -313,13 +249,19 @@ def _recalibrate(checkpoint: Checkpoint, work: _Run) -> int:
     return used
 
 
-def _finetune(checkpoint: Checkpoint, work: _Run) -> tuple[Checkpoint, int, Mapping[str, Parent]]:
+def _finetuned(checkpoint: Checkpoint, work: _Run) -> Checkpoint:
     options, context, source = work.options, work.context, work.source
     if not options.finetune_epochs or source is None:
-        return checkpoint, 0, {}
-    fit_options = FitOptions(epochs=options.finetune_epochs, optimizer=options.optimizer, lr=options.lr)
-    trained, others = finetune(
-        checkpoint, source, fit_options, options.data, context, teacher=options.teacher
+        return checkpoint
+    untrained = work.earlier is not None and never_trained(work.earlier.history)
+    trained = finetune(
+        checkpoint,
+        source,
+        FitOptions(epochs=options.finetune_epochs, optimizer=options.optimizer, lr=options.lr),
+        options.data,
+        context,
+        objective=work.objective,
+        fresh=options.from_scratch or untrained,
     )
     if options.keep_storage:
         trained = encoded_again(trained, checkpoint, context)
@@ -327,33 +269,39 @@ def _finetune(checkpoint: Checkpoint, work: _Run) -> tuple[Checkpoint, int, Mapp
         # Trained so, it needs inputs so.
         preprocessing = preprocessing_of(trained, source, context)
         trained = replace(trained, spec=trained.spec.model_copy(update={"preprocessing": preprocessing}))
-    return trained, options.finetune_epochs, others
+    return trained
 
 
-def _warn_of_collapse(
-    before: tuple[Metrics, ...],
-    after: tuple[Metrics, ...],
-    images: int,
-    epochs: int,
-    checkpoint: Checkpoint,
-    context: Context,
-) -> None:
+def _warn_of_collapse(checkpoint: Checkpoint, after: tuple[Metrics, ...], images: int, work: _Run) -> None:
     """Say loudly where more than half of what the network knew beyond guessing is gone."""
     classes = len(checkpoint.spec.classes or ())
-    for old, new in zip(before, after, strict=True):
-        if "top1" not in old.values or "top1" not in new.values:
+    chance = 100 / classes if classes else 0.0
+    epochs = work.options.finetune_epochs
+    for old, new in zip(work.metrics, after, strict=True):
+        before, now = old.values.get("top1"), new.values.get("top1")
+        if before is None or now is None or before - now < max(_COLLAPSE * (before - chance), 1e-9):
             continue
-        chance = 100 / classes if classes else 0.0
-        lost, known = old.values["top1"] - new.values["top1"], old.values["top1"] - chance
-        if lost <= 0 or lost < _COLLAPSE * known:
-            continue
-        ways = ["--finetune-epochs"] if not epochs else ["more --finetune-epochs"]
-        ways += ["--recalibrate 1024"] if not images and not epochs else []
-        context.reporter.warn(
-            f"{new.split} top-1 fell from {old.values['top1']:.2f} to {new.values['top1']:.2f} % "
-            f"(n={new.n:,}): {', '.join(ways)}, a smaller --rate or --max-drop would help"
+        ways = ["more --finetune-epochs" if epochs else "--finetune-epochs"]
+        ways += [] if images or epochs else ["--recalibrate 1024"]
+        work.context.reporter.warn(
+            f"{new.split} top-1 fell from {before:.2f} to {now:.2f} % (n={new.n:,}): {', '.join(ways)}, "
+            "a smaller --rate or --max-drop would help"
         )
         return
+
+
+def _report(changed: Changed, step: int, options: PruneOptions, before: Costs, after: Costs) -> StepReport:
+    return StepReport(
+        step=step,
+        steps=options.steps,
+        cut=changed.cut,
+        masks=changed.masks,
+        emptied=changed.emptied,
+        target=changed.target,
+        budget=changed.budget,
+        before=before,
+        after=after,
+    )
 
 
 def _pictured(report: StepReport, options: PruneOptions, context: Context, label: str) -> StepReport:
@@ -362,9 +310,3 @@ def _pictured(report: StepReport, options: PruneOptions, context: Context, label
         return report
     write_picture(report.cut, path, context)
     return replace(report, picture=str(path))
-
-
-def _frozen_notes(report: PruneReport) -> tuple[str, ...]:
-    inner = [frozen for frozen in report.frozen if frozen.op not in ("input", "output")]
-    reasons = sorted({f"{frozen.op}: {frozen.reason}" for frozen in inner})
-    return tuple(f"kept their width because of {reason}" for reason in reasons)

@@ -195,8 +195,8 @@ def within_budget(
         )
     if not checkpoint.history and options.data.val_data is None:
         context.reporter.warn(
-            f"this network was trained elsewhere, perhaps on the very images of {source.reference}'s validation "
-            "split: --val-data names images that it has not seen"
+            f"this network was trained elsewhere, perhaps on the very images of {source.reference}'s "
+            "validation split: --val-data names images that it has not seen"
         )
     search = _BudgetSearch(planner, checkpoint, source, dense, options, context)
     # Families that a trial finds guilty are spared before anything is judged.

@@ -18,7 +18,7 @@ from cctool.errors import PruningError
 from cctool.graph.channels import ChannelGraph, Family, Place, couple
 from cctool.graph.execution import in_mode, tensors_in
 from cctool.graph.ledger import Role
-from cctool.pruning.selection import Selection
+from cctool.pruning.selection import Selection, matching
 from cctool.pruning.surgery import CutPlan, copy_with, cut_tensor, named_tensors, plan_cut
 from cctool.pruning.verify import BATCH_SIZES, blame, only, probe_inputs
 
@@ -27,6 +27,7 @@ __all__ = ["Emptied", "find_emptied"]
 EXACT = 1e-9
 """Largest difference allowed in float64, relative to the largest output: sums of fewer terms round apart."""
 _EXACT_NARROW = 1e-5
+_LEVELS = 3
 
 
 @dataclass(frozen=True)
@@ -76,21 +77,30 @@ class _Empty:
         return kept
 
 
-def find_emptied(model: nn.Module, inputs: Sequence[Tensor]) -> Emptied:
+def find_emptied(
+    model: nn.Module, inputs: Sequence[Tensor], *, exclude: Sequence[str] = (), only: Sequence[str] = ()
+) -> Emptied:
     """Find the units that can be cut with nothing changing; the model stays as it is.
 
     Args:
         model: any module, with masks or zeros of any origin.
         inputs: positional arguments of its forward, on its device.
+        exclude: glob patterns of parameters, modules or families that keep their width.
+        only: glob patterns; where given, families that match none keep their width.
 
     Raises:
+        UsageError: a pattern matches nothing.
         PruningError: the network does not run at the batch sizes of the comparison.
     """
-    graph = couple(model, inputs)
+    # Statistics over channels change with their number, also where a channel is zero.
+    graph = couple(model, inputs, exact=True)
+    spared = matching(model, graph, exclude)
+    if only:
+        spared |= set(range(len(graph.families))) - matching(model, graph, only)
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model)}
     found = [_look_at(family, tensors) for family in graph.families]
     trial = _Trial(model, inputs)
-    level = [0] * len(found)
+    level = [_LEVELS if number in spared else 0 for number in range(len(found))]
     while True:
         kept = (empty.kept(n) for empty, n in zip(found, level, strict=True))
         selection = Selection(tuple(kept), {})
@@ -108,8 +118,9 @@ def find_emptied(model: nn.Module, inputs: Sequence[Tensor]) -> Emptied:
             level[number] += 1
     notes = [
         note
-        for family, empty, mask in zip(graph.families, found, selection.kept, strict=True)
-        for note in _notes(family, empty, mask)
+        for number, (family, empty) in enumerate(zip(graph.families, found, strict=True))
+        if number not in spared
+        for note in _notes(family, empty, selection.kept[number])
     ]
     return Emptied(graph, selection, plan, error, precision, tuple(notes))
 

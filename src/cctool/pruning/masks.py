@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -30,9 +30,10 @@ from cctool.pruning.granularity import (
     keep_pattern,
     pattern_misfit,
 )
+from cctool.pruning.mask_reports import MaskReport, is_maskable, weights_of
 from cctool.pruning.selection import Selection
 
-__all__ = ["ChosenMasks", "Saliency", "choose_masks", "magnitude", "unit_masks", "weights_of"]
+__all__ = ["ChosenMasks", "MaskReport", "Saliency", "choose_masks", "magnitude", "unit_masks"]
 
 
 class HasReason(Protocol):
@@ -79,16 +80,6 @@ class _Ranked:
     shape: torch.Size
     worth: Tensor
     left: Tensor
-
-
-def weights_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """Parameters of two or more dimensions with their names and modules, a tied one once."""
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() >= 2 and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield f"{prefix}.{leaf}" if prefix else leaf, parameter, module
 
 
 def magnitude(name: str, weight: Tensor) -> Tensor:
@@ -161,7 +152,7 @@ def _wanted(
     outputs = _output_weights(couple(model, inputs)) if rows else set()
     wanted: dict[str, float] = {}
     for name, _, module in weights_of(model):
-        if not isinstance(module, (_ConvNd, nn.Linear, nn.MultiheadAttention)):
+        if not is_maskable(module):
             skipped[name] = "not the weight of a convolution or linear layer"
         elif name in excluded:
             skipped[name] = "excluded"

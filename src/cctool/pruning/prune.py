@@ -17,7 +17,7 @@ from cctool.pruning.selection import Candidates, Selection, by_options, candidat
 from cctool.pruning.surgery import CutPlan, apply_cut, plan_cut
 from cctool.pruning.verify import Check, check, find_culprits
 
-__all__ = ["Counts", "Planner", "plan_thinning", "thin"]
+__all__ = ["Counts", "Planner", "ThinResult", "plan_thinning", "thin"]
 
 Counts = Callable[[Candidates], Mapping[int, int]]
 """Says how many units each candidate keeps, by number of the family, before rounding."""

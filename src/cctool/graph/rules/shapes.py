@@ -100,23 +100,34 @@ def view(ledger: Ledger, event: Event) -> None:
         ledger.set(event.result, constant(FIXED, shape))
         return
     sizes = _sizes(event, len(shape))
-    moved = _split(ledger, small, factors, sizes)
+    image = ids.ndim == 2 and len(shape) > 3 and ids.shape[0] == shape[0]
+    moved = _split(ledger, small, factors, sizes, image)
     wide = {f.right for n, f in enumerate(factors) if moved.shape[n] > 1}
     moved = moved.expand([f.size if f.right in wide else 1 for f in factors])
     moved = moved.reshape([size if d in wide else 1 for d, size in enumerate(shape)])
-    if len(wide) == 1 and isinstance(sizes[min(wide)], Width):
-        ledger.sized(moved, sizes[min(wide)])
+    if len(wide) == 1:
+        (dim,) = wide
+        if isinstance(sizes[dim], Width):
+            ledger.sized(moved, sizes[dim])
+        if event.name == "unflatten":
+            start = event.args[1] if len(event.args) > 1 else event.kwargs["dim"]
+            ledger.count_in(event.module, "unflattened_size", moved.reshape(-1), dim - int(start) % ids.ndim)
     ledger.set(event.result, moved.expand(shape))
 
 
-def _split(ledger: Ledger, small: Tensor, factors: Sequence[_Factor], sizes: Sequence[Any]) -> Tensor:
-    """Ids with a dim for each factor; of those that a channel dim is split into, one scales."""
+def _split(
+    ledger: Ledger, small: Tensor, factors: Sequence[_Factor], sizes: Sequence[Any], image: bool
+) -> Tensor:
+    """Ids with a dim for each factor; of those that a channel dim is split into, one scales.
+
+    Where the features of a linear layer become an image (B, C, H, W), that is C unless the sizes say better.
+    """
     moved = small.reshape([f.size if small.shape[f.left] > 1 else 1 for f in factors])
     for dim in range(small.ndim):
         pieces = [n for n, f in enumerate(factors) if f.left == dim]
         if small.shape[dim] == 1 or len(pieces) == 1:
             continue
-        scaling = max(pieces, key=lambda n: _claim(sizes[factors[n].right], n))
+        scaling = max(pieces, key=lambda n: _claim(sizes[factors[n].right], -n if image else n))
         for piece in pieces:
             if piece != scaling:
                 moved = equal_pieces(ledger, moved, piece)
