@@ -102,8 +102,8 @@ def zoo(result: Row, table: Draw, title: str) -> str:
     return (
         f"## Pruning: {title}\n\n"
         "Half the units of every family by L2 norm, random weights; both tools with their defaults, one "
-        "thread, the same limits of memory and time. Cut and masked networks are compared by an oracle of the "
-        "benchmark's own; our seconds leave out the verification, which the peer does not have.\n\n"
+        "thread, the same limits of memory and time. Cut and masked networks are compared by an oracle of "
+        "the benchmark's own; our seconds leave out the verification, which the peer does not have.\n\n"
         f"{_summary(rows)}\n\n" + table(headers, [_line(row) for row in rows])
     )
 
