@@ -3,35 +3,41 @@
     python benchmarks/prune_zoo.py [--models GLOB] [--limit-gb 8] [--timeout 900] [--tools cctool,exact,...]
 
 Each tool handles each network in a process of its own, which is ended where it takes more memory or time than
-the limits; seconds are those of the CPU, on one thread. Rows of networks that ran before stay in the result, so that a run may be done in pieces.
+the limits; seconds are those of the CPU, on one thread. Rows of networks that ran before stay in the result,
+so that a run may be done in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import gc
+import importlib
 import json
+import os
 import resource
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
 import record
 import zoo_oracle
-from cctool.models.registry import build, input_shape
+import zoo_sets
+from cctool.models.registry import build
 from cctool.options.prune import PruneMethod, PruneOptions, Scope
 
 SEED = 0
-TARGET = Path(__file__).parent / "results" / "prune_zoo.json"
+OURS = ("cctool.operations.composition", "cctool.pruning.prune", "prune_table")
+RESULTS = Path(__file__).parent / "results"
 
 
 def torchvision_names() -> list[str]:
@@ -43,13 +49,20 @@ def torchvision_names() -> list[str]:
     return [f"torchvision:{name}" for name in sorted(models.list_models(module=models), key=size)]
 
 
-SETS: dict[str, Callable[[], list[str]]] = {"torchvision": torchvision_names}
+SETS: dict[str, Callable[[], list[str]]] = {
+    "torchvision": torchvision_names,
+    "segmentation": zoo_sets.segmentation_names,
+    "timm": zoo_sets.timm_names,
+}
 """The sets of networks, by name."""
 
 
 def arguments_of(name: str) -> dict[str, Any]:
     """Arguments of the builder: auxiliary heads on where there are any."""
-    return {"aux_logits": True, "init_weights": False} if name.endswith(("googlenet", "inception_v3")) else {}
+    heads = (
+        {"aux_logits": True, "init_weights": False} if name.endswith(("googlenet", "inception_v3")) else {}
+    )
+    return {**heads, **zoo_sets.segmentation_arguments(name)}
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:
@@ -58,7 +71,7 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     model = build(name, arguments_of(name)).eval()
     zoo_oracle.randomise(model)
     generator = torch.Generator().manual_seed(SEED)
-    return model, torch.randn(1, *input_shape(name, arguments_of(name)), generator=generator)
+    return model, torch.randn(1, *zoo_sets.shape_of(name, arguments_of(name)), generator=generator)
 
 
 def count(model: nn.Module) -> int:
@@ -68,7 +81,8 @@ def count(model: nn.Module) -> int:
 def output_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that give the logits, auxiliary ones included."""
     widths = [(m, getattr(m, "out_features", getattr(m, "out_channels", None))) for m in model.modules()]
-    return [module for module, width in widths if width == 1000 and hasattr(module, "weight")][-1:]
+    last = [module for module, width in widths if width == 1000 and hasattr(module, "weight")][-1:]
+    return last or [module for module, width in widths if width == zoo_sets.SEGMENTED_CLASSES]
 
 
 def peak_bytes() -> int:
@@ -116,8 +130,8 @@ def by_cctool(name: str, exact: bool = False) -> dict[str, Any]:
     dense_network, _ = network(name)
     row["removable"] = removable_fraction(dense_network, result.graph)
     row["oracle_error"] = oracle_error(dense_network, model, x)
+    row |= after_the_cut(name, model, shapes(dense_network, x), x, result.plan)
     del dense_network
-    row |= after_the_cut(name, model, x, result.plan)
     smaller = prune.thin(model, (x,), options).report
     row["second_parameters"] = smaller.parameters_after
     return row
@@ -129,7 +143,15 @@ def removable_fraction(model: nn.Module, graph: Any) -> float:
     return round(removable(model, graph) / count(model), 6)
 
 
-def after_the_cut(name: str, model: nn.Module, x: Tensor, plan: Any) -> dict[str, Any]:
+def shapes(model: nn.Module, x: Tensor) -> list[list[int]]:
+    """Shapes of all tensors of a network's output."""
+    with torch.no_grad():
+        return [list(value.shape) for value in zoo_sets.tensors_of(model(x))]
+
+
+def after_the_cut(
+    name: str, model: nn.Module, expected: list[list[int]], x: Tensor, plan: Any
+) -> dict[str, Any]:
     """Forward, backward and the way through a file."""
     from cctool import load, save
     from cctool.checkpoint.checkpoint import Checkpoint
@@ -137,7 +159,7 @@ def after_the_cut(name: str, model: nn.Module, x: Tensor, plan: Any) -> dict[str
     from cctool.checkpoint.spec import ModelSpec
 
     with torch.no_grad():
-        logits = model(x)
+        logits = list(zoo_sets.tensors_of(model(x)))
     spec = ModelSpec(architecture=name, arguments=arguments_of(name), input_shape=tuple(x.shape[1:]))
     attributes = [(module, key) for module, values in plan.attributes.items() for key in values]
     spec = thinned(spec, model, plan.tensors, attributes)
@@ -146,19 +168,19 @@ def after_the_cut(name: str, model: nn.Module, x: Tensor, plan: Any) -> dict[str
         save(Checkpoint(model, spec), path)
         loaded = load(path).model.eval()
         with torch.no_grad():
-            same = bool(torch.equal(loaded(x), logits))
+            again = list(zoo_sets.tensors_of(loaded(x)))
+        same = all(bool(torch.equal(a, b)) for a, b in zip(again, logits, strict=True))
         del loaded
     gc.collect()
     loss = model.train()(torch.cat([x, x.flip(-1)]))
-    tensors = [loss] if isinstance(loss, Tensor) else [value for value in loss if isinstance(value, Tensor)]
-    sum(value.square().mean() for value in tensors).backward()
+    sum(value.square().mean() for value in zoo_sets.tensors_of(loss)).backward()
     gradients = all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
     trained = sum(p.grad is not None for p in model.parameters())
     for parameter in model.parameters():
         parameter.grad = None
     model.eval()
     return {
-        "forward": list(logits.shape) == [1, 1000],
+        "forward": [list(value.shape) for value in logits] == expected,
         "backward": gradients and trained == len(list(model.parameters())),
         "round_trip": same,
     }
@@ -171,8 +193,8 @@ def oracle_error(dense: nn.Module, cut: nn.Module, x: Tensor) -> float:
 
     def difference(inputs: Tensor) -> float:
         with torch.no_grad():
-            expected, found = dense(inputs), cut(inputs)
-        return float((expected - found).abs().max() / expected.abs().max())
+            pairs = zip(zoo_sets.tensors_of(dense(inputs)), zoo_sets.tensors_of(cut(inputs)), strict=True)
+        return max(float((expected - found).abs().max() / expected.abs().max()) for expected, found in pairs)
 
     error = difference(batch)
     if error > 1e-5 and count(dense) < 4e8:
@@ -209,12 +231,11 @@ def by_torch_pruning(name: str) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "peak_bytes": peak_bytes(),
     }
-    with torch.no_grad():
-        row["forward"] = list(model(x).shape) == [1, 1000]
     fresh, x = network(name)
+    row["forward"] = shapes(model, x) == shapes(fresh, x)
     del model
     try:
-        theirs, _ = removable_by_torch_pruning(fresh, x)
+        theirs, _ = removable_by_torch_pruning(fresh, x, output_layers(fresh))
         row["removable"] = round(theirs / before, 6)
     except Exception as error:  # whatever it raises is a result
         row["removable_error"] = one_line(error)
@@ -246,45 +267,48 @@ def warm_up(tool: str) -> None:
         thin(model, (x,), PruneOptions(method=PruneMethod.L2, rate=0.5, scope=Scope.LOCAL))
 
 
-def child(tool: str, name: str) -> None:
-    """Run one tool on one network and print what came of it as one JSON line."""
-    torch.set_num_threads(1)
+def child(tool: str, name: str, output: IO[str]) -> None:
+    """Run one tool on one network and write what came of it as JSON."""
     warm_up(tool)
     warnings.simplefilter("ignore")
     try:
         row = {"status": "ok", **TOOLS[tool](name)}
     except Exception as error:  # whatever it raises is a result
         row = {"status": one_line(error)}
-    print(json.dumps(row), flush=True)
+    output.write(json.dumps(row))
+    output.flush()
 
 
 def watched(tool: str, name: str, limit_gb: float, timeout: float) -> dict[str, Any]:
-    """Run one tool on one network in a process of its own, within the limits."""
+    """Run one tool on one network in a process of its own, within the limits.
+
+    It is forked, so that torch is imported once: this process computes nothing, and has no threads.
+    """
     import psutil
 
-    line = [sys.executable, __file__, "--child", tool, "--models", name]
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(line, stdout=output, stderr=subprocess.DEVNULL)
+        process = os.fork()
+        if not process:
+            child(tool, name, output)
+            os._exit(0)
         start, peak, status = time.perf_counter(), 0, ""
-        while process.poll() is None:
-            try:
-                peak = max(peak, psutil.Process(process.pid).memory_info().rss)
-            except psutil.NoSuchProcess:
-                break
+        while os.waitpid(process, os.WNOHANG) == (0, 0):
+            with contextlib.suppress(psutil.Error):  # it may end just now
+                peak = max(peak, psutil.Process(process).memory_info().rss)
             if peak > limit_gb * 2**30:
                 status = f"out of memory at {limit_gb:g} GB"
             elif time.perf_counter() - start > timeout:
                 status = f"out of time at {timeout:g} s"
             if status:
-                process.kill()
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
                 break
             time.sleep(0.05)
-        process.wait()
         output.seek(0)
-        lines = output.read().strip().splitlines()
-    if status or not lines:
-        return {"status": status or f"ended with {process.returncode}", "peak_bytes": peak}
-    found: dict[str, Any] = json.loads(lines[-1])
+        text = output.read()
+    if status or not text:
+        return {"status": status or "ended without a result", "peak_bytes": peak}
+    found: dict[str, Any] = json.loads(text)
     return found
 
 
@@ -296,18 +320,21 @@ def main() -> None:
     parser.add_argument("--limit-gb", type=float, default=8)
     parser.add_argument("--timeout", type=float, default=900)
     parser.add_argument("--missing", action="store_true", help="only what is not in the result yet")
-    parser.add_argument("--child", choices=TOOLS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        child(options.child, options.models)
-        return
-    command = f"python benchmarks/prune_zoo.py --limit-gb {options.limit_gb:g} --timeout {options.timeout:g}"
+    torch.set_num_threads(1)
+    for module in ("torch_pruning", "scipy.sparse.csgraph", "torch._meta_registrations", *OURS):
+        importlib.import_module(module)
+    target = "prune_zoo" if options.set == "torchvision" else f"prune_zoo_{options.set}"
+    command = (
+        f"python benchmarks/prune_zoo.py --set {options.set} --limit-gb {options.limit_gb:g} "
+        f"--timeout {options.timeout:g}"
+    )
     names = [
         name for name in SETS[options.set]() if fnmatch.fnmatchcase(name.partition(":")[2], options.models)
     ]
     for tool in options.tools.split(","):
         for name in names:
-            rows = {row["network"]: row for row in read()}
+            rows = {row["network"]: row for row in read(target)}
             row = rows.setdefault(name, {"network": name, "set": options.set})
             if options.missing and tool in row:
                 continue
@@ -315,12 +342,13 @@ def main() -> None:
                 continue
             row[tool] = watched(tool, name, options.limit_gb, options.timeout)
             print(name, tool, json.dumps(row[tool]), file=sys.stderr, flush=True)
-            record.write("prune_zoo", command, SEED, sorted(rows.values(), key=lambda r: str(r["network"])))
+            record.write(target, command, SEED, sorted(rows.values(), key=lambda r: str(r["network"])))
 
 
-def read() -> list[dict[str, Any]]:
+def read(target: str) -> list[dict[str, Any]]:
     """Rows of earlier runs."""
-    return list(json.loads(TARGET.read_text(encoding="utf-8"))["rows"]) if TARGET.is_file() else []
+    path = RESULTS / f"{target}.json"
+    return list(json.loads(path.read_text(encoding="utf-8"))["rows"]) if path.is_file() else []
 
 
 if __name__ == "__main__":

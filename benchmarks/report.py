@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import report_goals
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -178,6 +181,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "prune_speed": prune_speed,
     "prune_table": prune_table,
     "slimming": slimming,
+    **{name: partial(draw, table=table) for name, draw in report_goals.SECTIONS.items()},
     "devices": devices,
 }
 

@@ -66,6 +66,8 @@ def mask(dense: nn.Module, cut: nn.Module) -> list[Any]:
                 handles.append(module.register_forward_hook(_layer_norm(lost)))
         elif isinstance(module, nn.MultiheadAttention):
             _mask_attention(module, small[name])
+        elif isinstance(module, nn.Conv1d) and module.weight.shape[:2] == (1, 1):
+            handles.append(module.register_forward_hook(_slides_over_kept))
         else:
             _mask_module(module, mine, theirs)
     for name, module in dense.named_modules():
@@ -108,6 +110,14 @@ def _layer_norm(lost: Tensor) -> Callable[..., Tensor]:
         return result.movedim(-1, 1) if first else result
 
     return hook
+
+
+def _slides_over_kept(module: nn.Conv1d, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A kernel that slides over channels (ECA): masked ones, which are exactly 0, are left out."""
+    kept = args[0].flatten(0, -2).abs().sum(0) != 0
+    result = torch.zeros_like(output)
+    result[..., kept] = module._conv_forward(args[0][..., kept], module.weight, module.bias)
+    return result
 
 
 def _mask_attention(module: nn.MultiheadAttention, cut: nn.MultiheadAttention) -> None:

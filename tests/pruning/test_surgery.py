@@ -8,7 +8,7 @@ from cctool.errors import PruningError
 from cctool.graph.channels import couple
 from cctool.options.prune import PruneMethod, PruneOptions
 from cctool.pruning.scores import score_context
-from cctool.pruning.selection import Selection, select_counts
+from cctool.pruning.selection import Candidates, Selection, select_counts
 from cctool.pruning.surgery import Cut, CutPlan, apply_cut, cut_tensor, mask, plan_cut
 
 
@@ -20,7 +20,7 @@ def net() -> nn.Sequential:
 def plan_for(model: nn.Module) -> tuple[CutPlan, Selection]:
     graph = couple(model, (torch.randn(1, 3, 8, 8),))
     scores = torch.tensor([5.0, 0, 4, 1, 3, 2])
-    selection = select_counts(graph, {0: scores}, {0: 3})
+    selection = select_counts(graph, Candidates({0: scores}, {0: 1}, {}), {0: 3}, PruneOptions())
     return plan_cut(model, graph, selection), selection
 
 

@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from cctool.errors import ArchitectureError, CctoolError
+from cctool.graph.widths import as_float
 
 SCRIPT_MODULE = "script_module"
 
@@ -101,7 +102,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _transparent(function: Any) -> Callable[..., Any]:
     """The same Python function, without the check that would send its whole call to the mode again."""
-    names = {**function.__globals__, "has_torch_function": lambda *_: False}
+    # `float(E)` would forget that E is a width
+    names = {**function.__globals__, "has_torch_function": lambda *_: False, "float": as_float}
     copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

@@ -33,6 +33,7 @@ class Role(str, Enum):
 
     FILTER = "filter"  # weights that produce the channel
     BIAS = "bias"
+    SUM = "sum"  # it runs over the channels, but those that are 0 count for nothing
     SCALE = "scale"  # batch norm's gamma
     SHIFT = "shift"  # batch norm's beta
     STATISTIC = "statistic"  # running mean and variance
@@ -83,6 +84,7 @@ class Kind(str, Enum):
     """How a call depends on the number of channels."""
 
     KEPT = "kept"  # it runs over the channels: those that stay
+    SUM = "sum"  # it runs over the channels, but those that are 0 count for nothing
     SCALE = "scale"  # attention divides by the square root of the width of the queries
     FACTOR = "factor"  # one of its arguments was computed from the width
 

@@ -190,6 +190,15 @@ def _note_equal(a: Width, b: Width) -> None:
             symbol.book.count_in(held.module, held.attribute, symbol.ids, held.index)  # type: ignore[attr-defined]
 
 
+def as_float(value: Any) -> float:
+    """As `float`, but a width stays remembered.
+
+    >>> type(as_float(Width(4, {Symbol(None, 4): 1}))).__name__
+    'Scale'
+    """
+    return Scale(value, value.powers) if isinstance(value, Width) else float(value)
+
+
 def _square_root(value: Any) -> Any:
     return value**0.5 if isinstance(value, (Width, Scale)) else _sqrt(value)
 

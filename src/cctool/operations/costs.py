@@ -54,7 +54,7 @@ class Scales:
     def __init__(self, checkpoint: Checkpoint) -> None:
         size = measure(checkpoint)
         self._before = Costs(size.parameters, size.macs, size.bytes or 0, None)
-        # Two networks that take turns can be compared on a busy machine; of a large one a copy costs too much.
+        # Networks that take turns can be compared on a busy machine; a copy of a large one costs too much.
         tensors = (t for t in checkpoint.model.state_dict().values() if isinstance(t, Tensor))
         small = sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= _LARGEST_COPY
         self._dense = deepcopy(checkpoint.model) if small else None
@@ -62,7 +62,7 @@ class Scales:
             self._before = replace(self._before, latency=_timed(checkpoint))
 
     def weigh(self, checkpoint: Checkpoint) -> tuple[Costs, Costs]:
-        """Count and time a checkpoint's network where it lies; gives what the first one costs, and this one."""
+        """Count and time a checkpoint's network where it lies; gives the first one's costs, and its own."""
         size = measure(checkpoint)
         after = Costs(size.parameters, size.macs, size.bytes or 0, None)
         if self._dense is None:

@@ -6,15 +6,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits import thinned
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
-from cctool.graph.execution import blaming_the_size, in_mode
 from cctool.operations.context import Context
 from cctool.operations.evidence import evidence_for
+from cctool.operations.examples import example
 from cctool.operations.masking import (
     EmptiedReport,
     MaskReport,
@@ -24,6 +23,7 @@ from cctool.operations.masking import (
     mask_weights,
 )
 from cctool.operations.prune_goals import BudgetReport, TargetReport, within_budget, within_target
+from cctool.operations.resume_cut import cut_resume
 from cctool.options.prune import Granularity, PruneOptions, StepMode
 from cctool.pruning.prune import Planner
 from cctool.pruning.rates import read_rates
@@ -31,7 +31,7 @@ from cctool.pruning.reports import PruneReport, ThinResult
 from cctool.pruning.saliency import weight_saliency
 from cctool.pruning.surgery import CutPlan, apply_cut
 
-__all__ = ["Changed", "Changer", "example"]
+__all__ = ["Changed", "Changer"]
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,16 @@ class Changer:
 
     def _cut(self, checkpoint: Checkpoint, found: ThinResult) -> Changed:
         """Carry a plan out, write it into the spec, and cut what is stored beside the model's tensors."""
+        resume, left_out = cut_resume(checkpoint, found.plan)
         apply_cut(checkpoint.model, found.plan)
         attributes = [(module, name) for module, values in found.plan.attributes.items() for name in values]
         spec = thinned(checkpoint.spec, checkpoint.model, found.plan.tensors, attributes)
         stored = cut_stored(checkpoint.stored, found.plan, self._context)
-        notes = (*found.report.notes, *_frozen_notes(found.report))
-        return Changed(replace(checkpoint, spec=spec, stored=stored), found.plan, found.report, notes=notes)
+        notes = (*found.report.notes, *_frozen_notes(found.report), *([left_out] if left_out else []))
+        if left_out:
+            self._context.reporter.warn(left_out)
+        cut = replace(checkpoint, spec=spec, stored=stored, resume=resume)
+        return Changed(cut, found.plan, found.report, notes=notes)
 
     def _weights_masked(self, checkpoint: Checkpoint, step: int) -> Changed:
         options, context = self._options, self._context
@@ -152,20 +156,6 @@ class Changer:
         rates = None if options.rates is None else read_rates(options.rates)
         masked, report = mask_weights(checkpoint, options, saliency, step=step, rates=rates)
         return Changed(masked, masks=report, notes=report.notes)
-
-
-def example(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
-    """Inputs that show which channels go together; the numbers serve the comparison of cut and masked.
-
-    Raises:
-        ArchitectureError: the network does not run on its own input size.
-    """
-    generator = torch.Generator().manual_seed(0)
-    device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
-    images = torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device)
-    with blaming_the_size(checkpoint.spec.input_shape), in_mode(checkpoint.model, training=False):
-        checkpoint.model(images)
-    return (images,)
 
 
 def _frozen_notes(report: PruneReport) -> tuple[str, ...]:

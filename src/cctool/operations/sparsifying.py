@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
@@ -15,6 +14,7 @@ from cctool.errors import PruningError
 from cctool.graph.channels import Family
 from cctool.graph.ledger import Role
 from cctool.operations.context import Context
+from cctool.operations.examples import example
 from cctool.operations.finetuning import finetune
 from cctool.operations.measuring import feed_of
 from cctool.options.fit import FitOptions
@@ -72,7 +72,7 @@ def sparsified(
         return checkpoint
     copied = replace(checkpoint, model=deepcopy(checkpoint.model), resume=None)
     if found is None:
-        found = plan_thinning(copied.model, _example(copied), _at_once(options), seed=context.runtime.seed)
+        found = plan_thinning(copied.model, example(copied), _at_once(options), seed=context.runtime.seed)
     feed = feed_of(copied, source, options.data, context)
     penalty = _penalty(copied.model, found, wanted, wanted.epochs * len(feed.training()(0)))
     context.reporter.note(
@@ -88,12 +88,6 @@ def sparsified(
         # Validation would choose an early epoch, which is hardly sparse.
         choose_best=False,
     )
-
-
-def _example(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
-    device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device),)
 
 
 def _at_once(options: PruneOptions) -> PruneOptions:

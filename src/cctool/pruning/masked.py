@@ -52,6 +52,9 @@ class MaskedCalls:
         selection: the units that are kept; None keeps all.
         values: tensors that take the place of the model's own, by name, before they are masked.
         wide: compute in float64.
+
+    Attributes:
+        without_effect: sums over the kept channels that are those over all, as removed ones are 0.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class MaskedCalls:
         changed = set(self.values) | set(self.places)
         self.names = {id(tensor): name for name, tensor in reversed(named_tensors(model)) if name in changed}
         self.ordinals: Counter[str] = Counter()
+        self.without_effect: list[Statistic] = []
 
     def __call__(
         self, name: str, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -88,9 +92,12 @@ class MaskedCalls:
         if self.wide and name == "dtype":
             return self._replaced(function(*args, **kwargs))
         for statistic in self.statistics.get((name, ordinal), ()):
-            if statistic.kind is Kind.KEPT:
+            if statistic.kind in (Kind.KEPT, Kind.SUM):
                 kept = self.kept[statistic.widths[0][0]]
-                return over_kept(statistic, kept, function, args, kwargs)
+                result = over_kept(statistic, kept, function, args, kwargs)
+                if statistic.kind is Kind.SUM and _same(result, function(*args, **kwargs)):
+                    self.without_effect.append(statistic)
+                return result
             args, kwargs = self._scaled(statistic, args, kwargs)
         return function(*args, **kwargs)
 
@@ -166,6 +173,12 @@ def over_kept(
         return value.new_zeros(shape).index_copy_(dim, index, value)
 
     return spread(result)
+
+
+def _same(kept: Any, plain: Any) -> bool:
+    """Whether sums over the kept channels are those over all, removed ones being 0."""
+    pairs = zip(tensors_in(kept), tensors_in(plain), strict=True)
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max())) for a, b in pairs)
 
 
 def run(model: nn.Module, inputs: Sequence[Tensor], calls: MaskedCalls | None = None) -> list[Tensor]:

@@ -164,6 +164,9 @@ class Trial:
         model: the dense model; it is run, and left as it is.
         graph: its coupled channels.
         inputs: positional arguments of its forward, on its device.
+
+    Attributes:
+        statistics: calls that the last masked network computed over the kept channels, to an effect.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: Sequence[Tensor]) -> None:
@@ -171,11 +174,15 @@ class Trial:
         self.tensors = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
         self.varied = varied_norms(self.tensors, graph)
         self.batches = [probe_inputs(inputs, size) for size in BATCH_SIZES]
+        self.statistics: tuple[Statistic, ...] = ()
 
     def masked_outputs(self, selection: Selection, batch: int = 0, wide: bool = False) -> list[Tensor]:
         """Outputs of the masked network, its statistics over the channels that are kept."""
         calls = MaskedCalls(self.model, self.graph, selection, self.varied, wide)
-        return run(self.model, self.batches[batch], calls)
+        outputs = run(self.model, self.batches[batch], calls)
+        active = active_statistics(self.graph, selection)
+        self.statistics = tuple(s for s in active if all(s is not other for other in calls.without_effect))
+        return outputs
 
     def cut_network(self, plan: CutPlan, device: str | None = None) -> nn.Module:
         """The thinned network; it shares the tensors that are not cut, or is wholly on another device."""
@@ -259,7 +266,7 @@ def check(
     """
     trial = Trial(model, graph, inputs)
     outcome = trial.compare(selection, plan)
-    return replace(outcome, statistics=tuple(active_statistics(graph, selection)))
+    return replace(outcome, statistics=trial.statistics)
 
 
 def _does_not_run(error: Exception) -> str:

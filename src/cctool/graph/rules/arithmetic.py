@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cctool.graph.execution import Event, tensors_in
-from cctool.graph.ledger import FIXED, INPUT, Ledger, compact, constant, varying
+from cctool.graph.ledger import FIXED, INPUT, Kind, Ledger, compact, constant, varying
 from cctool.graph.rules.layers import opaque, runs_over
 
 
@@ -146,17 +146,18 @@ def _runs_over_kept(ledger: Ledger, event: Event, ids: Tensor, dims: Sequence[in
     if len(varying(ids)) > 1 or event.kwargs.get("out") is not None:
         opaque(ledger, event, f"`{event.name}` runs over channels that lie in several dims")
         return False
-    if event.name in _KEEPING_ZEROS:
-        return True
-    if ledger.known(_source(event)) and len(moving) == 1:
-        runs_over(ledger, moving[0], compact(ids).reshape(-1))
+    if ledger.known(_source(event)):
+        if event.name not in _KEEPING_ZEROS:
+            runs_over(ledger, moving[0], compact(ids).reshape(-1))
+        elif not ledger.exact:
+            runs_over(ledger, moving[0], compact(ids).reshape(-1), Kind.SUM)
         return True
     opaque(ledger, event, f"`{event.name}` runs over the channels")
     return False
 
 
 _KEEPING_ZEROS = frozenset({"sum", "norm", "vector_norm", "normalize"})
-"""A masked channel adds nothing to these, where it is 0; the verification tells where it is not."""
+"""A masked channel that is 0 adds nothing to these; the verification tells where it is not 0."""
 
 
 def along_dim(ledger: Ledger, event: Event) -> None:

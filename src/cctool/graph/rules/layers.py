@@ -214,10 +214,10 @@ def layer_norm(ledger: Ledger, event: Event) -> None:
     ledger.set(event.result, ids)
 
 
-def runs_over(ledger: Ledger, dim: int, channels: Tensor) -> None:
+def runs_over(ledger: Ledger, dim: int, channels: Tensor, kind: Kind = Kind.KEPT) -> None:
     """The open call computes statistics over channels that lie in one dim."""
     symbol = Symbol(ledger, channels.numel(), channels)
-    ledger.statistic(Kind.KEPT, dim, {symbol: 1}, "its statistics run over the channels")
+    ledger.statistic(kind, dim, {symbol: 1}, "its statistics run over the channels")
 
 
 def prelu(ledger: Ledger, event: Event) -> None:

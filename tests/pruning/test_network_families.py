@@ -1,0 +1,90 @@
+"""Families of networks from timm and torchvision's segmentation networks: cut by half, exactly, saved, cut again.
+
+The oracle is that of `hook_oracle.py`: hooks on the dense network, that know nothing of graphs and plans.
+`benchmarks/prune_zoo.py --set timm` and `--set segmentation` do the same for all of them, beside Torch-Pruning.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hook_oracle import HALF, count, difference, distinct, lost_channels, masked, run, tensors_of
+
+from cctool.checkpoint.checkpoint import Checkpoint, load, save
+from cctool.checkpoint.edits import thinned
+from cctool.checkpoint.spec import ModelSpec
+from cctool.models.registry import build, listing
+from cctool.operations.composition import tables
+from cctool.pruning.prune import thin
+
+needs_timm = pytest.mark.skipif(
+    listing()[-1].summary.endswith("not installed"), reason="timm is an extra of cctool"
+)
+
+# Widths that attributes hold: slices (rexnet), lists of a split (mixnet), halves of one (cspresnet, skresnet),
+# the groups of a fixed filter (resnetblur); padding that the code computes; branches that are added (repvgg).
+FEW = {"rexnet_100": 0.34, "skresnet18": 0.27}
+MANY = {
+    "mixnet_s": 0.37, "cspresnet50": 0.27, "resnetblur50": 0.28, "res2net50_26w_4s": 0.28, "dpn68": 0.28,
+    "repvgg_a0": 0.29, "tf_efficientnet_b0": 0.33, "ghostnet_100": 0.32, "hrnet_w18_small": 0.3, "dla34": 0.26,
+    "regnety_002": 0.29, "selecsls42": 0.27, "vgg11": 0.26, "densenetblur121d": 0.29, "mobilenetv4_conv_small": 0.35,
+    "efficientnet_lite0": 0.34, "seresnet50": 0.27, "resnext50_32x4d": 0.28, "xception41": 0.28,
+}  # fmt: skip
+SEGMENTATION = {"lraspp_mobilenet_v3_large": 0.27}
+SEGMENTATION_SLOW = dict.fromkeys(
+    ["fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101", "deeplabv3_mobilenet_v3_large"], 0.26
+)  # fmt: skip
+
+
+def check(reference: str, arguments: dict[str, Any], below: float, folder: Path, side: int = 64) -> None:
+    torch.manual_seed(0)
+    model = distinct(build(reference, arguments)).eval()
+    x = torch.randn(3, 3, side, side, dtype=torch.float64)
+    cut = copy.deepcopy(model)
+    found = thin(cut, (x[:1],), HALF)
+    assert not found.report.notes
+    assert count(cut) < below * count(model)
+    outputs = run(cut, (x,))
+    assert difference(masked(model, lost_channels(model, cut), (x,)), outputs) < 1e-7
+
+    attributes = [(module, key) for module, values in found.plan.attributes.items() for key in values]
+    spec = ModelSpec(architecture=reference, arguments=arguments, input_shape=(3, side, side))
+    spec = thinned(spec, cut, found.plan.tensors, attributes)
+    save(Checkpoint(cut.float(), spec), folder / "cut.pt", tables())
+    loaded = load(folder / "cut.pt", tables()).model
+    again = run(loaded, (x.float(),))
+    assert all(torch.equal(a, b) for a, b in zip(again, run(cut, (x.float(),)), strict=True))
+
+    sum(tensor.square().mean() for tensor in tensors_of(loaded.train()(x.float()))).backward()
+    assert all(p.grad is None or p.grad.shape == p.shape for p in loaded.parameters())
+    thin(loaded, (x[:1].float(),), HALF)
+    assert count(loaded) < count(cut)
+    assert [t.shape for t in run(loaded, (x.float(),))] == [t.shape for t in outputs]
+
+
+@needs_timm
+@pytest.mark.parametrize("name", FEW)
+def test_a_few_of_timm(name: str, tmp_path: Path) -> None:
+    check(f"timm:{name}", {"num_classes": 10}, FEW[name], tmp_path)
+
+
+@needs_timm
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MANY)
+def test_many_of_timm(name: str, tmp_path: Path) -> None:
+    check(f"timm:{name}", {}, MANY[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_segmentation(name: str, tmp_path: Path) -> None:
+    check(f"torchvision:{name}", {"num_classes": 5}, SEGMENTATION[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEGMENTATION_SLOW)
+def test_segmentation_with_auxiliary_heads(name: str, tmp_path: Path) -> None:
+    check(f"torchvision:{name}", {"num_classes": 5, "aux_loss": True}, SEGMENTATION_SLOW[name], tmp_path)
