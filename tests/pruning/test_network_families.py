@@ -1,7 +1,7 @@
-"""Families of networks from timm and torchvision's segmentation networks: cut by half, exactly, saved, cut again.
+"""Families of networks from timm, and segmentation networks: cut by half, exactly, saved, cut again.
 
-The oracle is that of `hook_oracle.py`: hooks on the dense network, that know nothing of graphs and plans.
-`benchmarks/prune_zoo.py --set timm` and `--set segmentation` do the same for all of them, beside Torch-Pruning.
+The oracle is that of `hook_oracle.py`: hooks on the dense network that know nothing of graphs and plans.
+`benchmarks/prune_zoo.py --set timm` and `--set segmentation` do the same for all, beside Torch-Pruning.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ needs_timm = pytest.mark.skipif(
     listing()[-1].summary.endswith("not installed"), reason="timm is an extra of cctool"
 )
 
-# Widths that attributes hold: slices (rexnet), lists of a split (mixnet), halves of one (cspresnet, skresnet),
-# the groups of a fixed filter (resnetblur); padding that the code computes; branches that are added (repvgg).
+# Widths that attributes hold: slices (rexnet), lists of a split (mixnet), halves of one (cspresnet,
+# skresnet), groups of a fixed filter (resnetblur); computed padding (tf_efficientnet); added branches (repvgg).
 FEW = {"rexnet_100": 0.34, "skresnet18": 0.27}
 MANY = {
     "mixnet_s": 0.37, "cspresnet50": 0.27, "resnetblur50": 0.28, "res2net50_26w_4s": 0.28, "dpn68": 0.28,
-    "repvgg_a0": 0.29, "tf_efficientnet_b0": 0.33, "ghostnet_100": 0.32, "hrnet_w18_small": 0.3, "dla34": 0.26,
-    "regnety_002": 0.29, "selecsls42": 0.27, "vgg11": 0.26, "densenetblur121d": 0.29, "mobilenetv4_conv_small": 0.35,
-    "efficientnet_lite0": 0.34, "seresnet50": 0.27, "resnext50_32x4d": 0.28, "xception41": 0.28,
+    "repvgg_a0": 0.29, "tf_efficientnet_b0": 0.33, "ghostnet_100": 0.32, "hrnet_w18_small": 0.3,
+    "regnety_002": 0.29, "selecsls42": 0.27, "vgg11": 0.26, "densenetblur121d": 0.29, "dla34": 0.26,
+    "mobilenetv4_conv_small": 0.35, "efficientnet_lite0": 0.34, "seresnet50": 0.27,
+    "resnext50_32x4d": 0.28, "xception41": 0.28,
 }  # fmt: skip
 SEGMENTATION = {"lraspp_mobilenet_v3_large": 0.27}
-SEGMENTATION_SLOW = dict.fromkeys(
-    ["fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101", "deeplabv3_mobilenet_v3_large"], 0.26
-)  # fmt: skip
+SEGMENTATION_SLOW = {
+    "fcn_resnet50": 0.26, "fcn_resnet101": 0.26, "deeplabv3_resnet50": 0.26, "deeplabv3_resnet101": 0.26,
+    "deeplabv3_mobilenet_v3_large": 0.26,
+}  # fmt: skip
 
 
 def check(reference: str, arguments: dict[str, Any], below: float, folder: Path, side: int = 64) -> None:
