@@ -26,7 +26,7 @@ needs_timm = pytest.mark.skipif(
 )
 
 # Widths that attributes hold: slices (rexnet), lists of a split (mixnet), halves of one (cspresnet,
-# skresnet), groups of a fixed filter (resnetblur); computed padding (tf_efficientnet); added branches (repvgg).
+# skresnet), groups of a fixed filter (resnetblur); computed padding (tf_efficientnet), branches (repvgg).
 FEW = {"rexnet_100": 0.34, "skresnet18": 0.27}
 MANY = {
     "mixnet_s": 0.37, "cspresnet50": 0.27, "resnetblur50": 0.28, "res2net50_26w_4s": 0.28, "dpn68": 0.28,
