@@ -300,3 +300,21 @@ def test_group_norm_of_one_group_is_a_layer_norm(groups: int) -> None:
     graph = couple(model, (IMAGE[:1],), exact=True)
     frozen = {(f.op, f.parameter) for f in graph.frozen}
     assert (("group_norm", "1.weight") in frozen) == (groups == 1)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("make", [vit, lambda: swin(False), lambda: swin(True), multi_axis])
+def test_cuda_couples_and_cuts_as_the_cpu_does(make: Callable[[], nn.Module]) -> None:
+    model = distinct(make()).eval()
+    other = copy.deepcopy(model).cuda()
+    results = thin(model, (IMAGE[:1],), HALF), thin(other, (IMAGE[:1].cuda(),), HALF)
+    reports = [result.report for result in results]
+    assert reports[0].families == reports[1].families
+    assert reports[0].frozen == reports[1].frozen
+    assert reports[0].statistics == reports[1].statistics
+    assert max(report.error for report in reports) < 1e-5
+    for name, value in model.state_dict().items():
+        assert other.state_dict()[name].is_cuda
+        assert torch.equal(value, other.state_dict()[name].cpu()), name
+    assert relative(outputs(model, IMAGE), outputs(other, IMAGE.cuda()).cpu()) < 1e-6
