@@ -132,11 +132,55 @@ def devices(result: dict[str, Any]) -> str:
     return "## CPU and CUDA\n\nThe same command in one process, start-up left out.\n\n" + table(headers, rows)
 
 
+def slimming(result: dict[str, Any]) -> str:
+    """A slimmed and fine-tuned network's accuracy, against Torch-Pruning's BNScale pruner."""
+    rows = []
+    for row in result["rows"]:
+        ours, peer, dense = row["cctool"], row["torch_pruning"], row["dense"]
+        for tool, found in (("cctool", ours), ("Torch-Pruning", peer)):
+            rows.append(
+                (
+                    row["seed"],
+                    tool,
+                    f"{found['macs']:,}",
+                    f"{found['macs'] / dense['macs']:.4f}",
+                    f"{found['parameters']:,}",
+                    f"{found['after_sparse_training']:.2f}",
+                    f"**{found['accuracy']:.2f}**",
+                    f"{row['difference']:+.2f}" if found is ours else "",
+                )
+            )
+    first = result["rows"][0]
+    headers = (
+        "seed",
+        "tool",
+        "MACs",
+        "of dense",
+        "parameters",
+        "after sparse training, %",
+        "fine-tuned, %",
+        "cctool - peer",
+    )
+    return (
+        "## Pruning: a network slimmed to half its MACs\n\n"
+        f"The trained ResNet-20 ({first['dense']['accuracy']:.2f} % top-1 on CIFAR-10's {first['n']:,} test "
+        f"images, {first['dense']['macs']:,} MACs): {_epochs(first['sparse_epochs'])} of sparse training at "
+        f"strength {first['strength']:g}, the cut, {_epochs(first['epochs'])} of fine-tuning; one loop, "
+        "the same images, augmentation and seeds for both tools, both counted by cctool's counter. cctool "
+        "gets the MACs that the peer reached as its target.\n\n" + table(headers, rows)
+    )
+
+
+def _epochs(count: int) -> str:
+    return "1 epoch" if count == 1 else f"{count} epochs"
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "train_throughput": train_throughput,
     "train_throughput_cuda": train_throughput,
     "prune_speed": prune_speed,
     "prune_table": prune_table,
+    "slimming": slimming,
     **{name: partial(draw, table=table) for name, draw in report_goals.SECTIONS.items()},
     "devices": devices,
 }

@@ -45,3 +45,10 @@ def test_claims_against_peers_hold() -> None:
     for row in json.loads((results / "prune_table.json").read_text(encoding="utf-8"))["rows"]:
         # The peer's fraction is rounded to six digits as ours is.
         assert row["removable"] >= (row["torch_pruning_removable"] or 0.0) - 1e-6, row["architecture"]
+    slimming = results / "slimming.json"
+    for row in json.loads(slimming.read_text(encoding="utf-8"))["rows"]:
+        assert row["n"] == 10_000
+        assert row["dense"]["accuracy"] == 90.03
+        # Neither network costs more than half, and ours not more than the peer's.
+        assert row["cctool"]["macs"] <= row["torch_pruning"]["macs"] <= row["dense"]["macs"] / 2
+        assert row["difference"] >= -0.3

@@ -20,7 +20,8 @@ from cctool.operations.composition import tables
 from cctool.operations.context import Context
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.prune import PruneMethod, PruneOptions
-from cctool.pruning.prune import ThinResult, thin
+from cctool.pruning.prune import thin
+from cctool.pruning.reports import ThinResult
 from cctool.runtime import Silent
 
 DIGITS = DataOptions(data="digits", batch_size=32)

@@ -24,7 +24,7 @@ from cctool.operations.composition import tables
 from cctool.operations.context import Context
 from cctool.operations.finetuning import encoded_again, finetune
 from cctool.operations.mask_storage import stored_with_masks
-from cctool.operations.masking import emptied_cut, mask_channels, mask_weights
+from cctool.operations.masking import cut_stored, emptied_cut, mask_channels, mask_weights
 from cctool.operations.sizes import stored_bytes
 from cctool.operations.sources import open_source
 from cctool.options.analyze import AnalyzeOptions
@@ -89,8 +89,7 @@ def assert_masked(checkpoint: Checkpoint, before: Checkpoint | None = None) -> N
     ],
 )
 def test_three_epochs_of_training_revive_nothing(fit: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint = built("resnet20", base=8) if fit["optimizer"] == "sgd" else built()
-    source = masked_file(tmp_path, checkpoint, rate=0.7)
+    source = masked_file(tmp_path, rate=0.7)
     trained = run("train", train.run, source, TrainOptions(fit=FitOptions(epochs=3, **fit), data=DIGITS))
     before, after = load(source, tables()), load(trained, tables())
     assert_masked(after, before)
@@ -400,6 +399,18 @@ def test_patterns_keep_the_width_of_empty_channels(tmp_path: Path) -> None:
         cut(only=("layer9",))
 
 
+def test_bits_are_one_part_after_a_cut_too() -> None:
+    options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.ELEMENT, rate=0.5)
+    masked, _ = mask_weights(built("resnet20", base=8), options)
+    inputs = (torch.randn(2, 1, 32, 32),)
+    plan = plan_thinning(masked.model, inputs, PruneOptions(method=PruneMethod.L2, rate=0.5)).plan
+    stored = cut_stored(masked.stored, plan, context())
+    for name, form in stored.items():
+        if form.encoding == "masked":
+            assert form.shape != masked.stored[name].shape or name not in plan.tensors
+            assert form.parts["bits"] is stored[f"{name}_mask"].parts["bits"]
+
+
 def test_nothing_to_mask_is_an_error() -> None:
     checkpoint = built("resnet20", base=8)
     inputs = (torch.randn(2, 1, 32, 32),)
@@ -408,13 +419,11 @@ def test_nothing_to_mask_is_an_error() -> None:
         mask_channels(checkpoint, fewer, PruneOptions())
 
 
-def test_a_table_of_rates_and_the_seed_decide(tmp_path: Path) -> None:
+def test_a_table_of_rates_decides(tmp_path: Path) -> None:
     (tmp_path / "rates.json").write_text('{"features.3": 0.25, "classifier.0.weight": 0.75}')
     masked = load(masked_file(tmp_path, rates=str(tmp_path / "rates.json")), tables())
     gone = {name: float((~mask).float().mean()) for name, mask in masks_of(masked.model).items()}
     assert gone == pytest.approx({"features.3.weight": 0.25, "classifier.0.weight": 0.75}, abs=1e-3)
-    with pytest.raises(PruningError, match="whole channels"):
-        masked_file(tmp_path, method=PruneMethod.SLIMMING)
 
 
 def test_the_report_tells_each_tensor_and_why_not(tmp_path: Path) -> None:
@@ -466,3 +475,25 @@ def test_a_network_with_masks_of_its_own_is_refused_by_name(tmp_path: Path) -> N
     options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.ELEMENT)
     with pytest.raises(SpecError, match="fc has a 'weight_mask' of its own"):
         mask_weights(checkpoint, options)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_the_gpu_masks_are_those_of_the_cpu_and_stay(tmp_path: Path) -> None:
+    options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.ROW, rate=0.5)
+    here, _ = mask_weights(built("resnet20", base=8), options)
+    there = built("resnet20", base=8)
+    there.model.to("cuda")
+    there, _ = mask_weights(there, options)
+    for name, mask in masks_of(there.model).items():
+        assert mask.device.type == "cuda"
+        assert torch.equal(mask.cpu(), masks_of(here.model)[name])
+    _, cut = emptied_cut(there, context())
+    assert cut.families == emptied_cut(here, context())[1].families
+    source = masked_file(tmp_path, built("resnet20", base=8))
+    request = pipeline.Request(
+        "train", str(source), str(tmp_path / "t.pt"), runtime=RuntimeOptions(device="cuda")
+    )
+    fit = FitOptions(epochs=1, optimizer="sgd", lr=0.05)
+    (product,) = pipeline.write(train.run, TrainOptions(fit=fit, data=DIGITS), request)
+    assert_masked(load(product.path, tables()), load(source, tables()))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cctool import user_code
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.masks import add_masks
 from cctool.checkpoint.spec import ModelSpec
 from cctool.errors import PruningError
 from cctool.models import registry
@@ -104,7 +105,7 @@ def test_a_network_that_was_not_cut_is_what_its_builder_gives() -> None:
 def test_masked_weights_stay_zero() -> None:
     start = toys.shaken(toys.residual_checkpoint())
     mask = torch.rand_like(start.model.conv1.weight) > 0.5
-    start.model.conv1.register_buffer("weight_mask", mask)
+    add_masks(start.model, {"conv1.weight": mask})
     result = reinitialised(start, toys.context()).model
     assert torch.equal(result.conv1.weight != 0, mask)
     assert torch.equal(result.conv1.weight_mask, mask)

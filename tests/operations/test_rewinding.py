@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cctool.checkpoint.checkpoint import Checkpoint, load
+from cctool.checkpoint.masks import add_masks
 from cctool.checkpoint.spec import ModelSpec
 from cctool.errors import ArchitectureError, PruningError, UsageError
 from cctool.operations.composition import tables
@@ -96,7 +97,7 @@ def test_a_second_command_rewinds_to_the_same_widths(tmp_path: Path, initial: Ch
 def test_masked_weights_stay_zero(tmp_path: Path, initial: Checkpoint) -> None:
     path, trained = toys.saved(initial, tmp_path / "init.pt"), toys.shaken(initial)
     mask = torch.rand_like(trained.model.conv1.weight) > 0.5
-    trained.model.conv1.register_buffer("weight_mask", mask)
+    add_masks(trained.model, {"conv1.weight": mask})
     result = rewound(trained, open_earlier(trained, str(path), toys.context()), [])
     before = initial.model.state_dict()
     assert torch.equal(result.model.conv1.weight, before["conv1.weight"] * mask)
@@ -114,6 +115,13 @@ def test_stored_forms_of_what_changed_are_dropped(tmp_path: Path, initial: Check
     assert rewound(stored, same, []).stored == stored.stored
     other = open_earlier(stored, str(toys.saved(initial, tmp_path / "init.pt")), toys.context())
     assert "conv1.weight" not in rewound(stored, other, []).stored
+
+
+def test_plans_that_do_not_lead_to_these_widths_are_refused(tmp_path: Path, initial: Checkpoint) -> None:
+    earlier = open_earlier(initial, str(toys.saved(initial, tmp_path / "init.pt")), toys.context())
+    thinned, _ = toys.cut(initial)
+    with pytest.raises(PruningError, match=r"conv1\.weight cannot be set: it has shape \[2, 1, 3, 3\]"):
+        rewound(thinned, earlier, [])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.errors import CorruptCheckpointError, QuantizationError
-from cctool.quantization.masked import Inner, encode_masked, inner_of, narrowed
+from cctool.quantization.masked import Inner, encode_masked, inner_of, narrowed, widened
 from cctool.quantization.storage import ENCODINGS
 
 BITS, MASKED = ENCODINGS["bits"], ENCODINGS["masked"]
@@ -164,6 +164,21 @@ def test_a_second_mask_rounds_nothing_again(inner: Inner) -> None:
         assert inner_of("masked", found.parameters) == inner
     with pytest.raises(QuantizationError, match="cannot let stay"):
         narrowed(encode_masked(weight * second, second, inner), mask, bits)
+
+
+@pytest.mark.parametrize("inner", INNERS)
+def test_a_mask_that_takes_nothing_away_leaves_the_inner_form(inner: Inner) -> None:
+    weight, mask = example((4, 3, 2), density=1.1)
+    encoded = encode_masked(weight, mask, inner)
+    found = widened(encoded)
+    if inner.encoding is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.encoding == inner.encoding
+        assert torch.equal(ENCODINGS[inner.encoding].decode(found), MASKED.decode(encoded))
+    sparse = encode_masked(*example((4, 3, 2)), inner)
+    assert widened(sparse) is sparse
 
 
 @pytest.mark.parametrize("inner", INNERS)

@@ -16,7 +16,7 @@ from cctool.checkpoint.encoding import EncodedTensor, Encoding
 from cctool.checkpoint.masks import mask_name, masked_places
 from cctool.checkpoint.payload import Place, place
 from cctool.quantization.bits import BITS
-from cctool.quantization.masked import MASKED, encode_masked, inner_of, narrowed
+from cctool.quantization.masked import MASKED, encode_masked, inner_of, narrowed, widened
 
 __all__ = ["encode_under_mask", "lossy_forms", "masks_by_place", "stored_with_masks"]
 
@@ -61,10 +61,10 @@ def lossy_forms(stored: Mapping[str, EncodedTensor]) -> dict[str, EncodedTensor]
 def stored_with_masks(checkpoint: Checkpoint) -> Checkpoint:
     """Store masks as bits and masked weights without their zeros; nothing is rounded, now or again.
 
-    A weight that is stored in few bits keeps its levels. The bits of a mask are one tensor that the mask
-    and its weight share. Small tensors lie as they are.
+    A weight that is stored in few bits keeps its levels, and one whose mask is gone its inner form. The bits
+    of a mask are one tensor that the mask and its weight share. Small tensors lie as they are.
     """
-    stored = dict(checkpoint.stored)
+    stored = _without_idle_bits(checkpoint)
     names = _names_by_place(checkpoint.model)
     for masked in masked_places(checkpoint.model):
         mask, tensor = masked.mask, masked.parameter.detach()
@@ -79,6 +79,17 @@ def stored_with_masks(checkpoint: Checkpoint) -> Checkpoint:
         )
         stored |= dict.fromkeys(names.get(place(tensor), [masked.name]), form)
     return replace(checkpoint, stored=stored)
+
+
+def _without_idle_bits(checkpoint: Checkpoint) -> dict[str, EncodedTensor]:
+    masks = {masked.name for masked in masked_places(checkpoint.model, remove_duplicate=False)}
+    stored = {}
+    for name, form in checkpoint.stored.items():
+        idle = form.encoding == MASKED.name and name not in masks
+        left = widened(form) if idle else form
+        if left is not None:
+            stored[name] = left
+    return stored
 
 
 def _names_by_place(model: nn.Module) -> dict[Place, list[str]]:

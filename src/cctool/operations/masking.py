@@ -18,6 +18,7 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.masks import add_masks, drop_masks, mask_buffers, masks_of, with_masks
 from cctool.errors import PruningError
 from cctool.operations.context import Context
+from cctool.operations.examples import example
 from cctool.operations.mask_storage import stored_with_masks
 from cctool.options.prune import PruneOptions
 from cctool.pruning.emptied import Emptied, find_emptied
@@ -82,7 +83,7 @@ def mask_weights(
         SpecError: a module has something called like its mask.
     """
     before = zero_percent(checkpoint.model)
-    chosen = choose_masks(checkpoint.model, _example(checkpoint), options, saliency, step=step, rates=rates)
+    chosen = choose_masks(checkpoint.model, example(checkpoint), options, saliency, step=step, rates=rates)
     notes = {**chosen.skipped, **{name: f"follows the rows of {of}" for name, of in chosen.follow.items()}}
     masked = _with(checkpoint, chosen.masks)
     return masked, report_masks(masked.model, options, before, notes)
@@ -125,7 +126,7 @@ def emptied_cut(
     """
     model = checkpoint.model
     before = sum(parameter.numel() for parameter in model.parameters())
-    found = find_emptied(model, _example(checkpoint), exclude=exclude, only=only)
+    found = find_emptied(model, example(checkpoint), exclude=exclude, only=only)
     apply_cut(model, found.plan)
     attributes = [(module, name) for module, values in found.plan.attributes.items() for name in values]
     spec = thinned(checkpoint.spec, model, found.plan.tensors, attributes)
@@ -153,15 +154,26 @@ def cut_stored(
     """Cut stored integers, scales and bits as a plan cuts the model's tensors; nothing is rounded again."""
     cut: dict[str, EncodedTensor] = {}
     done: dict[int, EncodedTensor] = {}
+    parts: dict[int, Tensor] = {}
     for name, encoded in stored.items():
         if id(encoded) not in done:
             smaller = encoded
             for piece in plan.tensors.get(name, ()):
                 take = context.tables.encodings[encoded.encoding].take
                 smaller = take(smaller, piece.dim, piece.keep.cpu())
-            done[id(encoded)] = smaller
+            done[id(encoded)] = _sharing(smaller, encoded, parts)
         cut[name] = done[id(encoded)]
     return cut
+
+
+def _sharing(smaller: EncodedTensor, encoded: EncodedTensor, parts: dict[int, Tensor]) -> EncodedTensor:
+    """Let what was one part before the cut, as the bits of a mask and its weight, be one part after it."""
+    shared = {}
+    for name, part in smaller.parts.items():
+        before = encoded.parts.get(name)
+        known = part if before is None else parts.setdefault(id(before), part)
+        shared[name] = known if torch.equal(known, part) else part
+    return replace(smaller, parts=shared)
 
 
 def _with(checkpoint: Checkpoint, masks: Mapping[str, Tensor]) -> Checkpoint:
@@ -169,12 +181,6 @@ def _with(checkpoint: Checkpoint, masks: Mapping[str, Tensor]) -> Checkpoint:
     spec = with_masks(checkpoint.spec, checkpoint.model)
     # Optimizer state belongs to the weights before.
     return stored_with_masks(replace(checkpoint, spec=spec, resume=None))
-
-
-def _example(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
-    return (torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device),)
 
 
 def _families(found: Emptied) -> tuple[tuple[str, int, int], ...]:

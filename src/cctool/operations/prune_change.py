@@ -6,15 +6,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits import thinned
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
-from cctool.graph.execution import blaming_the_size, in_mode
 from cctool.operations.context import Context
 from cctool.operations.evidence import evidence_for
+from cctool.operations.examples import example
 from cctool.operations.masking import (
     EmptiedReport,
     MaskReport,
@@ -31,7 +30,7 @@ from cctool.pruning.reports import PruneReport, ThinResult
 from cctool.pruning.saliency import weight_saliency
 from cctool.pruning.surgery import CutPlan, apply_cut
 
-__all__ = ["Changed", "Changer", "example"]
+__all__ = ["Changed", "Changer"]
 
 
 @dataclass(frozen=True)
@@ -152,20 +151,6 @@ class Changer:
         rates = None if options.rates is None else read_rates(options.rates)
         masked, report = mask_weights(checkpoint, options, saliency, step=step, rates=rates)
         return Changed(masked, masks=report, notes=report.notes)
-
-
-def example(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
-    """Inputs that show which channels go together; the numbers serve the comparison of cut and masked.
-
-    Raises:
-        ArchitectureError: the network does not run on its own input size.
-    """
-    generator = torch.Generator().manual_seed(0)
-    device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
-    images = torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device)
-    with blaming_the_size(checkpoint.spec.input_shape), in_mode(checkpoint.model, training=False):
-        checkpoint.model(images)
-    return (images,)
 
 
 def _frozen_notes(report: PruneReport) -> tuple[str, ...]:

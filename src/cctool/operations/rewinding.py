@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from cctool.checkpoint.checkpoint import Checkpoint, build, open_file
+from cctool.checkpoint.masks import mask_buffers, zero_masked
 from cctool.checkpoint.spec import ModelSpec
-from cctool.errors import SpecError, UsageError
+from cctool.errors import PruningError, SpecError, UsageError
 from cctool.models.registry import is_user_code
 from cctool.operations.context import Context
 from cctool.pruning.surgery import CutPlan, cut_tensor
 
 __all__ = ["open_earlier", "rewound", "with_values"]
-
-MASK_SUFFIX = "_mask"
 
 
 def open_earlier(source: Checkpoint, path: str, context: Context) -> Checkpoint:
@@ -85,13 +84,9 @@ def _refuse_misfit(model: nn.Module, earlier: nn.Module, path: str) -> None:
 
 def _values(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without masks, which are not rewound."""
-    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return {name: value for name, value in state.items() if not _is_mask(name, value, state)}
-
-
-def _is_mask(name: str, value: Tensor, state: Mapping[str, Tensor]) -> bool:
-    parameter = name.removesuffix(MASK_SUFFIX)
-    return value.dtype == torch.bool and parameter != name and parameter in state
+    masks = mask_buffers(model)
+    state = model.state_dict()
+    return {n: value for n, value in state.items() if isinstance(value, Tensor) and n not in masks}
 
 
 def rewound(checkpoint: Checkpoint, earlier: Checkpoint, plans: Sequence[CutPlan]) -> Checkpoint:
@@ -107,7 +102,7 @@ def rewound(checkpoint: Checkpoint, earlier: Checkpoint, plans: Sequence[CutPlan
         The same model, masked weights at zero; stored forms of tensors that changed are dropped.
 
     Raises:
-        PruningError: a plan was made for other widths.
+        PruningError: a plan was made for other widths, or the plans do not lead to these.
     """
     values = _values(earlier.model)
     for plan in plans:
@@ -122,16 +117,20 @@ def with_values(checkpoint: Checkpoint, values: Mapping[str, Tensor]) -> Checkpo
     Args:
         checkpoint: its masks stay; stored forms of tensors that change are dropped.
         values: by name in the state dict, of the model's shapes; others stay as they are.
+
+    Raises:
+        PruningError: a value is of another shape.
     """
     state = checkpoint.model.state_dict()
-    changed = set()
+    before = {name: state[name].clone() for name in checkpoint.stored if name in values}
     for name, value in values.items():
-        present, mask = state[name], state.get(name + MASK_SUFFIX)
-        wanted = value.detach().to(present.device, present.dtype)
-        if mask is not None and _is_mask(name + MASK_SUFFIX, mask, state):
-            wanted = torch.where(mask, wanted, torch.zeros_like(wanted))
-        if not torch.equal(present, wanted):
-            present.copy_(wanted)
-            changed.add(name)
+        if state[name].shape != value.shape:
+            raise PruningError(
+                f"{name} cannot be set: it has shape {list(state[name].shape)}, its new value "
+                f"{list(value.shape)}"
+            )
+        state[name].copy_(value)
+    zero_masked(checkpoint.model)
+    changed = {name for name, value in before.items() if not torch.equal(value, state[name])}
     stored = {name: form for name, form in checkpoint.stored.items() if name not in changed}
     return replace(checkpoint, stored=stored)

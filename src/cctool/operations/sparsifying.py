@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
@@ -15,19 +14,27 @@ from cctool.errors import PruningError
 from cctool.graph.channels import Family
 from cctool.graph.ledger import Role
 from cctool.operations.context import Context
+from cctool.operations.examples import example
 from cctool.operations.finetuning import finetune
 from cctool.operations.measuring import feed_of
 from cctool.options.fit import FitOptions
 from cctool.options.prune import PruneOptions
 from cctool.options.prune_parts import Sparsifier, SparsifyOptions
-from cctool.pruning.prune import ThinResult, plan_thinning
+from cctool.pruning.prune import plan_thinning
+from cctool.pruning.reports import ThinResult
 from cctool.training.constraints import Constraint
 from cctool.training.penalties import GroupLasso, GrowingPenalty, Part, ScaleL1
 
 __all__ = ["CEILING", "DEFAULT_STRENGTH", "EVERY", "parts_of", "sparsified"]
 
 DEFAULT_STRENGTH = {Sparsifier.GAMMA_L1: 1e-2, Sparsifier.GROUP_LASSO: 1e-3}
-"""Weight of a penalty where none is given."""
+"""Weight of a penalty where none is given.
+
+An epoch of some 350 steps of SGD at 0.01, its custom for trained networks, moves a scale by about 0.2 under
+the one and shrinks a weight of usual size by some hundredths under the other: units part, and accuracy
+hardly falls (by 0.8 points on a ResNet-20 of CIFAR-10 at twice that rate). The 1e-4 of Liu et al. is made
+for 160 epochs at ten times the rate.
+"""
 
 CEILING = 1.0
 """Largest coefficient of the growing penalty (Wang et al. 2021, section 4)."""
@@ -65,7 +72,7 @@ def sparsified(
         return checkpoint
     copied = replace(checkpoint, model=deepcopy(checkpoint.model), resume=None)
     if found is None:
-        found = plan_thinning(copied.model, _example(copied), _at_once(options), seed=context.runtime.seed)
+        found = plan_thinning(copied.model, example(copied), _at_once(options), seed=context.runtime.seed)
     feed = feed_of(copied, source, options.data, context)
     penalty = _penalty(copied.model, found, wanted, wanted.epochs * len(feed.training()(0)))
     context.reporter.note(
@@ -81,12 +88,6 @@ def sparsified(
         # Validation would choose an early epoch, which is hardly sparse.
         choose_best=False,
     )
-
-
-def _example(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
-    device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device),)
 
 
 def _at_once(options: PruneOptions) -> PruneOptions:

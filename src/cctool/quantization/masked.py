@@ -21,7 +21,7 @@ from cctool.quantization.bits import pack_bits, unpack_bits
 from cctool.quantization.half import BF16, FP16
 from cctool.quantization.parts import decoded_dtype, floating_name, part, refuse_nonfinite, require_parts
 
-__all__ = ["MASKED", "Inner", "encode_masked", "inner_of", "narrowed"]
+__all__ = ["MASKED", "Inner", "encode_masked", "inner_of", "narrowed", "widened"]
 
 _NAME = "masked"
 _BITS, _VALUES, _INNER, _AXIS = "bits", "values", "inner", "axis"
@@ -194,6 +194,28 @@ def narrowed(encoded: EncodedTensor, mask: Tensor, bits: Tensor) -> EncodedTenso
     parts = {name: value[kept] if name in _ROWS else value for name, value in rows.items()}
     parameters: dict[str, JsonValue] = {_INNER: inner.encoding, _AXIS: inner.axis}
     return replace(encoded, encoding=_NAME, parts={**parts, _BITS: bits}, parameters=parameters)
+
+
+def widened(encoded: EncodedTensor) -> EncodedTensor | None:
+    """A masked tensor whose mask takes nothing away, stored by its inner encoding alone.
+
+    Returns:
+        None where its values are stored as they are: the tensor is dense. The same object where the mask
+        takes something away.
+    """
+    inner = _stored_inner(encoded)
+    if not bool(unpack_bits(encoded).all()):
+        return encoded
+    if inner.encoding is None:
+        return None
+    prefix = f"{_VALUES}."
+    parts = {
+        name.removeprefix(prefix): value.reshape(encoded.shape) if name in _ROWS else value
+        for name, value in encoded.parts.items()
+        if name != _BITS
+    }
+    parameters: dict[str, JsonValue] = {_AXIS: inner.axis} if inner.encoding == AFFINE_U8.name else {}
+    return replace(encoded, encoding=inner.encoding, parts=parts, parameters=parameters)
 
 
 def _stored_inner(encoded: EncodedTensor) -> Inner:

@@ -1,0 +1,25 @@
+"""Inputs that show how a checkpoint's network computes, where images would say no more."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.graph.execution import blaming_the_size, in_mode
+
+__all__ = ["example"]
+
+
+def example(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
+    """Inputs that show which channels go together; the numbers serve the comparison of cut and masked.
+
+    Raises:
+        ArchitectureError: the network does not run on its own input size.
+    """
+    generator = torch.Generator().manual_seed(0)
+    device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
+    images = torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device)
+    with blaming_the_size(checkpoint.spec.input_shape), in_mode(checkpoint.model, training=False):
+        checkpoint.model(images)
+    return (images,)
