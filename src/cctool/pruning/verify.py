@@ -187,13 +187,13 @@ class Trial:
     def cut_network(self, plan: CutPlan, device: str | None = None) -> nn.Module:
         """The thinned network; it shares the tensors that are not cut, or is wholly on another device."""
         tensors = {**self.tensors, **self.varied}
-        changed = {
+        if device is not None:
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        changed = tensors if device is not None else dict(self.varied)
+        cuts = {
             name: cut_tensor(tensors[name], cuts) for name, cuts in plan.tensors.items() if name in tensors
         }
-        changed = {**self.varied, **changed}
-        if device is not None:
-            changed = {name: changed.get(name, tensor).to(device) for name, tensor in tensors.items()}
-        return copy_with(self.model, changed, plan)
+        return copy_with(self.model, changed | cuts, plan)
 
     def shape_failure(self, plan: CutPlan, masked: list[Tensor]) -> str:
         """What is wrong with the thinned network's output shapes at the second batch size, "" if nothing.
