@@ -18,7 +18,10 @@ from cctool.checkpoint.checkpoint import Checkpoint, load, save
 from cctool.checkpoint.edits import thinned
 from cctool.checkpoint.spec import ModelSpec
 from cctool.models.registry import build, listing
+from cctool.operations import analyze, pipeline, prune
 from cctool.operations.composition import tables
+from cctool.options.analyze import AnalyzeOptions
+from cctool.options.common import ModelOptions, RuntimeOptions
 from cctool.pruning.prune import thin
 
 needs_timm = pytest.mark.skipif(
@@ -84,6 +87,28 @@ def test_many_of_timm(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SEGMENTATION)
 def test_segmentation(name: str, tmp_path: Path) -> None:
     check(f"torchvision:{name}", {"num_classes": 5}, SEGMENTATION[name], tmp_path)
+
+
+def test_a_bare_state_dict_of_a_segmentation_network_goes_through_the_commands(tmp_path: Path) -> None:
+    """`cctool prune FILE.pth --arch torchvision:lraspp_mobilenet_v3_large`, then `analyze`, then `prune`."""
+    reference = "torchvision:lraspp_mobilenet_v3_large"
+    torch.save(build(reference, {"num_classes": 4}).state_dict(), tmp_path / "bare.pth")
+    named = ModelOptions(arch=reference, input_shape=(3, 64, 64))
+    runtime = RuntimeOptions(device="cpu")
+    request = pipeline.Request(
+        "prune", str(tmp_path / "bare.pth"), str(tmp_path / "cut.pt"), model=named, runtime=runtime
+    )
+    (first,) = pipeline.write(prune.run, HALF, request)
+    # The number of classes is read off the file.
+    assert load(first.path, tables()).spec.arguments == {"num_classes": 4}
+    again = pipeline.Request("prune", str(first.path), str(tmp_path / "again.pt"), runtime=runtime)
+    (second,) = pipeline.write(prune.run, HALF, again)
+    seen = pipeline.read(
+        analyze.run, AnalyzeOptions(), pipeline.Request("analyze", str(second.path), runtime=runtime)
+    )
+    counts = [count(load(product.path, tables()).model) for product in (first, second)]
+    assert counts[1] < 0.4 * counts[0]
+    assert seen.analysis.layers.totals.parameters == counts[1]
 
 
 @pytest.mark.slow
