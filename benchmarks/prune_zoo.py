@@ -321,6 +321,7 @@ def main() -> None:
     parser.add_argument("--limit-gb", type=float, default=8)
     parser.add_argument("--timeout", type=float, default=900)
     parser.add_argument("--missing", action="store_true", help="only what is not in the result yet")
+    parser.add_argument("--merge", help="take the rows of another result in, and run nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for module in ("torch_pruning", "scipy.sparse.csgraph", "torch._meta_registrations", *OURS):
@@ -330,6 +331,12 @@ def main() -> None:
         f"python benchmarks/prune_zoo.py --set {options.set} --limit-gb {options.limit_gb:g} "
         f"--timeout {options.timeout:g}"
     )
+    if options.merge:
+        merged = {row["network"]: row for row in read(target)}
+        for row in json.loads(Path(options.merge).read_text(encoding="utf-8"))["rows"]:
+            merged[row["network"]] = merged.get(row["network"], {}) | row
+        record.write(target, command, SEED, sorted(merged.values(), key=lambda r: str(r["network"])))
+        return
     names = [
         name for name in SETS[options.set]() if fnmatch.fnmatchcase(name.partition(":")[2], options.models)
     ]

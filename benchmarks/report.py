@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import report_goals
+import report_zoo
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -182,6 +183,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "prune_table": prune_table,
     "slimming": slimming,
     **{name: partial(draw, table=table) for name, draw in report_goals.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_zoo.SECTIONS.items()},
     "devices": devices,
 }
 

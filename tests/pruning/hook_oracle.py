@@ -49,7 +49,10 @@ def distinct(model: nn.Module, seed: int = 0) -> nn.Module:
                 continue
             if tensor.ndim == 1:
                 positive = leaf in ("weight", "running_var", "var")
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + (0.5 if positive else -0.5))
+                tensor.copy_(
+                    torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+                    + (0.5 if positive else -0.5)
+                )
             elif tensor.ndim > 1 and isinstance(tensor, nn.Parameter):
                 drawn = torch.randn(tensor.shape, generator=generator)
                 tensor.copy_(drawn * (2 / tensor[0].numel()) ** 0.5)

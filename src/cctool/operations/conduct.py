@@ -216,7 +216,9 @@ def _resumed(verb: str, checkpoint: Checkpoint, options: Any, context: Context, 
         raise TrainingError(
             f"there is nothing to resume: {folder.last} does not exist; leave --resume out to begin"
         )
-    earlier = found.history[-1]
+    # A cut keeps the training's state, and its own line of history behind the training's.
+    cut = found.history[-1].verb == "prune"
+    earlier = next((step for step in reversed(found.history) if step.verb != "prune"), found.history[-1])
     now = recorded(options) | {"runtime": recorded(context.runtime)}
     refuse_other_options(earlier, verb, now, found.spec.data)
     epoch = found.resume.state.get("epoch")
@@ -224,12 +226,12 @@ def _resumed(verb: str, checkpoint: Checkpoint, options: Any, context: Context, 
         raise CorruptCheckpointError(f"{folder.last} holds a malformed state of training")
     context.reporter.note(f"going on after epoch {epoch} of {options.fit.epochs}")
     return Start(
-        replace(found, history=found.history[:-1], resume=None),
-        fresh=earlier.parent is None or never_trained(found.history[:-1]),
+        replace(found, history=found.history if cut else found.history[:-1], resume=None),
+        fresh=earlier.parent is None or never_trained(found.history[: found.history.index(earlier)]),
         forms=forms_from(found.resume.state.get("storage")),
         resume=found.resume,
-        continues=earlier,
-        metrics_before=earlier.metrics_before,
+        continues=None if cut else earlier,
+        metrics_before=found.history[-1].metrics_after if cut else earlier.metrics_before,
     )
 
 

@@ -148,7 +148,8 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
         base = current if options.step_mode is StepMode.PROGRESSIVE else start
         # A single step works on what it was given: a copy of a large network would not fit beside it.
         model = deepcopy(base.model) if options.steps > 1 else base.model
-        changed = changer.changed(replace(base, model=model, resume=None), step)
+        resume = base.resume if _only_cuts(options) else None
+        changed = changer.changed(replace(base, model=model, resume=resume), step)
         current = _reset(changed, work)
         images = _recalibrate(current, work)
         current = stored_with_masks(_finetuned(current, work))
@@ -187,6 +188,12 @@ def _begun(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> _
         work.others |= others
     work.metrics = measured_splits(checkpoint, source, options.data, context)
     return work
+
+
+def _only_cuts(options: PruneOptions) -> bool:
+    """Whether the weights that stay are those that came in, so that their training can go on."""
+    changes = options.finetune_epochs or options.rewind or options.from_scratch or options.sparsify
+    return options.steps == 1 and not changes
 
 
 def _labels(options: PruneOptions) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from cctool.operations.masking import (
     mask_weights,
 )
 from cctool.operations.prune_goals import BudgetReport, TargetReport, within_budget, within_target
+from cctool.operations.resume_cut import cut_resume
 from cctool.options.prune import Granularity, PruneOptions, StepMode
 from cctool.pruning.prune import Planner
 from cctool.pruning.rates import read_rates
@@ -136,12 +137,16 @@ class Changer:
 
     def _cut(self, checkpoint: Checkpoint, found: ThinResult) -> Changed:
         """Carry a plan out, write it into the spec, and cut what is stored beside the model's tensors."""
+        resume, left_out = cut_resume(checkpoint, found.plan)
         apply_cut(checkpoint.model, found.plan)
         attributes = [(module, name) for module, values in found.plan.attributes.items() for name in values]
         spec = thinned(checkpoint.spec, checkpoint.model, found.plan.tensors, attributes)
         stored = cut_stored(checkpoint.stored, found.plan, self._context)
-        notes = (*found.report.notes, *_frozen_notes(found.report))
-        return Changed(replace(checkpoint, spec=spec, stored=stored), found.plan, found.report, notes=notes)
+        notes = (*found.report.notes, *_frozen_notes(found.report), *([left_out] if left_out else []))
+        if left_out:
+            self._context.reporter.warn(left_out)
+        cut = replace(checkpoint, spec=spec, stored=stored, resume=resume)
+        return Changed(cut, found.plan, found.report, notes=notes)
 
     def _weights_masked(self, checkpoint: Checkpoint, step: int) -> Changed:
         options, context = self._options, self._context
