@@ -173,8 +173,8 @@ def within_budget(
 ) -> tuple[ThinResult, BudgetReport]:
     """Plan the cut of the largest rate whose loss on the validation split stays within ``--max-drop``.
 
-    Batch-norm statistics are estimated again for every trial, from training images as they are or varied as for
-    training, whichever keeps more of the dense network's accuracy: padded crops have other statistics.
+    Batch-norm statistics are estimated again for every trial, from training images as they are or varied as
+    for training, whichever keeps more of the dense network's accuracy: padded crops have other statistics.
 
     A grid of rates is measured first, because accuracy need not fall evenly; then the gap between the largest
     rate within the budget and the next one of the grid is halved until it is a unit or a 512th wide.
@@ -267,8 +267,8 @@ class _BudgetSearch:
             self.augmented = kept[True] > kept[False]
             kind = "varied as for training" if self.augmented else "as they are"
             self.context.reporter.note(
-                f"batch-norm statistics from {self.recalibrated:,} training images {kind}: the dense network keeps "
-                f"{kept[self.augmented]:.2f} of {self.dense.values['top1']:.2f} with them, "
+                f"batch-norm statistics from {self.recalibrated:,} training images {kind}: the dense network "
+                f"keeps {kept[self.augmented]:.2f} of {self.dense.values['top1']:.2f} with them, "
                 f"{kept[not self.augmented]:.2f} with the other kind"
             )
 
