@@ -129,9 +129,10 @@ def by_cctool(name: str, exact: bool = False) -> dict[str, Any]:
         return row
     dense_network, _ = network(name)
     row["removable"] = removable_fraction(dense_network, result.graph)
+    expected = shapes(dense_network, x)
     row["oracle_error"] = oracle_error(dense_network, model, x)
-    row |= after_the_cut(name, model, shapes(dense_network, x), x, result.plan)
     del dense_network
+    row |= after_the_cut(name, model, expected, x, result.plan)
     smaller = prune.thin(model, (x,), options).report
     row["second_parameters"] = smaller.parameters_after
     return row

@@ -58,9 +58,9 @@ def prune_budget(result: dict[str, Any], table: Draw) -> str:
     )  # fmt: skip
     return (
         "## Pruning to a budget of accuracy\n\n"
-        f"The trained ResNet-20 on CIFAR-10, `--max-drop {result['rows'][0]['budget']}`, one shot, batch norm "
-        "recalibrated from 1,024 training images, no fine-tuning. The search looks at the validation split "
-        "alone.\n\n" + table(headers, rows)
+        f"The trained ResNet-20 on CIFAR-10, `--max-drop {result['rows'][0]['budget']}`, one shot, batch "
+        "norm recalibrated from 1,024 training images, no fine-tuning. The search looks at the validation "
+        "split alone.\n\n" + table(headers, rows)
     )
 
 

@@ -44,6 +44,20 @@ def _lost(dense: Tensor, cut: Tensor) -> Tensor:
     return (~torch.isin(dense.flatten(), cut.flatten())).nonzero().flatten()
 
 
+def _lost_rows(dense: Tensor, cut: Tensor) -> Tensor:
+    """Filters that hold the values of no filter of the cut weight, which may lack input channels.
+
+    Several values are looked for, as single ones may appear twice among millions.
+    """
+    rows, found = dense.flatten(1), torch.ones(len(dense), dtype=torch.bool)
+    small = cut.flatten(1)
+    if len(rows) == len(small):
+        return torch.zeros(0, dtype=torch.long)
+    for column in torch.linspace(0, small.shape[1] - 1, 8).long().unique():
+        found &= torch.isin(rows, small[:, column]).any(1)
+    return (~found).nonzero().flatten()
+
+
 def _own(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
 
@@ -79,9 +93,11 @@ def mask(dense: nn.Module, cut: nn.Module) -> list[Any]:
 def _mask_module(module: nn.Module, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     if isinstance(module, (*_LAYERS, *_BATCH_NORMS)):
         mark = "bias" if isinstance(module, _LAYERS) else "weight"
-        if mine.get(mark) is None:
+        if mine.get("weight") is None:
             return
-        lost = _lost(mine[mark], theirs[mark])
+        lost = (
+            _lost(mine[mark], theirs[mark]) if mark in mine else _lost_rows(mine["weight"], theirs["weight"])
+        )
         for leaf in ("weight", "bias"):
             if mine.get(leaf) is not None:
                 mine[leaf].index_fill_(0, lost, 0)

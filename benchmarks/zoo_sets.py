@@ -10,15 +10,16 @@ from torch import Tensor
 from cctool.models.registry import input_shape
 
 TIMM = """
-    vgg11 vgg13_bn vgg16_bn vgg19 resnet18 resnet26d resnet34 resnet50 resnet50d resnext50_32x4d seresnet50
-    wide_resnet50_2 ecaresnet26t resnet50_gn resnetblur50 densenet121 densenet169 densenetblur121d
-    mobilenetv2_100 mobilenetv2_140 mobilenetv3_large_100 mobilenetv3_small_100 mobilenetv3_rw
-    mobilenetv4_conv_small mobilenetv1_100 efficientnet_b0 efficientnet_b3 efficientnet_lite0
-    efficientnetv2_rw_t tf_efficientnet_b0 mixnet_s ghostnet_100 mnasnet_100 fbnetc_100 hrnet_w18_small dla34
-    res2net50_26w_4s skresnet18 regnetx_002 regnety_002 rexnet_100 inception_v4 xception41 cspresnet50
-    cspdarknet53 selecsls42 repvgg_a0 dpn68
+    mobilenetv3_small_100 mobilenetv4_conv_small regnetx_002 regnety_002 mobilenetv2_100 efficientnet_lite0
+    mixnet_s mobilenetv1_100 mnasnet_100 ghostnet_100 rexnet_100 efficientnet_b0 tf_efficientnet_b0 fbnetc_100
+    mobilenetv3_large_100 mobilenetv3_rw mobilenetv2_140 densenet121 densenetblur121d repvgg_a0 resnet18
+    skresnet18 efficientnet_b3 dpn68 hrnet_w18_small efficientnetv2_rw_t densenet169 dla34 resnet26d
+    ecaresnet26t cspresnet50 resnet34 resnext50_32x4d resnet50 resnet50d resnet50_gn resnetblur50
+    res2net50_26w_4s cspdarknet53 seresnet50 xception41 selecsls42 inception_v4 wide_resnet50_2 vgg11 vgg13_bn
+    vgg16_bn vgg19
 """
-"""timm's VGG, ResNet, DenseNet, MobileNet and EfficientNet families, and others with layers of their own."""
+"""timm's VGG, ResNet, DenseNet, MobileNet and EfficientNet families, and others
+with layers of their own; the small ones first."""
 
 
 SEGMENTED_CLASSES = 21

@@ -1,20 +1,39 @@
 """The thin edit, and edits that nobody knows."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoint_toys import INPUT, TABLES, Tied, Toy, assert_same_tensors, cut, logits, make, quantized
+from torch import Tensor, nn
 
 from cctool.checkpoint.build import build_fresh
 from cctool.checkpoint.checkpoint import Checkpoint, load, save
 from cctool.checkpoint.edits import Thin, thin_edits
+from cctool.checkpoint.edits import thinned as record_cut
 from cctool.checkpoint.spec import ModelSpec
 from cctool.errors import SpecError
 
 KEEP = torch.tensor([0, 2, 3, 5, 6])
+
+
+@dataclass(frozen=True)
+class Left:
+    """Indices of a dim that a cut leaves."""
+
+    dim: int
+    keep: Tensor
+
+
+class Ramp(nn.Module):
+    """A weight beside a buffer that no file holds: 0, 1, ... 7."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+        self.register_buffer("ramp", torch.arange(8.0), persistent=False)
 
 
 def thinned(width: int = 8) -> Checkpoint:
@@ -106,3 +125,28 @@ def test_thin_edits_name_only_what_was_asked_for() -> None:
     model = Toy(width=4)
     (edit,) = thin_edits(model, ["fc.weight"], [("fc", "in_features")])
     assert edit == Thin(module="fc", shapes={"weight": (3, 4)}, attributes={"in_features": 4})
+
+
+def test_a_buffer_that_no_file_holds_keeps_the_channels_that_two_cuts_left(tmp_path: Path) -> None:
+    """Its first values would be those of other channels."""
+    checkpoint = replace(make(), spec=ModelSpec(architecture="ramp", input_shape=(1, 6, 6)), model=Ramp())
+    for keep in ([1, 2, 5, 7], [0, 2]):
+        cuts = {"ramp": (Left(0, torch.tensor(keep)),), "weight": (Left(0, torch.tensor(keep)),)}
+        with torch.no_grad():
+            checkpoint.model.ramp = checkpoint.model.ramp[keep]
+            checkpoint.model.weight = nn.Parameter(checkpoint.model.weight[keep])
+        checkpoint = replace(checkpoint, spec=record_cut(checkpoint.spec, checkpoint.model, cuts, []))
+    (edit,) = checkpoint.spec.edits
+    assert edit["kept"] == {"ramp": [[0, [1, 5]]]}
+    registry = replace(TABLES, build=lambda *arguments, **named: Ramp())
+    for suffix in (".pt", ".safetensors"):
+        save(checkpoint, tmp_path / f"a{suffix}", registry)
+        assert load(tmp_path / f"a{suffix}", registry).model.ramp.tolist() == [1, 5]
+
+
+@pytest.mark.parametrize("indices", [[1, 9], [5, 1], [1, 1], [1], []])
+def test_indices_that_a_buffer_does_not_have_are_refused(indices: list[int]) -> None:
+    edit = Thin(module="", shapes={"scale": (2,)}, kept={"scale": ((0, tuple(indices)),)})
+    spec = ModelSpec(architecture="hidden", arguments={"scale": 2.0}, input_shape=(1, 6, 6))
+    with pytest.raises(SpecError, match="no such indices"):
+        build_fresh(spec.with_edits((edit,)), TABLES)

@@ -49,6 +49,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--apply-masks --method l1", "chooses nothing"),
         ("--apply-masks --rate 0.2", "--apply-masks takes the place of --rate"),
         ("--rewind a.pt --from-scratch", "give one"),
+        ("--apply-masks --rewind a.pt", "in a command of its own"),
         ("--teacher t.pt", "--teacher: nothing is fine-tuned"),
         ("--alpha 0.5", "there is no --teacher"),
         ("--temperature 0 --teacher t.pt --finetune-epochs 1", "a positive number is needed"),

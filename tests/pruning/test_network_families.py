@@ -1,7 +1,7 @@
-"""Families of networks from timm and torchvision's segmentation networks: cut by half, exactly, saved, cut again.
+"""Families of networks from timm, and segmentation networks: cut by half, exactly, saved, cut again.
 
-The oracle is that of `hook_oracle.py`: hooks on the dense network, that know nothing of graphs and plans.
-`benchmarks/prune_zoo.py --set timm` and `--set segmentation` do the same for all of them, beside Torch-Pruning.
+The oracle is that of `hook_oracle.py`: hooks on the dense network that know nothing of graphs and plans.
+`benchmarks/prune_zoo.py --set timm` and `--set segmentation` do the same for all, beside Torch-Pruning.
 """
 
 from __future__ import annotations
@@ -18,26 +18,31 @@ from cctool.checkpoint.checkpoint import Checkpoint, load, save
 from cctool.checkpoint.edits import thinned
 from cctool.checkpoint.spec import ModelSpec
 from cctool.models.registry import build, listing
+from cctool.operations import analyze, pipeline, prune
 from cctool.operations.composition import tables
+from cctool.options.analyze import AnalyzeOptions
+from cctool.options.common import ModelOptions, RuntimeOptions
 from cctool.pruning.prune import thin
 
 needs_timm = pytest.mark.skipif(
     listing()[-1].summary.endswith("not installed"), reason="timm is an extra of cctool"
 )
 
-# Widths that attributes hold: slices (rexnet), lists of a split (mixnet), halves of one (cspresnet, skresnet),
-# the groups of a fixed filter (resnetblur); padding that the code computes; branches that are added (repvgg).
+# Widths that attributes hold: slices (rexnet), lists of a split (mixnet), halves of one (cspresnet,
+# skresnet), groups of a fixed filter (resnetblur); computed padding (tf_efficientnet), branches (repvgg).
 FEW = {"rexnet_100": 0.34, "skresnet18": 0.27}
 MANY = {
     "mixnet_s": 0.37, "cspresnet50": 0.27, "resnetblur50": 0.28, "res2net50_26w_4s": 0.28, "dpn68": 0.28,
-    "repvgg_a0": 0.29, "tf_efficientnet_b0": 0.33, "ghostnet_100": 0.32, "hrnet_w18_small": 0.3, "dla34": 0.26,
-    "regnety_002": 0.29, "selecsls42": 0.27, "vgg11": 0.26, "densenetblur121d": 0.29, "mobilenetv4_conv_small": 0.35,
-    "efficientnet_lite0": 0.34, "seresnet50": 0.27, "resnext50_32x4d": 0.28, "xception41": 0.28,
+    "repvgg_a0": 0.29, "tf_efficientnet_b0": 0.33, "ghostnet_100": 0.32, "hrnet_w18_small": 0.3,
+    "regnety_002": 0.29, "selecsls42": 0.27, "vgg11": 0.26, "densenetblur121d": 0.29, "dla34": 0.26,
+    "mobilenetv4_conv_small": 0.35, "efficientnet_lite0": 0.34, "seresnet50": 0.27,
+    "resnext50_32x4d": 0.28, "xception41": 0.28,
 }  # fmt: skip
 SEGMENTATION = {"lraspp_mobilenet_v3_large": 0.27}
-SEGMENTATION_SLOW = dict.fromkeys(
-    ["fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101", "deeplabv3_mobilenet_v3_large"], 0.26
-)  # fmt: skip
+SEGMENTATION_SLOW = {
+    "fcn_resnet50": 0.26, "fcn_resnet101": 0.26, "deeplabv3_resnet50": 0.26, "deeplabv3_resnet101": 0.26,
+    "deeplabv3_mobilenet_v3_large": 0.26,
+}  # fmt: skip
 
 
 def check(reference: str, arguments: dict[str, Any], below: float, folder: Path, side: int = 64) -> None:
@@ -82,6 +87,28 @@ def test_many_of_timm(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SEGMENTATION)
 def test_segmentation(name: str, tmp_path: Path) -> None:
     check(f"torchvision:{name}", {"num_classes": 5}, SEGMENTATION[name], tmp_path)
+
+
+def test_a_bare_state_dict_of_a_segmentation_network_goes_through_the_commands(tmp_path: Path) -> None:
+    """`cctool prune FILE.pth --arch torchvision:lraspp_mobilenet_v3_large`, then `analyze`, then `prune`."""
+    reference = "torchvision:lraspp_mobilenet_v3_large"
+    torch.save(build(reference, {"num_classes": 4}).state_dict(), tmp_path / "bare.pth")
+    named = ModelOptions(arch=reference, input_shape=(3, 64, 64))
+    runtime = RuntimeOptions(device="cpu")
+    request = pipeline.Request(
+        "prune", str(tmp_path / "bare.pth"), str(tmp_path / "cut.pt"), model=named, runtime=runtime
+    )
+    (first,) = pipeline.write(prune.run, HALF, request)
+    # The number of classes is read off the file.
+    assert load(first.path, tables()).spec.arguments == {"num_classes": 4}
+    again = pipeline.Request("prune", str(first.path), str(tmp_path / "again.pt"), runtime=runtime)
+    (second,) = pipeline.write(prune.run, HALF, again)
+    seen = pipeline.read(
+        analyze.run, AnalyzeOptions(), pipeline.Request("analyze", str(second.path), runtime=runtime)
+    )
+    counts = [count(load(product.path, tables()).model) for product in (first, second)]
+    assert counts[1] < 0.4 * counts[0]
+    assert seen.analysis.layers.totals.parameters == counts[1]
 
 
 @pytest.mark.slow

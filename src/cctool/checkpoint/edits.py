@@ -6,12 +6,13 @@ pruned checkpoint has it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import Field
-from torch import nn
+from pydantic import Field, model_serializer
+from torch import Tensor, nn
 
 from cctool.checkpoint.masks import mask_buffers
 from cctool.checkpoint.spec import MAX_DIMENSION, Dimension, Edit, ModelSpec
@@ -21,18 +22,51 @@ from cctool.errors import SpecError
 __all__ = ["THIN", "Thin", "thin_edits", "thinned"]
 
 _Width = Annotated[int, Field(ge=1, le=MAX_DIMENSION, strict=True)]
+_Index = Annotated[int, Field(ge=0, le=MAX_DIMENSION, strict=True)]
+_Kept = tuple[tuple[_Index, tuple[_Index, ...]], ...]
 
 
 class Thin(Edit):
-    """Final shapes of a module's own tensors and its integer attributes that hold a width."""
+    """Final shapes of a module's own tensors and its integer attributes that hold a width.
+
+    Attributes:
+        shapes: by the tensor's own name.
+        attributes: by name.
+        kept: for buffers that no file holds, as the architecture makes them itself: pairs of a dim and the
+            indices of it that are left, ascending.
+    """
 
     kind: Literal["thin"] = "thin"
     shapes: dict[str, tuple[Dimension, ...]] = Field(default={})
     attributes: dict[str, _Width | tuple[_Width, ...]] = Field(default={})
+    kept: dict[str, _Kept] = Field(default={})
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: Callable[[Thin], dict[str, Any]]) -> dict[str, Any]:
+        """Leave `kept` out where there is none, as files from before it have it."""
+        document = handler(self)
+        return document if document["kept"] else {k: v for k, v in document.items() if k != "kept"}
+
+
+class _Cut(Protocol):
+    """Indices of one dim that stay, ascending."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def keep(self) -> Tensor: ...
+
+
+Kept = dict[str, dict[int, list[int]]]
+"""For each buffer that no file holds, by dim, the indices left of the one that the architecture makes."""
 
 
 def thinned(
-    spec: ModelSpec, model: nn.Module, shapes: Iterable[str], attributes: Iterable[tuple[str, str]]
+    spec: ModelSpec,
+    model: nn.Module,
+    shapes: Iterable[str] | Mapping[str, Sequence[_Cut]],
+    attributes: Iterable[tuple[str, str]],
 ) -> ModelSpec:
     """Record a cut: the spec whose thin edits describe the present widths of ``model``.
 
@@ -42,7 +76,8 @@ def thinned(
     Args:
         spec: of the model before this cut.
         model: the model after it.
-        shapes: qualified names of the parameters and buffers that were cut; masks among them are left out.
+        shapes: qualified names of the parameters and buffers that were cut, best with the cuts: buffers that
+            are not stored cannot be cut again without; masks among them are left out.
         attributes: (module name, attribute) pairs that were changed.
     """
     earlier = [Thin.model_validate(edit) for edit in spec.edits if edit.get("kind") == "thin"]
@@ -51,11 +86,33 @@ def thinned(
     # A mask follows its parameter, and is not there yet when thin edits are applied.
     masks = mask_buffers(model)
     cut = [name for name in shapes if name not in masks]
-    return spec.with_edits(thin_edits(model, [*names, *cut], [*pairs, *attributes]))
+    cuts = shapes if isinstance(shapes, Mapping) else {}
+    kept = _kept(earlier, model, {name: cuts[name] for name in cut if name in cuts})
+    return spec.with_edits(thin_edits(model, [*names, *cut], [*pairs, *attributes], kept))
+
+
+def _kept(earlier: Sequence[Thin], model: nn.Module, cuts: Mapping[str, Sequence[_Cut]]) -> Kept:
+    """What is left of the buffers that no file holds, after earlier cuts and this one."""
+    kept: Kept = {
+        f"{edit.module}.{leaf}" if edit.module else leaf: {dim: list(indices) for dim, indices in pairs}
+        for edit in earlier
+        for leaf, pairs in edit.kept.items()
+    }
+    for name in cuts:
+        owner, _, leaf = name.rpartition(".")
+        if leaf in model.get_submodule(owner)._non_persistent_buffers_set:
+            places = kept.setdefault(name, {})
+            for cut in cuts[name]:
+                left = cut.keep.tolist()
+                places[cut.dim] = [places[cut.dim][i] for i in left] if cut.dim in places else left
+    return kept
 
 
 def thin_edits(
-    model: nn.Module, shapes: Iterable[str], attributes: Iterable[tuple[str, str]]
+    model: nn.Module,
+    shapes: Iterable[str],
+    attributes: Iterable[tuple[str, str]],
+    kept: Kept | None = None,
 ) -> tuple[Thin, ...]:
     """Describe the present widths of a thinned model.
 
@@ -63,6 +120,7 @@ def thin_edits(
         model: the model after cutting.
         shapes: qualified names of the parameters and buffers that were cut.
         attributes: (module name, attribute) pairs that were changed.
+        kept: by qualified name, what is left of buffers that no file holds.
 
     Returns:
         One edit per touched module, in the order of `model.named_modules()`.
@@ -77,10 +135,19 @@ def thin_edits(
         value = getattr(modules[owner], attribute)
         found.setdefault(owner, ({}, {}))[1][attribute] = value if isinstance(value, int) else tuple(value)
     return tuple(
-        Thin(module=name, shapes=found[name][0], attributes=found[name][1])
+        Thin(module=name, shapes=found[name][0], attributes=found[name][1], kept=_own(kept or {}, name))
         for name in modules
         if name in found
     )
+
+
+def _own(kept: Kept, module: str) -> dict[str, _Kept]:
+    prefix = f"{module}." if module else ""
+    return {
+        name.removeprefix(prefix): tuple((dim, tuple(left)) for dim, left in sorted(places.items()))
+        for name, places in kept.items()
+        if name.rpartition(".")[0] == module
+    }
 
 
 def _apply_thin(model: nn.Module, edit: Thin) -> None:
@@ -89,7 +156,7 @@ def _apply_thin(model: nn.Module, edit: Thin) -> None:
     except AttributeError:
         raise SpecError(f"thin: the architecture has no module {edit.module!r}") from None
     for name, shape in edit.shapes.items():
-        _resize(model, module, edit.module, name, shape)
+        _resize(model, module, edit, name, shape)
     for name, value in edit.attributes.items():
         present = vars(module).get(name) if not name.startswith("_") else None
         if not _is_width(present, value):
@@ -113,7 +180,8 @@ def _several(value: Any) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _resize(model: nn.Module, module: nn.Module, owner: str, name: str, shape: tuple[int, ...]) -> None:
+def _resize(model: nn.Module, module: nn.Module, edit: Thin, name: str, shape: tuple[int, ...]) -> None:
+    owner = edit.module
     parameter, buffer = module._parameters.get(name), module._buffers.get(name)
     present = parameter if parameter is not None else buffer
     if present is None:
@@ -124,8 +192,10 @@ def _resize(model: nn.Module, module: nn.Module, owner: str, name: str, shape: t
             "the same number of dimensions, none larger, is allowed"
         )
     if parameter is None:
-        # A cut view of the built buffer keeps what non-persistent ones hold; stored values replace it.
-        module._buffers[name] = present[tuple(slice(0, size) for size in shape)].clone()
+        # Stored values replace this one; of a buffer that no file holds, it keeps the right part.
+        if present.shape != shape:
+            left = _cut_buffer(present, edit, name)
+            module._buffers[name] = left[tuple(slice(0, size) for size in shape)].clone()
         return
     resized = nn.Parameter(
         torch.empty(shape, dtype=parameter.dtype, device=parameter.device),
@@ -135,6 +205,16 @@ def _resize(model: nn.Module, module: nn.Module, owner: str, name: str, shape: t
         for key, value in other._parameters.items():
             if value is parameter:
                 other._parameters[key] = resized
+
+
+def _cut_buffer(buffer: Tensor, edit: Thin, name: str) -> Tensor:
+    for dim, indices in edit.kept.get(name, ()):
+        shape = edit.shapes[name]
+        fits = dim < buffer.dim() and 0 < len(indices) == shape[dim] and indices[-1] < buffer.shape[dim]
+        if not fits or any(a >= b for a, b in pairwise(indices)):
+            raise SpecError(f"thin: {edit.module}.{name} has no such indices left in dim {dim}")
+        buffer = buffer.index_select(dim, torch.tensor(indices, device=buffer.device))
+    return buffer
 
 
 THIN = EditKind(record=Thin, apply=_apply_thin)

@@ -146,7 +146,8 @@ def _notes(report: Any) -> list[str]:
         notes.append(
             f"largest rate within {budget.budget:g} points: {budget.rate:.4f} ({last.removed} units); "
             f"{budget.split} {budget.metric} {budget.before:.2f} -> {last.value:.2f} (n={budget.n:,}, "
-            f"{budget.recalibrated} images recalibrate)"
+            f"{budget.recalibrated} training images {'varied' if budget.augmented else 'as they are'} "
+            "recalibrate)"
         )
     if report.cut is not None:
         untouched = [family for family in report.cut.families if family.note]

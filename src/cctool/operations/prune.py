@@ -151,7 +151,7 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
         resume = base.resume if _only_cuts(options) else None
         changed = changer.changed(replace(base, model=model, resume=resume), step)
         current = _reset(changed, work)
-        images = _recalibrate(current, work)
+        images = _recalibrate(current, changed, work)
         current = stored_with_masks(_finetuned(current, work))
         after = measured_splits(current, work.source, options.data, context)
         _warn_of_collapse(current, after, images, work)
@@ -245,12 +245,13 @@ def _reset(changed: Changed, work: _Run) -> Checkpoint:
     return changed.checkpoint
 
 
-def _recalibrate(checkpoint: Checkpoint, work: _Run) -> int:
+def _recalibrate(checkpoint: Checkpoint, changed: Changed, work: _Run) -> int:
     options = work.options
     wanted = options.recalibrate or (RECALIBRATION if options.max_drop is not None else 0)
     if not wanted or work.source is None:
         return 0
-    used = recalibrated(checkpoint, work.source, wanted, options.data, work.context)
+    augmented = changed.budget is not None and changed.budget.augmented
+    used = recalibrated(checkpoint, work.source, wanted, options.data, work.context, augmented=augmented)
     if used < options.recalibrate:
         work.context.reporter.note(f"--recalibrate {options.recalibrate}: {used} images were there to use")
     return used

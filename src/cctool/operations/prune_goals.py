@@ -19,7 +19,7 @@ from cctool.options.prune_parts import Target
 from cctool.pruning.prune import Planner
 from cctool.pruning.reports import ThinResult
 from cctool.pruning.selection import Candidates, by_options, order
-from cctool.pruning.surgery import apply_cut
+from cctool.pruning.surgery import CutPlan, apply_cut
 from cctool.pruning.targets import Trial, fewest_removed
 
 __all__ = ["BudgetReport", "BudgetTrial", "TargetReport", "limit_of", "within_budget", "within_target"]
@@ -81,6 +81,7 @@ class BudgetReport:
         before: the metric of the network that came in.
         rate: the largest rate that was found within the budget.
         recalibrated: images from which statistics were estimated again, for each trial and the product.
+        augmented: whether these images were varied as for training.
         curve: all trials by rate.
     """
 
@@ -91,6 +92,7 @@ class BudgetReport:
     before: float
     rate: float
     recalibrated: int
+    augmented: bool
     curve: tuple[BudgetTrial, ...]
 
 
@@ -171,6 +173,9 @@ def within_budget(
 ) -> tuple[ThinResult, BudgetReport]:
     """Plan the cut of the largest rate whose loss on the validation split stays within ``--max-drop``.
 
+    Batch-norm statistics are estimated again for every trial, from training images as they are or varied as
+    for training, whichever keeps more of the dense network's accuracy: padded crops have other statistics.
+
     A grid of rates is measured first, because accuracy need not fall evenly; then the gap between the largest
     rate within the budget and the next one of the grid is halved until it is a unit or a 512th wide.
 
@@ -201,6 +206,7 @@ def within_budget(
     search = _BudgetSearch(planner, checkpoint, source, dense, options, context)
     # Families that a trial finds guilty are spared before anything is judged.
     planner.verified(lambda chosen: search.counts(chosen, 1 - 1 / _GRID))
+    search.choose_images()
     rate = search.largest(budget)
     if not search.removed(rate):
         worst = min(search.trials.values(), key=lambda trial: trial.rate)
@@ -211,7 +217,15 @@ def within_budget(
     result = planner.verified(lambda chosen: search.counts(chosen, rate))
     curve = tuple(sorted(search.trials.values(), key=lambda trial: trial.rate))
     report = BudgetReport(
-        "top1", "validation", dense.n, budget, dense.values["top1"], rate, search.recalibrated, curve
+        metric="top1",
+        split="validation",
+        n=dense.n,
+        budget=budget,
+        before=dense.values["top1"],
+        rate=rate,
+        recalibrated=search.recalibrated,
+        augmented=search.augmented,
+        curve=curve,
     )
     return result, report
 
@@ -235,6 +249,7 @@ class _BudgetSearch:
         self.options = options
         self.context = context
         self.recalibrated = 0
+        self.augmented = False
         self.trials: dict[float, BudgetTrial] = {}
 
     def counts(self, chosen: Candidates, rate: float) -> Mapping[int, int]:
@@ -245,21 +260,43 @@ class _BudgetSearch:
         chosen = self.planner.candidates()
         return self.planner.planned(chosen, self.counts(chosen, rate))[0].removed_units()
 
+    def choose_images(self) -> None:
+        """Take the kind of images whose statistics suit the dense network better."""
+        kept = {augmented: self._measured(None, augmented) for augmented in (False, True)}
+        if self.recalibrated:
+            self.augmented = kept[True] > kept[False]
+            kind = "varied as for training" if self.augmented else "as they are"
+            self.context.reporter.note(
+                f"batch-norm statistics from {self.recalibrated:,} training images {kind}: the dense network "
+                f"keeps {kept[self.augmented]:.2f} of {self.dense.values['top1']:.2f} with them, "
+                f"{kept[not self.augmented]:.2f} with the other kind"
+            )
+
+    def _measured(self, plan: CutPlan | None, augmented: bool) -> float:
+        """Top-1 on the validation split after a cut, with statistics estimated again."""
+        trial = replace(self.checkpoint, model=deepcopy(self.checkpoint.model))
+        if plan is not None:
+            apply_cut(trial.model, plan)
+        self.recalibrated = recalibrated(
+            trial,
+            self.source,
+            self.options.recalibrate or RECALIBRATION,
+            self.options.data,
+            self.context,
+            augmented=augmented,
+        )
+        found = measured(trial, self.source, self.options.data, self.context, split="validation")
+        return found.values["top1"]
+
     def look(self, rate: float) -> BudgetTrial:
         if rate not in self.trials:
             chosen = self.planner.candidates()
             selection, plan = self.planner.planned(chosen, self.counts(chosen, rate))
-            trial = replace(self.checkpoint, model=deepcopy(self.checkpoint.model))
-            apply_cut(trial.model, plan)
-            self.recalibrated = recalibrated(
-                trial, self.source, self.options.recalibrate or RECALIBRATION, self.options.data, self.context
-            )
-            found = measured(trial, self.source, self.options.data, self.context, split="validation")
-            value = found.values["top1"]
+            value = self._measured(plan, self.augmented)
             drop = self.dense.values["top1"] - value
             self.trials[rate] = BudgetTrial(rate, selection.removed_units(), value, drop)
             self.context.reporter.note(
-                f"rate {rate:.4f}: validation top-1 {value:.2f} ({-drop:+.2f} points, n={found.n:,})"
+                f"rate {rate:.4f}: validation top-1 {value:.2f} ({-drop:+.2f} points, n={self.dense.n:,})"
             )
         return self.trials[rate]
 

@@ -14,9 +14,15 @@ __all__ = ["recalibrated", "refuse_unknown_preprocessing"]
 
 
 def recalibrated(
-    checkpoint: Checkpoint, source: DataSource, images: int, data: DataOptions, context: Context
+    checkpoint: Checkpoint,
+    source: DataSource,
+    images: int,
+    data: DataOptions,
+    context: Context,
+    *,
+    augmented: bool = False,
 ) -> int:
-    """Estimate a network's statistics from un-augmented training images; returns how many were used.
+    """Estimate a network's statistics from training images; returns how many were used.
 
     Args:
         checkpoint: its model is changed in place.
@@ -24,14 +30,17 @@ def recalibrated(
         images: how many to use.
         data: batch size and workers.
         context: device and seed.
+        augmented: vary the images as for training, whose statistics are those of varied images; else they
+            are taken as they are.
 
     Raises:
         UsageError: the preprocessing of the network is unknown.
         DataError: there are no training images.
     """
     refuse_unknown_preprocessing(checkpoint, "--recalibrate")
+    feed = feed_of(checkpoint, source, data, context)
     # Shuffled, because the first images of a sorted set are all of one class.
-    served = feed_of(checkpoint, source, data, context).plain("train", shuffle=True)
+    served = feed.training()(0) if augmented else feed.plain("train", shuffle=True)
     return recalibrate(checkpoint.model.to(context.device), served, images, context.device)
 
 

@@ -196,6 +196,10 @@ class PruneOptions:
                 not channels and self.mask,
                 f"--granularity {self.granularity} masks anyway; --mask belongs to channels",
             ),
+            (
+                self.apply_masks and self.rewind is not None,
+                "--apply-masks changes no output, and --rewind all of them: rewind in a command of its own",
+            ),
             (self.mask and self.apply_masks, "--mask and --apply-masks are two different commands"),
             (
                 self.pattern is not None and self.granularity is not Granularity.NM,
