@@ -101,6 +101,20 @@ def test_a_unit_that_overshoots_gives_way_to_one_that_fits(
     assert found.chosen.cost == max(value for value in single if value <= limit)
 
 
+def test_rounded_widths_give_way_a_grain_at_a_time() -> None:
+    """Two families in steps of four: 40 a unit in one, 3 in the other, whose next step lands nearer."""
+    ordered = Order(torch.tensor([0] * 4 + [1] * 4 + [0, 1] * 3), {0: 8, 1: 8})
+
+    def cost(kept: Mapping[int, int]) -> float:
+        rounded = {number: -(-count // 4) * 4 for number, count in kept.items()}
+        return 40 * rounded[0] + 3 * rounded[1]
+
+    # 344 at first, 184 once four units of the first family went, 332 once four of the second one did
+    assert fewest_removed(ordered, cost, 340, "--target params=1", {0: 4, 1: 4}).chosen.cost == 332
+    assert fewest_removed(ordered, cost, 340, "--target params=1").chosen.cost == 184
+    assert fewest_removed(ordered, cost, 331, "--target params=1", {0: 4, 1: 4}).chosen.cost == 184
+
+
 @pytest.mark.parametrize("scope", list(Scope))
 @pytest.mark.parametrize("round_to", [1, 8])
 def test_a_sketch_costs_what_the_cut_network_costs(scope: Scope, round_to: int) -> None:

@@ -18,7 +18,7 @@ from cctool.options.prune import Images, PruneOptions, StepMode
 from cctool.options.prune_parts import Target
 from cctool.pruning.prune import Planner
 from cctool.pruning.reports import ThinResult
-from cctool.pruning.selection import Candidates, by_options, order
+from cctool.pruning.selection import Candidates, by_options, grain_of, order
 from cctool.pruning.surgery import CutPlan, apply_cut
 from cctool.pruning.targets import Trial, fewest_removed
 
@@ -146,7 +146,9 @@ def within_target(
         start = cost(ordered.counts(0)) if before is None else before
         limit = limit_of(target, start, options, step)
         context.reporter.note(f"searching: {target.quantity} at most {limit:,.0f} of {start:,.0f}")
-        reached = fewest_removed(ordered, cost, limit, f"--target {target.quantity}={target.value:g}")
+        grains = {number: grain_of(planner.graph.families[number], options) for number in chosen.scores}
+        asked = f"--target {target.quantity}={target.value:g}"
+        reached = fewest_removed(ordered, cost, limit, asked, grains)
         found.append(
             TargetReport(
                 target.quantity.value,

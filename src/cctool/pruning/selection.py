@@ -29,6 +29,7 @@ __all__ = [
     "Selection",
     "by_options",
     "candidates",
+    "grain_of",
     "matching",
     "names_of",
     "order",
@@ -259,9 +260,14 @@ def _ranked(score: Tensor) -> Tensor:
     return torch.sort(score, stable=True).indices
 
 
-def _rounded(count: int, family: Family, options: PruneOptions) -> int:
+def grain_of(family: Family, options: PruneOptions) -> int:
+    """How many units go at a time, so that the kept width is a multiple of what was asked for."""
     wanted = options.round_to
     if wanted is None:
         wanted = AUTO_ROUND if family.units * family.width >= AUTO_ROUND else 1
-    grain = wanted // math.gcd(wanted, family.width)
+    return wanted // math.gcd(wanted, family.width)
+
+
+def _rounded(count: int, family: Family, options: PruneOptions) -> int:
+    grain = grain_of(family, options)
     return min(family.units, math.ceil(count / grain) * grain)

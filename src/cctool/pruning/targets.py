@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -48,18 +49,23 @@ class Reached:
 
 
 def fewest_removed(
-    ordered: Order, cost: Callable[[Mapping[int, int]], float], limit: float, what: str
+    ordered: Order,
+    cost: Callable[[Mapping[int, int]], float],
+    limit: float,
+    what: str,
+    grains: Mapping[int, int] | None = None,
 ) -> Reached:
     """Find the smallest number of units whose removal brings the cost to the limit or below.
 
     Where the last of them overshoots the limit by more than a two-hundredth, the next unit of another family
-    goes in its place, if that lands nearer.
+    (or as many as rounding takes at a time) goes in its place, if that lands nearer.
 
     Args:
         ordered: the units that may go, from the first to the last.
         cost: of the network with these kept counts; it must not grow when more units go.
         limit: what it may cost.
         what: the target in words, for the error.
+        grains: units of which a family's kept count is a multiple, by its number; 1 where it is not named.
 
     Raises:
         PruningError: even without all of them it costs more.
@@ -92,20 +98,23 @@ def fewest_removed(
             high = middle
     counts: Mapping[int, int] = ordered.counts(high.removed)
     if limit - high.cost > _NEAR * dense:
-        for other in _others(ordered, low.removed):
+        for other in _others(ordered, low.removed, grains or {}):
             trial = seen(high.removed, other)
             if high.cost < trial.cost <= limit:
                 high, counts = trial, other
     return Reached(counts, high, low, tuple(trials))
 
 
-def _others(ordered: Order, removed: int) -> Iterator[dict[int, int]]:
-    """Counts with one unit more gone than the first `removed`: that of each family which comes next."""
+def _others(ordered: Order, removed: int, grains: Mapping[int, int]) -> Iterator[dict[int, int]]:
+    """Counts with one step more gone than the first `removed` units: that of each family which comes next."""
     ahead = ordered.owners[removed + 1 :].tolist()
+    before = ordered.counts(removed)
+    least = ordered.counts(len(ordered.owners))
     for number in list(dict.fromkeys(ahead))[:_MOST_OTHERS]:
-        counts = ordered.counts(removed)
-        counts[number] -= 1
-        yield counts
+        grain = grains.get(number, 1)
+        fewer = (math.ceil(before[number] / grain) - 1) * grain
+        if fewer >= least[number]:
+            yield before | {number: fewer}
 
 
 def sketch(model: nn.Module, plan: CutPlan) -> nn.Module:
