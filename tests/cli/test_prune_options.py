@@ -23,6 +23,12 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--target flops=0.5", "quantities are macs, params, bytes, latency"),
         ("--target macs=fast", "QUANTITY=VALUE is expected"),
         ("--target macs=0", "a positive number is needed"),
+        ("--target macs=150%", "at most 100 %"),
+        ("--target macs=5ms", "ms is no unit of macs"),
+        ("--target latency=5MB", "MB is no unit of latency"),
+        ("--target latency=5", "a time needs its unit"),
+        ("--target latency=0.001us", "--target latency=0.001us cannot be reached"),
+        ("--target bytes=1B", "--target bytes=1 cannot be reached"),
         ("--target macs=0.5 --rate 0.3", "--target takes the place of --rate"),
         ("--target macs=0.5 --keep 0.9", "each say how much goes"),
         ("--max-drop 1 --target macs=0.5", "each say how much goes"),
@@ -35,6 +41,14 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--round-to 0", "a whole number from 1 on, or auto"),
         ("--min-channels 0", "min_channels 0 is below 1"),
         ("--granularity nm --pattern 4:2", "fewer must stay than there are"),
+        ("--granularity nm --steps 2", "leaves --steps nothing to do"),
+        ("--keep 0.8 --steps 2 --growth agp", "by the same factor"),
+        ("--granularity element --sparsify growing --data digits", "growing pushes the channels"),
+        ("--apply-masks --plot", "plans no widths"),
+        ("--apply-masks --exact", "plans no widths"),
+        ("--optimizer sgd", "nothing is trained"),
+        ("--rewind none.pt --dry-run", "none.pt: no such file"),
+        ("--teacher none.pt --finetune-epochs 1 --data digits --dry-run", "none.pt: no such file"),
         ("--granularity nm --rate 0.3", "--granularity nm takes the place of --rate"),
         ("--pattern 2:4", "--pattern belongs to --granularity nm"),
         ("--granularity block --block 4", "ROWSxCOLUMNS is expected"),
@@ -89,4 +103,21 @@ def test_targets_are_read_in_all_their_units() -> None:
         found = parse_target(text)
         assert (found.quantity, found.value) == (target.quantity, pytest.approx(target.value)), text
     assert parse_target("params=100%").relative
+    assert not parse_target("latency=0.5us").relative
+    assert not parse_target("params=0.001k").relative
     assert not parse_target("bytes=2").relative
+
+
+@pytest.mark.parametrize("target", ["macs=1", "params=100%", "bytes=1GB"])
+def test_a_target_that_is_met_already_removes_nothing_and_says_so(net: Path, target: str) -> None:
+    result = CliRunner().invoke(app, ["prune", str(net), "--dry-run", "--target", target])
+    assert result.exit_code == 0, result.stderr
+    assert "reached" in result.stderr
+    assert "1 network counted" in " ".join(result.stderr.split())
+
+
+def test_a_normalisation_that_compares_nothing_is_warned_of(net: Path) -> None:
+    local = ["prune", str(net), "--dry-run", "--method", "l1", "--normalize", "mean"]
+    assert "--normalize changes no choice" in CliRunner().invoke(app, local).stderr
+    result = CliRunner().invoke(app, [*local, "--scope", "global"])
+    assert "--normalize" not in result.stderr

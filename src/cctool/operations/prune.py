@@ -113,6 +113,7 @@ class _Run:
 def plan(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> tuple[StepReport, ...]:
     """Plan every step without writing a checkpoint or training: what ``--dry-run`` prints."""
     source = _data(checkpoint, options, context)
+    _opened(checkpoint, source, options, context)
     searched = options.max_drop is not None
     metrics = measured_splits(checkpoint, source, options.data, context) if searched else ()
     changer = Changer(source, options, context, metrics)
@@ -178,6 +179,15 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
 def _begun(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> _Run:
     """Open everything that is read, before hours of training end in a refusal."""
     source = _data(checkpoint, options, context)
+    work = _opened(checkpoint, source, options, context)
+    work.metrics = measured_splits(checkpoint, source, options.data, context)
+    return work
+
+
+def _opened(
+    checkpoint: Checkpoint, source: DataSource | None, options: PruneOptions, context: Context
+) -> _Run:
+    """Open the other networks that are named."""
     work = _Run(source, options, context, (), Scales(checkpoint))
     if options.rewind is not None:
         work.earlier = open_earlier(checkpoint, options.rewind, context)
@@ -186,7 +196,6 @@ def _begun(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> _
     if options.teacher is not None and source is not None:
         work.objective, others = distillation(checkpoint, source, options.teacher, context)
         work.others |= others
-    work.metrics = measured_splits(checkpoint, source, options.data, context)
     return work
 
 

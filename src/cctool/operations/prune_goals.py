@@ -15,7 +15,7 @@ from cctool.operations.costs import counter
 from cctool.operations.measuring import measured
 from cctool.operations.recalibrating import recalibrated
 from cctool.options.prune import PruneOptions, StepMode
-from cctool.options.prune_parts import Target
+from cctool.options.prune_parts import Quantity, Target
 from cctool.pruning.prune import Planner
 from cctool.pruning.reports import ThinResult
 from cctool.pruning.selection import Candidates, by_options, order
@@ -145,8 +145,9 @@ def within_target(
 
         start = cost(ordered.counts(0)) if before is None else before
         limit = limit_of(target, start, options, step)
-        context.reporter.note(f"searching: {target.quantity} at most {limit:,.0f} of {start:,.0f}")
-        reached = fewest_removed(ordered, cost, limit, f"--target {target.quantity}={target.value:g}")
+        unit = " us" if target.quantity is Quantity.LATENCY else ""
+        context.reporter.note(f"searching: {target.quantity} at most {limit:,.0f} of {start:,.0f}{unit}")
+        reached = fewest_removed(ordered, cost, limit, f"--target {target}")
         found.append(
             TargetReport(
                 target.quantity.value,
@@ -296,7 +297,7 @@ class _BudgetSearch:
             drop = self.dense.values["top1"] - value
             self.trials[rate] = BudgetTrial(rate, selection.removed_units(), value, drop)
             self.context.reporter.note(
-                f"rate {rate:.4f}: validation top-1 {value:.2f} ({-drop:+.2f} points, n={self.dense.n:,})"
+                f"rate {rate:.4f}: validation top-1 {value:.2f} ({0 - drop:+.2f} points, n={self.dense.n:,})"
             )
         return self.trials[rate]
 

@@ -18,7 +18,7 @@ from cctool.options.prune_choices import (
     Scope,
     StepMode,
 )
-from cctool.options.prune_parts import Block, Pattern, SparsifyOptions, Target, TeacherOptions
+from cctool.options.prune_parts import Block, Pattern, Sparsifier, SparsifyOptions, Target, TeacherOptions
 
 __all__ = [
     "AUTO_ROUND",
@@ -199,6 +199,15 @@ class PruneOptions:
             (
                 self.apply_masks and self.rewind is not None,
                 "--apply-masks changes no output, and --rewind all of them: rewind in a command of its own",
+            ),
+            (
+                self.granularity is Granularity.NM and self.steps > 1,
+                "--granularity nm fixes how many weights stay, which leaves --steps nothing to do",
+            ),
+            (
+                not channels and self.sparsify is not None and self.sparsify.method is Sparsifier.GROWING,
+                f"--sparsify growing pushes the channels that go, and --granularity {self.granularity} masks "
+                "weights: gamma-l1 and group-lasso act on all channels",
             ),
             (self.mask and self.apply_masks, "--mask and --apply-masks are two different commands"),
             (
