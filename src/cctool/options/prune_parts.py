@@ -103,8 +103,8 @@ def parse_target(text: str) -> Target:
         )
     if quantity is Quantity.LATENCY and not unit and number > 1:
         raise UsageError(f"--target {text}: a time needs its unit, us, ms or s, as in latency={found[1]}ms")
-    value = number * _UNITS[quantity].get(unit, 1.0)
-    return Target(quantity, value, absolute=bool(unit) and value <= 1)
+    scaled = number * _UNITS[quantity].get(unit, 1.0)
+    return Target(quantity, scaled, absolute=bool(unit) and scaled <= 1)
 
 
 @dataclass(frozen=True)
