@@ -42,6 +42,8 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--min-channels 0", "min_channels 0 is below 1"),
         ("--granularity nm --pattern 4:2", "fewer must stay than there are"),
         ("--granularity nm --steps 2", "leaves --steps nothing to do"),
+        ("--granularity nm --scope global", "within each group of M"),
+        ("--granularity nm --rates none.csv", "leaves --rates nothing to do"),
         ("--keep 0.8 --steps 2 --growth agp", "by the same factor"),
         ("--granularity element --sparsify growing --data digits", "growing pushes the channels"),
         ("--apply-masks --plot", "plans no widths"),

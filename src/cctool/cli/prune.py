@@ -272,7 +272,7 @@ def prune(
     console = Console(quiet=quiet, as_json=as_json, debug=debug)
     if options.normalize is not None and options.effective_scope is Scope.LOCAL:
         console.warn(
-            "--normalize changes no choice where units compete in their family: --scope global compares families"
+            "--normalize changes no choice where units compete in their family; --scope global compares them"
         )
     invocation = common.Invocation(
         verb="prune",
@@ -396,6 +396,11 @@ def _refuse_idle(context: typer.Context, options: PruneOptions) -> None:
             options.apply_masks,
             ("exact", "plot", "plot_file"),
             "--apply-masks cuts what changes no output, and plans no widths",
+        ),
+        (
+            options.granularity is Granularity.NM,
+            ("scope",),
+            "--granularity nm chooses within each group of M",
         ),
         (options.keep is not None, ("growth",), "--keep shrinks each width by the same factor at each step"),
         (

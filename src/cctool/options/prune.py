@@ -201,6 +201,11 @@ class PruneOptions:
                 "--apply-masks changes no output, and --rewind all of them: rewind in a command of its own",
             ),
             (
+                self.granularity is Granularity.NM and self.rates is not None,
+                "--granularity nm fixes how many weights stay, which leaves --rates nothing to do; --only and "
+                "--exclude choose layers",
+            ),
+            (
                 self.granularity is Granularity.NM and self.steps > 1,
                 "--granularity nm fixes how many weights stay, which leaves --steps nothing to do",
             ),
