@@ -202,8 +202,8 @@ class PruneOptions:
             ),
             (
                 self.granularity is Granularity.NM and self.rates is not None,
-                "--granularity nm fixes how many weights stay, which leaves --rates nothing to do; --only and "
-                "--exclude choose layers",
+                "--granularity nm fixes how many weights stay, which leaves --rates nothing to do: --only "
+                "and --exclude choose layers",
             ),
             (
                 self.granularity is Granularity.NM and self.steps > 1,
