@@ -74,7 +74,6 @@ class PruneOptions:
             computes exactly what the masked network does.
         keep: fraction of each family's width that every step keeps, truncated to whole channels: the width
             after step i is int(width * keep**i). In place of `rate`; local scope only.
-        dry_run: plan and report, cut nothing.
         steps: number of steps, each with a checkpoint of its own.
         step_mode: what a step starts from.
         growth: how the rate grows from step to step.
@@ -113,7 +112,6 @@ class PruneOptions:
     only: tuple[str, ...] = ()
     exact: bool = False
     keep: float | None = None
-    dry_run: bool = False
     steps: int = 1
     step_mode: StepMode = StepMode.INDEPENDENT
     growth: Growth = Growth.EXPONENTIAL
