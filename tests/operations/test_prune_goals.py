@@ -15,6 +15,7 @@ from cctool.cli.main import app
 from cctool.errors import PruningError, UsageError
 from cctool.operations import evaluate, pipeline, prune, prune_goals
 from cctool.operations.composition import tables
+from cctool.operations.prune_goals import TargetReport
 from cctool.operations.sizes import measure, stored_bytes
 from cctool.operations.width_pictures import picture_path
 from cctool.options.common import DataOptions, RuntimeOptions
@@ -109,7 +110,7 @@ def test_a_target_of_a_quantized_file_counts_stored_bytes(trained: Path) -> None
 @pytest.mark.parametrize("mode", list(StepMode))
 def test_steps_approach_a_target_along_the_growth(trained: Path, mode: StepMode) -> None:
     target = Target(Quantity.PARAMS, 0.4)
-    options = {"method": PruneMethod.L1, "steps": 3, "step_mode": mode, "target": target, "data": FEW}
+    options = {"method": PruneMethod.L1, "steps": 2, "step_mode": mode, "target": target, "data": FEW}
     dense = measure(load(trained, tables())).parameters
     shares = {
         growth: [
@@ -118,7 +119,7 @@ def test_steps_approach_a_target_along_the_growth(trained: Path, mode: StepMode)
         for growth in Growth
     }
     for growth, found in shares.items():
-        expected = [1 - growth.at(0.6, step, 3) for step in (1, 2, 3)]
+        expected = [1 - growth.at(0.6, step, 2) for step in (1, 2)]
         assert found == pytest.approx(expected, abs=0.02), growth
         assert all(share <= limit + 1e-9 for share, limit in zip(found, expected, strict=True))
 
@@ -130,6 +131,16 @@ def test_a_latency_target_is_searched_on_measurements(trained: Path) -> None:
     assert found.quantity == "latency"
     assert found.reached <= found.limit
     assert {trial.removed for trial in found.trials} >= {0}
+
+
+@pytest.mark.parametrize("mode", list(StepMode))
+def test_a_machine_that_slows_down_between_steps_moves_no_target(mode: StepMode) -> None:
+    options = PruneOptions(steps=2, step_mode=mode)
+    earlier = TargetReport("latency", limit=80.0, before=100.0, reached=75.0, above=None, trials=())
+    present = 300.0 if mode is StepMode.INDEPENDENT else 225.0  # three times as slow as it was
+    assert prune_goals._start(present, earlier, options) == pytest.approx(300.0)
+    assert prune_goals._start(75.0, replace(earlier, quantity="macs"), options) == 100.0
+    assert prune_goals._start(present, None, options) == present
 
 
 def accuracy(path: Path | str, split: SplitName) -> tuple[float, int]:

@@ -80,7 +80,7 @@ class Changer:
         self._options = options
         self._context = context
         self._metrics = metrics
-        self._target_before: float | None = None
+        self._target: TargetReport | None = None
 
     def changed(self, checkpoint: Checkpoint, step: int) -> Changed:
         """Cut or mask a checkpoint's network in place.
@@ -126,10 +126,10 @@ class Changer:
         )
         if options.target is not None:
             found, target = within_target(
-                planner, options.target, self._target_before, checkpoint, options, context, step
+                planner, options.target, self._target, checkpoint, options, context, step
             )
             # Later steps of a progressive pruning start from less; the target is a share of what came in.
-            self._target_before = target.before
+            self._target = target
             return found, target, None
         if options.max_drop is not None and self._source is not None:
             found, budget = within_budget(planner, checkpoint, self._source, self._metrics, options, context)

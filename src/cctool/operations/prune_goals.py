@@ -114,7 +114,7 @@ def limit_of(target: Target, before: float, options: PruneOptions, step: int) ->
 def within_target(
     planner: Planner,
     target: Target,
-    before: float | None,
+    earlier: TargetReport | None,
     checkpoint: Checkpoint,
     options: PruneOptions,
     context: Context,
@@ -125,7 +125,7 @@ def within_target(
     Args:
         planner: of the network that this step starts from.
         target: what is limited.
-        before: what the network cost that the command was given; None where this is that one.
+        earlier: where the step before ended; None at the first.
         checkpoint: that this step starts from.
         options: steps, growth, scope.
         context: reporter and encodings.
@@ -143,7 +143,7 @@ def within_target(
         def cost(kept: Mapping[int, int]) -> float:
             return count(planner.planned(chosen, kept)[1])
 
-        start = cost(ordered.counts(0)) if before is None else before
+        start = _start(cost(ordered.counts(0)), earlier, options)
         limit = limit_of(target, start, options, step)
         unit = " us" if target.quantity is Quantity.LATENCY else ""
         context.reporter.note(f"searching: {target.quantity} at most {limit:,.0f} of {start:,.0f}{unit}")
@@ -162,6 +162,20 @@ def within_target(
 
     result = planner.verified(counts)
     return result, found[-1]
+
+
+def _start(present: float, earlier: TargetReport | None, options: PruneOptions) -> float:
+    """What the network that the command was given costs, seen from a later step.
+
+    Counts stand. A time is of its moment, so that it is told from the present network's: the same one where
+    steps are independent, else the one that the step before left a share of.
+    """
+    if earlier is None:
+        return present
+    if earlier.quantity != Quantity.LATENCY.value:
+        return earlier.before
+    progressive = options.step_mode is StepMode.PROGRESSIVE
+    return present * earlier.before / earlier.reached if progressive else present
 
 
 def within_budget(
