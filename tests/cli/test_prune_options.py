@@ -73,6 +73,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--apply-masks --plot", "plans no widths"),
         ("--apply-masks --exact", "plans no widths"),
         ("--optimizer sgd", "nothing is trained"),
+        ("--recalibrate 8 --data digits --dry-run", "wrongly scaled images"),
         ("--rewind none.pt --dry-run", "none.pt: no such file"),
         ("--teacher none.pt --finetune-epochs 1 --data digits --dry-run", "none.pt: no such file"),
         ("--granularity nm --rate 0.3", "--granularity nm takes the place of --rate"),
