@@ -13,6 +13,7 @@ from cctool.options.common import DataOptions, ModelOptions
 from cctool.options.prune import (
     Granularity,
     Growth,
+    Images,
     Normalize,
     PruneMethod,
     PruneOptions,
@@ -102,6 +103,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--step-mode progressive", "a single step has no course"),
         ("--samples 8", "looks at no images"),
         ("--method taylor", "--method taylor needs data"),
+        ("--recalibrate-images plain", "--recalibrate says from how many images"),
         ("--keep-storage", "nothing is fine-tuned"),
         ("--plot-file a.jpg", "a picture ends in"),
         ("--reduce none", "reduce"),
@@ -196,7 +198,11 @@ READ: dict[str, dict[str, Any]] = {
         "sparsify": SparsifyOptions(Sparsifier.GROWING, 2, 0.5, 0.1),
         "optimizer": "sgd",
     },
-    "--rewind a.pt --recalibrate 64": {"rewind": "a.pt", "recalibrate": 64},
+    "--rewind a.pt --recalibrate 64 --recalibrate-images augmented": {
+        "rewind": "a.pt",
+        "recalibrate": 64,
+        "recalibrate_images": Images.AUGMENTED,
+    },
     "--from-scratch --finetune-epochs 2 --optimizer sgd --lr 0.5 --keep-storage": {
         "from_scratch": True,
         "finetune_epochs": 2,
