@@ -33,7 +33,7 @@ from cctool.options.distill import DistillOptions
 from cctool.options.export import ExportFormat, ExportOptions
 from cctool.options.fit import FitOptions
 from cctool.options.prune import Granularity, PruneMethod, PruneOptions
-from cctool.options.prune_parts import Pattern
+from cctool.options.prune_parts import Block, Pattern
 from cctool.options.quantize import QuantizeMethod, QuantizeOptions
 from cctool.options.train import RunOptions, TrainOptions
 from cctool.pruning.prune import plan_thinning
@@ -424,6 +424,27 @@ def test_a_table_of_rates_decides(tmp_path: Path) -> None:
     masked = load(masked_file(tmp_path, rates=str(tmp_path / "rates.json")), tables())
     gone = {name: float((~mask).float().mean()) for name, mask in masks_of(masked.model).items()}
     assert gone == pytest.approx({"features.3.weight": 0.25, "classifier.0.weight": 0.75}, abs=1e-3)
+
+
+def test_a_rate_below_one_block_stores_no_mask_and_says_so(tmp_path: Path) -> None:
+    source = built()
+    masked, report = mask_weights(
+        source, PruneOptions(method=PruneMethod.L1, granularity=Granularity.BLOCK, block=Block(1000, 1000))
+    )
+    assert not masks_of(masked.model)
+    assert not masked.stored
+    assert report.kept == report.total
+    assert "nothing was masked" in " ".join(report.notes)
+    assert {row.note for row in report.tensors} == {"nothing is to go: the rate is below one of its parts"}
+
+
+@pytest.mark.parametrize("granularity", [Granularity.CHANNEL, Granularity.ELEMENT])
+def test_the_history_holds_the_table_of_rates(granularity: Granularity, tmp_path: Path) -> None:
+    (tmp_path / "rates.json").write_text('{"features.3": 0.25}')
+    changed = load(
+        masked_file(tmp_path, rates=str(tmp_path / "rates.json"), granularity=granularity), tables()
+    )
+    assert "rates: features.3 0.25" in changed.history[-1].notes
 
 
 def test_the_report_tells_each_tensor_and_why_not(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,13 +15,16 @@ from cctool.cli.main import app
 from cctool.errors import PruningError, UsageError
 from cctool.operations import evaluate, pipeline, prune, prune_goals
 from cctool.operations.composition import tables
+from cctool.operations.prune_goals import TargetReport
 from cctool.operations.sizes import measure, stored_bytes
+from cctool.operations.width_pictures import picture_path
 from cctool.options.common import DataOptions, RuntimeOptions
 from cctool.options.evaluate import EvaluateOptions, SplitName
 from cctool.options.prune import Growth, PruneMethod, PruneOptions, Scope, StepMode
 from cctool.options.prune_parts import Quantity, Target
 
-DIGITS = DataOptions(data="digits")
+DIGITS = DataOptions(data="digits", limit=120)
+FEW = DataOptions(data="digits", limit=32)
 
 
 def cctool_(*arguments: str) -> None:
@@ -52,7 +56,7 @@ def products(path: Path, name: str, **options: Any) -> list[Any]:
 @pytest.mark.parametrize("quantity", [Quantity.MACS, Quantity.PARAMS, Quantity.BYTES])
 def test_a_target_is_met_as_nearly_as_a_unit_allows(trained: Path, quantity: Quantity, scope: Scope) -> None:
     (product,) = products(
-        trained, "t.pt", method=PruneMethod.L2, scope=scope, target=Target(quantity, 0.5), data=DIGITS
+        trained, "t.pt", method=PruneMethod.L2, scope=scope, target=Target(quantity, 0.5), data=FEW
     )
     before, after = (measure(load(path, tables())) for path in (trained, product.path))
     counts = {
@@ -65,11 +69,12 @@ def test_a_target_is_met_as_nearly_as_a_unit_allows(trained: Path, quantity: Qua
     assert (target.before, target.reached) == (old, new)
     assert 0.49 * old < new <= 0.5 * old == target.limit < target.above
     assert product.report.after.parameters == after.parameters
+    assert f"target {quantity} {target.limit:,.0f}: reached {new:,.0f}" in product.step.notes
 
 
 def test_an_absolute_target_is_a_number_not_a_fraction(trained: Path) -> None:
     (product,) = products(
-        trained, "t.pt", method=PruneMethod.L1, target=Target(Quantity.PARAMS, 12000), data=DIGITS
+        trained, "t.pt", method=PruneMethod.L1, target=Target(Quantity.PARAMS, 12000), data=FEW
     )
     assert 11_700 < product.report.after.parameters <= 12_000
 
@@ -84,8 +89,9 @@ def test_coarse_rounding_says_what_it_could_reach(trained: Path) -> None:
 
 
 def test_what_cannot_be_reached_is_refused_with_the_most_that_goes(trained: Path) -> None:
+    target = Target(Quantity.MACS, 0.5)
     with pytest.raises(PruningError, match=r"cannot be reached: .* with all gone that may go"):
-        products(trained, "t.pt", method=PruneMethod.L1, target=Target(Quantity.MACS, 0.5), min_channels=120)
+        products(trained, "never.pt", method=PruneMethod.L1, target=target, min_channels=120)
     assert not trained.with_name("never.pt").exists()
 
 
@@ -93,7 +99,7 @@ def test_a_target_of_a_quantized_file_counts_stored_bytes(trained: Path) -> None
     quantized = trained.with_name("u8.pt")
     cctool_("quantize", str(trained), "--method", "uint8", "-q", "--force", "-o", str(quantized))
     (product,) = products(
-        quantized, "t.pt", method=PruneMethod.L1, target=Target(Quantity.BYTES, 0.5), data=DIGITS
+        quantized, "t.pt", method=PruneMethod.L1, target=Target(Quantity.BYTES, 0.5), data=FEW
     )
     small = load(product.path, tables())
     assert small.stored
@@ -104,7 +110,7 @@ def test_a_target_of_a_quantized_file_counts_stored_bytes(trained: Path) -> None
 @pytest.mark.parametrize("mode", list(StepMode))
 def test_steps_approach_a_target_along_the_growth(trained: Path, mode: StepMode) -> None:
     target = Target(Quantity.PARAMS, 0.4)
-    options = {"method": PruneMethod.L1, "steps": 3, "step_mode": mode, "target": target, "data": DIGITS}
+    options = {"method": PruneMethod.L1, "steps": 2, "step_mode": mode, "target": target, "data": FEW}
     dense = measure(load(trained, tables())).parameters
     shares = {
         growth: [
@@ -113,18 +119,28 @@ def test_steps_approach_a_target_along_the_growth(trained: Path, mode: StepMode)
         for growth in Growth
     }
     for growth, found in shares.items():
-        expected = [1 - growth.at(0.6, step, 3) for step in (1, 2, 3)]
+        expected = [1 - growth.at(0.6, step, 2) for step in (1, 2)]
         assert found == pytest.approx(expected, abs=0.02), growth
         assert all(share <= limit + 1e-9 for share, limit in zip(found, expected, strict=True))
 
 
 def test_a_latency_target_is_searched_on_measurements(trained: Path) -> None:
     target = Target(Quantity.LATENCY, 0.999)
-    (product,) = products(trained, "l.pt", method=PruneMethod.L1, target=target, data=DIGITS)
+    (product,) = products(trained, "l.pt", method=PruneMethod.L1, target=target, data=FEW)
     found = product.report.target
     assert found.quantity == "latency"
     assert found.reached <= found.limit
     assert {trial.removed for trial in found.trials} >= {0}
+
+
+@pytest.mark.parametrize("mode", list(StepMode))
+def test_a_machine_that_slows_down_between_steps_moves_no_target(mode: StepMode) -> None:
+    options = PruneOptions(steps=2, step_mode=mode)
+    earlier = TargetReport("latency", limit=80.0, before=100.0, reached=75.0, above=None, trials=())
+    present = 300.0 if mode is StepMode.INDEPENDENT else 225.0  # three times as slow as it was
+    assert prune_goals._start(present, earlier, options) == pytest.approx(300.0)
+    assert prune_goals._start(75.0, replace(earlier, quantity="macs"), options) == 100.0
+    assert prune_goals._start(present, None, options) == present
 
 
 def accuracy(path: Path | str, split: SplitName) -> tuple[float, int]:
@@ -139,6 +155,7 @@ def test_a_budget_is_kept_on_the_validation_split(trained: Path) -> None:
     )
     budget = product.report.budget
     best = next(trial for trial in budget.curve if trial.rate == budget.rate)
+    assert f"largest rate within 5 points of top1: {budget.rate:g}" in product.step.notes
     assert best.drop <= 5.0 < max(trial.drop for trial in budget.curve)
     assert all(trial.drop > 5.0 for trial in budget.curve if trial.rate > budget.rate)
     assert (budget.before, budget.n) == accuracy(trained, SplitName.VALIDATION)
@@ -169,7 +186,7 @@ def test_the_largest_rate_within_a_budget_is_found(
     stand_in = by_parameters(dense)
     monkeypatch.setattr(prune_goals, "measured", stand_in)
     monkeypatch.setattr(prune, "measured_splits", lambda c, *_: (stand_in(c, split="validation"),))
-    options = {"method": PruneMethod.L1, "scope": Scope.GLOBAL, "data": DIGITS}
+    options = {"method": PruneMethod.L1, "scope": Scope.GLOBAL, "data": FEW}
     (product,) = products(trained, "b.pt", max_drop=budget, **options)
     rate = product.report.budget.rate
     assert 100 * (1 - product.report.after.parameters / dense) <= budget
@@ -183,7 +200,7 @@ def test_a_budget_that_allows_nothing_is_refused(trained: Path, monkeypatch: pyt
     monkeypatch.setattr(prune_goals, "measured", stand_in)
     monkeypatch.setattr(prune, "measured_splits", lambda c, *_: (stand_in(c, split="validation"),))
     with pytest.raises(PruningError, match="no unit can go within this budget"):
-        products(trained, "z.pt", method=PruneMethod.L1, max_drop=0.0, data=DIGITS)
+        products(trained, "z.pt", method=PruneMethod.L1, max_drop=0.0, data=FEW)
     assert not trained.with_name("z.pt").exists()
 
 
@@ -225,3 +242,25 @@ def test_a_picture_lies_beside_the_product(trained: Path) -> None:
     cctool_("prune", str(trained), "--method", "l1", *steps, "-q", "-o", str(trained.with_name("two.pt")))
     assert [trained.with_name(f"other.step{n}.svg").exists() for n in (1, 2)] == [True, True]
     assert torch.load(output, weights_only=True)["cctool"] == 1
+
+
+def test_a_step_s_picture_is_named_after_its_product() -> None:
+    context = cast("Any", SimpleNamespace(output=Path("folder/net.pt")))
+    options = PruneOptions(plot=True)
+    assert picture_path(options, context, "step1") == Path("folder/net.step1.widths.png")
+    assert picture_path(options, context, "") == Path("folder/net.widths.png")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "n", "said"),
+    [(10.28, 10.0, 360, False), (13.0, 10.0, 360, False), (14.0, 10.0, 36_000, True), (90.0, 30.0, 50, True)],
+)
+def test_guesses_that_scatter_are_no_collapse(
+    trained: Path, before: float, after: float, n: int, said: bool
+) -> None:
+    warnings: list[str] = []
+    reporter = SimpleNamespace(warn=warnings.append)
+    old, new = (Metrics(split="test", n=n, values={"top1": value}) for value in (before, after))
+    work = SimpleNamespace(metrics=(old,), options=PruneOptions(), context=SimpleNamespace(reporter=reporter))
+    prune._warn_of_collapse(load(trained, tables()), (new,), 0, cast("Any", work))
+    assert bool(warnings) == said

@@ -188,7 +188,7 @@ def prune(
         int, _option(_TRAINING, "Epochs of training after each step, with a new optimizer.")
     ] = PruneOptions.finetune_epochs,
     optimizer: Annotated[
-        str, _option(_TRAINING, "Of the fine-tuning: sgd, adam, adamw or my.py:factory.")
+        str, _option(_TRAINING, "Of --sparsify and the fine-tuning: sgd, adam, adamw or my.py:factory.")
     ] = PruneOptions.optimizer,
     lr: Annotated[
         Optional[float],  # noqa: UP045
@@ -277,10 +277,15 @@ def prune(
     """
     values = dict(locals())
     options = _options(context, values)
-    _refuse_idle(context, options, values)
+    _refuse_idle(context, options)
+    console = Console(quiet=quiet, as_json=as_json, debug=debug)
+    if options.normalize is not None and options.effective_scope is Scope.LOCAL:
+        console.warn(
+            "--normalize changes no choice where units compete in their family; --scope global compares them"
+        )
     invocation = common.Invocation(
         verb="prune",
-        console=Console(quiet=quiet, as_json=as_json, debug=debug),
+        console=console,
         source=source,
         output=output,
         force=force,
@@ -353,7 +358,7 @@ def _parse_round(text: str) -> int | None:
     return int(text)
 
 
-def _refuse_idle(context: typer.Context, options: PruneOptions, values: dict[str, Any]) -> None:
+def _refuse_idle(context: typer.Context, options: PruneOptions) -> None:
     """Refuse what stands on the command line and would change nothing."""
 
     def given(*names: str) -> str:
@@ -376,8 +381,13 @@ def _refuse_idle(context: typer.Context, options: PruneOptions, values: dict[str
     idle = (
         (
             options.finetune_epochs == 0,
-            ("optimizer", "lr", "teacher", "keep_storage"),
+            ("lr", "teacher", "keep_storage"),
             "nothing is fine-tuned; --finetune-epochs says for how long",
+        ),
+        (
+            options.finetune_epochs == 0 and options.sparsify is None,
+            ("optimizer",),
+            "nothing is trained; --finetune-epochs says for how long",
         ),
         (options.teacher is None, (*teaching, "temperature", "alpha"), "there is no --teacher"),
         (
@@ -397,6 +407,17 @@ def _refuse_idle(context: typer.Context, options: PruneOptions, values: dict[str
             ("method", "scope", "reduce", "normalize", "min_channels", "round_to", "steps", "sparsify"),
             "--apply-masks cuts what is empty, and chooses nothing",
         ),
+        (
+            options.apply_masks,
+            ("exact", "plot", "plot_file"),
+            "--apply-masks cuts what changes no output, and plans no widths",
+        ),
+        (
+            options.granularity is Granularity.NM,
+            ("scope",),
+            "--granularity nm chooses within each group of M",
+        ),
+        (options.keep is not None, ("growth",), "--keep shrinks each width by the same factor at each step"),
         (
             not channels,
             ("round_to", "min_channels", "reduce", "normalize", "exact", "plot", "plot_file"),

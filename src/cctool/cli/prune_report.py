@@ -135,12 +135,7 @@ def _notes(report: Any) -> list[str]:
     notes: list[str] = []
     target, budget = report.target, report.budget
     if target is not None:
-        above = f"; one unit less would leave {target.above:,.0f} ({target.above / target.before:.2%})"
-        notes.append(
-            f"target {target.quantity} {target.limit:,.0f} ({target.limit / target.before:.2%}): reached "
-            f"{target.reached:,.0f} ({target.reached / target.before:.2%}) of {target.before:,.0f}"
-            f"{above if target.above is not None else ''}, {len(target.trials)} networks counted"
-        )
+        notes.append(_reached(target))
     if budget is not None:
         last = next(trial for trial in budget.curve if trial.rate == budget.rate)
         notes.append(
@@ -158,6 +153,20 @@ def _notes(report: Any) -> list[str]:
     if report.emptied is not None:
         notes += report.emptied.notes
     return list(dict.fromkeys(notes))
+
+
+def _reached(target: Any) -> str:
+    unit = " us" if target.quantity == "latency" else ""
+
+    def cost(value: float) -> str:
+        return f"{value:,.0f}{unit} ({value / target.before:.2%})"
+
+    above = "" if target.above is None else f"; one unit less would leave {cost(target.above)}"
+    counted = f"{len(target.trials)} network{'s' if len(target.trials) > 1 else ''} counted"
+    return (
+        f"target {target.quantity} {cost(target.limit)}: reached {cost(target.reached)} of "
+        f"{target.before:,.0f}{unit}{above}, {counted}"
+    )
 
 
 def _of_masks(masks: Any) -> list[str]:

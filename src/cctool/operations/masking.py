@@ -84,9 +84,18 @@ def mask_weights(
     """
     before = zero_percent(checkpoint.model)
     chosen = choose_masks(checkpoint.model, example(checkpoint), options, saliency, step=step, rates=rates)
-    notes = {**chosen.skipped, **{name: f"follows the rows of {of}" for name, of in chosen.follow.items()}}
-    masked = _with(checkpoint, chosen.masks)
-    return masked, report_masks(masked.model, options, before, notes)
+    earlier = masks_of(checkpoint.model)
+    # A mask that takes nothing costs its bits, and says nothing.
+    whole = {name for name, mask in chosen.masks.items() if name not in earlier and bool(mask.all())}
+    notes = {
+        **chosen.skipped,
+        **{name: f"follows the rows of {of}" for name, of in chosen.follow.items()},
+        **dict.fromkeys(whole, "nothing is to go: the rate is below one of its parts"),
+    }
+    masked = _with(checkpoint, {name: mask for name, mask in chosen.masks.items() if name not in whole})
+    none = "nothing was masked: the rate is below one part of every weight"
+    remarks = (none,) if len(whole) == len(chosen.masks) else ()
+    return masked, report_masks(masked.model, options, before, notes, remarks)
 
 
 def mask_channels(

@@ -9,6 +9,7 @@ source -> [sparse training]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from cctool.operations.measuring import measured_splits, preprocessing_of
 from cctool.operations.pipeline import labelled
 from cctool.operations.prune_change import Changed, Changer
 from cctool.operations.prune_goals import RECALIBRATION, BudgetReport, TargetReport
-from cctool.operations.recalibrating import recalibrated
+from cctool.operations.recalibrating import recalibrated, refuse_unknown_preprocessing
 from cctool.operations.reinitialising import reinitialised
 from cctool.operations.resuming import never_trained
 from cctool.operations.rewinding import open_earlier, rewound
@@ -113,6 +114,7 @@ class _Run:
 def plan(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> tuple[StepReport, ...]:
     """Plan every step without writing a checkpoint or training: what ``--dry-run`` prints."""
     source = _data(checkpoint, options, context)
+    _opened(checkpoint, source, options, context)
     searched = options.max_drop is not None
     metrics = measured_splits(checkpoint, source, options.data, context) if searched else ()
     changer = Changer(source, options, context, metrics)
@@ -178,6 +180,17 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
 def _begun(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> _Run:
     """Open everything that is read, before hours of training end in a refusal."""
     source = _data(checkpoint, options, context)
+    work = _opened(checkpoint, source, options, context)
+    work.metrics = measured_splits(checkpoint, source, options.data, context)
+    return work
+
+
+def _opened(
+    checkpoint: Checkpoint, source: DataSource | None, options: PruneOptions, context: Context
+) -> _Run:
+    """Open the other networks that are named, and refuse what would be refused after training."""
+    if options.recalibrate:
+        refuse_unknown_preprocessing(checkpoint, "--recalibrate")
     work = _Run(source, options, context, (), Scales(checkpoint))
     if options.rewind is not None:
         work.earlier = open_earlier(checkpoint, options.rewind, context)
@@ -186,7 +199,6 @@ def _begun(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> _
     if options.teacher is not None and source is not None:
         work.objective, others = distillation(checkpoint, source, options.teacher, context)
         work.others |= others
-    work.metrics = measured_splits(checkpoint, source, options.data, context)
     return work
 
 
@@ -289,7 +301,11 @@ def _warn_of_collapse(checkpoint: Checkpoint, after: tuple[Metrics, ...], images
     epochs = work.options.finetune_epochs
     for old, new in zip(work.metrics, after, strict=True):
         before, now = old.values.get("top1"), new.values.get("top1")
-        if before is None or now is None or before - now < max(_COLLAPSE * (before - chance), 1e-9):
+        if before is None or now is None:
+            continue
+        # Guesses scatter: two standard deviations of their share are no collapse.
+        scatter = 2 * math.sqrt(chance * (100 - chance) / new.n)
+        if before - now < max(_COLLAPSE * (before - chance), scatter, 1e-9):
             continue
         ways = ["more --finetune-epochs" if epochs else "--finetune-epochs"]
         ways += [] if images or epochs else ["--recalibrate 1024"]

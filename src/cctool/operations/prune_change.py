@@ -80,7 +80,7 @@ class Changer:
         self._options = options
         self._context = context
         self._metrics = metrics
-        self._target_before: float | None = None
+        self._target: TargetReport | None = None
 
     def changed(self, checkpoint: Checkpoint, step: int) -> Changed:
         """Cut or mask a checkpoint's network in place.
@@ -105,7 +105,8 @@ class Changer:
             done = Changed(masked, cut=found.report, masks=report, notes=found.report.notes)
         else:
             done = self._cut(checkpoint, found)
-        return replace(done, target=target, budget=budget)
+        reached = (*_goal_notes(target, budget), *self._table_notes())
+        return replace(done, target=target, budget=budget, notes=(*reached, *done.notes))
 
     def last_step(self, checkpoint: Checkpoint) -> ThinResult:
         """Plan what all steps together will remove, from the network as it is; it stays so."""
@@ -125,10 +126,10 @@ class Changer:
         )
         if options.target is not None:
             found, target = within_target(
-                planner, options.target, self._target_before, checkpoint, options, context, step
+                planner, options.target, self._target, checkpoint, options, context, step
             )
             # Later steps of a progressive pruning start from less; the target is a share of what came in.
-            self._target_before = target.before
+            self._target = target
             return found, target, None
         if options.max_drop is not None and self._source is not None:
             found, budget = within_budget(planner, checkpoint, self._source, self._metrics, options, context)
@@ -155,7 +156,24 @@ class Changer:
         saliency = partial(weight_saliency, options.method, evidence=evidence, generator=generator)
         rates = None if options.rates is None else read_rates(options.rates)
         masked, report = mask_weights(checkpoint, options, saliency, step=step, rates=rates)
-        return Changed(masked, masks=report, notes=report.notes)
+        return Changed(masked, masks=report, notes=(*self._table_notes(), *report.notes))
+
+    def _table_notes(self) -> tuple[str, ...]:
+        """The table of rates in words, for its file may change."""
+        if self._options.rates is None:
+            return ()
+        rows = (f"{name} {rate:g}" for name, rate in read_rates(self._options.rates).items())
+        return (f"rates: {', '.join(rows)}",)
+
+
+def _goal_notes(target: TargetReport | None, budget: BudgetReport | None) -> tuple[str, ...]:
+    """Where a search ended, for the history, which else holds only what was asked for."""
+    notes = []
+    if target is not None:
+        notes.append(f"target {target.quantity} {target.limit:,.0f}: reached {target.reached:,.0f}")
+    if budget is not None:
+        notes.append(f"largest rate within {budget.budget:g} points of {budget.metric}: {budget.rate:g}")
+    return tuple(notes)
 
 
 def _frozen_notes(report: PruneReport) -> tuple[str, ...]:

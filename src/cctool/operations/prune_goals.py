@@ -15,7 +15,7 @@ from cctool.operations.costs import counter
 from cctool.operations.measuring import measured
 from cctool.operations.recalibrating import recalibrated
 from cctool.options.prune import Images, PruneOptions, StepMode
-from cctool.options.prune_parts import Target
+from cctool.options.prune_parts import Quantity, Target
 from cctool.pruning.prune import Planner
 from cctool.pruning.reports import ThinResult
 from cctool.pruning.selection import Candidates, by_options, grain_of, order
@@ -114,7 +114,7 @@ def limit_of(target: Target, before: float, options: PruneOptions, step: int) ->
 def within_target(
     planner: Planner,
     target: Target,
-    before: float | None,
+    earlier: TargetReport | None,
     checkpoint: Checkpoint,
     options: PruneOptions,
     context: Context,
@@ -125,7 +125,7 @@ def within_target(
     Args:
         planner: of the network that this step starts from.
         target: what is limited.
-        before: what the network cost that the command was given; None where this is that one.
+        earlier: where the step before ended; None at the first.
         checkpoint: that this step starts from.
         options: steps, growth, scope.
         context: reporter and encodings.
@@ -143,12 +143,12 @@ def within_target(
         def cost(kept: Mapping[int, int]) -> float:
             return count(planner.planned(chosen, kept)[1])
 
-        start = cost(ordered.counts(0)) if before is None else before
+        start = _start(cost(ordered.counts(0)), earlier, options)
         limit = limit_of(target, start, options, step)
-        context.reporter.note(f"searching: {target.quantity} at most {limit:,.0f} of {start:,.0f}")
+        unit = " us" if target.quantity is Quantity.LATENCY else ""
+        context.reporter.note(f"searching: {target.quantity} at most {limit:,.0f} of {start:,.0f}{unit}")
         grains = {number: grain_of(planner.graph.families[number], options) for number in chosen.scores}
-        asked = f"--target {target.quantity}={target.value:g}"
-        reached = fewest_removed(ordered, cost, limit, asked, grains)
+        reached = fewest_removed(ordered, cost, limit, f"--target {target}", grains)
         found.append(
             TargetReport(
                 target.quantity.value,
@@ -163,6 +163,20 @@ def within_target(
 
     result = planner.verified(counts)
     return result, found[-1]
+
+
+def _start(present: float, earlier: TargetReport | None, options: PruneOptions) -> float:
+    """What the network that the command was given costs, seen from a later step.
+
+    Counts stand. A time is of its moment, so that it is told from the present network's: the same one where
+    steps are independent, else the one that the step before left a share of.
+    """
+    if earlier is None:
+        return present
+    if earlier.quantity != Quantity.LATENCY.value:
+        return earlier.before
+    progressive = options.step_mode is StepMode.PROGRESSIVE
+    return present * earlier.before / earlier.reached if progressive else present
 
 
 def within_budget(
@@ -301,7 +315,7 @@ class _BudgetSearch:
             drop = self.dense.values["top1"] - value
             self.trials[rate] = BudgetTrial(rate, selection.removed_units(), value, drop)
             self.context.reporter.note(
-                f"rate {rate:.4f}: validation top-1 {value:.2f} ({-drop:+.2f} points, n={self.dense.n:,})"
+                f"rate {rate:.4f}: validation top-1 {value:.2f} ({0 - drop:+.2f} points, n={self.dense.n:,})"
             )
         return self.trials[rate]
 

@@ -21,7 +21,9 @@ def picture_path(options: PruneOptions, context: Context, label: str) -> Path | 
     """
     if not options.plot and options.plot_file is None:
         return None
-    path = Path(options.plot_file) if options.plot_file else context.output.with_suffix(".widths.png")
+    if options.plot_file is None:
+        return labelled(context.output, label).with_suffix(".widths.png")
+    path = Path(options.plot_file)
     check_picture_suffix(path)
     return labelled(path, label)
 

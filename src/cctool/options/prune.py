@@ -19,7 +19,7 @@ from cctool.options.prune_choices import (
     Scope,
     StepMode,
 )
-from cctool.options.prune_parts import Block, Pattern, SparsifyOptions, Target, TeacherOptions
+from cctool.options.prune_parts import Block, Pattern, Sparsifier, SparsifyOptions, Target, TeacherOptions
 
 __all__ = [
     "AUTO_ROUND",
@@ -76,7 +76,6 @@ class PruneOptions:
             computes exactly what the masked network does.
         keep: fraction of each family's width that every step keeps, truncated to whole channels: the width
             after step i is int(width * keep**i). In place of `rate`; local scope only.
-        dry_run: plan and report, cut nothing.
         steps: number of steps, each with a checkpoint of its own.
         step_mode: what a step starts from.
         growth: how the rate grows from step to step.
@@ -116,7 +115,6 @@ class PruneOptions:
     only: tuple[str, ...] = ()
     exact: bool = False
     keep: float | None = None
-    dry_run: bool = False
     steps: int = 1
     step_mode: StepMode = StepMode.INDEPENDENT
     growth: Growth = Growth.EXPONENTIAL
@@ -203,6 +201,20 @@ class PruneOptions:
             (
                 self.apply_masks and self.rewind is not None,
                 "--apply-masks changes no output, and --rewind all of them: rewind in a command of its own",
+            ),
+            (
+                self.granularity is Granularity.NM and self.rates is not None,
+                "--granularity nm fixes how many weights stay, which leaves --rates nothing to do: --only "
+                "and --exclude choose layers",
+            ),
+            (
+                self.granularity is Granularity.NM and self.steps > 1,
+                "--granularity nm fixes how many weights stay, which leaves --steps nothing to do",
+            ),
+            (
+                not channels and self.sparsify is not None and self.sparsify.method is Sparsifier.GROWING,
+                f"--sparsify growing pushes the channels that go, and --granularity {self.granularity} masks "
+                "weights: gamma-l1 and group-lasso act on all channels",
             ),
             (self.mask and self.apply_masks, "--mask and --apply-masks are two different commands"),
             (
