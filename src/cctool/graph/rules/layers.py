@@ -203,7 +203,9 @@ def layer_norm(ledger: Ledger, event: Event) -> None:
     elif inside:
         (dim,), channels = inside, compact(ids).reshape(-1)
         runs_over(ledger, dim, channels)
-        ledger.count_in(event.module, "normalized_shape", channels, dim - first)
+        width = shape[dim - first]
+        if not isinstance(width, Width) or not ledger.sized(channels, width):
+            ledger.count_in(event.module, "normalized_shape", channels, dim - first)
     for tensor in tensors_in((event.args[2:], dict(event.kwargs))):
         name = ledger.name(tensor)
         if name is not None and tensor is not x:
