@@ -142,8 +142,10 @@ def _shrink(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
 def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    table = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
-    table[attribute] = tensor  # type: ignore[assignment]
+    if isinstance(tensor, nn.Parameter):
+        setattr(module, attribute, tensor)  # recurrent layers keep a list of their own
+    else:
+        module._buffers[attribute] = tensor
 
 
 def _set_attributes(model: nn.Module, plan: CutPlan) -> None:
@@ -167,10 +169,26 @@ def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | N
         if given is not None and isinstance(tensor, nn.Parameter):
             given = nn.Parameter(given, requires_grad=False)
         memo[id(tensor)] = tensor if given is None else given
-    copy = deepcopy(model, memo)
+    try:
+        copy = deepcopy(model, dict(memo))
+    except Exception:  # attributes of the user's modules may refuse a copy in any way
+        copy = deepcopy(model, memo | _without_copies(model, memo))
     if plan is not None:
         _set_attributes(copy, plan)
     return copy
+
+
+def _without_copies(model: nn.Module, memo: Mapping[int, object]) -> dict[int, object]:
+    """Attributes that cannot be copied (locks, generators, open files), to be shared, by `id`."""
+    shared: dict[int, object] = {}
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if key not in ("_parameters", "_buffers", "_modules"):
+                try:
+                    deepcopy(value, dict(memo))
+                except Exception:  # see above
+                    shared[id(value)] = value
+    return shared
 
 
 _KEPT_BY_MASKS = {Role.STATISTIC}
