@@ -50,6 +50,7 @@ RULES: dict[str, Rule] = {
     **_each(_UNARY, arithmetic.unary),
     **_each(_ELEMENTWISE, arithmetic.elementwise),
     **_each(_SPATIAL, arithmetic.spatial),
+    **_each("max_unpool1d max_unpool2d max_unpool3d", arithmetic.unpooling),
     **_each(_FACTORIES, arithmetic.fixed),
     **_each(_UNIFORM, arithmetic.uniform),
     **_each("conv1d conv2d conv3d", layers.convolution),

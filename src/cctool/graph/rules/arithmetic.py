@@ -134,6 +134,14 @@ def spatial(ledger: Ledger, event: Event) -> None:
         ledger.set(result, compact(ids).expand(result.shape))
 
 
+def unpooling(ledger: Ledger, event: Event) -> None:
+    """`max_unpool2d(x, indices, ...)`: each channel by its own indices."""
+    x, indices = (*event.args, *event.kwargs.values())[:2]
+    ids, others = compact(ledger.of(x)), compact(ledger.of(indices))
+    ledger.tie(ids, others)
+    ledger.set(event.result, ids.expand(event.result.shape))
+
+
 def _dims(event: Event, ndim: int, position: int = 1) -> list[int]:
     given: Any = event.kwargs.get("dim", event.kwargs.get("axis"))
     if given is None and len(event.args) > position and not isinstance(event.args[position], torch.dtype):

@@ -102,6 +102,10 @@ def convolution(ledger: Ledger, event: Event) -> None:
     if groups > 1 and per_group == 1 and bool((arriving > INPUT).any()):
         sent = arriving.repeat_interleave(outputs // groups)
         _count_groups(ledger, event, "groups", arriving)
+        if outputs == groups and _is_one_filter(ledger, weight):
+            ledger.freeze(ledger.of(weight), "it is made the filter of every channel")
+            ledger.set(event.result, along(sent, channel_dim, event.result.shape))
+            return
     else:
         ledger.bind(weight, 1, _tie_positions(ledger, arriving, groups), Role.CONSUMER)
         sent = ledger.produce(weight, 0, outputs)
@@ -112,6 +116,11 @@ def convolution(ledger: Ledger, event: Event) -> None:
     ledger.count_in(event.module, "in_channels", arriving)
     ledger.count_in(event.module, "out_channels", sent)
     ledger.set(event.result, along(sent, channel_dim, event.result.shape))
+
+
+def _is_one_filter(ledger: Ledger, weight: Tensor) -> bool:
+    """Whether a weight was made for as many channels as there are: one filter, repeated for each of them."""
+    return ledger.name(weight) is None and ledger.known(weight) and 0 not in varying(ledger.of(weight))
 
 
 def _slides_over_channels(ledger: Ledger, event: Event, x: Tensor, channel_dim: int) -> bool:
