@@ -227,12 +227,18 @@ def blaming_the_size(input_shape: Sequence[int]) -> Iterator[None]:
         ) from error
 
 
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; -1 where nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Set a mode, without gradients; flags, buffers and the random state are put back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     random_state = torch.get_rng_state()
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # some count in evaluation mode, too
+    # some networks count or remember in evaluation mode, too
+    buffers = [(buffer, buffer.clone(), _version(buffer)) for buffer in model.buffers()]
     tables = [
         (m._buffers, dict(m._buffers)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)
     ]
@@ -245,8 +251,10 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         for table, earlier in tables:
             table.update(earlier)
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for buffer, before, version in buffers:
+                # a backward pass that still needs one would refuse it even if it were written the same values
+                if _version(buffer) != version or version < 0:
+                    buffer.copy_(before)
         for module, training in flags:
             module.training = training
         torch.set_rng_state(random_state)
