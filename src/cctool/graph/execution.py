@@ -252,8 +252,9 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             table.update(earlier)
         with torch.no_grad():
             for buffer, before, version in buffers:
-                # a backward pass that still needs one would refuse it even if it were written the same values
-                if _version(buffer) != version or version < 0:
+                # A backward pass that still needs one would refuse it even if it were written the same values.
+                # Batch norm writes to its statistics without being counted.
+                if training or _version(buffer) != version or version < 0:
                     buffer.copy_(before)
         for module, training in flags:
             module.training = training
