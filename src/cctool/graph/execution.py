@@ -252,7 +252,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             table.update(earlier)
         with torch.no_grad():
             for buffer, before, version in buffers:
-                # A backward pass that still needs one would refuse it even if it were written the same values.
+                # A backward pass that still needs one would refuse it even where its values stay.
                 # Batch norm writes to its statistics without being counted.
                 if training or _version(buffer) != version or version < 0:
                     buffer.copy_(before)
