@@ -14,6 +14,7 @@ from hook_oracle import HALF, check_exact, count, distinct, run
 from torch import Tensor, nn
 
 from cctool.checkpoint.build import assemble
+from cctool.copying import copied
 from cctool.graph.channels import couple
 from cctool.pruning.prune import plan_thinning, thin
 from cctool.pruning.verify import TOLERANCE
@@ -299,3 +300,13 @@ def test_widths_that_a_pass_stores_are_plain_numbers_afterwards() -> None:
     assert type(model.width) is int
     assert type(model.scale) is float
     assert [type(size) for size in model.shape] == [int] * 4
+
+
+def test_copies_share_what_refuses_to_be_copied() -> None:
+    model = nn.Sequential(conv(3, 8), conv(8, 8))
+    model[1].lock, model[1].sizes = threading.Lock(), [1, 2]
+    copy_of = copied(model)
+    assert copy_of[1].lock is model[1].lock
+    assert copy_of[1].sizes is not model[1].sizes
+    assert copy_of[0].weight is not model[0].weight
+    assert torch.equal(copy_of[0].weight, model[0].weight)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cctool.checkpoint.masks import mask_name, masked_places
+from cctool.copying import copied
 from cctool.errors import PruningError
 from cctool.graph.channels import ChannelGraph
 from cctool.graph.ledger import Role
@@ -169,26 +169,10 @@ def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | N
         if given is not None and isinstance(tensor, nn.Parameter):
             given = nn.Parameter(given, requires_grad=False)
         memo[id(tensor)] = tensor if given is None else given
-    try:
-        copy = deepcopy(model, dict(memo))
-    except Exception:  # attributes of the user's modules may refuse a copy in any way
-        copy = deepcopy(model, memo | _without_copies(model, memo))
+    copy = copied(model, memo)
     if plan is not None:
         _set_attributes(copy, plan)
     return copy
-
-
-def _without_copies(model: nn.Module, memo: Mapping[int, object]) -> dict[int, object]:
-    """Attributes that cannot be copied (locks, generators, open files), to be shared, by `id`."""
-    shared: dict[int, object] = {}
-    for module in model.modules():
-        for key, value in vars(module).items():
-            if key not in ("_parameters", "_buffers", "_modules"):
-                try:
-                    deepcopy(value, dict(memo))
-                except Exception:  # see above
-                    shared[id(value)] = value
-    return shared
 
 
 _KEPT_BY_MASKS = {Role.STATISTIC}
