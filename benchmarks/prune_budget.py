@@ -60,18 +60,20 @@ def row(weights: str, data: str, method: str, folder: Path) -> dict[str, object]
     report = command(*line, "--max-drop", str(BUDGET), "-o", str(product))["products"][0]["report"]
     budget, after = report["budget"], top1(report["metrics_after"])
     again = {split: evaluated(product, data, split) for split in ("validation", "test")}
+    images = "augmented" if budget["augmented"] else "plain"
     beyond = {}
     for more in BEYOND:
         rate = budget["rate"] + more
         further = command(
-            *line, "--rate", str(rate), "--recalibrate", str(budget["recalibrated"]), "--force", "-o",
-            str(folder / "further.pt"),
+            *line, "--rate", str(rate), "--recalibrate", str(budget["recalibrated"]), "--recalibrate-images",
+            images, "--force", "-o", str(folder / "further.pt"),
         )["products"][0]["report"]  # fmt: skip
         beyond[f"{rate:.4f}"] = round(budget["before"] - top1(further["metrics_after"])["validation"][0], 3)
     found = {
         "method": method,
         "budget": BUDGET,
         "rate": budget["rate"],
+        "images": images,
         "trials": len(budget["curve"]),
         "validation_before": top1(report["metrics_before"])["validation"],
         "validation_after": after["validation"],

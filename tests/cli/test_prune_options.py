@@ -61,6 +61,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--step-mode progressive", "a single step has no course"),
         ("--samples 8", "looks at no images"),
         ("--method taylor", "--method taylor needs data"),
+        ("--recalibrate-images plain", "--recalibrate says from how many images"),
         ("--keep-storage", "nothing is fine-tuned"),
         ("--plot-file a.jpg", "a picture ends in"),
         ("--reduce none", "reduce"),

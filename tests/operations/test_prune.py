@@ -14,7 +14,15 @@ from cctool.models import registry
 from cctool.operations import pipeline, prune
 from cctool.operations.composition import tables
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
-from cctool.options.prune import PruneMethod, PruneOptions, PrunePreset, Scope, StepMode, preset_options
+from cctool.options.prune import (
+    Images,
+    PruneMethod,
+    PruneOptions,
+    PrunePreset,
+    Scope,
+    StepMode,
+    preset_options,
+)
 
 DIGITS = DataOptions(data="digits", limit=64, batch_size=32)
 
@@ -154,6 +162,15 @@ def test_recalibration_changes_statistics_alone(student: Path) -> None:
         assert torch.equal(a, b) != name.endswith(("running_mean", "running_var", "num_batches_tracked")), (
             name
         )
+
+
+def test_recalibration_may_look_at_varied_images(student: Path) -> None:
+    found = {}
+    for images in (None, Images.PLAIN, Images.AUGMENTED):
+        options = {"rate": 0.5, "recalibrate": 64, "recalibrate_images": images, "data": DIGITS}
+        found[images] = pruned(student, **options).model.state_dict()["cnn.0.1.running_mean"]
+    assert torch.equal(found[None], found[Images.PLAIN])
+    assert not torch.equal(found[Images.PLAIN], found[Images.AUGMENTED])
 
 
 def test_recalibration_needs_the_preprocessing(student: Path) -> None:

@@ -14,6 +14,7 @@ from cctool.options.common import DataOptions, Precision, RuntimeOptions
 from cctool.options.prune import (
     Granularity,
     Growth,
+    Images,
     Normalize,
     PruneMethod,
     PruneOptions,
@@ -175,6 +176,14 @@ def prune(
     recalibrate: Annotated[
         int, _option(_TRAINING, "Estimate batch-norm statistics again from N training images.", metavar="N")
     ] = PruneOptions.recalibrate,
+    recalibrate_images: Annotated[
+        Optional[Images],  # noqa: UP045
+        _option(
+            _TRAINING,
+            "Take these images as they are, or varied as for training, with whose statistics the network "
+            "learnt. Default: plain; for --max-drop whichever suits the dense network better.",
+        ),
+    ] = None,
     finetune_epochs: Annotated[
         int, _option(_TRAINING, "Epochs of training after each step, with a new optimizer.")
     ] = PruneOptions.finetune_epochs,
@@ -293,7 +302,8 @@ def prune(
 _PLAIN = (
     "method", "rate", "scope", "reduce", "normalize", "samples", "granularity", "mask", "apply_masks",
     "max_drop", "rates", "min_channels", "keep", "exact", "steps", "step_mode", "growth", "finetune_epochs",
-    "optimizer", "lr", "rewind", "from_scratch", "keep_storage", "recalibrate", "plot", "plot_file",
+    "optimizer", "lr", "rewind", "from_scratch", "keep_storage", "recalibrate", "recalibrate_images",
+    "plot", "plot_file",
 )  # fmt: skip
 
 
@@ -376,6 +386,11 @@ def _refuse_idle(context: typer.Context, options: PruneOptions, values: dict[str
             "there is no --sparsify",
         ),
         (options.steps == 1, ("step_mode", "growth"), "a single step has no course; --steps says how many"),
+        (
+            options.recalibrate == 0 and options.max_drop is None,
+            ("recalibrate_images",),
+            "no statistics are estimated again; --recalibrate says from how many images",
+        ),
         (not options.needs_data, ("samples",), f"--method {options.method} looks at no images"),
         (
             options.apply_masks,

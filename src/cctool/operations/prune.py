@@ -35,7 +35,7 @@ from cctool.operations.sparsifying import sparsified
 from cctool.operations.teaching import distillation
 from cctool.operations.width_pictures import picture_path, write_picture
 from cctool.options.fit import FitOptions
-from cctool.options.prune import PruneOptions, StepMode
+from cctool.options.prune import Images, PruneOptions, StepMode
 from cctool.pruning.reports import PruneReport
 from cctool.pruning.surgery import CutPlan
 from cctool.training.objectives import Objective
@@ -250,7 +250,9 @@ def _recalibrate(checkpoint: Checkpoint, changed: Changed, work: _Run) -> int:
     wanted = options.recalibrate or (RECALIBRATION if options.max_drop is not None else 0)
     if not wanted or work.source is None:
         return 0
-    augmented = changed.budget is not None and changed.budget.augmented
+    augmented = options.recalibrate_images is Images.AUGMENTED
+    if changed.budget is not None:
+        augmented = changed.budget.augmented
     used = recalibrated(checkpoint, work.source, wanted, options.data, work.context, augmented=augmented)
     if used < options.recalibrate:
         work.context.reporter.note(f"--recalibrate {options.recalibrate}: {used} images were there to use")

@@ -14,7 +14,7 @@ from cctool.operations.context import Context
 from cctool.operations.costs import counter
 from cctool.operations.measuring import measured
 from cctool.operations.recalibrating import recalibrated
-from cctool.options.prune import PruneOptions, StepMode
+from cctool.options.prune import Images, PruneOptions, StepMode
 from cctool.options.prune_parts import Target
 from cctool.pruning.prune import Planner
 from cctool.pruning.reports import ThinResult
@@ -261,7 +261,10 @@ class _BudgetSearch:
         return self.planner.planned(chosen, self.counts(chosen, rate))[0].removed_units()
 
     def choose_images(self) -> None:
-        """Take the kind of images whose statistics suit the dense network better."""
+        """Take the kind of images that was asked for, or whose statistics suit the dense network better."""
+        if self.options.recalibrate_images is not None:
+            self.augmented = self.options.recalibrate_images is Images.AUGMENTED
+            return
         kept = {augmented: self._measured(None, augmented) for augmented in (False, True)}
         if self.recalibrated:
             self.augmented = kept[True] > kept[False]

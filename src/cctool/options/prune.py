@@ -12,6 +12,7 @@ from cctool.options.prune_choices import (
     NEEDS_DATA,
     Granularity,
     Growth,
+    Images,
     Normalize,
     PruneMethod,
     Reduce,
@@ -25,6 +26,7 @@ __all__ = [
     "PRESETS",
     "Granularity",
     "Growth",
+    "Images",
     "Normalize",
     "PruneMethod",
     "PruneOptions",
@@ -87,6 +89,7 @@ class PruneOptions:
         teacher: a network that is followed while fine-tuning.
         keep_storage: store fine-tuned tensors again as they were stored before.
         recalibrate: number of images from which batch-norm statistics are estimated again; 0 leaves them.
+        recalibrate_images: which; None is plain, for `max_drop` whichever suits the dense network better.
         samples: number of training images that data-driven methods look at.
         plot: draw the kept widths beside the product.
         plot_file: path of that picture.
@@ -126,6 +129,7 @@ class PruneOptions:
     teacher: TeacherOptions | None = None
     keep_storage: bool = False
     recalibrate: int = 0
+    recalibrate_images: Images | None = None
     samples: int = 1024
     plot: bool = field(default=False, metadata={"recorded": False})
     plot_file: str | None = field(default=None, metadata={"recorded": False})

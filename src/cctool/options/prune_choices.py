@@ -9,6 +9,7 @@ __all__ = [
     "NEEDS_DATA",
     "Granularity",
     "Growth",
+    "Images",
     "Normalize",
     "PruneMethod",
     "Reduce",
@@ -91,6 +92,13 @@ class StepMode(Choice):
 
     INDEPENDENT = "independent"
     PROGRESSIVE = "progressive"
+
+
+class Images(Choice):
+    """Training images as they are, or varied as for training (crops, flips)."""
+
+    PLAIN = "plain"
+    AUGMENTED = "augmented"
 
 
 class Growth(Choice):
