@@ -147,7 +147,7 @@ def assemble(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
                 trains = parameter.requires_grad and value.is_floating_point()
                 assigned[id(parameter)] = nn.Parameter(value, requires_grad=trains)
                 assigned[id(assigned[id(parameter)])] = assigned[id(parameter)]  # for modules met twice
-            module._parameters[name] = assigned[id(parameter)]
+            setattr(module, name, assigned[id(parameter)])  # recurrent layers keep a list of their own
         for name, buffer in list(module._buffers.items()):
             key = f"{prefix}.{name}" if prefix else name
             if buffer is not None and key in tensors:

@@ -204,7 +204,7 @@ def _resize(model: nn.Module, module: nn.Module, edit: Thin, name: str, shape: t
     for other in model.modules():
         for key, value in other._parameters.items():
             if value is parameter:
-                other._parameters[key] = resized
+                setattr(other, key, resized)  # recurrent layers keep a list of their own
 
 
 def _cut_buffer(buffer: Tensor, edit: Thin, name: str) -> Tensor:

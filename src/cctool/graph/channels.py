@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cctool.graph.execution import Event, execute, tensors_in
+from cctool.graph.execution import Event, execute, tensors_in, with_tensors
 from cctool.graph.ledger import INPUT, Kind, Ledger, Role, compact, constant
 from cctool.graph.rules import apply_rule
 from cctool.graph.widths import Scale, Width, remembered
@@ -212,7 +212,7 @@ def _note_factors(ledger: Ledger, event: Event) -> None:
 
 def _carry_training(ledger: Ledger, inputs: tuple[Tensor, ...], widths: bool) -> str:
     """Auxiliary heads run in training mode only: their parameters are bound by a second pass."""
-    doubled = tuple(value if value.shape[0] > 1 else value.expand(2, *value.shape[1:]) for value in inputs)
+    doubled = with_tensors(inputs, _at_least_two)
     checkpoint = len(ledger.freezes), len(ledger.ties), dict(ledger.bindings), dict(ledger.attributes)
     noted, equal = len(ledger.statistics), len(ledger.equal_widths)
     note = ""
@@ -226,6 +226,11 @@ def _carry_training(ledger: Ledger, inputs: tuple[Tensor, ...], widths: bool) ->
         # calls are numbered in the pass in evaluation mode, which alone is verified
         del ledger.statistics[noted:]
     return note
+
+
+def _at_least_two(value: Tensor) -> Tensor:
+    single = value.ndim and value.shape[0] == 1
+    return value.expand(2, *value.shape[1:]) if single else value
 
 
 def _unused(ledger: Ledger) -> list[str]:

@@ -100,6 +100,19 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(vars(value))
 
 
+def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested tuples, lists and dicts with each tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(with_tensors(item, change) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(with_tensors(item, change) for item in value)
+    if isinstance(value, dict):
+        return type(value)((key, with_tensors(item, change)) for key, item in value.items())
+    return value
+
+
 def _transparent(function: Any) -> Callable[..., Any]:
     """The same Python function, without the check that would send its whole call to the mode again."""
     # `float(E)` would forget that E is a width
@@ -214,21 +227,35 @@ def blaming_the_size(input_shape: Sequence[int]) -> Iterator[None]:
         ) from error
 
 
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; -1 where nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Set a mode, without gradients; flags, buffers and the random state are put back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     random_state = torch.get_rng_state()
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
+    # some networks count or remember in evaluation mode, too
+    buffers = [(buffer, buffer.clone(), _version(buffer)) for buffer in model.buffers()]
+    tables = [
+        (m._buffers, dict(m._buffers)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)
+    ]
     try:
         for module, _ in flags:
             module.training = training
         with torch.no_grad():
             yield
     finally:
+        for table, earlier in tables:
+            table.update(earlier)
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for buffer, before, version in buffers:
+                # A backward pass that still needs one would refuse it even where its values stay.
+                # Batch norm writes to its statistics without being counted.
+                if training or _version(buffer) != version or version < 0:
+                    buffer.copy_(before)
         for module, training in flags:
             module.training = training
         torch.set_rng_state(random_state)

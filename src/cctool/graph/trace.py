@@ -46,6 +46,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "pixel_unshuffle": ("input", "downscale_factor"),
     "channel_shuffle": ("input", "groups"),
     "prelu": ("input", "weight"),
+    "glu": ("input", "dim"),
 }
 """Names of the positional arguments of functions whose settings matter: builtins have no signature."""
 

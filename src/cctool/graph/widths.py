@@ -223,8 +223,10 @@ def _watched(value: Any, book: object, module: str, attribute: str) -> Any:
 def _unwatched(value: Any) -> Any:
     if isinstance(value, Width):
         return int(value)
-    if type(value) in (tuple, list) and any(isinstance(item, Width) for item in value):
-        return type(value)(int(item) if isinstance(item, Width) else item for item in value)
+    if isinstance(value, Scale):
+        return float(value)
+    if type(value) in (tuple, list, torch.Size) and any(isinstance(item, (Width, Scale)) for item in value):
+        return type(value)([_unwatched(item) for item in value])
     return value
 
 
@@ -249,6 +251,8 @@ def remembered(model: nn.Module, book: object) -> Iterator[None]:
         yield
     finally:
         math.sqrt = _sqrt
-        for module, key in replaced:
-            if key in vars(module):
-                vars(module)[key] = _unwatched(vars(module)[key])
+        for module in {**dict.fromkeys(model.modules()), **dict.fromkeys(m for m, _ in replaced)}:
+            for key, value in list(vars(module).items()):  # those that the pass itself stored as well
+                plain = _unwatched(value)
+                if plain is not value:
+                    vars(module)[key] = plain

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from cctool.analysis.latency import Latency, compare, measure_latency
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
+from cctool.copying import copied
 from cctool.errors import ArchitectureError
 from cctool.graph import cost
 from cctool.operations.context import Context
@@ -57,7 +57,7 @@ class Scales:
         # Networks that take turns can be compared on a busy machine; a copy of a large one costs too much.
         tensors = (t for t in checkpoint.model.state_dict().values() if isinstance(t, Tensor))
         small = sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= _LARGEST_COPY
-        self._dense = deepcopy(checkpoint.model) if small else None
+        self._dense = copied(checkpoint.model) if small else None
         if self._dense is None:
             self._before = replace(self._before, latency=_timed(checkpoint))
 

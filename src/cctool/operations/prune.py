@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent
+from cctool.copying import copied
 from cctool.data.records import DataSource
 from cctool.errors import CheckpointError
 from cctool.operations.context import Context, Outcome
@@ -122,7 +122,7 @@ def plan(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> tup
     if options.sparsify is not None:
         context.reporter.note("the plan ranks the network as it is; --sparsify would train it first")
     for step, label in enumerate(_labels(options), start=1):
-        changed = changer.changed(replace(start, model=deepcopy(start.model), resume=None), step)
+        changed = changer.changed(replace(start, model=copied(start.model), resume=None), step)
         report = _report(changed, step, options, *scales.weigh(changed.checkpoint))
         reports.append(_pictured(report, options, context, label))
         start = changed.checkpoint if options.step_mode is StepMode.PROGRESSIVE else checkpoint
@@ -149,7 +149,7 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
     for step, label in enumerate(labels, start=1):
         base = current if options.step_mode is StepMode.PROGRESSIVE else start
         # A single step works on what it was given: a copy of a large network would not fit beside it.
-        model = deepcopy(base.model) if options.steps > 1 else base.model
+        model = copied(base.model) if options.steps > 1 else base.model
         resume = base.resume if _only_cuts(options) else None
         changed = changer.changed(replace(base, model=model, resume=resume), step)
         current = _reset(changed, work)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
+from cctool.copying import copied
 from cctool.data.records import DataSource
 from cctool.errors import PruningError, UsageError
 from cctool.operations.context import Context
@@ -293,7 +293,7 @@ class _BudgetSearch:
 
     def _measured(self, plan: CutPlan | None, augmented: bool) -> float:
         """Top-1 on the validation split after a cut, with statistics estimated again."""
-        trial = replace(self.checkpoint, model=deepcopy(self.checkpoint.model))
+        trial = replace(self.checkpoint, model=copied(self.checkpoint.model))
         if plan is not None:
             apply_cut(trial.model, plan)
         self.recalibrated = recalibrated(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +17,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.payload import place
 from cctool.checkpoint.spec import Metrics
+from cctool.copying import copied
 from cctool.errors import QuantizationError
 from cctool.operations.context import Context, Outcome
 from cctool.operations.mask_storage import encode_under_mask, masks_by_place, stored_with_masks
@@ -98,7 +98,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     source = open_source(options.data, checkpoint, context)
     before = measured_splits(checkpoint, source, options.data, context)
     # Optimizer state belongs to the values before.
-    product = replace(checkpoint, model=deepcopy(checkpoint.model), resume=None)
+    product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
     stored = dict(checkpoint.stored)
     masks = masks_by_place(checkpoint.model)
     reports = []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import replace
 
 from torch import nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.copying import copied
 from cctool.data.records import DataSource
 from cctool.errors import PruningError
 from cctool.graph.channels import Family
@@ -70,16 +70,16 @@ def sparsified(
     wanted = options.sparsify
     if wanted is None:
         return checkpoint
-    copied = replace(checkpoint, model=deepcopy(checkpoint.model), resume=None)
+    dense = replace(checkpoint, model=copied(checkpoint.model), resume=None)
     if found is None:
-        found = plan_thinning(copied.model, example(copied), _at_once(options), seed=context.runtime.seed)
-    feed = feed_of(copied, source, options.data, context)
-    penalty = _penalty(copied.model, found, wanted, wanted.epochs * len(feed.training()(0)))
+        found = plan_thinning(dense.model, example(dense), _at_once(options), seed=context.runtime.seed)
+    feed = feed_of(dense, source, options.data, context)
+    penalty = _penalty(dense.model, found, wanted, wanted.epochs * len(feed.training()(0)))
     context.reporter.note(
         f"sparse training with {wanted.method}, {wanted.epochs} epoch{'s' if wanted.epochs > 1 else ''}"
     )
     return finetune(
-        copied,
+        dense,
         source,
         FitOptions(epochs=wanted.epochs, optimizer=options.optimizer, lr=wanted.lr),
         options.data,

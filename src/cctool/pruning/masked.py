@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.graph.channels import ChannelGraph, Statistic
-from cctool.graph.execution import execute, tensors_in
+from cctool.graph.execution import execute, tensors_in, with_tensors
 from cctool.graph.ledger import Kind
 from cctool.pruning.selection import Selection
 from cctool.pruning.surgery import named_tensors, places_removed, zeroed
@@ -99,7 +99,10 @@ class MaskedCalls:
                     self.without_effect.append(statistic)
                 return result
             args, kwargs = self._scaled(statistic, args, kwargs)
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        # new constants are widened at once: a later write would else go into a widened copy of them
+        new = self.wide and isinstance(result, Tensor) and result.dtype == torch.float32
+        return result.double() if new and next(tensors_in((args, kwargs)), None) is None else result
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -184,6 +187,6 @@ def _same(kept: Any, plain: Any) -> bool:
 def run(model: nn.Module, inputs: Sequence[Tensor], calls: MaskedCalls | None = None) -> list[Tensor]:
     """Outputs in evaluation mode, every tensor in what the model returns, with calls computed by `calls`."""
     if calls is not None and calls.wide:
-        inputs = [v.double() if v.dtype == torch.float32 else v for v in inputs]
+        inputs = with_tensors(tuple(inputs), lambda v: v.double() if v.dtype == torch.float32 else v)
     output = execute(model, tuple(inputs), [], substitute=calls)
     return [value.detach() for value in tensors_in(output)]

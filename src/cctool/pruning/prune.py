@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cctool.errors import PruningError
 from cctool.graph.channels import ChannelGraph, couple
+from cctool.graph.execution import with_tensors
 from cctool.options.prune import PruneOptions
 from cctool.pruning.evidence import Evidence
 from cctool.pruning.rates import family_rates, read_rates
@@ -166,7 +167,10 @@ def thin(
 def _coupled(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool) -> ChannelGraph:
     """Couple on one sample, which is fastest, or on all where the network does not take a single one."""
     try:
-        return couple(model, [value[:1] if value.ndim else value for value in inputs], exact)
+        single = [
+            with_tensors(value, lambda tensor: tensor[:1] if tensor.ndim else tensor) for value in inputs
+        ]
+        return couple(model, single, exact)
     # Code with a bare squeeze() may fail in any way on a batch of one; what is truly wrong fails again.
     except Exception:
         return couple(model, list(inputs), exact)

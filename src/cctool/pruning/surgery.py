@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cctool.checkpoint.masks import mask_name, masked_places
+from cctool.copying import copied
 from cctool.errors import PruningError
 from cctool.graph.channels import ChannelGraph
 from cctool.graph.ledger import Role
@@ -142,8 +142,10 @@ def _shrink(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
 def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    table = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
-    table[attribute] = tensor  # type: ignore[assignment]
+    if isinstance(tensor, nn.Parameter):
+        setattr(module, attribute, tensor)  # recurrent layers keep a list of their own
+    else:
+        module._buffers[attribute] = tensor
 
 
 def _set_attributes(model: nn.Module, plan: CutPlan) -> None:
@@ -167,7 +169,7 @@ def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | N
         if given is not None and isinstance(tensor, nn.Parameter):
             given = nn.Parameter(given, requires_grad=False)
         memo[id(tensor)] = tensor if given is None else given
-    copy = deepcopy(model, memo)
+    copy = copied(model, memo)
     if plan is not None:
         _set_attributes(copy, plan)
     return copy

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cctool.errors import PruningError
 from cctool.graph.channels import ChannelGraph, Statistic
+from cctool.graph.execution import with_tensors
 from cctool.graph.ledger import Role
 from cctool.pruning.masked import MaskedCalls, active_statistics, run
 from cctool.pruning.selection import Selection
@@ -54,16 +55,16 @@ class Check:
 def probe_inputs(inputs: Sequence[Tensor], batch: int, seed: int = 0) -> tuple[Tensor, ...]:
     """Inputs of the same kind with another batch size: normal noise, or the given whole numbers repeated."""
     generator = torch.Generator().manual_seed(seed + batch)
-    made = []
-    for value in inputs:
+
+    def made(value: Tensor) -> Tensor:
         if value.ndim == 0:
-            made.append(value)
-        elif value.is_floating_point():
+            return value
+        if value.is_floating_point():
             noise = torch.randn((batch, *value.shape[1:]), generator=generator)
-            made.append(noise.to(value.device, value.dtype))
-        else:
-            made.append(value[:1].expand(batch, *value.shape[1:]))
-    return tuple(made)
+            return noise.to(value.device, value.dtype)
+        return value[:1].expand(batch, *value.shape[1:])
+
+    return tuple(with_tensors(value, made) for value in inputs)
 
 
 def varied_norms(tensors: Mapping[str, Tensor], graph: ChannelGraph, seed: int = 0) -> dict[str, Tensor]:
@@ -107,6 +108,10 @@ _TOO_SMALL = 1e-2  # layer scales that start so would silence their blocks
 
 
 Shapes = list[tuple[int, ...]]
+
+
+def _to_meta(value: Tensor) -> Tensor:
+    return value.to("meta")
 
 
 def _shapes(outputs: Sequence[Tensor]) -> Shapes:
@@ -202,7 +207,7 @@ class Trial:
         """
         shapes = _shapes_at(masked, *BATCH_SIZES)
         try:
-            meta = [value.to("meta") for value in self.batches[1]]
+            meta = with_tensors(self.batches[1], _to_meta)
             if _shapes(run(self.cut_network(plan, "meta"), meta)) == shapes:
                 return ""
         except Exception:  # no kernel for the meta device, or code that looks at values: run it for good
@@ -250,7 +255,7 @@ class Trial:
         try:
             cut = self.cut_network(plan, "meta")
             for batch in self.batches:
-                run(cut, [value.to("meta") for value in batch])
+                run(cut, with_tensors(batch, _to_meta))
         except Exception as error:  # code that holds widths may fail in any way
             return f"the thinned network raises {_one_line(error)}"
         return ""

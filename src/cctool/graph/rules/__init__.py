@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from cctool.graph.execution import Event
 from cctool.graph.ledger import Ledger
-from cctool.graph.rules import arithmetic, layers, products, shapes, slices
+from cctool.graph.rules import arithmetic, layers, products, recurrent, shapes, slices
 
 Rule = Callable[[Ledger, Event], None]
 
@@ -34,9 +34,10 @@ _SPATIAL = """
 """
 
 _FACTORIES = """
-    zeros ones full empty arange linspace eye rand randn randint tensor as_tensor scalar_tensor from_numpy
-    new_zeros new_ones new_full new_empty new_tensor meshgrid
+    arange linspace eye rand randn randint tensor as_tensor scalar_tensor from_numpy new_tensor meshgrid
 """
+
+_UNIFORM = "zeros ones full empty new_zeros new_ones new_full new_empty"
 
 _REDUCTIONS = "sum mean amax amin max min var std var_mean std_mean norm vector_norm prod any all logsumexp"
 
@@ -49,7 +50,9 @@ RULES: dict[str, Rule] = {
     **_each(_UNARY, arithmetic.unary),
     **_each(_ELEMENTWISE, arithmetic.elementwise),
     **_each(_SPATIAL, arithmetic.spatial),
+    **_each("max_unpool1d max_unpool2d max_unpool3d", arithmetic.unpooling),
     **_each(_FACTORIES, arithmetic.fixed),
+    **_each(_UNIFORM, arithmetic.uniform),
     **_each("conv1d conv2d conv3d", layers.convolution),
     **dict.fromkeys([f"conv_transpose{n}d" for n in (1, 2, 3)], layers.transposed_convolution),
     **_each("batch_norm instance_norm", layers.channel_norm),
@@ -65,6 +68,8 @@ RULES: dict[str, Rule] = {
     **_each(_REDUCTIONS, arithmetic.reduction),
     **_each("softmax log_softmax softmin normalize cumsum cumprod", arithmetic.along_dim),
     **_each("numpy tolist array", arithmetic.leaves_torch),
+    **_each("lstm gru rnn_tanh rnn_relu", recurrent.recurrent),
+    **_each("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", recurrent.cell),
     "linear": layers.linear,
     "addmm": products.add_matrix_product,
     "baddbmm": products.add_batched_product,
@@ -74,6 +79,9 @@ RULES: dict[str, Rule] = {
     "embedding": layers.embedding,
     "scaled_dot_product_attention": products.attention,
     "getitem": slices.getitem,
+    "setitem": slices.setitem,
+    "copy": slices.copy,
+    "glu": slices.glu,
     "narrow": slices.narrow,
     "cat": shapes.concatenate,
     "stack": shapes.stack,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cctool.graph.execution import Event, tensors_in
 from cctool.graph.ledger import FIXED, INPUT, Kind, Ledger, compact, constant, varying
-from cctool.graph.rules.layers import opaque, runs_over
+from cctool.graph.rules.layers import along, opaque, runs_over
+from cctool.graph.widths import Width
 
 
 def _source(event: Event) -> Tensor:
@@ -29,6 +30,29 @@ def fixed(ledger: Ledger, event: Event) -> None:
     """New tensors of a given size."""
     for result in tensors_in(event.result):
         ledger.set(result, constant(FIXED, result.shape))
+
+
+def uniform(ledger: Ledger, event: Event) -> None:
+    """`zeros`, `ones`, `full`, `empty`: alike at every channel; where a width sizes them they follow it."""
+    result, size = event.result, event.args[isinstance(event.args[0], Tensor) if event.args else 0 :]
+    given: Any = event.kwargs.get("size", size[0] if size and isinstance(size[0], (tuple, list)) else size)
+    sizes = list(given)[: result.ndim] if isinstance(given, (tuple, list)) else []
+    widths = [(dim, size) for dim, size in enumerate(sizes) if isinstance(size, Width)]
+    counted = [(dim, size) for dim, size in widths if any(symbol.ids is not None for symbol in size.powers)]
+    if len(counted or widths) != 1:
+        fixed(ledger, event)
+        return
+    ((dim, width),) = counted or widths
+    # an attribute may count anything, heights as well: where channels are expected it counts them
+    if counted or dim == min(_CHANNELS, result.ndim - 1):
+        ids = ledger.new(int(width))
+        if ledger.sized(ids, width):
+            ledger.set(result, along(ids, dim, result.shape))
+            return
+    fixed(ledger, event)
+
+
+_CHANNELS = 1  # the dim of the channels in a batch of them
 
 
 def elementwise(ledger: Ledger, event: Event) -> None:
@@ -50,10 +74,11 @@ def elementwise(ledger: Ledger, event: Event) -> None:
         else:
             ids = ledger.of(tensor)
             operands.append(ids.reshape([1] * (result.ndim - ids.ndim) + list(ids.shape)))
-    ledger.set(result, _combine(ledger, operands, result.shape))
+    ledger.set(result, combine(ledger, operands, result.shape))
 
 
-def _combine(ledger: Ledger, operands: list[Tensor], shape: torch.Size) -> Tensor:
+def combine(ledger: Ledger, operands: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """Ids of an elementwise result from those of its operands, which have as many dims; they are tied."""
     smalls = [compact(ids) for ids in operands]
     moving = sorted({d for small in smalls for d, n in enumerate(small.shape) if n > 1})
     if not moving:
@@ -79,7 +104,7 @@ def _combine(ledger: Ledger, operands: list[Tensor], shape: torch.Size) -> Tenso
     return first.expand(shape)
 
 
-def _combine_constants(ledger: Ledger, operands: list[Tensor], shape: torch.Size) -> Tensor:
+def _combine_constants(ledger: Ledger, operands: Sequence[Tensor], shape: torch.Size) -> Tensor:
     values = [int(compact(ids).reshape(-1)[0]) if ids.numel() else FIXED for ids in operands]
     channels = [value for value in values if value > INPUT]
     if channels:
@@ -107,6 +132,14 @@ def spatial(ledger: Ledger, event: Event) -> None:
             ledger.freeze(ledger.of(other), f"`{event.name}` is steered by this tensor")
     for result in tensors_in(event.result):
         ledger.set(result, compact(ids).expand(result.shape))
+
+
+def unpooling(ledger: Ledger, event: Event) -> None:
+    """`max_unpool2d(x, indices, ...)`: each channel by its own indices."""
+    x, indices = (*event.args, *event.kwargs.values())[:2]
+    ids, others = compact(ledger.of(x)), compact(ledger.of(indices))
+    ledger.tie(ids, others)
+    ledger.set(event.result, ids.expand(event.result.shape))
 
 
 def _dims(event: Event, ndim: int, position: int = 1) -> list[int]:

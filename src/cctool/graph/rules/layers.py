@@ -102,6 +102,10 @@ def convolution(ledger: Ledger, event: Event) -> None:
     if groups > 1 and per_group == 1 and bool((arriving > INPUT).any()):
         sent = arriving.repeat_interleave(outputs // groups)
         _count_groups(ledger, event, "groups", arriving)
+        if outputs == groups and _is_one_filter(ledger, weight):
+            ledger.freeze(ledger.of(weight), "it is made the filter of every channel")
+            ledger.set(event.result, along(sent, channel_dim, event.result.shape))
+            return
     else:
         ledger.bind(weight, 1, _tie_positions(ledger, arriving, groups), Role.CONSUMER)
         sent = ledger.produce(weight, 0, outputs)
@@ -112,6 +116,11 @@ def convolution(ledger: Ledger, event: Event) -> None:
     ledger.count_in(event.module, "in_channels", arriving)
     ledger.count_in(event.module, "out_channels", sent)
     ledger.set(event.result, along(sent, channel_dim, event.result.shape))
+
+
+def _is_one_filter(ledger: Ledger, weight: Tensor) -> bool:
+    """Whether a weight was made for as many channels as there are: one filter, repeated for each of them."""
+    return ledger.name(weight) is None and ledger.known(weight) and 0 not in varying(ledger.of(weight))
 
 
 def _slides_over_channels(ledger: Ledger, event: Event, x: Tensor, channel_dim: int) -> bool:
@@ -203,7 +212,9 @@ def layer_norm(ledger: Ledger, event: Event) -> None:
     elif inside:
         (dim,), channels = inside, compact(ids).reshape(-1)
         runs_over(ledger, dim, channels)
-        ledger.count_in(event.module, "normalized_shape", channels, dim - first)
+        width = shape[dim - first]
+        if not isinstance(width, Width) or not ledger.sized(channels, width):
+            ledger.count_in(event.module, "normalized_shape", channels, dim - first)
     for tensor in tensors_in((event.args[2:], dict(event.kwargs))):
         name = ledger.name(tensor)
         if name is not None and tensor is not x:

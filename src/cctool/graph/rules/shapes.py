@@ -255,8 +255,15 @@ def pixel_unshuffle(ledger: Ledger, event: Event) -> None:
 
 
 def unfold(ledger: Ledger, event: Event) -> None:
-    """`F.unfold`: each channel becomes a run of as many as the kernel has positions."""
+    """`F.unfold`: each channel becomes a run of as many as the kernel has positions; `x.unfold` adds one."""
     source = event.args[0]
+    if event.function is torch.Tensor.unfold:
+        ids, dim = ledger.of(source), (*event.args[1:], *event.kwargs.values())[0]
+        if dim % ids.ndim in varying(ids):
+            opaque(ledger, event, "windows slide over the channels")
+        else:
+            ledger.set(event.result, compact(ids).unsqueeze(-1).expand(event.result.shape))
+        return
     if source.ndim != 4:
         opaque(ledger, event, "no rule for `unfold` of other than four dims")
         return

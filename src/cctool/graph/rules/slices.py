@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cctool.graph.execution import Event
-from cctool.graph.ledger import Ledger, canonical, compact, varying
-from cctool.graph.rules.layers import equal_pieces
+from cctool.graph.ledger import FIXED, Ledger, canonical, compact, constant, varying
+from cctool.graph.rules.arithmetic import combine
+from cctool.graph.rules.layers import equal_pieces, opaque
 from cctool.graph.rules.shapes import line, replay
+from cctool.graph.trace import argument
 from cctool.graph.widths import Width
 
 EQUAL_PIECES = "the pieces have different widths: after a cut they would be split elsewhere"
@@ -63,6 +66,15 @@ def pieces(ledger: Ledger, event: Event) -> None:
         start += result.shape[dim]
 
 
+def glu(ledger: Ledger, event: Event) -> None:
+    """`glu`: one half is multiplied with a function of the other, position by position."""
+    ids = ledger.of(argument(event, "input"))
+    dim = argument(event, "dim", -1) % ids.ndim
+    if dim in varying(ids):
+        ids = _first_piece(ledger, ids, dim, ids.shape[dim] // 2)
+    ledger.set(event.result, compact(ids).expand(event.result.shape))
+
+
 def unbind(ledger: Ledger, event: Event) -> None:
     """`unbind`, `select`: fixed positions along channels freeze them."""
     dim = event.kwargs.get("dim", event.args[1] if len(event.args) > 1 else 0)
@@ -78,24 +90,66 @@ def narrow(ledger: Ledger, event: Event) -> None:
     ids = ledger.of(event.args[0])
     whole = [slice(None)] * (dim % ids.ndim)
     stop = length if int(start) == 0 else int(start) + int(length)
-    _index(ledger, event, ids, (*whole, slice(start if isinstance(start, Width) else int(start), stop)))
+    span = slice(start if isinstance(start, Width) else int(start), stop)
+    ledger.set(event.result, _picked(ledger, ids, (*whole, span), event.result.shape))
 
 
 def getitem(ledger: Ledger, event: Event) -> None:
     """Indexing: a slice that is one of equal pieces ties them, other positions along channels freeze them."""
-    index = event.args[1]
-    _index(ledger, event, ledger.of(event.args[0]), index if isinstance(index, tuple) else (index,))
+    index = event.args[1] if isinstance(event.args[1], tuple) else (event.args[1],)
+    ids = ledger.of(event.args[0])
+    if _is_plain(index) or not varying(ids):
+        ledger.set(event.result, _picked(ledger, ids, index, event.result.shape))
+    else:
+        _fancy(ledger, event, ids, index)
 
 
-def _index(ledger: Ledger, event: Event, ids: Tensor, index: tuple[Any, ...]) -> None:
+def _is_plain(index: tuple[Any, ...]) -> bool:
+    return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in index)
+
+
+def setitem(ledger: Ledger, event: Event) -> None:
+    """`x[index] = value`: what is written goes together with what is overwritten."""
+    target, index, value = event.args
+    index = index if isinstance(index, tuple) else (index,)
+    ids = ledger.of(target)
+    if ledger.name(target) is not None:
+        opaque(ledger, event, "a parameter or buffer is written to")
+    elif _is_plain(index):
+        shape = torch.empty(target.shape, device="meta")[index].shape
+        _write(ledger, _picked(ledger, ids, index, shape), value)
+    elif len(index) == 1 and isinstance(index[0], Tensor) and index[0].shape == target.shape:
+        # a mask of its shape: position by position, but a tensor's values would be counted off
+        combine(ledger, [ids, ledger.of(index[0])], target.shape)
+        _write(ledger, constant(FIXED, ()), value)
+    else:
+        opaque(ledger, event, "an index tensor says where to write")
+
+
+def copy(ledger: Ledger, event: Event) -> None:
+    """`x.copy_(y)`: x has the channels of y; where x is part of another tensor, it keeps its own as well."""
+    target, value = event.args[:2]
+    if ledger.name(target) is not None:
+        opaque(ledger, event, "a parameter or buffer is written to")
+    elif target._is_view() or target.shape != value.shape:
+        _write(ledger, ledger.of(target), value)
+    else:
+        ledger.set(target, ledger.of(value))
+
+
+def _write(ledger: Ledger, ids: Tensor, value: Any) -> None:
+    if isinstance(value, Tensor) and (value.numel() > 1 or ledger.known(value)):
+        given = ledger.of(value)
+        while given.ndim > ids.ndim:
+            given = given.squeeze(0)
+        combine(ledger, [ids, given.reshape([1] * (ids.ndim - given.ndim) + list(given.shape))], ids.shape)
+
+
+def _picked(ledger: Ledger, ids: Tensor, index: tuple[Any, ...], shape: torch.Size) -> Tensor:
+    """Ids of `x[index]`, of that shape, for numbers and slices."""
     moving, dim = varying(ids), 0
     if not moving:
-        ledger.set(event.result, compact(ids).reshape(-1)[:1].squeeze(0).expand(event.result.shape))
-        return
-    plain = all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in index)
-    if not plain:
-        _fancy(ledger, event, ids, index)
-        return
+        return compact(ids).reshape(-1)[:1].squeeze(0).expand(shape)
     consumed = sum(item is not None and item is not Ellipsis for item in index)
     picks: list[Any] = []
     for item in index:
@@ -107,13 +161,15 @@ def _index(ledger: Ledger, event: Event, ids: Tensor, index: tuple[Any, ...]) ->
             item = slice(None) if isinstance(item, slice) else (item if dim in moving else 0)
             dim += 1
         picks.append(item)
-    ledger.set(event.result, compact(ids)[tuple(picks)].expand(event.result.shape))
+    return compact(ids)[tuple(picks)].expand(shape)
 
 
 def _cut_by_index(ledger: Ledger, ids: Tensor, dim: int, item: int | slice) -> Tensor:
     size = ids.shape[dim]
     if isinstance(item, int):
-        ledger.freeze(ids, "single channels are picked by their number")
+        _freeze_up_to(
+            ledger, ids, dim, [item + 1 if item >= 0 else item], "single channels are picked by their number"
+        )
         return ids
     start, stop, step = item.indices(size)
     width = len(range(start, stop, step))
@@ -121,11 +177,26 @@ def _cut_by_index(ledger: Ledger, ids: Tensor, dim: int, item: int | slice) -> T
         return ids
     if step == 1 and _bounds_move(ledger, ids, dim, item):
         return ids.narrow(dim, start, width)
-    if step == 1 and width and size % width == 0 and start % width == 0:
+    if step == 1 and width > 1 and size % width == 0 and start % width == 0:
         first = _first_piece(ledger, ids, dim, width)
         return first.expand([width if d == dim else n for d, n in enumerate(ids.shape)])
-    ledger.freeze(ids, f"channels {start}:{stop}:{step} are sliced out by number")
+    reason = f"channels {start}:{stop}:{step} are sliced out by number"
+    if step == 1 and width and not isinstance(item.start, Width) and not isinstance(item.stop, Width):
+        _freeze_up_to(ledger, ids, dim, [item.start, item.stop], reason)
+    else:
+        ledger.freeze(ids, reason)
     return ids[tuple([slice(None)] * dim + [item])]
+
+
+def _freeze_up_to(ledger: Ledger, ids: Tensor, dim: int, bounds: Sequence[int | None], reason: str) -> None:
+    """Freeze what lies before a bound, or behind one that counts from the end: the bound stays right."""
+    size = ids.shape[dim]
+    for bound in bounds:
+        if isinstance(bound, Width):
+            ledger.freeze(ids, reason)
+        elif bound is not None and bound != 0 and bound < size:
+            length = min(abs(bound), size)
+            ledger.freeze(ids.narrow(dim, 0 if bound > 0 else size - length, length), reason)
 
 
 def _bounds_move(ledger: Ledger, ids: Tensor, dim: int, item: slice) -> bool:
