@@ -98,7 +98,8 @@ def test_a_unit_that_overshoots_gives_way_to_one_that_fits(
     if first and limit - single[0] > 0.005 * dense:
         before = cost(ordered.counts(first - 1))
         single += [before - prices[number] for number in set(ordered.owners[first:].tolist())]
-    assert found.chosen.cost == max(value for value in single if value <= limit)
+    # one exchange is sure, further ones may land nearer still
+    assert max(value for value in single if value <= limit) <= found.chosen.cost <= limit
 
 
 def test_rounded_widths_give_way_a_grain_at_a_time() -> None:

@@ -16,6 +16,7 @@ __all__ = ["Reached", "Trial", "fewest_removed", "sketch"]
 
 _NEAR = 0.005
 _MOST_OTHERS = 24
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ def fewest_removed(
 ) -> Reached:
     """Find the smallest number of units whose removal brings the cost to the limit or below.
 
-    Where the last of them overshoots the limit by more than a two-hundredth, the next unit of another family
-    (or as many as rounding takes at a time) goes in its place, if that lands nearer.
+    Where the last of them overshoots the limit by more than a two-hundredth of the dense cost, the next unit
+    of another family (or as many as rounding takes at a time) goes in its place, or a few such, if that
+    lands nearer.
 
     Args:
         ordered: the units that may go, from the first to the last.
@@ -97,24 +99,36 @@ def fewest_removed(
         else:
             high = middle
     counts: Mapping[int, int] = ordered.counts(high.removed)
-    if limit - high.cost > _NEAR * dense:
-        for other in _others(ordered, low.removed, grains or {}):
-            trial = seen(high.removed, other)
+    base = ordered.counts(low.removed)
+    for _ in range(_ROUNDS):
+        if limit - high.cost <= _NEAR * dense:
+            break
+        above: dict[int, int] | None = None
+        lowest = low.cost
+        for other in _others(ordered, low.removed, base, grains or {}):
+            trial = seen(sum(ordered.sizes.values()) - sum(other.values()), other)
             if high.cost < trial.cost <= limit:
                 high, counts = trial, other
+            elif limit < trial.cost < lowest:
+                above, lowest = other, trial.cost
+        if above is None:
+            break
+        # nearest of those that still cost too much: one step more may do
+        base = above
     return Reached(counts, high, low, tuple(trials))
 
 
-def _others(ordered: Order, removed: int, grains: Mapping[int, int]) -> Iterator[dict[int, int]]:
-    """Counts with one step more gone than the first `removed` units: that of each family which comes next."""
+def _others(
+    ordered: Order, removed: int, before: Mapping[int, int], grains: Mapping[int, int]
+) -> Iterator[dict[int, int]]:
+    """Counts with one step more gone than `before`, of each family that comes after the first `removed`."""
     ahead = ordered.owners[removed + 1 :].tolist()
-    before = ordered.counts(removed)
     least = ordered.counts(len(ordered.owners))
     for number in list(dict.fromkeys(ahead))[:_MOST_OTHERS]:
         grain = grains.get(number, 1)
         fewer = (math.ceil(before[number] / grain) - 1) * grain
         if fewer >= least[number]:
-            yield before | {number: fewer}
+            yield {**before, number: fewer}
 
 
 def sketch(model: nn.Module, plan: CutPlan) -> nn.Module:
