@@ -9,8 +9,11 @@ from hook_oracle import HALF, distinct
 from test_toy_networks import Net, conv, head
 from torch import Tensor, nn
 
+from cctool.graph.channels import couple
+from cctool.pruning import masked
 from cctool.pruning.masked import MaskedCalls, run
 from cctool.pruning.prune import plan_thinning, thin
+from cctool.pruning.selection import Selection
 from cctool.pruning.surgery import mask
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -88,3 +91,25 @@ def test_a_number_that_hides_a_width_is_blamed_by_what_comes_out() -> None:
     assert [(f.name, f.kept) for f in result.report.families] == [("a", 8), ("b", 3)]
     (note,) = result.report.notes
     assert note.startswith("a keeps its width: cut and masked outputs differ by")
+
+
+def test_large_linear_layers_are_widened_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 7), nn.ReLU(), nn.Linear(7, 3, bias=False)
+    )
+    inputs = (torch.randn(4, 6),)
+    graph = couple(model, inputs)
+    kept = tuple(torch.arange(family.units) % 2 == 0 for family in graph.families)
+    selection = Selection(kept, {})
+
+    def outputs() -> torch.Tensor:
+        return run(model, inputs, MaskedCalls(model, graph, selection, wide=True))[0]
+
+    whole = outputs()
+    assert whole.dtype == torch.float64
+    for large in (8, 40, 60):
+        monkeypatch.setattr(masked, "_LARGE", large)
+        assert torch.allclose(outputs(), whole, rtol=1e-12, atol=0)
+    with torch.no_grad():
+        assert not torch.allclose(whole.float(), model(*inputs))

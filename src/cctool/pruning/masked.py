@@ -24,6 +24,7 @@ from cctool.pruning.surgery import named_tensors, places_removed, zeroed
 Function = Callable[..., Any]
 Places = Mapping[str, Sequence[tuple[int, Tensor]]]
 
+_LARGE = 1 << 24  # elements of a weight
 _READS_ONLY = frozenset(
     {"shape", "size", "dim", "ndim", "numel", "device", "is_floating_point", "requires_grad"}
 )
@@ -87,6 +88,8 @@ class MaskedCalls:
         self.ordinals[name] += 1
         if name in _READS_ONLY:
             return function(*args, **kwargs)
+        if self.wide and name == "linear" and len(args) > 1 and args[1].numel() > _LARGE:
+            return self._by_rows(function, *args, **kwargs)
         args = tuple(self._replaced(value) for value in args)
         kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
         if self.wide and name == "dtype":
@@ -115,6 +118,22 @@ class MaskedCalls:
         if type(value) in (tuple, list):
             return type(value)(self._replaced(item) for item in value)
         return value
+
+    def _by_rows(self, function: Function, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A linear layer some rows at a time: a large weight in float64 would dwarf the network itself."""
+        name = self.names.get(id(weight), "")
+        values = self.values.get(name, weight).detach()
+        pieces = []
+        height = max(1, _LARGE // values.shape[1] // 4)
+        for start in range(0, len(values), height):
+            rows = values[start : start + height].double()
+            for dim, indices in self.places.get(name, ()):
+                if dim == 0:
+                    indices = indices[(indices >= start) & (indices < start + height)] - start
+                rows.index_fill_(dim, indices.to(rows.device), 0)
+            pieces.append(function(self._replaced(x), rows))
+        result = torch.cat(pieces, dim=-1)
+        return result if bias is None else result + self._replaced(bias)
 
     def _masked(self, name: str, tensor: Tensor) -> Tensor:
         value = self.values.get(name, tensor).detach()
