@@ -24,7 +24,7 @@ from cctool.pruning.surgery import named_tensors, places_removed, zeroed
 Function = Callable[..., Any]
 Places = Mapping[str, Sequence[tuple[int, Tensor]]]
 
-_LARGE = 1 << 24  # elements of a weight
+_LARGE = 1 << 22  # elements of a weight
 _READS_ONLY = frozenset(
     {"shape", "size", "dim", "ndim", "numel", "device", "is_floating_point", "requires_grad"}
 )
