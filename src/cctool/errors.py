@@ -26,6 +26,7 @@ A message is one line: the value, what is allowed, and the way out. For example:
 
 __all__ = [
     "ArchitectureError",
+    "BitstreamError",
     "CctoolError",
     "CheckpointError",
     "CorruptCheckpointError",
@@ -37,6 +38,7 @@ __all__ = [
     "QuantizationError",
     "SpecError",
     "TrainingError",
+    "TransformError",
     "UnsafeCheckpointError",
     "UsageError",
     "UserCodeError",
@@ -97,6 +99,14 @@ class PruningError(CctoolError):
 
 class QuantizationError(CctoolError):
     """A tensor or layer cannot be taken by the quantization method asked for."""
+
+
+class TransformError(CctoolError):
+    """A layer or feature map cannot be taken by the transform asked for."""
+
+
+class BitstreamError(CctoolError):
+    """A coded stream is truncated or altered, or claims more than it holds."""
 
 
 class ExportError(CctoolError):

@@ -47,8 +47,21 @@ def _register() -> None:
     from cctool.cli.prune import prune
     from cctool.cli.quantize import quantize
     from cctool.cli.train import train
+    from cctool.cli.transform import transform
 
-    for command in (train, distill, evaluate, prune, quantize, analyze, export, compare, models, datasets):
+    for command in (
+        train,
+        distill,
+        evaluate,
+        prune,
+        quantize,
+        transform,
+        analyze,
+        export,
+        compare,
+        models,
+        datasets,
+    ):
         app.command()(guarded(command))
 
 

@@ -1,0 +1,1 @@
+"""Bitstreams: sparse exponential-Golomb codes of integers."""

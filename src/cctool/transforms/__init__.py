@@ -1,0 +1,1 @@
+"""DCT, DST, DFT and wavelets; layers that live in their domains; the codec of feature maps."""
