@@ -1,0 +1,101 @@
+"""Layers of ours in the place of an architecture's: the `swap` edit, and what every such layer can do.
+
+A swapped layer computes its ``weight`` from what it stores (coefficients, frequencies). Whatever must see
+ordinary layers (coupling channels, counting, exporting) works on a network whose swapped layers are set
+aside (`plain.py`); a cut that was planned there is carried over by `SwappedLayer.taken`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from pydantic import JsonValue
+from torch import Tensor, nn
+
+from cctool.checkpoint.spec import Edit, ModelSpec
+
+__all__ = ["Swap", "SwapKind", "SwappedLayer", "swapped_layers", "with_swaps"]
+
+
+class Swap(Edit):
+    """One module that is replaced by a layer of ours.
+
+    Attributes:
+        layer: name of the layer in the table of swaps.
+        arguments: of the layer, validated by its own record.
+    """
+
+    kind: Literal["swap"] = "swap"
+    layer: str
+    arguments: dict[str, JsonValue] = {}
+
+
+class Cut(Protocol):
+    """Indices of one dim that stay, ascending, of ``size`` that there were."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def keep(self) -> Tensor: ...
+
+
+class SwappedLayer(nn.Module):
+    """Base of the layers that take an architecture's layer's place."""
+
+    @abstractmethod
+    def swap(self, module: str) -> Swap:
+        """The edit that makes this layer, as it is now, out of the architecture's (thinned) layer."""
+
+    @abstractmethod
+    def plain(self) -> nn.Module | None:
+        """The ordinary layer that computes the same, its weight a new parameter.
+
+        Returns:
+            None where there is none, as for layers that compute with complex numbers.
+        """
+
+    @abstractmethod
+    def taken(self, cuts: Mapping[str, Sequence[Cut]]) -> SwappedLayer:
+        """What is left of this layer once its plain one was cut.
+
+        Args:
+            cuts: of the plain layer's tensors by their own names, ``weight`` and ``bias``.
+
+        Raises:
+            TransformError: if this layer cannot be cut so.
+        """
+
+
+@dataclass(frozen=True)
+class SwapKind:
+    """One kind of swapped layer.
+
+    Attributes:
+        build: (the architecture's layer, arguments) -> the layer in its place, its parameters where those of
+            the architecture's are (the meta device while a file is loaded), their values to be assigned.
+            Raises SpecError where the arguments do not fit the layer, before anything is allocated.
+    """
+
+    build: Callable[[nn.Module, Mapping[str, Any]], nn.Module]
+
+
+def swapped_layers(model: nn.Module) -> dict[str, SwappedLayer]:
+    """Swapped layers by qualified name, shared ones under their first."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SwappedLayer)}
+
+
+def with_swaps(spec: ModelSpec, model: nn.Module) -> ModelSpec:
+    """The spec whose swap edits are those of ``model``, whatever it said of swaps before.
+
+    Swapped modules that are no `SwappedLayer` (activations of complex networks) keep their edits.
+    """
+    layers = swapped_layers(model)
+    others = tuple(
+        edit for edit in spec.edits if edit.get("kind") != "swap" or edit.get("module") not in layers
+    )
+    edits = tuple(layer.swap(name) for name, layer in layers.items())
+    return spec.model_copy(update={"edits": others}).with_edits(edits)
