@@ -290,11 +290,8 @@ def preset_options(
     values = (PRESETS[preset] if preset is not None else {}) | given
     target = values.pop("target", TransformTarget.WEIGHTS)
     kernel = values.pop("kernel", "dct")
-    chosen, other = (WeightOptions, FeatureOptions)
-    if target is TransformTarget.FEATURES:
-        chosen, other = other, chosen
-    fields = chosen.__dataclass_fields__
-    foreign = [name for name in values if name not in fields]
+    chosen = FeatureOptions if target is TransformTarget.FEATURES else WeightOptions
+    foreign = [name for name in values if name not in chosen.__dataclass_fields__]
     if foreign:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
         raise UsageError(f"{names}: not for --target {target}")

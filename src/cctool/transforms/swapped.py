@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
 from cctool.checkpoint.spec import Edit, ModelSpec
@@ -30,7 +30,7 @@ class Swap(Edit):
 
     kind: Literal["swap"] = "swap"
     layer: str
-    arguments: dict[str, JsonValue] = {}
+    arguments: dict[str, JsonValue] = Field(default={})
 
 
 class Cut(Protocol):
