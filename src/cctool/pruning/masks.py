@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Protocol
 
@@ -17,6 +16,7 @@ from cctool.checkpoint.masks import masks_of
 from cctool.errors import PruningError, UsageError
 from cctool.graph.channels import ChannelGraph, couple
 from cctool.graph.ledger import Role
+from cctool.options.patterns import refuse_unmatched
 from cctool.options.prune import Granularity, PruneMethod, PruneOptions, Scope
 from cctool.options.prune_parts import Pattern
 from cctool.pruning.followers import followers
@@ -247,11 +247,7 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
         UsageError: a pattern matches no parameter or module of the model.
     """
     known = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_modules()}
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in known):
-            near = get_close_matches(pattern, sorted(known), n=3, cutoff=0.4)
-            hint = f"; near: {', '.join(near)}" if near else "; `cctool analyze` lists the names"
-            raise UsageError(f"pattern {pattern!r} matches no parameter or module{hint}")
+    refuse_unmatched(patterns, known, "parameter or module")
     return {
         name
         for name, _, _ in weights_of(model)
