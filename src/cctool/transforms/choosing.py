@@ -1,0 +1,104 @@
+"""Which coefficients stay: those of most energy, those above a threshold, or the lowest frequencies.
+
+In an orthonormal basis the squared error of the weight is the sum of the squares of the coefficients that went,
+so that the largest ones are the best choice. Where the basis functions b_j are of different length, as those of
+biorthogonal wavelets, coefficients are compared by what they add to the weight, ``|s_j| * ||b_j||``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cctool.transforms.axes import TransformedAxis, coefficient_norms, count, segments
+from cctool.transforms.coefficients import CoefficientLayer
+
+__all__ = ["above", "corner", "largest", "magnitudes"]
+
+
+def magnitudes(layer: CoefficientLayer) -> Tensor:
+    """What each coefficient adds to the weight, of the coefficients' shape, float64, on the CPU."""
+    sizes = layer.coefficients.detach().cpu().double().abs()
+    for axis in layer.arguments.axes:
+        norms = coefficient_norms(axis)
+        if norms is not None:
+            sizes *= norms.view([-1 if dim == axis.dim else 1 for dim in range(sizes.dim())])
+    return sizes
+
+
+def largest(sizes: Mapping[str, Tensor], keep: float, *, together: bool = False) -> dict[str, Tensor]:
+    """Keep the largest coefficients, exactly so many, but one of each layer at least.
+
+    Args:
+        sizes: from `magnitudes`, by layer.
+        keep: share that stays, in (0, 1]; rounded down to whole coefficients.
+        together: whether layers compete with each other.
+
+    Returns:
+        Masks of the layers' shapes, True stays; of equal coefficients the first stay.
+    """
+    if not together:
+        return {name: _largest({name: size}, keep)[name] for name, size in sizes.items()}
+    return _largest(sizes, keep)
+
+
+def _largest(sizes: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:
+    flat = torch.cat([size.flatten() for size in sizes.values()])
+    start = 0
+    for size in sizes.values():
+        flat[start + int(size.argmax())] = math.inf
+        start += size.numel()
+    order = flat.argsort(descending=True, stable=True)
+    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask[order[: max(len(sizes), _whole(keep * len(flat)))]] = True
+    parts = mask.split([size.numel() for size in sizes.values()])
+    return {name: part.view(size.shape) for part, (name, size) in zip(parts, sizes.items(), strict=True)}
+
+
+def above(sizes: Tensor, threshold: float) -> Tensor:
+    """Keep what is at least ``threshold``, and the largest in any case; a mask, True stays."""
+    mask = sizes >= threshold
+    mask.view(-1)[sizes.argmax()] = True
+    return mask
+
+
+def corner(axes: Sequence[TransformedAxis], keep: float) -> tuple[int, ...]:
+    """A box of the lowest frequencies, the same share of each axis as far as whole numbers go.
+
+    Args:
+        axes: transformed axes of one weight, all of their coefficients kept.
+        keep: share of the coefficients that the box may hold, in (0, 1].
+
+    Returns:
+        For each axis how many coefficients of a block stay; no box one larger along an axis is within the share,
+        unless it holds a single coefficient of a block already.
+    """
+    limit = _whole(keep * math.prod(count(axis) for axis in axes))
+    share = keep ** (1 / len(axes))
+    kept = [max(1, math.floor(axis.kept * share)) for axis in axes]
+    # A smaller last block rounds up.
+    while _box(axes, kept) > limit and max(kept) > 1:
+        kept[max(range(len(axes)), key=lambda i: (kept[i] > 1, kept[i] / axes[i].kept))] -= 1
+    grows = True
+    while grows:
+        grows = False
+        # The axis that is furthest behind its share goes first.
+        for i in sorted(range(len(axes)), key=lambda i: kept[i] / axes[i].kept):
+            larger = [*kept[:i], kept[i] + 1, *kept[i + 1 :]]
+            if larger[i] <= axes[i].kept and _box(axes, larger) <= limit:
+                kept, grows = larger, True
+                break
+    return tuple(kept)
+
+
+def _box(axes: Sequence[TransformedAxis], kept: Sequence[int]) -> int:
+    smaller = (axis.model_copy(update={"kept": k}) for axis, k in zip(axes, kept, strict=True))
+    return math.prod(sum(s.blocks * s.kept for s in segments(axis)) for axis in smaller)
+
+
+def _whole(number: float) -> int:
+    # 0.29 * 100 is 28.999999999999996 in floating point.
+    return math.floor(number * (1 + 1e-12) + 1e-9)
