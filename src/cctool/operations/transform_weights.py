@@ -112,9 +112,7 @@ def _check(options: TransformOptions) -> None:
     if weights.levels is not None and not kernels.is_wavelet(kernel):
         raise UsageError(f"--levels {weights.levels}: {kernel} has none; wavelets do")
     if weights.select is Select.CORNER and kernel == "identity":
-        raise UsageError(
-            "--select corner: identity has no frequencies; --select energy keeps the largest"
-        )
+        raise UsageError("--select corner: identity has no frequencies; --select energy keeps the largest")
 
 
 def _coded(
@@ -190,9 +188,7 @@ def _notes(checkpoint: Checkpoint, coded: Sequence[_Coded], options: TransformOp
         for form, n in Counter(_inner(form) for form in rounded.values()).items()
     ]
     if again:
-        notes.append(
-            f"{again} layers were transformed already: their weights were, anew"
-        )
+        notes.append(f"{again} layers were transformed already: their weights were, anew")
     if checkpoint.resume is not None:
         notes.append("the state of the optimizer belongs to the weights, and was dropped")
     blocked = any(axis.block for item in coded for axis in item.layer.arguments.axes)

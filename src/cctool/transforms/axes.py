@@ -1,10 +1,10 @@
 """One axis of a weight in a transform domain: what it is made of, and the way there and back.
 
-A weight goes into the domain axis by axis. Of an axis of ``size`` places there are ``kept`` coefficients, those
-of the lowest frequencies; with ``block``, so many of each block of that many places. For the fixed kernels
-(DCT, DST, DFT, wavelets) the basis follows from name and size; that of the KLT is made of the weight itself:
-the eigenvectors of its unfolding's Gram matrix, axis by axis, which is the higher-order SVD (De Lathauwer et
-al. 2000, "A Multilinear Singular Value Decomposition", section 3).
+A weight goes into the domain axis by axis. Of an axis of ``size`` places there are ``kept`` coefficients,
+those of the lowest frequencies; with ``block``, so many of each block of that many places. For the fixed
+kernels (DCT, DST, DFT, wavelets) the basis follows from name and size; that of the KLT is made of the weight
+itself: the eigenvectors of its unfolding's Gram matrix, axis by axis, which is the higher-order SVD (De
+Lathauwer et al. 2000, "A Multilinear Singular Value Decomposition", section 3).
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def analysed(x: Tensor, axis: TransformedAxis, basis: Tensor | None = None) -> T
     dim, parts = axis.dim, []
     for segment, place, _ in _pieces(axis):
         part = x.narrow(dim, place, segment.blocks * segment.length)
-        part = part.unflatten(dim, (segment.blocks, segment.length))
+        part = _unflattened(part, dim, segment.blocks, segment.length)
         if basis is not None:
             part = _multiplied(part, dim, _block_bases(basis, segment, place).transpose(1, 2))
         else:
@@ -146,7 +146,7 @@ def synthesised(
     dim, parts = axis.dim, []
     for segment, place, coefficient in _pieces(axis):
         part = c.narrow(dim, coefficient, segment.blocks * segment.kept)
-        part = part.unflatten(dim, (segment.blocks, segment.kept))
+        part = _unflattened(part, dim, segment.blocks, segment.kept)
         if basis is not None:
             part = _multiplied(part, dim, _block_bases(basis, segment, place))
         else:
@@ -166,16 +166,18 @@ def _levels(axis: TransformedAxis, segment: Segment) -> int:
 def _block_bases(basis: Tensor, segment: Segment, place: int) -> Tensor:
     """Bases of a segment's blocks, of shape (blocks, length, kept)."""
     rows = basis.narrow(0, place, segment.blocks * segment.length)
-    return rows.unflatten(0, (segment.blocks, segment.length))[..., : segment.kept]
+    return _unflattened(rows, 0, segment.blocks, segment.length)[..., : segment.kept]
 
 
 def _multiplied(part: Tensor, dim: int, matrices: Tensor) -> Tensor:
     """Multiply block b along ``dim`` + 1 by matrix b; (..., blocks, m, ...) and (blocks, n, m)."""
     moved = part.movedim((dim, dim + 1), (0, 1))
     product = matrices.to(part.dtype) @ moved.flatten(2)
-    return (
-        product.unflatten(2, moved.shape[2:]).movedim((0, 1), (dim, dim + 1)) if moved.dim() > 2 else product
-    )
+    return product.reshape(*product.shape[:2], *moved.shape[2:]).movedim((0, 1), (dim, dim + 1))
+
+
+def _unflattened(x: Tensor, dim: int, *sizes: int) -> Tensor:
+    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
 
 
 def narrowed(c: Tensor, axis: TransformedAxis, kept: int) -> tuple[Tensor, TransformedAxis]:
@@ -190,7 +192,7 @@ def narrowed(c: Tensor, axis: TransformedAxis, kept: int) -> tuple[Tensor, Trans
     parts = []
     for (segment, _, coefficient), (left, _, _) in zip(_pieces(axis), _pieces(smaller), strict=True):
         part = c.narrow(axis.dim, coefficient, segment.blocks * segment.kept)
-        part = part.unflatten(axis.dim, (segment.blocks, segment.kept)).narrow(axis.dim + 1, 0, left.kept)
+        part = _unflattened(part, axis.dim, segment.blocks, segment.kept).narrow(axis.dim + 1, 0, left.kept)
         parts.append(part.flatten(axis.dim, axis.dim + 1))
     return torch.cat(parts, axis.dim), smaller
 
@@ -209,7 +211,7 @@ def klt_basis(x: Tensor, axis: TransformedAxis) -> Tensor:
     basis = flat.new_zeros(axis.size, axis.kept)
     for segment, place, _ in _pieces(axis):
         stop = place + segment.blocks * segment.length
-        blocks = flat[place:stop].unflatten(0, (segment.blocks, segment.length))
+        blocks = _unflattened(flat[place:stop], 0, segment.blocks, segment.length)
         vectors = torch.linalg.eigh(blocks @ blocks.transpose(1, 2)).eigenvectors.flip(2)[..., : segment.kept]
         # Eigenvectors have no sign of their own: the largest entry is positive.
         largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
@@ -232,9 +234,10 @@ def coefficient_norms(axis: TransformedAxis) -> Tensor | None:
 def _segment_norms(axis: TransformedAxis, segment: Segment) -> Tensor:
     levels, norms = _levels(axis, segment), []
     # The whole matrix of a long axis would be large.
-    for chunk in torch.arange(segment.kept).split(_CHUNK):
-        units = torch.zeros(len(chunk), segment.kept, dtype=torch.float64)
-        units[torch.arange(len(chunk)), chunk] = 1
+    for start in range(0, segment.kept, _CHUNK):
+        stop = min(start + _CHUNK, segment.kept)
+        units = torch.zeros(stop - start, segment.kept, dtype=torch.float64)
+        units.diagonal(start).fill_(1)
         functions = kernels.inverse(units, axis.kernel, size=segment.length, levels=levels)
         norms.append(torch.linalg.vector_norm(functions, dim=1))
     return torch.cat(norms)

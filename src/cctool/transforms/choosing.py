@@ -1,8 +1,8 @@
 """Which coefficients stay: those of most energy, those above a threshold, or the lowest frequencies.
 
-In an orthonormal basis the squared error of the weight is the sum of the squares of the coefficients that went,
-so that the largest ones are the best choice. Where the basis functions b_j are of different length, as those of
-biorthogonal wavelets, coefficients are compared by what they add to the weight, ``|s_j| * ||b_j||``.
+In an orthonormal basis the squared error of the weight is the sum of the squares of the coefficients that
+went, so that the largest ones are the best choice. Where the basis functions b_j are of different length, as
+those of biorthogonal wavelets, coefficients are compared by what they add to the weight, ``|s_j| * ||b_j||``.
 """
 
 from __future__ import annotations
@@ -54,8 +54,11 @@ def _largest(sizes: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:
     order = flat.argsort(descending=True, stable=True)
     mask = torch.zeros(len(flat), dtype=torch.bool)
     mask[order[: max(len(sizes), _whole(keep * len(flat)))]] = True
-    parts = mask.split([size.numel() for size in sizes.values()])
-    return {name: part.view(size.shape) for part, (name, size) in zip(parts, sizes.items(), strict=True)}
+    masks, start = {}, 0
+    for name, size in sizes.items():
+        masks[name] = mask[start : start + size.numel()].view(size.shape)
+        start += size.numel()
+    return masks
 
 
 def above(sizes: Tensor, threshold: float) -> Tensor:
@@ -73,8 +76,8 @@ def corner(axes: Sequence[TransformedAxis], keep: float) -> tuple[int, ...]:
         keep: share of the coefficients that the box may hold, in (0, 1].
 
     Returns:
-        For each axis how many coefficients of a block stay; no box one larger along an axis is within the share,
-        unless it holds a single coefficient of a block already.
+        For each axis how many coefficients of a block stay, one at least; no box that is one larger along an
+        axis is within the share.
     """
     limit = _whole(keep * math.prod(count(axis) for axis in axes))
     share = keep ** (1 / len(axes))

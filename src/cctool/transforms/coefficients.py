@@ -72,8 +72,8 @@ class CoefficientLayer(SwappedLayer):
             the size of the weight.
         arguments: how the axes are transformed.
 
-    Buffers ``basis_D`` hold the basis of a KLT, of shape (size, kept), and ``rows_D`` the places of axis D that
-    are left after channels were cut, int32.
+    Buffers ``basis_D`` hold the basis of a KLT, of shape (size, kept), and ``rows_D`` the places of axis D
+    that are left after channels were cut, int32.
     """
 
     ordinary: type[nn.Module]
@@ -125,7 +125,8 @@ class CoefficientLayer(SwappedLayer):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self.cache.clear()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def reset_parameters(self) -> None:
         """Initialise as the ordinary layer does."""
@@ -207,7 +208,7 @@ class CoefficientLayer(SwappedLayer):
         return f"{super().extra_repr()}, coefficients=({', '.join(parts)})"
 
 
-class CoefficientLinear(CoefficientLayer, nn.Linear):  # type: ignore[misc]
+class CoefficientLinear(CoefficientLayer, nn.Linear):  # type: ignore[misc,override]
     """A linear layer, W = B_out S B_in^T."""
 
     ordinary = nn.Linear
@@ -217,7 +218,7 @@ class CoefficientLinear(CoefficientLayer, nn.Linear):  # type: ignore[misc]
             setattr(self, ("out_features", "in_features")[cut.dim], len(cut.keep))
 
 
-class CoefficientConv2d(CoefficientLayer, nn.Conv2d):  # type: ignore[misc]
+class CoefficientConv2d(CoefficientLayer, nn.Conv2d):  # type: ignore[misc,override]
     """A convolution; its weight's axes are (out, in / groups, height, width)."""
 
     ordinary = nn.Conv2d

@@ -14,9 +14,9 @@ __all__ = ["WeightCache"]
 class WeightCache:
     """Holds one weight for evaluations; copies and files of its layer begin with an empty one.
 
-    A weight is only kept where no gradients are recorded for it. It counts as current as long as its sources are the
-    same memory and were not changed in place; what is written through ``.data`` is seen by nobody, so that
-    `clear` is called where layers change between training and evaluation.
+    A weight is only kept where no gradients are recorded for it. It counts as current as long as its sources
+    are the same memory and were not changed in place; what is written through ``.data`` is seen by nobody, so
+    that `clear` is called where layers change between training and evaluation.
     """
 
     def __init__(self) -> None:
