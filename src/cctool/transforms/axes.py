@@ -26,12 +26,14 @@ __all__ = [
     "Segment",
     "TransformedAxis",
     "analysed",
+    "basis_matrix",
     "coefficient_norms",
     "count",
-    "klt_basis",
+    "is_orthonormal",
     "narrowed",
-    "segments",
+    "pieces",
     "synthesised",
+    "unflattened",
 ]
 
 KLT = "klt"
@@ -96,7 +98,7 @@ def count(axis: TransformedAxis) -> int:
     return sum(segment.blocks * segment.kept for segment in segments(axis))
 
 
-def _pieces(axis: TransformedAxis) -> Iterator[tuple[Segment, int, int]]:
+def pieces(axis: TransformedAxis) -> Iterator[tuple[Segment, int, int]]:
     """Segments with the place and the coefficient that each begins at."""
     place = coefficient = 0
     for segment in segments(axis):
@@ -117,9 +119,9 @@ def analysed(x: Tensor, axis: TransformedAxis, basis: Tensor | None = None) -> T
         Of `count` along that dim.
     """
     dim, parts = axis.dim, []
-    for segment, place, _ in _pieces(axis):
+    for segment, place, _ in pieces(axis):
         part = x.narrow(dim, place, segment.blocks * segment.length)
-        part = _unflattened(part, dim, segment.blocks, segment.length)
+        part = unflattened(part, dim, segment.blocks, segment.length)
         if basis is not None:
             part = _multiplied(part, dim, _block_bases(basis, segment, place).transpose(1, 2))
         else:
@@ -144,9 +146,9 @@ def synthesised(
         Of ``axis.size``, or the number of ``rows``, along that dim.
     """
     dim, parts = axis.dim, []
-    for segment, place, coefficient in _pieces(axis):
+    for segment, place, coefficient in pieces(axis):
         part = c.narrow(dim, coefficient, segment.blocks * segment.kept)
-        part = _unflattened(part, dim, segment.blocks, segment.kept)
+        part = unflattened(part, dim, segment.blocks, segment.kept)
         if basis is not None:
             part = _multiplied(part, dim, _block_bases(basis, segment, place))
         else:
@@ -166,7 +168,7 @@ def _levels(axis: TransformedAxis, segment: Segment) -> int:
 def _block_bases(basis: Tensor, segment: Segment, place: int) -> Tensor:
     """Bases of a segment's blocks, of shape (blocks, length, kept)."""
     rows = basis.narrow(0, place, segment.blocks * segment.length)
-    return _unflattened(rows, 0, segment.blocks, segment.length)[..., : segment.kept]
+    return unflattened(rows, 0, segment.blocks, segment.length)[..., : segment.kept]
 
 
 def _multiplied(part: Tensor, dim: int, matrices: Tensor) -> Tensor:
@@ -176,7 +178,8 @@ def _multiplied(part: Tensor, dim: int, matrices: Tensor) -> Tensor:
     return product.reshape(*product.shape[:2], *moved.shape[2:]).movedim((0, 1), (dim, dim + 1))
 
 
-def _unflattened(x: Tensor, dim: int, *sizes: int) -> Tensor:
+def unflattened(x: Tensor, dim: int, *sizes: int) -> Tensor:
+    """Split one dim into several."""
     return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
 
 
@@ -190,33 +193,35 @@ def narrowed(c: Tensor, axis: TransformedAxis, kept: int) -> tuple[Tensor, Trans
     """
     smaller = axis.model_copy(update={"kept": kept})
     parts = []
-    for (segment, _, coefficient), (left, _, _) in zip(_pieces(axis), _pieces(smaller), strict=True):
+    for (segment, _, coefficient), (left, _, _) in zip(pieces(axis), pieces(smaller), strict=True):
         part = c.narrow(axis.dim, coefficient, segment.blocks * segment.kept)
-        part = _unflattened(part, axis.dim, segment.blocks, segment.kept).narrow(axis.dim + 1, 0, left.kept)
+        part = unflattened(part, axis.dim, segment.blocks, segment.kept).narrow(axis.dim + 1, 0, left.kept)
         parts.append(part.flatten(axis.dim, axis.dim + 1))
     return torch.cat(parts, axis.dim), smaller
 
 
-def klt_basis(x: Tensor, axis: TransformedAxis) -> Tensor:
-    """Orthonormal columns per block, of most energy first: eigenvectors of the unfolding's Gram matrix.
+def basis_matrix(
+    axis: TransformedAxis, like: Tensor, basis: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """The basis functions of an axis as columns.
 
     Args:
-        x: the weight, of ``axis.size`` along ``axis.dim``.
-        axis: how it is transformed; the basis has its ``kept`` columns.
+        axis: how it is transformed.
+        like: gives type and device.
+        basis: of the KLT.
+        rows: places that are left; None is all.
 
     Returns:
-        Of shape (size, kept), of the weight's type; the columns that a smaller last block lacks are zero.
+        Of shape (places, `count`).
     """
-    flat = x.detach().movedim(axis.dim, 0).flatten(1).double()
-    basis = flat.new_zeros(axis.size, axis.kept)
-    for segment, place, _ in _pieces(axis):
-        stop = place + segment.blocks * segment.length
-        blocks = _unflattened(flat[place:stop], 0, segment.blocks, segment.length)
-        vectors = torch.linalg.eigh(blocks @ blocks.transpose(1, 2)).eigenvectors.flip(2)[..., : segment.kept]
-        # Eigenvectors have no sign of their own: the largest entry is positive.
-        largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-        basis[place:stop, : segment.kept] = (vectors * largest.sign()).flatten(0, 1)
-    return basis.to(x.dtype)
+    units = torch.eye(count(axis), dtype=like.dtype, device=like.device)
+    return synthesised(units, axis.model_copy(update={"dim": 0}), basis, rows)
+
+
+def is_orthonormal(axis: TransformedAxis) -> bool:
+    """Whether the basis functions are orthogonal and of length 1."""
+    wavelet = "haar" if axis.kernel == "dwt" else axis.kernel
+    return not kernels.is_wavelet(axis.kernel) or bool(pywt.Wavelet(wavelet).orthogonal)
 
 
 def coefficient_norms(axis: TransformedAxis) -> Tensor | None:
@@ -225,8 +230,7 @@ def coefficient_norms(axis: TransformedAxis) -> Tensor | None:
     Returns:
         Of shape (`count`,), float64, on the CPU; None where all are 1.
     """
-    wavelet = "haar" if axis.kernel == "dwt" else axis.kernel
-    if not kernels.is_wavelet(axis.kernel) or pywt.Wavelet(wavelet).orthogonal:
+    if is_orthonormal(axis):
         return None
     return torch.cat([_segment_norms(axis, segment).repeat(segment.blocks) for segment in segments(axis)])
 
