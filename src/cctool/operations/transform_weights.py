@@ -6,10 +6,8 @@ select -> plain weight -> coefficients per axis -> corner | mask -> swap edits, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-
-from torch import Tensor
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
@@ -25,13 +23,14 @@ from cctool.operations.transform_weights_report import (
     coded_layer_report,
     layer_bytes,
 )
-from cctool.options.prune_choices import Scope
 from cctool.options.transform import TransformOptions, WeightOptions
 from cctool.options.transform_choices import Select
 from cctool.transforms import kernels
-from cctool.transforms.axes import TransformedAxis
-from cctool.transforms.choosing import above, corner, largest, magnitudes
-from cctool.transforms.coefficients import CoefficientLayer, Coefficients, coefficient_layer
+from cctool.transforms.axes import KLT, TransformedAxis
+from cctool.transforms.choosing import chosen
+from cctool.transforms.coefficient_building import coefficient_layer
+from cctool.transforms.coefficients import CoefficientLayer, Coefficients
+from cctool.transforms.klt import MAX_LENGTH
 from cctool.transforms.selection import Selected, SkippedLayer, select_layers, transformed_axes
 from cctool.transforms.swap import put_in_place
 from cctool.transforms.swapped import with_swaps
@@ -112,9 +111,7 @@ def _check(options: TransformOptions) -> None:
     if weights.levels is not None and not kernels.is_wavelet(kernel):
         raise UsageError(f"--levels {weights.levels}: {kernel} has none; wavelets do")
     if weights.select is Select.CORNER and kernel == "identity":
-        raise UsageError(
-            "--select corner: identity has no frequencies; --select energy keeps the largest"
-        )
+        raise UsageError("--select corner: identity has no frequencies; --select energy keeps the largest")
 
 
 def _coded(
@@ -134,17 +131,20 @@ def _coded(
             where = f"{weights.axes or 'channel and spatial'} axes of size 1"
             untouched.append(SkippedLayer(item.names[0], f"it has only {where}"))
             continue
-        axes = _cornered(axes, weights)
+        reason = _too_long(axes)
+        if reason:
+            untouched.append(SkippedLayer(item.names[0], reason))
+            continue
         layer = coefficient_layer(item.plain, Coefficients(axes=axes))
         coded.append(_Coded(item, layer, item.plain.weight.numel()))
     return coded, untouched
 
 
-def _cornered(axes: tuple[TransformedAxis, ...], weights: WeightOptions) -> tuple[TransformedAxis, ...]:
-    if weights.select is not Select.CORNER or weights.keep is None:
-        return axes
-    kept = corner(axes, weights.keep)
-    return tuple(axis.model_copy(update={"kept": k}) for axis, k in zip(axes, kept, strict=True))
+def _too_long(axes: Sequence[TransformedAxis]) -> str:
+    lengths = [axis.length for axis in axes if axis.kernel == KLT and axis.length > MAX_LENGTH]
+    if not lengths:
+        return ""
+    return f"klt of {lengths[0]:,} channels at once takes too long; --block {MAX_LENGTH // 8} takes fewer"
 
 
 def _with_layers(checkpoint: Checkpoint, coded: Sequence[_Coded], weights: WeightOptions) -> Checkpoint:
@@ -153,26 +153,11 @@ def _with_layers(checkpoint: Checkpoint, coded: Sequence[_Coded], weights: Weigh
     for item in coded:
         item.layer.train(item.selected.layer.training)
         put_in_place(model, item.name, item.layer)
-    masks = {
-        f"{name}.coefficients": mask
-        for name, mask in _masks({item.name: item.layer for item in coded}, weights).items()
-        if not bool(mask.all())
-    }
-    add_masks(model, masks)
+    masks = chosen({item.name: item.layer for item in coded}, weights)
+    add_masks(model, {f"{name}.coefficients": mask for name, mask in masks.items()})
     stored = {name: form for name, form in checkpoint.stored.items() if not _belongs(name, coded)}
     spec = with_masks(with_swaps(checkpoint.spec, model), model)
     return replace(checkpoint, spec=spec, stored=stored, resume=None)
-
-
-def _masks(layers: Mapping[str, CoefficientLayer], weights: WeightOptions) -> dict[str, Tensor]:
-    if weights.select is Select.CORNER:
-        return {}
-    if weights.threshold is not None:
-        return {name: above(magnitudes(layer), weights.threshold) for name, layer in layers.items()}
-    if weights.keep is None or weights.keep == 1:
-        return {}
-    sizes = {name: magnitudes(layer) for name, layer in layers.items()}
-    return largest(sizes, weights.keep, together=weights.scope is Scope.GLOBAL)
 
 
 def _belongs(tensor: str, coded: Sequence[_Coded]) -> bool:
@@ -190,9 +175,7 @@ def _notes(checkpoint: Checkpoint, coded: Sequence[_Coded], options: TransformOp
         for form, n in Counter(_inner(form) for form in rounded.values()).items()
     ]
     if again:
-        notes.append(
-            f"{again} layers were transformed already: their weights were, anew"
-        )
+        notes.append(f"{again} layers were transformed already: their weights were, anew")
     if checkpoint.resume is not None:
         notes.append("the state of the optimizer belongs to the weights, and was dropped")
     blocked = any(axis.block for item in coded for axis in item.layer.arguments.axes)

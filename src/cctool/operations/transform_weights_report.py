@@ -134,7 +134,7 @@ def coded_layer_report(
 def _described(axis: TransformedAxis, dims: int) -> str:
     block = "" if axis.block is None else f" by {axis.block}"
     levels = "" if axis.levels is None else f" L{axis.levels}"
-    corner = "" if axis.kept == axis.length else f" lowest {axis.kept}"
+    corner = "" if axis.kept == axis.length else f" first {axis.kept}"
     return f"{_AXES[dims][axis.dim]}{block}{levels}{corner}"
 
 

@@ -1,10 +1,10 @@
 """One axis of a weight in a transform domain: what it is made of, and the way there and back.
 
-A weight goes into the domain axis by axis. Of an axis of ``size`` places there are ``kept`` coefficients, those
-of the lowest frequencies; with ``block``, so many of each block of that many places. For the fixed kernels
-(DCT, DST, DFT, wavelets) the basis follows from name and size; that of the KLT is made of the weight itself:
-the eigenvectors of its unfolding's Gram matrix, axis by axis, which is the higher-order SVD (De Lathauwer et
-al. 2000, "A Multilinear Singular Value Decomposition", section 3).
+A weight goes into the domain axis by axis. Of an axis of ``size`` places there are ``kept`` coefficients,
+those of the lowest frequencies; with ``block``, so many of each block of that many places. For the fixed
+kernels (DCT, DST, DFT, wavelets) the basis follows from name and size; that of the KLT is made of the weight
+itself: the eigenvectors of its unfolding's Gram matrix, axis by axis, which is the higher-order SVD (De
+Lathauwer et al. 2000, "A Multilinear Singular Value Decomposition", section 3).
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ __all__ = [
     "Segment",
     "TransformedAxis",
     "analysed",
+    "basis_matrix",
     "coefficient_norms",
     "count",
-    "klt_basis",
+    "is_orthonormal",
     "narrowed",
-    "segments",
+    "pieces",
     "synthesised",
+    "unflattened",
 ]
 
 KLT = "klt"
@@ -96,7 +98,7 @@ def count(axis: TransformedAxis) -> int:
     return sum(segment.blocks * segment.kept for segment in segments(axis))
 
 
-def _pieces(axis: TransformedAxis) -> Iterator[tuple[Segment, int, int]]:
+def pieces(axis: TransformedAxis) -> Iterator[tuple[Segment, int, int]]:
     """Segments with the place and the coefficient that each begins at."""
     place = coefficient = 0
     for segment in segments(axis):
@@ -117,9 +119,9 @@ def analysed(x: Tensor, axis: TransformedAxis, basis: Tensor | None = None) -> T
         Of `count` along that dim.
     """
     dim, parts = axis.dim, []
-    for segment, place, _ in _pieces(axis):
+    for segment, place, _ in pieces(axis):
         part = x.narrow(dim, place, segment.blocks * segment.length)
-        part = part.unflatten(dim, (segment.blocks, segment.length))
+        part = unflattened(part, dim, segment.blocks, segment.length)
         if basis is not None:
             part = _multiplied(part, dim, _block_bases(basis, segment, place).transpose(1, 2))
         else:
@@ -144,9 +146,9 @@ def synthesised(
         Of ``axis.size``, or the number of ``rows``, along that dim.
     """
     dim, parts = axis.dim, []
-    for segment, place, coefficient in _pieces(axis):
+    for segment, place, coefficient in pieces(axis):
         part = c.narrow(dim, coefficient, segment.blocks * segment.kept)
-        part = part.unflatten(dim, (segment.blocks, segment.kept))
+        part = unflattened(part, dim, segment.blocks, segment.kept)
         if basis is not None:
             part = _multiplied(part, dim, _block_bases(basis, segment, place))
         else:
@@ -166,16 +168,19 @@ def _levels(axis: TransformedAxis, segment: Segment) -> int:
 def _block_bases(basis: Tensor, segment: Segment, place: int) -> Tensor:
     """Bases of a segment's blocks, of shape (blocks, length, kept)."""
     rows = basis.narrow(0, place, segment.blocks * segment.length)
-    return rows.unflatten(0, (segment.blocks, segment.length))[..., : segment.kept]
+    return unflattened(rows, 0, segment.blocks, segment.length)[..., : segment.kept]
 
 
 def _multiplied(part: Tensor, dim: int, matrices: Tensor) -> Tensor:
     """Multiply block b along ``dim`` + 1 by matrix b; (..., blocks, m, ...) and (blocks, n, m)."""
     moved = part.movedim((dim, dim + 1), (0, 1))
     product = matrices.to(part.dtype) @ moved.flatten(2)
-    return (
-        product.unflatten(2, moved.shape[2:]).movedim((0, 1), (dim, dim + 1)) if moved.dim() > 2 else product
-    )
+    return product.reshape(*product.shape[:2], *moved.shape[2:]).movedim((0, 1), (dim, dim + 1))
+
+
+def unflattened(x: Tensor, dim: int, *sizes: int) -> Tensor:
+    """Split one dim into several."""
+    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
 
 
 def narrowed(c: Tensor, axis: TransformedAxis, kept: int) -> tuple[Tensor, TransformedAxis]:
@@ -188,33 +193,35 @@ def narrowed(c: Tensor, axis: TransformedAxis, kept: int) -> tuple[Tensor, Trans
     """
     smaller = axis.model_copy(update={"kept": kept})
     parts = []
-    for (segment, _, coefficient), (left, _, _) in zip(_pieces(axis), _pieces(smaller), strict=True):
+    for (segment, _, coefficient), (left, _, _) in zip(pieces(axis), pieces(smaller), strict=True):
         part = c.narrow(axis.dim, coefficient, segment.blocks * segment.kept)
-        part = part.unflatten(axis.dim, (segment.blocks, segment.kept)).narrow(axis.dim + 1, 0, left.kept)
+        part = unflattened(part, axis.dim, segment.blocks, segment.kept).narrow(axis.dim + 1, 0, left.kept)
         parts.append(part.flatten(axis.dim, axis.dim + 1))
     return torch.cat(parts, axis.dim), smaller
 
 
-def klt_basis(x: Tensor, axis: TransformedAxis) -> Tensor:
-    """Orthonormal columns per block, of most energy first: eigenvectors of the unfolding's Gram matrix.
+def basis_matrix(
+    axis: TransformedAxis, like: Tensor, basis: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """The basis functions of an axis as columns.
 
     Args:
-        x: the weight, of ``axis.size`` along ``axis.dim``.
-        axis: how it is transformed; the basis has its ``kept`` columns.
+        axis: how it is transformed.
+        like: gives type and device.
+        basis: of the KLT.
+        rows: places that are left; None is all.
 
     Returns:
-        Of shape (size, kept), of the weight's type; the columns that a smaller last block lacks are zero.
+        Of shape (places, `count`).
     """
-    flat = x.detach().movedim(axis.dim, 0).flatten(1).double()
-    basis = flat.new_zeros(axis.size, axis.kept)
-    for segment, place, _ in _pieces(axis):
-        stop = place + segment.blocks * segment.length
-        blocks = flat[place:stop].unflatten(0, (segment.blocks, segment.length))
-        vectors = torch.linalg.eigh(blocks @ blocks.transpose(1, 2)).eigenvectors.flip(2)[..., : segment.kept]
-        # Eigenvectors have no sign of their own: the largest entry is positive.
-        largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-        basis[place:stop, : segment.kept] = (vectors * largest.sign()).flatten(0, 1)
-    return basis.to(x.dtype)
+    units = torch.eye(count(axis), dtype=like.dtype, device=like.device)
+    return synthesised(units, axis.model_copy(update={"dim": 0}), basis, rows)
+
+
+def is_orthonormal(axis: TransformedAxis) -> bool:
+    """Whether the basis functions are orthogonal and of length 1."""
+    wavelet = "haar" if axis.kernel == "dwt" else axis.kernel
+    return not kernels.is_wavelet(axis.kernel) or bool(pywt.Wavelet(wavelet).orthogonal)
 
 
 def coefficient_norms(axis: TransformedAxis) -> Tensor | None:
@@ -223,8 +230,7 @@ def coefficient_norms(axis: TransformedAxis) -> Tensor | None:
     Returns:
         Of shape (`count`,), float64, on the CPU; None where all are 1.
     """
-    wavelet = "haar" if axis.kernel == "dwt" else axis.kernel
-    if not kernels.is_wavelet(axis.kernel) or pywt.Wavelet(wavelet).orthogonal:
+    if is_orthonormal(axis):
         return None
     return torch.cat([_segment_norms(axis, segment).repeat(segment.blocks) for segment in segments(axis)])
 
@@ -232,9 +238,10 @@ def coefficient_norms(axis: TransformedAxis) -> Tensor | None:
 def _segment_norms(axis: TransformedAxis, segment: Segment) -> Tensor:
     levels, norms = _levels(axis, segment), []
     # The whole matrix of a long axis would be large.
-    for chunk in torch.arange(segment.kept).split(_CHUNK):
-        units = torch.zeros(len(chunk), segment.kept, dtype=torch.float64)
-        units[torch.arange(len(chunk)), chunk] = 1
+    for start in range(0, segment.kept, _CHUNK):
+        stop = min(start + _CHUNK, segment.kept)
+        units = torch.zeros(stop - start, segment.kept, dtype=torch.float64)
+        units.diagonal(start).fill_(1)
         functions = kernels.inverse(units, axis.kernel, size=segment.length, levels=levels)
         norms.append(torch.linalg.vector_norm(functions, dim=1))
     return torch.cat(norms)

@@ -1,8 +1,8 @@
 """Which coefficients stay: those of most energy, those above a threshold, or the lowest frequencies.
 
-In an orthonormal basis the squared error of the weight is the sum of the squares of the coefficients that went,
-so that the largest ones are the best choice. Where the basis functions b_j are of different length, as those of
-biorthogonal wavelets, coefficients are compared by what they add to the weight, ``|s_j| * ||b_j||``.
+In an orthonormal basis the squared error of the weight is the sum of the squares of the coefficients that
+went, so that the largest ones are the best choice. Where the basis functions b_j are of different length, as
+those of biorthogonal wavelets, coefficients are compared by what they add to the weight, ``|s_j| * ||b_j||``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,71 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cctool.transforms.axes import TransformedAxis, coefficient_norms, count, segments
+from cctool.options.prune_choices import Scope
+from cctool.options.transform import WeightOptions
+from cctool.options.transform_choices import Select
+from cctool.transforms.axes import KLT, TransformedAxis, coefficient_norms, count, narrowed
 from cctool.transforms.coefficients import CoefficientLayer
+from cctool.transforms.klt import KltChoice, klt_choice, used
 
-__all__ = ["above", "corner", "largest", "magnitudes"]
+__all__ = ["above", "chosen", "corner", "largest", "magnitudes"]
+
+
+def chosen(layers: Mapping[str, CoefficientLayer], weights: WeightOptions) -> dict[str, Tensor]:
+    """Leave out coefficients as the options say: layers lose them where a box of them stays.
+
+    Args:
+        layers: with all of their coefficients, by name; narrowed in place.
+        weights: the options.
+
+    Returns:
+        Masks of the coefficients by layer, True stays; none where all that a layer has left stay.
+    """
+    if weights.threshold is None and weights.keep in (None, 1):
+        return {}
+    adaptive = {name: layer for name, layer in layers.items() if _is_klt(layer)}
+    fixed = {name: layer for name, layer in layers.items() if name not in adaptive}
+    masks = _chosen_adaptive(adaptive, weights) | _chosen_fixed(fixed, weights)
+    return {name: mask for name, mask in masks.items() if not bool(mask.all())}
+
+
+def _is_klt(layer: CoefficientLayer) -> bool:
+    return any(axis.kernel == KLT for axis in layer.arguments.axes)
+
+
+def _chosen_fixed(layers: Mapping[str, CoefficientLayer], weights: WeightOptions) -> dict[str, Tensor]:
+    keep = 1.0 if weights.keep is None else weights.keep
+    if not layers:
+        return {}
+    if weights.select is Select.CORNER:
+        for layer in layers.values():
+            layer.narrow(corner(layer.arguments.axes, keep))
+        return {}
+    sizes = {name: magnitudes(layer) for name, layer in layers.items()}
+    if weights.threshold is not None:
+        return {name: above(size, weights.threshold) for name, size in sizes.items()}
+    return largest(sizes, keep, together=weights.scope is Scope.GLOBAL)
+
+
+def _chosen_adaptive(layers: Mapping[str, CoefficientLayer], weights: WeightOptions) -> dict[str, Tensor]:
+    """Of layers with a basis of their own only those columns stay that some coefficient uses."""
+    found = {name: (magnitudes(layer), layer.arguments.axes) for name, layer in layers.items()}
+    masks: dict[str, Tensor] = {}
+    if weights.threshold is not None:
+        above_it = {name: above(sizes, weights.threshold) for name, (sizes, _) in found.items()}
+        choices = {name: KltChoice(used(mask, found[name][1]), mask) for name, mask in above_it.items()}
+    else:
+        keep = 1.0 if weights.keep is None else weights.keep
+        box, together = weights.select is Select.CORNER, weights.scope is Scope.GLOBAL
+        groups = [found] if together else [{name: layer} for name, layer in found.items()]
+        choices = {k: v for group in groups if group for k, v in klt_choice(group, keep, box=box).items()}
+    for name, choice in choices.items():
+        mask = choice.mask
+        for axis, kept in zip(layers[name].arguments.axes, choice.kept, strict=True):
+            mask = None if mask is None else narrowed(mask, axis, kept)[0]
+        layers[name].narrow(choice.kept)
+        masks |= {} if mask is None else {name: mask}
+    return masks
 
 
 def magnitudes(layer: CoefficientLayer) -> Tensor:
@@ -54,8 +115,11 @@ def _largest(sizes: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:
     order = flat.argsort(descending=True, stable=True)
     mask = torch.zeros(len(flat), dtype=torch.bool)
     mask[order[: max(len(sizes), _whole(keep * len(flat)))]] = True
-    parts = mask.split([size.numel() for size in sizes.values()])
-    return {name: part.view(size.shape) for part, (name, size) in zip(parts, sizes.items(), strict=True)}
+    masks, start = {}, 0
+    for name, size in sizes.items():
+        masks[name] = mask[start : start + size.numel()].view(size.shape)
+        start += size.numel()
+    return masks
 
 
 def above(sizes: Tensor, threshold: float) -> Tensor:
@@ -73,8 +137,8 @@ def corner(axes: Sequence[TransformedAxis], keep: float) -> tuple[int, ...]:
         keep: share of the coefficients that the box may hold, in (0, 1].
 
     Returns:
-        For each axis how many coefficients of a block stay; no box one larger along an axis is within the share,
-        unless it holds a single coefficient of a block already.
+        For each axis how many coefficients of a block stay, one at least; no box that is one larger along an
+        axis is within the share.
     """
     limit = _whole(keep * math.prod(count(axis) for axis in axes))
     share = keep ** (1 / len(axes))
@@ -96,7 +160,7 @@ def corner(axes: Sequence[TransformedAxis], keep: float) -> tuple[int, ...]:
 
 def _box(axes: Sequence[TransformedAxis], kept: Sequence[int]) -> int:
     smaller = (axis.model_copy(update={"kept": k}) for axis, k in zip(axes, kept, strict=True))
-    return math.prod(sum(s.blocks * s.kept for s in segments(axis)) for axis in smaller)
+    return math.prod(map(count, smaller))
 
 
 def _whole(number: float) -> int:

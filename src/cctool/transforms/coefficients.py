@@ -13,14 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cctool.checkpoint.masks import drop_masks, mask_name, masks_of
 from cctool.checkpoint.spec import Record
-from cctool.errors import CorruptCheckpointError, SpecError, TransformError, UsageError
+from cctool.errors import TransformError, UsageError
 from cctool.transforms import kernels
-from cctool.transforms.axes import KLT, TransformedAxis, analysed, count, klt_basis, synthesised
+from cctool.transforms.axes import KLT, TransformedAxis, analysed, count, narrowed, synthesised
+from cctool.transforms.projected import Beside, factored, projected, projection_pays
 from cctool.transforms.swapped import Cut, Swap, SwappedLayer
 from cctool.transforms.weight_cache import WeightCache
 
@@ -29,19 +31,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COEFFICIENT",
+    "PARAMETER",
     "CoefficientConv2d",
     "CoefficientLayer",
     "CoefficientLinear",
     "Coefficients",
-    "build_coefficients",
-    "check_coefficients",
-    "coefficient_layer",
+    "basis_name",
+    "remade",
+    "rows_name",
 ]
 
 COEFFICIENT = "coefficient"
 """Name of these layers in the table of swaps."""
 
-_NAME = "coefficients"
+PARAMETER = "coefficients"
+"""Name of the parameter that holds them."""
 
 
 class Coefficients(Record):
@@ -59,7 +63,8 @@ class Coefficients(Record):
                 kernels.check_kernel(axis.kernel, klt=True)
             except UsageError as error:
                 raise ValueError(str(error)) from None
-            if axis.kept > axis.length:
+            # The basis of a KLT loses rows with channels that are cut, and keeps its columns.
+            if axis.kept > axis.length and (axis.kernel != KLT or axis.block is not None):
                 raise ValueError(f"dim {axis.dim} keeps {axis.kept} coefficients of {axis.length}")
         return self
 
@@ -72,8 +77,8 @@ class CoefficientLayer(SwappedLayer):
             the size of the weight.
         arguments: how the axes are transformed.
 
-    Buffers ``basis_D`` hold the basis of a KLT, of shape (size, kept), and ``rows_D`` the places of axis D that
-    are left after channels were cut, int32.
+    Buffers ``basis_D`` hold the basis of a KLT, of shape (size, kept), and ``rows_D`` the places of axis D
+    that are left after channels were cut, int32.
     """
 
     ordinary: type[nn.Module]
@@ -85,13 +90,16 @@ class CoefficientLayer(SwappedLayer):
     @property
     def weight(self) -> Tensor:
         """The weight, of the ordinary layer's shape; computed anew wherever gradients are recorded."""
-        beside = (tensor for axis in self.arguments.axes for tensor in self._beside(axis))
-        sources = [self.coefficients, *(tensor for tensor in beside if tensor is not None)]
-        return self.cache.get(self._synthesised, sources)
+        return self.cache.get(self._synthesised, self._sources())
 
-    def _beside(self, axis: TransformedAxis) -> tuple[Tensor | None, Tensor | None]:
+    def _sources(self) -> list[Tensor]:
+        """What the weight is made of."""
+        beside = (tensor for axis in self.arguments.axes for tensor in self._beside(axis))
+        return [self.coefficients, *(tensor for tensor in beside if tensor is not None)]
+
+    def _beside(self, axis: TransformedAxis) -> Beside:
         """Basis and rows of an axis."""
-        return self._buffers.get(_basis(axis)), self._buffers.get(_rows(axis))
+        return self._buffers.get(basis_name(axis)), self._buffers.get(rows_name(axis))
 
     def _synthesised(self) -> Tensor:
         stored = self.coefficients
@@ -112,9 +120,9 @@ class CoefficientLayer(SwappedLayer):
         """
         found = weight
         for axis in self.arguments.axes:
-            found = analysed(found, axis, self._buffers.get(_basis(axis)))
+            found = analysed(found, axis, self._buffers.get(basis_name(axis)))
         self.coefficients.copy_(found)
-        mask = self._buffers.get(mask_name(_NAME))
+        mask = self._buffers.get(mask_name(PARAMETER))
         if mask is not None:
             self.coefficients.masked_fill_(mask.logical_not(), 0)
 
@@ -125,7 +133,8 @@ class CoefficientLayer(SwappedLayer):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self.cache.clear()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def reset_parameters(self) -> None:
         """Initialise as the ordinary layer does."""
@@ -137,20 +146,37 @@ class CoefficientLayer(SwappedLayer):
             )
         self.set_weight(cast(Tensor, fresh.weight))
 
+    def narrow(self, kept: Sequence[int]) -> None:
+        """Keep fewer coefficients of each block of an axis, those of the lowest frequencies or most energy.
+
+        Args:
+            kept: for each axis in turn, at most what it keeps.
+        """
+        values, axes = self.coefficients.detach(), []
+        for axis, fewer in zip(self.arguments.axes, kept, strict=True):
+            values, smaller = narrowed(values, axis, fewer)
+            axes.append(smaller)
+            basis = self._buffers.get(basis_name(axis))
+            if basis is not None:
+                self._buffers[basis_name(axis)] = basis[:, :fewer].clone()
+        self.coefficients = nn.Parameter(values.clone(), requires_grad=self.coefficients.requires_grad)
+        self.arguments = Coefficients(axes=tuple(axes))
+        self.cache.clear()
+
     def swap(self, module: str) -> Swap:
         """The edit that makes this layer out of the architecture's."""
         return Swap(module=module, layer=COEFFICIENT, arguments=self.arguments.model_dump(mode="json"))
 
     def plain(self) -> nn.Module:
         """The ordinary layer with the present weight as its parameter; the bias is shared."""
-        layer = _remade(self, self.ordinary)
+        layer = remade(self, self.ordinary)
         held = vars(layer)
         del held["arguments"], held["cache"]
-        if _NAME in masks_of(layer):
-            drop_masks(layer, [_NAME])
-        del layer._parameters[_NAME]
+        if PARAMETER in masks_of(layer):
+            drop_masks(layer, [PARAMETER])
+        del layer._parameters[PARAMETER]
         for axis in self.arguments.axes:
-            for name in (_basis(axis), _rows(axis)):
+            for name in (basis_name(axis), rows_name(axis)):
                 layer._buffers.pop(name, None)
         weight = nn.Parameter(self.weight.detach().clone(), requires_grad=self.coefficients.requires_grad)
         # In the order of the ordinary layer, whose state dict begins with the weight.
@@ -163,7 +189,7 @@ class CoefficientLayer(SwappedLayer):
         Axes that are not transformed lose coefficients; of the transformed ones all stay, and a buffer says
         which places are left, or the basis of a KLT loses them.
         """
-        layer = _remade(self, type(self))
+        layer = remade(self, type(self))
         layer.cache = WeightCache()
         for cut in cuts.get("weight", ()):
             layer._take(cut)
@@ -183,17 +209,17 @@ class CoefficientLayer(SwappedLayer):
         if axis is None:
             kept = self.coefficients.detach().index_select(cut.dim, keep)
             self.coefficients = nn.Parameter(kept, requires_grad=self.coefficients.requires_grad)
-            mask = self._buffers.get(mask_name(_NAME))
+            mask = self._buffers.get(mask_name(PARAMETER))
             if mask is not None:
-                self._buffers[mask_name(_NAME)] = mask.index_select(cut.dim, keep.to(mask.device))
+                self._buffers[mask_name(PARAMETER)] = mask.index_select(cut.dim, keep.to(mask.device))
             return
         basis, rows = self._beside(axis)
         if basis is not None and axis.block is None:
-            self._buffers[_basis(axis)] = basis.index_select(0, keep)
+            self._buffers[basis_name(axis)] = basis.index_select(0, keep)
             changed = axis.model_copy(update={"size": len(keep)})
         else:
             places = torch.arange(axis.size, device=keep.device) if rows is None else rows
-            self._buffers[_rows(axis)] = places[keep].to(torch.int32)
+            self._buffers[rows_name(axis)] = places[keep].to(torch.int32)
             changed = axis.model_copy(update={"rows": True})
         axes = tuple(changed if item is axis else item for item in self.arguments.axes)
         self.arguments = Coefficients.model_construct(axes=axes)
@@ -207,17 +233,38 @@ class CoefficientLayer(SwappedLayer):
         return f"{super().extra_repr()}, coefficients=({', '.join(parts)})"
 
 
-class CoefficientLinear(CoefficientLayer, nn.Linear):  # type: ignore[misc]
+class CoefficientLinear(CoefficientLayer, nn.Linear):  # type: ignore[misc,override]
     """A linear layer, W = B_out S B_in^T."""
 
     ordinary = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Map (..., in_features) to (..., out_features)."""
+        shape, axes = (self.out_features, self.in_features), self.arguments.axes
+        if self.cache.serves(self._sources()) or not projection_pays(
+            axes, shape, input.numel() // self.in_features
+        ):
+            return F.linear(input, self.weight, self.bias)
+        return projected(input, self.coefficients, axes, self._all_beside(), self.bias)
+
+    def factored(self) -> nn.Sequential | None:
+        """Plain linear layers one after the other that compute the same, with fewer numbers than the weight.
+
+        Returns:
+            None where the weight itself has the fewest.
+        """
+        stored, shape = self.coefficients.detach(), (self.out_features, self.in_features)
+        return factored(stored, self.arguments.axes, self._all_beside(), self.bias, shape)
+
+    def _all_beside(self) -> dict[int, Beside]:
+        return {axis.dim: self._beside(axis) for axis in self.arguments.axes}
 
     def _fit_attributes(self, cuts: Sequence[Cut]) -> None:
         for cut in cuts:
             setattr(self, ("out_features", "in_features")[cut.dim], len(cut.keep))
 
 
-class CoefficientConv2d(CoefficientLayer, nn.Conv2d):  # type: ignore[misc]
+class CoefficientConv2d(CoefficientLayer, nn.Conv2d):  # type: ignore[misc,override]
     """A convolution; its weight's axes are (out, in / groups, height, width)."""
 
     ordinary = nn.Conv2d
@@ -235,23 +282,20 @@ class CoefficientConv2d(CoefficientLayer, nn.Conv2d):  # type: ignore[misc]
         self.in_channels = width * self.groups
 
 
-_CLASSES: dict[type[nn.Module], type[CoefficientLayer]] = {
-    nn.Linear: CoefficientLinear,
-    nn.Conv2d: CoefficientConv2d,
-}
-
 _Kind = TypeVar("_Kind", bound=nn.Module)
 
 
-def _basis(axis: TransformedAxis) -> str:
+def basis_name(axis: TransformedAxis) -> str:
+    """Name of the buffer that holds the basis of a KLT."""
     return f"basis_{axis.dim}"
 
 
-def _rows(axis: TransformedAxis) -> str:
+def rows_name(axis: TransformedAxis) -> str:
+    """Name of the buffer that says which places of an axis are left."""
     return f"rows_{axis.dim}"
 
 
-def _remade(layer: nn.Module, kind: type[_Kind]) -> _Kind:
+def remade(layer: nn.Module, kind: type[_Kind]) -> _Kind:
     """A module of another class with all that a layer holds: hooks, buffers, marks of masks."""
     made = kind.__new__(kind)
     held = dict(vars(layer))
@@ -262,96 +306,3 @@ def _remade(layer: nn.Module, kind: type[_Kind]) -> _Kind:
     }
     vars(made).update(held | containers)
     return made
-
-
-def coefficient_layer(layer: nn.Module, arguments: Coefficients) -> CoefficientLayer:
-    """A layer that computes what ``layer`` does, as far as the kept coefficients allow.
-
-    Args:
-        layer: exactly an `nn.Linear` or `nn.Conv2d`; it stays as it is. Where its weight is on the meta
-            device, so are the coefficients.
-        arguments: how its axes are transformed.
-
-    Returns:
-        A layer with coefficients of its own; the bias is shared.
-
-    Raises:
-        SpecError: if the arguments do not fit the layer.
-    """
-    kind = _CLASSES.get(type(layer))
-    if kind is None:
-        raise SpecError(
-            f"swap: coefficients take the place of Linear and Conv2d, not of {type(layer).__name__}"
-        )
-    weight = cast(Tensor, layer.weight)
-    shape = _coefficient_shape(weight, arguments)
-    made = _remade(layer, kind)
-    del made._parameters["weight"]
-    made.arguments, made.cache = arguments, WeightCache()
-    made.coefficients = nn.Parameter(
-        torch.empty(shape, dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad
-    )
-    made._parameters = {_NAME: made._parameters.pop(_NAME), **made._parameters}
-    for axis in arguments.axes:
-        _register_beside(made, axis, weight)
-    if not weight.is_meta and not any(axis.rows for axis in arguments.axes):
-        made.set_weight(weight.detach())
-    return made
-
-
-def _coefficient_shape(weight: Tensor, arguments: Coefficients) -> list[int]:
-    """Shape of the coefficients, once the arguments are seen to fit and nothing of them is too large."""
-    shape = list(weight.shape)
-    for axis in arguments.axes:
-        if axis.dim >= weight.dim():
-            raise SpecError(f"swap: a weight of shape {list(weight.shape)} has no dim {axis.dim}")
-        there = weight.shape[axis.dim]
-        if axis.size < there or (axis.size > there and not axis.rows):
-            raise SpecError(f"swap: dim {axis.dim} of the weight is {there}, the edit says {axis.size}")
-        shape[axis.dim] = count(axis)
-    reached = list(shape)
-    for axis in arguments.axes:
-        # Nothing is allocated on the meta device; while a file is loaded, this asks its budget.
-        reached[axis.dim] = axis.size
-        torch.empty(reached, device="meta")
-        reached[axis.dim] = weight.shape[axis.dim]
-    return shape
-
-
-def _register_beside(layer: CoefficientLayer, axis: TransformedAxis, weight: Tensor) -> None:
-    device = torch.device("cpu") if weight.is_meta else weight.device
-    if axis.kernel == KLT:
-        # Where there are no values yet, a file brings the basis.
-        basis = torch.zeros(axis.size, axis.kept, dtype=weight.dtype, device=device)
-        if not weight.is_meta and not axis.rows:
-            basis = klt_basis(weight, axis)
-        layer.register_buffer(_basis(axis), basis)
-    if axis.rows:
-        left = weight.shape[axis.dim]
-        layer.register_buffer(_rows(axis), torch.arange(left, dtype=torch.int32, device=device))
-
-
-def build_coefficients(layer: nn.Module, arguments: Mapping[str, Any]) -> CoefficientLayer:
-    """What the swap edit builds; see `SwapKind`."""
-    try:
-        parsed = Coefficients.model_validate(arguments)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        raise SpecError(f"swap: malformed coefficients: {place}: {problem['msg']}") from None
-    return coefficient_layer(layer, parsed)
-
-
-def check_coefficients(layer: nn.Module) -> None:
-    """Refuse stored rows that lie outside their axis.
-
-    Raises:
-        CorruptCheckpointError: naming the buffer.
-    """
-    assert isinstance(layer, CoefficientLayer)
-    for axis in layer.arguments.axes:
-        rows = layer._buffers.get(_rows(axis))
-        if rows is not None and (int(rows.min()) < 0 or int(rows.max()) >= axis.size):
-            raise CorruptCheckpointError(
-                f"{_rows(axis)} names places that the axis of {axis.size} does not have"
-            )

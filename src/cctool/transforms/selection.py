@@ -145,7 +145,8 @@ def transformed_axes(
     Returns:
         None of them where the axes asked for have size 1.
     """
-    channel, spatial = (0, 1), tuple(range(2, weight.dim()))
+    channel: tuple[int, ...] = (0, 1)
+    spatial = tuple(range(2, weight.dim()))
     if weight.dim() == 2 or axes is Axes.CHANNEL:
         dims = channel
     elif axes is Axes.BOTH:

@@ -8,7 +8,8 @@ from torch import nn
 
 from cctool.checkpoint.tables import EditKind
 from cctool.errors import SpecError
-from cctool.transforms.coefficients import COEFFICIENT, build_coefficients, check_coefficients
+from cctool.transforms.coefficient_building import build_coefficients, check_coefficients
+from cctool.transforms.coefficients import COEFFICIENT
 from cctool.transforms.swapped import Swap, SwapKind
 
 __all__ = ["SWAP", "SWAPS", "put_in_place"]

@@ -14,9 +14,9 @@ __all__ = ["WeightCache"]
 class WeightCache:
     """Holds one weight for evaluations; copies and files of its layer begin with an empty one.
 
-    A weight is only kept where no gradients are recorded for it. It counts as current as long as its sources are the
-    same memory and were not changed in place; what is written through ``.data`` is seen by nobody, so that
-    `clear` is called where layers change between training and evaluation.
+    A weight is only kept where no gradients are recorded for it. It counts as current as long as its sources
+    are the same memory and were not changed in place; what is written through ``.data`` is seen by nobody, so
+    that `clear` is called where layers change between training and evaluation.
     """
 
     def __init__(self) -> None:
@@ -36,14 +36,18 @@ class WeightCache:
             compute: makes it.
             sources: what it is made of.
         """
-        recorded = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        if recorded or torch.compiler.is_compiling() or any(map(_untracked, sources)):
+        if not self.serves(sources):
             return compute()
         key = (torch.is_inference_mode_enabled(), *map(_state, sources))
         if self._weight is None or key != self._key:
             self._weight, self._key = compute(), key
             self._sources = [source.detach() for source in sources]
         return self._weight
+
+    def serves(self, sources: Sequence[Tensor]) -> bool:
+        """Whether a weight made of these is kept for the next time."""
+        recorded = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        return not recorded and not torch.compiler.is_compiling() and not any(map(_untracked, sources))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
         return WeightCache()
