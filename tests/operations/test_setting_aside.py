@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from procedure_toys import Listening, context, digits
+from procedure_toys import Listening, context
 from swapped_toys import HalfConv2d, HalfLinear, network, swapped, toy_tables
 from torch import nn
 
@@ -210,7 +210,7 @@ def test_single_coefficients_are_masked_and_nothing_else_of_them_is() -> None:
 
 def test_masking_channels_of_coefficients_is_refused() -> None:
     coded = swapped(network("lenet"), *LENET)
-    with pytest.raises(PruningError, match="--mask cannot mask the channels of .* --exclude"):
+    with pytest.raises(PruningError, match=r"--mask cannot mask the channels of .* --exclude"):
         pruned(coded, options(mask=True))
 
 

@@ -15,9 +15,9 @@ from cctool.copying import copied
 from cctool.errors import ArchitectureError
 from cctool.graph import cost
 from cctool.operations.context import Context
-from cctool.operations.stored_cut import cut_stored
 from cctool.operations.setting_aside import forms_after, thin_copy
 from cctool.operations.sizes import measure, stored_bytes
+from cctool.operations.stored_cut import cut_stored
 from cctool.options.prune import PruneOptions
 from cctool.options.prune_parts import Quantity
 from cctool.pruning.surgery import CutPlan, named_tensors

@@ -167,7 +167,7 @@ def _apart(model: nn.Module, options: PruneOptions) -> dict[str, str]:
 
     Both those that they store, and the weight that ordinary layers in their place have.
     """
-    apart = {}
+    apart: dict[str, str] = {}
     for name, layer in swapped_layers(model).items():
         leaves = dict(layer.named_parameters(recurse=False))
         if options.granularity is not Granularity.ELEMENT:
