@@ -140,5 +140,3 @@ def _byte_tables(k: int, signed: bool) -> tuple[Words, Words]:
     codes, lengths = _split(single[both])
     joined = codes[:, 0] << lengths[:, 1] | codes[:, 1]
     return single, joined << _LENGTH_BITS | lengths.sum(1, dtype=np.uint64)
-
-

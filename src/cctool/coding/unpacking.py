@@ -197,7 +197,9 @@ def _long_codeword(halves: Integers, at: Integers, k: int, limit: int) -> tuple[
     numbers = _bits(halves, at - zeros, 38) >> (38 - np.maximum(zeros + k, 1))
     symbols = np.where(zeros == 0, 0, numbers - (1 << k) + 1)
     if (symbols > limit).any():
-        raise BitstreamError(f"symbol {symbols.max()} of the stream is above {limit}, the largest of its type")
+        raise BitstreamError(
+            f"symbol {symbols.max()} of the stream is above {limit}, the largest of its type"
+        )
     return symbols, at - np.where(zeros == 0, 1, 2 * zeros + k)
 
 
