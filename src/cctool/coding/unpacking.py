@@ -1,8 +1,8 @@
 """Decoder of the sparse exponential-Golomb code: packed bits to arrays of symbols.
 
-All blocks are decoded side by side. In each step every block looks at the window of its next bits, and a table
-says how many whole codewords the window holds and how far on that brings the block; which values they are is
-looked up later, for all windows at once. A codeword that no window holds is read by arithmetic.
+All blocks are decoded side by side. In each step every block looks at the window of its next bits, and a
+table says how many whole codewords the window holds and how far on that brings the block; which values they
+are is looked up later, for all windows at once. A codeword that no window holds is read by arithmetic.
 
 Nothing in the stream is believed: what a block claims is checked against the payload before it is read, a
 block that runs past its bits or its values is refused, and each round takes every block at least one
@@ -12,7 +12,7 @@ codeword on.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ _WINDOW = 15
 _ESCAPE = 1 << _WINDOW
 _HELD = 8  # values that one window yields at most: their bytes are one 64-bit number
 _GROUP_BLOCKS = 2048
-_GROUP_BITS = 1 << 26
+_GROUP_BITS = 1 << 27
 _LONGEST_ROUND = 64
 _PIECE = 1 << 15
 
@@ -236,7 +236,9 @@ def _long_codeword(halves: Integers, at: Integers, k: int, limit: int) -> tuple[
     numbers = _bits(halves, at - zeros, 38) >> (38 - np.maximum(zeros + k, 1))
     symbols = np.where(zeros == 0, 0, numbers - (1 << k) + 1)
     if (symbols > limit).any():
-        raise BitstreamError(f"symbol {symbols.max()} of the stream is above {limit}, the largest of its type")
+        raise BitstreamError(
+            f"symbol {symbols.max()} of the stream is above {limit}, the largest of its type"
+        )
     return symbols, at - np.where(zeros == 0, 1, 2 * zeros + k)
 
 
@@ -280,7 +282,7 @@ def _held(windows: NDArray[np.uint16], table: _Table) -> NDArray[np.uint8]:
     return octets[np.take(table.used, windows).view(np.bool_)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _table(k: int, signed: bool) -> _Table:
     """Decode every window, value by value, all windows at once."""
     size = 1 << _WINDOW
