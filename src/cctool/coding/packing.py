@@ -35,13 +35,13 @@ def pack(values: Values, k: int, *, signed: bool, block: int) -> tuple[bytes, in
         values: int8, uint8, int16 or int32 of shape (count,), contiguous, none negative unless ``signed``.
         k: order of the code, 0 to 5.
         signed: whether values are numbered 0, -1, 1, -2, 2, ... first.
-        block: values in a block, a power of two and at least 64.
+        block: values in a block, a multiple of 64.
 
     Returns:
         The bits, the first in the highest bit of the first byte, filled up with zero bits to a whole byte;
         how many bits these are; and the bits of each block, of shape (ceil(count / block),).
     """
-    step = max(block, _PIECE)
+    step = max(_PIECE // block, 1) * block
     packed: list[Words] = []
     blocks: list[NDArray[np.uint64]] = []
     carry, offset, bits = np.uint64(0), 0, 0

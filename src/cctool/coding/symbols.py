@@ -21,6 +21,7 @@ __all__ = [
     "MAX_K",
     "bits_of",
     "check_k",
+    "code_length",
     "code_lengths",
     "symbol_limit",
     "to_signed",
@@ -96,6 +97,16 @@ def code_lengths(count: int, k: int) -> Tensor:
     [1, 4, 4, 4, 4, 6]
     """
     return _lengths(torch.arange(count), k)
+
+
+def code_length(symbol: int, k: int) -> int:
+    """Bits of one symbol in the code of order ``k``.
+
+    >>> code_length(0, 3), code_length(1, 3), code_length(256, 3)
+    (1, 5, 15)
+    """
+    check_k(k)
+    return 2 * (symbol - 1 + (1 << k)).bit_length() - k if symbol else 1
 
 
 def bits_of(symbols: Tensor, k: int) -> int:
