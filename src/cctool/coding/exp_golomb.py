@@ -111,7 +111,7 @@ def check_coded(coded: Coded) -> None:
     """Refuse a count, block size or table that the payload does not bear out, before anything is allocated.
 
     Raises:
-        BitstreamError: if they contradict each other. A codeword has at least one bit and at most 66.
+        BitstreamError: if they contradict each other. A codeword has at least one bit and at most 65.
     """
     count, block, sizes = coded.count, coded.block, coded.block_bits.astype(np.int64)
     if not 1 <= block <= MAX_BLOCK:

@@ -23,7 +23,7 @@ _PIECE = 1 << 17
 # Two words of half the size can be joined without a look at their lengths.
 _HALF = 32
 _TABLE = 1 << 12
-# A table entry is codeword << 7 | length: a codeword has at most 34 digits, a length is at most 66.
+# A table entry is codeword << 7 | length: a codeword has at most 33 digits, a length is at most 65.
 _LENGTH_BITS = np.uint64(7)
 _LENGTH_MASK = np.uint64(127)
 
@@ -66,7 +66,7 @@ def pack(values: Values, k: int, *, signed: bool, block: int) -> tuple[bytes, in
 def _words(codes: Words, lengths: Words, ends: Words, offset: int) -> Words:
     """Words with every code right-aligned before its end, ``offset`` bits into the first one."""
     ends = ends + np.uint64(offset)
-    # A code has at most 34 digits of a field of up to 66: leading zeros need no place.
+    # A code has at most 33 digits of a field of up to 65: leading zeros need no place.
     fields = np.minimum(lengths, np.uint64(WORD))
     starts = ends - fields
     codes = codes << (np.uint64(WORD) - fields)
