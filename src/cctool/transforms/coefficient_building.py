@@ -105,8 +105,9 @@ def build_coefficients(layer: nn.Module, arguments: Mapping[str, Any]) -> Coeffi
         parsed = Coefficients.model_validate(arguments)
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        raise SpecError(f"swap: malformed coefficients: {place}: {problem['msg']}") from None
+        place = "".join(f"{part}." for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        raise SpecError(f"swap: malformed coefficients: {place} {message}".replace("  ", " ")) from None
     return coefficient_layer(layer, parsed)
 
 
