@@ -222,7 +222,7 @@ def _owned_by_swapped(model: nn.Module) -> dict[str, str]:
 
 
 def _explained(before: Tensor, after: Tensor, cuts: Mapping[str, Sequence[Cut]]) -> tuple[Cut, ...] | None:
-    """Which cuts of a layer's ordinary tensors, along which dims, turn one tensor into another; None: none."""
+    """Which cuts of a layer's ordinary tensors make one tensor of another; None where none do."""
     if before.dim() != after.dim():
         return None
     given = [cut for several in cuts.values() for cut in several]

@@ -83,7 +83,8 @@ def trained_taps(
         for batch in images:
             model(batch)
     model.train(was_training)
-    outgrown = {name: found for name, found in seen.items() if found.percent() > _TOLERATED}
+    worst = sorted(seen.items(), key=lambda item: -item[1].percent())
+    outgrown = {name: found for name, found in worst if found.percent() > _TOLERATED}
     now = fingerprint(model)
     for name, hook in hooks.items():
         if name not in outgrown:
@@ -94,8 +95,9 @@ def trained_taps(
         f"{' to '.join(f'{value:.4g}' for value in _bounds(model, name))}"
         for name, found in outgrown.items()
     )
-    for note in notes:
-        context.reporter.warn(f"{note}; `cctool transform --target features` calibrates again")
+    if notes:
+        more = f", and {len(notes) - 1} codecs more" if len(notes) > 1 else ""
+        context.reporter.warn(f"{notes[0]}{more}; `cctool transform --target features` calibrates again")
     return replace(checkpoint, spec=with_taps(checkpoint.spec, model)), notes
 
 
