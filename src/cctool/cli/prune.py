@@ -315,8 +315,8 @@ def prune(
 _PLAIN = (
     "method", "rate", "scope", "reduce", "normalize", "samples", "granularity", "mask", "apply_masks",
     "max_drop", "rates", "min_channels", "keep", "exact", "attention", "steps", "step_mode", "growth",
-    "finetune_epochs", "optimizer", "lr", "rewind", "from_scratch", "keep_storage", "recalibrate", "recalibrate_images",
-    "plot", "plot_file",
+    "finetune_epochs", "optimizer", "lr", "rewind", "from_scratch", "keep_storage", "recalibrate",
+    "recalibrate_images", "plot", "plot_file",
 )  # fmt: skip
 
 
