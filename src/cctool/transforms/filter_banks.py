@@ -1,0 +1,195 @@
+"""Two-channel filter banks of PyWavelets' discrete wavelets along one axis, periodic at the borders.
+
+One level of an even number N of samples, for filters of F taps (Mallat, A Wavelet Tour of Signal Processing,
+3rd ed. 2008, section 7.3; the alignment is that of PyWavelets' mode "periodization"):
+
+    a_i = sum_m dec_lo[m] x[(2i + F/2 - m) mod N],    d_i likewise with dec_hi
+    x_n = sum_i rec_lo[n - 2i - 1 + F/2] a_i + rec_hi[...] d_i,    indices again mod N
+
+What an odd number of samples does is a choice of the caller's. ``square=False`` replicates the last sample,
+as PyWavelets does: (N + 1) / 2 coefficients of either kind. ``square=True`` transforms the other samples
+and hands the last one to the approximation unchanged: N coefficients in all, and an orthonormal matrix
+where the wavelet is orthogonal.
+
+Coefficients stand in the order of `pywt.wavedec`: approximation, coarsest detail, ..., finest detail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pywt
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = [
+    "WAVELETS",
+    "FilterBank",
+    "analyze",
+    "band_sizes",
+    "filter_bank",
+    "synthesize",
+    "wavelet_matrix",
+]
+
+WAVELETS: tuple[str, ...] = tuple(name for name in pywt.wavelist(kind="discrete") if name != "dmey")
+"""Names of the wavelets. dmey is left out: its filters are cut off, and their inverse is off by 0.2 %."""
+
+
+@dataclass(frozen=True)
+class FilterBank:
+    """The four filters of a wavelet, each of F taps, F even.
+
+    Attributes:
+        decomposition: low and high pass, shape (2, F).
+        reconstruction: low and high pass, shape (2, F).
+    """
+
+    decomposition: NDArray[np.float64]
+    reconstruction: NDArray[np.float64]
+
+    @property
+    def taps(self) -> int:
+        """F."""
+        return int(self.decomposition.shape[1])
+
+
+@cache
+def filter_bank(name: str) -> FilterBank:
+    """The filters of one of `WAVELETS`."""
+    wavelet = pywt.Wavelet(name)
+    return FilterBank(
+        np.array([wavelet.dec_lo, wavelet.dec_hi]),
+        np.array([wavelet.rec_lo, wavelet.rec_hi]),
+    )
+
+
+def band_sizes(size: int, levels: int, *, square: bool) -> list[int]:
+    """Number of coefficients of each band: the approximation, the coarsest detail, ..., the finest detail."""
+    details = []
+    for _ in range(levels):
+        details.append(size // 2 if square else (size + 1) // 2)
+        size = (size + 1) // 2
+    return [size, *reversed(details)]
+
+
+def wavelet_matrix(
+    name: str, size: int, levels: int, *, square: bool, synthesis: bool
+) -> NDArray[np.float64]:
+    """The transform of ``size`` samples over ``levels`` levels as a matrix.
+
+    Returns:
+        Shape (coefficients, size), or (size, coefficients) for the synthesis.
+    """
+    step = _synthesis_step if synthesis else _analysis_step
+    bank = filter_bank(name)
+    coarser = np.eye(size)
+    details: list[NDArray[np.float64]] = []
+    for _ in range(levels):
+        # Both kinds are built with a coefficient a row; the synthesis is turned over at the end.
+        low, high = step(bank, coarser.shape[0], square)
+        details.insert(0, high @ coarser)
+        coarser = low @ coarser
+    matrix = np.concatenate([coarser, *details])
+    return np.ascontiguousarray(matrix.T) if synthesis else matrix
+
+
+def analyze(x: Tensor, name: str, *, square: bool) -> tuple[Tensor, Tensor]:
+    """One level along the last dim, filter by filter: for signals much longer than the filters.
+
+    Args:
+        x: shape (..., N), N at least the number of taps.
+        name: one of `WAVELETS`.
+        square: what an odd N does.
+
+    Returns:
+        Approximation and detail, of sizes `band_sizes`.
+    """
+    last = x[..., -1:]
+    odd = x.shape[-1] % 2
+    if odd:
+        x = x[..., :-1] if square else torch.cat((x, last), -1)
+    bank = filter_bank(name)
+    half, reach = x.shape[-1] // 2, bank.taps // 2
+    padded = torch.cat((x[..., x.shape[-1] - reach + 1 :], x, x[..., :reach]), -1)
+    taken = [padded[..., tap : tap + 2 * half - 1 : 2] for tap in range(bank.taps)]
+    low, high = (_weighted(taken, filters[::-1]) for filters in bank.decomposition)
+    return (torch.cat((low, last), -1) if odd and square else low), high
+
+
+def synthesize(low: Tensor, high: Tensor, name: str, size: int, *, square: bool) -> Tensor:
+    """Undo `analyze`; returns shape (..., size)."""
+    last = low[..., -1:]
+    carried = size % 2 == 1 and square
+    low = low[..., :-1] if carried else low
+    bank = filter_bank(name)
+    half, reach = high.shape[-1], bank.taps // 2
+    phases = []
+    for phase in (0, 1):
+        taps = range((phase + 1 + reach) % 2, bank.taps, 2)
+        # Sample 2m + phase meets coefficient m - shift in the tap 2 * shift + phase - 1 + F/2.
+        shifts = [(tap - phase + 1 - reach) // 2 for tap in taps]
+        parts = []
+        for band, filters in zip((low, high), bank.reconstruction, strict=True):
+            padded = torch.cat((band[..., half - reach :], band, band[..., :reach]), -1)
+            taken = [padded[..., reach - shift : reach - shift + half] for shift in shifts]
+            parts.append(_weighted(taken, filters[list(taps)]))
+        phases.append(parts[0] + parts[1])
+    samples = torch.stack(phases, -1).flatten(-2)
+    return torch.cat((samples, last), -1) if carried else samples[..., :size]
+
+
+def _weighted(parts: Sequence[Tensor], weights: NDArray[np.float64]) -> Tensor:
+    total = parts[0] * float(weights[0])
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total = total.add(part, alpha=float(weight))
+    return total
+
+
+def _analysis_step(
+    bank: FilterBank, size: int, square: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    taps = bank.taps
+    offsets = taps // 2 - np.arange(taps)
+    low, high = _periodic(bank.decomposition, offsets, size, square)
+    if size % 2 and not square:
+        # The replicated sample is the last one once more.
+        low[:, -2] += low[:, -1]
+        high[:, -2] += high[:, -1]
+        low, high = low[:, :-1], high[:, :-1]
+    return low, high
+
+
+def _synthesis_step(
+    bank: FilterBank, size: int, square: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    taps = bank.taps
+    offsets = np.arange(taps) + 1 - taps // 2
+    low, high = _periodic(bank.reconstruction, offsets, size, square)
+    if size % 2 and not square:
+        low, high = low[:, :-1], high[:, :-1]
+    return low, high
+
+
+def _periodic(
+    filters: NDArray[np.float64], offsets: NDArray[np.int64], size: int, square: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Rows of shifted filters; an odd ``size`` is rounded up, or its last sample handed on (square)."""
+    half = size // 2 if square else (size + 1) // 2
+    rows = np.zeros((2, half, 2 * half))
+    if half:
+        starts = 2 * np.arange(half)
+        columns = (starts[:, None] + offsets) % (2 * half)
+        for band in range(2):
+            # add.at: filters longer than the signal meet the same sample more than once.
+            np.add.at(rows[band], (np.arange(half)[:, None], columns), filters[band])
+    low, high = rows
+    if size % 2 and square:
+        low = np.pad(low, ((0, 1), (0, 1)))
+        low[-1, -1] = 1
+        high = np.pad(high, ((0, 0), (0, 1)))
+    return low, high
