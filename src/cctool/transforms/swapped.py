@@ -78,9 +78,12 @@ class SwapKind:
         build: (the architecture's layer, arguments) -> the layer in its place, its parameters where those of
             the architecture's are (the meta device while a file is loaded), their values to be assigned.
             Raises SpecError where the arguments do not fit the layer, before anything is allocated.
+        check: raises CorruptCheckpointError where the values that a file gave the layer contradict its
+            arguments; None checks nothing.
     """
 
     build: Callable[[nn.Module, Mapping[str, Any]], nn.Module]
+    check: Callable[[nn.Module], None] | None = None
 
 
 def swapped_layers(model: nn.Module) -> dict[str, SwappedLayer]:
