@@ -1,0 +1,272 @@
+"""Decoder of the sparse exponential-Golomb code: packed bits to arrays of symbols.
+
+All blocks are decoded side by side. In each step every block looks at the window of its next bits, and a table
+says how many whole codewords the window holds and how far on that brings the block; which values they are is
+looked up later, for all windows at once. A codeword that no window holds is read by arithmetic.
+
+Nothing in the stream is believed: what a block claims is checked against the payload before it is read, a
+block that runs past its bits or its values is refused, and each round takes every block at least one
+codeword on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cctool.coding.packing import WORD, Values, Words
+from cctool.errors import BitstreamError
+
+__all__ = ["MAX_BITS", "unpack"]
+
+MAX_BITS = 66
+"""Bits of the longest codeword: symbol 2^32 at order 0."""
+
+_WINDOW = 13
+_HELD = 8  # values that one window yields at most: their bytes are one 64-bit number
+_GROUP_BLOCKS = 2048
+_GROUP_BITS = 1 << 26
+_LONGEST_ROUND = 64
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What a window of 13 bits holds, by its number; the entry after the last stands for one long codeword.
+
+    Attributes:
+        bits: of the whole codewords in it, int64.
+        held: values in it, uint8.
+        values: these values, one in each byte, as uint64; int8 if signed.
+        used: 1 in each byte that is a value, as uint64.
+    """
+
+    bits: Integers
+    held: NDArray[np.uint8]
+    values: Words
+    used: Words
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Blocks copied apart, each behind the other and followed by zero bits, which are no whole codeword.
+
+    A position counts the bits that follow: it is the number of a bit from the end.
+
+    Attributes:
+        halves: the 32 bits from each 16-bit half word on, the last half word first, int64.
+        start: position of each block's first bit.
+        end: position behind each block's last bit.
+    """
+
+    halves: Integers
+    start: Integers
+    end: Integers
+
+
+def unpack(
+    payload: bytes,
+    block_bits: NDArray[np.uint32],
+    counts: Integers,
+    k: int,
+    limit: int,
+    *,
+    signed: bool,
+    dtype: np.dtype[Any],
+) -> Values:
+    """Read every value back.
+
+    Args:
+        payload: the bits of all blocks, one behind the other.
+        block_bits: bits of each block; their sum is what the payload holds.
+        counts: values in each block, between 1 and ``block_bits``.
+        k: order of the code, 0 to 5.
+        limit: largest symbol that a value of ``dtype`` can have.
+        signed: whether symbols number the values 0, -1, 1, -2, 2, ...
+        dtype: of the result.
+
+    Returns:
+        A flat array of ``counts.sum()`` values.
+
+    Raises:
+        BitstreamError: if a block does not hold its values in exactly its bits, or a value does not fit.
+    """
+    ends = np.cumsum(block_bits, dtype=np.int64)
+    values = np.empty(int(counts.sum()), dtype)
+    words = np.frombuffer(payload + bytes(-len(payload) % 8 + 16), dtype=">u8").astype(np.uint64)
+    first = done = 0
+    while first < len(counts):
+        begin = int(ends[first - 1]) if first else 0
+        last = int(np.searchsorted(ends, begin + _GROUP_BITS, side="right"))
+        last = min(max(last, first + 1), first + _GROUP_BLOCKS)
+        source = _spread(words, begin, ends[first:last])
+        found = _decode(source, counts[first:last], k, limit, signed, dtype)
+        values[done : done + len(found)] = found
+        first, done = last, done + len(found)
+    return values
+
+
+def _spread(words: Words, begin: int, ends: Integers) -> _Source:
+    starts = np.concatenate(([begin], ends[:-1]))
+    sizes = (ends - starts) // WORD + 2
+    tops = np.cumsum(sizes)
+    inner = np.arange(int(tops[-1])) - np.repeat(tops - sizes, sizes)
+    left = np.repeat(ends - starts, sizes) - WORD * inner
+    at = np.minimum(np.repeat(starts, sizes) + WORD * inner, np.repeat(ends, sizes))
+    shift = (at & (WORD - 1)).astype(np.uint64)
+    index = at >> 6
+    # Shifts by 64 give 0, for the last word of a block as for one that begins at a word's first bit.
+    spread = words[index] << shift | words[index + 1] >> (np.uint64(WORD) - shift)
+    surplus = np.clip(WORD - left, 0, WORD).astype(np.uint64)
+    spread = (spread >> surplus) << surplus
+    # Two words more, so that a codeword that claims to run past the end is read as zeros.
+    parts = np.concatenate((spread, np.zeros(2, dtype=np.uint64))).astype(">u8").view(">u2").astype(np.int64)
+    halves = parts << 16
+    halves[:-1] |= parts[1:]
+    total = 16 * len(parts)
+    start = total - 1 - WORD * (tops - sizes)
+    return _Source(np.ascontiguousarray(halves[::-1]), start, start - (ends - starts))
+
+
+def _decode(
+    source: _Source, counts: Integers, k: int, limit: int, signed: bool, dtype: np.dtype[Any]
+) -> Values:
+    table = _table(k, signed)
+    active = np.arange(len(counts))
+    at, end, left = source.start.copy(), source.end, counts.copy()
+    rounds: list[tuple[Integers, NDArray[np.uint16]]] = []
+    escapes: list[tuple[Integers, int, Integers]] = []
+    steps, row = 8, 0
+    while len(active):
+        windows, stuck = _steps(source.halves, at, table, steps)
+        held = np.take(table.held, windows)
+        left -= held.sum(0, dtype=np.int64)
+        long = np.flatnonzero(stuck & (at > end))
+        if len(long):
+            numbers, at[long] = _long_codeword(source.halves, at[long], k, limit)
+            escapes.append((active[long], row + steps, numbers))
+            windows[steps, long] = 1 << _WINDOW
+            left[long] -= 1
+        if (at < end).any() or (left < 0).any() or (left[at == end] != 0).any():
+            raise BitstreamError("a block of the stream does not hold the values that it should")
+        rounds.append((active, windows))
+        row += steps + 1
+        idle = 1.0 - np.count_nonzero(held) / held.size
+        steps = max(1, steps // 2) if idle > 0.25 else min(_LONGEST_ROUND, 2 * steps)
+        on = at > end
+        if not on.all():
+            active, at, end, left = active[on], at[on], end[on], left[on]
+    return _values(rounds, escapes, row, len(counts), table, signed, dtype)
+
+
+def _steps(
+    halves: Integers, at: Integers, table: _Table, steps: int
+) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
+    """Take every block ``steps`` windows on, in place; return the windows and which blocks are stuck.
+
+    A block whose next codeword is longer than a window stays where it is, and so does one at its end. The
+    last row is left for long codewords.
+    """
+    windows = np.zeros((steps + 1, len(at)), dtype=np.uint16)
+    index, window, shift = (np.empty_like(at) for _ in range(3))
+    for step in range(steps):
+        np.right_shift(at, 4, out=index)
+        np.take(halves, index, out=window, mode="clip")
+        np.bitwise_and(at, 15, out=shift)
+        np.right_shift(window, shift, out=window)
+        np.right_shift(window, 17 - _WINDOW, out=window)
+        np.bitwise_and(window, (1 << _WINDOW) - 1, out=window)
+        windows[step] = window
+        np.take(table.bits, window, out=shift, mode="clip")
+        np.subtract(at, shift, out=at)
+    return windows, shift == 0
+
+
+def _long_codeword(halves: Integers, at: Integers, k: int, limit: int) -> tuple[Integers, Integers]:
+    """Read one codeword of any length at each position; return its symbol and the position behind it."""
+    # 34 bits hold the leading zeros of every codeword.
+    digits = np.frexp(_bits(halves, at, 34).astype(np.float64))[1].astype(np.int64)
+    zeros = 34 - digits
+    if (digits == 0).any():
+        raise BitstreamError("a codeword of the stream begins with more zeros than any has")
+    numbers = _bits(halves, at - zeros, 38) >> (38 - np.maximum(zeros + k, 1))
+    symbols = np.where(zeros == 0, 0, numbers - (1 << k) + 1)
+    if (symbols > limit).any():
+        raise BitstreamError(f"symbol {symbols.max()} of the stream is above {limit}, the largest of its type")
+    return symbols, at - np.where(zeros == 0, 1, 2 * zeros + k)
+
+
+def _bits(halves: Integers, at: Integers, count: int) -> Integers:
+    """The next ``count`` <= 38 bits at each position, as numbers."""
+    index = at >> 4
+    # 63 bits, the first of which may be up to 15 before the position.
+    high, low = np.take(halves, index, mode="clip"), np.take(halves, index - 2, mode="clip")
+    both = ((high << 31) | (low >> 1)).astype(np.int64)
+    return (both >> (63 - 15 - count + (at & 15))) & ((1 << count) - 1)
+
+
+def _values(
+    rounds: list[tuple[Integers, NDArray[np.uint16]]],
+    escapes: list[tuple[Integers, int, Integers]],
+    rows: int,
+    blocks: int,
+    table: _Table,
+    signed: bool,
+    dtype: np.dtype[Any],
+) -> Values:
+    grid = np.zeros((blocks, rows), dtype=np.uint16)
+    row = 0
+    for active, windows in rounds:
+        if len(active) == blocks:
+            grid[:, row : row + len(windows)] = windows.T
+        else:
+            grid[active, row : row + len(windows)] = windows.T
+        row += len(windows)
+    flat = grid.ravel()
+    pieces = [_held(flat[i : i + 32768], table) for i in range(0, len(flat), 32768)]
+    octets = np.concatenate(pieces)
+    values = (octets.view(np.int8) if signed else octets).astype(dtype)
+    if escapes:
+        order = np.concatenate([active * rows + row for active, row, _ in escapes])
+        symbols = np.concatenate([symbols for _, _, symbols in escapes])
+        found = np.flatnonzero(flat == 1 << _WINDOW)
+        before = np.cumsum(np.take(table.held, flat), dtype=np.int64)[found] - 1
+        by_order = np.argsort(order)
+        symbols = symbols[by_order]
+        numbers = (symbols >> 1) ^ -(symbols & 1) if signed else symbols
+        values[before] = numbers.astype(dtype)
+    return values
+
+
+def _held(windows: NDArray[np.uint16], table: _Table) -> NDArray[np.uint8]:
+    octets = np.take(table.values, windows).view(np.uint8)
+    return octets[np.take(table.used, windows).view(np.bool_)]
+
+
+@lru_cache(maxsize=None)
+def _table(k: int, signed: bool) -> _Table:
+    """Decode every window, value by value, all windows at once."""
+    size = 1 << _WINDOW
+    windows = np.arange(size)
+    bits, held = np.zeros(size + 1, dtype=np.int64), np.zeros(size + 1, dtype=np.uint8)
+    values, used = np.zeros((size + 1, _HELD), dtype=np.uint8), np.zeros((size + 1, _HELD), dtype=np.uint8)
+    going = np.ones(size, dtype=bool)
+    for place in range(_HELD):
+        rest = (windows << bits[:-1]) & (size - 1)
+        zeros = _WINDOW - np.frexp(rest.astype(np.float64))[1].astype(np.int64)
+        length = np.where(zeros == 0, 1, 2 * zeros + k)
+        numbers = (rest >> np.maximum(_WINDOW - length, 0)) - (1 << k) + 1
+        symbols = np.where(zeros == 0, 0, numbers)
+        going &= (rest > 0) & (bits[:-1] + length <= _WINDOW) & (symbols < 256)
+        found = (symbols >> 1) ^ -(symbols & 1) if signed else symbols
+        values[:-1, place][going] = found[going].astype(np.uint8)
+        used[:-1, place][going] = 1
+        bits[:-1][going] += length[going]
+        held[:-1][going] += 1
+    held[-1], used[-1, 0] = 1, 1
+    return _Table(bits, held, values.view(np.uint64)[:, 0], used.view(np.uint64)[:, 0])

@@ -1,0 +1,210 @@
+"""Every transform by its name: DCT-II, DST-II, real DFT, wavelets, identity, along one axis of a tensor.
+
+The cosine, sine and Fourier transforms are orthonormal (`fourier.py`); wavelets are those of PyWavelets with
+periodic borders (`filter_banks.py`), ``dwt`` being ``haar``. A data-driven KLT is no fixed matrix: whoever
+offers it makes its basis, and `check_kernel` knows its name.
+
+bfloat16 and float16 are computed in float32 and given back as they came; autocast does not reach in here.
+Inverses are exact to rounding; those of sym3, sym16 to sym20, bior5.5 and rbio5.5 to 1e-11, which is as far
+as PyWavelets' filters go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cctool.errors import TransformError, UsageError
+from cctool.transforms import fourier
+from cctool.transforms.filter_banks import WAVELETS, band_sizes, wavelet_matrix
+from cctool.transforms.products import along, constant, full_precision
+
+__all__ = [
+    "KERNELS",
+    "analysis_matrix",
+    "check_kernel",
+    "coefficient_count",
+    "forward",
+    "inverse",
+    "is_wavelet",
+    "max_levels",
+    "synthesis_matrix",
+]
+
+_ORTHONORMAL: MappingProxyType[str, Callable[[int], NDArray[np.float64]]] = MappingProxyType(
+    {
+        "dct": fourier.dct_matrix,
+        "dst": fourier.dst_matrix,
+        "dft": fourier.packed_dft_matrix,
+        "identity": np.eye,
+    }
+)
+_FAST = MappingProxyType(
+    {
+        "dct": (fourier.dct, fourier.idct),
+        "dst": (fourier.dst, fourier.idst),
+        "dft": (fourier.packed_dft, fourier.packed_idft),
+    }
+)
+_MATRIX_LIMIT = 512
+
+KERNELS: tuple[str, ...] = ("dct", "dst", "dft", "dwt", "identity", *WAVELETS)
+"""Names of all kernels that are a fixed matrix."""
+
+
+def check_kernel(name: str, *, klt: bool = False) -> None:
+    """Refuse what is no kernel.
+
+    Args:
+        name: what the user asked for.
+        klt: whether the caller has a data-driven Karhunen-Loeve transform to offer.
+
+    Raises:
+        UsageError: naming what is allowed.
+    """
+    if name in KERNELS or (klt and name == "klt"):
+        return
+    if name == "dmey":
+        raise UsageError("--kernel dmey: its filters have no exact inverse; sym8 or db8 come near it")
+    allowed = ["dct", "dst", "dft", "dwt (haar)", *(["klt"] if klt else []), "identity"]
+    families = "db1-db38, sym2-sym20, coif1-coif17, bior1.1-bior6.8, rbio1.1-rbio6.8"
+    raise UsageError(f"--kernel {name}: {', '.join(allowed)} or a wavelet ({families}) is allowed")
+
+
+def is_wavelet(name: str) -> bool:
+    """Whether a kernel is a wavelet, and so has levels."""
+    return name == "dwt" or name in WAVELETS
+
+
+def max_levels(name: str, size: int) -> int:
+    """Levels after which the approximation is one sample; 0 for size 1 and for kernels that have no levels.
+
+    More levels than these are taken as these everywhere.
+
+    >>> max_levels("db2", 7)
+    3
+    """
+    return (size - 1).bit_length() if is_wavelet(name) else 0
+
+
+def coefficient_count(name: str, size: int, *, levels: int = 1, square: bool = True) -> int:
+    """Number of coefficients of ``size`` samples; ``size`` itself but for wavelets with ``square=False``.
+
+    >>> coefficient_count("haar", 7, levels=3, square=False)
+    8
+    """
+    return sum(band_sizes(size, _levels(name, size, levels), square=square))
+
+
+def analysis_matrix(
+    name: str, size: int, *, levels: int = 1, square: bool = True, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The forward transform as a matrix, one row a coefficient.
+
+    Args:
+        name: one of `KERNELS`.
+        size: number of samples, at least 1.
+        levels: of a wavelet, at most `max_levels`; other kernels have none.
+        square: what wavelets do with an odd number of samples. True: they hand the last one to the
+            approximation, and the matrix is square. False: they replicate it, as PyWavelets does.
+        dtype: of the result, which is rounded from float64.
+
+    Returns:
+        Shape (coefficients, size), on the CPU; the caller's own.
+    """
+    return torch.from_numpy(_rows(name, size, _levels(name, size, levels), square, False)).to(dtype)
+
+
+def synthesis_matrix(
+    name: str, size: int, *, levels: int = 1, square: bool = True, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The inverse transform as a matrix, one column a coefficient; arguments as in `analysis_matrix`.
+
+    Returns:
+        Shape (size, coefficients), on the CPU; the caller's own.
+    """
+    return torch.from_numpy(_rows(name, size, _levels(name, size, levels), square, True)).to(dtype)
+
+
+def forward(x: Tensor, name: str, dim: int = -1, *, levels: int = 1, square: bool = True) -> Tensor:
+    """Transform along one dim; differentiable.
+
+    Args:
+        x: any shape, floating point.
+        name: one of `KERNELS`.
+        dim: along which.
+        levels: of a wavelet.
+        square: as in `analysis_matrix`.
+
+    Returns:
+        The shape of ``x`` but for ``dim``, which holds `coefficient_count` coefficients.
+
+    Raises:
+        TransformError: if ``x`` holds no floating-point numbers.
+    """
+    size = x.shape[dim]
+    with full_precision(x) as work:
+        if size > _MATRIX_LIMIT and name in _FAST:
+            result = _FAST[name][0](work.movedim(dim, -1)).movedim(-1, dim)
+        else:
+            result = _product(work, name, dim, size, levels, square, False)
+    return result.to(x.dtype)
+
+
+def inverse(
+    c: Tensor, name: str, dim: int = -1, *, size: int, levels: int = 1, square: bool = True
+) -> Tensor:
+    """Undo `forward` along one dim; differentiable.
+
+    Args:
+        c: any shape, floating point. Along ``dim`` it holds the first coefficients, up to all of them; those
+            behind are taken as zero.
+        name: one of `KERNELS`.
+        dim: along which.
+        size: number of samples.
+        levels: of a wavelet.
+        square: as in `analysis_matrix`.
+
+    Returns:
+        The shape of ``c`` but for ``dim``, which holds ``size`` samples.
+
+    Raises:
+        TransformError: if ``c`` holds no floating-point numbers, or more coefficients than there are.
+    """
+    count = coefficient_count(name, size, levels=levels, square=square)
+    given = c.shape[dim]
+    if given > count:
+        raise TransformError(f"{name} of {size} samples has {count} coefficients; {given} were given")
+    with full_precision(c) as work:
+        if size > _MATRIX_LIMIT and name in _FAST:
+            last = torch.nn.functional.pad(work.movedim(dim, -1), (0, count - given))
+            result = _FAST[name][1](last).movedim(-1, dim)
+        else:
+            result = _product(work, name, dim, size, levels, square, True)
+    return result.to(c.dtype)
+
+
+def _levels(name: str, size: int, levels: int) -> int:
+    return min(levels, max_levels(name, size))
+
+
+def _rows(name: str, size: int, levels: int, square: bool, synthesis: bool) -> NDArray[np.float64]:
+    if is_wavelet(name):
+        wavelet = "haar" if name == "dwt" else name
+        return wavelet_matrix(wavelet, size, levels, square=square, synthesis=synthesis)
+    rows = _ORTHONORMAL[name](size)
+    return np.ascontiguousarray(rows.T) if synthesis else rows
+
+
+def _product(x: Tensor, name: str, dim: int, size: int, levels: int, square: bool, synthesis: bool) -> Tensor:
+    levels = _levels(name, size, levels)
+    if size <= _MATRIX_LIMIT:
+        matrix = constant(_rows, name, size, levels, square, synthesis, like=x)
+    else:
+        matrix = torch.from_numpy(_rows(name, size, levels, square, synthesis)).to(x)
+    return along(matrix[:, : x.shape[dim]], x, dim)

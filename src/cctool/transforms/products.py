@@ -1,0 +1,83 @@
+"""Matrices applied along one axis of a tensor: precision, devices, and which matrices are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cctool.errors import TransformError
+
+__all__ = ["along", "constant", "full_precision"]
+
+
+@contextmanager
+def full_precision(x: Tensor) -> Iterator[Tensor]:
+    """Give a tensor in the precision that transforms are computed in, with autocast off meanwhile.
+
+    float32 and float64 stay what they are; bfloat16 and float16 become float32.
+
+    Raises:
+        TransformError: if ``x`` holds no floating-point numbers.
+    """
+    if not x.is_floating_point():
+        raise TransformError(f"a transform takes floating-point numbers, not {x.dtype}")
+    work = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    if not torch.is_autocast_enabled(x.device.type):
+        yield work
+        return
+    with torch.autocast(x.device.type, enabled=False):
+        yield work
+
+
+def along(matrix: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Product of a matrix with every line of a tensor along one dim.
+
+    Args:
+        matrix: shape (n, size of ``dim``).
+        x: any shape.
+        dim: along which.
+
+    Returns:
+        The shape of ``x`` with n in the place of ``dim``.
+    """
+    if dim % x.dim() == x.dim() - 1:
+        return F.linear(x, matrix)
+    return F.linear(x.movedim(dim, -1), matrix).movedim(-1, dim)
+
+
+def constant(make: Callable[..., NDArray[np.float64]], *arguments: Hashable, like: Tensor) -> Tensor:
+    """A matrix in the type and on the device of a tensor, kept for the next time.
+
+    Args:
+        make: makes it, in float64.
+        arguments: of ``make``.
+        like: whose dtype and device it gets.
+
+    Returns:
+        A tensor that others hold, too: it must not be changed.
+    """
+    # What is made while a network is traced is no tensor that may outlive the tracing.
+    if torch.compiler.is_compiling():
+        return _made(make, arguments, like.dtype, like.device)
+    return _kept(make, arguments, like.dtype, like.device)
+
+
+def _made(
+    make: Callable[..., NDArray[np.float64]],
+    arguments: tuple[Hashable, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    # A tensor of inference mode could not be used in training later.
+    with torch.inference_mode(False):
+        return torch.from_numpy(make(*arguments)).to(device, dtype)
+
+
+_kept = lru_cache(maxsize=256)(_made)
