@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cctool.analysis.feature_pictures import Band, CurvePoint, draw_curve, draw_histograms, write_picture
+from cctool.analysis.feature_bands import Band
+from cctool.analysis.feature_pictures import CurvePoint, draw_curve, draw_histograms, write_picture
 from cctool.errors import CheckpointError
 
 LAPLACE = Band("DC", tuple(range(-3, 4)), (1, 4, 16, 400, 16, 4, 1))

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from cctool.analysis.feature_bands import Band, grouped
 from cctool.checkpoint.atomic import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Band", "CurvePoint", "draw_curve", "draw_histograms", "write_picture"]
+__all__ = ["CurvePoint", "draw_curve", "draw_histograms", "write_picture"]
 
 _BAR, _ZERO, _LINE, _REFERENCE = "#1f6fb2", "#8a97a6", "#1f6fb2", "#8a97a6"
 _SPLITS = ("#1f6fb2", "#c8641e", "#3f8f4f")
@@ -23,22 +24,7 @@ _ACROSS, _PANEL, _TALL = 4, 2.6, 2.2
 _TAIL = 0.002
 """Share of the symbols other than zero that lies beyond the ends of the axis."""
 
-_MOST_BARS = 121
-
-
-@dataclass(frozen=True)
-class Band:
-    """Symbols of one sub-band.
-
-    Attributes:
-        name: of the band, as ``DC`` or ``LH 1``.
-        symbols: quantized values, ascending.
-        counts: how many there are of each.
-    """
-
-    name: str
-    symbols: tuple[int, ...]
-    counts: tuple[int, ...]
+_MOST_BARS, _MOST_PANELS = 121, 16
 
 
 @dataclass(frozen=True)
@@ -76,11 +62,12 @@ def draw_histograms(title: str, bands: Sequence[Band], *, zero_bar: bool = False
 
     Args:
         title: above the picture.
-        bands: in the order of the panels; at least one.
+        bands: in the order of the panels, at least one; neighbours share a panel where there are many.
         zero_bar: draw the bar of the zeros too, which dwarfs the others; else each panel says their share.
     """
     from matplotlib.figure import Figure
 
+    bands = grouped(bands, _MOST_PANELS)
     across = min(_ACROSS, len(bands))
     down = math.ceil(len(bands) / across)
     size = (max(_PANEL * across, 5.2), _TALL * down + 0.6)
@@ -149,10 +136,9 @@ def _name_qualities(axes: Axes, line: Sequence[CurvePoint]) -> None:
 
 
 def _panel(axes: Axes, band: Band, zero_bar: bool) -> None:
-    total = sum(band.counts)
-    counts = dict(zip(band.symbols, band.counts, strict=True))
-    zeros = counts.get(0, 0)
-    shown = {symbol: count for symbol, count in counts.items() if count and (symbol or zero_bar)}
+    total, zeros = band.total, band.zeros
+    counts = zip(band.symbols, band.counts, strict=True)
+    shown = {symbol: count for symbol, count in counts if count and (symbol or zero_bar)}
     low, high = _span(shown)
     width = max(1, math.ceil((high - low + 1) / _MOST_BARS))
     bars: dict[int, int] = {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from cctool.analysis.feature_bands import Band, bands_of
 from cctool.analysis.table import (
     Cell,
     Column,
@@ -64,11 +66,18 @@ TAP_COLUMNS = (
         total_sum("symbols"),
     ),
     Column(
-        "saturated",
-        "Saturated",
-        "Values that a quantizer clamped, before or behind the transform.",
+        "clamped_values",
+        "Clamped values",
+        "Values beyond the calibrated range, which the quantizer before the transform clamped.",
         _WHOLE,
-        total_sum("saturated"),
+        total_sum("clamped_values"),
+    ),
+    Column(
+        "clamped_symbols",
+        "Saturated symbols",
+        "Coefficients that the quantizer behind the transform clamped to the symbols' bits.",
+        _WHOLE,
+        total_sum("clamped_symbols"),
     ),
     Column("sqnr", "SQNR (dB)", "Energy of the map over that of its coding error, in decibel.", _PERCENT),
     Column("entropy", "Entropy bound", "Zero-order entropy of the symbols, bits an element.", _REAL, _mean("entropy")),
@@ -119,13 +128,42 @@ def feature_report(figures: Sequence[TapFigures], notes: Notes) -> Report:
             (row, f"ratio{bits}_k{tap.best_k}") for row, tap in enumerate(figures) for bits in (8, 32)
         ),
     )
-    bands = Table("Sub-bands", BAND_COLUMNS, tuple(row for tap in figures for row in _band_rows(tap)))
+    bands = Table("Sub-bands", BAND_COLUMNS, tuple(_band_row(tap, band) for tap in figures for band in bands_of(tap)))
     return Report("Coded feature maps", taps, (bands,), tuple(notes))
 
 
 def _row(tap: TapFigures) -> tuple[Cell, ...]:
-    raise NotImplementedError
+    coded = [payload + tap.side_bits for payload in tap.payload_bits]
+    return (
+        tap.name,
+        "x".join(map(str, tap.shape)),
+        tap.elements,
+        tap.minimum,
+        tap.maximum,
+        tap.mean,
+        tap.zeros,
+        tap.zero_symbols,
+        tap.symbols,
+        tap.clamped_values,
+        tap.clamped_symbols,
+        tap.sqnr_db,
+        tap.entropy_bits / tap.elements,
+        tap.k,
+        tap.best_k,
+        tap.bits_per_element,
+        tap.payload_bits[tap.k],
+        tap.side_bits,
+        *(bits * tap.elements / all_of_them for bits in (8, 32) for all_of_them in coded),
+    )
 
 
-def _band_rows(tap: TapFigures) -> list[tuple[Cell, ...]]:
-    raise NotImplementedError
+def _band_row(tap: TapFigures, band: Band) -> tuple[Cell, ...]:
+    return (
+        tap.name,
+        band.name,
+        band.total,
+        100 * band.zeros / band.total,
+        band.symbols[0],
+        band.symbols[-1],
+        sum(count * math.log2(band.total / count) for count in band.counts) / band.total,
+    )
