@@ -7,7 +7,7 @@ sums are as good as ors. All of it works on pieces that stay in the cache; no st
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -38,8 +38,8 @@ def pack(values: Values, k: int, *, signed: bool, block: int) -> tuple[bytes, in
         block: values in a block, a power of two and at least 64.
 
     Returns:
-        The bits, the first in the highest bit of the first byte, filled up with zero bits to a whole byte; how
-        many bits these are; and the bits of each block, of shape (ceil(count / block),).
+        The bits, the first in the highest bit of the first byte, filled up with zero bits to a whole byte;
+        how many bits these are; and the bits of each block, of shape (ceil(count / block),).
     """
     step = max(block, _PIECE)
     packed: list[Words] = []
@@ -126,12 +126,12 @@ def _entries(symbols: NDArray[np.int64], k: int) -> Words:
     return np.where(symbols == 0, (1 << 7) | 1, entries).astype(np.uint64)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _symbol_table(k: int) -> Words:
     return _entries(np.arange(_TABLE), k)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _byte_tables(k: int, signed: bool) -> tuple[Words, Words]:
     """Entries by byte, and by two bytes as a 16-bit number of this machine."""
     octets = np.arange(256, dtype=np.uint8)
@@ -140,5 +140,3 @@ def _byte_tables(k: int, signed: bool) -> tuple[Words, Words]:
     codes, lengths = _split(single[both])
     joined = codes[:, 0] << lengths[:, 1] | codes[:, 1]
     return single, joined << _LENGTH_BITS | lengths.sum(1, dtype=np.uint64)
-
-

@@ -6,8 +6,8 @@ SEG is the code of Georgiadis, "Accelerating Convolutional Neural Networks via A
     u = 0     the bit 1
     u >= 1    the bit 0, then x = u - 1 + 2^k in binary behind floor(log2 x) - k further zero bits
 
-that is, a flag and the exponential-Golomb code of order k of u - 1. Its length is 1 + 2 floor(log2 x) + 1 - k.
-A codeword is therefore the number x, right-aligned in a field of its length. Order 0 spends the flag, too.
+that is, a flag and the exponential-Golomb code of order k of u - 1. Its length is 2 floor(log2 x) + 2 - k. A
+codeword is therefore the number x, right-aligned in a field of its length. Order 0 spends the flag, too.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def bits_of(symbols: Tensor, k: int) -> int:
         k: order of the code, 0 to 5.
     """
     total = torch.zeros((), dtype=torch.int64, device=symbols.device)
-    for piece in symbols.reshape(-1).split(_PIECE):
+    for piece in torch.split(symbols.reshape(-1), _PIECE):
         total += _lengths(piece.long(), k).sum()
     return int(total)
 

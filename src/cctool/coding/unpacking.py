@@ -1,8 +1,8 @@
 """Decoder of the sparse exponential-Golomb code: packed bits to arrays of symbols.
 
-All blocks are decoded side by side. In each step every block looks at the window of its next bits, and a table
-says how many whole codewords the window holds and how far on that brings the block; which values they are is
-looked up later, for all windows at once. A codeword that no window holds is read by arithmetic.
+All blocks are decoded side by side. In each step every block looks at the window of its next bits, and a
+table says how many whole codewords the window holds and how far on that brings the block; which values they
+are is looked up later, for all windows at once. A codeword that no window holds is read by arithmetic.
 
 Nothing in the stream is believed: what a block claims is checked against the payload before it is read, a
 block that runs past its bits or its values is refused, and each round takes every block at least one
@@ -12,7 +12,7 @@ codeword on.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,18 +26,20 @@ __all__ = ["MAX_BITS", "unpack"]
 MAX_BITS = 66
 """Bits of the longest codeword: symbol 2^32 at order 0."""
 
-_WINDOW = 13
+_WINDOW = 15
+_ESCAPE = 1 << _WINDOW
 _HELD = 8  # values that one window yields at most: their bytes are one 64-bit number
 _GROUP_BLOCKS = 2048
-_GROUP_BITS = 1 << 26
+_GROUP_BITS = 1 << 27
 _LONGEST_ROUND = 64
+_PIECE = 1 << 15
 
 Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class _Table:
-    """What a window of 13 bits holds, by its number; the entry after the last stands for one long codeword.
+    """What a window of 15 bits holds, by its number; the entry after the last stands for one long codeword.
 
     Attributes:
         bits: of the whole codewords in it, int64.
@@ -105,7 +107,10 @@ def unpack(
         last = int(np.searchsorted(ends, begin + _GROUP_BITS, side="right"))
         last = min(max(last, first + 1), first + _GROUP_BLOCKS)
         source = _spread(words, begin, ends[first:last])
-        found = _decode(source, counts[first:last], k, limit, signed, dtype)
+        progress = _Progress(source, counts[first:last], _table(k, signed))
+        while len(progress.active):
+            progress.advance(k, limit)
+        found = _values(progress, last - first, signed, dtype)
         values[done : done + len(found)] = found
         first, done = last, done + len(found)
     return values
@@ -133,58 +138,92 @@ def _spread(words: Words, begin: int, ends: Integers) -> _Source:
     return _Source(np.ascontiguousarray(halves[::-1]), start, start - (ends - starts))
 
 
-def _decode(
-    source: _Source, counts: Integers, k: int, limit: int, signed: bool, dtype: np.dtype[Any]
-) -> Values:
-    table = _table(k, signed)
-    active = np.arange(len(counts))
-    at, end, left = source.start.copy(), source.end, counts.copy()
-    rounds: list[tuple[Integers, NDArray[np.uint16]]] = []
-    escapes: list[tuple[Integers, int, Integers]] = []
-    steps, row = 8, 0
-    while len(active):
-        windows, stuck = _steps(source.halves, at, table, steps)
-        held = np.take(table.held, windows)
-        left -= held.sum(0, dtype=np.int64)
-        long = np.flatnonzero(stuck & (at > end))
-        if len(long):
-            numbers, at[long] = _long_codeword(source.halves, at[long], k, limit)
-            escapes.append((active[long], row + steps, numbers))
-            windows[steps, long] = 1 << _WINDOW
-            left[long] -= 1
-        if (at < end).any() or (left < 0).any() or (left[at == end] != 0).any():
-            raise BitstreamError("a block of the stream does not hold the values that it should")
-        rounds.append((active, windows))
-        row += steps + 1
-        idle = 1.0 - np.count_nonzero(held) / held.size
-        steps = max(1, steps // 2) if idle > 0.25 else min(_LONGEST_ROUND, 2 * steps)
-        on = at > end
-        if not on.all():
-            active, at, end, left = active[on], at[on], end[on], left[on]
-    return _values(rounds, escapes, row, len(counts), table, signed, dtype)
+class _Progress:
+    """Where the blocks of a source are, and what has been read of them.
 
-
-def _steps(
-    halves: Integers, at: Integers, table: _Table, steps: int
-) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
-    """Take every block ``steps`` windows on, in place; return the windows and which blocks are stuck.
-
-    A block whose next codeword is longer than a window stays where it is, and so does one at its end. The
-    last row is left for long codewords.
+    Attributes:
+        active: numbers of the blocks that are not at their end.
+        at: position of each of these.
+        end: where each has to end.
+        left: values that each has to hold still.
+        rounds: for each round the blocks that took part and their windows, of shape (windows, blocks).
+        escapes: long codewords as blocks, row of their round's place, and symbols.
+        rows: windows of a block so far.
+        steps: windows that the next round looks at; 0 reads every codeword by arithmetic.
     """
-    windows = np.zeros((steps + 1, len(at)), dtype=np.uint16)
-    index, window, shift = (np.empty_like(at) for _ in range(3))
-    for step in range(steps):
-        np.right_shift(at, 4, out=index)
-        np.take(halves, index, out=window, mode="clip")
-        np.bitwise_and(at, 15, out=shift)
-        np.right_shift(window, shift, out=window)
-        np.right_shift(window, 17 - _WINDOW, out=window)
-        np.bitwise_and(window, (1 << _WINDOW) - 1, out=window)
-        windows[step] = window
-        np.take(table.bits, window, out=shift, mode="clip")
-        np.subtract(at, shift, out=at)
-    return windows, shift == 0
+
+    def __init__(self, source: _Source, counts: Integers, table: _Table) -> None:
+        self.halves, self.table = source.halves, table
+        self.active = np.arange(len(counts))
+        self.at, self.end, self.left = source.start, source.end, counts
+        self.rounds: list[tuple[Integers, NDArray[np.uint16]]] = []
+        self.escapes: list[tuple[Integers, int, Integers]] = []
+        self.rows, self.steps = 0, 8
+
+    def advance(self, k: int, limit: int) -> None:
+        """Take every block ``steps`` windows and, if a long codeword is next, that codeword on."""
+        windows, stuck = self._windows()
+        held = np.take(self.table.held, windows)
+        self.left = self.left - held.sum(0, dtype=np.int64)
+        long = np.flatnonzero(stuck & (self.at > self.end))
+        share = 0.0
+        if len(long):
+            before = self.at[long]
+            symbols, self.at[long] = _long_codeword(self.halves, before, k, limit)
+            share = np.count_nonzero(before - self.at[long] > _WINDOW) / len(long)
+            self.escapes.append((self.active[long], self.rows + len(windows), symbols))
+            row = np.zeros((1, len(stuck)), dtype=np.uint16)
+            row[0, long] = _ESCAPE
+            self.left[long] -= 1
+            self._record(np.concatenate((windows, row)))
+        else:
+            self._record(windows)
+        self._pace(share if self.steps == 0 else 1.0 - np.count_nonzero(held) / held.size)
+        self._drop_finished()
+
+    def _windows(self) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
+        """The next windows of each block, and which blocks are stuck behind them.
+
+        A block whose next codeword is longer than a window stays where it is, and so does one at its end.
+        """
+        at = self.at
+        windows = np.empty((self.steps, len(at)), dtype=np.uint16)
+        index, window, shift = np.empty_like(at), np.empty_like(at), np.zeros_like(at)
+        for step in range(self.steps):
+            np.right_shift(at, 4, out=index)
+            np.take(self.halves, index, out=window, mode="clip")
+            np.bitwise_and(at, 15, out=shift)
+            np.right_shift(window, shift, out=window)
+            np.right_shift(window, 17 - _WINDOW, out=window)
+            np.bitwise_and(window, (1 << _WINDOW) - 1, out=window)
+            windows[step] = window
+            np.take(self.table.bits, window, out=shift, mode="clip")
+            np.subtract(at, shift, out=at)
+        return windows, shift == 0
+
+    def _record(self, windows: NDArray[np.uint16]) -> None:
+        self.rounds.append((self.active, windows))
+        self.rows += len(windows)
+
+    def _pace(self, idle: float) -> None:
+        """Look at more windows a round while few are spent on blocks that are stuck."""
+        if self.steps == 0:
+            self.steps = 0 if idle > 0.4 else 1
+        elif self.steps == 1:
+            self.steps = 0 if idle > 0.6 else 2 if idle < 0.1 else 1
+        elif idle > 0.2:
+            self.steps //= 2
+        elif idle < 0.1:
+            self.steps = min(_LONGEST_ROUND, 2 * self.steps)
+
+    def _drop_finished(self) -> None:
+        on = self.at > self.end
+        if on.all() and (self.left > 0).all():
+            return
+        if (self.at < self.end).any() or ((self.left > 0) != on).any():
+            raise BitstreamError("a block of the stream does not hold the values that it should")
+        self.active, self.left = self.active[on], self.left[on]
+        self.at, self.end = self.at[on], self.end[on]
 
 
 def _long_codeword(halves: Integers, at: Integers, k: int, limit: int) -> tuple[Integers, Integers]:
@@ -197,7 +236,9 @@ def _long_codeword(halves: Integers, at: Integers, k: int, limit: int) -> tuple[
     numbers = _bits(halves, at - zeros, 38) >> (38 - np.maximum(zeros + k, 1))
     symbols = np.where(zeros == 0, 0, numbers - (1 << k) + 1)
     if (symbols > limit).any():
-        raise BitstreamError(f"symbol {symbols.max()} of the stream is above {limit}, the largest of its type")
+        raise BitstreamError(
+            f"symbol {symbols.max()} of the stream is above {limit}, the largest of its type"
+        )
     return symbols, at - np.where(zeros == 0, 1, 2 * zeros + k)
 
 
@@ -210,37 +251,30 @@ def _bits(halves: Integers, at: Integers, count: int) -> Integers:
     return (both >> (63 - 15 - count + (at & 15))) & ((1 << count) - 1)
 
 
-def _values(
-    rounds: list[tuple[Integers, NDArray[np.uint16]]],
-    escapes: list[tuple[Integers, int, Integers]],
-    rows: int,
-    blocks: int,
-    table: _Table,
-    signed: bool,
-    dtype: np.dtype[Any],
-) -> Values:
-    grid = np.zeros((blocks, rows), dtype=np.uint16)
+def _values(progress: _Progress, blocks: int, signed: bool, dtype: np.dtype[Any]) -> Values:
+    grid = np.zeros((blocks, progress.rows), dtype=np.uint16)
     row = 0
-    for active, windows in rounds:
+    for active, windows in progress.rounds:
+        columns = slice(row, row + len(windows))
         if len(active) == blocks:
-            grid[:, row : row + len(windows)] = windows.T
+            grid[:, columns] = windows.T
         else:
-            grid[active, row : row + len(windows)] = windows.T
+            grid[active, columns] = windows.T
         row += len(windows)
     flat = grid.ravel()
-    pieces = [_held(flat[i : i + 32768], table) for i in range(0, len(flat), 32768)]
-    octets = np.concatenate(pieces)
-    values = (octets.view(np.int8) if signed else octets).astype(dtype)
-    if escapes:
-        order = np.concatenate([active * rows + row for active, row, _ in escapes])
-        symbols = np.concatenate([symbols for _, _, symbols in escapes])
-        found = np.flatnonzero(flat == 1 << _WINDOW)
-        before = np.cumsum(np.take(table.held, flat), dtype=np.int64)[found] - 1
-        by_order = np.argsort(order)
-        symbols = symbols[by_order]
-        numbers = (symbols >> 1) ^ -(symbols & 1) if signed else symbols
-        values[before] = numbers.astype(dtype)
+    table = progress.table
+    octets = np.concatenate([_held(flat[i : i + _PIECE], table) for i in range(0, len(flat), _PIECE)])
+    values: Values = (octets.view(np.int8) if signed else octets).astype(dtype)
+    if progress.escapes:
+        order = np.concatenate([active * progress.rows + row for active, row, _ in progress.escapes])
+        symbols = np.concatenate([symbols for _, _, symbols in progress.escapes])[np.argsort(order)]
+        places = np.cumsum(np.take(table.held, flat), dtype=np.int64)[np.flatnonzero(flat == _ESCAPE)] - 1
+        values[places] = (_numbered(symbols) if signed else symbols).astype(dtype)
     return values
+
+
+def _numbered(symbols: Integers) -> Integers:
+    return (symbols >> 1) ^ -(symbols & 1)
 
 
 def _held(windows: NDArray[np.uint16], table: _Table) -> NDArray[np.uint8]:
@@ -248,7 +282,7 @@ def _held(windows: NDArray[np.uint16], table: _Table) -> NDArray[np.uint8]:
     return octets[np.take(table.used, windows).view(np.bool_)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _table(k: int, signed: bool) -> _Table:
     """Decode every window, value by value, all windows at once."""
     size = 1 << _WINDOW
@@ -263,7 +297,7 @@ def _table(k: int, signed: bool) -> _Table:
         numbers = (rest >> np.maximum(_WINDOW - length, 0)) - (1 << k) + 1
         symbols = np.where(zeros == 0, 0, numbers)
         going &= (rest > 0) & (bits[:-1] + length <= _WINDOW) & (symbols < 256)
-        found = (symbols >> 1) ^ -(symbols & 1) if signed else symbols
+        found = _numbered(symbols) if signed else symbols
         values[:-1, place][going] = found[going].astype(np.uint8)
         used[:-1, place][going] = 1
         bits[:-1][going] += length[going]
