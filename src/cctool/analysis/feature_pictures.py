@@ -136,6 +136,8 @@ def _name_qualities(axes: Axes, line: Sequence[CurvePoint]) -> None:
 
 
 def _panel(axes: Axes, band: Band, zero_bar: bool) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     total, zeros = band.total, band.zeros
     counts = zip(band.symbols, band.counts, strict=True)
     shown = {symbol: count for symbol, count in counts if count and (symbol or zero_bar)}
@@ -159,8 +161,8 @@ def _panel(axes: Axes, band: Band, zero_bar: bool) -> None:
     axes.set_title(_plain(f"{band.name}: {share}{tail}"), fontsize=8, loc="left")
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
-    axes.yaxis.get_major_locator().set_params(nbins=4)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
     # Zero stands on every axis, also where it has no bar.
     axes.set_xlim(min(low, -1) - 0.7 * width, max(high, 1) + 0.7 * width)
     if not shown:

@@ -128,7 +128,9 @@ def feature_report(figures: Sequence[TapFigures], notes: Notes) -> Report:
             (row, f"ratio{bits}_k{tap.best_k}") for row, tap in enumerate(figures) for bits in (8, 32)
         ),
     )
-    bands = Table("Sub-bands", BAND_COLUMNS, tuple(_band_row(tap, band) for tap in figures for band in bands_of(tap)))
+    bands = Table(
+        "Sub-bands", BAND_COLUMNS, tuple(_band_row(tap, band) for tap in figures for band in bands_of(tap))
+    )
     return Report("Coded feature maps", taps, (bands,), tuple(notes))
 
 

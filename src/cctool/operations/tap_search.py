@@ -52,8 +52,8 @@ def search_quality(ratio: float, measure: Callable[[float], Trial]) -> tuple[Tri
     found = tried[1]
     if found.ratio < ratio:
         raise TransformError(
-            f"--target ratio={ratio:g}: even quality 1 compresses {found.ratio:.3g} times only; ask for less, "
-            "or give a coarser --q-table"
+            f"--target ratio={ratio:g}: even quality 1 compresses {found.ratio:.3g} times only; ask for "
+            "less, or give a coarser --q-table"
         )
     low, high = LOWEST, HIGHEST
     while high - low > _NARROW and found.ratio > ratio * (1 + _NEAR):

@@ -9,16 +9,18 @@ five uint32 (number of the pass within the batch, N, C, H, W) and, where means a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, JsonValue, ValidationError
 from torch import Tensor
 
 from cctool.checkpoint.payload import DTYPES
 from cctool.checkpoint.spec import Dimension, Record
+from cctool.coding.stream import END_BYTES, chunk_bytes, header_bytes
 from cctool.errors import BitstreamError
 from cctool.transforms.codec import CodecConfig, CodecState, Symbols, reconstruct
 from cctool.transforms.kernels import is_wavelet
@@ -30,30 +32,30 @@ __all__ = [
     "StreamHeader",
     "decoded_maps",
     "flat_symbols",
+    "header_of",
+    "overhead_bytes",
+    "pass_bytes",
     "pass_of",
     "side_bytes",
     "state_bytes",
     "state_of_stream",
+    "state_size",
+    "symbol_type",
 ]
 
 _FLOAT, _WORD = np.dtype("<f4"), np.dtype("<u4")
 _WORDS = 5
-_LARGEST_BASES = 2**28
 
 
 class StreamHeader(Record):
-    """What a decoder must know of a tap, and where its maps come from.
+    """What a decoder must know of a tap.
 
     Attributes:
         format: says that it is a stream of feature maps.
         tap: name of the module.
         codec: everything about the codec that is no tensor.
         shape: (C, H, W) of the maps that it was calibrated on.
-        dtype: element type that the network computed its maps in; maps are rounded to it.
-        network: architecture.
-        data: reference of the data set.
-        split: part of it.
-        made_with: versions and device.
+        dtype: element type that the network computed its maps in; decoded maps are rounded to it.
     """
 
     format: Literal["cctool feature maps 1"] = "cctool feature maps 1"
@@ -61,10 +63,6 @@ class StreamHeader(Record):
     codec: CodecConfig
     shape: tuple[Dimension, Dimension, Dimension]
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
-    network: str = Field(default="", max_length=4096)
-    data: str = Field(default="", max_length=4096)
-    split: str = Field(default="", max_length=64)
-    made_with: str = Field(default="", max_length=256)
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,25 @@ class Pass:
     symbols: Symbols
 
 
+def header_of(metadata: Mapping[str, JsonValue]) -> StreamHeader:
+    """Validate a stream's metadata. Raises BitstreamError with the first thing that is wrong."""
+    try:
+        return StreamHeader.model_validate(metadata)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"])) or "header"
+        raise BitstreamError(f"no stream of feature maps: {place}: {problem['msg']}") from None
+
+
 def state_bytes(state: CodecState, shape: tuple[int, int, int]) -> bytes:
     """The codec's tensors, as the side bytes of a stream's first chunk."""
     tensors = (state.bounds, *(state.bases[name] for name in basis_shapes(state.config, shape)))
     return b"".join(_floats(tensor) for tensor in tensors)
+
+
+def state_size(config: CodecConfig, shape: tuple[int, int, int]) -> int:
+    """Bytes of `state_bytes`, known before there are any."""
+    return (2 + sum(n * n for n in basis_shapes(config, shape).values())) * _FLOAT.itemsize
 
 
 def state_of_stream(header: StreamHeader, side: bytes) -> CodecState:
@@ -98,9 +111,9 @@ def state_of_stream(header: StreamHeader, side: bytes) -> CodecState:
     """
     sides = basis_shapes(header.codec, header.shape)
     # Compared before anything is made: the header may claim bases of any size.
-    wanted = 2 + sum(n * n for n in sides.values())
-    if wanted > _LARGEST_BASES or len(side) != wanted * _FLOAT.itemsize:
-        raise BitstreamError(f"{header.tap}: {len(side):,} bytes of codec, its header asks for {wanted * 4:,}")
+    wanted = state_size(header.codec, header.shape)
+    if len(side) != wanted:
+        raise BitstreamError(f"{header.tap}: {len(side):,} bytes of codec, its header asks for {wanted:,}")
     values = torch.from_numpy(np.frombuffer(side, _FLOAT).astype(np.float32))
     if not bool(torch.isfinite(values).all()) or values[0] > values[1]:
         raise BitstreamError(f"{header.tap}: the codec's range or bases are no finite numbers")
@@ -111,15 +124,53 @@ def state_of_stream(header: StreamHeader, side: bytes) -> CodecState:
     return CodecState(header.codec, bounds, bases)
 
 
-def flat_symbols(symbols: Symbols) -> Tensor:
-    """All symbols of a pass, band by band, on the CPU: the narrowest of int8, int16, int32 that holds them."""
-    flat = torch.cat([band.reshape(-1) for band in symbols.bands])
-    low, high = (int(bound) for bound in torch.aminmax(flat)) if flat.numel() else (0, 0)
-    for dtype in (torch.int8, torch.int16):
+def symbol_type(largest: int, *, signed: bool) -> torch.dtype:
+    """The narrowest type that is written for symbols up to ``largest``.
+
+    >>> symbol_type(255, signed=True), symbol_type(256, signed=True)
+    (torch.int8, torch.int16)
+    """
+    for dtype in (torch.int8 if signed else torch.uint8, torch.int16):
         limits = torch.iinfo(dtype)
-        if limits.min <= low and high <= limits.max:
-            return flat.to(dtype).cpu()
-    return flat.to(torch.int32).cpu()
+        # The symbol 2 v - 1 of the smallest value is the largest.
+        if largest <= (-2 * limits.min - 1 if signed else limits.max):
+            return dtype
+    return torch.int32
+
+
+def flat_symbols(symbols: Symbols, *, signed: bool) -> Tensor:
+    """All symbols of a pass, band by band, on the CPU, in the type that `symbol_type` says."""
+    flat = torch.cat([band.reshape(-1) for band in symbols.bands])
+    low, high = (int(bound) for bound in torch.aminmax(flat))
+    largest = max(-2 * low - 1, 2 * high) if signed else high
+    return flat.to(symbol_type(largest, signed=signed)).cpu()
+
+
+def overhead_bytes(header: StreamHeader, state_size: int) -> int:
+    """Bytes of a stream apart from its passes: header, codec and end.
+
+    Args:
+        header: of the stream.
+        state_size: bytes of `state_bytes`.
+    """
+    codec = chunk_bytes((0,), torch.int8, 0, 0, signed=True, side=state_size)
+    return header_bytes(header.model_dump(mode="json")) + codec + END_BYTES
+
+
+def pass_bytes(header: StreamHeader, symbols: int, largest: int, bits: int, samples: int) -> int:
+    """Bytes of a pass in a stream, without writing it.
+
+    Args:
+        header: of the stream.
+        symbols: how many.
+        largest: of them, numbered 0, -1, 1, ... where they have a sign.
+        bits: of their codewords.
+        samples: maps in the batch.
+    """
+    config = header.codec
+    side = _WORDS * _WORD.itemsize + (samples * _FLOAT.itemsize if config.mean_shift else 0)
+    dtype = symbol_type(largest, signed=config.signed)
+    return chunk_bytes((symbols,), dtype, bits, config.k, signed=config.signed, side=side)
 
 
 def side_bytes(number: int, symbols: Symbols) -> bytes:
@@ -161,7 +212,7 @@ def pass_of(values: Tensor, side: bytes, header: StreamHeader) -> Pass:
     means = torch.from_numpy(np.frombuffer(rest, _FLOAT).astype(np.float32)) if config.mean_shift else None
     if means is not None and not bool(torch.isfinite(means).all()):
         raise BitstreamError("a chunk's means are no finite numbers")
-    bands = values.to(torch.int32).split(counts)
+    bands = torch.split(values.to(torch.int32), counts)
     return Pass(
         number,
         Symbols(tuple(band.view(size) for band, size in zip(bands, shapes, strict=True)), means, shape),
