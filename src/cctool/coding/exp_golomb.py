@@ -29,6 +29,7 @@ from cctool.coding.unpacking import MAX_BITS, unpack
 from cctool.errors import BitstreamError, TransformError
 
 __all__ = [
+    "MAX_BLOCK",
     "MAX_K",
     "Coded",
     "Histogram",
@@ -43,8 +44,9 @@ __all__ = [
     "to_unsigned",
 ]
 
+# A decoder's steps grow with it, whatever the file says.
 MAX_BLOCK = 1 << 16
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 1 << 10, 1 << 12
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 1 << 10, 3840
 _SIDE_BY_SIDE = 64
 
 
@@ -68,13 +70,13 @@ class Coded:
 
 
 def block_size(count: int) -> int:
-    """Values in a block of a tensor of ``count``, a power of two.
+    """Values in a block of a tensor of ``count``, a multiple of 64.
 
-    It leaves at least 64 blocks to decode side by side, but is not below 1024, where the blocks' sizes would
-    weigh, nor above 4096.
+    There are 64 blocks or more to decode side by side, but none of fewer than 1024 values, where the blocks'
+    sizes would weigh. With at most 3840 the sizes of 8-bit values' blocks go into two bytes at every order.
 
     >>> block_size(50), block_size(100_000), block_size(10_000_000)
-    (1024, 2048, 4096)
+    (1024, 2048, 3840)
     """
     wanted = 1 << max(count // _SIDE_BY_SIDE - 1, 0).bit_length()
     return min(max(wanted, _SMALLEST_BLOCK), _LARGEST_BLOCK)
@@ -109,7 +111,7 @@ def check_coded(coded: Coded) -> None:
     """Refuse a count, block size or table that the payload does not bear out, before anything is allocated.
 
     Raises:
-        BitstreamError: if they contradict each other. A codeword has at least one bit and at most 66.
+        BitstreamError: if they contradict each other. A codeword has at least one bit and at most 65.
     """
     count, block, sizes = coded.count, coded.block, coded.block_bits.astype(np.int64)
     if not 1 <= block <= MAX_BLOCK:

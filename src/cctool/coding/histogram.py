@@ -84,8 +84,12 @@ class Histogram:
             if symbols.numel() and int(symbols.min()) < 0:
                 raise TransformError(f"{int(symbols.min())}: unsigned symbols are not negative")
             self._counts += torch.bincount(symbols, minlength=bins)
-            return
-        # torch.bincount would ask the device for the largest symbol and wait.
+        else:
+            self._scatter(symbols)
+
+    def _scatter(self, symbols: Tensor) -> None:
+        """Count without `torch.bincount`, which asks the device for the largest symbol and waits."""
+        bins = len(self._counts)
         copies = _COPIES if bins <= _FEW_BINS else 1
         lanes = torch.arange(symbols.numel(), device=symbols.device) % copies
         spread = self._counts.new_zeros(bins * copies)

@@ -23,7 +23,7 @@ _PIECE = 1 << 17
 # Two words of half the size can be joined without a look at their lengths.
 _HALF = 32
 _TABLE = 1 << 12
-# A table entry is codeword << 7 | length: a codeword has at most 34 digits, a length is at most 66.
+# A table entry is codeword << 7 | length: a codeword has at most 33 digits, a length is at most 65.
 _LENGTH_BITS = np.uint64(7)
 _LENGTH_MASK = np.uint64(127)
 
@@ -35,13 +35,13 @@ def pack(values: Values, k: int, *, signed: bool, block: int) -> tuple[bytes, in
         values: int8, uint8, int16 or int32 of shape (count,), contiguous, none negative unless ``signed``.
         k: order of the code, 0 to 5.
         signed: whether values are numbered 0, -1, 1, -2, 2, ... first.
-        block: values in a block, a power of two and at least 64.
+        block: values in a block, a multiple of 64.
 
     Returns:
         The bits, the first in the highest bit of the first byte, filled up with zero bits to a whole byte;
         how many bits these are; and the bits of each block, of shape (ceil(count / block),).
     """
-    step = max(block, _PIECE)
+    step = max(_PIECE // block, 1) * block
     packed: list[Words] = []
     blocks: list[NDArray[np.uint64]] = []
     carry, offset, bits = np.uint64(0), 0, 0
@@ -66,7 +66,7 @@ def pack(values: Values, k: int, *, signed: bool, block: int) -> tuple[bytes, in
 def _words(codes: Words, lengths: Words, ends: Words, offset: int) -> Words:
     """Words with every code right-aligned before its end, ``offset`` bits into the first one."""
     ends = ends + np.uint64(offset)
-    # A code has at most 34 digits of a field of up to 66: leading zeros need no place.
+    # A code has at most 33 digits of a field of up to 65: leading zeros need no place.
     fields = np.minimum(lengths, np.uint64(WORD))
     starts = ends - fields
     codes = codes << (np.uint64(WORD) - fields)

@@ -21,6 +21,7 @@ __all__ = [
     "MAX_K",
     "bits_of",
     "check_k",
+    "code_length",
     "code_lengths",
     "symbol_limit",
     "to_signed",
@@ -29,7 +30,7 @@ __all__ = [
 
 MAX_K = 5
 
-# Signed values need a wider type as symbols: -2^(b-1) becomes 2^b.
+# Signed values need a wider type as symbols: -2^(b-1) becomes 2^b - 1.
 _WIDER = {torch.int8: torch.int16, torch.int16: torch.int32, torch.int32: torch.int64}
 _UNSIGNED = {torch.uint8: torch.uint8, **{dtype: dtype for dtype in _WIDER}}
 _PIECE = 1 << 20
@@ -45,7 +46,7 @@ def symbol_limit(dtype: torch.dtype, *, signed: bool) -> int:
     """Largest symbol that a value of ``dtype`` can have.
 
     >>> symbol_limit(torch.int8, signed=True), symbol_limit(torch.uint8, signed=False)
-    (256, 255)
+    (255, 255)
 
     Raises:
         TransformError: if no values of this type can be coded.
@@ -56,7 +57,7 @@ def symbol_limit(dtype: torch.dtype, *, signed: bool) -> int:
         kind = "signed" if signed else "unsigned"
         raise TransformError(f"{str(dtype).removeprefix('torch.')}: the {kind} code takes {names}")
     top = torch.iinfo(dtype).max
-    return 2 * (top + 1) if signed else top
+    return 2 * top + 1 if signed else top
 
 
 def to_unsigned(values: Tensor) -> Tensor:
@@ -98,11 +99,21 @@ def code_lengths(count: int, k: int) -> Tensor:
     return _lengths(torch.arange(count), k)
 
 
+def code_length(symbol: int, k: int) -> int:
+    """Bits of one symbol in the code of order ``k``.
+
+    >>> code_length(0, 3), code_length(1, 3), code_length(256, 3)
+    (1, 5, 15)
+    """
+    check_k(k)
+    return 2 * (symbol - 1 + (1 << k)).bit_length() - k if symbol else 1
+
+
 def bits_of(symbols: Tensor, k: int) -> int:
     """Bits that all of ``symbols`` take in the code of order ``k``, counted on their own device.
 
     Args:
-        symbols: non-negative integers up to 2^32, any shape and device.
+        symbols: non-negative integers below 2^32, any shape and device.
         k: order of the code, 0 to 5.
     """
     total = torch.zeros((), dtype=torch.int64, device=symbols.device)

@@ -23,8 +23,8 @@ from cctool.errors import BitstreamError
 
 __all__ = ["MAX_BITS", "unpack"]
 
-MAX_BITS = 66
-"""Bits of the longest codeword: symbol 2^32 at order 0."""
+MAX_BITS = 65
+"""Bits of the longest codeword: symbol 2^32 - 1 at order 1."""
 
 _WINDOW = 15
 _ESCAPE = 1 << _WINDOW
@@ -107,7 +107,7 @@ def unpack(
         last = int(np.searchsorted(ends, begin + _GROUP_BITS, side="right"))
         last = min(max(last, first + 1), first + _GROUP_BLOCKS)
         source = _spread(words, begin, ends[first:last])
-        progress = _Progress(source, counts[first:last], _table(k, signed))
+        progress = _Progress(source, counts[first:last], _table(k, signed, min(limit, 255)))
         while len(progress.active):
             progress.advance(k, limit)
         found = _values(progress, last - first, signed, dtype)
@@ -218,12 +218,12 @@ class _Progress:
 
     def _drop_finished(self) -> None:
         on = self.at > self.end
-        if on.all() and (self.left > 0).all():
-            return
-        if (self.at < self.end).any() or ((self.left > 0) != on).any():
+        full = self.left == 0
+        if (self.at < self.end).any() or (self.left < 0).any() or (full == on).any():
             raise BitstreamError("a block of the stream does not hold the values that it should")
-        self.active, self.left = self.active[on], self.left[on]
-        self.at, self.end = self.at[on], self.end[on]
+        if full.any():
+            self.active, self.left = self.active[on], self.left[on]
+            self.at, self.end = self.at[on], self.end[on]
 
 
 def _long_codeword(halves: Integers, at: Integers, k: int, limit: int) -> tuple[Integers, Integers]:
@@ -283,8 +283,8 @@ def _held(windows: NDArray[np.uint16], table: _Table) -> NDArray[np.uint8]:
 
 
 @cache
-def _table(k: int, signed: bool) -> _Table:
-    """Decode every window, value by value, all windows at once."""
+def _table(k: int, signed: bool, limit: int) -> _Table:
+    """Decode every window, value by value, all windows at once; symbols above ``limit`` <= 255 are left."""
     size = 1 << _WINDOW
     windows = np.arange(size)
     bits, held = np.zeros(size + 1, dtype=np.int64), np.zeros(size + 1, dtype=np.uint8)
@@ -296,7 +296,7 @@ def _table(k: int, signed: bool) -> _Table:
         length = np.where(zeros == 0, 1, 2 * zeros + k)
         numbers = (rest >> np.maximum(_WINDOW - length, 0)) - (1 << k) + 1
         symbols = np.where(zeros == 0, 0, numbers)
-        going &= (rest > 0) & (bits[:-1] + length <= _WINDOW) & (symbols < 256)
+        going &= (rest > 0) & (bits[:-1] + length <= _WINDOW) & (symbols <= limit)
         found = _numbered(symbols) if signed else symbols
         values[:-1, place][going] = found[going].astype(np.uint8)
         used[:-1, place][going] = 1
