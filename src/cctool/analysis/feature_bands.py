@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from cctool.transforms.statistics import BandCounts, TapFigures
 
@@ -56,7 +57,7 @@ def grouped(bands: Sequence[Band], most: int) -> list[Band]:
     if len(bands) <= most:
         return list(bands)
     edges = [round(i * len(bands) / most) for i in range(most + 1)]
-    return [_joined(bands[start:end]) for start, end in zip(edges, edges[1:], strict=False)]
+    return [_joined(bands[start:end]) for start, end in pairwise(edges)]
 
 
 def _joined(bands: Sequence[Band]) -> Band:

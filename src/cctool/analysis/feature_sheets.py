@@ -80,7 +80,13 @@ TAP_COLUMNS = (
         total_sum("clamped_symbols"),
     ),
     Column("sqnr", "SQNR (dB)", "Energy of the map over that of its coding error, in decibel.", _PERCENT),
-    Column("entropy", "Entropy bound", "Zero-order entropy of the symbols, bits an element.", _REAL, _mean("entropy")),
+    Column(
+        "entropy",
+        "Entropy bound",
+        "Zero-order entropy of the symbols, bits an element.",
+        _REAL,
+        _mean("entropy"),
+    ),
     Column("k", "k", "Order that the tap codes with.", "0"),
     Column("best_k", "Best k", "Order that takes the fewest bits on these maps.", "0"),
     Column(
@@ -90,7 +96,13 @@ TAP_COLUMNS = (
         _REAL,
         _mean("bits_per_element"),
     ),
-    Column("payload_bits", "Payload bits", "Of the symbols at the tap's order.", _WHOLE, total_sum("payload_bits")),
+    Column(
+        "payload_bits",
+        "Payload bits",
+        "Of the symbols at the tap's order.",
+        _WHOLE,
+        total_sum("payload_bits"),
+    ),
     Column(
         "side_bits",
         "Side bits",
@@ -100,17 +112,17 @@ TAP_COLUMNS = (
     ),
     *(_ratio(order, "8 bit", 8) for order in ORDERS),
     *(_ratio(order, "float32", 32) for order in ORDERS),
-)  # fmt: skip
+)
 
 BAND_COLUMNS = (
     Column("tap", "Tap", "Module whose output is coded."),
     Column("band", "Sub-band", "Group of coefficients."),
     Column("symbols", "Symbols", "Coded symbols of the band.", _WHOLE, total_sum("symbols")),
     Column("zeros", "Zeros (%)", "Symbols that are zero.", _PERCENT, mean_by("zeros", "symbols")),
-    Column("minimum", "Min", "Smallest symbol.", '#,##0', extreme("minimum", largest=False)),
-    Column("maximum", "Max", "Largest symbol.", '#,##0', extreme("maximum", largest=True)),
+    Column("minimum", "Min", "Smallest symbol.", "#,##0", extreme("minimum", largest=False)),
+    Column("maximum", "Max", "Largest symbol.", "#,##0", extreme("maximum", largest=True)),
     Column("entropy", "Entropy", "Zero-order entropy, bits a symbol.", _REAL, mean_by("entropy", "symbols")),
-)  # fmt: skip
+)
 
 
 def feature_report(figures: Sequence[TapFigures], notes: Notes) -> Report:

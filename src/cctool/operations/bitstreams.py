@@ -1,110 +1,47 @@
 """The coded maps of a split as streams of bytes: written to a folder, decoded on the way, or only counted.
 
-A folder holds a stream a tap and ``index.json``, an `Index`.
+What a stream holds, `tap_stream` says; what else stands in the folder, `stream_index`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from cctool import __version__
-from cctool.checkpoint.spec import Dimension, Record
 from cctool.coding.entropy import code_bits
 from cctool.coding.exp_golomb import histogram
 from cctool.coding.stream import Reader, Writer
 from cctool.data.batches import Batch
 from cctool.errors import TransformError
+from cctool.operations.stream_index import (
+    SUFFIX,
+    IndexedMaps,
+    IndexedStream,
+    maps_as_bytes,
+    symbols_as_bytes,
+)
 from cctool.operations.tap_reports import file_stems
 from cctool.transforms.codec import Symbols
 from cctool.transforms.tap_stream import (
     StreamHeader,
     decoded_maps,
     flat_symbols,
+    header_of,
     pass_of,
     side_bytes,
     state_bytes,
+    state_of_stream,
 )
-from cctool.transforms.taps import recording, state_of, taps_of
+from cctool.transforms.taps import state_of, taps_of
 
-__all__ = [
-    "INDEX",
-    "SUFFIX",
-    "Bitstreams",
-    "Index",
-    "IndexedMaps",
-    "IndexedStream",
-    "StreamFigures",
-    "is_ours",
-]
-
-INDEX, SUFFIX = "index.json", ".seg"
-_HASH = r"^[0-9a-f]{64}$"
-
-
-class IndexedMaps(Record):
-    """The maps of one pass, all batches together.
-
-    Attributes:
-        number: 0 for the first pass of each batch, 1 for the second of a module that is passed twice, ...
-        shape: (N, C, H, W).
-        symbols: SHA-256 of all symbols, int32, little-endian, a batch after the other.
-        maps: SHA-256 of all maps, float32, little-endian, likewise.
-    """
-
-    number: int = Field(ge=0, strict=True)
-    shape: tuple[Dimension, Dimension, Dimension, Dimension]
-    symbols: str = Field(pattern=_HASH)
-    maps: str = Field(pattern=_HASH)
-
-
-class IndexedStream(Record):
-    """One file.
-
-    Attributes:
-        tap: name of the module.
-        file: name of the file, in the same folder.
-        bytes: its size.
-        sha256: of the file.
-        payload_bits: of all symbols.
-        passes: what it decodes to.
-    """
-
-    tap: str
-    file: str = Field(max_length=255)
-    bytes: int = Field(ge=0, strict=True)
-    sha256: str = Field(pattern=_HASH)
-    payload_bits: int = Field(ge=0, strict=True)
-    passes: tuple[IndexedMaps, ...]
-
-
-class Index(Record):
-    """What a folder of streams holds.
-
-    Attributes:
-        format: of the folder.
-        network: architecture.
-        data: reference of the data set.
-        split: part of it.
-        made_with: versions and device.
-        streams: in the order in which taps are passed.
-    """
-
-    format: Literal["cctool feature maps 1"] = "cctool feature maps 1"
-    network: str = Field(max_length=4096)
-    data: str = Field(max_length=4096)
-    split: str = Field(max_length=64)
-    made_with: str = Field(max_length=256)
-    streams: tuple[IndexedStream, ...]
+__all__ = ["Bitstreams", "StreamFigures"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +72,7 @@ class StreamFigures:
 
 
 class _Target:
-    """A file that remembers the bytes of the last chunk, and hashes all; or only that, where it has no path."""
+    """A file that remembers its last bytes and hashes all of them; without a path it only does that."""
 
     def __init__(self, path: Path | None) -> None:
         self._stream = None if path is None else path.open("xb")
@@ -217,7 +154,7 @@ class _TapStream:
         """What the bytes alone say: those of the header and the codec, and those of one chunk."""
         reader = Reader(io.BytesIO(self._front + chunk))
         header, chunks = header_of(reader.metadata), iter(reader)
-        state = state_of_stream(header, next(chunks).side).to(device)
+        state = state_of_stream(header, next(chunks).side, device)
         found = next(chunks)
         return decoded_maps(pass_of(found.values, found.side, header).symbols, state, header.dtype)
 
@@ -227,8 +164,8 @@ class _TapStream:
         hashes = self.passes[number]
         if hashes.shape != tuple(y.shape[1:]):
             raise TransformError(
-                f"{self.name}: maps of {list(y.shape[1:])} after maps of {list(hashes.shape)}; a stream holds "
-                "maps of one size"
+                f"{self.name}: maps of {list(y.shape[1:])} after maps of {list(hashes.shape)}; a stream "
+                "holds maps of one size"
             )
         hashes.samples += y.shape[0]
         hashes.symbols.update(symbols_as_bytes(flat))
@@ -326,31 +263,3 @@ class Bitstreams:
         """Close all files, also where something failed."""
         for stream in self._streams.values():
             stream.close()
-
-
-def is_ours(name: str) -> bool:
-    """Whether a folder of streams may hold a file of that name."""
-    return name == INDEX or name.endswith(SUFFIX)
-
-
-def write_index(index: Index, folder: Path) -> None:
-    """Write ``index.json``."""
-    text = json.dumps(index.model_dump(mode="json"), indent=2, allow_nan=False)
-    (folder / INDEX).write_text(f"{text}\n", encoding="utf-8")
-
-
-def made_with(device: torch.device) -> str:
-    """Versions and device, which decide how maps are rounded."""
-    return f"cctool {__version__}, torch {torch.__version__}, {device.type}"
-
-
-def symbols_as_bytes(values: Tensor) -> bytes:
-    """Symbols of any integer type as int32, little-endian."""
-    found: bytes = values.to(torch.int32).contiguous().numpy().astype("<i4", copy=False).tobytes()
-    return found
-
-
-def maps_as_bytes(maps: Tensor) -> bytes:
-    """Maps (N, C, H, W) as float32, little-endian, in that order."""
-    found: bytes = maps.detach().float().cpu().contiguous().numpy().astype("<f4", copy=False).tobytes()
-    return found

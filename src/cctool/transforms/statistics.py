@@ -278,7 +278,7 @@ class TapStatistics:
             pass_bytes(header, found.symbols, found.largest, payload, found.samples)
             for found, payload in zip(self._passes, bits, strict=True)
         )
-        return 8 * size - sum(bits)
+        return 8 * size - int(sum(bits))
 
     def _names(self, levels: int) -> list[str]:
         if is_wavelet(self.codec.kernel):

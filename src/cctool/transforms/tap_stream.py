@@ -99,12 +99,13 @@ def state_size(config: CodecConfig, shape: tuple[int, int, int]) -> int:
     return (2 + sum(n * n for n in basis_shapes(config, shape).values())) * _FLOAT.itemsize
 
 
-def state_of_stream(header: StreamHeader, side: bytes) -> CodecState:
+def state_of_stream(header: StreamHeader, side: bytes, device: torch.device | str = "cpu") -> CodecState:
     """The codec of a stream.
 
     Args:
         header: of the stream.
         side: side bytes of its first chunk.
+        device: where its tensors come to lie.
 
     Raises:
         BitstreamError: if these are not the header's tensors, or no codec's.
@@ -117,6 +118,7 @@ def state_of_stream(header: StreamHeader, side: bytes) -> CodecState:
     values = torch.from_numpy(np.frombuffer(side, _FLOAT).astype(np.float32))
     if not bool(torch.isfinite(values).all()) or values[0] > values[1]:
         raise BitstreamError(f"{header.tap}: the codec's range or bases are no finite numbers")
+    values = values.to(device)
     bounds, start, bases = values[:2], 2, {}
     for name, n in sides.items():
         bases[name] = values[start : start + n * n].view(n, n)
