@@ -16,14 +16,25 @@ Coefficients stand in the order of `pywt.wavedec`: approximation, coarsest detai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import pywt
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-__all__ = ["WAVELETS", "FilterBank", "band_sizes", "filter_bank", "wavelet_matrix"]
+__all__ = [
+    "WAVELETS",
+    "FilterBank",
+    "analyze",
+    "band_sizes",
+    "filter_bank",
+    "synthesize",
+    "wavelet_matrix",
+]
 
 WAVELETS: tuple[str, ...] = tuple(name for name in pywt.wavelist(kind="discrete") if name != "dmey")
 """Names of the wavelets. dmey is left out: its filters are cut off, and their inverse is off by 0.2 %."""
@@ -85,6 +96,58 @@ def wavelet_matrix(
         coarser = low @ coarser
     matrix = np.concatenate([coarser, *details])
     return np.ascontiguousarray(matrix.T) if synthesis else matrix
+
+
+def analyze(x: Tensor, name: str, *, square: bool) -> tuple[Tensor, Tensor]:
+    """One level along the last dim, filter by filter: for signals much longer than the filters.
+
+    Args:
+        x: shape (..., N), N at least the number of taps.
+        name: one of `WAVELETS`.
+        square: what an odd N does.
+
+    Returns:
+        Approximation and detail, of sizes `band_sizes`.
+    """
+    last = x[..., -1:]
+    odd = x.shape[-1] % 2
+    if odd:
+        x = x[..., :-1] if square else torch.cat((x, last), -1)
+    bank = filter_bank(name)
+    half, reach = x.shape[-1] // 2, bank.taps // 2
+    padded = torch.cat((x[..., x.shape[-1] - reach + 1 :], x, x[..., :reach]), -1)
+    taken = [padded[..., tap : tap + 2 * half - 1 : 2] for tap in range(bank.taps)]
+    low, high = (_weighted(taken, filters[::-1]) for filters in bank.decomposition)
+    return (torch.cat((low, last), -1) if odd and square else low), high
+
+
+def synthesize(low: Tensor, high: Tensor, name: str, size: int, *, square: bool) -> Tensor:
+    """Undo `analyze`; returns shape (..., size)."""
+    last = low[..., -1:]
+    carried = size % 2 == 1 and square
+    low = low[..., :-1] if carried else low
+    bank = filter_bank(name)
+    half, reach = high.shape[-1], bank.taps // 2
+    phases = []
+    for phase in (0, 1):
+        taps = range((phase + 1 + reach) % 2, bank.taps, 2)
+        # Sample 2m + phase meets coefficient m - shift in the tap 2 * shift + phase - 1 + F/2.
+        shifts = [(tap - phase + 1 - reach) // 2 for tap in taps]
+        parts = []
+        for band, filters in zip((low, high), bank.reconstruction, strict=True):
+            padded = torch.cat((band[..., half - reach :], band, band[..., :reach]), -1)
+            taken = [padded[..., reach - shift : reach - shift + half] for shift in shifts]
+            parts.append(_weighted(taken, filters[list(taps)]))
+        phases.append(parts[0] + parts[1])
+    samples = torch.stack(phases, -1).flatten(-2)
+    return torch.cat((samples, last), -1) if carried else samples[..., :size]
+
+
+def _weighted(parts: Sequence[Tensor], weights: NDArray[np.float64]) -> Tensor:
+    total = parts[0] * float(weights[0])
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total = total.add(part, alpha=float(weight))
+    return total
 
 
 def _analysis_step(
