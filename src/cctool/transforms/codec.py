@@ -218,7 +218,9 @@ def reconstruct(symbols: Symbols, state: CodecState) -> Tensor:
     if not state.config.transforms:
         return state.grid().to_values(symbols.bands[0].double()).float()
     steps = state.steps(size, len(symbols.bands), symbols.bands[0].device)
-    coefficients = [band * step for band, step in zip(symbols.bands, steps, strict=True)]
+    # Contiguous, for the order of a matrix product's sums, and so their rounding, depends on the layout: a
+    # decoder's symbols lie as they were written.
+    coefficients = [band.contiguous() * step for band, step in zip(symbols.bands, steps, strict=True)]
     basis = state.bases.get("channels")
     v = _channels(state.spatial().inverse(coefficients, size), None if basis is None else basis.T)
     if symbols.means is not None:
