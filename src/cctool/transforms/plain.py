@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from cctool.copying import copied
-from cctool.transforms.swapped import swapped_layers
+from cctool.transforms.swapped import SwappedLayer, swapped_layers
 
-__all__ = ["plain_model"]
+__all__ = ["plain_model", "type_of"]
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -30,3 +30,14 @@ def plain_model(model: nn.Module) -> nn.Module:
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = tensor
     return copied(model, memo)
+
+
+def type_of(module: nn.Module) -> str:
+    """Class name of a module; of a swapped layer that of the ordinary one, with what it is made of.
+
+    As in ``Linear (coefficient)``.
+    """
+    if not isinstance(module, SwappedLayer):
+        return type(module).__name__
+    ordinary = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn"))
+    return f"{ordinary.__name__} ({module.swap('').layer})"
