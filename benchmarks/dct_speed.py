@@ -3,7 +3,8 @@
 A (64, 64, 56, 56) float32 batch: the two-dimensional DCT of whole maps (for cctool one block of 56 x 56), its
 inverse, and the DCT of 8 x 8 blocks, for which the others get the maps cut into blocks and the result put
 together again. All compute the orthonormal DCT-II; their results are compared before anything is timed. The
-tools take turns; the ratio is that of the medians. OpenMP threads sleep while they wait, as in cctool's commands.
+tools take turns; the ratio is that of the medians. OpenMP threads sleep while they
+wait, as in cctool's commands.
 
     python benchmarks/dct_speed.py [ROUNDS]
 """
