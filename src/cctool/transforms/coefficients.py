@@ -244,9 +244,9 @@ class CoefficientLinear(CoefficientLayer, nn.Linear):  # type: ignore[misc,overr
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Map (..., in_features) to (..., out_features)."""
         shape, axes = (self.out_features, self.in_features), self.arguments.axes
-        if self.cache.serves(self._sources()) or not projection_pays(
-            axes, shape, input.numel() // self.in_features
-        ):
+        batch = input.numel() // self.in_features
+        recorded = torch.is_grad_enabled() and self.coefficients.requires_grad
+        if not recorded or torch.compiler.is_compiling() or not projection_pays(axes, shape, batch):
             return F.linear(input, self.weight, self.bias)
         return projected(input, self.coefficients, axes, self._all_beside(), self.bias)
 
