@@ -89,6 +89,8 @@ def default_table(kernel: str, block: int, levels: int, bits: int) -> Table:
     chosen for 8 bits; other numbers of bits have other integers for the same values.
     """
     unit = (2**bits - 1) / 255
+    if kernel == "identity":
+        return Table((8 * unit,))
     count = levels + 1 if is_wavelet(kernel) else 2 * block - 1
     rising = [8 * unit * (1 + index / max(1, count - 1)) for index in range(count)]
     return Table(tuple(reversed(rising) if is_wavelet(kernel) else rising))
