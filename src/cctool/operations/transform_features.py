@@ -176,7 +176,7 @@ def codec_configs(options: TransformOptions, sites: Sequence[Site], images: int)
                 **shared,
                 table=table.steps,
                 original_units=table.original,
-                calibrated=(*calibrated, *(["table"] if table.scaled else [])),
+                calibrated=tuple([*calibrated, "table"] if table.scaled else calibrated),
             )
         except ValidationError as error:
             raise UsageError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from None
