@@ -97,6 +97,8 @@ def default_table(kernel: str, block: int, levels: int, bits: int) -> Table:
     little of how large an error may be: deep layers have few large values among many small ones.
     """
     unit = (2**bits - 1) / 255
+    if kernel == "identity":
+        return Table((8 * unit,))
     count = levels + 1 if is_wavelet(kernel) else 2 * block - 1
     rising = [8 * unit * (1 + index / max(1, count - 1)) for index in range(count)]
     return Table(tuple(reversed(rising) if is_wavelet(kernel) else rising), scaled=True)
