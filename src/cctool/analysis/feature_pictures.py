@@ -142,12 +142,12 @@ def _panel(axes: Axes, band: Band, zero_bar: bool) -> None:
     counts = zip(band.symbols, band.counts, strict=True)
     shown = {symbol: count for symbol, count in counts if count and (symbol or zero_bar)}
     low, high = _span(shown)
-    width = max(1, math.ceil((high - low + 1) / _MOST_BARS))
+    # Odd, so that each bar has a symbol in its middle, and one of them zero.
+    width = math.ceil((high - low + 1) / _MOST_BARS) // 2 * 2 + 1
     bars: dict[int, int] = {}
     for symbol, count in shown.items():
         if low <= symbol <= high:
-            # Bars of several symbols are centred on multiples of their width: one has zero in its middle.
-            place = round(symbol / width) * width
+            place = (symbol + width // 2) // width * width
             bars[place] = bars.get(place, 0) + count
     axes.bar(
         list(bars),
@@ -155,7 +155,7 @@ def _panel(axes: Axes, band: Band, zero_bar: bool) -> None:
         width=width * 0.92,
         color=[_ZERO if place == 0 and zero_bar else _BAR for place in bars],
     )
-    share = f"{100 * zeros / total:.1f} % zero" if total else "no symbols"
+    share = f"{_percent(zeros, total)} % zero" if total else "no symbols"
     beyond = sum(count for symbol, count in shown.items() if not low <= symbol <= high)
     tail = f", {100 * beyond / total:.2g} % beyond" if beyond else ""
     axes.set_title(_plain(f"{band.name}: {share}{tail}"), fontsize=8, loc="left")
@@ -183,6 +183,11 @@ def _span(counts: dict[int, int]) -> tuple[int, int]:
         above += counts[symbols[high]]
         high -= 1
     return symbols[low], symbols[high]
+
+
+def _percent(part: int, whole: int) -> str:
+    """One decimal, which says 100 only of all."""
+    return ">99.9" if part < whole and 100 * part / whole >= 99.95 else f"{100 * part / whole:.1f}"
 
 
 def _plain(text: str) -> str:
