@@ -1,7 +1,7 @@
 """Layers of networks that compute with complex numbers: DFT basis layers, and what stands between them.
 
-Values are tensors of a complex type, whatever their shape; parameters are stored as real tensors. Every module
-here takes real inputs too, as the first complex layer of a network does.
+Values are tensors of a complex type, whatever their shape; parameters are stored as real tensors. Every
+module here takes real inputs too, as the first complex layer of a network does.
 
 - The activation is the cardioid z (1 + cos arg z) / 2 (Virtue et al. 2017, equation 7), which is the ReLU on
   real numbers.
@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cctool.errors import TransformError
-from cctool.transforms.basis import BasisArguments, BasisLayer
-from cctool.transforms.basis_conv import BasisConvolution
+from cctool.transforms.basis import BIAS_STD, BasisArguments, BasisLayer, LinearBasis
+from cctool.transforms.basis_conv import ConvolutionBasis
+from cctool.transforms.complex_numbers import TINY, magnitude
 from cctool.transforms.frequencies import complex_rows
 from cctool.transforms.swapped import Cut, SwappedLayer
 
@@ -37,21 +39,7 @@ __all__ = [
     "ComplexModule",
     "MagnitudeConv2d",
     "MagnitudeLinear",
-    "magnitude",
 ]
-
-# The square of 1e-12, under which |z| counts as zero; its power -3/2, of the gradient, is still a float32.
-_TINY = 1e-24
-
-
-def magnitude(values: Tensor) -> Tensor:
-    """|z| of complex values, whose gradient is 0 at 0 and finite everywhere; real values as they are.
-
-    `torch.abs` gives NaN gradients for values whose square underflows.
-    """
-    if not values.is_complex():
-        return values
-    return (values.real.square() + values.imag.square() + _TINY).sqrt()
 
 
 class ComplexModule(nn.Module):
@@ -77,7 +65,7 @@ class Cardioid(ComplexModule):
         """Map complex or real values of any shape to values of that shape."""
         if not x.is_complex():
             return F.relu(x)
-        cosine = x.real * (x.real.square() + x.imag.square() + _TINY).rsqrt()
+        cosine = x.real * (x.real.square() + x.imag.square() + TINY).rsqrt()
         return self.ended(x * ((1 + cosine) / 2))
 
 
@@ -92,23 +80,16 @@ class ComplexMaxPool2d(ComplexModule):
     def __init__(self, layer: nn.Module, ends: bool = False) -> None:
         super().__init__(ends)
         self.layer = layer
-        self.return_indices = layer.return_indices
+        self.indexing = copy(layer)
+        self.indexing.return_indices = True  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool maps (N, C, H, W) or (C, H, W)."""
         if not x.is_complex():
             return self.layer(x)  # type: ignore[no-any-return]
-        _, places = self._largest(magnitude(x.detach()))
+        _, places = self.indexing(magnitude(x.detach()))
         picked = x.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
         return self.ended(picked)
-
-    def _largest(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        pool = self.layer
-        if isinstance(pool, nn.AdaptiveMaxPool2d):
-            return F.adaptive_max_pool2d(sizes, pool.output_size, return_indices=True)
-        return F.max_pool2d_with_indices(
-            sizes, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
-        )
 
 
 class ComplexAverage(ComplexModule):
@@ -165,12 +146,9 @@ class ComplexBatchNorm(ComplexModule):
         self.imaginary = imaginary
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise complex maps (N, C, ...)."""
+        """Normalise complex values (N, C, ...); real ones as their real parts."""
         if not x.is_complex():
-            raise TransformError(
-                "a batch norm meets complex and real values: it cannot serve both; leave out layers with "
-                "patterns of --layers"
-            )
+            return self.real(x)  # type: ignore[no-any-return]
         parts = torch.complex(self.real(x.real), self.imaginary(x.imag))
         return self.ended(parts / math.sqrt(2))
 
@@ -194,17 +172,8 @@ class MagnitudeConv2d(nn.Conv2d):
 class ComplexLayer(BasisLayer):
     """What the DFT basis layers share. They have no plain counterpart, and are not cut."""
 
-    def plain(self) -> nn.Module | None:
-        """See `SwappedLayer`."""
-        return None
-
-    def taken(self, cuts: Mapping[str, Sequence[Cut]]) -> SwappedLayer:
-        """See `SwappedLayer`."""
-        raise TransformError(
-            "a dft basis layer computes with complex numbers: its channels cannot be cut; transform after pruning"
-        )
-
-    def _channel_rows(self) -> Tensor:
+    def channel_rows(self) -> Tensor:
+        """(rows, samples), complex, each row of norm 1."""
         return complex_rows(
             self.indices,
             self.offsets("frequency_offsets"),
@@ -213,40 +182,42 @@ class ComplexLayer(BasisLayer):
             period=self.arguments.period,
         )
 
-    def _ended(self, values: Tensor) -> Tensor:
-        if self.arguments.magnitude:
-            return magnitude(values).to(self.frequency_offsets.dtype)
-        return values
+    def plain(self) -> nn.Module | None:
+        """See `SwappedLayer`."""
+        return None
+
+    def taken(self, cuts: Mapping[str, Sequence[Cut]]) -> SwappedLayer:
+        """See `SwappedLayer`."""
+        raise TransformError(
+            "a dft basis layer computes with complex numbers and cannot be cut; prune before the transform"
+        )
+
+    def ended(self, values: Tensor) -> Tensor:
+        """The layer's output for what it computed."""
+        return magnitude(values).to(self.frequency_offsets.dtype) if self.arguments.ends else values
 
 
-class ComplexBasisLinear(ComplexLayer, nn.Linear):  # type: ignore[misc]
+class ComplexBasisLinear(ComplexLayer, LinearBasis, nn.Linear):  # type: ignore[misc,override]
     """A linear layer of DFT rows: 3 x out_features parameters, as its bias is complex.
 
-    Args:
-        in_features: of the layer.
-        out_features: of the layer.
-        bias: whether it has one; both parts begin as N(0, 0.5), as in the thesis.
-        arguments: kernel ``dft``.
-        like: gives device and type of the parameters.
+    Both parts of the bias begin as N(0, 0.5), as in the thesis.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, arguments: BasisArguments, like: Tensor
-    ) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
-        self._begin(arguments, out_features, in_features, like)
-        for name in ("bias", "bias_imaginary"):
-            self.register_parameter(
-                name, nn.Parameter(torch.zeros_like(self.frequency_offsets)) if bias else None
-            )
-        if bias:
-            nn.init.normal_(self.bias, std=0.5)
-            nn.init.normal_(self.bias_imaginary, std=0.5)
+    ordinary = nn.Linear
+    bias_imaginary: nn.Parameter | None
+
+    def begin(self, arguments: BasisArguments) -> None:
+        """See `BasisLayer`."""
+        super().begin(arguments)
+        self.register_parameter("bias_imaginary", None)
+        if self.bias is not None:
+            self.bias_imaginary = nn.Parameter(torch.zeros_like(self.bias))
+            nn.init.normal_(self.bias, std=BIAS_STD)
+            nn.init.normal_(self.bias_imaginary, std=BIAS_STD)
 
     def compute_weight(self) -> Tensor:
         """(out_features, in_features), complex."""
-        return self._channel_rows()
+        return self.channel_rows()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Map (..., in_features), complex or real, to (..., out_features): complex, or |z| at the end."""
@@ -255,44 +226,37 @@ class ComplexBasisLinear(ComplexLayer, nn.Linear):  # type: ignore[misc]
             products = F.linear(input.to(weight.dtype), weight)
         else:
             x = input.to(weight.real.dtype)
-            real, imaginary = F.linear(x, weight.real), F.linear(x, weight.imag)
-            products = torch.complex(real.to(x.dtype), imaginary.to(x.dtype))
-        if self.bias is not None:
-            products = products + torch.complex(self.trained("bias"), self.trained("bias_imaginary"))
-        return self._ended(products)
+            # Under autocast the products come in half precision, of which there are no complex numbers.
+            parts = [F.linear(x, part).to(x.dtype) for part in (weight.real, weight.imag)]
+            products = torch.complex(*parts)
+        if self.bias is not None and self.bias_imaginary is not None:
+            parts = [part.to(weight.real.dtype) for part in (self.bias, self.bias_imaginary)]
+            products = products + torch.complex(*parts)
+        return self.ended(products)
 
 
-class ComplexBasisConv2d(ComplexLayer, BasisConvolution):
-    """A convolution of DFT basis functions; the bias is real and counts once.
+class ComplexBasisConv2d(ComplexLayer, ConvolutionBasis, nn.Conv2d):  # type: ignore[misc,override]
+    """A convolution of DFT basis functions.
 
-    The formula is that of `basis_conv`, with complex rows and real coefficients: as many parameters as there.
+    The formula is that of `basis_conv` with complex rows, and as many parameters: the coefficients are real,
+    and so is the bias, which is added to the real part.
     """
 
-    def compute_weight(self) -> Tensor:
-        """(Cout, Cin / groups, kH, kW), complex."""
-        spatial = self._spatial(
-            [
-                self._spatial_rows(name, size)
-                for name, size in zip(("height_offsets", "width_offsets"), self.kernel_size, strict=True)
-            ]
-        )
-        return self._channel_rows()[:, :, None, None] * spatial[:, None]
+    ordinary = nn.Conv2d
 
-    def _spatial_rows(self, name: str, size: int) -> Tensor:
-        offsets = self.offsets(name)
+    def spatial_rows(self, offsets: Tensor, size: int) -> Tensor:
+        """(size, size), complex: the rows of one axis of the kernel."""
         every = torch.arange(size, device=offsets.device)
         return complex_rows(every, offsets, every, size=size, period=size)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """Map complex or real maps to complex ones, or to |z| at the end."""
+        """Map complex or real maps (N, Cin, H, W) to complex ones, or to |z| at the end."""
         weight = self.weight
-        bias = None if self.bias is None else self.trained("bias")
+        bias = None if self.bias is None else self.bias.to(weight.real.dtype)
         if input.is_complex():
             biased = None if bias is None else torch.complex(bias, torch.zeros_like(bias))
-            products = self._conv_forward(input.to(weight.dtype), weight, biased)
-        else:
-            x = input.to(weight.real.dtype)
-            real = self._conv_forward(x, weight.real, bias)
-            imaginary = self._conv_forward(x, weight.imag, None)
-            products = torch.complex(real.to(x.dtype), imaginary.to(x.dtype))
-        return self._ended(products)
+            return self.ended(self._conv_forward(input.to(weight.dtype), weight, biased))
+        x = input.to(weight.real.dtype)
+        real = self._conv_forward(x, weight.real, bias).to(x.dtype)
+        imaginary = self._conv_forward(x, weight.imag, None).to(x.dtype)
+        return self.ended(torch.complex(real, imaginary))

@@ -6,9 +6,9 @@ For N samples t = 0..N-1, a period D and a frequency f that is a real number:
     dst   sin(pi (f+1) (2t+1) / (2D)),    divided by its norm over the N samples
     dft   exp(-2 pi j f t / D) / sqrt(N)
 
-At D = N and f = 0..N-1 these are the orthonormal DCT-II, DST-II and DFT. The norm belongs to the frequency and
-not to the number of the row: it is sqrt(N) at a frequency of 0 (sqrt(N/2) elsewhere), wherever training moves
-the frequency from or to.
+At D = N and f = 0..N-1 these are the orthonormal DCT-II, DST-II and DFT. The norm belongs to the frequency
+and not to the number of the row: it is sqrt(N) at a frequency of 0 and sqrt(N/2) at other integers, wherever
+training moves the frequency from or to.
 
 More rows than samples need D > N: with D = N, row N of the DCT is zero and row N+j is minus row N-j. With
 D = rows, the rows are the first N columns of an orthogonal matrix, so that they have full rank N.
@@ -20,9 +20,9 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["WeightCache", "complex_rows", "real_rows", "row_norms", "unit_gradient"]
+__all__ = ["complex_rows", "real_rows", "row_norms", "unit_gradient"]
 
 # Below it a row counts as zero, as of a DST whose frequency went to -1.
 _SMALLEST_NORM = 1e-3
@@ -51,9 +51,7 @@ def real_rows(
     return rows / row_norms(kernel, whole, offsets, size=size, period=period)[:, None]
 
 
-def complex_rows(
-    indices: Tensor, offsets: Tensor, positions: Tensor, *, size: int, period: int
-) -> Tensor:
+def complex_rows(indices: Tensor, offsets: Tensor, positions: Tensor, *, size: int, period: int) -> Tensor:
     """Rows of the DFT, all of norm 1 over ``size`` samples.
 
     Args:
@@ -118,7 +116,8 @@ class _UnitGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (gradient,) = gradients
-        return gradient / (gradient.norm() + 1e-8)
+        scaled: Tensor = gradient / (gradient.norm() + 1e-8)
+        return scaled
 
 
 def unit_gradient(tensor: Tensor) -> Tensor:
@@ -126,41 +125,4 @@ def unit_gradient(tensor: Tensor) -> Tensor:
 
     It is a part of the computation and not a hook on the parameter, which copies and loaded files would lose.
     """
-    return _UnitGradient.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class WeightCache:
-    """The weight that a layer last computed, for as long as its parameters stay as they are.
-
-    It serves evaluation without gradients alone. A copy of a layer begins with an empty one.
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the weight."""
-        self._key: tuple[Any, ...] | None = None
-        self._weight: Tensor | None = None
-
-    def get(self, layer: nn.Module, compute: Any) -> Tensor:
-        """The weight of ``layer``, computed by ``compute`` unless it is known."""
-        tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
-        usable = not (
-            layer.training
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or any(tensor.is_meta or tensor.is_inference() for tensor in tensors)
-        )
-        if not usable:
-            return compute()  # type: ignore[no-any-return]
-        key = tuple((tensor._version, tensor.data_ptr(), tensor.dtype) for tensor in tensors)
-        if self._weight is None or key != self._key:
-            self._key, self._weight = key, compute()
-        return self._weight
-
-    def __deepcopy__(self, memo: Any) -> WeightCache:
-        return WeightCache()
-
-    def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
-        return WeightCache, ()
+    return _UnitGradient.apply(tensor)  # type: ignore[no-any-return]
