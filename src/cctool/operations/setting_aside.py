@@ -25,8 +25,17 @@ from cctool.operations.stored_cut import cut_stored
 from cctool.pruning.surgery import Cut, CutPlan, apply_cut, named_tensors
 from cctool.transforms.plain import plain_model
 from cctool.transforms.swapped import SwappedLayer, swapped_layers, with_swaps
+from cctool.transforms.taps import drop_taps, tap_buffers, with_taps
 
-__all__ = ["CarriedOut", "carried_out", "cut_model", "forms_after", "plain_checkpoint", "thin_copy"]
+__all__ = [
+    "CarriedOut",
+    "carried_out",
+    "cut_model",
+    "forms_after",
+    "plain_checkpoint",
+    "thin_copy",
+    "without_taps",
+]
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,15 @@ def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     present = model.state_dict().keys()
     stored = {name: form for name, form in checkpoint.stored.items() if name in present}
     return replace(checkpoint, model=model, spec=spec, stored=stored, resume=None)
+
+
+def without_taps(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint whose maps are not coded; it shares all other tensors."""
+    model = _sharing_copy(checkpoint.model)
+    gone = tap_buffers(checkpoint.model)
+    drop_taps(model)
+    stored = {name: form for name, form in checkpoint.stored.items() if name not in gone}
+    return replace(checkpoint, model=model, spec=with_taps(checkpoint.spec, model), stored=stored)
 
 
 def carried_out(checkpoint: Checkpoint, plan: CutPlan, context: Context) -> CarriedOut:
@@ -119,9 +137,13 @@ def cut_model(model: nn.Module, plan: CutPlan) -> None:
 
 def thin_copy(model: nn.Module, plan: CutPlan) -> nn.Module:
     """A cut copy of a network, as it was planned on its plain one; it shares the tensors that stay whole."""
-    copy = copied(model, {id(tensor): tensor for _, tensor in named_tensors(model)})
+    copy = _sharing_copy(model)
     cut_model(copy, plan)
     return copy
+
+
+def _sharing_copy(model: nn.Module) -> nn.Module:
+    return copied(model, {id(tensor): tensor for _, tensor in named_tensors(model)})
 
 
 def forms_after(
