@@ -49,7 +49,7 @@ class CodecConfig(Record):
         quality: 1 to 100, scales the steps; None leaves them.
         dead_zone: levels begin at n + 0.5 + dead_zone steps.
         channel_klt: decorrelate channels by a calibrated basis before the spatial transform.
-        calibrated: which of ``k`` and ``prequantizer`` calibration chose, and so may choose again.
+        calibrated: which of ``k``, ``prequantizer`` and ``table`` calibration chose, and so may choose again.
         images: how many it saw.
     """
 
@@ -67,7 +67,7 @@ class CodecConfig(Record):
     quality: float | None = Field(default=None, ge=1, le=100, allow_inf_nan=False)
     dead_zone: float = Field(default=0.0, ge=0, lt=0.5, allow_inf_nan=False)
     channel_klt: bool = False
-    calibrated: tuple[Literal["k", "prequantizer"], ...] = Field(default=(), max_length=2)
+    calibrated: tuple[Literal["k", "prequantizer", "table"], ...] = Field(default=(), max_length=3)
     images: int = Field(default=0, ge=0, strict=True)
 
     @field_validator("kernel")
@@ -175,7 +175,7 @@ def encode(x: Tensor, state: CodecState, *, look: bool = True) -> Symbols:
         state: the codec, on the device of ``x``.
         look: count what is clamped.
     """
-    symbols, integers, rounded = _encode(x, state, look=look)
+    symbols, integers, rounded = _encode(x, state, look=look, look_inside=look)
     if not look:
         return symbols
     second = [item.clamped() for item in rounded] or [torch.zeros((), dtype=torch.int64, device=x.device)]
@@ -183,7 +183,9 @@ def encode(x: Tensor, state: CodecState, *, look: bool = True) -> Symbols:
 
 
 @torch.no_grad()
-def _encode(x: Tensor, state: CodecState, *, look: bool) -> tuple[Symbols, Rounded, list[Rounded]]:
+def _encode(
+    x: Tensor, state: CodecState, *, look: bool, look_inside: bool
+) -> tuple[Symbols, Rounded, list[Rounded]]:
     """The symbols, and what the first and the second quantizer did, the second in each band."""
     config = state.config
     shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
@@ -197,7 +199,7 @@ def _encode(x: Tensor, state: CodecState, *, look: bool) -> tuple[Symbols, Round
     coefficients = state.spatial().forward(_channels(v, state.bases.get("channels")))
     steps = state.steps(shape[2:], len(coefficients), x.device)
     rounded = [
-        to_symbols(band / step, config.symbol_bits, config.dead_zone, look=look)
+        to_symbols(band / step, config.symbol_bits, config.dead_zone, look=look_inside)
         for band, step in zip(coefficients, steps, strict=True)
     ]
     return Symbols(tuple(item.values for item in rounded), means, shape), integers, rounded
@@ -218,7 +220,9 @@ def reconstruct(symbols: Symbols, state: CodecState) -> Tensor:
     if not state.config.transforms:
         return state.grid().to_values(symbols.bands[0].double()).float()
     steps = state.steps(size, len(symbols.bands), symbols.bands[0].device)
-    coefficients = [band * step for band, step in zip(symbols.bands, steps, strict=True)]
+    # Contiguous, for the order of a matrix product's sums, and so their rounding, depends on the layout: a
+    # decoder's symbols lie as they were written.
+    coefficients = [band.contiguous() * step for band, step in zip(symbols.bands, steps, strict=True)]
     basis = state.bases.get("channels")
     v = _channels(state.spatial().inverse(coefficients, size), None if basis is None else basis.T)
     if symbols.means is not None:
@@ -245,16 +249,18 @@ def simulate(x: Tensor, state: CodecState) -> Tensor:
 class _Simulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, state: CodecState) -> Tensor:
-        symbols, integers, rounded = _encode(x, state, look=True)
+        # Where symbols are as wide as need be, none is clamped.
+        narrow = state.config.symbol_bits is not None
+        symbols, integers, rounded = _encode(x, state, look=True, look_inside=narrow)
         ctx.state, ctx.size, ctx.bands = state, symbols.shape[2:], [band.shape for band in symbols.bands]
-        ctx.save_for_backward(integers.inside, *(item.inside for item in rounded))
+        ctx.save_for_backward(integers.inside, *(item.inside for item in rounded if narrow))
         return reconstruct(symbols, state)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         outer, *inner = ctx.saved_tensors
-        if inner:
+        if ctx.state.config.transforms:
             gradient = _through_transform(gradient, ctx.state, inner, ctx.size, ctx.bands)
         return gradient * outer, None
 
@@ -267,18 +273,21 @@ def _through_transform(
     turned = _channels(gradient, basis)
     if spatial.orthonormal:
         coefficients = spatial.forward(turned)
-        kept = [band * here for band, here in zip(coefficients, inside, strict=True)]
-        back = spatial.inverse(kept, size)
+        back = spatial.inverse(_kept(coefficients, inside), size)
     else:
         coefficients = _adjoint(lambda *c: (spatial.inverse(c, size),), bands, (turned,))
-        kept = [band * here for band, here in zip(coefficients, inside, strict=True)]
-        (back,) = _adjoint(lambda x: spatial.forward(x), [gradient.shape], kept)
+        (back,) = _adjoint(lambda x: spatial.forward(x), [gradient.shape], _kept(coefficients, inside))
     back = _channels(back, None if basis is None else basis.T)
     if state.config.mean_shift:
         # The mean goes around the transform: it gets what the decoder adds, less what the encoder takes.
         dims, count = (1, 2, 3), gradient[0].numel()
         back = back + (gradient.sum(dims, keepdim=True) - back.sum(dims, keepdim=True)) / count
     return back
+
+
+def _kept(bands: Sequence[Tensor], inside: Sequence[Tensor]) -> list[Tensor]:
+    """Bands with zeros where the quantizer clamped; as they are where nobody looked."""
+    return [band * here for band, here in zip(bands, inside, strict=True)] if inside else list(bands)
 
 
 def _adjoint(
