@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import report_coding
 import report_goals
 import report_zoo
 
@@ -184,6 +185,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "slimming": slimming,
     **{name: partial(draw, table=table) for name, draw in report_goals.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_zoo.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_coding.SECTIONS.items()},
     "devices": devices,
 }
 

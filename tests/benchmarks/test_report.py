@@ -34,6 +34,18 @@ def test_every_result_says_how_it_came_about() -> None:
         assert (ROOT / result["command"].split()[1]).is_file(), path.name
 
 
+def test_claims_of_the_coder_hold() -> None:
+    path = ROOT / "benchmarks" / "results" / "coding_speed.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["symbols"] == 10_000_000
+        assert row["ratio_python_encode"] >= 20
+        assert row["ratio_python_decode"] >= 20
+        assert row["ratio_nncodec"] >= 2
+        assert row["entropy"] <= row["bits_per_symbol"]
+
+
 def test_claims_against_peers_hold() -> None:
     results = ROOT / "benchmarks" / "results"
     speed = json.loads((results / "prune_speed.json").read_text(encoding="utf-8"))["rows"]
