@@ -46,10 +46,10 @@ def coding_speed(result: dict[str, Any], table: Draw) -> str:
     return (
         "## Entropy coding: symbols per second\n\n"
         f"Sparse exponential-Golomb on {first['symbols']:,} symbols of rounded Laplacians, one thread, "
-        f"processor time of the best of {first['rounds']} rounds in turn. All numbers are million symbols per "
-        'second, and bold how many times faster ours is. "Python" goes symbol by symbol over a bitarray, as '
-        "one writes the code down from its definition. Beside it stand, as information, a loop that appends "
-        "codewords from a table, and bitarray's `encode` and `decode` of a prefix code, which are C but take "
+        f"processor time of the best of {first['rounds']} rounds in turn. All numbers are million symbols "
+        'per second, and bold how many times faster ours is. "Python" goes symbol by symbol over a bitarray, '
+        "as one writes the code down from its definition. Beside it stand, as information, a loop that "
+        "appends codewords from a table, and bitarray's `encode` and `decode` of a prefix code, which are C but take "
         f"and give lists of Python's integers. nncodec {first['nncodec']} (DeepCABAC, C++) is an adaptive "
         "arithmetic coder: slower, and smaller where values are sparse.\n\n"
         + table(headers, rows)
