@@ -49,8 +49,9 @@ def coding_speed(result: dict[str, Any], table: Draw) -> str:
         f"processor time of the best of {first['rounds']} rounds in turn. All numbers are million symbols "
         'per second, and bold how many times faster ours is. "Python" goes symbol by symbol over a bitarray, '
         "as one writes the code down from its definition. Beside it stand, as information, a loop that "
-        "appends codewords from a table, and bitarray's `encode` and `decode` of a prefix code, which are C but take "
-        f"and give lists of Python's integers. nncodec {first['nncodec']} (DeepCABAC, C++) is an adaptive "
+        "appends codewords from a table, and bitarray's `encode` and `decode` of a prefix code, which are C "
+        "but take and give lists of Python's integers. "
+        f"nncodec {first['nncodec']} (DeepCABAC, C++) is an adaptive "
         "arithmetic coder: slower, and smaller where values are sparse.\n\n"
         + table(headers, rows)
         + "\n\nBits per symbol, at the best k of 1 to 5:\n\n"

@@ -32,7 +32,7 @@ _MASK = np.uint64((1 << 30) - 1)
 # Blocks decoded side by side: many, so that a step's overhead is shared, and no more than the cache and
 # memory take, of which long codewords need the most.
 _GROUP_BLOCKS = 2048
-_GROUP_BITS = 1 << 25
+_GROUP_BITS = 1 << 26
 _LONGEST_ROUND = 64
 _PIECE = 1 << 13
 
