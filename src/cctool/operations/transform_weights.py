@@ -21,6 +21,7 @@ from cctool.operations.sources import open_source
 from cctool.operations.transform_weights_report import (
     TransformWeightsReport,
     coded_layer_report,
+    counted,
     layer_bytes,
 )
 from cctool.options.transform import TransformOptions, WeightOptions
@@ -34,7 +35,7 @@ from cctool.transforms.selection import Selected, SkippedLayer, select_layers, t
 from cctool.transforms.swap import put_in_place
 from cctool.transforms.swapped import with_swaps
 
-__all__ = ["run"]
+__all__ = ["run", "with_coefficients"]
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     coded, untouched = _coded(selected, options, context)
     skipped = [*skipped, *untouched]
     if not coded:
-        reasons = "; ".join(_counted(skipped))
+        reasons = "; ".join(counted(skipped))
         raise TransformError(f"nothing is left to transform: {reasons}")
-    notes = [*_notes(checkpoint, coded, options), *_counted(skipped)]
+    notes = [*_notes(checkpoint, coded, options), *counted(skipped)]
     product = stored_with_masks(_with_layers(checkpoint, coded, weights))
     after = measured_splits(product, source, options.data, context)
     layers = tuple(
@@ -102,6 +103,21 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
         notes=tuple(notes),
     )
     yield Outcome(product, report, metrics_before=before, metrics_after=after, notes=tuple(notes))
+
+
+def with_coefficients(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> Checkpoint:
+    """The checkpoint whose chosen layers are coefficients, changed in place; nothing is measured.
+
+    Raises:
+        UsageError: if the kernel is unknown, options do not go with it, or a pattern matches nothing.
+        TransformError: if no layer can be transformed.
+    """
+    _check(options)
+    selected, skipped = select_layers(checkpoint.model, options.weights.layers)
+    coded, untouched = _coded(selected, options, context)
+    if not coded:
+        raise TransformError(f"nothing is left to transform: {'; '.join(counted([*skipped, *untouched]))}")
+    return _with_layers(checkpoint, coded, options.weights)
 
 
 def _check(options: TransformOptions) -> None:
@@ -186,16 +202,3 @@ def _notes(checkpoint: Checkpoint, coded: Sequence[_Coded], options: TransformOp
 def _inner(form: EncodedTensor) -> str:
     inner = form.parameters.get("inner")
     return inner if isinstance(inner, str) else form.encoding
-
-
-def _counted(skipped: Sequence[SkippedLayer]) -> list[str]:
-    reasons: dict[str, list[str]] = {}
-    for item in skipped:
-        reasons.setdefault(item.reason, []).append(item.name)
-    return [
-        f"left alone: {', '.join(names[:3])}{_more(names)} ({reason})" for reason, names in reasons.items()
-    ]
-
-
-def _more(names: Sequence[str]) -> str:
-    return f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -16,7 +16,7 @@ from cctool.transforms.axes import TransformedAxis
 from cctool.transforms.coefficients import CoefficientLayer
 from cctool.transforms.selection import SkippedLayer
 
-__all__ = ["CodedLayerReport", "TransformWeightsReport", "coded_layer_report", "layer_bytes"]
+__all__ = ["CodedLayerReport", "TransformWeightsReport", "coded_layer_report", "counted", "layer_bytes"]
 
 _AXES = {2: ("out", "in"), 4: ("out", "in", "height", "width")}
 
@@ -160,3 +160,17 @@ def _parts(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
             continue
         form = checkpoint.stored.get(f"{name}.{leaf}")
         yield from [tensor] if form is None else form.parts.values()
+
+
+def counted(skipped: Sequence[SkippedLayer]) -> list[str]:
+    """What the notes say of layers that were left alone, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for item in skipped:
+        reasons.setdefault(item.reason, []).append(item.name)
+    return [
+        f"left alone: {', '.join(names[:3])}{_more(names)} ({reason})" for reason, names in reasons.items()
+    ]
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -119,6 +119,9 @@ class CoefficientLayer(SwappedLayer):
         with torch.autocast(stored.device.type, enabled=False):
             for axis in self.arguments.axes:
                 weight = synthesised(weight, axis, *self._beside(axis))
+        # Strides as of a fresh tensor: of a 1x1 kernel, contiguous memory can look like channels last, and
+        # oneDNN's gradient of such strided convolutions writes past its memory (`training.fit`).
+        weight = weight.flatten().view(weight.shape)
         return weight.to(stored.dtype) if half else weight
 
     @torch.no_grad()

@@ -8,13 +8,17 @@ from torch import nn
 
 from cctool.checkpoint.tables import EditKind
 from cctool.errors import SpecError
+from cctool.transforms.basis_swaps import BASIS_SWAPS
 from cctool.transforms.coefficient_building import build_coefficients, check_coefficients
 from cctool.transforms.coefficients import COEFFICIENT
 from cctool.transforms.swapped import Swap, SwapKind
 
 __all__ = ["SWAP", "SWAPS", "put_in_place"]
 
-SWAPS: Mapping[str, SwapKind] = {COEFFICIENT: SwapKind(build_coefficients, check_coefficients)}
+SWAPS: Mapping[str, SwapKind] = {
+    COEFFICIENT: SwapKind(build_coefficients, check_coefficients),
+    **BASIS_SWAPS,
+}
 """Kinds of swapped layer by name."""
 
 
