@@ -133,7 +133,7 @@ def _transform_notes(
     if layers:
         factored = sum(layer.factored() is not None for layer in layers.values())
         small = f"{factored} as small factors, " if factored and kind is ExportFormat.ONNX else ""
-        notes.append(f"{len(layers)} layers of coefficients are written {small}as the weights that they make")
+        notes.append(f"{len(layers)} swapped layers are written {small}as the weights that they make")
     if taps and kind is not ExportFormat.ONNX:
         notes.append(f"{taps} codecs are left out: they are no tensors of the network")
     elif taps:

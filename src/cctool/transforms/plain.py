@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from pydantic import JsonValue
 from torch import nn
 
 from cctool.copying import copied
@@ -67,9 +70,24 @@ def _copy_with(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
 def type_of(module: nn.Module) -> str:
     """Class name of a module; of a swapped layer that of the ordinary one, with what it is made of.
 
-    As in ``Linear (coefficient)``.
+    As in ``Linear (dct coefficient)``.
     """
     if not isinstance(module, SwappedLayer):
         return type(module).__name__
     ordinary = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn"))
-    return f"{ordinary.__name__} ({module.swap('').layer})"
+    swap = module.swap("")
+    kinds = list(dict.fromkeys([*_kernels(swap.arguments), swap.layer]))
+    return f"{ordinary.__name__} ({' '.join(kinds)})"
+
+
+def _kernels(arguments: JsonValue) -> Iterator[str]:
+    """Kernels that a swap's arguments name."""
+    if isinstance(arguments, dict):
+        for key, value in arguments.items():
+            if key == "kernel" and isinstance(value, str):
+                yield value
+            else:
+                yield from _kernels(value)
+    elif isinstance(arguments, list):
+        for item in arguments:
+            yield from _kernels(item)
