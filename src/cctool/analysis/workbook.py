@@ -23,7 +23,7 @@ __all__ = ["WRITERS", "check_suffix", "write_report"]
 
 _BARS = 25
 _WIDEST, _NOTE_WIDTH = 60, 100
-_FONT = "Calibri"
+_FONT, _MARK = "Calibri", "DDEBF7"
 # Control characters that XML cannot hold.
 _ILLEGAL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
@@ -75,6 +75,7 @@ def _as_json(report: Report) -> bytes:
             "name": found.name,
             "columns": {column.key: f"{column.title}: {column.meaning}" for column in found.columns},
             "rows": [dict(zip(keys, map(plain, row), strict=True)) for row in found.rows],
+            **({"marked": [list(cell) for cell in sorted(found.marked)]} if found.marked else {}),
             "totals": dict(zip(keys, map(plain, found.totals()), strict=True)),
         }
 
@@ -132,7 +133,7 @@ def _put(cell: Any, value: Cell) -> None:
 
 
 def _fill(sheet: Any, table: Table) -> None:
-    from openpyxl.styles import Alignment, Border, Font, Side
+    from openpyxl.styles import Alignment, Border, Font, PatternFill, Side
     from openpyxl.utils import get_column_letter
 
     _head(sheet, [column.title for column in table.columns])
@@ -145,6 +146,8 @@ def _fill(sheet: Any, table: Table) -> None:
             elif x > 1:
                 # Indented, or it would touch the number that ends the column before it.
                 cell.alignment = Alignment(horizontal="left", indent=1)
+            if (y - 2, column.key) in table.marked:
+                cell.font, cell.fill = Font(name=_FONT, bold=True), PatternFill("solid", fgColor=_MARK)
         _wrap(sheet, y, row)
     last = len(table.rows) + 1
     letters = {column.key: get_column_letter(x) for x, column in enumerate(table.columns, start=1)}

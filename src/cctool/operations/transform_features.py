@@ -143,7 +143,7 @@ def codec_configs(options: TransformOptions, sites: Sequence[Site], images: int)
     features, kernel = options.features, options.kernel
     plain = kernel == "identity" and not features.channel_klt
     tables = None if plain and features.q_table is None else _tables(options)
-    calibrated = [
+    calibrated: list[Any] = [
         name
         for name, chosen in (
             ("k", features.k is None),
@@ -166,14 +166,18 @@ def codec_configs(options: TransformOptions, sites: Sequence[Site], images: int)
         "quality": features.quality,
         "dead_zone": features.dead_zone,
         "channel_klt": features.channel_klt,
-        "calibrated": tuple(calibrated),
         "images": images,
     }
     found = {}
     for site in sites:
         table = Table(()) if tables is None else tables.of(site.name, last=site is sites[-1])
         try:
-            found[site.name] = CodecConfig(**shared, table=table.steps, original_units=table.original)
+            found[site.name] = CodecConfig(
+                **shared,
+                table=table.steps,
+                original_units=table.original,
+                calibrated=tuple([*calibrated, "table"] if table.scaled else calibrated),
+            )
         except ValidationError as error:
             raise UsageError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from None
     return found

@@ -8,6 +8,7 @@ taps before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from cctool.transforms.codec import CodecConfig, Symbols
 from cctool.transforms.quantizers import grid_of
 from cctool.transforms.spatial import block_sizes
 from cctool.transforms.statistics import SymbolCounts
+from cctool.transforms.tables import USUAL_SPREAD, default_table
 from cctool.transforms.tap_sites import Site
 from cctool.transforms.taps import CalibratedTap, bypassed, recording, taps_of
 
@@ -32,15 +34,28 @@ Batches = Iterable[Tensor]
 
 @dataclass
 class _Range:
-    """Smallest and largest value of a tap's maps, on their device."""
+    """Smallest and largest value of a tap's maps and their spread, on their device."""
 
     low: Tensor | None = None
     high: Tensor | None = None
+    count: int = 0
+    sums: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        low, high = torch.aminmax(x.detach())
+        x = x.detach()
+        self.count += x.numel()
+        values = x.double()
+        sums = torch.stack((values.sum(), values.square().sum()))
+        self.sums = sums if self.sums is None else self.sums + sums
+        low, high = torch.aminmax(x)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
+
+    def spread(self) -> float:
+        """Standard deviation of all values."""
+        assert self.sums is not None
+        mean, square = (self.sums / self.count).tolist()
+        return math.sqrt(max(0.0, square - mean * mean))
 
     def bounds(self) -> Tensor:
         assert self.low is not None
@@ -110,12 +125,22 @@ def calibrate(
         config = configs[site.name]
         if "prequantizer" in config.calibrated:
             config = config.model_copy(update={"prequantizer": "offset" if low < 0 else "unsigned"})
+        if "table" in config.calibrated:
+            config = config.model_copy(update={"table": _scaled(config, bounds, ranges[site.name].spread())})
         taps[site.name] = CalibratedTap(config, site.shape, fingerprint, bounds)
     if any(tap.codec.channel_klt for tap in taps.values()):
         taps = _with_channels(model, taps, images)
     if any(tap.codec.kernel == "klt" for tap in taps.values()):
         taps = _with_blocks(model, taps, images)
     return taps
+
+
+def _scaled(config: CodecConfig, bounds: Tensor, spread: float) -> tuple[float, ...]:
+    """The default table for maps of this standard deviation; as it is where they never vary."""
+    step = float(grid_of(bounds, config.prequantizer, config.bits).step)
+    factor = spread / step / (USUAL_SPREAD * (2**config.bits - 1)) or 1.0
+    table = default_table(config.kernel, config.block, config.levels, config.bits)
+    return tuple(item * factor for item in table.steps)
 
 
 def _with_channels(

@@ -49,7 +49,7 @@ class CodecConfig(Record):
         quality: 1 to 100, scales the steps; None leaves them.
         dead_zone: levels begin at n + 0.5 + dead_zone steps.
         channel_klt: decorrelate channels by a calibrated basis before the spatial transform.
-        calibrated: which of ``k`` and ``prequantizer`` calibration chose, and so may choose again.
+        calibrated: which of ``k``, ``prequantizer`` and ``table`` calibration chose, and so may choose again.
         images: how many it saw.
     """
 
@@ -67,7 +67,7 @@ class CodecConfig(Record):
     quality: float | None = Field(default=None, ge=1, le=100, allow_inf_nan=False)
     dead_zone: float = Field(default=0.0, ge=0, lt=0.5, allow_inf_nan=False)
     channel_klt: bool = False
-    calibrated: tuple[Literal["k", "prequantizer"], ...] = Field(default=(), max_length=2)
+    calibrated: tuple[Literal["k", "prequantizer", "table"], ...] = Field(default=(), max_length=3)
     images: int = Field(default=0, ge=0, strict=True)
 
     @field_validator("kernel")
@@ -220,7 +220,9 @@ def reconstruct(symbols: Symbols, state: CodecState) -> Tensor:
     if not state.config.transforms:
         return state.grid().to_values(symbols.bands[0].double()).float()
     steps = state.steps(size, len(symbols.bands), symbols.bands[0].device)
-    coefficients = [band * step for band, step in zip(symbols.bands, steps, strict=True)]
+    # Contiguous, for the order of a matrix product's sums, and so their rounding, depends on the layout: a
+    # decoder's symbols lie as they were written.
+    coefficients = [band.contiguous() * step for band, step in zip(symbols.bands, steps, strict=True)]
     basis = state.bases.get("channels")
     v = _channels(state.spatial().inverse(coefficients, size), None if basis is None else basis.T)
     if symbols.means is not None:

@@ -64,7 +64,8 @@ _FAST: MappingProxyType[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor]
         }
     )
 )
-# Where the FFT overtakes the matrix product, and the filters of a wavelet do: measured on a CPU with AVX-512.
+# Sizes from which the FFT, or the filters of a wavelet, take less time than a product with a matrix, measured
+# on one thread of a CPU, 4 million float32 numbers. Matrices above the largest would cost too much memory.
 _LARGE = 256
 _PER_TAP = 48
 _LARGEST = 1024

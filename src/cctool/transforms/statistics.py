@@ -9,16 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cctool.coding.entropy import code_bits
 from cctool.coding.symbols import MAX_K, code_lengths, to_unsigned
 from cctool.transforms.blocks import block_positions
 from cctool.transforms.codec import CodecConfig, Symbols
 from cctool.transforms.kernels import is_wavelet
-from cctool.transforms.taps import TapHook, basis_shapes, taps_of
+from cctool.transforms.tap_stream import StreamHeader, overhead_bytes, pass_bytes, state_size
+from cctool.transforms.taps import TapHook, taps_of
 
 __all__ = ["BandCounts", "NetworkStatistics", "SymbolCounts", "TapFigures", "TapStatistics"]
-
-_MEAN_BITS = 32
-_NUMBER_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class TapFigures:
         k: order of the code.
         payload_bits: of all symbols for the orders 0 to 5.
         best_k: the order with the fewest.
-        side_bits: everything else that a decoder needs: means, range, steps, bases.
+        side_bits: all other bits of the tap's stream, written a batch a chunk at the tap's own order: header
+            with the steps, range and bases, means, block tables, checksums, and what fills up the last bytes.
         entropy_bits: zero-order entropy of all symbols together, a bound for codes that take each alone.
         clamped_values: values that the quantizer before the transform clamped.
         clamped_symbols: coefficients that the one behind it clamped.
@@ -132,13 +132,26 @@ class SymbolCounts:
         if group is not None:
             symbols = symbols + group * size
         found = torch.bincount(symbols.reshape(-1), minlength=self.groups * size).view(self.groups, size)
-        earlier = self._counts
-        if earlier is None:
-            self._counts = found
+        counted = SymbolCounts(self.signed, self.groups)
+        counted._counts = found
+        self.merge(counted)
+
+    def merge(self, other: SymbolCounts) -> None:
+        """Add the counts of another one with as many groups."""
+        if other._counts is None or self._counts is None:
+            self._counts = self._counts if other._counts is None else other._counts
             return
-        size = max(size, earlier.shape[1])
+        size = max(other._counts.shape[1], self._counts.shape[1])
         pad = torch.nn.functional.pad
-        self._counts = pad(earlier, (0, size - earlier.shape[1])) + pad(found, (0, size - found.shape[1]))
+        self._counts = sum(
+            (pad(counts, (0, size - counts.shape[1])) for counts in (self._counts, other._counts)),
+            start=torch.zeros((), dtype=torch.int64, device=self._counts.device),
+        )
+
+    def pass_of(self) -> tuple[int, Tensor]:
+        """Largest symbol counted, and bits of all in the codes of order 0 to 5, on their device."""
+        assert self._counts is not None
+        return self._counts.shape[1] - 1, code_bits(self._counts.sum(0))
 
     def table(self) -> Tensor:
         """Counts (groups, symbols), int64 on the CPU; without trailing zeros."""
@@ -163,6 +176,16 @@ class SymbolCounts:
         return float((counts * (counts.sum().log2() - counts.log2())).sum())
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """What the size of one pass in a stream follows from; bits by order, on their device."""
+
+    samples: int
+    symbols: int
+    largest: int
+    bits: Tensor
+
+
 class TapStatistics:
     """Running figures of one tap; everything stays on the device until `figures`."""
 
@@ -176,6 +199,8 @@ class TapStatistics:
         self._low: Tensor | None = None
         self._high: Tensor | None = None
         self._sums: Tensor | None = None
+        self._passes: list[_Pass] = []
+        self._dtype = "float32"
 
     def add(self, symbols: Symbols, x: Tensor, y: Tensor) -> None:
         """Count one pass: the symbols, the maps and their reconstructions."""
@@ -197,8 +222,13 @@ class TapStatistics:
             )
         )
         self._sums = sums if self._sums is None else self._sums + sums
+        counts = SymbolCounts(self._counts.signed, self._counts.groups)
         for band, group in self._grouped(symbols):
-            self._counts.add(band, group)
+            counts.add(band, group)
+        self._counts.merge(counts)
+        self._dtype = str(y.dtype).removeprefix("torch.")
+        size = sum(band.numel() for band in symbols.bands)
+        self._passes.append(_Pass(x.shape[0], size, *counts.pass_of()))
 
     def figures(self) -> TapFigures:
         """The figures of all passes; waits for the device.
@@ -233,17 +263,22 @@ class TapStatistics:
             sqnr_db=10 * math.log10(energy / noise) if noise and energy else None,
             signed=self.codec.signed,
             bands=tuple(
-                BandCounts(name, tuple(row.tolist()))
+                BandCounts(name, tuple(row[: int(row.nonzero()[-1]) + 1].tolist()))
                 for name, row in zip(names, table, strict=True)
                 if row.any()
             ),
         )
 
     def _side_bits(self) -> int:
-        numbers = (
-            2 + len(self.codec.table) + sum(n * n for n in basis_shapes(self.codec, self.shape).values())
+        header = StreamHeader.model_validate(
+            {"tap": self.name, "codec": self.codec, "shape": self.shape, "dtype": self._dtype}
         )
-        return numbers * _NUMBER_BITS + (self.samples * _MEAN_BITS if self.codec.mean_shift else 0)
+        bits = torch.stack([found.bits[self.codec.k] for found in self._passes]).tolist()
+        size = overhead_bytes(header, state_size(self.codec, self.shape)) + sum(
+            pass_bytes(header, found.symbols, found.largest, payload, found.samples)
+            for found, payload in zip(self._passes, bits, strict=True)
+        )
+        return 8 * size - int(sum(bits))
 
     def _names(self, levels: int) -> list[str]:
         if is_wavelet(self.codec.kernel):

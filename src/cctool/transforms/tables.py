@@ -29,6 +29,7 @@ from cctool.transforms.spatial import block_sizes
 
 __all__ = [
     "NEVER",
+    "USUAL_SPREAD",
     "Table",
     "TableChoice",
     "allowed_lengths",
@@ -44,6 +45,9 @@ __all__ = [
 NEVER = 1e6
 """A step that no coefficient reaches, with which the published tables leave bands out."""
 
+USUAL_SPREAD = 8 / 0.6 / 255
+"""Standard deviation of a map's integers, of their largest, that the default table is made for."""
+
 _MAX_FILE = 2**22
 _FINEST = 0.01
 
@@ -55,10 +59,12 @@ class Table:
     Attributes:
         steps: see the module's text.
         original: whether they are in units of the map's own values, not of the integers before the transform.
+        scaled: whether calibration scales them to the spread of the tap's maps; see `default_table`.
     """
 
     steps: tuple[float, ...]
     original: bool = False
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,15 +92,17 @@ class TableChoice:
 def default_table(kernel: str, block: int, levels: int, bits: int) -> Table:
     """Our own table: steps that grow linearly with frequency, to twice that of the mean.
 
-    Symbols are as wide as they need to be, so the step of the mean is free to be fine. The numbers were
-    chosen for 8 bits; other numbers of bits have other integers for the same values.
+    Symbols are as wide as they need to be, so the step of the mean is free to be fine. The numbers are for
+    maps whose integers have a standard deviation of `USUAL_SPREAD` of 2^bits - 1, and calibration scales them
+    to the tap's own: from 0.6 to 1.2 standard deviations. The integers depend on a tap's maximum, which says
+    little of how large an error may be: deep layers have few large values among many small ones.
     """
     unit = (2**bits - 1) / 255
     if kernel == "identity":
         return Table((8 * unit,))
     count = levels + 1 if is_wavelet(kernel) else 2 * block - 1
     rising = [8 * unit * (1 + index / max(1, count - 1)) for index in range(count)]
-    return Table(tuple(reversed(rising) if is_wavelet(kernel) else rising))
+    return Table(tuple(reversed(rising) if is_wavelet(kernel) else rising), scaled=True)
 
 
 def preset_tables(preset: TransformPreset | None, block: int, levels: int) -> TableChoice | None:
