@@ -1,4 +1,4 @@
-"""Real layers of basis functions: formulas, counts, ranks, gradients, and what is left of them after a cut."""
+"""Real layers of basis functions: formulas, counts, ranks, gradients, and what a cut leaves of them."""
 
 from __future__ import annotations
 
