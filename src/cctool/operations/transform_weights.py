@@ -27,11 +27,10 @@ from cctool.operations.transform_weights_report import (
 from cctool.options.transform import TransformOptions, WeightOptions
 from cctool.options.transform_choices import Select
 from cctool.transforms import kernels
-from cctool.transforms.axes import KLT, TransformedAxis
+from cctool.transforms.axes import KLT, MAX_KLT_LENGTH, TransformedAxis
 from cctool.transforms.choosing import chosen
 from cctool.transforms.coefficient_building import coefficient_layer
 from cctool.transforms.coefficients import CoefficientLayer, Coefficients
-from cctool.transforms.klt import MAX_LENGTH
 from cctool.transforms.selection import Selected, SkippedLayer, select_layers, transformed_axes
 from cctool.transforms.swap import put_in_place
 from cctool.transforms.swapped import with_swaps
@@ -157,10 +156,10 @@ def _coded(
 
 
 def _too_long(axes: Sequence[TransformedAxis]) -> str:
-    lengths = [axis.length for axis in axes if axis.kernel == KLT and axis.length > MAX_LENGTH]
+    lengths = [axis.length for axis in axes if axis.kernel == KLT and axis.length > MAX_KLT_LENGTH]
     if not lengths:
         return ""
-    return f"klt of {lengths[0]:,} channels at once takes too long; --block {MAX_LENGTH // 8} takes fewer"
+    return f"klt of {lengths[0]:,} channels at once takes too long; --block {MAX_KLT_LENGTH // 8} takes fewer"
 
 
 def _with_layers(checkpoint: Checkpoint, coded: Sequence[_Coded], weights: WeightOptions) -> Checkpoint:

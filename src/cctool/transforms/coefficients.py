@@ -21,7 +21,15 @@ from cctool.checkpoint.masks import drop_masks, mask_name, masks_of
 from cctool.checkpoint.spec import Record
 from cctool.errors import TransformError, UsageError
 from cctool.transforms import kernels
-from cctool.transforms.axes import KLT, TransformedAxis, analysed, count, narrowed, synthesised
+from cctool.transforms.axes import (
+    KLT,
+    MAX_KLT_LENGTH,
+    TransformedAxis,
+    analysed,
+    count,
+    narrowed,
+    synthesised,
+)
 from cctool.transforms.projected import Beside, factored, projected, projection_pays
 from cctool.transforms.swapped import Cut, Swap, SwappedLayer
 from cctool.transforms.weight_cache import WeightCache
@@ -63,6 +71,8 @@ class Coefficients(Record):
                 kernels.check_kernel(axis.kernel, klt=True)
             except UsageError as error:
                 raise ValueError(str(error)) from None
+            if axis.kernel == KLT and axis.length > MAX_KLT_LENGTH:
+                raise ValueError(f"dim {axis.dim}: klt of {axis.length} places, at most {MAX_KLT_LENGTH}")
             # The basis of a KLT loses rows with channels that are cut, and keeps its columns.
             if axis.kept > axis.length and (axis.kernel != KLT or axis.block is not None):
                 raise ValueError(f"dim {axis.dim} keeps {axis.kept} coefficients of {axis.length}")
