@@ -73,15 +73,15 @@ def reinitialised(checkpoint: Checkpoint, context: Context) -> Checkpoint:
 
 def _swap_again(fresh: nn.Module, checkpoint: Checkpoint, context: Context) -> None:
     """Put swapped layers into a network that was just drawn; coefficients make what its weights are."""
-    kind = context.tables.edits.get("swap")
-    edits = [edit for edit in checkpoint.spec.edits if edit.get("kind") == "swap"]
-    for edit in edits if kind is not None else ():
+    for edit in checkpoint.spec.edits:
+        if edit.get("kind") != "swap":
+            continue
         swap = Swap.model_validate(edit)
         present = checkpoint.model.get_submodule(swap.module)
         if isinstance(present, CoefficientLayer):
             put_in_place(fresh, swap.module, _drawn_anew(present, fresh.get_submodule(swap.module)))
         else:
-            kind.apply(fresh, swap)
+            context.tables.edits["swap"].apply(fresh, swap)
 
 
 def _drawn_anew(present: CoefficientLayer, drawn: nn.Module) -> CoefficientLayer:

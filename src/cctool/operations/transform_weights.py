@@ -18,6 +18,7 @@ from cctool.operations.mask_storage import lossy_forms, stored_with_masks
 from cctool.operations.measuring import measured_splits
 from cctool.operations.sizes import stored_bytes
 from cctool.operations.sources import open_source
+from cctool.operations.tap_upkeep import recalibrated_taps
 from cctool.operations.transform_weights_report import (
     TransformWeightsReport,
     coded_layer_report,
@@ -80,6 +81,8 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
         raise TransformError(f"nothing is left to transform: {reasons}")
     notes = [*_notes(checkpoint, coded, options), *counted(skipped)]
     product = stored_with_masks(_with_layers(checkpoint, coded, weights))
+    product, of_taps = recalibrated_taps(product, source, options.data, context)
+    notes += of_taps
     after = measured_splits(product, source, options.data, context)
     layers = tuple(
         coded_layer_report(
