@@ -131,7 +131,7 @@ class CoefficientLayer(SwappedLayer):
         Args:
             weight: of this layer's shape before channels were cut, or of its present shape where none were.
         """
-        found = weight
+        found = weight if weight.dtype == torch.float64 else weight.float()
         for axis in self.arguments.axes:
             found = analysed(found, axis, self._buffers.get(basis_name(axis)))
         self.coefficients.copy_(found)
