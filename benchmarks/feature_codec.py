@@ -166,7 +166,9 @@ def main() -> None:
     parser.add_argument("--partial", help="JSON file of rows that were measured before")
     parser.add_argument("--tuned", type=float, nargs="*", default=[40, 28, 20], help="qualities, fine-tuned")
     parser.add_argument("--sweep", type=float, nargs="*", default=[20, 30, 40, 50, 65, 80, 90])
-    parser.add_argument("--sweep-images", type=int, help="test images of the untrained curve; all unless given")
+    parser.add_argument(
+        "--sweep-images", type=int, help="test images of the plain curve; all unless given"
+    )
     parser.add_argument("--train-images", type=int, help="of fine-tuning; all unless given")
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning")
     parser.add_argument("--lr", type=float, default=0.01)

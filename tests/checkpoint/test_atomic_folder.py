@@ -17,6 +17,12 @@ def fill(path: Path, content: str, *, overwrite: bool = False) -> None:
         (folder / "a.seg").write_text(content)
 
 
+def fill_halfway(path: Path, *, overwrite: bool = False) -> None:
+    with folder_atomically(path, overwrite=overwrite, ours=ours) as folder:
+        (folder / "a.seg").write_text("two")
+        raise ValueError("midway")
+
+
 def entries(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir())
 
@@ -30,12 +36,8 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
-    with (
-        pytest.raises(ValueError, match="midway"),
-        folder_atomically(tmp_path / "maps", overwrite=False, ours=ours) as folder,
-    ):
-        (folder / "a.seg").write_text("one")
-        raise ValueError("midway")
+    with pytest.raises(ValueError, match="midway"):
+        fill_halfway(tmp_path / "maps")
     assert entries(tmp_path) == []
 
 
@@ -59,11 +61,8 @@ def test_somebody_elses_folder_is_never_replaced(tmp_path: Path) -> None:
 
 def test_an_error_keeps_the_old_folder(tmp_path: Path) -> None:
     fill(tmp_path / "maps", "one")
-    with (
-        pytest.raises(ValueError, match="midway"),
-        folder_atomically(tmp_path / "maps", overwrite=True, ours=ours),
-    ):
-        raise ValueError("midway")
+    with pytest.raises(ValueError, match="midway"):
+        fill_halfway(tmp_path / "maps", overwrite=True)
     assert (tmp_path / "maps" / "a.seg").read_text() == "one"
     assert entries(tmp_path) == ["maps"]
 

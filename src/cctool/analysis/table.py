@@ -152,6 +152,11 @@ class Table:
         """Columns by key."""
         return {column.key: [row[i] for row in self.rows] for i, column in enumerate(self.columns)}
 
+    @property
+    def has_totals(self) -> bool:
+        """Whether something stands under a column."""
+        return any(column.total is not None for column in self.columns)
+
     def totals(self) -> tuple[Cell, ...]:
         """The values of the total row; the first column says `Total`."""
         values = self.values()

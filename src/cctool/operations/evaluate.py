@@ -23,8 +23,9 @@ from cctool.operations.export import refuse_existing
 from cctool.operations.fitting import user_loss, user_metric
 from cctool.operations.measuring import serve
 from cctool.operations.sources import require_source
+from cctool.operations.tap_tables import stream_tables, tap_tables
 from cctool.operations.tap_upkeep import warn_of_stale
-from cctool.operations.tap_watch import refuse_unwatched, stream_tables, tap_tables, watched
+from cctool.operations.tap_watch import refuse_unwatched, watched
 from cctool.options.evaluate import EvaluateOptions, SplitName
 from cctool.training.evaluate import evaluate, outputs_of
 from cctool.training.objectives import main_output
@@ -44,8 +45,7 @@ class EvaluateReport:
         n: images.
         metrics: None where the images have no labels.
         predictions: path of the CSV file that was written.
-        taps: figures of coded feature maps, in the order in which they are passed; their histograms are left
-            out.
+        taps: figures of coded feature maps, in the order in which they are passed.
         streams: sizes of their bitstreams, where maps went through these.
         written: folders and files about them.
     """

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -23,9 +23,7 @@ from cctool.transforms.codec import Symbols
 from cctool.transforms.statistics import NetworkStatistics, TapFigures
 from cctool.transforms.taps import recording, taps_of
 
-__all__ = ["Seen", "Watch", "refuse_unwatched", "stream_tables", "tap_tables", "watched"]
-
-Tables = Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]
+__all__ = ["Seen", "Watch", "refuse_unwatched", "watched"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Seen:
     """What was seen of taps.
 
     Attributes:
-        taps: figures, without histograms.
+        taps: figures.
         streams: sizes of bitstreams.
         written: folders and files.
     """
@@ -110,7 +108,7 @@ class Watch:
         measured_on = f"{self._data}, {self._split} split"
         after = () if metrics is None else (metrics,)
         written += write_reports(figures, options, self._checkpoint, measured_on, (), after, self._context)
-        return Seen(tuple(replace(tap, bands=()) for tap in figures), streams, tuple(written))
+        return Seen(figures, streams, tuple(written))
 
     def close(self) -> None:
         """Close all files, also where something failed."""
@@ -141,60 +139,3 @@ def watched(
         stack.callback(watch.close)
         stack.enter_context(recording(checkpoint.model, watch))
         yield watch
-
-
-_TAPS = (
-    "tap", "map", "elements", "zeros %", "zero symbols %", "k", "best k", "bits/element", "vs 8 bit",
-    "vs float32", "SQNR dB", "clamped", "saturated",
-)  # fmt: skip
-
-
-def tap_tables(taps: Sequence[TapFigures], split: str) -> Tables:
-    """A table with a row a tap and one for all; none without taps."""
-    if not taps:
-        return []
-    rows: list[Sequence[object]] = [
-        (
-            tap.name,
-            "x".join(map(str, tap.shape)),
-            tap.elements,
-            f"{tap.zeros:.1f}",
-            f"{tap.zero_symbols:.1f}",
-            tap.k,
-            tap.best_k,
-            f"{tap.bits_per_element:.3f}",
-            f"{tap.ratio_8bit:.2f}",
-            f"{tap.ratio_float32:.2f}",
-            None if tap.sqnr_db is None else f"{tap.sqnr_db:.1f}",
-            tap.clamped_values,
-            tap.clamped_symbols,
-        )
-        for tap in taps
-    ]
-    elements, bits = sum(tap.elements for tap in taps), sum(tap.bits for tap in taps)
-    ratios = (f"{bits / elements:.3f}", f"{8 * elements / bits:.2f}", f"{32 * elements / bits:.2f}")
-    clamped = sum(tap.clamped_values for tap in taps), sum(tap.clamped_symbols for tap in taps)
-    rows.append(("all", None, elements, None, None, None, None, *ratios, None, *clamped))
-    return [(f"coded feature maps, {split} split", _TAPS, rows)]
-
-
-_STREAMS = (
-    "tap", "elements", "payload bits", "side bits", "file bytes", "bits/element", "vs 8 bit", "vs float32",
-)  # fmt: skip
-
-
-def stream_tables(streams: Sequence[StreamFigures]) -> Tables:
-    """A table with a row a stream and one for all; none without streams."""
-    if not streams:
-        return []
-    rows = [_stream_row(s.tap, s.elements, s.payload_bits, s.side_bits, s.file_bytes) for s in streams]
-    sums = [
-        sum(getattr(stream, key) for stream in streams)
-        for key in ("elements", "payload_bits", "side_bits", "file_bytes")
-    ]
-    return [("bitstreams", _STREAMS, [*rows, _stream_row("all", *sums)])]
-
-
-def _stream_row(name: str, elements: int, payload: int, side: int, size: int) -> Sequence[object]:
-    bits = f"{8 * size / elements:.3f}"
-    return name, elements, payload, side, size, bits, f"{elements / size:.2f}", f"{4 * elements / size:.2f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,9 +19,20 @@ from cctool.operations.context import Context, Outcome
 from cctool.operations.examples import example
 from cctool.operations.measuring import measured, measured_splits
 from cctool.operations.sources import require_source
+from cctool.operations.tap_reports import refuse_reports, write_reports
+from cctool.operations.tap_search import (
+    SearchReport,
+    SweepPoint,
+    reach_ratio,
+    refuse_sweep,
+    sweep_qualities,
+    write_sweep,
+)
+from cctool.operations.tap_tables import quality_tables, search_notes, tap_tables
 from cctool.options.common import DataOptions
 from cctool.options.transform import TransformOptions
 from cctool.options.transform_choices import Prequantizer
+from cctool.transforms.calibration import choose_orders
 from cctool.transforms.codec import CodecConfig
 from cctool.transforms.kernels import check_kernel, is_wavelet
 from cctool.transforms.statistics import NetworkStatistics, TapFigures
@@ -33,9 +45,12 @@ from cctool.transforms.tables import (
     read_tables,
 )
 from cctool.transforms.tap_sites import Site, find_sites
-from cctool.transforms.taps import drop_taps, recording, taps_of
+from cctool.transforms.taps import drop_taps, recording, taps_of, with_taps
 
 __all__ = ["FeaturesReport", "codec_configs", "measured_with_figures", "run"]
+
+_MUCH = 0.01
+"""Share of clamped values that is worth a note."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,9 @@ class FeaturesReport:
         metrics_before: of the network that came in.
         metrics_after: of the coded network.
         notes: what else is worth knowing.
+        search: how a ratio that was asked for was reached.
+        sweep: the measured qualities, each on each split.
+        written: files beside the product.
     """
 
     kernel: str
@@ -61,38 +79,14 @@ class FeaturesReport:
     metrics_before: tuple[Metrics, ...]
     metrics_after: tuple[Metrics, ...]
     notes: tuple[str, ...]
+    search: SearchReport | None = None
+    sweep: tuple[SweepPoint, ...] = ()
+    written: tuple[str, ...] = ()
 
     def tables(self) -> Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]:
-        """One table: a row per tap and one for all."""
-        columns = (
-            "tap",
-            "map",
-            "zeros %",
-            "zero symbols %",
-            "k",
-            "bits/value",
-            "vs 8 bit",
-            "vs float32",
-            "SQNR dB",
-        )
-        rows: list[Sequence[object]] = [
-            (
-                tap.name,
-                "x".join(map(str, tap.shape)),
-                f"{tap.zeros:.1f}",
-                f"{tap.zero_symbols:.1f}",
-                tap.k,
-                f"{tap.bits_per_element:.3f}",
-                f"{tap.ratio_8bit:.2f}",
-                f"{tap.ratio_float32:.2f}",
-                "exact" if tap.sqnr_db is None else f"{tap.sqnr_db:.1f}",
-            )
-            for tap in self.taps
-        ]
-        bits = sum(tap.bits for tap in self.taps) / max(1, sum(tap.elements for tap in self.taps))
-        ratios = f"{self.ratio_8bit:.2f}", f"{self.ratio_float32:.2f}"
-        rows.append(("all", "", "", "", "", f"{bits:.3f}", *ratios, ""))
-        return [(f"feature maps coded with {self.kernel}, {self.split} split", columns, rows)]
+        """A row per tap and one for all; and the qualities that were tried."""
+        title = f"feature maps coded with {self.kernel}"
+        return [*tap_tables(self.taps, self.split, title), *quality_tables(self.search, self.sweep)]
 
 
 def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> Iterator[Outcome]:
@@ -106,16 +100,35 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
         DataError: if there is no data to calibrate on.
     """
     check_kernel(options.kernel, klt=True)
+    features = options.features
+    refuse_reports(features, context)
+    if features.sweep:
+        refuse_sweep(context)
     source = require_source(options.data, checkpoint, context, "--target features")
     before = measured_splits(checkpoint, source, options.data, context)
     product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
     replaced = drop_taps(product.model)
-    images, used = calibration_images(product, source, options.features.calibration, options.data, context)
-    sites = find_sites(product.model, example(product), options.features.taps)
+    images, used = calibration_images(product, source, features.calibration, options.data, context)
+    sites = find_sites(product.model, example(product), features.taps)
     configs = codec_configs(options, sites, used)
     product = put_taps(product, sites, configs, images)
+    search = None
+    if features.ratio is not None:
+        search = reach_ratio(product, source, features.ratio, features.calibration, options.data, context)
+        choose_orders(product.model, images)
+        product = replace(product, spec=with_taps(product.spec, product.model))
+    sweep: tuple[SweepPoint, ...] = ()
+    if features.sweep:
+        orders = partial(choose_orders, product.model, images)
+        sweep = sweep_qualities(product, source, options.data, context, orders)
     after, split, figures = measured_with_figures(product, source, options.data, context)
-    notes = _notes(product, figures, options, used, len(replaced))
+    notes = (*_notes(product, figures, options, used, len(replaced)), *search_notes(search))
+    measured_on = f"{source.reference}, {split} split"
+    written = write_reports(figures, features, product, measured_on, before, after, context)
+    if sweep:
+        title = f"{product.spec.architecture} on {source.reference}: {options.kernel}, top-1 against ratio"
+        written += write_sweep(sweep, before, title, context)
+    notes += tuple(f"written: {path}" for path in written)
     report = FeaturesReport(
         kernel=options.kernel,
         split=split,
@@ -125,6 +138,9 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
         metrics_before=before,
         metrics_after=after,
         notes=notes,
+        search=search,
+        sweep=sweep,
+        written=written,
     )
     yield Outcome(product, report, metrics_before=before, metrics_after=after, notes=notes)
 
@@ -240,6 +256,12 @@ def _notes(
     if offsets and options.features.prequantizer is Prequantizer.AUTO:
         notes.append(f"maps with negative values have an offset: {', '.join(offsets)}")
     for tap in figures:
+        if tap.clamped_values > _MUCH * tap.elements:
+            share = 100 * tap.clamped_values / tap.elements
+            notes.append(
+                f"{tap.name}: {share:.1f} % of the values lie outside of the integers' range; --prequantizer "
+                "auto gives maps with negative values an offset, --calibration looks at more images"
+            )
         if tap.clamped_symbols:
             share = 100 * tap.clamped_symbols / tap.symbols
             notes.append(

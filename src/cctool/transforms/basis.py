@@ -27,7 +27,7 @@ from cctool.transforms.weight_cache import WeightCache
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["BASIS", "BIAS_STD", "BasisArguments", "BasisLayer", "BasisLinear", "LinearBasis"]
+__all__ = ["BASIS", "BIAS_STD", "BasisArguments", "BasisLayer", "BasisLinear", "LinearBasis", "init_normal"]
 
 BASIS = "basis"
 """Name of these layers in the table of swaps."""
@@ -120,7 +120,8 @@ class BasisLayer(SwappedLayer):
     def indices(self) -> Tensor:
         """(rows,) the frequencies that training began with; in a convolution each group begins with 0."""
         if 0 in self.arguments.cut:
-            return self.get_buffer(_ROWS[0])
+            rows: Tensor = getattr(self, _ROWS[0])
+            return rows
         offsets = self.frequency_offsets
         return torch.arange(len(offsets), device=offsets.device) % self.arguments.outputs
 
@@ -128,7 +129,8 @@ class BasisLayer(SwappedLayer):
     def positions(self) -> Tensor:
         """(samples,) which samples of the basis functions the inputs meet."""
         if 1 in self.arguments.cut:
-            return self.get_buffer(_ROWS[1])
+            rows: Tensor = getattr(self, _ROWS[1])
+            return rows
         return torch.arange(self.samples, device=self.frequency_offsets.device)
 
     @property
@@ -146,7 +148,7 @@ class BasisLayer(SwappedLayer):
 
     def trained(self, name: str) -> Tensor:
         """A parameter in float32 or float64, its gradient normalised where that was asked for."""
-        tensor: Tensor = self.get_parameter(name)
+        tensor: Tensor = getattr(self, name)
         # Half precision cannot tell one frequency from the next.
         tensor = tensor if tensor.dtype is torch.float64 else tensor.float()
         return unit_gradient(tensor) if self.arguments.normalize_gradients else tensor
@@ -243,6 +245,13 @@ class BasisLayer(SwappedLayer):
         return f"{super().extra_repr()}, basis={self.arguments.kernel}"
 
 
+def init_normal(parameter: nn.Parameter, std: float) -> None:
+    """Initialise with N(0, std), unless there is nothing to initialise."""
+    # On the meta device this would load a second's worth of torch's compiler.
+    if not parameter.is_meta:
+        nn.init.normal_(parameter, std=std)
+
+
 class LinearBasis(BasisLayer):
     """What real and complex linear layers share."""
 
@@ -272,7 +281,7 @@ class BasisLinear(LinearBasis, nn.Linear):  # type: ignore[misc,override]
         """See `BasisLayer`."""
         super().begin(arguments)
         if self.bias is not None:
-            nn.init.normal_(self.bias, std=BIAS_STD)
+            init_normal(self.bias, BIAS_STD)
 
     def compute_weight(self) -> Tensor:
         """(out_features, in_features), see `frequencies.real_rows`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class TapFigures:
         clamped_symbols: coefficients that the one behind it clamped.
         sqnr_db: 10 log10 of the map's energy over that of its error; None where there is no error, or no map.
         signed: whether symbols have a sign.
-        bands: histograms.
+        bands: histograms, too long for the JSON of a command.
     """
 
     name: str
@@ -81,7 +81,7 @@ class TapFigures:
     clamped_symbols: int
     sqnr_db: float | None
     signed: bool
-    bands: tuple[BandCounts, ...]
+    bands: tuple[BandCounts, ...] = field(metadata={"json": False})
 
     @property
     def bits(self) -> int:
