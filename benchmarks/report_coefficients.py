@@ -31,8 +31,8 @@ def transform_weights(result: dict[str, Any], table: Draw) -> str:
         f"`alexnet` on CIFAR-10, {dense['epochs']} epochs from scratch on {dense['images']:,} images, then "
         f"transformed with `--layers linear --keep {others[0]['keep']:g}` and fine-tuned for "
         f"{dense['finetune_epochs']} epochs at a learning rate of {dense['lr']:g}; top-1 on {dense['n']:,} "
-        "test images. SVD is plain low rank at the bytes of the coefficients. `klt` counts its bases, and for linear "
-        "layers is the same approximation.\n\n" + table(headers, rows)
+        "test images. SVD is plain low rank at the bytes of the coefficients; `klt` counts its bases, and is "
+        "the same approximation for linear layers.\n\n" + table(headers, rows)
     )
 
 
