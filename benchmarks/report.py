@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import report_coding
+import report_coefficients
 import report_goals
 import report_kernels
 import report_zoo
@@ -188,6 +189,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: partial(draw, table=table) for name, draw in report_zoo.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_kernels.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_coding.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_coefficients.SECTIONS.items()},
     "devices": devices,
 }
 

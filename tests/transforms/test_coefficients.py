@@ -297,6 +297,7 @@ def test_hostile_arguments_are_refused_before_anything_is_allocated() -> None:
         ({"axes": [axis | {"kept": 7}]}, "keeps 7"),
         ({"axes": [axis | {"kept": 3, "block": 2}]}, "keeps 3"),
         ({"axes": [axis | {"dim": 2}]}, "no dim 2"),
+        ({"axes": [axis | {"kernel": "klt", "size": 9000, "kept": 6, "rows": True}]}, "at most 8192"),
         ({"axes": [axis | {"size": 2**40, "rows": True}]}, "size"),
         ({"axes": [axis | {"surprise": 1}]}, "surprise"),
         ({"axes": [axis], "surprise": 1}, "surprise"),

@@ -71,8 +71,9 @@ class Coefficients(Record):
                 kernels.check_kernel(axis.kernel, klt=True)
             except UsageError as error:
                 raise ValueError(str(error)) from None
-            if axis.kernel == KLT and axis.length > MAX_KLT_LENGTH:
-                raise ValueError(f"dim {axis.dim}: klt of {axis.length} places, at most {MAX_KLT_LENGTH}")
+            longest = max(axis.length, axis.kept)
+            if axis.kernel == KLT and longest > MAX_KLT_LENGTH:
+                raise ValueError(f"dim {axis.dim}: klt of {longest} places, at most {MAX_KLT_LENGTH}")
             # The basis of a KLT loses rows with channels that are cut, and keeps its columns.
             if axis.kept > axis.length and (axis.kernel != KLT or axis.block is not None):
                 raise ValueError(f"dim {axis.dim} keeps {axis.kept} coefficients of {axis.length}")
@@ -131,7 +132,7 @@ class CoefficientLayer(SwappedLayer):
         Args:
             weight: of this layer's shape before channels were cut, or of its present shape where none were.
         """
-        found = weight
+        found = weight if weight.dtype == torch.float64 else weight.float()
         for axis in self.arguments.axes:
             found = analysed(found, axis, self._buffers.get(basis_name(axis)))
         self.coefficients.copy_(found)
