@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import report_goals
+import report_kernels
 import report_zoo
 
 HERE = Path(__file__).resolve().parent
@@ -184,6 +185,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "slimming": slimming,
     **{name: partial(draw, table=table) for name, draw in report_goals.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_zoo.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_kernels.SECTIONS.items()},
     "devices": devices,
 }
 

@@ -1,4 +1,4 @@
-"""The sparse exponential-Golomb code, symbol by symbol and bit by bit: what the fast coder is compared with."""
+"""The sparse exponential-Golomb code, symbol by symbol and bit by bit: the oracle of the fast coder."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def test_lies_are_refused(sound: Coded, lie: str) -> None:
 
 def test_values_beyond_the_type_are_refused() -> None:
     coded = encode(torch.tensor([1, 128], dtype=torch.int16), 1, signed=True)
-    with pytest.raises(BitstreamError, match="symbol 256 .* above 255"):
+    with pytest.raises(BitstreamError, match=r"symbol 256 .* above 255"):
         decode(coded, 1, signed=True, dtype=torch.int8)
     wide = encode(torch.full((5,), 300, dtype=torch.int16), 1, signed=True)
     with pytest.raises(BitstreamError, match="symbol 600"):

@@ -232,10 +232,11 @@ def test_recalibration_finds_new_ranges_and_keeps_the_rest() -> None:
     again = recalibrate_taps(checkpoint, digits(limit=64), DIGITS, context())
     assert stale_taps(again.model) == ()
     for name, hook in taps_of(again.model).items():
-        # The default table follows the maps' spread.
-        assert hook.codec.table[-1] == pytest.approx(2 * hook.codec.table[0])
-        assert len(hook.codec.table) == len(before[name].config.table)
-        assert hook.codec.quality == 80.0
+        old = before[name].config
+        assert hook.codec == old.model_copy(update={"k": hook.codec.k, "table": hook.codec.table})
+        # The default table follows the spread of the maps: one factor for all of its steps.
+        ratios = [new / step for new, step in zip(hook.codec.table, old.table, strict=True)]
+        assert max(ratios) == pytest.approx(min(ratios))
     assert state_of(again.model, "layer1.0").bounds[1] > 1.5 * before["layer1.0"].bounds[1]
     assert {edit["fingerprint"] for edit in again.spec.edits} != {
         edit["fingerprint"] for edit in checkpoint.spec.edits
@@ -378,6 +379,11 @@ def test_a_network_without_blocks_says_so() -> None:
         coded(
             Checkpoint(registry.build("lenet", {}), built().spec.model_copy(update={"architecture": "lenet"}))
         )
+
+
+def test_values_outside_of_the_range_are_told() -> None:
+    notes = coded(built("mobilenet_student", base=2), prequantizer=Prequantizer.UNSIGNED).notes
+    assert any("outside of the integers' range" in note for note in notes)
 
 
 def test_without_data_nothing_is_calibrated() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Optional
+
 import typer
 
 from cctool.cli import common, training
@@ -46,6 +48,14 @@ def train(
     devices: training.Devices = RunOptions.devices,
     nodes: training.Nodes = RunOptions.nodes,
     keep_storage: training.KeepStorage = False,
+    swap: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="MODE:KERNEL:LAYERS",
+            help="Layers of a fresh network that live in a transform domain from the beginning, as in "
+            "basis:dct:linear or coefficient:dwt:all; may be repeated.",
+        ),
+    ] = None,
     data: common.Data = None,
     val_data: common.ValData = None,
     test_data: common.TestData = None,
@@ -79,6 +89,7 @@ def train(
         training.data_options(values),
         training.run_options(values),
         values["keep_storage"],
+        tuple(values["swap"]) if values["swap"] else None,
     )
     model = common.model_options(arch, arg, input_shape, mean, std, spec, trust_pickle)
     invocation = training.invocation("train", values, model)

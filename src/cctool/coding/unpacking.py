@@ -12,7 +12,7 @@ codeword on.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,11 @@ MAX_BITS = 65
 
 _WINDOW = 15
 _ESCAPE = 1 << _WINDOW
-_HELD = 8  # values that one window yields at most: their bytes are one 64-bit number
+_MASK = np.uint64((1 << 30) - 1)
 _GROUP_BLOCKS = 2048
 _GROUP_BITS = 1 << 27
 _LONGEST_ROUND = 64
-_PIECE = 1 << 15
+_PIECE = 1 << 13
 
 Integers = NDArray[np.int64]
 
@@ -44,14 +44,14 @@ class _Table:
     Attributes:
         bits: of the whole codewords in it, int64.
         held: values in it, uint8.
-        values: these values, one in each byte, as uint64; int8 if signed.
-        used: 1 in each byte that is a value, as uint64.
+        values: these values as bytes, of shape (windows, places).
+        used: whether a place has a value, of the same shape.
     """
 
     bits: Integers
     held: NDArray[np.uint8]
-    values: Words
-    used: Words
+    values: NDArray[np.uint8]
+    used: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class _Source:
     A position counts the bits that follow: it is the number of a bit from the end.
 
     Attributes:
-        halves: the 32 bits from each 16-bit half word on, the last half word first, int64.
+        halves: the 30 bits from each 16-bit half word on, the last half word first, int64.
         start: position of each block's first bit.
         end: position behind each block's last bit.
     """
@@ -101,18 +101,19 @@ def unpack(
     ends = np.cumsum(block_bits, dtype=np.int64)
     values = np.empty(int(counts.sum()), dtype)
     words = np.frombuffer(payload + bytes(-len(payload) % 8 + 16), dtype=">u8").astype(np.uint64)
+    table = _table(k, signed, min(limit, 255), _places(int(ends[-1]) / len(values)) if len(values) else 1)
     first = done = 0
     while first < len(counts):
         begin = int(ends[first - 1]) if first else 0
         last = int(np.searchsorted(ends, begin + _GROUP_BITS, side="right"))
         last = min(max(last, first + 1), first + _GROUP_BLOCKS)
         source = _spread(words, begin, ends[first:last])
-        progress = _Progress(source, counts[first:last], _table(k, signed, min(limit, 255)))
+        progress = _Progress(source, counts[first:last], table)
         while len(progress.active):
             progress.advance(k, limit)
-        found = _values(progress, last - first, signed, dtype)
-        values[done : done + len(found)] = found
-        first, done = last, done + len(found)
+        size = int(counts[first:last].sum())
+        _fill(values[done : done + size], progress, last - first, signed)
+        first, done = last, done + size
     return values
 
 
@@ -120,22 +121,36 @@ def _spread(words: Words, begin: int, ends: Integers) -> _Source:
     starts = np.concatenate(([begin], ends[:-1]))
     sizes = (ends - starts) // WORD + 2
     tops = np.cumsum(sizes)
-    inner = np.arange(int(tops[-1])) - np.repeat(tops - sizes, sizes)
-    left = np.repeat(ends - starts, sizes) - WORD * inner
-    at = np.minimum(np.repeat(starts, sizes) + WORD * inner, np.repeat(ends, sizes))
+    # Two words more, so that a codeword that claims to run past the end is read as zeros.
+    total = int(tops[-1]) + 2
+    halves = np.zeros((total, 4), dtype=np.int64)
+    first = 0
+    while first < len(ends):
+        row = int(tops[first] - sizes[first])
+        last = max(int(np.searchsorted(tops, row + _PIECE, side="right")), first + 1)
+        back = _blocks_apart(words, starts[first:last], ends[first:last], sizes[first:last])[::-1]
+        rows = halves[total - row - len(back) : total - row]
+        rows[:, 3] = back >> np.uint64(34)
+        rows[:, 2] = (back >> np.uint64(18)) & _MASK
+        rows[:, 1] = (back >> np.uint64(2)) & _MASK
+        # The last word of a block is 0, and nobody looks beyond it.
+        rows[1:, 0] = (back[1:] << np.uint64(14) | back[:-1] >> np.uint64(50)) & _MASK
+        first = last
+    start = WORD * (total - tops + sizes) - 1
+    return _Source(halves.reshape(-1), start, start - (ends - starts))
+
+
+def _blocks_apart(words: Words, starts: Integers, ends: Integers, sizes: Integers) -> Words:
+    """The bits of each block from a word's first bit on, and zero bits up to the block's ``sizes`` words."""
+    tops = np.cumsum(sizes)
+    inner = WORD * (np.arange(int(tops[-1])) - np.repeat(tops - sizes, sizes))
+    at = np.minimum(np.repeat(starts, sizes) + inner, np.repeat(ends, sizes))
     shift = (at & (WORD - 1)).astype(np.uint64)
     index = at >> 6
     # Shifts by 64 give 0, for the last word of a block as for one that begins at a word's first bit.
-    spread = words[index] << shift | words[index + 1] >> (np.uint64(WORD) - shift)
-    surplus = np.clip(WORD - left, 0, WORD).astype(np.uint64)
-    spread = (spread >> surplus) << surplus
-    # Two words more, so that a codeword that claims to run past the end is read as zeros.
-    parts = np.concatenate((spread, np.zeros(2, dtype=np.uint64))).astype(">u8").view(">u2").astype(np.int64)
-    halves = parts << 16
-    halves[:-1] |= parts[1:]
-    total = 16 * len(parts)
-    start = total - 1 - WORD * (tops - sizes)
-    return _Source(np.ascontiguousarray(halves[::-1]), start, start - (ends - starts))
+    apart = np.take(words, index) << shift | np.take(words, index + 1) >> (np.uint64(WORD) - shift)
+    surplus = np.clip(WORD + inner - np.repeat(ends - starts, sizes), 0, WORD).astype(np.uint64)
+    return (apart >> surplus) << surplus
 
 
 class _Progress:
@@ -194,8 +209,7 @@ class _Progress:
             np.take(self.halves, index, out=window, mode="clip")
             np.bitwise_and(at, 15, out=shift)
             np.right_shift(window, shift, out=window)
-            np.right_shift(window, 17 - _WINDOW, out=window)
-            np.bitwise_and(window, (1 << _WINDOW) - 1, out=window)
+            np.bitwise_and(window, _ESCAPE - 1, out=window)
             windows[step] = window
             np.take(self.table.bits, window, out=shift, mode="clip")
             np.subtract(at, shift, out=at)
@@ -245,13 +259,14 @@ def _long_codeword(halves: Integers, at: Integers, k: int, limit: int) -> tuple[
 def _bits(halves: Integers, at: Integers, count: int) -> Integers:
     """The next ``count`` <= 38 bits at each position, as numbers."""
     index = at >> 4
-    # 63 bits, the first of which may be up to 15 before the position.
-    high, low = np.take(halves, index, mode="clip"), np.take(halves, index - 2, mode="clip")
-    both = ((high << 31) | (low >> 1)).astype(np.int64)
-    return (both >> (63 - 15 - count + (at & 15))) & ((1 << count) - 1)
+    # 62 bits, the first of which may be up to 15 before the position.
+    first, second, third = (np.take(halves, index - part, mode="clip") for part in range(3))
+    joined = (first >> 14 << 46) | (second >> 14 << 30) | third
+    return (joined >> (62 - 15 - count + (at & 15))) & ((1 << count) - 1)
 
 
-def _values(progress: _Progress, blocks: int, signed: bool, dtype: np.dtype[Any]) -> Values:
+def _fill(values: Values, progress: _Progress, blocks: int, signed: bool) -> None:
+    """Write what the windows hold, block by block."""
     grid = np.zeros((blocks, progress.rows), dtype=np.uint16)
     row = 0
     for active, windows in progress.rounds:
@@ -262,35 +277,41 @@ def _values(progress: _Progress, blocks: int, signed: bool, dtype: np.dtype[Any]
             grid[active, columns] = windows.T
         row += len(windows)
     flat = grid.ravel()
-    table = progress.table
-    octets = np.concatenate([_held(flat[i : i + _PIECE], table) for i in range(0, len(flat), _PIECE)])
-    values: Values = (octets.view(np.int8) if signed else octets).astype(dtype)
+    table, done = progress.table, 0
+    full = len(values) > 0.8 * table.values.shape[1] * len(flat)
+    for start in range(0, len(flat), _PIECE):
+        piece = flat[start : start + _PIECE]
+        used = np.take(table.used, piece, axis=0).reshape(-1)
+        octets = np.take(table.values, piece, axis=0).reshape(-1)
+        # Indexing copies runs of used places, which pays where they are long.
+        octets = octets[used] if full else np.compress(used, octets)
+        values[done : done + len(octets)] = octets.view(np.int8) if signed else octets
+        done += len(octets)
     if progress.escapes:
         order = np.concatenate([active * progress.rows + row for active, row, _ in progress.escapes])
         symbols = np.concatenate([symbols for _, _, symbols in progress.escapes])[np.argsort(order)]
         places = np.cumsum(np.take(table.held, flat), dtype=np.int64)[np.flatnonzero(flat == _ESCAPE)] - 1
-        values[places] = (_numbered(symbols) if signed else symbols).astype(dtype)
-    return values
+        values[places] = _numbered(symbols) if signed else symbols
 
 
 def _numbered(symbols: Integers) -> Integers:
     return (symbols >> 1) ^ -(symbols & 1)
 
 
-def _held(windows: NDArray[np.uint16], table: _Table) -> NDArray[np.uint8]:
-    octets = np.take(table.values, windows).view(np.uint8)
-    return octets[np.take(table.used, windows).view(np.bool_)]
+def _places(bits: float) -> int:
+    """How many values of ``bits`` each a window should yield: most of the places should be used."""
+    return 8 if bits < 4 else 4
 
 
-@cache
-def _table(k: int, signed: bool, limit: int) -> _Table:
+@lru_cache(maxsize=16)
+def _table(k: int, signed: bool, limit: int, places: int) -> _Table:
     """Decode every window, value by value, all windows at once; symbols above ``limit`` <= 255 are left."""
     size = 1 << _WINDOW
     windows = np.arange(size)
     bits, held = np.zeros(size + 1, dtype=np.int64), np.zeros(size + 1, dtype=np.uint8)
-    values, used = np.zeros((size + 1, _HELD), dtype=np.uint8), np.zeros((size + 1, _HELD), dtype=np.uint8)
+    values, used = np.zeros((size + 1, places), np.uint8), np.zeros((size + 1, places), np.bool_)
     going = np.ones(size, dtype=bool)
-    for place in range(_HELD):
+    for place in range(places):
         rest = (windows << bits[:-1]) & (size - 1)
         zeros = _WINDOW - np.frexp(rest.astype(np.float64))[1].astype(np.int64)
         length = np.where(zeros == 0, 1, 2 * zeros + k)
@@ -299,8 +320,8 @@ def _table(k: int, signed: bool, limit: int) -> _Table:
         going &= (rest > 0) & (bits[:-1] + length <= _WINDOW) & (symbols <= limit)
         found = _numbered(symbols) if signed else symbols
         values[:-1, place][going] = found[going].astype(np.uint8)
-        used[:-1, place][going] = 1
+        used[:-1, place][going] = True
         bits[:-1][going] += length[going]
         held[:-1][going] += 1
-    held[-1], used[-1, 0] = 1, 1
-    return _Table(bits, held, values.view(np.uint64)[:, 0], used.view(np.uint64)[:, 0])
+    held[-1], used[-1, 0] = 1, True
+    return _Table(bits, held, values, used)

@@ -85,8 +85,8 @@ def recalibrate_taps(
 ) -> Checkpoint:
     """Calibrate the codecs of a checkpoint again, for the weights and widths that it has now.
 
-    Ranges, bases, and what calibration chose at first are found anew, on as many images as then; steps,
-    quality and everything else stay.
+    Ranges, bases, and what calibration chose at first (orders, prequantizers, the scale of default tables)
+    are found anew, on as many images as then; quality and everything else stay.
 
     Args:
         checkpoint: its model is changed in place, and moved to the context's device.

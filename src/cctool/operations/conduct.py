@@ -17,7 +17,7 @@ from cctool.operations.mask_storage import lossy_forms
 from cctool.operations.measuring import preprocessing_of
 from cctool.operations.pipeline import recorded
 from cctool.operations.processes import fit_in_processes, node_rank
-from cctool.operations.resuming import forms_from, never_trained, refuse_other_files, refuse_other_options
+from cctool.operations.resuming import forms_from, refuse_other_files, refuse_other_options, starts_afresh
 from cctool.operations.run_folder import LoggedReporter, RunFolder
 from cctool.operations.sources import open_source, require_source
 from cctool.training.evaluate import trial_output
@@ -90,7 +90,7 @@ def conduct(
     start = _resumed(verb, checkpoint, options, context, folder) if options.run.resume else None
     if start is None:
         dense = _completed(decoded(checkpoint, context), source, context)
-        fresh = checkpoint.origin is None or never_trained(checkpoint.history)
+        fresh = checkpoint.origin is None or starts_afresh(checkpoint.history)
         start = Start(dense, fresh=fresh, forms=lossy_forms(checkpoint.stored))
     _refuse_other_classes(start.checkpoint, source, options)
     goal = make_goal(start.checkpoint, source, options, context)
@@ -227,7 +227,7 @@ def _resumed(verb: str, checkpoint: Checkpoint, options: Any, context: Context, 
     context.reporter.note(f"going on after epoch {epoch} of {options.fit.epochs}")
     return Start(
         replace(found, history=found.history if cut else found.history[:-1], resume=None),
-        fresh=earlier.parent is None or never_trained(found.history[: found.history.index(earlier)]),
+        fresh=earlier.parent is None or starts_afresh(found.history[: found.history.index(earlier)]),
         forms=forms_from(found.resume.state.get("storage")),
         resume=found.resume,
         continues=None if cut else earlier,

@@ -13,6 +13,7 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.spec import Parent, Step
 from cctool.errors import CheckpointError, TrainingError
 from cctool.options.fit import Schedule
+from cctool.options.transform_choices import Mode
 
 __all__ = [
     "flat",
@@ -22,6 +23,7 @@ __all__ = [
     "never_trained",
     "refuse_other_files",
     "refuse_other_options",
+    "starts_afresh",
 ]
 
 # Neither decides what is computed, only where and how fast.
@@ -96,6 +98,20 @@ def never_trained(history: Sequence[Step]) -> bool:
     epochs = [step.options.get("finetune_epochs") for step in history]
     epochs += [flat(step.options).get("fit.epochs") for step in history]
     return bool(history) and history[0].parent is None and not any(epochs)
+
+
+def starts_afresh(history: Sequence[Step]) -> bool:
+    """Whether the next training is a first one, which decides the default learning rate.
+
+    That is so for a network that was never trained, and for one whose layers became fresh basis functions
+    since.
+    """
+    trained = [i for i, step in enumerate(history) if flat(step.options).get("fit.epochs")]
+    since = history[trained[-1] + 1 :] if trained else history
+    return never_trained(history) or any(
+        step.verb == "transform" and flat(step.options).get("weights.mode") == Mode.BASIS.value
+        for step in since
+    )
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,10 +6,15 @@ from collections.abc import Iterator
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
+from cctool.errors import UsageError
 from cctool.operations.conduct import Goal, conduct
 from cctool.operations.context import Context, Outcome
 from cctool.operations.fitting import user_loss
+from cctool.operations.transform_basis import with_basis
+from cctool.operations.transform_weights import with_coefficients
 from cctool.options.train import TrainOptions
+from cctool.options.transform import TransformOptions, WeightOptions
+from cctool.options.transform_choices import Mode
 from cctool.training.objectives import Supervised
 
 __all__ = ["goal", "run"]
@@ -19,11 +24,29 @@ def run(checkpoint: Checkpoint, options: TrainOptions, context: Context) -> Iter
     """Train a checkpoint's network on labels; yields the best epoch by validation.
 
     Raises:
+        UsageError: if layers of a checkpoint, rather than of a fresh network, are to be swapped.
         CctoolError: see `conduct`.
     """
+    # What is resumed brings its swapped layers along.
+    if options.swap and not options.run.resume:
+        checkpoint = _swapped(checkpoint, options, context)
     yield from conduct("train", goal, checkpoint, options, context)
 
 
 def goal(checkpoint: Checkpoint, source: DataSource, options: TrainOptions, context: Context) -> Goal:
     """Minimise cross-entropy, or the user's own loss."""
     return Goal(Supervised(options.fit.label_smoothing, user_loss(options.fit.loss, context)))
+
+
+def _swapped(checkpoint: Checkpoint, options: TrainOptions, context: Context) -> Checkpoint:
+    if checkpoint.origin is not None:
+        raise UsageError(
+            "--swap is for fresh networks (--arch); `cctool transform` changes a checkpoint's layers"
+        )
+    for swap in options.swaps:
+        if swap.mode is Mode.BASIS:
+            checkpoint = with_basis(checkpoint, swap.kernel, (swap.layers,), "--swap")
+        else:
+            wanted = TransformOptions(kernel=swap.kernel, weights=WeightOptions(layers=(swap.layers,)))
+            checkpoint = with_coefficients(checkpoint, wanted, context)
+    return checkpoint

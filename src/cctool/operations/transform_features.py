@@ -49,6 +49,9 @@ from cctool.transforms.taps import drop_taps, recording, taps_of, with_taps
 
 __all__ = ["FeaturesReport", "codec_configs", "measured_with_figures", "run"]
 
+_MUCH = 0.01
+"""Share of clamped values that is worth a note."""
+
 
 @dataclass(frozen=True)
 class FeaturesReport:
@@ -253,6 +256,12 @@ def _notes(
     if offsets and options.features.prequantizer is Prequantizer.AUTO:
         notes.append(f"maps with negative values have an offset: {', '.join(offsets)}")
     for tap in figures:
+        if tap.clamped_values > _MUCH * tap.elements:
+            share = 100 * tap.clamped_values / tap.elements
+            notes.append(
+                f"{tap.name}: {share:.1f} % of the values lie outside of the integers' range; --prequantizer "
+                "auto gives maps with negative values an offset, --calibration looks at more images"
+            )
         if tap.clamped_symbols:
             share = 100 * tap.clamped_symbols / tap.symbols
             notes.append(

@@ -1,17 +1,205 @@
-"""`cctool transform`: weights."""
+"""`cctool transform --target weights`: layers whose parameters are coefficients in a transform domain.
+
+select -> plain weight -> coefficients per axis -> corner | mask -> swap edits, mask edits, stored forms
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.masks import add_masks, with_masks
+from cctool.errors import TransformError, UsageError
 from cctool.operations.context import Context, Outcome
-from cctool.options.transform import TransformOptions
+from cctool.operations.mask_storage import lossy_forms, stored_with_masks
+from cctool.operations.measuring import measured_splits
+from cctool.operations.sizes import stored_bytes
+from cctool.operations.sources import open_source
+from cctool.operations.transform_weights_report import (
+    TransformWeightsReport,
+    coded_layer_report,
+    counted,
+    layer_bytes,
+)
+from cctool.options.transform import TransformOptions, WeightOptions
+from cctool.options.transform_choices import Select
+from cctool.transforms import kernels
+from cctool.transforms.axes import KLT, TransformedAxis
+from cctool.transforms.choosing import chosen
+from cctool.transforms.coefficient_building import coefficient_layer
+from cctool.transforms.coefficients import CoefficientLayer, Coefficients
+from cctool.transforms.klt import MAX_LENGTH
+from cctool.transforms.selection import Selected, SkippedLayer, select_layers, transformed_axes
+from cctool.transforms.swap import put_in_place
+from cctool.transforms.swapped import with_swaps
 
-__all__ = ["run"]
+__all__ = ["run", "with_coefficients"]
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """One layer before and after.
+
+    Attributes:
+        selected: the layer as it was.
+        layer: that takes its place.
+        places: coefficients before any were left out.
+    """
+
+    selected: Selected
+    layer: CoefficientLayer
+    places: int
+
+    @property
+    def name(self) -> str:
+        """Its first name."""
+        return self.selected.names[0]
 
 
 def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> Iterator[Outcome]:
-    """To be written."""
-    raise NotImplementedError
-    yield
+    """Transform the chosen layers of the network in place.
+
+    Raises:
+        UsageError: if the kernel is unknown, options do not go with it, or a pattern matches nothing.
+        TransformError: if no layer can be transformed.
+    """
+    weights = options.weights
+    _check(options)
+    selected, skipped = select_layers(checkpoint.model, weights.layers)
+    source = open_source(options.data, checkpoint, context)
+    before = measured_splits(checkpoint, source, options.data, context)
+    stored_before = stored_with_masks(checkpoint)
+    bytes_before = stored_bytes(stored_before)
+    layer_bytes_before = {item.names[0]: layer_bytes(stored_before, item.names[0]) for item in selected}
+    coded, untouched = _coded(selected, options, context)
+    skipped = [*skipped, *untouched]
+    if not coded:
+        reasons = "; ".join(counted(skipped))
+        raise TransformError(f"nothing is left to transform: {reasons}")
+    notes = [*_notes(checkpoint, coded, options), *counted(skipped)]
+    product = stored_with_masks(_with_layers(checkpoint, coded, weights))
+    after = measured_splits(product, source, options.data, context)
+    layers = tuple(
+        coded_layer_report(
+            item.name, item.selected.plain, item.layer, item.places, layer_bytes_before[item.name], product
+        )
+        for item in coded
+    )
+    notes += [
+        f"{layer.name} does not shrink: {layer.bytes_before:,} -> {layer.bytes_after:,} bytes"
+        for layer in layers
+        if layer.bytes_after > layer.bytes_before
+    ]
+    report = TransformWeightsReport(
+        kernel=options.kernel,
+        layers=layers,
+        skipped=tuple(skipped),
+        bytes_before=bytes_before,
+        bytes_after=stored_bytes(product),
+        metrics_before=before,
+        metrics_after=after,
+        notes=tuple(notes),
+    )
+    yield Outcome(product, report, metrics_before=before, metrics_after=after, notes=tuple(notes))
+
+
+def with_coefficients(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> Checkpoint:
+    """The checkpoint whose chosen layers are coefficients, changed in place; nothing is measured.
+
+    Raises:
+        UsageError: if the kernel is unknown, options do not go with it, or a pattern matches nothing.
+        TransformError: if no layer can be transformed.
+    """
+    _check(options)
+    selected, skipped = select_layers(checkpoint.model, options.weights.layers)
+    coded, untouched = _coded(selected, options, context)
+    if not coded:
+        raise TransformError(f"nothing is left to transform: {'; '.join(counted([*skipped, *untouched]))}")
+    return _with_layers(checkpoint, coded, options.weights)
+
+
+def _check(options: TransformOptions) -> None:
+    kernel, weights = options.kernel, options.weights
+    kernels.check_kernel(kernel, klt=True)
+    if weights.levels is not None and not kernels.is_wavelet(kernel):
+        raise UsageError(f"--levels {weights.levels}: {kernel} has none; wavelets do")
+    if weights.select is Select.CORNER and kernel == "identity":
+        raise UsageError("--select corner: identity has no frequencies; --select energy keeps the largest")
+
+
+def _coded(
+    selected: Sequence[Selected], options: TransformOptions, context: Context
+) -> tuple[list[_Coded], list[SkippedLayer]]:
+    """Layers of coefficients for the selected ones, and those that have no axis to transform."""
+    weights, coded, untouched = options.weights, [], []
+    for item in context.reporter.progress(selected, "transforming", len(selected)):
+        axes = transformed_axes(
+            item.plain.weight,
+            options.kernel,
+            axes=weights.axes,
+            block=weights.block,
+            levels=weights.levels,
+        )
+        if not axes:
+            where = f"{weights.axes or 'channel and spatial'} axes of size 1"
+            untouched.append(SkippedLayer(item.names[0], f"it has only {where}"))
+            continue
+        reason = _too_long(axes)
+        if reason:
+            untouched.append(SkippedLayer(item.names[0], reason))
+            continue
+        layer = coefficient_layer(item.plain, Coefficients(axes=axes))
+        coded.append(_Coded(item, layer, item.plain.weight.numel()))
+    return coded, untouched
+
+
+def _too_long(axes: Sequence[TransformedAxis]) -> str:
+    lengths = [axis.length for axis in axes if axis.kernel == KLT and axis.length > MAX_LENGTH]
+    if not lengths:
+        return ""
+    return f"klt of {lengths[0]:,} channels at once takes too long; --block {MAX_LENGTH // 8} takes fewer"
+
+
+def _with_layers(checkpoint: Checkpoint, coded: Sequence[_Coded], weights: WeightOptions) -> Checkpoint:
+    """Put the layers into the network, mask what does not stay, and say so in the spec."""
+    model = checkpoint.model
+    for item in coded:
+        item.layer.train(item.selected.layer.training)
+        put_in_place(model, item.name, item.layer)
+    masks = chosen({item.name: item.layer for item in coded}, weights)
+    add_masks(model, {f"{name}.coefficients": mask for name, mask in masks.items()})
+    stored = {name: form for name, form in checkpoint.stored.items() if not _belongs(name, coded)}
+    spec = with_masks(with_swaps(checkpoint.spec, model), model)
+    return replace(checkpoint, spec=spec, stored=stored, resume=None)
+
+
+def _belongs(tensor: str, coded: Sequence[_Coded]) -> bool:
+    """Whether a tensor is the weight, or what it is computed from, of a layer that was replaced."""
+    owner, _, leaf = tensor.rpartition(".")
+    return leaf not in ("bias", "bias_mask") and any(owner in item.selected.names for item in coded)
+
+
+def _notes(checkpoint: Checkpoint, coded: Sequence[_Coded], options: TransformOptions) -> list[str]:
+    rounded = lossy_forms({k: form for k, form in checkpoint.stored.items() if _belongs(k, coded)})
+    again = sum(isinstance(item.selected.layer, CoefficientLayer) for item in coded)
+    notes = [
+        f"{n} weights were stored as {form}: what they decode to was transformed; "
+        "`cctool quantize` stores the coefficients so"
+        for form, n in Counter(_inner(form) for form in rounded.values()).items()
+    ]
+    if again:
+        notes.append(f"{again} layers were transformed already: their weights were, anew")
+    if checkpoint.resume is not None:
+        notes.append("the state of the optimizer belongs to the weights, and was dropped")
+    blocked = any(axis.block for item in coded for axis in item.layer.arguments.axes)
+    if options.weights.block is not None and not blocked:
+        notes.append(f"--block {options.weights.block}: no transformed channel axis is longer")
+    return notes
+
+
+def _inner(form: EncodedTensor) -> str:
+    inner = form.parameters.get("inner")
+    return inner if isinstance(inner, str) else form.encoding

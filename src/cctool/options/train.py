@@ -8,8 +8,17 @@ from pathlib import Path, PurePath
 from cctool.errors import UsageError
 from cctool.options.common import DataOptions
 from cctool.options.fit import FitOptions
+from cctool.options.transform_choices import Mode
 
-__all__ = ["RunOptions", "TrainOptions", "find_resumed", "refuse_small_batches", "run_folder_of"]
+__all__ = [
+    "LayerSwap",
+    "RunOptions",
+    "TrainOptions",
+    "find_resumed",
+    "parse_swap",
+    "refuse_small_batches",
+    "run_folder_of",
+]
 
 _STEERS = {"recorded": False}
 
@@ -64,6 +73,41 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
+class LayerSwap:
+    """Layers of a fresh network that live in a transform domain from the beginning.
+
+    Attributes:
+        mode: how they do.
+        kernel: of the transform.
+        layers: ``linear``, ``conv``, ``all`` or a pattern of module names.
+    """
+
+    mode: Mode
+    kernel: str
+    layers: str
+
+
+def parse_swap(text: str) -> LayerSwap:
+    """Parse ``MODE:KERNEL:LAYERS``.
+
+    >>> parse_swap("basis:dct:linear").kernel
+    'dct'
+
+    Raises:
+        UsageError: if it is something else.
+    """
+    mode, _, rest = text.partition(":")
+    kernel, _, layers = rest.partition(":")
+    modes = [item.value for item in Mode]
+    if mode not in modes or not kernel or not layers:
+        raise UsageError(
+            f"--swap {text}: MODE:KERNEL:LAYERS is expected, as in basis:dct:linear; "
+            f"modes are {' and '.join(modes)}"
+        )
+    return LayerSwap(Mode(mode), kernel, layers)
+
+
+@dataclass(frozen=True)
 class TrainOptions:
     """Options of one training.
 
@@ -72,15 +116,28 @@ class TrainOptions:
         data: which data, and how much of it at a time.
         run: how this call runs and what it writes beside its product.
         keep_storage: store tensors again as the input stored them; metrics are measured after that.
+        swap: layers of a fresh network that live in a transform domain, see `parse_swap`; None where there
+            are none.
     """
 
     fit: FitOptions = field(default_factory=FitOptions)
     data: DataOptions = field(default_factory=DataOptions)
     run: RunOptions = field(default_factory=RunOptions)
     keep_storage: bool = False
+    swap: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         refuse_small_batches(self.data, self.run)
+        _ = self.swaps
+
+    @property
+    def swaps(self) -> tuple[LayerSwap, ...]:
+        """What `swap` says, parsed.
+
+        Raises:
+            UsageError: if one of them is malformed.
+        """
+        return tuple(map(parse_swap, self.swap or ()))
 
 
 def refuse_small_batches(data: DataOptions, run: RunOptions) -> None:

@@ -93,6 +93,16 @@ class WeightOptions:
                 self.mode is Mode.BASIS and (self.keep is not None or self.threshold is not None),
                 "--keep and --threshold choose coefficients; --mode basis has none",
             ),
+            *(
+                (self.mode is Mode.BASIS and given, f"{option} is for --mode coefficient")
+                for given, option in (
+                    (self.axes is not None, "--axes"),
+                    (self.block is not None, "--block"),
+                    (self.levels is not None, "--levels"),
+                    (self.select is not Select.ENERGY, "--select"),
+                    (self.scope is not Scope.LOCAL, "--scope"),
+                )
+            ),
             (
                 self.normalize_gradients and self.mode is not Mode.BASIS,
                 "--normalize-gradients is for --mode basis",

@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from cctool.errors import UsageError
 from cctool.graph.channels import ChannelGraph, Family
 from cctool.graph.ledger import Role
+from cctool.options.patterns import refuse_unmatched
 from cctool.options.prune import AUTO_ROUND, PruneOptions, Scope
 from cctool.pruning.scores import ScoreContext, Unscored, score_families
 
@@ -117,11 +116,7 @@ def matching(model: nn.Module, graph: ChannelGraph, patterns: Sequence[str]) -> 
     """
     known = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_modules()}
     known |= {family.name for family in graph.families}
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in known):
-            near = get_close_matches(pattern, sorted(known), n=3, cutoff=0.4)
-            hint = f"; near: {', '.join(near)}" if near else "; `cctool analyze` lists the names"
-            raise UsageError(f"pattern {pattern!r} matches no parameter, module or family{hint}")
+    refuse_unmatched(patterns, known, "parameter, module or family")
     return {
         number
         for number, family in enumerate(graph.families)

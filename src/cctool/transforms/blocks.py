@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.linalg import block_diag
 from torch import Tensor
 
-from cctool.transforms.kernels import analysis_matrix, synthesis_matrix
+from cctool.transforms.kernels import kernel_matrix
 from cctool.transforms.products import along, both_axes, constant, full_precision
 
 __all__ = ["BlockPositions", "block_forward", "block_inverse", "block_positions", "norm_scale"]
@@ -149,8 +149,7 @@ def _piece(whole: int, block: int) -> int:
 
 
 def _diagonal(kernel: str, size: int, block: int, levels: int, synthesis: bool) -> NDArray[np.float64]:
-    make = synthesis_matrix if synthesis else analysis_matrix
     sides = [block] * (size // block) + [size % block] * (size % block > 0)
-    parts = {side: make(kernel, side, levels=levels).numpy() for side in set(sides)}
+    parts = {side: kernel_matrix(kernel, side, levels, True, synthesis) for side in set(sides)}
     result: NDArray[np.float64] = block_diag(*(parts[side] for side in sides))
     return result

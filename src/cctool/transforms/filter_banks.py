@@ -24,6 +24,7 @@ import numpy as np
 import pywt
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 
 __all__ = [
@@ -85,17 +86,14 @@ def wavelet_matrix(
     Returns:
         Shape (coefficients, size), or (size, coefficients) for the synthesis.
     """
-    step = _synthesis_step if synthesis else _analysis_step
     bank = filter_bank(name)
-    coarser = np.eye(size)
-    details: list[NDArray[np.float64]] = []
+    bands = [sparse.csr_array(sparse.identity(size))]
     for _ in range(levels):
         # Both kinds are built with a coefficient a row; the synthesis is turned over at the end.
-        low, high = step(bank, coarser.shape[0], square)
-        details.insert(0, high @ coarser)
-        coarser = low @ coarser
-    matrix = np.concatenate([coarser, *details])
-    return np.ascontiguousarray(matrix.T) if synthesis else matrix
+        low, high = _step_rows(bank, bands[0].shape[0], square, synthesis)
+        bands[:1] = [low @ bands[0], high @ bands[0]]
+    rows: NDArray[np.float64] = sparse.vstack(bands).toarray()
+    return np.ascontiguousarray(rows.T) if synthesis else rows
 
 
 def analyze(x: Tensor, name: str, *, square: bool) -> tuple[Tensor, Tensor]:
@@ -150,46 +148,24 @@ def _weighted(parts: Sequence[Tensor], weights: NDArray[np.float64]) -> Tensor:
     return total
 
 
-def _analysis_step(
-    bank: FilterBank, size: int, square: bool
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    taps = bank.taps
-    offsets = taps // 2 - np.arange(taps)
-    low, high = _periodic(bank.decomposition, offsets, size, square)
-    if size % 2 and not square:
-        # The replicated sample is the last one once more.
-        low[:, -2] += low[:, -1]
-        high[:, -2] += high[:, -1]
-        low, high = low[:, :-1], high[:, :-1]
-    return low, high
-
-
-def _synthesis_step(
-    bank: FilterBank, size: int, square: bool
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    taps = bank.taps
-    offsets = np.arange(taps) + 1 - taps // 2
-    low, high = _periodic(bank.reconstruction, offsets, size, square)
-    if size % 2 and not square:
-        low, high = low[:, :-1], high[:, :-1]
-    return low, high
-
-
-def _periodic(
-    filters: NDArray[np.float64], offsets: NDArray[np.int64], size: int, square: bool
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rows of shifted filters; an odd ``size`` is rounded up, or its last sample handed on (square)."""
-    half = size // 2 if square else (size + 1) // 2
-    rows = np.zeros((2, half, 2 * half))
-    if half:
-        starts = 2 * np.arange(half)
-        columns = (starts[:, None] + offsets) % (2 * half)
-        for band in range(2):
-            # add.at: filters longer than the signal meet the same sample more than once.
-            np.add.at(rows[band], (np.arange(half)[:, None], columns), filters[band])
-    low, high = rows
+def _step_rows(
+    bank: FilterBank, size: int, square: bool, synthesis: bool
+) -> tuple[sparse.csr_array, sparse.csr_array]:
+    """One level: sparse rows of the low and of the high pass, ``size`` columns."""
+    taps, half = bank.taps, size // 2 if square else (size + 1) // 2
+    offsets = np.arange(taps) + 1 - taps // 2 if synthesis else taps // 2 - np.arange(taps)
+    rows = np.repeat(np.arange(half), taps)
+    columns = (2 * np.arange(half)[:, None] + offsets).ravel() % max(2 * half, 1)
+    filters = np.tile(bank.reconstruction if synthesis else bank.decomposition, half)
+    if size % 2 and not square and synthesis:
+        # The replicated sample is cropped.
+        kept = columns < size
+        rows, columns, filters = rows[kept], columns[kept], filters[:, kept]
+    elif size % 2 and not square:
+        columns = np.minimum(columns, size - 1)
+    # Filters longer than the signal meet a sample more than once, and the sum of the entries counts.
+    low, high = (sparse.csr_array((band, (rows, columns)), shape=(half, size)) for band in filters)
     if size % 2 and square:
-        low = np.pad(low, ((0, 1), (0, 1)))
-        low[-1, -1] = 1
-        high = np.pad(high, ((0, 0), (0, 1)))
+        carried = sparse.csr_array(([1.0], ([0], [size - 1])), shape=(1, size))
+        low = sparse.vstack((low, carried), format="csr")
     return low, high

@@ -5,8 +5,9 @@ periodic borders (`filter_banks.py`), ``dwt`` being ``haar``. A data-driven KLT 
 offers it makes its basis, and `check_kernel` knows its name.
 
 bfloat16 and float16 are computed in float32 and given back as they came; autocast does not reach in here.
-Inverses are exact to rounding; those of sym3, sym16 to sym20, bior5.5 and rbio5.5 to 1e-11, which is as far
-as PyWavelets' filters go.
+
+Inverses are exact to rounding, but for the sym wavelets and bior and rbio 4.4, 5.5 and 6.8: to 3e-11, as many
+digits as PyWavelets has of their filters.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ __all__ = [
     "forward",
     "inverse",
     "is_wavelet",
+    "kernel_matrix",
     "max_levels",
     "synthesis_matrix",
 ]
@@ -62,9 +64,11 @@ _FAST: MappingProxyType[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor]
         }
     )
 )
-# Where the FFT overtakes the matrix product, and the filters of a wavelet do: measured on a CPU with AVX-512.
+# Sizes from which the FFT, or the filters of a wavelet, take less time than a product with a matrix, measured
+# on one thread of a CPU, 4 million float32 numbers. Matrices above the largest would cost too much memory.
 _LARGE = 256
 _PER_TAP = 48
+_LARGEST = 1024
 
 KERNELS: tuple[str, ...] = ("dct", "dst", "dft", "dwt", "identity", *WAVELETS)
 """Names of all kernels that are a fixed matrix."""
@@ -83,7 +87,9 @@ def check_kernel(name: str, *, klt: bool = False) -> None:
     if name in KERNELS or (klt and name == "klt"):
         return
     if name == "dmey":
-        raise UsageError("--kernel dmey: its filters have no exact inverse; sym8 or db8 come near it")
+        raise UsageError(
+            "--kernel dmey: its filters have no exact inverse; another wavelet is allowed, as sym8"
+        )
     allowed = ["dct", "dst", "dft", "dwt (haar)", *(["klt"] if klt else []), "identity"]
     families = "db1-db38, sym2-sym20, coif1-coif17, bior1.1-bior6.8, rbio1.1-rbio6.8"
     raise UsageError(f"--kernel {name}: {', '.join(allowed)} or a wavelet ({families}) is allowed")
@@ -114,6 +120,16 @@ def coefficient_count(name: str, size: int, *, levels: int = 1, square: bool = T
     return sum(band_sizes(size, _levels(name, size, levels), square=square))
 
 
+def kernel_matrix(name: str, size: int, levels: int, square: bool, synthesis: bool) -> NDArray[np.float64]:
+    """`analysis_matrix` or `synthesis_matrix` as an array."""
+    if is_wavelet(name):
+        return wavelet_matrix(
+            _wavelet(name), size, _levels(name, size, levels), square=square, synthesis=synthesis
+        )
+    rows = _ORTHONORMAL[name](size)
+    return np.ascontiguousarray(rows.T) if synthesis else rows
+
+
 def analysis_matrix(
     name: str, size: int, *, levels: int = 1, square: bool = True, dtype: torch.dtype = torch.float64
 ) -> Tensor:
@@ -130,7 +146,7 @@ def analysis_matrix(
     Returns:
         Shape (coefficients, size), on the CPU; the caller's own.
     """
-    return torch.from_numpy(_rows(name, size, _levels(name, size, levels), square, False)).to(dtype)
+    return torch.from_numpy(kernel_matrix(name, size, levels, square, False)).to(dtype)
 
 
 def synthesis_matrix(
@@ -141,7 +157,7 @@ def synthesis_matrix(
     Returns:
         Shape (size, coefficients), on the CPU; the caller's own.
     """
-    return torch.from_numpy(_rows(name, size, _levels(name, size, levels), square, True)).to(dtype)
+    return torch.from_numpy(kernel_matrix(name, size, levels, square, True)).to(dtype)
 
 
 def forward(x: Tensor, name: str, dim: int = -1, *, levels: int = 1, square: bool = True) -> Tensor:
@@ -163,7 +179,9 @@ def forward(x: Tensor, name: str, dim: int = -1, *, levels: int = 1, square: boo
     with full_precision(x) as work:
         size = x.shape[dim]
         if _takes_matrix(name, size):
-            matrix = constant(_rows, name, size, _levels(name, size, levels), square, False, like=work)
+            matrix = constant(
+                kernel_matrix, name, size, _levels(name, size, levels), square, False, like=work
+            )
             result = along(matrix, work, dim)
         elif name in _FAST:
             result = _FAST[name][0](work.movedim(dim, -1)).movedim(-1, dim)
@@ -198,7 +216,7 @@ def inverse(
         raise TransformError(f"{name} of {size} samples has {count} coefficients; {given} were given")
     with full_precision(c) as work:
         if _takes_matrix(name, size):
-            matrix = constant(_rows, name, size, _levels(name, size, levels), square, True, like=work)
+            matrix = constant(kernel_matrix, name, size, _levels(name, size, levels), square, True, like=work)
             result = along(matrix[:, :given], work, dim)
         else:
             last = F.pad(work.movedim(dim, -1), (0, count - given))
@@ -216,15 +234,8 @@ def _levels(name: str, size: int, levels: int) -> int:
 def _takes_matrix(name: str, size: int) -> bool:
     """Whether one product takes less time than the FFT, or than the filters of a wavelet in turn."""
     if is_wavelet(name):
-        return size <= max(_LARGE, _PER_TAP * filter_bank(_wavelet(name)).taps)
+        return size <= min(max(_LARGE, _PER_TAP * filter_bank(_wavelet(name)).taps), _LARGEST)
     return name != "identity" and size <= _LARGE
-
-
-def _rows(name: str, size: int, levels: int, square: bool, synthesis: bool) -> NDArray[np.float64]:
-    if is_wavelet(name):
-        return wavelet_matrix(_wavelet(name), size, levels, square=square, synthesis=synthesis)
-    rows = _ORTHONORMAL[name](size)
-    return np.ascontiguousarray(rows.T) if synthesis else rows
 
 
 def _wavelet(name: str) -> str:

@@ -76,17 +76,20 @@ def both_axes(rows: Tensor, columns: Tensor, x: Tensor) -> Tensor:
     Returns:
         Shape (..., h, w).
     """
-    if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad) or not x.numel():
+    if not _in_pieces(x):
         return torch.matmul(rows, F.linear(x, columns))
     maps = x.reshape(-1, *x.shape[-2:])
-    if maps.numel() <= _CHUNK:
-        return torch.matmul(rows, F.linear(x, columns))
     # What lies between the two products stays in the cache, and large memory is asked for once.
     result = x.new_empty(maps.shape[0], rows.shape[0], columns.shape[0])
     step = max(1, _CHUNK // maps[0].numel())
     for start in range(0, maps.shape[0], step):
         torch.matmul(rows, F.linear(maps[start : start + step], columns), out=result[start : start + step])
     return result.reshape(*x.shape[:-2], *result.shape[1:])
+
+
+def _in_pieces(x: Tensor) -> bool:
+    tracked = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    return not tracked and x.device.type == "cpu" and x.numel() > _CHUNK
 
 
 def constant(make: Callable[..., NDArray[np.float64]], *arguments: Hashable, like: Tensor) -> Tensor:
@@ -117,4 +120,4 @@ def _made(
         return torch.from_numpy(make(*arguments)).to(device, dtype)
 
 
-_kept = lru_cache(maxsize=256)(_made)
+_kept = lru_cache(maxsize=128)(_made)

@@ -58,6 +58,14 @@ class SwappedLayer(nn.Module):
             None where there is none, as for layers that compute with complex numbers.
         """
 
+    def factored(self) -> nn.Module | None:
+        """Ordinary layers one after the other that compute the same with fewer bytes and products.
+
+        Returns:
+            None where there are none.
+        """
+        return None
+
     @abstractmethod
     def taken(self, cuts: Mapping[str, Sequence[Cut]]) -> SwappedLayer:
         """What is left of this layer once its plain one was cut.
@@ -78,9 +86,12 @@ class SwapKind:
         build: (the architecture's layer, arguments) -> the layer in its place, its parameters where those of
             the architecture's are (the meta device while a file is loaded), their values to be assigned.
             Raises SpecError where the arguments do not fit the layer, before anything is allocated.
+        check: raises CorruptCheckpointError where the values that a file gave the layer contradict its
+            arguments; None checks nothing.
     """
 
     build: Callable[[nn.Module, Mapping[str, Any]], nn.Module]
+    check: Callable[[nn.Module], None] | None = None
 
 
 def swapped_layers(model: nn.Module) -> dict[str, SwappedLayer]:

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from cctool.errors import UsageError
 from cctool.options.transform_choices import TransformPreset
-from cctool.transforms.blocks import block_positions, norm_scale
+from cctool.transforms.blocks import norm_scale
 from cctool.transforms.kernels import is_wavelet
+from cctool.transforms.spatial import block_sizes
 
 __all__ = [
     "NEVER",
@@ -217,7 +218,6 @@ def _is_number(text: str) -> bool:
     return True
 
 
-@lru_cache(maxsize=256)
 def block_steps(
     steps: tuple[float, ...], kernel: str, norm: str, block: int, height: int, width: int, device: str
 ) -> Tensor:
@@ -233,29 +233,39 @@ def block_steps(
         device: where they are needed.
 
     Returns:
-        float64 (H, W); its owner is the cache.
+        float64 (H, W); others hold it, too: it must not be changed.
     """
-    place = block_positions(height, width, block)
-    if len(steps) == 1:
-        index = torch.zeros_like(place.row)
-    elif len(steps) == 2 * block - 1:
-        index = place.row + place.column
-    else:
-        index = place.row * block + place.column
+    # What is made while a network is traced is no tensor that may outlive the tracing.
+    make = _block_steps if torch.compiler.is_compiling() else _kept_block_steps
+    return make(steps, kernel, norm, block, height, width, device)
+
+
+def _block_steps(
+    steps: tuple[float, ...], kernel: str, norm: str, block: int, height: int, width: int, device: str
+) -> Tensor:
+    tall, wide = block_sizes(height, block), block_sizes(width, block)
+    # A tensor of inference mode could not be used in training later.
     with torch.inference_mode(False):
-        found = torch.tensor(steps, dtype=torch.float64)[index]
+        table = _square(steps, block)
+        tiles = {(h, w): table[:h, :w] for h in set(tall) for w in set(wide)}
         if norm == "none":
-            found = found / _scales(kernel, place.row, place.column, place.height, place.width)
-        return found.to(device)
+            tiles = {size: tile / norm_scale(*size, kernel) for size, tile in tiles.items()}
+        return torch.cat([torch.cat([tiles[h, w] for w in wide], 1) for h in tall]).to(device)
 
 
-def _scales(kernel: str, row: Tensor, column: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    result = torch.empty(row.shape, dtype=torch.float64)
-    sides = torch.stack((height, width), -1).flatten(0, 1)
-    for tall, wide in torch.unique(sides, dim=0).tolist():
-        here = (height == tall) & (width == wide)
-        result[here] = norm_scale(tall, wide, kernel)[row[here], column[here]]
-    return result
+_kept_block_steps = lru_cache(maxsize=256)(_block_steps)
+
+
+def _square(steps: tuple[float, ...], block: int) -> Tensor:
+    """The steps of a whole block (block, block), float64."""
+    places = [(i, j) for i in range(block) for j in range(block)]
+    if len(steps) == 1:
+        chosen = [steps[0]] * len(places)
+    elif len(steps) == 2 * block - 1:
+        chosen = [steps[i + j] for i, j in places]
+    else:
+        chosen = list(steps)
+    return torch.tensor(chosen, dtype=torch.float64).view(block, block)
 
 
 def wavelet_steps(steps: tuple[float, ...], bands: int) -> tuple[float, ...]:

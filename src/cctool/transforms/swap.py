@@ -1,0 +1,65 @@
+"""The `swap` edit: modules of an architecture that layers of ours take the place of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from cctool.checkpoint.tables import EditKind
+from cctool.errors import SpecError
+from cctool.transforms.basis_swaps import BASIS_SWAPS
+from cctool.transforms.coefficient_building import build_coefficients, check_coefficients
+from cctool.transforms.coefficients import COEFFICIENT
+from cctool.transforms.swapped import Swap, SwapKind
+
+__all__ = ["SWAP", "SWAPS", "put_in_place"]
+
+SWAPS: Mapping[str, SwapKind] = {
+    COEFFICIENT: SwapKind(build_coefficients, check_coefficients),
+    **BASIS_SWAPS,
+}
+"""Kinds of swapped layer by name."""
+
+
+def put_in_place(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Replace a module everywhere in a network, a shared one under each of its names.
+
+    Raises:
+        SpecError: if there is no such module, or it is the network itself.
+    """
+    try:
+        present = model.get_submodule(name)
+    except AttributeError:
+        raise SpecError(f"swap: the architecture has no module {name!r}") from None
+    if present is model:
+        raise SpecError("swap: a network that is a single layer cannot be replaced by another one")
+    for module in list(model.modules()):
+        for key, child in module._modules.items():
+            if child is present:
+                module._modules[key] = layer
+
+
+def _apply_swap(model: nn.Module, edit: Swap) -> None:
+    kind = SWAPS.get(edit.layer)
+    if kind is None:
+        raise SpecError(
+            f"swap: unknown layer {edit.layer!r}: this version knows {', '.join(sorted(SWAPS))}; "
+            "a newer cctool may have written the file"
+        )
+    try:
+        present = model.get_submodule(edit.module)
+    except AttributeError:
+        raise SpecError(f"swap: the architecture has no module {edit.module!r}") from None
+    layer = kind.build(present, edit.arguments)
+    layer.train(present.training)
+    put_in_place(model, edit.module, layer)
+
+
+def _check_swap(model: nn.Module, edit: Swap) -> None:
+    check = SWAPS[edit.layer].check
+    if check is not None:
+        check(model.get_submodule(edit.module))
+
+
+SWAP = EditKind(record=Swap, apply=_apply_swap, order=5, check=_check_swap)

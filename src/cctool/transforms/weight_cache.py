@@ -1,0 +1,61 @@
+"""A computed weight that is kept while what it was computed from stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["WeightCache"]
+
+
+class WeightCache:
+    """Holds one weight for evaluations; copies and files of its layer begin with an empty one.
+
+    A weight is only kept where no gradients are recorded for it. It counts as current as long as its sources
+    are the same memory and were not changed in place; what is written through ``.data`` is seen by nobody, so
+    that `clear` is called where layers change between training and evaluation.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the weight."""
+        self._weight: Tensor | None = None
+        self._key: tuple[Any, ...] = ()
+        # Held so that their memory cannot become another tensor's.
+        self._sources: list[Tensor] = []
+
+    def get(self, compute: Callable[[], Tensor], sources: Sequence[Tensor]) -> Tensor:
+        """The weight, computed where it is not at hand.
+
+        Args:
+            compute: makes it.
+            sources: what it is made of.
+        """
+        recorded = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        if recorded or torch.compiler.is_compiling() or any(map(_untracked, sources)):
+            return compute()
+        key = (torch.is_inference_mode_enabled(), *map(_state, sources))
+        if self._weight is None or key != self._key:
+            self._weight, self._key = compute(), key
+            self._sources = [source.detach() for source in sources]
+        return self._weight
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
+        return WeightCache()
+
+    def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
+        return WeightCache, ()
+
+
+def _untracked(source: Tensor) -> bool:
+    # Fake tensors of a tracing, and those of inference mode, have no version to go by.
+    return type(source) not in (Tensor, torch.nn.Parameter) or source.is_meta or source.is_inference()
+
+
+def _state(source: Tensor) -> tuple[Any, ...]:
+    return source.data_ptr(), source._version, source.dtype, source.device, tuple(source.shape)
