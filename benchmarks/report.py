@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import report_codec
 import report_goals
 import report_kernels
 import report_zoo
@@ -186,6 +187,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: partial(draw, table=table) for name, draw in report_goals.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_zoo.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_kernels.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_codec.SECTIONS.items()},
     "devices": devices,
 }
 
