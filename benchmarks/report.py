@@ -15,6 +15,7 @@ from typing import Any
 
 import report_coding
 import report_coefficients
+import report_codec
 import report_goals
 import report_kernels
 import report_zoo
@@ -190,6 +191,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: partial(draw, table=table) for name, draw in report_kernels.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_coding.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_coefficients.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_codec.SECTIONS.items()},
     "devices": devices,
 }
 
