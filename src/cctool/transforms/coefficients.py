@@ -152,12 +152,12 @@ class CoefficientLayer(SwappedLayer):
 
     def reset_parameters(self) -> None:
         """Initialise as the ordinary layer does."""
-        fresh = self.plain()
-        cast(Any, fresh).reset_parameters()
         if any(axis.rows for axis in self.arguments.axes):
             raise TransformError(
                 "a layer whose channels were cut cannot be initialised in its transform domain"
             )
+        fresh = self.plain()
+        cast(Any, fresh).reset_parameters()
         self.set_weight(cast(Tensor, fresh.weight))
 
     def narrow(self, kept: Sequence[int]) -> None:
@@ -166,10 +166,13 @@ class CoefficientLayer(SwappedLayer):
         Args:
             kept: for each axis in turn, at most what it keeps.
         """
-        values, axes = self.coefficients.detach(), []
+        values, mask = self.coefficients.detach(), self._buffers.get(mask_name(PARAMETER))
+        axes = []
         for axis, fewer in zip(self.arguments.axes, kept, strict=True):
             values, smaller = narrowed(values, axis, fewer)
             axes.append(smaller)
+            if mask is not None:
+                mask = self._buffers[mask_name(PARAMETER)] = narrowed(mask, axis, fewer)[0]
             basis = self._buffers.get(basis_name(axis))
             if basis is not None:
                 self._buffers[basis_name(axis)] = basis[:, :fewer].clone()
