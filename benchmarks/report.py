@@ -13,7 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import report_coding
 import report_goals
+import report_kernels
 import report_zoo
 
 HERE = Path(__file__).resolve().parent
@@ -184,6 +186,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "slimming": slimming,
     **{name: partial(draw, table=table) for name, draw in report_goals.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_zoo.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_kernels.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_coding.SECTIONS.items()},
     "devices": devices,
 }
 

@@ -11,6 +11,7 @@ from cctool.cli.main import app
 from cctool.operations import prune
 from cctool.options.common import DataOptions, ModelOptions
 from cctool.options.prune import (
+    AttentionUnit,
     Granularity,
     Growth,
     Images,
@@ -182,11 +183,12 @@ READ: dict[str, dict[str, Any]] = {
         "block": Block(2, 3),
         "method": PruneMethod.L1,
     },
-    "--mask --round-to auto --min-channels 4 --exact": {
+    "--mask --round-to auto --min-channels 4 --exact --attention heads": {
         "mask": True,
         "round_to": None,
         "min_channels": 4,
         "exact": True,
+        "attention": AttentionUnit.HEADS,
     },
     "--exclude a --exclude b --only c --round-to 8": {"exclude": ("a", "b"), "only": ("c",), "round_to": 8},
     "--steps 3 --step-mode progressive --growth agp": {

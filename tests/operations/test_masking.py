@@ -24,9 +24,10 @@ from cctool.operations.composition import tables
 from cctool.operations.context import Context
 from cctool.operations.finetuning import encoded_again, finetune
 from cctool.operations.mask_storage import stored_with_masks
-from cctool.operations.masking import cut_stored, emptied_cut, mask_channels, mask_weights
+from cctool.operations.masking import emptied_cut, mask_channels, mask_weights
 from cctool.operations.sizes import stored_bytes
 from cctool.operations.sources import open_source
+from cctool.operations.stored_cut import cut_stored
 from cctool.options.analyze import AnalyzeOptions
 from cctool.options.common import DataOptions, RuntimeOptions
 from cctool.options.distill import DistillOptions

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import convnext, maxvit, swin_transformer, vision_transformer
 
 from cctool.graph.channels import couple
+from cctool.options.prune import AttentionUnit
 from cctool.pruning.prune import thin
 from cctool.pruning.reports import PruneReport
 
@@ -318,3 +319,71 @@ def test_cuda_couples_and_cuts_as_the_cpu_does(make: Callable[[], nn.Module]) ->
         assert other.state_dict()[name].is_cuda
         assert torch.equal(value, other.state_dict()[name].cpu()), name
     assert relative(outputs(model, IMAGE), outputs(other, IMAGE.cuda()).cpu()) < 1e-6
+
+
+class Heads(nn.Module):
+    """Self-attention as most code writes it: queries, keys and values of so many heads from one layer."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.inner = heads, head_dim, heads * head_dim
+        self.qkv = nn.Linear(dim, 3 * self.inner)
+        self.proj = nn.Linear(self.inner, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(b, n, self.inner))
+
+
+def without_heads(layer: nn.Module, kept: list[int], head_dim: int) -> Tensor:
+    """Zero in the output layer what the other heads send: a head that nobody reads is gone."""
+    gone = torch.ones(layer.weight.shape[1], dtype=torch.bool)
+    for head in kept:
+        gone[head * head_dim : (head + 1) * head_dim] = False
+    return layer.weight.detach().masked_fill(gone, 0)
+
+
+def test_whole_heads_go_and_what_is_left_computes_the_same() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), Heads(8, 4, 5), nn.Linear(8, 3)).double()
+    x = torch.randn(2, 7, 6).double()
+    options = replace(HALF, attention=AttentionUnit.HEADS, only=("1.qkv",), exact=True)
+    cut = copy.deepcopy(net)
+    thin(cut, (x[:1],), options)
+    assert (cut[1].num_heads, cut[1].head_dim, cut[1].inner) == (2, 5, 10)
+    rows = net[1].qkv.weight.detach().reshape(3, 4, 5, 8)
+    kept = [
+        h
+        for h in range(4)
+        if any(torch.equal(rows[0, h], cut[1].qkv.weight[5 * i : 5 * i + 5]) for i in (0, 1))
+    ]
+    assert len(kept) == 2
+    assert torch.equal(cut[1].qkv.weight.reshape(3, 2, 5, 8), rows[:, kept])
+    masked_net = copy.deepcopy(net)
+    with torch.no_grad():
+        masked_net[1].proj.weight.copy_(without_heads(net[1].proj, kept, 5))
+    assert relative(outputs(masked_net, x), outputs(cut, x)) < TOLERANCE
+
+
+def test_heads_and_positions_are_two_ways_to_cut_attention() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), Heads(8, 4, 6), nn.Linear(8, 3)).double()
+    x = torch.randn(2, 7, 6).double()
+    found = []
+    for unit in AttentionUnit:
+        cut = copy.deepcopy(net)
+        thin(cut, (x[:1],), replace(HALF, attention=unit, only=("1.qkv",)))
+        found.append((cut[1].num_heads, cut[1].head_dim, cut[1].inner))
+    assert found == [(4, 3, 12), (2, 6, 12)]
+
+
+def test_torchs_own_attention_loses_heads_with_the_embedding() -> None:
+    net = vit()
+    distinct(net)
+    cut = copy.deepcopy(net).double().eval()
+    report = thin(cut, (IMAGE[:1],), replace(HALF, attention=AttentionUnit.HEADS)).report
+    layer = cut.encoder.layers[0].self_attention
+    assert (layer.num_heads, layer.embed_dim) == (1, 4)
+    assert report.error < TOLERANCE
+    cut.train()(IMAGE).square().mean().backward()

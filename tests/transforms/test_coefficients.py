@@ -293,10 +293,11 @@ def test_hostile_arguments_are_refused_before_anything_is_allocated() -> None:
         ({"axes": [axis, axis]}, "once"),
         ({"axes": [axis | {"kernel": "os.system"}]}, "kernel"),
         ({"axes": [axis | {"size": 7}]}, "the edit says 7"),
-        ({"axes": [axis | {"size": 5}]}, "the edit says 5"),
+        ({"axes": [axis | {"size": 5, "kept": 5}]}, "the edit says 5"),
         ({"axes": [axis | {"kept": 7}]}, "keeps 7"),
         ({"axes": [axis | {"kept": 3, "block": 2}]}, "keeps 3"),
         ({"axes": [axis | {"dim": 2}]}, "no dim 2"),
+        ({"axes": [axis | {"kernel": "klt", "size": 9000, "kept": 6, "rows": True}]}, "at most 8192"),
         ({"axes": [axis | {"size": 2**40, "rows": True}]}, "size"),
         ({"axes": [axis | {"surprise": 1}]}, "surprise"),
         ({"axes": [axis], "surprise": 1}, "surprise"),
@@ -304,7 +305,7 @@ def test_hostile_arguments_are_refused_before_anything_is_allocated() -> None:
     for arguments, text in wrong:
         with pytest.raises(SpecError, match=text):
             build_coefficients(linear(), arguments)
-    with pytest.raises(SpecError, match="not for Conv1d"):
+    with pytest.raises(SpecError, match="not of Conv1d"):
         build_coefficients(nn.Conv1d(2, 6, 3), {"axes": [axis]})
 
 

@@ -17,6 +17,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.masks import masks_of
 from cctool.graph.cost import CountedCall, ModelCost
 from cctool.graph.trace import Call, Shape
+from cctool.transforms.plain import type_of
 
 __all__ = ["Layer", "LayerTable", "Totals", "tabulate"]
 
@@ -74,7 +75,7 @@ class Layer:
 
     Attributes:
         name: qualified name, `(network)` for the outermost module.
-        type: class name.
+        type: class name, of swapped layers that of the ordinary one with what it is made of.
         attributes: kernel, stride, padding, dilation and groups, as far as they apply.
         calls: how many counted functions it called.
         input_shape: of the first activation that it took in, batch of one included; None if it never ran.
@@ -117,7 +118,7 @@ def tabulate(checkpoint: Checkpoint, cost: ModelCost) -> LayerTable:
 
     Args:
         checkpoint: the model and how its tensors are stored.
-        cost: counts of one input, of the same model.
+        cost: counts of one input, of the same model or its plain one.
     """
     model = checkpoint.model
     called = cost.by_module()
@@ -160,7 +161,7 @@ def _row(
     described = next((c.call for c in calls if c.cost.macs), calls[0].call if calls else None)
     return Layer(
         name=name or ROOT,
-        type=type(module).__name__,
+        type=type_of(module),
         attributes=_settings(described) if described else "",
         calls=len(calls),
         input_shape=_activation_shape(calls[0].call) if calls else None,

@@ -112,7 +112,8 @@ def nonfinite(model: nn.Module) -> tuple[NonFinite, ...]:
 
 
 def _measure(name: str, value: Tensor, module: nn.Module) -> TensorSparsity:
-    groups = module.groups if isinstance(module, _ConvNd) else 1
+    # Coefficients of a convolution need not be arranged as its weight is.
+    groups = module.groups if isinstance(module, _ConvNd) and name.rpartition(".")[2] == "weight" else 1
     occupied = _by_group(value != 0, module, groups)  # [groups, O / groups, I / groups, kernel]
     matrix = occupied.flatten(2).flatten(0, 1)
     is_matrix = value.dim() == 2

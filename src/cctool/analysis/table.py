@@ -10,7 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Chart", "Column", "Report", "Table", "Total", "complement", "mean_by", "total_sum"]
+__all__ = [
+    "Cell",
+    "Chart",
+    "Column",
+    "Report",
+    "Table",
+    "Total",
+    "complement",
+    "extreme",
+    "harmonic_mean_by",
+    "mean_by",
+    "total_sum",
+]
 
 Cell = str | int | float | None
 Values = Mapping[str, Sequence[Any]]
@@ -57,6 +69,27 @@ def mean_by(key: str, weight: str) -> Total:
         return sum(v * w for v, w in pairs if None not in (v, w)) / total if total else 0.0
 
     return Total(f"=IF(SUM({{{weight}}})=0,0,SUMPRODUCT({{{key}}},{{{weight}}})/SUM({{{weight}}}))", value)
+
+
+def harmonic_mean_by(key: str, weight: str) -> Total:
+    """Harmonic mean of a column, each row weighted by another column; 0 of nothing.
+
+    A ratio of sums: where a row's value is its weight over a cost, this is all weight over all cost.
+    """
+
+    def value(values: Values) -> float:
+        pairs = [pair for pair in zip(values[key], values[weight], strict=True) if None not in pair]
+        cost = sum(w / v for v, w in pairs)
+        return sum(w for _, w in pairs) / cost if cost else 0.0
+
+    return Total(f"=IF(SUM({{{weight}}})=0,0,SUM({{{weight}}})/SUMPRODUCT({{{weight}}}/{{{key}}}))", value)
+
+
+def extreme(key: str, *, largest: bool) -> Total:
+    """Largest or smallest value of a column; nothing of nothing."""
+    choose = max if largest else min
+    name = "MAX" if largest else "MIN"
+    return Total(f"={name}({{{key}}})", lambda values: choose(_numbers(values[key]), default=None))
 
 
 @dataclass(frozen=True)
@@ -106,16 +139,23 @@ class Table:
         columns: from left to right.
         rows: one value per column, None where it does not apply.
         chart: drawn from its rows, if any.
+        marked: (row from 0, key of a column) of cells that stand out.
     """
 
     name: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
     chart: Chart | None = None
+    marked: frozenset[tuple[int, str]] = frozenset()
 
     def values(self) -> dict[str, list[Cell]]:
         """Columns by key."""
         return {column.key: [row[i] for row in self.rows] for i, column in enumerate(self.columns)}
+
+    @property
+    def has_totals(self) -> bool:
+        """Whether something stands under a column."""
+        return any(column.total is not None for column in self.columns)
 
     def totals(self) -> tuple[Cell, ...]:
         """The values of the total row; the first column says `Total`."""

@@ -23,7 +23,7 @@ __all__ = ["WRITERS", "check_suffix", "write_report"]
 
 _BARS = 25
 _WIDEST, _NOTE_WIDTH = 60, 100
-_FONT = "Calibri"
+_FONT, _MARK = "Calibri", "DDEBF7"
 # Control characters that XML cannot hold.
 _ILLEGAL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
@@ -71,11 +71,13 @@ def _as_json(report: Report) -> bytes:
 
     def table(found: Table) -> dict[str, Any]:
         keys = [column.key for column in found.columns]
+        totals = {"totals": dict(zip(keys, map(plain, found.totals()), strict=True))}
         return {
             "name": found.name,
             "columns": {column.key: f"{column.title}: {column.meaning}" for column in found.columns},
             "rows": [dict(zip(keys, map(plain, row), strict=True)) for row in found.rows],
-            "totals": dict(zip(keys, map(plain, found.totals()), strict=True)),
+            **({"marked": [list(cell) for cell in sorted(found.marked)]} if found.marked else {}),
+            **(totals if found.has_totals else {}),
         }
 
     document = {
@@ -91,7 +93,7 @@ def _as_csv(report: Report) -> bytes:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([column.title for column in report.table.columns])
-    for row in (*report.table.rows, report.table.totals()):
+    for row in (*report.table.rows, *([report.table.totals()] if report.table.has_totals else [])):
         # Python 3.10's csv refuses NUL, and no spreadsheet shows any of these.
         writer.writerow([_ILLEGAL.sub("?", cell) if isinstance(cell, str) else cell for cell in row])
     return stream.getvalue().encode()
@@ -132,7 +134,7 @@ def _put(cell: Any, value: Cell) -> None:
 
 
 def _fill(sheet: Any, table: Table) -> None:
-    from openpyxl.styles import Alignment, Border, Font, Side
+    from openpyxl.styles import Alignment, Border, Font, PatternFill, Side
     from openpyxl.utils import get_column_letter
 
     _head(sheet, [column.title for column in table.columns])
@@ -145,11 +147,13 @@ def _fill(sheet: Any, table: Table) -> None:
             elif x > 1:
                 # Indented, or it would touch the number that ends the column before it.
                 cell.alignment = Alignment(horizontal="left", indent=1)
+            if (y - 2, column.key) in table.marked:
+                cell.font, cell.fill = Font(name=_FONT, bold=True), PatternFill("solid", fgColor=_MARK)
         _wrap(sheet, y, row)
     last = len(table.rows) + 1
     letters = {column.key: get_column_letter(x) for x, column in enumerate(table.columns, start=1)}
     ranges = {key: f"{letter}2:{letter}{max(last, 2)}" for key, letter in letters.items()}
-    for x, column in enumerate(table.columns, start=1):
+    for x, column in enumerate(table.columns if table.has_totals else (), start=1):
         cell = sheet.cell(last + 1, x)
         cell.font, cell.border = Font(name=_FONT, bold=True), Border(top=Side(style="thin"))
         if x == 1:

@@ -21,9 +21,13 @@ T = TypeVar("T")
 
 
 def plain(value: Any) -> Any:
-    """Turn records, enums, tuples and paths into what JSON knows; NaN and infinities become None."""
+    """Turn records, enums, tuples and paths into what JSON knows; NaN and infinities become None.
+
+    A field whose metadata says ``json=False`` is left out.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        kept = (f.name for f in dataclasses.fields(value) if f.metadata.get("json", True))
+        return {name: plain(getattr(value, name)) for name in kept}
     if hasattr(value, "model_dump"):
         return plain(value.model_dump(mode="json"))
     if isinstance(value, dict):

@@ -11,6 +11,8 @@ from cctool.cli.console import Console
 from cctool.options.common import DataOptions, Precision, RuntimeOptions
 from cctool.options.evaluate import EvaluateOptions, SplitName
 
+_TAPS = "Coded feature maps (after transform --target features)"
+
 
 def evaluate(
     source: common.Source,
@@ -27,6 +29,39 @@ def evaluate(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="FILE.py:FN", help="Your metric(outputs, labels) of the whole split."),
     ] = None,
+    bitstream: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="DIR",
+            help="Write the coded feature maps of the split, a file a tap; `cctool decode` reads them.",
+            rich_help_panel=_TAPS,
+        ),
+    ] = None,
+    through_bitstream: Annotated[
+        bool,
+        typer.Option(
+            "--through-bitstream",
+            help="Code each map to bytes and go on with what these decode to.",
+            rich_help_panel=_TAPS,
+        ),
+    ] = False,
+    report_file: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="FILE.xlsx|.csv|.json",
+            help="Figures of each tap as a workbook or table.",
+            rich_help_panel=_TAPS,
+        ),
+    ] = None,
+    histograms: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="DIR", help="Folder for PNG histograms per tap and sub-band.", rich_help_panel=_TAPS
+        ),
+    ] = None,
+    zero_bar: Annotated[
+        bool, typer.Option("--zero-bar", help="Draw the zeros in them, too.", rich_help_panel=_TAPS)
+    ] = False,
     data: common.Data = None,
     val_data: common.ValData = None,
     test_data: common.TestData = None,
@@ -58,6 +93,11 @@ def evaluate(
         predictions,
         loss,
         metric,
+        bitstream,
+        through_bitstream,
+        report_file,
+        histograms,
+        zero_bar,
     )
     console = Console(quiet=quiet, as_json=as_json, debug=debug)
     invocation = common.Invocation(
@@ -73,15 +113,17 @@ def evaluate(
     from cctool.operations.evaluate import run
 
     report = invocation.read(run, options)
+    # With files as the product, the figures are talk.
+    show = console.talk_table if report.files else console.table
     if report.metrics is not None:
         values = report.metrics.values
-        # With a file as the product, the figures are talk.
-        show = console.table if report.predictions is None else console.talk_table
         show(
             "",
             ("network", "data", "split", "n", *values),
             [(report.architecture, report.data, report.split, report.n, *values.values())],
         )
-    if report.predictions is not None:
-        console.path(report.predictions)
+    for title, columns, rows in report.tables():
+        console.talk_table(title, columns, rows)
+    for file in report.files:
+        console.path(file)
     console.document(report)

@@ -27,6 +27,10 @@ def export(
         Optional[ExportFormat],  # noqa: UP045
         typer.Option("--format", help="What to write. Default: what the output's suffix says, else onnx."),
     ] = None,
+    without_codec: Annotated[
+        bool,
+        typer.Option("--without-codec", help="Leave the codecs of feature maps out of an ONNX file."),
+    ] = False,
     data: common.Data = None,
     batch_size: common.BatchSize = ExportOptions().data.batch_size,
     workers: common.Workers = DataOptions.workers,
@@ -57,6 +61,7 @@ def export(
         output=output,
         data=common.data_options(data, None, None, batch_size, workers, limit),
         allow_nonfinite=allow_nonfinite,
+        without_codec=without_codec,
     )
     console = Console(quiet=quiet, as_json=as_json, debug=debug)
     invocation = common.Invocation(
@@ -84,6 +89,7 @@ def _say(console: Console, file: Any) -> None:
 def agreement_line(agreement: Any) -> str:
     """Say in one line how close the written model comes."""
     judged = ", judged in float64" if agreement.judged_in_float64 else ""
+    judged += ", judged by the codecs' steps" if agreement.judged_by_steps else ""
     sizes = " and ".join(map(str, agreement.batch_sizes))
     return (
         f"  {agreement.inputs} (n={agreement.n:,}, batches of {sizes}): max abs error "

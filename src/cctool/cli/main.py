@@ -40,6 +40,7 @@ def _register() -> None:
     from cctool.cli.analyze import analyze
     from cctool.cli.compare import compare
     from cctool.cli.datasets import datasets
+    from cctool.cli.decode import decode
     from cctool.cli.distill import distill
     from cctool.cli.evaluate import evaluate
     from cctool.cli.export import export
@@ -56,6 +57,7 @@ def _register() -> None:
         prune,
         quantize,
         transform,
+        decode,
         analyze,
         export,
         compare,

@@ -12,6 +12,7 @@ from cctool.cli.prune_report import print_plan, say_report
 from cctool.errors import UsageError
 from cctool.options.common import DataOptions, Precision, RuntimeOptions
 from cctool.options.prune import (
+    AttentionUnit,
     Granularity,
     Growth,
     Images,
@@ -144,6 +145,13 @@ def prune(
             "--exact",
         ),
     ] = False,
+    attention: Annotated[
+        AttentionUnit,
+        _option(
+            _SHAPE,
+            "What goes from attention: equal positions of every head, or whole heads where code allows.",
+        ),
+    ] = PruneOptions.attention,
     steps: Annotated[
         int, _option(_TRAINING, "Prune in so many steps, a checkpoint each.")
     ] = PruneOptions.steps,
@@ -306,9 +314,9 @@ def prune(
 
 _PLAIN = (
     "method", "rate", "scope", "reduce", "normalize", "samples", "granularity", "mask", "apply_masks",
-    "max_drop", "rates", "min_channels", "keep", "exact", "steps", "step_mode", "growth", "finetune_epochs",
-    "optimizer", "lr", "rewind", "from_scratch", "keep_storage", "recalibrate", "recalibrate_images",
-    "plot", "plot_file",
+    "max_drop", "rates", "min_channels", "keep", "exact", "attention", "steps", "step_mode", "growth",
+    "finetune_epochs", "optimizer", "lr", "rewind", "from_scratch", "keep_storage", "recalibrate",
+    "recalibrate_images", "plot", "plot_file",
 )  # fmt: skip
 
 
@@ -409,7 +417,7 @@ def _refuse_idle(context: typer.Context, options: PruneOptions) -> None:
         ),
         (
             options.apply_masks,
-            ("exact", "plot", "plot_file"),
+            ("exact", "attention", "plot", "plot_file"),
             "--apply-masks cuts what changes no output, and plans no widths",
         ),
         (
@@ -420,7 +428,7 @@ def _refuse_idle(context: typer.Context, options: PruneOptions) -> None:
         (options.keep is not None, ("growth",), "--keep shrinks each width by the same factor at each step"),
         (
             not channels,
-            ("round_to", "min_channels", "reduce", "normalize", "exact", "plot", "plot_file"),
+            ("round_to", "min_channels", "reduce", "normalize", "exact", "attention", "plot", "plot_file"),
             f"--granularity {options.granularity} changes no width",
         ),
         (

@@ -13,6 +13,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,7 +48,7 @@ def write_onnx(request: ExportRequest) -> Written:
         ExportError: if it cannot be exported or does not compute what the model does; no file is left.
         CheckpointError: if the file cannot be written.
     """
-    model = _on_cpu(request.checkpoint.model)
+    model = _on_cpu(request.network or request.checkpoint.model)
     _refuse_large(model)
     document, notes = _convert(model, request.input_shape)
     _describe(document, request.checkpoint, request.input_shape)
@@ -231,10 +232,11 @@ def _verify(temporary: Path, request: ExportRequest, *, free_batch: bool) -> lis
     model, allowed = request.checkpoint.model, request.allow_nonfinite
     dtype = _example(model, 1, request.input_shape).dtype
     random = (batch.to(dtype) for batch in random_batches(request.input_shape, request.seed, sizes))
-    found = [compare(model, candidate, random, "random inputs", allow_nonfinite=allowed)]
+    judge = partial(compare, model, candidate, allow_nonfinite=allowed, coded=request.coded)
+    found = [judge(random, "random inputs")]
     if request.samples is not None:
         batches = _one_by_one(request.samples.batches) if not free_batch else request.samples.batches
-        found.append(compare(model, candidate, batches, request.samples.name, allow_nonfinite=allowed))
+        found.append(judge(batches, request.samples.name))
     return found
 
 

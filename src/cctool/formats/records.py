@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
 
@@ -38,6 +38,10 @@ class ExportRequest:
         seed: of the random inputs to compare on.
         overwrite: whether an existing file may be replaced.
         allow_nonfinite: whether outputs may be NaN or infinite, in the same places as the model's.
+        network: what to convert in place of the checkpoint's model, which it is compared with: the same in
+            terms that other programs know; None is that model itself.
+        coded: whether the network rounds activations on its way, so that one rounding of float32 can become
+            a whole step.
     """
 
     checkpoint: Checkpoint
@@ -47,6 +51,8 @@ class ExportRequest:
     seed: int = 0
     overwrite: bool = False
     allow_nonfinite: bool = False
+    network: nn.Module | None = None
+    coded: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ class Agreement:
         tolerance: allowed max_abs_error / output_range.
         judged_in_float64: whether float32 rounding alone exceeded the tolerance, so that both were compared
             with the model in float64.
+        judged_by_steps: whether roundings of codecs exceeded the tolerance, so that the error was compared
+            with what inputs that differ in their sixth digit make of the model's outputs.
     """
 
     inputs: str
@@ -76,6 +84,7 @@ class Agreement:
     top1_agreement: float
     tolerance: float
     judged_in_float64: bool = False
+    judged_by_steps: bool = False
 
 
 @dataclass(frozen=True)

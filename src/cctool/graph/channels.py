@@ -154,25 +154,30 @@ class ChannelGraph:
     statistics: tuple[Statistic, ...] = ()
 
 
-def couple(model: nn.Module, inputs: Sequence[Tensor], exact: bool = False) -> ChannelGraph:
+def couple(
+    model: nn.Module, inputs: Sequence[Tensor], exact: bool = False, heads: bool = False
+) -> ChannelGraph:
     """Find the channels that go together by one forward pass (two, where parameters run in training only).
 
     Args:
         model: any module, in any mode; it is left as it was.
         inputs: positional arguments of its forward, on its device; one sample suffices.
         exact: freeze widths over which statistics run (layer norm, attention) instead of noting them.
+        heads: whole heads of attention go, where the code allows it, instead of equal positions in each head.
     """
     try:
-        return _coupled(model, tuple(inputs), exact, widths=True)
+        return _coupled(model, tuple(inputs), exact, heads, widths=True)
     except Exception:  # code that takes no subclass of int in the place of one fails in its own way
-        return _coupled(model, tuple(inputs), exact, widths=False)
+        return _coupled(model, tuple(inputs), exact, heads, widths=False)
 
 
-def _coupled(model: nn.Module, inputs: tuple[Tensor, ...], exact: bool, widths: bool) -> ChannelGraph:
+def _coupled(
+    model: nn.Module, inputs: tuple[Tensor, ...], exact: bool, heads: bool, widths: bool
+) -> ChannelGraph:
     from cctool.graph.solution import solve
 
-    ledger = Ledger(model, exact)
-    with remembered(model, ledger) if widths else nullcontext():
+    ledger = Ledger(model, exact, heads)
+    with remembered(model, ledger, heads) if widths else nullcontext():
         _carry(ledger, inputs, training=False, widths=widths)
         note = _carry_training(ledger, inputs, widths) if _unused(ledger) else ""
     return solve(ledger, _unused(ledger), note)

@@ -155,12 +155,14 @@ def _repeated(ids: Tensor, count: int) -> Tensor | None:
 class Ledger:
     """Ids, ties, bindings and freezes of one model, filled call by call.
 
-    With `exact`, widths over which statistics run are frozen instead of noted.
+    With `exact`, widths over which statistics run are frozen instead of noted. With `heads`, channels that
+    are split into heads go by whole heads, else by equal positions in each.
     """
 
-    def __init__(self, model: nn.Module, exact: bool = False) -> None:
+    def __init__(self, model: nn.Module, exact: bool = False, heads: bool = False) -> None:
         self.model = model
         self.exact = exact
+        self.heads = heads
         self.ordinals: Counter[str] = Counter()
         self.statistics: list[Statistic] = []
         self.equal_widths: list[EqualWidth] = []

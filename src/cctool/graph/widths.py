@@ -231,18 +231,22 @@ def _unwatched(value: Any) -> Any:
 
 
 @contextmanager
-def remembered(model: nn.Module, book: object) -> Iterator[None]:
+def remembered(model: nn.Module, book: object, heads: bool = False) -> Iterator[None]:
     """Replace the integer attributes of the user's modules by widths; all are put back.
 
-    torch's own layers are left as they are: what their attributes hold is known. `math.sqrt`, which would
-    forget what its argument is made of, is replaced as well.
+    torch's own layers are left as they are, for what their attributes hold is known, but for the number of
+    heads where `heads` says that it may be cut. `math.sqrt`, which would forget what its argument is made of,
+    is replaced as well.
     """
     replaced: list[tuple[nn.Module, str]] = []
     try:
         for name, module in model.named_modules():
-            if type(module).__module__.startswith("torch.") or isinstance(module, torch.jit.ScriptModule):
+            if isinstance(module, torch.jit.ScriptModule):
                 continue
+            own = not type(module).__module__.startswith("torch.")
             for key, value in list(vars(module).items()):
+                if not own and not (heads and key == "num_heads"):
+                    continue
                 watched = _watched(value, book, name, key)
                 if watched is not value:
                     vars(module)[key] = watched

@@ -20,6 +20,7 @@ from cctool.operations.context import Context
 from cctool.operations.export import beside, export, refuse_existing
 from cctool.options.analyze import AnalyzeOptions, View
 from cctool.options.export import ExportFormat
+from cctool.transforms.plain import plain_model
 
 __all__ = ["Analysis", "AnalyzeReport", "run"]
 
@@ -116,12 +117,12 @@ def _targets(options: AnalyzeOptions, context: Context) -> dict[str, Path]:
 
 
 def _analyze(checkpoint: Checkpoint) -> Analysis:
-    shape = checkpoint.spec.input_shape
-    cost = measure(checkpoint.model, shape)
+    shape, plain = checkpoint.spec.input_shape, plain_model(checkpoint.model)
+    cost = measure(plain, shape)
     return Analysis(
         layers=tabulate(checkpoint, cost),
         sparsity=sparsity(checkpoint.model),
-        cross_check=check_against_thop(checkpoint.model, shape, cost),
+        cross_check=check_against_thop(plain, shape, cost),
     )
 
 

@@ -25,11 +25,12 @@ from cctool.options.common import ModelOptions
 from cctool.quantization.storage import ENCODINGS
 from cctool.runtime import Silent
 from cctool.transforms.swap import SWAP
+from cctool.transforms.taps import TAP
 from cctool.user_code import looks_like_user_code
 
 __all__ = ["EDITS", "load", "save", "tables"]
 
-EDITS: Mapping[str, EditKind] = {"thin": THIN, "swap": SWAP, "mask": MASK}
+EDITS: Mapping[str, EditKind] = {"thin": THIN, "swap": SWAP, "mask": MASK, "tap": TAP}
 
 
 def tables(user_code: Collection[str] = ()) -> Tables:

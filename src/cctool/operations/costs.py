@@ -15,12 +15,15 @@ from cctool.copying import copied
 from cctool.errors import ArchitectureError
 from cctool.graph import cost
 from cctool.operations.context import Context
-from cctool.operations.masking import cut_stored
-from cctool.operations.sizes import measure
+from cctool.operations.setting_aside import forms_after, thin_copy
+from cctool.operations.sizes import measure, stored_bytes
+from cctool.operations.stored_cut import cut_stored
 from cctool.options.prune import PruneOptions
 from cctool.options.prune_parts import Quantity
-from cctool.pruning.surgery import CutPlan, copy_with, cut_tensor
+from cctool.pruning.surgery import CutPlan, named_tensors
 from cctool.pruning.targets import sketch
+from cctool.transforms.plain import plain_model
+from cctool.transforms.swapped import swapped_layers
 
 __all__ = ["Costs", "Scales", "counter"]
 
@@ -94,11 +97,13 @@ def counter(
         options: whether fine-tuning will store all tensors dense.
         context: knows the encodings.
     """
+    model = checkpoint.model
     if quantity is Quantity.MACS:
-        shape = checkpoint.spec.input_shape
-        return lambda plan: float(cost.measure(sketch(checkpoint.model, plan), shape).total.macs)
+        plain, shape = plain_model(model), checkpoint.spec.input_shape
+        return lambda plan: float(cost.measure(sketch(plain, plan), shape).total.macs)
     if quantity is Quantity.PARAMS:
-        return lambda plan: float(sum(p.numel() for p in sketch(checkpoint.model, plan).parameters()))
+        narrowed = thin_copy if swapped_layers(model) else sketch
+        return lambda plan: float(sum(p.numel() for p in narrowed(model, plan).parameters()))
     if quantity is Quantity.BYTES:
         dense = bool(options.finetune_epochs or options.rewind or options.from_scratch)
         stored = {} if dense and not options.keep_storage else checkpoint.stored
@@ -109,6 +114,12 @@ def counter(
 def _bytes(
     checkpoint: Checkpoint, stored: Mapping[str, EncodedTensor], plan: CutPlan, context: Context
 ) -> int:
+    if swapped_layers(checkpoint.model):
+        # What these layers store is cut by themselves: the plan says nothing of it.
+        thin = thin_copy(checkpoint.model, plan)
+        tensors = dict(named_tensors(checkpoint.model))
+        forms, _ = forms_after(stored, tensors, thin, plan, context)
+        return stored_bytes(replace(checkpoint, model=thin, stored=forms))
     seen: set[int] = set()
     total = 0
     small = cut_stored(stored, plan, context)
@@ -133,17 +144,11 @@ def _latency_counter(checkpoint: Checkpoint) -> Callable[[CutPlan], float]:
     """Time the cut network in turn with the dense one: the ratio stands where the machine's speed drifts."""
     model, shape = checkpoint.model, checkpoint.spec.input_shape
     before = 1000 * measure_latency(model, shape).milliseconds
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
     def microseconds(plan: CutPlan) -> float:
         if not plan.tensors:
             return before
-        small = {
-            name: cut_tensor(tensors[name].detach(), cuts)
-            for name, cuts in plan.tensors.items()
-            if name in tensors
-        }
-        dense, cut = compare([model, copy_with(model, small, plan)], shape)
+        dense, cut = compare([model, thin_copy(model, plan)], shape)
         return before * cut.milliseconds / dense.milliseconds
 
     return microseconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -17,14 +17,19 @@ from cctool.checkpoint.spec import Metrics
 from cctool.data.batches import Batch
 from cctool.data.records import SPLITS, DataSource, Split
 from cctool.errors import DataError
+from cctool.operations.bitstreams import StreamFigures
 from cctool.operations.context import Context
 from cctool.operations.export import refuse_existing
 from cctool.operations.fitting import user_loss, user_metric
 from cctool.operations.measuring import serve
 from cctool.operations.sources import require_source
+from cctool.operations.tap_tables import stream_tables, tap_tables
+from cctool.operations.tap_upkeep import warn_of_stale
+from cctool.operations.tap_watch import refuse_unwatched, watched
 from cctool.options.evaluate import EvaluateOptions, SplitName
 from cctool.training.evaluate import evaluate, outputs_of
 from cctool.training.objectives import main_output
+from cctool.transforms.statistics import TapFigures
 
 __all__ = ["EvaluateReport", "run"]
 
@@ -40,6 +45,9 @@ class EvaluateReport:
         n: images.
         metrics: None where the images have no labels.
         predictions: path of the CSV file that was written.
+        taps: figures of coded feature maps, in the order in which they are passed.
+        streams: sizes of their bitstreams, where maps went through these.
+        written: folders and files about them.
     """
 
     architecture: str
@@ -48,25 +56,45 @@ class EvaluateReport:
     n: int
     metrics: Metrics | None
     predictions: str | None = None
+    taps: tuple[TapFigures, ...] = ()
+    streams: tuple[StreamFigures, ...] = ()
+    written: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Everything that was written."""
+        return (*([] if self.predictions is None else [self.predictions]), *self.written)
+
+    def tables(self) -> Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]:
+        """Title, columns and rows of the tables about taps."""
+        return [*tap_tables(self.taps, self.split), *stream_tables(self.streams)]
 
 
 def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> EvaluateReport:
-    """Measure a checkpoint; write predictions where asked for.
+    """Measure a checkpoint; write predictions, bitstreams and reports of its taps where asked for.
 
     Raises:
-        DataError: if the data has no such split, or no labels and no predictions are asked for.
-        CheckpointError: if the predictions' file exists and may not be replaced.
+        DataError: if the data has no such split, or no labels and nothing is to be written.
+        CheckpointError: if a file exists and may not be replaced.
+        UsageError: if something is asked for that only coded feature maps have, and there are none.
     """
     if options.predictions is not None:
         refuse_existing((Path(options.predictions),), context)
+    refuse_unwatched(checkpoint, options, context)
     source = require_source(options.data, checkpoint, context, "evaluate")
     if checkpoint.spec.classes and source.classes and checkpoint.spec.classes != source.classes:
         context.reporter.warn(f"{source.reference} has other classes than the network was made for")
+    warn_of_stale(checkpoint, context)
     split = _split(source, options.split, context)
     has_labels = _has_labels(source.split(split))
-    if not has_labels and options.predictions is None:
+    if not has_labels and options.predictions is None and not options.asks_for_taps:
         raise DataError(f"{source.reference} has no labels: give --predictions FILE.csv, or labelled data")
-    metrics = _metrics(checkpoint, source, split, options, context) if has_labels else None
+    with watched(checkpoint, source.reference, split, options, context) as watch:
+        shown = watch.batches(_shown(checkpoint, source, split, options, context))
+        metrics = _metrics(checkpoint, shown, split, options, context) if has_labels else None
+        if not has_labels and options.asks_for_taps:
+            _run_through(checkpoint, shown, context)
+        seen = watch.finish(metrics)
     if options.predictions is not None:
         _write(_predicted(checkpoint, source, split, options, context), Path(options.predictions), context)
     return EvaluateReport(
@@ -76,6 +104,9 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
         len(source.split(split)),
         metrics,
         options.predictions,
+        seen.taps,
+        seen.streams,
+        seen.written,
     )
 
 
@@ -96,12 +127,18 @@ def _has_labels(split: Split) -> bool:
     return split.stream.read(0, split.shape, None, 0)[1] is not None
 
 
+def _run_through(checkpoint: Checkpoint, batches: Iterable[Batch], context: Context) -> None:
+    """Pass all images, for what is seen on the way."""
+    for _ in outputs_of(checkpoint.model, batches, context.device, str(context.runtime.precision)):
+        pass
+
+
 def _metrics(
-    checkpoint: Checkpoint, source: DataSource, split: str, options: EvaluateOptions, context: Context
+    checkpoint: Checkpoint, batches: Iterable[Batch], split: str, options: EvaluateOptions, context: Context
 ) -> Metrics:
     return evaluate(
         checkpoint.model,
-        _shown(checkpoint, source, split, options, context),
+        batches,
         split=split,
         device=context.device,
         precision=str(context.runtime.precision),

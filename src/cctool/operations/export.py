@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cctool.analysis.sparsity import nonfinite
 from cctool.checkpoint.checkpoint import Checkpoint
@@ -15,9 +15,13 @@ from cctool.errors import CheckpointError, ExportError
 from cctool.formats.records import ExportRequest, Samples, Written
 from cctool.formats.table import FORMATS
 from cctool.operations.context import Context
+from cctool.operations.setting_aside import plain_checkpoint, without_taps
 from cctool.operations.sources import open_source
 from cctool.options.common import DataOptions
 from cctool.options.export import DEFAULT_SUFFIXES, ExportFormat, ExportOptions
+from cctool.transforms.plain import exportable
+from cctool.transforms.swapped import swapped_layers
+from cctool.transforms.taps import taps_of
 
 if TYPE_CHECKING:
     from cctool.data.records import DataSource
@@ -50,7 +54,15 @@ def run(checkpoint: Checkpoint, options: ExportOptions, context: Context) -> Exp
     kind = options.effective_format
     path = Path(options.output) if options.output else beside(context.output, DEFAULT_SUFFIXES[kind])
     refuse_existing((path,), context)
-    written = export(checkpoint, kind, path, options.data, context, allow_nonfinite=options.allow_nonfinite)
+    written = export(
+        checkpoint,
+        kind,
+        path,
+        options.data,
+        context,
+        allow_nonfinite=options.allow_nonfinite,
+        codec=not options.without_codec,
+    )
     return ExportReport(checkpoint.spec.architecture, checkpoint.spec.input_shape, (written,))
 
 
@@ -62,28 +74,73 @@ def export(
     context: Context,
     *,
     allow_nonfinite: bool = False,
+    codec: bool = True,
 ) -> Written:
     """Write one file in one format, verified on the data where there is any.
+
+    Swapped layers become ordinary ones, or small factors of them. Taps become arithmetic in ONNX.
+
+    Args:
+        checkpoint: what to write.
+        kind: the format.
+        path: of the file.
+        data: samples to compare on.
+        context: device, seed, reporter.
+        allow_nonfinite: write even NaN or infinite weights.
+        codec: whether the ONNX file codes its maps where the network has taps.
 
     Raises:
         ExportError: if weights are not finite and ``allow_nonfinite`` is false, or the file is wrong.
     """
     if not allow_nonfinite:
         _refuse_nonfinite(checkpoint)
-    samples = samples_of(checkpoint, data, context) if kind is ExportFormat.ONNX else None
+    onnx = kind is ExportFormat.ONNX
+    samples = samples_of(checkpoint, data, context) if onnx else None
+    taps = len(taps_of(checkpoint.model))
+    if taps and not (codec and onnx):
+        checkpoint = without_taps(checkpoint)
     request = ExportRequest(
-        checkpoint=checkpoint,
+        checkpoint=checkpoint if onnx else plain_checkpoint(checkpoint),
         path=path,
         input_shape=checkpoint.spec.input_shape,
         samples=samples,
         seed=context.runtime.seed,
         overwrite=context.force,
         allow_nonfinite=allow_nonfinite,
+        network=_network(checkpoint, codec=codec) if onnx else None,
+        coded=bool(taps) and codec,
     )
     written = FORMATS[kind](request)
-    for note in written.notes:
+    notes = (*written.notes, *_transform_notes(checkpoint, taps, kind, codec=codec))
+    written = replace(written, notes=notes)
+    for note in notes:
         context.reporter.note(f"{path.name}: {note}")
     return written
+
+
+def _network(checkpoint: Checkpoint, *, codec: bool) -> nn.Module | None:
+    """What is converted in place of the network itself, where that has what no other program knows."""
+    model = checkpoint.model
+    return exportable(model.cpu(), codec=codec) if swapped_layers(model) or taps_of(model) else None
+
+
+def _transform_notes(
+    checkpoint: Checkpoint, taps: int, kind: ExportFormat, *, codec: bool
+) -> tuple[str, ...]:
+    """What became of swapped layers and taps."""
+    notes = []
+    layers = swapped_layers(checkpoint.model)
+    if layers:
+        factored = sum(layer.factored() is not None for layer in layers.values())
+        small = f"{factored} as small factors, " if factored and kind is ExportFormat.ONNX else ""
+        notes.append(f"{len(layers)} swapped layers are written {small}as the weights that they make")
+    if taps and kind is not ExportFormat.ONNX:
+        notes.append(f"{taps} codecs are left out: they are no tensors of the network")
+    elif taps:
+        notes.append(f"{taps} codecs are {'part of the network' if codec else 'left out'}")
+    elif not codec:
+        notes.append("--without-codec: the network has none")
+    return tuple(notes)
 
 
 def beside(source: Path, suffix: str) -> Path:

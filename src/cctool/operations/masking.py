@@ -9,28 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.edits import thinned
-from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.masks import add_masks, drop_masks, mask_buffers, masks_of, with_masks
 from cctool.errors import PruningError
 from cctool.operations.context import Context
 from cctool.operations.examples import example
 from cctool.operations.mask_storage import stored_with_masks
-from cctool.options.prune import PruneOptions
+from cctool.operations.setting_aside import carried_out, plain_checkpoint
+from cctool.options.prune import Granularity, PruneOptions
 from cctool.pruning.emptied import Emptied, find_emptied
 from cctool.pruning.mask_reports import MaskReport, report_masks, zero_percent
 from cctool.pruning.masks import Saliency, choose_masks, magnitude, unit_masks
 from cctool.pruning.reports import ThinResult
-from cctool.pruning.surgery import CutPlan, apply_cut
+from cctool.transforms.swapped import swapped_layers
 
 __all__ = [
     "EmptiedReport",
     "MaskReport",
-    "cut_stored",
     "emptied_cut",
     "mask_channels",
     "mask_weights",
@@ -83,7 +80,11 @@ def mask_weights(
         SpecError: a module has something called like its mask.
     """
     before = zero_percent(checkpoint.model)
-    chosen = choose_masks(checkpoint.model, example(checkpoint), options, saliency, step=step, rates=rates)
+    # Single coefficients may go; whatever looks at more sees the weights that they make.
+    single = options.granularity is Granularity.ELEMENT
+    seen = checkpoint if single else plain_checkpoint(checkpoint)
+    apart = _apart(checkpoint.model, options)
+    chosen = choose_masks(seen.model, example(seen), options, saliency, step=step, rates=rates, apart=apart)
     earlier = masks_of(checkpoint.model)
     # A mask that takes nothing costs its bits, and says nothing.
     whole = {name for name, mask in chosen.masks.items() if name not in earlier and bool(mask.all())}
@@ -109,6 +110,7 @@ def mask_channels(
         options: for the report.
     """
     before = zero_percent(checkpoint.model)
+    _refuse_coefficients(checkpoint.model, found)
     masks = unit_masks(checkpoint.model, found.graph, found.selection)
     if not masks:
         raise PruningError("nothing to mask: the rate is below one unit")
@@ -135,17 +137,16 @@ def emptied_cut(
     """
     model = checkpoint.model
     before = sum(parameter.numel() for parameter in model.parameters())
-    found = find_emptied(model, example(checkpoint), exclude=exclude, only=only)
-    apply_cut(model, found.plan)
-    attributes = [(module, name) for module, values in found.plan.attributes.items() for name in values]
-    spec = thinned(checkpoint.spec, model, found.plan.tensors, attributes)
-    stored = cut_stored(checkpoint.stored, found.plan, context)
+    plain = plain_checkpoint(checkpoint)
+    found = find_emptied(plain.model, example(plain), exclude=exclude, only=only)
+    carried = carried_out(checkpoint, found.plan, context)
+    cut = carried.checkpoint
     idle = tuple(name for name, mask in masks_of(model).items() if bool(mask.all()))
     masks = mask_buffers(model)
     drop_masks(model, idle)
     gone = masks - mask_buffers(model)
-    kept = {name: form for name, form in stored.items() if name not in gone}
-    cut = replace(checkpoint, spec=with_masks(spec, model), stored=kept, resume=None)
+    kept = {name: form for name, form in cut.stored.items() if name not in gone}
+    cut = replace(cut, spec=with_masks(cut.spec, model), stored=kept, resume=None)
     return stored_with_masks(cut), EmptiedReport(
         families=_families(found),
         parameters_before=before,
@@ -153,36 +154,41 @@ def emptied_cut(
         error=found.error,
         precision=found.precision,
         dropped=idle,
-        notes=found.notes if found.plan.tensors else ("no channel is empty: nothing was cut", *found.notes),
+        notes=(
+            *(() if found.plan.tensors else ("no channel is empty: nothing was cut",)),
+            *found.notes,
+            *carried.notes,
+        ),
     )
 
 
-def cut_stored(
-    stored: Mapping[str, EncodedTensor], plan: CutPlan, context: Context
-) -> dict[str, EncodedTensor]:
-    """Cut stored integers, scales and bits as a plan cuts the model's tensors; nothing is rounded again."""
-    cut: dict[str, EncodedTensor] = {}
-    done: dict[int, EncodedTensor] = {}
-    parts: dict[int, Tensor] = {}
-    for name, encoded in stored.items():
-        if id(encoded) not in done:
-            smaller = encoded
-            for piece in plan.tensors.get(name, ()):
-                take = context.tables.encodings[encoded.encoding].take
-                smaller = take(smaller, piece.dim, piece.keep.cpu())
-            done[id(encoded)] = _sharing(smaller, encoded, parts)
-        cut[name] = done[id(encoded)]
-    return cut
+def _apart(model: nn.Module, options: PruneOptions) -> dict[str, str]:
+    """Names of the tensors of swapped layers that get no mask, with the reasons.
+
+    Both those that they store, and the weight that ordinary layers in their place have.
+    """
+    apart: dict[str, str] = {}
+    for name, layer in swapped_layers(model).items():
+        leaves = dict(layer.named_parameters(recurse=False))
+        if options.granularity is not Granularity.ELEMENT:
+            why = "its layer stores coefficients, which only --granularity element masks"
+            apart |= {f"{name}.{leaf}": why for leaf in ("weight", *leaves) if leaf != "bias"}
+            continue
+        why = "no coefficient, but what basis functions are made of"
+        apart |= {f"{name}.{leaf}": why for leaf in leaves if leaf not in ("bias", "coefficients")}
+    return apart
 
 
-def _sharing(smaller: EncodedTensor, encoded: EncodedTensor, parts: dict[int, Tensor]) -> EncodedTensor:
-    """Let what was one part before the cut, as the bits of a mask and its weight, be one part after it."""
-    shared = {}
-    for name, part in smaller.parts.items():
-        before = encoded.parts.get(name)
-        known = part if before is None else parts.setdefault(id(before), part)
-        shared[name] = known if torch.equal(known, part) else part
-    return replace(smaller, parts=shared)
+def _refuse_coefficients(model: nn.Module, found: ThinResult) -> None:
+    """Refuse to mask channels of weights that are made of coefficients."""
+    layers = swapped_layers(model)
+    for family, kept in zip(found.graph.families, found.selection.kept, strict=True):
+        touched = {place.tensor.rpartition(".")[0] for place in family.places} & layers.keys()
+        if touched and not bool(kept.all()):
+            raise PruningError(
+                f"--mask cannot mask the channels of {family.name}: the weight of {min(touched)} is made of "
+                f"coefficients; without --mask they are cut, and --exclude {family.name} leaves them"
+            )
 
 
 def _with(checkpoint: Checkpoint, masks: Mapping[str, Tensor]) -> Checkpoint:

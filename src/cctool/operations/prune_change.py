@@ -8,28 +8,22 @@ from functools import partial
 import torch
 
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.edits import thinned
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.operations.evidence import evidence_for
 from cctool.operations.examples import example
-from cctool.operations.masking import (
-    EmptiedReport,
-    MaskReport,
-    cut_stored,
-    emptied_cut,
-    mask_channels,
-    mask_weights,
-)
+from cctool.operations.frozen import frozen_families
+from cctool.operations.masking import EmptiedReport, MaskReport, emptied_cut, mask_channels, mask_weights
 from cctool.operations.prune_goals import BudgetReport, TargetReport, within_budget, within_target
 from cctool.operations.resume_cut import cut_resume
+from cctool.operations.setting_aside import carried_out, plain_checkpoint
 from cctool.options.prune import Granularity, PruneOptions, StepMode
 from cctool.pruning.prune import Planner
 from cctool.pruning.rates import read_rates
 from cctool.pruning.reports import PruneReport, ThinResult
 from cctool.pruning.saliency import weight_saliency
-from cctool.pruning.surgery import CutPlan, apply_cut
+from cctool.pruning.surgery import CutPlan
 
 __all__ = ["Changed", "Changer"]
 
@@ -116,14 +110,15 @@ class Changer:
     def _planned(
         self, checkpoint: Checkpoint, options: PruneOptions, step: int
     ) -> tuple[ThinResult, TargetReport | None, BudgetReport | None]:
-        context = self._context
+        context, plain = self._context, plain_checkpoint(checkpoint)
         planner = Planner(
-            checkpoint.model,
-            example(checkpoint),
+            plain.model,
+            example(plain),
             options,
             seed=context.runtime.seed,
-            evidence=evidence_for(checkpoint, self._source, options, context),
+            evidence=evidence_for(plain, self._source, options, context),
         )
+        planner.spared |= frozen_families(planner, checkpoint)
         if options.target is not None:
             found, target = within_target(
                 planner, options.target, self._target, checkpoint, options, context, step
@@ -139,15 +134,12 @@ class Changer:
     def _cut(self, checkpoint: Checkpoint, found: ThinResult) -> Changed:
         """Carry a plan out, write it into the spec, and cut what is stored beside the model's tensors."""
         resume, left_out = cut_resume(checkpoint, found.plan)
-        apply_cut(checkpoint.model, found.plan)
-        attributes = [(module, name) for module, values in found.plan.attributes.items() for name in values]
-        spec = thinned(checkpoint.spec, checkpoint.model, found.plan.tensors, attributes)
-        stored = cut_stored(checkpoint.stored, found.plan, self._context)
-        notes = (*found.report.notes, *_frozen_notes(found.report), *([left_out] if left_out else []))
-        if left_out:
-            self._context.reporter.warn(left_out)
-        cut = replace(checkpoint, spec=spec, stored=stored, resume=resume)
-        return Changed(cut, found.plan, found.report, notes=notes)
+        cut = carried_out(checkpoint, found.plan, self._context)
+        remarks = (*([left_out] if left_out else []), *cut.notes)
+        for remark in remarks:
+            self._context.reporter.warn(remark)
+        notes = (*found.report.notes, *_frozen_notes(found.report), *remarks)
+        return Changed(replace(cut.checkpoint, resume=resume), found.plan, found.report, notes=notes)
 
     def _weights_masked(self, checkpoint: Checkpoint, step: int) -> Changed:
         options, context = self._options, self._context

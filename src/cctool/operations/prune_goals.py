@@ -14,12 +14,13 @@ from cctool.operations.context import Context
 from cctool.operations.costs import counter
 from cctool.operations.measuring import measured
 from cctool.operations.recalibrating import recalibrated
+from cctool.operations.setting_aside import cut_model
 from cctool.options.prune import Images, PruneOptions, StepMode
 from cctool.options.prune_parts import Quantity, Target
 from cctool.pruning.prune import Planner
 from cctool.pruning.reports import ThinResult
 from cctool.pruning.selection import Candidates, by_options, grain_of, order
-from cctool.pruning.surgery import CutPlan, apply_cut
+from cctool.pruning.surgery import CutPlan
 from cctool.pruning.targets import Trial, fewest_removed
 
 __all__ = ["BudgetReport", "BudgetTrial", "TargetReport", "limit_of", "within_budget", "within_target"]
@@ -295,7 +296,7 @@ class _BudgetSearch:
         """Top-1 on the validation split after a cut, with statistics estimated again."""
         trial = replace(self.checkpoint, model=copied(self.checkpoint.model))
         if plan is not None:
-            apply_cut(trial.model, plan)
+            cut_model(trial.model, plan)
         self.recalibrated = recalibrated(
             trial,
             self.source,

@@ -14,6 +14,7 @@ from cctool.options.fit import DecayScope
 from cctool.pruning.surgery import CutPlan, cut_tensor
 from cctool.training.optimizers import parameter_groups
 from cctool.training.state import flatten, unflatten
+from cctool.transforms.swapped import swapped_layers
 
 __all__ = ["cut_resume"]
 
@@ -32,6 +33,11 @@ def cut_resume(checkpoint: Checkpoint, plan: CutPlan) -> tuple[ResumeState | Non
     """
     if checkpoint.resume is None:
         return None, ""
+    if swapped_layers(checkpoint.model):
+        return None, (
+            "the training that the file could resume is left out: no plan says how to cut the moments of "
+            "coefficients"
+        )
     try:
         return _cut(checkpoint.model, checkpoint.resume, plan), ""
     # The state of an optimizer of the user's may hold anything.

@@ -19,7 +19,10 @@ from cctool.checkpoint.spec import ModelSpec
 from cctool.errors import PruningError, SpecError, UsageError
 from cctool.models.registry import is_user_code
 from cctool.operations.context import Context
-from cctool.pruning.surgery import CutPlan, cut_tensor
+from cctool.operations.setting_aside import thin_copy
+from cctool.pruning.surgery import CutPlan, cut_tensor, named_tensors
+from cctool.transforms.plain import plain_model
+from cctool.transforms.swapped import swapped_layers
 
 __all__ = ["open_earlier", "rewound", "with_values"]
 
@@ -104,10 +107,22 @@ def rewound(checkpoint: Checkpoint, earlier: Checkpoint, plans: Sequence[CutPlan
     Raises:
         PruningError: a plan was made for other widths, or the plans do not lead to these.
     """
+    if swapped_layers(earlier.model):
+        return with_values(checkpoint, _values(_cut_again(earlier.model, plans)))
     values = _values(earlier.model)
     for plan in plans:
         values = {name: cut_tensor(value, plan.tensors.get(name, ())) for name, value in values.items()}
     return with_values(checkpoint, values)
+
+
+def _cut_again(model: nn.Module, plans: Sequence[CutPlan]) -> nn.Module:
+    """A copy after the same cuts: swapped layers cut what they store by themselves."""
+    for plan in plans:
+        # Masks that were set since the earlier state are in the plan, and not there.
+        present = {name for name, _ in named_tensors(plain_model(model))}
+        known = {name: cuts for name, cuts in plan.tensors.items() if name in present}
+        model = thin_copy(model, CutPlan(known, plan.attributes))
+    return model
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Size
 from cctool.errors import CctoolError
 from cctool.graph import cost
+from cctool.transforms.plain import plain_model
 
 __all__ = ["measure", "stored_bytes"]
 
@@ -15,11 +16,13 @@ __all__ = ["measure", "stored_bytes"]
 def measure(checkpoint: Checkpoint) -> Size:
     """Count parameters, multiply-accumulates of one input and bytes of stored tensors.
 
+    Parameters and bytes are those of what is stored, as coefficients; multiply-accumulates are those of the
+    layers that these make, without codecs.
     A network that does not run on its own input shape has no count of multiply-accumulates.
     """
     parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
     try:
-        macs: int | None = cost.measure(checkpoint.model, checkpoint.spec.input_shape).total.macs
+        macs: int | None = cost.measure(plain_model(checkpoint.model), checkpoint.spec.input_shape).total.macs
     except CctoolError:
         macs = None
     return Size(parameters=parameters, macs=macs, bytes=stored_bytes(checkpoint))

@@ -17,6 +17,7 @@ from cctool.operations.context import Context
 from cctool.operations.examples import example
 from cctool.operations.finetuning import finetune
 from cctool.operations.measuring import feed_of
+from cctool.operations.setting_aside import plain_checkpoint
 from cctool.options.fit import FitOptions
 from cctool.options.prune import PruneOptions
 from cctool.options.prune_parts import Sparsifier, SparsifyOptions
@@ -24,6 +25,7 @@ from cctool.pruning.prune import plan_thinning
 from cctool.pruning.reports import ThinResult
 from cctool.training.constraints import Constraint
 from cctool.training.penalties import GroupLasso, GrowingPenalty, Part, ScaleL1
+from cctool.transforms.swapped import swapped_layers
 
 __all__ = ["CEILING", "DEFAULT_STRENGTH", "EVERY", "parts_of", "sparsified"]
 
@@ -72,12 +74,19 @@ def sparsified(
         return checkpoint
     dense = replace(checkpoint, model=copied(checkpoint.model), resume=None)
     if found is None:
-        found = plan_thinning(dense.model, example(dense), _at_once(options), seed=context.runtime.seed)
+        plain = plain_checkpoint(dense)
+        found = plan_thinning(plain.model, example(plain), _at_once(options), seed=context.runtime.seed)
     feed = feed_of(dense, source, options.data, context)
     penalty = _penalty(dense.model, found, wanted, wanted.epochs * len(feed.training()(0)))
     context.reporter.note(
         f"sparse training with {wanted.method}, {wanted.epochs} epoch{'s' if wanted.epochs > 1 else ''}"
     )
+    layers = swapped_layers(dense.model)
+    if layers and wanted.method is not Sparsifier.GAMMA_L1:
+        context.reporter.note(
+            f"the penalty acts on biases, norms and ordinary weights; the coefficients of {len(layers)} layers "
+            "are no channel's own"
+        )
     return finetune(
         dense,
         source,
@@ -101,13 +110,17 @@ def _penalty(model: nn.Module, found: ThinResult, wanted: SparsifyOptions, steps
     free = [(family, kept) for family, kept in pairs if family.name not in found.selection.spared]
     if not free:
         raise PruningError("sparse training has nothing to act on: no family can be cut")
+    # Of a family between two layers of coefficients nothing may be left that a penalty can act on.
+    owned = [(parts_of(model, family), kept) for family, kept in free]
+    owned = [(parts, kept) for parts, kept in owned if parts]
     if wanted.method is Sparsifier.GROWING:
         delta = _growth(steps) if wanted.strength is None else wanted.strength
-        families = [parts_of(model, family) for family, _ in free]
-        return GrowingPenalty(families, [~kept for _, kept in free], delta, EVERY, CEILING)
+        return GrowingPenalty(
+            [parts for parts, _ in owned], [~kept for _, kept in owned], delta, EVERY, CEILING
+        )
     strength = DEFAULT_STRENGTH[wanted.method] if wanted.strength is None else wanted.strength
     if wanted.method is Sparsifier.GROUP_LASSO:
-        return GroupLasso([parts_of(model, family) for family, _ in free], strength)
+        return GroupLasso([parts for parts, _ in owned], strength)
     return ScaleL1([part for family, _ in free for part in parts_of(model, family, (Role.SCALE,))], strength)
 
 
@@ -121,6 +134,8 @@ def _growth(steps: int) -> float:
 
 def parts_of(model: nn.Module, family: Family, roles: Sequence[Role] | None = None) -> list[Part]:
     """What a family's units own of the model's parameters: all that a mask would zero.
+
+    Weights that swapped layers compute are no parameters.
 
     Args:
         model: the one that was traced, or a copy.

@@ -47,12 +47,14 @@ class ExportOptions:
         output: path of the product; None writes beside the input.
         data: samples that the written model is compared on, besides random inputs.
         allow_nonfinite: export even NaN or infinite weights.
+        without_codec: leave the codecs of feature maps out of an ONNX file.
     """
 
     format: ExportFormat | None = None
     output: str | None = None
     data: DataOptions = field(default_factory=lambda: DataOptions(batch_size=64, limit=256))
     allow_nonfinite: bool = False
+    without_codec: bool = False
 
     def __post_init__(self) -> None:
         if self.output is None:

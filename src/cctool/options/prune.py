@@ -10,6 +10,7 @@ from cctool.options.common import Choice, DataOptions
 from cctool.options.prune_choices import (
     CHANNELS_ONLY,
     NEEDS_DATA,
+    AttentionUnit,
     Granularity,
     Growth,
     Images,
@@ -24,6 +25,7 @@ from cctool.options.prune_parts import Block, Pattern, Sparsifier, SparsifyOptio
 __all__ = [
     "AUTO_ROUND",
     "PRESETS",
+    "AttentionUnit",
     "Granularity",
     "Growth",
     "Images",
@@ -74,6 +76,7 @@ class PruneOptions:
         only: glob patterns; where given, families that match none keep their width.
         exact: leave widths alone over which statistics run (layer norm, attention), so that what is left
             computes exactly what the masked network does.
+        attention: what goes from attention, where the network's code allows it.
         keep: fraction of each family's width that every step keeps, truncated to whole channels: the width
             after step i is int(width * keep**i). In place of `rate`; local scope only.
         steps: number of steps, each with a checkpoint of its own.
@@ -114,6 +117,7 @@ class PruneOptions:
     exclude: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     exact: bool = False
+    attention: AttentionUnit = AttentionUnit.POSITIONS
     keep: float | None = None
     steps: int = 1
     step_mode: StepMode = StepMode.INDEPENDENT

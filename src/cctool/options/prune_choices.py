@@ -7,6 +7,7 @@ from cctool.options.common import Choice
 __all__ = [
     "CHANNELS_ONLY",
     "NEEDS_DATA",
+    "AttentionUnit",
     "Granularity",
     "Growth",
     "Images",
@@ -54,6 +55,13 @@ class Scope(Choice):
 
     GLOBAL = "global"
     LOCAL = "local"
+
+
+class AttentionUnit(Choice):
+    """What goes from attention: equal positions of every head, or whole heads."""
+
+    POSITIONS = "positions"
+    HEADS = "heads"
 
 
 class Reduce(Choice):

@@ -95,6 +95,7 @@ def choose_masks(
     *,
     step: int = 1,
     rates: Mapping[str, float] | None = None,
+    apart: Mapping[str, str] | None = None,
 ) -> ChosenMasks:
     """Choose what goes of every weight of a convolution or linear layer, the classifier's included.
 
@@ -111,12 +112,13 @@ def choose_masks(
         step: number of the step, from 1; sets the rate.
         rates: rate of each tensor, module or pattern named there, in place of the options' rate; others keep
             all their weights.
+        apart: names of weights that get no mask whatever the options say, with the reasons.
 
     Raises:
         UsageError: a pattern matches no parameter or module.
         PruningError: nothing can be masked, or a saliency is not finite.
     """
-    skipped: dict[str, str] = {}
+    skipped = dict(apart or {})
     wanted = _wanted(model, inputs, options, rates, skipped)
     ranked = _ranked(model, wanted, options, saliency, skipped)
     if not ranked:
@@ -144,7 +146,7 @@ def _wanted(
     rates: Mapping[str, float] | None,
     skipped: dict[str, str],
 ) -> dict[str, float]:
-    """Names of the weights that may be masked, with the full rate of each; fills ``skipped``."""
+    """Names of the weights that may be masked, with the full rate of each; adds to ``skipped``."""
     excluded = _matching(model, options.exclude)
     only = _matching(model, options.only) if options.only else None
     by_name = _rates(model, rates) if rates is not None else None
@@ -152,6 +154,8 @@ def _wanted(
     outputs = _output_weights(couple(model, inputs)) if rows else set()
     wanted: dict[str, float] = {}
     for name, _, module in weights_of(model):
+        if name in skipped:
+            continue
         if not is_maskable(module):
             skipped[name] = "not the weight of a convolution or linear layer"
         elif name in excluded:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cctool.errors import PruningError
 from cctool.graph.channels import ChannelGraph, couple
 from cctool.graph.execution import with_tensors
-from cctool.options.prune import PruneOptions
+from cctool.options.prune import AttentionUnit, PruneOptions
 from cctool.pruning.evidence import Evidence
 from cctool.pruning.rates import family_rates, read_rates
 from cctool.pruning.reports import ThinResult, report_of
@@ -51,7 +51,9 @@ class Planner:
         self.model = model
         self.inputs = inputs
         self.options = options
-        self.graph = _coupled(model, inputs, exact=options.exact)
+        self.graph = _coupled(
+            model, inputs, exact=options.exact, heads=options.attention is AttentionUnit.HEADS
+        )
         self.scores = score_families(self.graph, options, score_context(model, seed, evidence))
         self.spared: dict[str, str] = {}
         self.notes: list[str] = []
@@ -164,13 +166,13 @@ def thin(
     return result
 
 
-def _coupled(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool) -> ChannelGraph:
+def _coupled(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool, heads: bool) -> ChannelGraph:
     """Couple on one sample, which is fastest, or on all where the network does not take a single one."""
     try:
         single = [
             with_tensors(value, lambda tensor: tensor[:1] if tensor.ndim else tensor) for value in inputs
         ]
-        return couple(model, single, exact)
+        return couple(model, single, exact, heads)
     # Code with a bare squeeze() may fail in any way on a batch of one; what is truly wrong fails again.
     except Exception:
-        return couple(model, list(inputs), exact)
+        return couple(model, list(inputs), exact, heads)

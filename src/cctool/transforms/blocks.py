@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 from scipy.linalg import block_diag
 from torch import Tensor
 
-from cctool.transforms.kernels import analysis_matrix, synthesis_matrix
-from cctool.transforms.products import along, constant, full_precision
+from cctool.transforms.kernels import kernel_matrix
+from cctool.transforms.products import along, both_axes, constant, full_precision
 
 __all__ = ["BlockPositions", "block_forward", "block_inverse", "block_positions", "norm_scale"]
+
+_DENSE = 64
+"""Largest side that is transformed by one matrix, its blocks on the diagonal."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +115,41 @@ def _axis_scale(size: int, kernel: str) -> Tensor:
 
 
 def _transformed(x: Tensor, kernel: str, block: int, levels: int, synthesis: bool) -> Tensor:
+    if kernel == "identity":
+        return x.clone()
+    height, width = x.shape[2:]
     with full_precision(x) as work:
-        for dim in (3, 2):
-            matrix = constant(_diagonal, kernel, x.shape[dim], block, levels, synthesis, like=work)
-            work = along(matrix, work, dim)
+
+        def matrix(size: int) -> Tensor:
+            return constant(_diagonal, kernel, size, block, levels, synthesis, like=work)
+
+        if max(height, width) <= _DENSE:
+            return both_axes(matrix(height), matrix(width), work).to(x.dtype)
+        for dim, size in ((3, width), (2, height)):
+            whole = size - size % block
+            parts = []
+            if whole:
+                # Blocks on the diagonal of a large matrix would be lost among its zeros.
+                side = _piece(whole, block)
+                pieces = work.narrow(dim, 0, whole).reshape(
+                    *work.shape[:dim], -1, side, *work.shape[dim + 1 :]
+                )
+                parts.append(along(matrix(side), pieces, dim + 1).flatten(dim, dim + 1))
+            if whole < size:
+                parts.append(along(matrix(size - whole), work.narrow(dim, whole, size - whole), dim))
+            work = torch.cat(parts, dim)
     return work.to(x.dtype)
 
 
+def _piece(whole: int, block: int) -> int:
+    """Largest divisor of ``whole`` that holds whole blocks and is not above `_DENSE`; ``block`` at least."""
+    blocks = whole // block
+    fitting = [part for part in range(1, blocks + 1) if blocks % part == 0 and part * block <= _DENSE]
+    return max(fitting, default=1) * block
+
+
 def _diagonal(kernel: str, size: int, block: int, levels: int, synthesis: bool) -> NDArray[np.float64]:
-    make = synthesis_matrix if synthesis else analysis_matrix
     sides = [block] * (size // block) + [size % block] * (size % block > 0)
-    parts = {side: make(kernel, side, levels=levels).numpy() for side in set(sides)}
+    parts = {side: kernel_matrix(kernel, side, levels, True, synthesis) for side in set(sides)}
     result: NDArray[np.float64] = block_diag(*(parts[side] for side in sides))
     return result

@@ -21,7 +21,15 @@ from cctool.checkpoint.masks import drop_masks, mask_name, masks_of
 from cctool.checkpoint.spec import Record
 from cctool.errors import TransformError, UsageError
 from cctool.transforms import kernels
-from cctool.transforms.axes import KLT, TransformedAxis, analysed, count, narrowed, synthesised
+from cctool.transforms.axes import (
+    KLT,
+    MAX_KLT_LENGTH,
+    TransformedAxis,
+    analysed,
+    count,
+    narrowed,
+    synthesised,
+)
 from cctool.transforms.projected import Beside, factored, projected, projection_pays
 from cctool.transforms.swapped import Cut, Swap, SwappedLayer
 from cctool.transforms.weight_cache import WeightCache
@@ -63,6 +71,8 @@ class Coefficients(Record):
                 kernels.check_kernel(axis.kernel, klt=True)
             except UsageError as error:
                 raise ValueError(str(error)) from None
+            if axis.kernel == KLT and axis.length > MAX_KLT_LENGTH:
+                raise ValueError(f"dim {axis.dim}: klt of {axis.length} places, at most {MAX_KLT_LENGTH}")
             # The basis of a KLT loses rows with channels that are cut, and keeps its columns.
             if axis.kept > axis.length and (axis.kernel != KLT or axis.block is not None):
                 raise ValueError(f"dim {axis.dim} keeps {axis.kept} coefficients of {axis.length}")
@@ -109,6 +119,9 @@ class CoefficientLayer(SwappedLayer):
         with torch.autocast(stored.device.type, enabled=False):
             for axis in self.arguments.axes:
                 weight = synthesised(weight, axis, *self._beside(axis))
+        # Strides as of a fresh tensor: of a 1x1 kernel, contiguous memory can look like channels last, and
+        # oneDNN's gradient of such strided convolutions writes past its memory (`training.fit`).
+        weight = weight.flatten().view(weight.shape)
         return weight.to(stored.dtype) if half else weight
 
     @torch.no_grad()
@@ -118,7 +131,7 @@ class CoefficientLayer(SwappedLayer):
         Args:
             weight: of this layer's shape before channels were cut, or of its present shape where none were.
         """
-        found = weight
+        found = weight if weight.dtype == torch.float64 else weight.float()
         for axis in self.arguments.axes:
             found = analysed(found, axis, self._buffers.get(basis_name(axis)))
         self.coefficients.copy_(found)
@@ -241,9 +254,9 @@ class CoefficientLinear(CoefficientLayer, nn.Linear):  # type: ignore[misc,overr
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Map (..., in_features) to (..., out_features)."""
         shape, axes = (self.out_features, self.in_features), self.arguments.axes
-        if self.cache.serves(self._sources()) or not projection_pays(
-            axes, shape, input.numel() // self.in_features
-        ):
+        batch = input.numel() // self.in_features
+        recorded = torch.is_grad_enabled() and self.coefficients.requires_grad
+        if not recorded or torch.compiler.is_compiling() or not projection_pays(axes, shape, batch):
             return F.linear(input, self.weight, self.bias)
         return projected(input, self.coefficients, axes, self._all_beside(), self.bias)
 

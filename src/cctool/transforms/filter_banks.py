@@ -16,14 +16,26 @@ Coefficients stand in the order of `pywt.wavedec`: approximation, coarsest detai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import pywt
+import torch
 from numpy.typing import NDArray
+from scipy import sparse
+from torch import Tensor
 
-__all__ = ["WAVELETS", "FilterBank", "band_sizes", "filter_bank", "wavelet_matrix"]
+__all__ = [
+    "WAVELETS",
+    "FilterBank",
+    "analyze",
+    "band_sizes",
+    "filter_bank",
+    "synthesize",
+    "wavelet_matrix",
+]
 
 WAVELETS: tuple[str, ...] = tuple(name for name in pywt.wavelist(kind="discrete") if name != "dmey")
 """Names of the wavelets. dmey is left out: its filters are cut off, and their inverse is off by 0.2 %."""
@@ -74,59 +86,86 @@ def wavelet_matrix(
     Returns:
         Shape (coefficients, size), or (size, coefficients) for the synthesis.
     """
-    step = _synthesis_step if synthesis else _analysis_step
     bank = filter_bank(name)
-    coarser = np.eye(size)
-    details: list[NDArray[np.float64]] = []
+    bands = [sparse.csr_array(sparse.identity(size))]
     for _ in range(levels):
         # Both kinds are built with a coefficient a row; the synthesis is turned over at the end.
-        low, high = step(bank, coarser.shape[0], square)
-        details.insert(0, high @ coarser)
-        coarser = low @ coarser
-    matrix = np.concatenate([coarser, *details])
-    return np.ascontiguousarray(matrix.T) if synthesis else matrix
+        low, high = _step_rows(bank, bands[0].shape[0], square, synthesis)
+        bands[:1] = [low @ bands[0], high @ bands[0]]
+    rows: NDArray[np.float64] = sparse.vstack(bands).toarray()
+    return np.ascontiguousarray(rows.T) if synthesis else rows
 
 
-def _analysis_step(
-    bank: FilterBank, size: int, square: bool
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    taps = bank.taps
-    offsets = taps // 2 - np.arange(taps)
-    low, high = _periodic(bank.decomposition, offsets, size, square)
-    if size % 2 and not square:
-        # The replicated sample is the last one once more.
-        low[:, -2] += low[:, -1]
-        high[:, -2] += high[:, -1]
-        low, high = low[:, :-1], high[:, :-1]
-    return low, high
+def analyze(x: Tensor, name: str, *, square: bool) -> tuple[Tensor, Tensor]:
+    """One level along the last dim, filter by filter: for signals much longer than the filters.
+
+    Args:
+        x: shape (..., N), N at least the number of taps.
+        name: one of `WAVELETS`.
+        square: what an odd N does.
+
+    Returns:
+        Approximation and detail, of sizes `band_sizes`.
+    """
+    last = x[..., -1:]
+    odd = x.shape[-1] % 2
+    if odd:
+        x = x[..., :-1] if square else torch.cat((x, last), -1)
+    bank = filter_bank(name)
+    half, reach = x.shape[-1] // 2, bank.taps // 2
+    padded = torch.cat((x[..., x.shape[-1] - reach + 1 :], x, x[..., :reach]), -1)
+    taken = [padded[..., tap : tap + 2 * half - 1 : 2] for tap in range(bank.taps)]
+    low, high = (_weighted(taken, filters[::-1]) for filters in bank.decomposition)
+    return (torch.cat((low, last), -1) if odd and square else low), high
 
 
-def _synthesis_step(
-    bank: FilterBank, size: int, square: bool
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    taps = bank.taps
-    offsets = np.arange(taps) + 1 - taps // 2
-    low, high = _periodic(bank.reconstruction, offsets, size, square)
-    if size % 2 and not square:
-        low, high = low[:, :-1], high[:, :-1]
-    return low, high
+def synthesize(low: Tensor, high: Tensor, name: str, size: int, *, square: bool) -> Tensor:
+    """Undo `analyze`; returns shape (..., size)."""
+    last = low[..., -1:]
+    carried = size % 2 == 1 and square
+    low = low[..., :-1] if carried else low
+    bank = filter_bank(name)
+    half, reach = high.shape[-1], bank.taps // 2
+    phases = []
+    for phase in (0, 1):
+        taps = range((phase + 1 + reach) % 2, bank.taps, 2)
+        # Sample 2m + phase meets coefficient m - shift in the tap 2 * shift + phase - 1 + F/2.
+        shifts = [(tap - phase + 1 - reach) // 2 for tap in taps]
+        parts = []
+        for band, filters in zip((low, high), bank.reconstruction, strict=True):
+            padded = torch.cat((band[..., half - reach :], band, band[..., :reach]), -1)
+            taken = [padded[..., reach - shift : reach - shift + half] for shift in shifts]
+            parts.append(_weighted(taken, filters[list(taps)]))
+        phases.append(parts[0] + parts[1])
+    samples = torch.stack(phases, -1).flatten(-2)
+    return torch.cat((samples, last), -1) if carried else samples[..., :size]
 
 
-def _periodic(
-    filters: NDArray[np.float64], offsets: NDArray[np.int64], size: int, square: bool
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rows of shifted filters; an odd ``size`` is rounded up, or its last sample handed on (square)."""
-    half = size // 2 if square else (size + 1) // 2
-    rows = np.zeros((2, half, 2 * half))
-    if half:
-        starts = 2 * np.arange(half)
-        columns = (starts[:, None] + offsets) % (2 * half)
-        for band in range(2):
-            # add.at: filters longer than the signal meet the same sample more than once.
-            np.add.at(rows[band], (np.arange(half)[:, None], columns), filters[band])
-    low, high = rows
+def _weighted(parts: Sequence[Tensor], weights: NDArray[np.float64]) -> Tensor:
+    total = parts[0] * float(weights[0])
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total = total.add(part, alpha=float(weight))
+    return total
+
+
+def _step_rows(
+    bank: FilterBank, size: int, square: bool, synthesis: bool
+) -> tuple[sparse.csr_array, sparse.csr_array]:
+    """One level: sparse rows of the low and of the high pass, ``size`` columns."""
+    taps, half = bank.taps, size // 2 if square else (size + 1) // 2
+    offsets = np.arange(taps) + 1 - taps // 2 if synthesis else taps // 2 - np.arange(taps)
+    rows = np.repeat(np.arange(half), taps)
+    columns = (2 * np.arange(half)[:, None] + offsets).ravel() % max(2 * half, 1)
+    filters = np.tile(bank.reconstruction if synthesis else bank.decomposition, half)
+    if size % 2 and not square and synthesis:
+        # The replicated sample is cropped.
+        kept = columns < size
+        rows, columns, filters = rows[kept], columns[kept], filters[:, kept]
+    elif size % 2 and not square:
+        columns = np.minimum(columns, size - 1)
+    # Filters longer than the signal meet a sample more than once, and the sum of the entries counts.
+    low, high = (sparse.csr_array((band, (rows, columns)), shape=(half, size)) for band in filters)
     if size % 2 and square:
-        low = np.pad(low, ((0, 1), (0, 1)))
-        low[-1, -1] = 1
-        high = np.pad(high, ((0, 0), (0, 1)))
+        carried = sparse.csr_array(([1.0], ([0], [size - 1])), shape=(1, size))
+        low = sparse.vstack((low, carried), format="csr")
     return low, high

@@ -5,8 +5,9 @@ periodic borders (`filter_banks.py`), ``dwt`` being ``haar``. A data-driven KLT 
 offers it makes its basis, and `check_kernel` knows its name.
 
 bfloat16 and float16 are computed in float32 and given back as they came; autocast does not reach in here.
-Inverses are exact to rounding; those of sym3, sym16 to sym20, bior5.5 and rbio5.5 to 1e-11, which is as far
-as PyWavelets' filters go.
+
+Inverses are exact to rounding, but for the sym wavelets and bior and rbio 4.4, 5.5 and 6.8: to 3e-11, as many
+digits as PyWavelets has of their filters.
 """
 
 from __future__ import annotations
@@ -16,12 +17,20 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cctool.errors import TransformError, UsageError
 from cctool.transforms import fourier
-from cctool.transforms.filter_banks import WAVELETS, band_sizes, wavelet_matrix
+from cctool.transforms.filter_banks import (
+    WAVELETS,
+    analyze,
+    band_sizes,
+    filter_bank,
+    synthesize,
+    wavelet_matrix,
+)
 from cctool.transforms.products import along, constant, full_precision
 
 __all__ = [
@@ -32,6 +41,7 @@ __all__ = [
     "forward",
     "inverse",
     "is_wavelet",
+    "kernel_matrix",
     "max_levels",
     "synthesis_matrix",
 ]
@@ -44,14 +54,21 @@ _ORTHONORMAL: MappingProxyType[str, Callable[[int], NDArray[np.float64]]] = Mapp
         "identity": np.eye,
     }
 )
-_FAST = MappingProxyType(
-    {
-        "dct": (fourier.dct, fourier.idct),
-        "dst": (fourier.dst, fourier.idst),
-        "dft": (fourier.packed_dft, fourier.packed_idft),
-    }
+_FAST: MappingProxyType[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = (
+    MappingProxyType(
+        {
+            "dct": (fourier.dct, fourier.idct),
+            "dst": (fourier.dst, fourier.idst),
+            "dft": (fourier.packed_dft, fourier.packed_idft),
+            "identity": (torch.clone, torch.clone),
+        }
+    )
 )
-_MATRIX_LIMIT = 512
+# Sizes from which the FFT, or the filters of a wavelet, take less time than a product with a matrix, measured
+# on one thread of a CPU, 4 million float32 numbers. Matrices above the largest would cost too much memory.
+_LARGE = 256
+_PER_TAP = 48
+_LARGEST = 1024
 
 KERNELS: tuple[str, ...] = ("dct", "dst", "dft", "dwt", "identity", *WAVELETS)
 """Names of all kernels that are a fixed matrix."""
@@ -70,7 +87,9 @@ def check_kernel(name: str, *, klt: bool = False) -> None:
     if name in KERNELS or (klt and name == "klt"):
         return
     if name == "dmey":
-        raise UsageError("--kernel dmey: its filters have no exact inverse; sym8 or db8 come near it")
+        raise UsageError(
+            "--kernel dmey: its filters have no exact inverse; another wavelet is allowed, as sym8"
+        )
     allowed = ["dct", "dst", "dft", "dwt (haar)", *(["klt"] if klt else []), "identity"]
     families = "db1-db38, sym2-sym20, coif1-coif17, bior1.1-bior6.8, rbio1.1-rbio6.8"
     raise UsageError(f"--kernel {name}: {', '.join(allowed)} or a wavelet ({families}) is allowed")
@@ -101,6 +120,16 @@ def coefficient_count(name: str, size: int, *, levels: int = 1, square: bool = T
     return sum(band_sizes(size, _levels(name, size, levels), square=square))
 
 
+def kernel_matrix(name: str, size: int, levels: int, square: bool, synthesis: bool) -> NDArray[np.float64]:
+    """`analysis_matrix` or `synthesis_matrix` as an array."""
+    if is_wavelet(name):
+        return wavelet_matrix(
+            _wavelet(name), size, _levels(name, size, levels), square=square, synthesis=synthesis
+        )
+    rows = _ORTHONORMAL[name](size)
+    return np.ascontiguousarray(rows.T) if synthesis else rows
+
+
 def analysis_matrix(
     name: str, size: int, *, levels: int = 1, square: bool = True, dtype: torch.dtype = torch.float64
 ) -> Tensor:
@@ -117,7 +146,7 @@ def analysis_matrix(
     Returns:
         Shape (coefficients, size), on the CPU; the caller's own.
     """
-    return torch.from_numpy(_rows(name, size, _levels(name, size, levels), square, False)).to(dtype)
+    return torch.from_numpy(kernel_matrix(name, size, levels, square, False)).to(dtype)
 
 
 def synthesis_matrix(
@@ -128,7 +157,7 @@ def synthesis_matrix(
     Returns:
         Shape (size, coefficients), on the CPU; the caller's own.
     """
-    return torch.from_numpy(_rows(name, size, _levels(name, size, levels), square, True)).to(dtype)
+    return torch.from_numpy(kernel_matrix(name, size, levels, square, True)).to(dtype)
 
 
 def forward(x: Tensor, name: str, dim: int = -1, *, levels: int = 1, square: bool = True) -> Tensor:
@@ -147,12 +176,17 @@ def forward(x: Tensor, name: str, dim: int = -1, *, levels: int = 1, square: boo
     Raises:
         TransformError: if ``x`` holds no floating-point numbers.
     """
-    size = x.shape[dim]
     with full_precision(x) as work:
-        if size > _MATRIX_LIMIT and name in _FAST:
+        size = x.shape[dim]
+        if _takes_matrix(name, size):
+            matrix = constant(
+                kernel_matrix, name, size, _levels(name, size, levels), square, False, like=work
+            )
+            result = along(matrix, work, dim)
+        elif name in _FAST:
             result = _FAST[name][0](work.movedim(dim, -1)).movedim(-1, dim)
         else:
-            result = _product(work, name, dim, size, levels, square, False)
+            result = _decomposed(work.movedim(dim, -1), name, levels, square).movedim(-1, dim)
     return result.to(x.dtype)
 
 
@@ -181,11 +215,15 @@ def inverse(
     if given > count:
         raise TransformError(f"{name} of {size} samples has {count} coefficients; {given} were given")
     with full_precision(c) as work:
-        if size > _MATRIX_LIMIT and name in _FAST:
-            last = torch.nn.functional.pad(work.movedim(dim, -1), (0, count - given))
-            result = _FAST[name][1](last).movedim(-1, dim)
+        if _takes_matrix(name, size):
+            matrix = constant(kernel_matrix, name, size, _levels(name, size, levels), square, True, like=work)
+            result = along(matrix[:, :given], work, dim)
         else:
-            result = _product(work, name, dim, size, levels, square, True)
+            last = F.pad(work.movedim(dim, -1), (0, count - given))
+            if name in _FAST:
+                result = _FAST[name][1](last).movedim(-1, dim)
+            else:
+                result = _composed(last, name, size, levels, square).movedim(-1, dim)
     return result.to(c.dtype)
 
 
@@ -193,18 +231,37 @@ def _levels(name: str, size: int, levels: int) -> int:
     return min(levels, max_levels(name, size))
 
 
-def _rows(name: str, size: int, levels: int, square: bool, synthesis: bool) -> NDArray[np.float64]:
+def _takes_matrix(name: str, size: int) -> bool:
+    """Whether one product takes less time than the FFT, or than the filters of a wavelet in turn."""
     if is_wavelet(name):
-        wavelet = "haar" if name == "dwt" else name
-        return wavelet_matrix(wavelet, size, levels, square=square, synthesis=synthesis)
-    rows = _ORTHONORMAL[name](size)
-    return np.ascontiguousarray(rows.T) if synthesis else rows
+        return size <= min(max(_LARGE, _PER_TAP * filter_bank(_wavelet(name)).taps), _LARGEST)
+    return name != "identity" and size <= _LARGE
 
 
-def _product(x: Tensor, name: str, dim: int, size: int, levels: int, square: bool, synthesis: bool) -> Tensor:
+def _wavelet(name: str) -> str:
+    return "haar" if name == "dwt" else name
+
+
+def _decomposed(x: Tensor, name: str, levels: int, square: bool) -> Tensor:
+    """Levels of a long signal along the last dim: by filters while it is long, then by a matrix."""
+    levels = _levels(name, x.shape[-1], levels)
+    details: list[Tensor] = []
+    while levels and not _takes_matrix(name, x.shape[-1]):
+        x, detail = analyze(x, _wavelet(name), square=square)
+        details.insert(0, detail)
+        levels -= 1
+    if levels:
+        x = forward(x, name, levels=levels, square=square)
+    return torch.cat((x, *details), -1)
+
+
+def _composed(c: Tensor, name: str, size: int, levels: int, square: bool) -> Tensor:
     levels = _levels(name, size, levels)
-    if size <= _MATRIX_LIMIT:
-        matrix = constant(_rows, name, size, levels, square, synthesis, like=x)
-    else:
-        matrix = torch.from_numpy(_rows(name, size, levels, square, synthesis)).to(x)
-    return along(matrix[:, : x.shape[dim]], x, dim)
+    if not levels:
+        return c
+    if _takes_matrix(name, size):
+        return inverse(c, name, size=size, levels=levels, square=square)
+    detail = band_sizes(size, 1, square=square)[1]
+    rest = c.shape[-1] - detail
+    low = _composed(c[..., :rest], name, (size + 1) // 2, levels - 1, square)
+    return synthesize(low, c[..., rest:], _wavelet(name), size, square=square)

@@ -2,31 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from pydantic import JsonValue
 from torch import nn
 
 from cctool.copying import copied
-from cctool.transforms.swapped import swapped_layers
+from cctool.transforms.exported import put_exported
+from cctool.transforms.swapped import SwappedLayer, swapped_layers
+from cctool.transforms.taps import drop_taps, taps_of
 
-__all__ = ["plain_model"]
+__all__ = ["exportable", "plain_model", "type_of"]
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The network with ordinary layers in place of swapped ones, which computes the same.
+    """The network with ordinary layers in place of swapped ones and without codecs.
 
     Args:
         model: any network; it stays as it is.
 
     Returns:
-        ``model`` itself where nothing is swapped; else a copy that shares all tensors of the other modules.
-        Layers that have no ordinary counterpart stay swapped.
+        ``model`` itself where nothing is swapped or tapped; else a copy that shares all tensors of the other
+        modules. Layers that have no ordinary counterpart stay swapped.
     """
     layers = {name: layer.plain() for name, layer in swapped_layers(model).items()}
-    found = {id(model.get_submodule(name)): layer for name, layer in layers.items() if layer is not None}
-    if not found:
+    found = {name: layer for name, layer in layers.items() if layer is not None}
+    if not found and not taps_of(model):
         return model
-    for layer in found.values():
-        layer.train(model.training)
-    memo: dict[int, object] = dict(found)
+    copy = _copy_with(model, found)
+    drop_taps(copy)
+    return copy
+
+
+def exportable(model: nn.Module, *, codec: bool) -> nn.Module:
+    """The network for other programs: ordinary layers, and codecs as arithmetic that every program knows.
+
+    Args:
+        model: any network; it stays as it is.
+        codec: whether maps are coded where the network has taps.
+
+    Returns:
+        ``model`` itself where nothing is swapped or tapped. Where small factors are fewer bytes and
+        multiply-accumulates than a weight, they stand in its place.
+    """
+    layers = {name: layer.factored() or layer.plain() for name, layer in swapped_layers(model).items()}
+    found = {name: layer for name, layer in layers.items() if layer is not None}
+    if not found and not taps_of(model):
+        return model
+    taps = set(taps_of(model))
+    copy = _copy_with(model, found)
+    drop_taps(copy)
+    if codec:
+        put_exported(copy, model, taps)
+    return copy
+
+
+def _copy_with(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
+    memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = tensor
+    for name, layer in layers.items():
+        layer.train(model.training)
+        memo[id(model.get_submodule(name))] = layer
     return copied(model, memo)
+
+
+def type_of(module: nn.Module) -> str:
+    """Class name of a module; of a swapped layer that of the ordinary one, with what it is made of.
+
+    As in ``Linear (dct coefficient)``.
+    """
+    if not isinstance(module, SwappedLayer):
+        return type(module).__name__
+    ordinary = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn"))
+    swap = module.swap("")
+    kinds = list(dict.fromkeys([*_kernels(swap.arguments), swap.layer]))
+    return f"{ordinary.__name__} ({' '.join(kinds)})"
+
+
+def _kernels(arguments: JsonValue) -> Iterator[str]:
+    """Kernels that a swap's arguments name."""
+    if isinstance(arguments, dict):
+        for key, value in arguments.items():
+            if key == "kernel" and isinstance(value, str):
+                yield value
+            else:
+                yield from _kernels(value)
+    elif isinstance(arguments, list):
+        for item in arguments:
+            yield from _kernels(item)

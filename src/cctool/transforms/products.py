@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,7 +15,11 @@ from torch import Tensor
 
 from cctool.errors import TransformError
 
-__all__ = ["along", "constant", "full_precision"]
+__all__ = ["along", "both_axes", "constant", "full_precision"]
+
+_THIN = 8
+_CHUNK = 2**20
+"""Numbers in a piece of work: 4 MB of float32."""
 
 
 @contextmanager
@@ -47,9 +52,44 @@ def along(matrix: Tensor, x: Tensor, dim: int) -> Tensor:
     Returns:
         The shape of ``x`` with n in the place of ``dim``.
     """
-    if dim % x.dim() == x.dim() - 1:
+    dim %= x.dim()
+    if dim == x.dim() - 1:
         return F.linear(x, matrix)
-    return F.linear(x.movedim(dim, -1), matrix).movedim(-1, dim)
+    if dim == x.dim() - 2:
+        return torch.matmul(matrix, x)
+    size, line = x.shape[dim], math.prod(x.shape[dim + 1 :])
+    if dim and line * _THIN < size:
+        # A batch of products with thin matrices takes twice the time of one product with a copy.
+        return F.linear(x.movedim(dim, -1), matrix).movedim(-1, dim).contiguous()
+    product = torch.matmul(matrix, x.reshape(*x.shape[:dim], size, line))
+    return product.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
+
+
+def both_axes(rows: Tensor, columns: Tensor, x: Tensor) -> Tensor:
+    """Product of one matrix with every column and another with every row of maps: R X C^T.
+
+    Args:
+        rows: R, shape (h, H).
+        columns: C, shape (w, W).
+        x: X, shape (..., H, W).
+
+    Returns:
+        Shape (..., h, w).
+    """
+    if not _in_pieces(x):
+        return torch.matmul(rows, F.linear(x, columns))
+    maps = x.reshape(-1, *x.shape[-2:])
+    # What lies between the two products stays in the cache, and large memory is asked for once.
+    result = x.new_empty(maps.shape[0], rows.shape[0], columns.shape[0])
+    step = max(1, _CHUNK // maps[0].numel())
+    for start in range(0, maps.shape[0], step):
+        torch.matmul(rows, F.linear(maps[start : start + step], columns), out=result[start : start + step])
+    return result.reshape(*x.shape[:-2], *result.shape[1:])
+
+
+def _in_pieces(x: Tensor) -> bool:
+    tracked = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    return not tracked and x.device.type == "cpu" and x.numel() > _CHUNK
 
 
 def constant(make: Callable[..., NDArray[np.float64]], *arguments: Hashable, like: Tensor) -> Tensor:
@@ -80,4 +120,4 @@ def _made(
         return torch.from_numpy(make(*arguments)).to(device, dtype)
 
 
-_kept = lru_cache(maxsize=256)(_made)
+_kept = lru_cache(maxsize=128)(_made)

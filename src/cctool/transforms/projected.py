@@ -9,6 +9,7 @@ be made anew for each batch, which costs more than the batch itself where layers
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,10 @@ def projection_pays(axes: tuple[TransformedAxis, ...], shape: tuple[int, int], b
     """Whether a batch is transformed with fewer multiplications than the weight is made.
 
     Args:
-        axes: of the weight; biorthogonal ones cannot be used so.
+        axes: of the weight.
         shape: of the weight, (out, in).
         batch: vectors to be multiplied.
     """
-    if not all(is_orthonormal(axis) for axis in axes):
-        return False
     by_dim = {axis.dim: axis for axis in axes}
     kept = [count(by_dim[dim]) if dim in by_dim else shape[dim] for dim in (0, 1)]
     costs = [_cost(by_dim[dim]) if dim in by_dim else 0 for dim in (0, 1)]
@@ -62,7 +61,7 @@ def projected(
     Args:
         x: of shape (..., in).
         coefficients: of shape (coefficients out, coefficients in).
-        axes: orthonormal.
+        axes: of the weight.
         beside: by dim of an axis.
         bias: of shape (out,).
 
@@ -77,12 +76,28 @@ def projected(
         if rows is not None:
             # Places that were cut are zero to what is left.
             x = x.new_zeros(*x.shape[:-1], axis.size).index_copy(last, rows.long(), x)
-        x = analysed(x, axis, basis)
+        x = analysed(x, axis, basis) if is_orthonormal(axis) else cast(Tensor, _Adjoint.apply(x, axis))
     x = F.linear(x, coefficients)
     if 0 in by_dim:
         axis = by_dim[0].model_copy(update={"dim": last})
         x = synthesised(x, axis, *beside[0])
     return x if bias is None else x + bias.to(x.dtype)
+
+
+class _Adjoint(torch.autograd.Function):
+    """Multiply by the transpose of a synthesis, which for biorthogonal bases is not their analysis."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: TransformedAxis) -> Tensor:
+        ctx.axis = axis
+        with torch.enable_grad():
+            shape = (*x.shape[: axis.dim], count(axis), *x.shape[axis.dim + 1 :])
+            c = x.new_zeros(shape, requires_grad=True)
+            return torch.autograd.grad(synthesised(c, axis), c, x)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return synthesised(gradients[0], ctx.axis), None
 
 
 @torch.no_grad()

@@ -58,6 +58,14 @@ class SwappedLayer(nn.Module):
             None where there is none, as for layers that compute with complex numbers.
         """
 
+    def factored(self) -> nn.Module | None:
+        """Ordinary layers one after the other that compute the same with fewer bytes and products.
+
+        Returns:
+            None where there are none.
+        """
+        return None
+
     @abstractmethod
     def taken(self, cuts: Mapping[str, Sequence[Cut]]) -> SwappedLayer:
         """What is left of this layer once its plain one was cut.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cctool.transforms.filter_banks import wavelet_matrix
 from cctool.transforms.kernels import max_levels
-from cctool.transforms.products import along, constant, full_precision
+from cctool.transforms.products import both_axes, constant, full_precision
 
 __all__ = ["Pyramid", "pyramid_levels", "wavedec2", "waverec2"]
 
@@ -60,14 +60,12 @@ def wavedec2(x: Tensor, name: str, levels: int) -> Pyramid:
     details = []
     with full_precision(x) as low:
         for _ in range(pyramid_levels(name, x.shape[2], x.shape[3], levels)):
-            both = low
-            for dim in (3, 2):
-                both = along(_step(name, both.shape[dim], False, both), both, dim)
+            height, width = low.shape[2:]
+            both = both_axes(_step(name, height, False, low), _step(name, width, False, low), low)
             top, bottom = both.chunk(2, 2)
             low, vertical = top.chunk(2, 3)
-            details.append(
-                torch.stack((bottom.chunk(2, 3)[0], vertical, bottom.chunk(2, 3)[1]), 2).to(x.dtype)
-            )
+            horizontal, diagonal = bottom.chunk(2, 3)
+            details.append(torch.stack((horizontal, vertical, diagonal), 2).to(x.dtype))
     return Pyramid(low.to(x.dtype), details)
 
 
@@ -90,8 +88,7 @@ def waverec2(pyramid: Pyramid, name: str, size: tuple[int, int]) -> Tensor:
             horizontal, vertical, diagonal = detail.to(low.dtype).unbind(2)
             top = torch.cat((low, vertical), 3)
             both = torch.cat((top, torch.cat((horizontal, diagonal), 3)), 2)
-            low = along(_step(name, height, True, both), both, 2)
-            low = along(_step(name, width, True, low), low, 3)
+            low = both_axes(_step(name, height, True, both), _step(name, width, True, both), both)
     return low.to(pyramid.approximation.dtype)
 
 

@@ -36,18 +36,14 @@ class WeightCache:
             compute: makes it.
             sources: what it is made of.
         """
-        if not self.serves(sources):
+        recorded = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        if recorded or torch.compiler.is_compiling() or any(map(_untracked, sources)):
             return compute()
         key = (torch.is_inference_mode_enabled(), *map(_state, sources))
         if self._weight is None or key != self._key:
             self._weight, self._key = compute(), key
             self._sources = [source.detach() for source in sources]
         return self._weight
-
-    def serves(self, sources: Sequence[Tensor]) -> bool:
-        """Whether a weight made of these is kept for the next time."""
-        recorded = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        return not recorded and not torch.compiler.is_compiling() and not any(map(_untracked, sources))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
         return WeightCache()

@@ -128,10 +128,22 @@ def _split(
         if small.shape[dim] == 1 or len(pieces) == 1:
             continue
         scaling = max(pieces, key=lambda n: _claim(sizes[factors[n].right], -n if image else n))
+        if ledger.heads:
+            scaling = _heads(pieces, [sizes[factors[n].right] for n in pieces], scaling)
         for piece in pieces:
             if piece != scaling:
                 moved = equal_pieces(ledger, moved, piece)
     return moved
+
+
+def _heads(pieces: Sequence[int], sizes: Sequence[Any], scaling: int) -> int:
+    """The piece of a split that counts heads: the attribute of two widths that stand side by side."""
+    named = [
+        n
+        for n, size in zip(pieces, sizes, strict=True)
+        if isinstance(size, Width) and any(s.ids is None and e == 1 for s, e in size.powers.items())
+    ]
+    return named[0] if named and scaling > named[0] else scaling
 
 
 def _claim(size: Any, position: int) -> tuple[int, int]:

@@ -1,0 +1,201 @@
+"""Coded feature maps of a trained ResNet-20 on CIFAR-10: compression ratio and accuracy, row by row.
+
+The codecs stand behind all nine residual blocks, and each block gets what its predecessor's maps decode to.
+Ratios are of all maps of the measured images, 8 bits a value over all coded bits, side information included
+(headers, ranges, steps, means, block tables), as `cctool evaluate --bitstream` would write them.
+
+- the published presets, with the ratio at every order k of the code;
+- the default table at several qualities, without any training;
+- the same with fine-tuning in the loop: the taps stay in, gradients pass straight through.
+
+Rows that are in the file of --partial already are not measured again.
+
+    python benchmarks/feature_codec.py WEIGHTS.pth CIFAR10_DIR --partial rows.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import record
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.data.records import DataSource
+from cctool.data.registry import open_data
+from cctool.operations.calibrating import calibration_images, put_taps
+from cctool.operations.composition import tables
+from cctool.operations.context import Context
+from cctool.operations.examples import example
+from cctool.operations.finetuning import finetune
+from cctool.operations.measuring import measured
+from cctool.operations.opening import open_checkpoint
+from cctool.operations.transform_features import codec_configs
+from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
+from cctool.options.fit import FitOptions
+from cctool.options.transform import TransformOptions, preset_options
+from cctool.options.transform_choices import TransformPreset, TransformTarget
+from cctool.runtime import Silent, resolve_device, seed_everything
+from cctool.transforms.statistics import NetworkStatistics
+from cctool.transforms.tap_sites import find_sites
+from cctool.transforms.taps import recording
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CALIBRATION = 1024
+ORDERS = range(6)
+PRESETS = (
+    TransformPreset.FEATURE_COMPRESSION_DCT,
+    TransformPreset.FEATURE_COMPRESSION_DCT_RETRAIN,
+    TransformPreset.FEATURE_COMPRESSION_DWT,
+)
+
+
+class Run:
+    """The network, the data, and how they are measured."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        device = resolve_device(arguments.device)
+        self.arguments = arguments
+        self.context = Context(
+            device=device,
+            runtime=RuntimeOptions(device=arguments.device, seed=arguments.seed),
+            model_options=ModelOptions(),
+            tables=tables(),
+            user_code=frozenset(),
+            reporter=Silent(),
+            output=Path("none.pt"),
+            force=False,
+            stamp=lambda outcome: outcome.checkpoint,
+        )
+        self.data = DataOptions(data=f"cifar10:{arguments.data}", batch_size=arguments.batch_size)
+        named = ModelOptions(arch="resnet20", mean=MEAN, std=STD)
+        path = Path(arguments.weights)
+        self.checkpoint = open_checkpoint(path, named, self.context.tables, frozenset(), Silent())
+        self.checkpoint.model.to(device)
+
+    def source(self, limit: int | None = None) -> DataSource:
+        """CIFAR-10, or the first so many images of each split."""
+        return open_data(str(self.data.data), input_shape=(3, 32, 32), limit=limit)
+
+    def coded(self, options: TransformOptions) -> Checkpoint:
+        """A copy of the network with calibrated codecs."""
+        seed_everything(self.context.runtime.seed)
+        fresh = replace(self.checkpoint, model=deepcopy(self.checkpoint.model))
+        images, used = calibration_images(
+            fresh, self.source(), options.features.calibration, self.data, self.context
+        )
+        sites = find_sites(fresh.model, example(fresh), options.features.taps)
+        return put_taps(fresh, sites, codec_configs(options, sites, used), images)
+
+    def measured(self, checkpoint: Checkpoint, limit: int | None = None) -> dict[str, Any]:
+        """Accuracy on the test split, and what its maps take."""
+        checkpoint.model.eval()
+        statistics = NetworkStatistics(checkpoint.model)
+        with recording(checkpoint.model, statistics):
+            metrics = measured(checkpoint, self.source(limit), self.data, self.context)
+        taps = statistics.figures()
+        found: dict[str, Any] = {"n": metrics.n, "top1": round(metrics.values["top1"], 2)}
+        if not taps:
+            return found
+        elements, side = sum(tap.elements for tap in taps), sum(tap.side_bits for tap in taps)
+        payload = [sum(tap.payload_bits[k] for tap in taps) for k in ORDERS]
+        best = sum(min(tap.payload_bits) for tap in taps)
+        return found | {
+            "ratio": round(8 * elements / (best + side), 3),
+            "ratio_by_k": [round(8 * elements / (bits + side), 3) for bits in payload],
+            "entropy_ratio": round(8 * elements / (sum(tap.entropy_bits for tap in taps) + side), 3),
+            "side_share": round(side / (best + side), 5),
+            "saturated": sum(tap.clamped_symbols for tap in taps),
+            "zero_symbols": round(
+                sum(tap.zero_symbols * tap.symbols for tap in taps) / sum(tap.symbols for tap in taps), 2
+            ),
+            "taps": [
+                {"name": tap.name, "ratio": round(tap.ratio_8bit, 2), "k": tap.best_k, "sqnr": tap.sqnr_db}
+                for tap in taps
+            ],
+        }
+
+    def finetuned(self, quality: float) -> dict[str, Any]:
+        """The default table at a quality, after training with the codecs in the loop."""
+        arguments, coded = self.arguments, self.coded(defaults(quality))
+        options = FitOptions(epochs=arguments.epochs, optimizer="sgd", lr=arguments.lr)
+        images = self.source(arguments.train_images)
+        trained = finetune(coded, images, options, self.data, self.context, choose_best=False)
+        return self.measured(trained) | {
+            "train_images": len(images.split("train")),
+            "epochs": arguments.epochs,
+            "lr": arguments.lr,
+        }
+
+
+def defaults(quality: float | None = None, **given: Any) -> TransformOptions:
+    """Options of ``cctool transform --target features``."""
+    given = {"calibration": CALIBRATION} | given
+    return preset_options(None, target=TransformTarget.FEATURES, quality=quality, **given)
+
+
+def published(preset: TransformPreset) -> TransformOptions:
+    """Options of ``--preset``."""
+    return preset_options(preset, calibration=CALIBRATION)
+
+
+def jobs(run: Run) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is measured, by the rows' names, what matters most first."""
+    arguments = run.arguments
+    found: dict[str, Callable[[], dict[str, Any]]] = {"float": lambda: run.measured(run.checkpoint)}
+    for quality in arguments.tuned:
+        found[f"tuned {quality:g}"] = lambda quality=quality: run.finetuned(quality)  # type: ignore[misc]
+    for preset in PRESETS:
+        found[str(preset)] = lambda preset=preset: run.measured(run.coded(published(preset)))  # type: ignore[misc]
+    for quality in arguments.sweep:
+        found[f"plain {quality:g}"] = lambda quality=quality: run.measured(  # type: ignore[misc]
+            run.coded(defaults(quality)), arguments.sweep_images
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("weights", help="state dict of the trained resnet20")
+    parser.add_argument("data", help="folder of CIFAR-10")
+    parser.add_argument("--partial", help="JSON file of rows that were measured before")
+    parser.add_argument("--tuned", type=float, nargs="*", default=[40, 28, 20], help="qualities, fine-tuned")
+    parser.add_argument("--sweep", type=float, nargs="*", default=[20, 30, 40, 50, 65, 80, 90])
+    parser.add_argument(
+        "--sweep-images", type=int, help="test images of the plain curve; all unless given"
+    )
+    parser.add_argument("--train-images", type=int, help="of fine-tuning; all unless given")
+    parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning")
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    partial = Path(arguments.partial) if arguments.partial else None
+    rows: dict[str, Any] = {}
+    if partial is not None and partial.is_file():
+        rows = json.loads(partial.read_text(encoding="utf-8"))
+    run = Run(arguments)
+    for name, job in jobs(run).items():
+        if name not in rows:
+            began = time.process_time()
+            rows[name] = {"name": name} | job() | {"cpu_seconds": round(time.process_time() - began)}
+            print(f"# {time.strftime('%H:%M:%S')} {json.dumps(rows[name])}", flush=True)
+            if partial is not None:
+                partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    command = (
+        f"python benchmarks/feature_codec.py WEIGHTS CIFAR10_DIR --epochs {arguments.epochs} "
+        f"--lr {arguments.lr:g}"
+        + (f" --train-images {arguments.train_images}" if arguments.train_images else "")
+        + (f" --sweep-images {arguments.sweep_images}" if arguments.sweep_images else "")
+    )
+    record.write("feature_codec", command, arguments.seed, list(rows.values()))
+
+
+if __name__ == "__main__":
+    main()

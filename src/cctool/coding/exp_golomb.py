@@ -1,0 +1,163 @@
+"""Sparse exponential-Golomb code: tensors of integers to bits and back, without a step per symbol in Python.
+
+`cctool.coding.symbols` says what the code is. Values are written in blocks of a fixed number, one behind
+the other without a gap, so that the bits are as many as the codewords' lengths add up to. How many bits each
+block has is kept beside them: that lets all blocks be decoded side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cctool.coding.histogram import Histogram, histogram
+from cctool.coding.packing import pack
+from cctool.coding.symbols import (
+    MAX_K,
+    bits_of,
+    check_k,
+    code_lengths,
+    symbol_limit,
+    to_signed,
+    to_unsigned,
+)
+from cctool.coding.unpacking import MAX_BITS, unpack
+from cctool.errors import BitstreamError, TransformError
+
+__all__ = [
+    "MAX_BLOCK",
+    "MAX_K",
+    "Coded",
+    "Histogram",
+    "bits_of",
+    "block_size",
+    "check_coded",
+    "code_lengths",
+    "decode",
+    "encode",
+    "histogram",
+    "to_signed",
+    "to_unsigned",
+]
+
+# A decoder's steps and memory grow with it, whatever the file says.
+MAX_BLOCK = 1 << 12
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 1 << 10, 3840
+_SIDE_BY_SIDE = 64
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Integers in the sparse exponential-Golomb code.
+
+    Attributes:
+        payload: the bits, the first in the highest bit of the first byte, filled up with zero bits.
+        bits: how many there are: the sum of the codewords' lengths.
+        block_bits: bits of each block, uint32 of shape (ceil(count / block),).
+        count: number of values.
+        block: values in each block, the last of which may hold fewer.
+    """
+
+    payload: bytes
+    bits: int
+    block_bits: NDArray[np.uint32]
+    count: int
+    block: int
+
+
+def block_size(count: int) -> int:
+    """Values in a block of a tensor of ``count``, a multiple of 64.
+
+    There are 64 blocks or more to decode side by side, but none of fewer than 1024 values, where the blocks'
+    sizes would weigh. With at most 3840 the sizes of 8-bit values' blocks go into two bytes at every order.
+
+    >>> block_size(50), block_size(100_000), block_size(10_000_000)
+    (1024, 2048, 3840)
+    """
+    wanted = 1 << max(count // _SIDE_BY_SIDE - 1, 0).bit_length()
+    return min(max(wanted, _SMALLEST_BLOCK), _LARGEST_BLOCK)
+
+
+def encode(values: Tensor, k: int, *, signed: bool) -> Coded:
+    """Write integers.
+
+    Args:
+        values: int8, int16 or int32, or uint8 unless ``signed``; any shape, device and strides. Their
+            order is that of `values.flatten()`.
+        k: order of the code, 0 to 5.
+        signed: number the values 0, -1, 1, -2, 2, ... first; otherwise none may be negative.
+
+    Raises:
+        TransformError: if the type cannot be coded, or a value is negative without ``signed``.
+        UsageError: if the code has no such order.
+    """
+    check_k(k)
+    symbol_limit(values.dtype, signed=signed)
+    flat = values.detach().reshape(-1).cpu().contiguous()
+    if not signed and flat.numel() and int(flat.min()) < 0:
+        raise TransformError(
+            f"{int(flat.min())}: the unsigned code takes no negative values; use the signed one"
+        )
+    block = block_size(flat.numel())
+    payload, bits, block_bits = pack(flat.numpy(), k, signed=signed, block=block)
+    return Coded(payload, bits, block_bits, flat.numel(), block)
+
+
+def check_coded(coded: Coded) -> None:
+    """Refuse a count, block size or table that the payload does not bear out, before anything is allocated.
+
+    Raises:
+        BitstreamError: if they contradict each other. A codeword has at least one bit and at most 65.
+    """
+    count, block, sizes = coded.count, coded.block, coded.block_bits.astype(np.int64)
+    if not 1 <= block <= MAX_BLOCK:
+        raise BitstreamError(f"{block} values in a block of the stream: 1 to {MAX_BLOCK} are allowed")
+    if not 0 <= count <= coded.bits:
+        raise BitstreamError(f"{count} values in {coded.bits} bits of the stream: each takes at least one")
+    if len(sizes) != -(-count // block):
+        raise BitstreamError(f"{len(sizes)} blocks in the stream for {count} values, {block} to a block")
+    if int(sizes.sum()) != coded.bits or len(coded.payload) != -(-coded.bits // 8):
+        raise BitstreamError(f"the stream's blocks have {sizes.sum()} bits, its payload {coded.bits}")
+    counts = _counts(count, block)
+    if (sizes < counts).any() or (sizes > MAX_BITS * counts).any():
+        raise BitstreamError("a block of the stream has fewer or more bits than its values can take")
+    spare = 8 * len(coded.payload) - coded.bits
+    if spare and coded.payload[-1] & ((1 << spare) - 1):
+        raise BitstreamError("the stream's last byte is not filled up with zero bits")
+
+
+def decode(coded: Coded, k: int, *, signed: bool, dtype: torch.dtype) -> Tensor:
+    """Read integers back.
+
+    Args:
+        coded: what `encode` returned, or what a file claims to be such.
+        k: as it was for `encode`.
+        signed: as it was for `encode`.
+        dtype: type of the values.
+
+    Returns:
+        A tensor of shape (count,) on the CPU.
+
+    Raises:
+        BitstreamError: if the bits are not codewords of exactly ``count`` values of this type.
+        TransformError: if values of this type cannot be coded.
+        UsageError: if the code has no such order.
+    """
+    check_k(k)
+    limit = symbol_limit(dtype, signed=signed)
+    check_coded(coded)
+    target = torch.empty(0, dtype=dtype).numpy().dtype
+    counts = _counts(coded.count, coded.block)
+    values = unpack(coded.payload, coded.block_bits, counts, k, limit, signed=signed, dtype=target)
+    return torch.from_numpy(values)
+
+
+def _counts(count: int, block: int) -> NDArray[np.int64]:
+    counts = np.full(-(-count // block), block, dtype=np.int64)
+    if count % block:
+        counts[-1] = count % block
+    return counts

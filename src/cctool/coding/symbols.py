@@ -1,0 +1,129 @@
+"""Symbols of the sparse exponential-Golomb code (SEG) and the lengths of their codewords.
+
+SEG is the code of Georgiadis, "Accelerating Convolutional Neural Networks via Activation Map Compression"
+(CVPR 2019, arXiv:1812.04056), section 3.3. A symbol u >= 0 is written as
+
+    u = 0     the bit 1
+    u >= 1    the bit 0, then x = u - 1 + 2^k in binary behind floor(log2 x) - k further zero bits
+
+that is, a flag and the exponential-Golomb code of order k of u - 1. Its length is 2 floor(log2 x) + 2 - k. A
+codeword is therefore the number x, right-aligned in a field of its length. Order 0 spends the flag, too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cctool.errors import TransformError, UsageError
+
+__all__ = [
+    "MAX_K",
+    "bits_of",
+    "check_k",
+    "code_length",
+    "code_lengths",
+    "symbol_limit",
+    "to_signed",
+    "to_unsigned",
+]
+
+MAX_K = 5
+
+# Signed values need a wider type as symbols: -2^(b-1) becomes 2^b - 1.
+_WIDER = {torch.int8: torch.int16, torch.int16: torch.int32, torch.int32: torch.int64}
+_UNSIGNED = {torch.uint8: torch.uint8, **{dtype: dtype for dtype in _WIDER}}
+_PIECE = 1 << 20
+
+
+def check_k(k: int) -> None:
+    """Refuse an order that the code does not have. Raises UsageError unless 0 <= ``k`` <= 5."""
+    if not 0 <= k <= MAX_K:
+        raise UsageError(f"k {k}: the order of the exponential-Golomb code is 0 to {MAX_K}")
+
+
+def symbol_limit(dtype: torch.dtype, *, signed: bool) -> int:
+    """Largest symbol that a value of ``dtype`` can have.
+
+    >>> symbol_limit(torch.int8, signed=True), symbol_limit(torch.uint8, signed=False)
+    (255, 255)
+
+    Raises:
+        TransformError: if no values of this type can be coded.
+    """
+    taken = _WIDER if signed else _UNSIGNED
+    if dtype not in taken:
+        names = ", ".join(str(name).removeprefix("torch.") for name in taken)
+        kind = "signed" if signed else "unsigned"
+        raise TransformError(f"{str(dtype).removeprefix('torch.')}: the {kind} code takes {names}")
+    top = torch.iinfo(dtype).max
+    return 2 * top + 1 if signed else top
+
+
+def to_unsigned(values: Tensor) -> Tensor:
+    """Number signed values 0, -1, 1, -2, 2, ...: 2 v for v >= 0, 2 |v| - 1 for v < 0.
+
+    Args:
+        values: int8, int16 or int32, any shape and device.
+
+    Returns:
+        Symbols of the next wider type and the same shape.
+
+    >>> to_unsigned(torch.tensor([0, -1, 1, -2, 2], dtype=torch.int8)).tolist()
+    [0, 1, 2, 3, 4]
+    """
+    symbol_limit(values.dtype, signed=True)
+    wide = values.to(_WIDER[values.dtype])
+    return torch.where(wide < 0, -2 * wide - 1, 2 * wide)
+
+
+def to_signed(symbols: Tensor) -> Tensor:
+    """Values that symbols of `to_unsigned` stand for, of the symbols' own type and shape.
+
+    Args:
+        symbols: non-negative integers, any shape and device.
+
+    >>> to_signed(torch.tensor([0, 1, 2, 3, 4])).tolist()
+    [0, -1, 1, -2, 2]
+    """
+    # h ^ -1 is -h - 1.
+    return (symbols >> 1) ^ -(symbols & 1)
+
+
+def code_lengths(count: int, k: int) -> Tensor:
+    """Bits of the symbols 0, 1, ..., ``count`` - 1 in the code of order ``k``, int64 of shape (count,).
+
+    >>> code_lengths(6, 2).tolist()
+    [1, 4, 4, 4, 4, 6]
+    """
+    return _lengths(torch.arange(count), k)
+
+
+def code_length(symbol: int, k: int) -> int:
+    """Bits of one symbol in the code of order ``k``.
+
+    >>> code_length(0, 3), code_length(1, 3), code_length(256, 3)
+    (1, 5, 15)
+    """
+    check_k(k)
+    return 2 * (symbol - 1 + (1 << k)).bit_length() - k if symbol else 1
+
+
+def bits_of(symbols: Tensor, k: int) -> int:
+    """Bits that all of ``symbols`` take in the code of order ``k``, counted on their own device.
+
+    Args:
+        symbols: non-negative integers below 2^32, any shape and device.
+        k: order of the code, 0 to 5.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=symbols.device)
+    for piece in torch.split(symbols.reshape(-1), _PIECE):
+        total += _lengths(piece.long(), k).sum()
+    return int(total)
+
+
+def _lengths(symbols: Tensor, k: int) -> Tensor:
+    check_k(k)
+    # frexp's exponent is the number of binary digits; float64 holds every symbol exactly.
+    digits = torch.frexp((symbols - 1 + (1 << k)).clamp_(min=1).double()).exponent.long()
+    return torch.where(symbols == 0, 1, 2 * digits - k)

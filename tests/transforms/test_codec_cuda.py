@@ -1,0 +1,101 @@
+"""The codec on a CUDA device: the CPU's symbols, and reconstructions to float64's rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cctool.transforms.codec import CodecConfig, CodecState, Symbols, encode, reconstruct, simulate
+from cctool.transforms.statistics import TapStatistics
+from cctool.transforms.tables import default_table
+from cctool.transforms.taps import CalibratedTap, TapHook, set_taps, taps_of
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+CONFIGS: list[dict[str, Any]] = [
+    {"kernel": "dct"},
+    {"kernel": "dct", "norm": "none", "symbol_bits": 8},
+    {"kernel": "dst", "dead_zone": 0.2},
+    {"kernel": "dwt", "mean_shift": True},
+    {"kernel": "dwt", "original_units": True},
+    {"kernel": "bior2.2", "quality": 80.0},
+    {"kernel": "identity"},
+    {"kernel": "klt", "channel_klt": True},
+]
+
+
+def made(config: dict[str, Any]) -> tuple[torch.Tensor, CodecState]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 20, 20, generator=generator).relu()
+    table = () if config["kernel"] == "identity" else default_table(config["kernel"], 8, 3, 8).steps
+    bases = {}
+    if config["kernel"] == "klt":
+        for name, size in (
+            ("rows", 8),
+            ("rows_rest", 4),
+            ("columns", 8),
+            ("columns_rest", 4),
+            ("channels", 4),
+        ):
+            bases[name] = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
+    return x, CodecState(CodecConfig(table=table, **config), torch.tensor([0.0, float(x.max())]), bases)
+
+
+def moved(state: CodecState) -> CodecState:
+    bases = {name: basis.cuda() for name, basis in state.bases.items()}
+    return CodecState(state.config, state.bounds.cuda(), bases)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_symbols_maps_and_gradients_are_the_cpus(config: dict[str, Any]) -> None:
+    x, state = made(config)
+    here, there = encode(x, state), encode(x.cuda(), moved(state))
+    for a, b in zip(here.bands, there.bands, strict=True):
+        assert b.is_cuda
+        assert torch.equal(a, b.cpu())
+    assert here.clamped is not None
+    assert there.clamped is not None
+    assert torch.equal(here.clamped, there.clamped.cpu())
+    if here.means is not None:
+        assert there.means is not None
+        assert torch.equal(here.means, there.means.cpu())
+    assert torch.allclose(reconstruct(here, state), reconstruct(there, moved(state)).cpu(), atol=1e-6)
+    a, b = x.clone().requires_grad_(), x.cuda().requires_grad_()
+    weights = torch.rand(x.shape)
+    (simulate(a, state) * weights).sum().backward()
+    (simulate(b, moved(state)) * weights.cuda()).sum().backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    assert torch.allclose(a.grad, b.grad.cpu(), atol=1e-4)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_figures_are_the_cpus(config: dict[str, Any]) -> None:
+    x, state = made(config)
+    found = []
+    for device, codec in (("cpu", state), ("cuda", moved(state))):
+        statistics = TapStatistics("tap", TapHook(codec.config, (4, 20, 20), ""))
+        symbols: Symbols = encode(x.to(device), codec)
+        statistics.add(symbols, x.to(device), reconstruct(symbols, codec))
+        found.append(statistics.figures())
+    assert found[0].bands == found[1].bands
+    assert found[0].payload_bits == found[1].payload_bits
+    assert found[0].sqnr_db == pytest.approx(found[1].sqnr_db, rel=1e-4)
+
+
+def test_taps_move_with_their_module() -> None:
+    x, state = made(CONFIGS[-1])
+    model = torch.nn.Sequential(torch.nn.Identity())
+    set_taps(model, {"0": CalibratedTap(state.config, (4, 20, 20), "", state.bounds, state.bases)})
+    expected = model(x)
+    model.cuda()
+    assert torch.allclose(model(x.cuda()).cpu(), expected, atol=1e-6)
+    with torch.autocast("cuda", dtype=torch.float16):
+        assert torch.allclose(model(x.cuda()).cpu(), expected, atol=1e-6)
+    assert torch.equal(model.cpu()(x), expected)
+    assert list(taps_of(model)) == ["0"]
