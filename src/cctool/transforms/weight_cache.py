@@ -17,9 +17,13 @@ class WeightCache:
     A weight is only kept where no gradients are recorded for it. It counts as current as long as its sources
     are the same memory and were not changed in place; what is written through ``.data`` is seen by nobody, so
     that `clear` is called where layers change between training and evaluation.
+
+    Args:
+        keeps: whether a weight is kept at all; whoever follows where tensors come from must see it made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps: bool = True) -> None:
+        self._keeps = keeps
         self.clear()
 
     def clear(self) -> None:
@@ -35,7 +39,7 @@ class WeightCache:
             sources: what it is made of.
         """
         recorded = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        if recorded or torch.compiler.is_compiling() or any(map(_untracked, sources)):
+        if recorded or not self._keeps or torch.compiler.is_compiling() or any(map(_untracked, sources)):
             return compute()
         key = (torch.is_inference_mode_enabled(), *map(_state, sources))
         held = self._held
