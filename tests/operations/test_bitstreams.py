@@ -1,4 +1,4 @@
-"""Streams of coded maps: what is stated is what is written, and what is written decodes to what was passed."""
+"""Streams of coded maps: what is stated is written, and what is written decodes to what was passed."""
 
 from __future__ import annotations
 

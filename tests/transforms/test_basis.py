@@ -258,6 +258,24 @@ def test_normalised_gradients_have_norm_one_in_copies_and_files_too() -> None:
     )
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kernel", ["dct", "dst", "dft"])
+def test_layers_compute_the_same_on_cuda(kernel: str) -> None:
+    for layer in (nn.Linear(70, 90), nn.Conv2d(6, 8, 3, groups=2)):
+        made = basis(layer, kernel)
+        x = torch.randn(2, 70) if isinstance(layer, nn.Linear) else torch.randn(2, 6, 9, 9)
+        expected = made(x)
+        expected.abs().sum().backward()
+        gradient = made.frequency_offsets.grad.clone()
+        made.zero_grad()
+        found = made.cuda()(x.cuda())
+        assert found.is_cuda
+        torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=1e-3)
+        found.abs().sum().backward()
+        torch.testing.assert_close(made.frequency_offsets.grad.cpu(), gradient, atol=1e-1, rtol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -270,6 +288,8 @@ def test_normalised_gradients_have_norm_one_in_copies_and_files_too() -> None:
         ({"cut": [2]}, "cut"),
         ({"normalize_gradients": "yes"}, "normalize_gradients"),
         ({"hook": "print"}, "hook"),
+        ({"ends": True}, "real"),
+        ({"kernel": "dft", "cut": [0]}, "not cut"),
         ({"outputs": 0}, "outputs"),
     ],
 )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import Field, StrictBool
+from pydantic import Field, StrictBool, model_validator
 from torch import Tensor, nn
 
 from cctool.checkpoint.masks import drop_masks, mask_name, masks_of
@@ -57,6 +57,14 @@ class BasisArguments(Record):
     cut: Annotated[tuple[Literal[0, 1], ...], Field(max_length=2)] = ()
     normalize_gradients: StrictBool = False
     ends: StrictBool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BasisArguments:
+        if self.kernel == "dft" and self.cut:
+            raise ValueError("layers that compute with complex numbers are not cut")
+        if self.kernel != "dft" and self.ends:
+            raise ValueError(f"a layer of the {self.kernel} is real, and nothing complex ends there")
+        return self
 
     @property
     def period(self) -> int:

@@ -28,10 +28,8 @@ class WeightCache:
 
     def clear(self) -> None:
         """Forget the weight."""
-        self._weight: Tensor | None = None
-        self._key: tuple[Any, ...] = ()
-        # Held so that their memory cannot become another tensor's.
-        self._sources: list[Tensor] = []
+        # In one object, for replicas of a layer on several devices share their cache across threads.
+        self._held: tuple[tuple[Any, ...], Tensor, list[Tensor]] | None = None
 
     def get(self, compute: Callable[[], Tensor], sources: Sequence[Tensor]) -> Tensor:
         """The weight, computed where it is not at hand.
@@ -44,10 +42,11 @@ class WeightCache:
         if recorded or not self._keeps or torch.compiler.is_compiling() or any(map(_untracked, sources)):
             return compute()
         key = (torch.is_inference_mode_enabled(), *map(_state, sources))
-        if self._weight is None or key != self._key:
-            self._weight, self._key = compute(), key
-            self._sources = [source.detach() for source in sources]
-        return self._weight
+        held = self._held
+        if held is None or held[0] != key:
+            # The sources are held so that their memory cannot become another tensor's.
+            held = self._held = (key, compute(), [source.detach() for source in sources])
+        return held[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
         return WeightCache()
