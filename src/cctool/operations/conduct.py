@@ -166,12 +166,13 @@ def _stopped(
     if options.keep_storage and forms:
         product = encoded_again(product, replace(product, stored=forms), context)
         metrics = metrics_of(product, source, options, context)
+    product, of_taps = trained_taps(product, source, options.data, context)
     return Outcome(
         product,
         TrainReport(done, epoch, step.metrics_before, metrics, str(folder.path)),
         metrics_before=step.metrics_before,
         metrics_after=metrics,
-        notes=(*start.notes(keep_storage=options.keep_storage), note),
+        notes=(*start.notes(keep_storage=options.keep_storage), *of_taps, note),
         others=step.others,
         continues=step,
     )
