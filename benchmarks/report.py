@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import report_coding
+import report_coefficients
 import report_codec
 import report_goals
 import report_kernels
@@ -187,6 +189,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: partial(draw, table=table) for name, draw in report_goals.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_zoo.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_kernels.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_coding.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_coefficients.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_codec.SECTIONS.items()},
     "devices": devices,
 }

@@ -41,6 +41,18 @@ def test_the_dct_is_at_least_as_fast_as_the_peers() -> None:
     assert all(row["shape"] == [64, 64, 56, 56] and row["ratio"] >= 1 for row in rows)
 
 
+def test_claims_of_the_coder_hold() -> None:
+    path = ROOT / "benchmarks" / "results" / "coding_speed.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["symbols"] == 10_000_000
+        assert row["ratio_python_encode"] >= 20
+        assert row["ratio_python_decode"] >= 20
+        assert row["ratio_nncodec"] >= 2
+        assert row["entropy"] <= row["bits_per_symbol"]
+
+
 def test_claims_against_peers_hold() -> None:
     results = ROOT / "benchmarks" / "results"
     speed = json.loads((results / "prune_speed.json").read_text(encoding="utf-8"))["rows"]

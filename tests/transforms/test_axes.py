@@ -20,7 +20,7 @@ from cctool.transforms.axes import (
     narrowed,
     synthesised,
 )
-from cctool.transforms.klt import klt_basis
+from cctool.transforms.klt import klt_bases
 
 
 def axis(**values: object) -> TransformedAxis:
@@ -100,6 +100,10 @@ def test_bases_of_biorthogonal_wavelets_have_the_norms_of_their_functions() -> N
     torch.testing.assert_close(blocked, norms.repeat(3))
 
 
+def klt_basis(x: Tensor, of: TransformedAxis) -> Tensor:
+    return klt_bases(x, (of.model_copy(update={"kernel": "klt"}),))[of.dim]
+
+
 def test_a_klt_decorrelates_and_sorts_by_energy() -> None:
     x = values(6, 10) * torch.linspace(1, 5, 10)
     basis = klt_basis(x, axis())
@@ -119,6 +123,27 @@ def test_a_klt_of_blocks_has_a_basis_for_each() -> None:
     assert not basis[8:, 2:].any()
     torch.testing.assert_close(basis[4:8], klt_basis(x[:, 4:8], axis(size=4, kept=4)))
     torch.testing.assert_close(synthesised(analysed(x, blocked, basis), blocked, basis), x)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8), (1, 5)])
+def test_the_klt_of_a_matrix_is_its_singular_value_decomposition(shape: tuple[int, int]) -> None:
+    x = values(*shape)
+    axes = tuple(axis(dim=dim, kernel="klt", size=size, kept=size) for dim, size in enumerate(shape))
+    bases = klt_bases(x, axes)
+    for dim, size in enumerate(shape):
+        torch.testing.assert_close(bases[dim].T @ bases[dim], torch.eye(size, dtype=torch.float64))
+    found = bases[0].T @ x @ bases[1]
+    singular = np.linalg.svd(x.numpy(), compute_uv=False)
+    expected = np.zeros(shape)
+    np.fill_diagonal(expected, singular)
+    np.testing.assert_allclose(found.abs().numpy(), expected, atol=1e-9)
+
+
+def test_a_weight_that_is_not_finite_gets_unit_vectors() -> None:
+    x = values(6, 10)
+    x[0, 0] = torch.nan
+    basis = klt_basis(x, axis())
+    torch.testing.assert_close(basis @ basis.T, torch.eye(10, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kernel", ["dct", "db2", "bior2.2"])

@@ -98,6 +98,10 @@ def test_a_narrowed_layer_is_smaller_and_computes_with_the_corner() -> None:
     corner[3:], corner[:, 5:] = 0, 0
     expected = scipy.fft.idctn(corner, norm="ortho")
     np.testing.assert_allclose(found.weight.detach().numpy(), expected, atol=1e-5)
+    mask = torch.rand(3, 5) > 0.5
+    add_masks(found, {"coefficients": mask})
+    found.narrow([2, 4])
+    assert torch.equal(masks_of(found)["coefficients"], mask[:2, :4])
 
 
 @pytest.mark.parametrize("kernel", ["dct", "klt", "bior2.2", "dwt"])
@@ -297,6 +301,7 @@ def test_hostile_arguments_are_refused_before_anything_is_allocated() -> None:
         ({"axes": [axis | {"kept": 7}]}, "keeps 7"),
         ({"axes": [axis | {"kept": 3, "block": 2}]}, "keeps 3"),
         ({"axes": [axis | {"dim": 2}]}, "no dim 2"),
+        ({"axes": [axis | {"kernel": "klt", "size": 9000, "kept": 6, "rows": True}]}, "at most 8192"),
         ({"axes": [axis | {"size": 2**40, "rows": True}]}, "size"),
         ({"axes": [axis | {"surprise": 1}]}, "surprise"),
         ({"axes": [axis], "surprise": 1}, "surprise"),

@@ -44,8 +44,8 @@ __all__ = [
     "to_unsigned",
 ]
 
-# A decoder's steps grow with it, whatever the file says.
-MAX_BLOCK = 1 << 16
+# A decoder's steps and memory grow with it, whatever the file says.
+MAX_BLOCK = 1 << 12
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 1 << 10, 3840
 _SIDE_BY_SIDE = 64
 

@@ -13,7 +13,7 @@ from cctool.errors import TransformError
 
 __all__ = ["Histogram", "histogram"]
 
-_PIECE = 1 << 22
+_PIECE = 1 << 21
 # Most symbols are 0, and additions to one place of a GPU's memory wait for each other: each bin has copies.
 _COPIES = 1024
 _FEW_BINS = 1 << 10

@@ -29,8 +29,10 @@ MAX_BITS = 65
 _WINDOW = 15
 _ESCAPE = 1 << _WINDOW
 _MASK = np.uint64((1 << 30) - 1)
+# Blocks decoded side by side: many, so that a step's overhead is shared, and no more than the cache and
+# memory take, of which long codewords need the most.
 _GROUP_BLOCKS = 2048
-_GROUP_BITS = 1 << 27
+_GROUP_BITS = 1 << 26
 _LONGEST_ROUND = 64
 _PIECE = 1 << 13
 
@@ -150,7 +152,8 @@ def _blocks_apart(words: Words, starts: Integers, ends: Integers, sizes: Integer
     # Shifts by 64 give 0, for the last word of a block as for one that begins at a word's first bit.
     apart = np.take(words, index) << shift | np.take(words, index + 1) >> (np.uint64(WORD) - shift)
     surplus = np.clip(WORD + inner - np.repeat(ends - starts, sizes), 0, WORD).astype(np.uint64)
-    return (apart >> surplus) << surplus
+    kept: Words = apart >> surplus << surplus
+    return kept
 
 
 class _Progress:

@@ -20,6 +20,7 @@ from cctool.operations.processes import fit_in_processes, node_rank
 from cctool.operations.resuming import forms_from, refuse_other_files, refuse_other_options, starts_afresh
 from cctool.operations.run_folder import LoggedReporter, RunFolder
 from cctool.operations.sources import open_source, require_source
+from cctool.operations.tap_upkeep import trained_taps
 from cctool.training.evaluate import trial_output
 from cctool.training.objectives import Objective
 from cctool.training.progress import EpochRow, best_of
@@ -128,6 +129,7 @@ def _fit(
     finished.model.eval()
     if options.keep_storage and start.forms:
         finished = encoded_again(finished, replace(finished, stored=start.forms), context)
+    finished, of_taps = trained_taps(finished, source, options.data, context)
     after = metrics_of(finished, source, options, context)
     for log in result.logs:
         log.finish(after)
@@ -140,7 +142,7 @@ def _fit(
         report,
         metrics_before=start.metrics_before,
         metrics_after=after,
-        notes=start.notes(keep_storage=options.keep_storage),
+        notes=(*start.notes(keep_storage=options.keep_storage), *of_taps),
         others=start.others,
         continues=start.continues,
     )

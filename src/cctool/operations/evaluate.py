@@ -24,6 +24,7 @@ from cctool.operations.fitting import user_loss, user_metric
 from cctool.operations.measuring import serve
 from cctool.operations.sources import require_source
 from cctool.operations.tap_tables import stream_tables, tap_tables
+from cctool.operations.tap_upkeep import warn_of_stale
 from cctool.operations.tap_watch import refuse_unwatched, watched
 from cctool.options.evaluate import EvaluateOptions, SplitName
 from cctool.training.evaluate import evaluate, outputs_of
@@ -83,6 +84,7 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
     source = require_source(options.data, checkpoint, context, "evaluate")
     if checkpoint.spec.classes and source.classes and checkpoint.spec.classes != source.classes:
         context.reporter.warn(f"{source.reference} has other classes than the network was made for")
+    warn_of_stale(checkpoint, context)
     split = _split(source, options.split, context)
     has_labels = _has_labels(source.split(split))
     if not has_labels and options.predictions is None and not options.asks_for_taps:

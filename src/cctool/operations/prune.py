@@ -33,6 +33,7 @@ from cctool.operations.resuming import never_trained
 from cctool.operations.rewinding import open_earlier, rewound
 from cctool.operations.sources import open_source, require_source
 from cctool.operations.sparsifying import sparsified
+from cctool.operations.tap_upkeep import recalibrated_taps, trained_taps
 from cctool.operations.teaching import distillation
 from cctool.operations.width_pictures import picture_path, write_picture
 from cctool.options.fit import FitOptions
@@ -40,6 +41,7 @@ from cctool.options.prune import Images, PruneOptions, StepMode
 from cctool.pruning.reports import PruneReport
 from cctool.pruning.surgery import CutPlan
 from cctool.training.objectives import Objective
+from cctool.transforms.taps import bypassed
 
 __all__ = ["StepReport", "plan", "run"]
 
@@ -153,8 +155,13 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
         resume = base.resume if _only_cuts(options) else None
         changed = changer.changed(replace(base, model=model, resume=resume), step)
         current = _reset(changed, work)
-        images = _recalibrate(current, changed, work)
+        with bypassed(current.model):
+            images = _recalibrate(current, changed, work)
+        current, of_taps = recalibrated_taps(current, work.source, options.data, context)
         current = stored_with_masks(_finetuned(current, work))
+        if options.finetune_epochs and work.source is not None:
+            current, grown = trained_taps(current, work.source, options.data, context)
+            of_taps += grown
         after = measured_splits(current, work.source, options.data, context)
         _warn_of_collapse(current, after, images, work)
         report = replace(
@@ -170,7 +177,11 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
             label=label,
             metrics_before=work.metrics,
             metrics_after=after,
-            notes=(*([f"step {step} of {options.steps}"] if options.steps > 1 else []), *changed.notes),
+            notes=(
+                *([f"step {step} of {options.steps}"] if options.steps > 1 else []),
+                *changed.notes,
+                *of_taps,
+            ),
             others=work.others,
         )
         # The pipeline moves what it writes to the CPU.

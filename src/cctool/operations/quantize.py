@@ -24,6 +24,7 @@ from cctool.operations.mask_storage import encode_under_mask, masks_by_place, st
 from cctool.operations.measuring import measured_splits
 from cctool.operations.sizes import stored_bytes
 from cctool.operations.sources import open_source
+from cctool.operations.tap_upkeep import recalibrated_taps
 from cctool.options.quantize import QuantizeOptions
 from cctool.quantization.methods import METHODS
 from cctool.quantization.selection import Selected, Skipped, select
@@ -109,8 +110,9 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         reports.append(found)
     product = stored_with_masks(replace(product, stored=stored))
     _decode_into(product, [item.names[0] for item in selected], context)
+    product, of_taps = recalibrated_taps(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
-    notes = (*_storage_notes(checkpoint, product, reports), *_counted(skipped))
+    notes = (*_storage_notes(checkpoint, product, reports), *_counted(skipped), *of_taps)
     report = QuantizeReport(
         method=str(options.method),
         tensors=tuple(reports),

@@ -27,6 +27,9 @@ from cctool.checkpoint.spec import ModelSpec
 from cctool.errors import PruningError
 from cctool.operations.context import Context
 from cctool.operations.rewinding import with_values
+from cctool.transforms.coefficients import CoefficientLayer, basis_name, rows_name
+from cctool.transforms.plain import plain_model
+from cctool.transforms.swapped import Swap
 
 __all__ = ["reinitialised"]
 
@@ -47,14 +50,16 @@ def reinitialised(checkpoint: Checkpoint, context: Context) -> Checkpoint:
         PruningError: the architecture's own code does not build at these widths.
     """
     spec, model = checkpoint.spec, checkpoint.model
+    widths = plain_model(model).state_dict(keep_vars=True)
     try:
         with torch.random.fork_rng(devices=[]):
             fresh = _built_thin(
                 lambda: context.tables.build(spec.architecture, spec.arguments),
-                {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()},
+                {name: tuple(tensor.shape) for name, tensor in widths.items()},
                 _attributes(spec),
                 context.runtime.seed,
             )
+            _swap_again(fresh, checkpoint, context)
     # The user's own code, or a library's, may do anything with a width that it does not expect.
     except Exception as error:
         text = " ".join(str(error).split())[:200]
@@ -62,6 +67,34 @@ def reinitialised(checkpoint: Checkpoint, context: Context) -> Checkpoint:
             f"--from-scratch: {spec.architecture} does not build at the thinned widths ({text})"
         ) from error
     return with_values(checkpoint, _drawn(model, fresh, spec))
+
+
+def _swap_again(fresh: nn.Module, checkpoint: Checkpoint, context: Context) -> None:
+    """Put swapped layers into a network that was just drawn; coefficients make what its weights are."""
+    kind = context.tables.edits.get("swap")
+    edits = [edit for edit in checkpoint.spec.edits if edit.get("kind") == "swap"]
+    for edit in edits if kind is not None else ():
+        swap = Swap.model_validate(edit)
+        drawn = fresh.get_submodule(swap.module)
+        kind.apply(fresh, swap)
+        layer, present = (model.get_submodule(swap.module) for model in (fresh, checkpoint.model))
+        if isinstance(layer, CoefficientLayer) and isinstance(present, CoefficientLayer):
+            _become(layer, present, drawn.get_parameter("weight").detach())
+
+
+def _become(layer: CoefficientLayer, present: CoefficientLayer, weight: Tensor) -> None:
+    """Give a layer the bases and places of the present one, and coefficients that make this weight."""
+    for axis in present.arguments.axes:
+        for name in (basis_name(axis), rows_name(axis)):
+            buffer = present._buffers.get(name)
+            if buffer is not None:
+                layer._buffers[name] = buffer.to(weight.device, copy=True)
+        rows = layer._buffers.get(rows_name(axis))
+        if rows is not None:
+            # Places that are gone count as zeros.
+            shape = [axis.size if dim == axis.dim else size for dim, size in enumerate(weight.shape)]
+            weight = weight.new_zeros(shape).index_copy_(axis.dim, rows.long(), weight)
+    layer.set_weight(weight)
 
 
 def _attributes(spec: ModelSpec) -> dict[str, Mapping[str, int | tuple[int, ...]]]:

@@ -21,11 +21,13 @@ from cctool.checkpoint.masks import with_masks
 from cctool.copying import copied
 from cctool.errors import PruningError
 from cctool.operations.context import Context
+from cctool.operations.examples import example
 from cctool.operations.stored_cut import cut_stored
 from cctool.pruning.surgery import Cut, CutPlan, apply_cut, named_tensors
 from cctool.transforms.plain import plain_model
 from cctool.transforms.swapped import SwappedLayer, swapped_layers, with_swaps
-from cctool.transforms.taps import drop_taps, tap_buffers, with_taps
+from cctool.transforms.tap_sites import find_sites
+from cctool.transforms.taps import bypassed, drop_taps, tap_buffers, taps_of, with_taps
 
 __all__ = [
     "CarriedOut",
@@ -102,7 +104,11 @@ def carried_out(checkpoint: Checkpoint, plan: CutPlan, context: Context) -> Carr
     if swapped_layers(model):
         spec = with_swaps(spec, model)
         notes += _not_smaller(before, model, plan)
-    return CarriedOut(replace(checkpoint, spec=spec, stored=stored), tuple(notes))
+    cut = replace(checkpoint, spec=spec, stored=stored)
+    if taps_of(model):
+        _set_shapes(cut)
+        cut = replace(cut, spec=with_taps(spec, model))
+    return CarriedOut(cut, tuple(notes))
 
 
 def cut_model(model: nn.Module, plan: CutPlan) -> None:
@@ -133,6 +139,14 @@ def cut_model(model: nn.Module, plan: CutPlan) -> None:
             {module: values for module, values in plan.attributes.items() if module not in layers},
         ),
     )
+
+
+def _set_shapes(checkpoint: Checkpoint) -> None:
+    """Tell taps the shape of their maps after a cut."""
+    hooks = taps_of(checkpoint.model)
+    with bypassed(checkpoint.model):
+        for site in find_sites(checkpoint.model, example(checkpoint), tuple(hooks)):
+            hooks[site.name].shape = site.shape
 
 
 def thin_copy(model: nn.Module, plan: CutPlan) -> nn.Module:
@@ -208,7 +222,7 @@ def _owned_by_swapped(model: nn.Module) -> dict[str, str]:
 
 
 def _explained(before: Tensor, after: Tensor, cuts: Mapping[str, Sequence[Cut]]) -> tuple[Cut, ...] | None:
-    """Which cuts of a layer's ordinary tensors, along which dims, make one tensor of another; None if none."""
+    """Which cuts of a layer's ordinary tensors make one tensor of another; None where none do."""
     if before.dim() != after.dim():
         return None
     given = [cut for several in cuts.values() for cut in several]

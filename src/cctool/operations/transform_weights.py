@@ -6,32 +6,34 @@ select -> plain weight -> coefficients per axis -> corner | mask -> swap edits, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.masks import add_masks, with_masks
+from cctool.checkpoint.masks import add_masks, mask_name, with_masks
 from cctool.errors import TransformError, UsageError
 from cctool.operations.context import Context, Outcome
 from cctool.operations.mask_storage import lossy_forms, stored_with_masks
 from cctool.operations.measuring import measured_splits
 from cctool.operations.sizes import stored_bytes
 from cctool.operations.sources import open_source
+from cctool.operations.tap_upkeep import recalibrated_taps
 from cctool.operations.transform_weights_report import (
+    CodedLayerReport,
     TransformWeightsReport,
     coded_layer_report,
     counted,
     layer_bytes,
+    unshrunk,
 )
 from cctool.options.transform import TransformOptions, WeightOptions
 from cctool.options.transform_choices import Select
 from cctool.transforms import kernels
-from cctool.transforms.axes import KLT, TransformedAxis
+from cctool.transforms.axes import KLT, MAX_KLT_LENGTH, TransformedAxis
 from cctool.transforms.choosing import chosen
 from cctool.transforms.coefficient_building import coefficient_layer
 from cctool.transforms.coefficients import CoefficientLayer, Coefficients
-from cctool.transforms.klt import MAX_LENGTH
 from cctool.transforms.selection import Selected, SkippedLayer, select_layers, transformed_axes
 from cctool.transforms.swap import put_in_place
 from cctool.transforms.swapped import with_swaps
@@ -66,44 +68,57 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
         UsageError: if the kernel is unknown, options do not go with it, or a pattern matches nothing.
         TransformError: if no layer can be transformed.
     """
-    weights = options.weights
     _check(options)
-    selected, skipped = select_layers(checkpoint.model, weights.layers)
+    selected, skipped = select_layers(checkpoint.model, options.weights.layers)
     source = open_source(options.data, checkpoint, context)
     before = measured_splits(checkpoint, source, options.data, context)
-    stored_before = stored_with_masks(checkpoint)
-    bytes_before = stored_bytes(stored_before)
-    layer_bytes_before = {item.names[0]: layer_bytes(stored_before, item.names[0]) for item in selected}
+    sizes = _Sizes.of(checkpoint, selected)
     coded, untouched = _coded(selected, options, context)
     skipped = [*skipped, *untouched]
     if not coded:
-        reasons = "; ".join(counted(skipped))
-        raise TransformError(f"nothing is left to transform: {reasons}")
+        raise TransformError(f"nothing is left to transform: {'; '.join(counted(skipped))}")
     notes = [*_notes(checkpoint, coded, options), *counted(skipped)]
-    product = stored_with_masks(_with_layers(checkpoint, coded, weights))
+    product = stored_with_masks(_with_layers(checkpoint, coded, options.weights))
+    product, of_taps = recalibrated_taps(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
-    layers = tuple(
-        coded_layer_report(
-            item.name, item.selected.plain, item.layer, item.places, layer_bytes_before[item.name], product
-        )
-        for item in coded
-    )
-    notes += [
-        f"{layer.name} does not shrink: {layer.bytes_before:,} -> {layer.bytes_after:,} bytes"
-        for layer in layers
-        if layer.bytes_after > layer.bytes_before
-    ]
+    layers = _layer_reports(coded, sizes, product)
+    notes += [*of_taps, *unshrunk(layers)]
     report = TransformWeightsReport(
         kernel=options.kernel,
         layers=layers,
         skipped=tuple(skipped),
-        bytes_before=bytes_before,
+        bytes_before=sizes.network,
         bytes_after=stored_bytes(product),
         metrics_before=before,
         metrics_after=after,
         notes=tuple(notes),
     )
     yield Outcome(product, report, metrics_before=before, metrics_after=after, notes=tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of a network as it is stored, and of its layers by name."""
+
+    network: int
+    layers: Mapping[str, int]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, selected: Sequence[Selected]) -> _Sizes:
+        stored = stored_with_masks(checkpoint)
+        layers = {item.names[0]: layer_bytes(stored, item.names[0]) for item in selected}
+        return cls(stored_bytes(stored), layers)
+
+
+def _layer_reports(
+    coded: Sequence[_Coded], sizes: _Sizes, product: Checkpoint
+) -> tuple[CodedLayerReport, ...]:
+    return tuple(
+        coded_layer_report(
+            item.name, item.selected.plain, item.layer, item.places, sizes.layers[item.name], product
+        )
+        for item in coded
+    )
 
 
 def with_coefficients(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> Checkpoint:
@@ -157,10 +172,10 @@ def _coded(
 
 
 def _too_long(axes: Sequence[TransformedAxis]) -> str:
-    lengths = [axis.length for axis in axes if axis.kernel == KLT and axis.length > MAX_LENGTH]
+    lengths = [axis.length for axis in axes if axis.kernel == KLT and axis.length > MAX_KLT_LENGTH]
     if not lengths:
         return ""
-    return f"klt of {lengths[0]:,} channels at once takes too long; --block {MAX_LENGTH // 8} takes fewer"
+    return f"klt of {lengths[0]:,} channels at once takes too long; --block {MAX_KLT_LENGTH // 8} takes fewer"
 
 
 def _with_layers(checkpoint: Checkpoint, coded: Sequence[_Coded], weights: WeightOptions) -> Checkpoint:
@@ -179,7 +194,7 @@ def _with_layers(checkpoint: Checkpoint, coded: Sequence[_Coded], weights: Weigh
 def _belongs(tensor: str, coded: Sequence[_Coded]) -> bool:
     """Whether a tensor is the weight, or what it is computed from, of a layer that was replaced."""
     owner, _, leaf = tensor.rpartition(".")
-    return leaf not in ("bias", "bias_mask") and any(owner in item.selected.names for item in coded)
+    return leaf not in ("bias", mask_name("bias")) and any(owner in item.selected.names for item in coded)
 
 
 def _notes(checkpoint: Checkpoint, coded: Sequence[_Coded], options: TransformOptions) -> list[str]:

@@ -15,8 +15,16 @@ from cctool.checkpoint.spec import Metrics
 from cctool.transforms.axes import TransformedAxis
 from cctool.transforms.coefficients import CoefficientLayer
 from cctool.transforms.selection import SkippedLayer
+from cctool.transforms.taps import tap_buffers
 
-__all__ = ["CodedLayerReport", "TransformWeightsReport", "coded_layer_report", "counted", "layer_bytes"]
+__all__ = [
+    "CodedLayerReport",
+    "TransformWeightsReport",
+    "coded_layer_report",
+    "counted",
+    "layer_bytes",
+    "unshrunk",
+]
 
 _AXES = {2: ("out", "in"), 4: ("out", "in", "height", "width")}
 
@@ -155,11 +163,21 @@ def layer_bytes(checkpoint: Checkpoint, name: str) -> int:
 
 
 def _parts(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+    of_taps = tap_buffers(checkpoint.model)
     for leaf, tensor in checkpoint.model.get_submodule(name).state_dict().items():
-        if leaf in ("bias", mask_name("bias")):
+        if leaf in ("bias", mask_name("bias")) or f"{name}.{leaf}" in of_taps:
             continue
         form = checkpoint.stored.get(f"{name}.{leaf}")
         yield from [tensor] if form is None else form.parts.values()
+
+
+def unshrunk(layers: Sequence[CodedLayerReport]) -> list[str]:
+    """What the notes say of layers that take more bytes than before."""
+    return [
+        f"{layer.name} does not shrink: {layer.bytes_before:,} -> {layer.bytes_after:,} bytes"
+        for layer in layers
+        if layer.bytes_after > layer.bytes_before
+    ]
 
 
 def counted(skipped: Sequence[SkippedLayer]) -> list[str]:

@@ -23,6 +23,7 @@ from cctool.transforms import kernels
 
 __all__ = [
     "KLT",
+    "MAX_KLT_LENGTH",
     "Segment",
     "TransformedAxis",
     "analysed",
@@ -38,6 +39,9 @@ __all__ = [
 
 KLT = "klt"
 """The kernel that is no fixed matrix: Karhunen-Loeve, computed from the weight."""
+
+MAX_KLT_LENGTH = 8192
+"""Longest axis, or block of one, that a KLT is made for; the time grows with the third power."""
 
 _CHUNK = 256
 
@@ -113,7 +117,7 @@ def analysed(x: Tensor, axis: TransformedAxis, basis: Tensor | None = None) -> T
     Args:
         x: of ``axis.size`` along ``axis.dim``.
         axis: how it is transformed.
-        basis: of the KLT, of shape (size, kept) as `klt_basis` makes it.
+        basis: of the KLT, of shape (size, kept) as `klt.klt_bases` makes it.
 
     Returns:
         Of `count` along that dim.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import Field, StrictBool
+from pydantic import Field, StrictBool, model_validator
 from torch import Tensor, nn
 
 from cctool.checkpoint.masks import drop_masks, mask_name, masks_of
@@ -27,7 +27,7 @@ from cctool.transforms.weight_cache import WeightCache
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["BASIS", "BIAS_STD", "BasisArguments", "BasisLayer", "BasisLinear", "LinearBasis"]
+__all__ = ["BASIS", "BIAS_STD", "BasisArguments", "BasisLayer", "BasisLinear", "LinearBasis", "init_normal"]
 
 BASIS = "basis"
 """Name of these layers in the table of swaps."""
@@ -57,6 +57,14 @@ class BasisArguments(Record):
     cut: Annotated[tuple[Literal[0, 1], ...], Field(max_length=2)] = ()
     normalize_gradients: StrictBool = False
     ends: StrictBool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BasisArguments:
+        if self.kernel == "dft" and self.cut:
+            raise ValueError("layers that compute with complex numbers are not cut")
+        if self.kernel != "dft" and self.ends:
+            raise ValueError(f"a layer of the {self.kernel} is real, and nothing complex ends there")
+        return self
 
     @property
     def period(self) -> int:
@@ -120,7 +128,8 @@ class BasisLayer(SwappedLayer):
     def indices(self) -> Tensor:
         """(rows,) the frequencies that training began with; in a convolution each group begins with 0."""
         if 0 in self.arguments.cut:
-            return self.get_buffer(_ROWS[0])
+            rows: Tensor = getattr(self, _ROWS[0])
+            return rows
         offsets = self.frequency_offsets
         return torch.arange(len(offsets), device=offsets.device) % self.arguments.outputs
 
@@ -128,7 +137,8 @@ class BasisLayer(SwappedLayer):
     def positions(self) -> Tensor:
         """(samples,) which samples of the basis functions the inputs meet."""
         if 1 in self.arguments.cut:
-            return self.get_buffer(_ROWS[1])
+            rows: Tensor = getattr(self, _ROWS[1])
+            return rows
         return torch.arange(self.samples, device=self.frequency_offsets.device)
 
     @property
@@ -146,7 +156,7 @@ class BasisLayer(SwappedLayer):
 
     def trained(self, name: str) -> Tensor:
         """A parameter in float32 or float64, its gradient normalised where that was asked for."""
-        tensor: Tensor = self.get_parameter(name)
+        tensor: Tensor = getattr(self, name)
         # Half precision cannot tell one frequency from the next.
         tensor = tensor if tensor.dtype is torch.float64 else tensor.float()
         return unit_gradient(tensor) if self.arguments.normalize_gradients else tensor
@@ -243,6 +253,13 @@ class BasisLayer(SwappedLayer):
         return f"{super().extra_repr()}, basis={self.arguments.kernel}"
 
 
+def init_normal(parameter: nn.Parameter, std: float) -> None:
+    """Initialise with N(0, std), unless there is nothing to initialise."""
+    # On the meta device this would load a second's worth of torch's compiler.
+    if not parameter.is_meta:
+        nn.init.normal_(parameter, std=std)
+
+
 class LinearBasis(BasisLayer):
     """What real and complex linear layers share."""
 
@@ -272,7 +289,7 @@ class BasisLinear(LinearBasis, nn.Linear):  # type: ignore[misc,override]
         """See `BasisLayer`."""
         super().begin(arguments)
         if self.bias is not None:
-            nn.init.normal_(self.bias, std=BIAS_STD)
+            init_normal(self.bias, BIAS_STD)
 
     def compute_weight(self) -> Tensor:
         """(out_features, in_features), see `frequencies.real_rows`."""

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cctool.transforms.basis import BasisLayer
+from cctool.transforms.basis import BasisLayer, init_normal
 from cctool.transforms.complex_numbers import magnitude
 from cctool.transforms.frequencies import real_rows
 from cctool.transforms.swapped import Cut
@@ -59,7 +59,7 @@ class ConvolutionBasis(BasisLayer):
         self.height_offsets = nn.Parameter(weight.new_zeros(height))
         self.width_offsets = nn.Parameter(weight.new_zeros(width))
         self.delta = nn.Parameter(weight.new_empty(rows, height, width))
-        nn.init.normal_(self.delta, std=1.0 if self.arguments.normalize_gradients else _DELTA_STD)
+        init_normal(self.delta, 1.0 if self.arguments.normalize_gradients else _DELTA_STD)
 
     @property
     def samples(self) -> int:

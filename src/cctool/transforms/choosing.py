@@ -81,12 +81,14 @@ def _chosen_adaptive(layers: Mapping[str, CoefficientLayer], weights: WeightOpti
 
 
 def magnitudes(layer: CoefficientLayer) -> Tensor:
-    """What each coefficient adds to the weight, of the coefficients' shape, float64, on the CPU."""
-    sizes = layer.coefficients.detach().cpu().double().abs()
+    """What each coefficient adds to the weight, of the coefficients' shape, float32 or 64, on the CPU."""
+    sizes = layer.coefficients.detach().cpu().abs()
+    sizes = sizes if sizes.dtype == torch.float64 else sizes.float()
     for axis in layer.arguments.axes:
         norms = coefficient_norms(axis)
         if norms is not None:
-            sizes *= norms.view([-1 if dim == axis.dim else 1 for dim in range(sizes.dim())])
+            shape = [-1 if dim == axis.dim else 1 for dim in range(sizes.dim())]
+            sizes *= norms.to(sizes.dtype).view(shape)
     return sizes
 
 
@@ -112,9 +114,12 @@ def _largest(sizes: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:
     for size in sizes.values():
         flat[start + int(size.argmax())] = math.inf
         start += size.numel()
-    order = flat.argsort(descending=True, stable=True)
-    mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[order[: max(len(sizes), _whole(keep * len(flat)))]] = True
+    wanted = max(len(sizes), _whole(keep * len(flat)))
+    # The last that stays; sorting millions would take many times the memory.
+    least = flat.kthvalue(len(flat) - wanted + 1).values
+    mask = flat > least
+    equal = (flat == least).nonzero().flatten()
+    mask[equal[: wanted - int(mask.sum())]] = True
     masks, start = {}, 0
     for name, size in sizes.items():
         masks[name] = mask[start : start + size.numel()].view(size.shape)

@@ -21,7 +21,7 @@ from cctool.transforms.coefficients import (
     remade,
     rows_name,
 )
-from cctool.transforms.klt import klt_basis
+from cctool.transforms.klt import klt_bases
 from cctool.transforms.weight_cache import WeightCache
 
 __all__ = ["build_coefficients", "check_coefficients", "coefficient_layer"]
@@ -60,9 +60,12 @@ def coefficient_layer(layer: nn.Module, arguments: Coefficients) -> CoefficientL
         torch.empty(shape, dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad
     )
     made._parameters = {PARAMETER: made._parameters.pop(PARAMETER), **made._parameters}
+    # Where there are no values yet, or not of all places, a file brings them.
+    known = not weight.is_meta and not any(axis.rows for axis in arguments.axes)
+    bases = klt_bases(weight, arguments.axes) if known else {}
     for axis in arguments.axes:
-        _register_beside(made, axis, weight)
-    if not weight.is_meta and not any(axis.rows for axis in arguments.axes):
+        _register_beside(made, axis, weight, bases.get(axis.dim))
+    if known:
         made.set_weight(weight.detach())
     return made
 
@@ -86,13 +89,13 @@ def _coefficient_shape(weight: Tensor, arguments: Coefficients) -> list[int]:
     return shape
 
 
-def _register_beside(layer: CoefficientLayer, axis: TransformedAxis, weight: Tensor) -> None:
+def _register_beside(
+    layer: CoefficientLayer, axis: TransformedAxis, weight: Tensor, basis: Tensor | None
+) -> None:
     device = torch.device("cpu") if weight.is_meta else weight.device
     if axis.kernel == KLT:
-        # Where there are no values yet, a file brings the basis.
-        basis = torch.zeros(axis.size, axis.kept, dtype=weight.dtype, device=device)
-        if not weight.is_meta and not axis.rows:
-            basis = klt_basis(weight, axis)
+        if basis is None:
+            basis = torch.zeros(axis.size, axis.kept, dtype=weight.dtype, device=device)
         layer.register_buffer(basis_name(axis), basis)
     if axis.rows:
         left = weight.shape[axis.dim]

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from copy import copy
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cctool.errors import TransformError
-from cctool.transforms.basis import BIAS_STD, BasisArguments, BasisLayer, LinearBasis
+from cctool.transforms.basis import BIAS_STD, BasisArguments, BasisLayer, LinearBasis, init_normal
 from cctool.transforms.basis_conv import ConvolutionBasis
+from cctool.transforms.coefficients import remade
 from cctool.transforms.complex_numbers import TINY, magnitude
 from cctool.transforms.frequencies import complex_rows
 from cctool.transforms.swapped import Cut, SwappedLayer
@@ -80,7 +80,7 @@ class ComplexMaxPool2d(ComplexModule):
     def __init__(self, layer: nn.Module, ends: bool = False) -> None:
         super().__init__(ends)
         self.layer = layer
-        self.indexing = copy(layer)
+        self.indexing = remade(layer, type(layer))
         self.indexing.return_indices = True  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -212,8 +212,8 @@ class ComplexBasisLinear(ComplexLayer, LinearBasis, nn.Linear):  # type: ignore[
         self.register_parameter("bias_imaginary", None)
         if self.bias is not None:
             self.bias_imaginary = nn.Parameter(torch.zeros_like(self.bias))
-            nn.init.normal_(self.bias, std=BIAS_STD)
-            nn.init.normal_(self.bias_imaginary, std=BIAS_STD)
+            init_normal(self.bias, BIAS_STD)
+            init_normal(self.bias_imaginary, BIAS_STD)
 
     def compute_weight(self) -> Tensor:
         """(out_features, in_features), complex."""

@@ -7,7 +7,7 @@ codec itself.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -155,9 +155,14 @@ def _wavelet_pair(name: str, size: int) -> tuple[Tensor, Tensor]:
 def _block_pair(spatial: Blocks, size: int) -> tuple[Tensor, Tensor]:
     sides = block_sizes(size, spatial.block)
     return (
-        torch.block_diag(*(analysis_matrix(spatial.kernel, side) for side in sides)),
-        torch.block_diag(*(synthesis_matrix(spatial.kernel, side) for side in sides)),
+        _diagonal([analysis_matrix(spatial.kernel, side) for side in sides]),
+        _diagonal([synthesis_matrix(spatial.kernel, side) for side in sides]),
     )
+
+
+def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    found: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _basis_pair(spatial: CalibratedBlocks, axis: str, size: int) -> tuple[Tensor, Tensor]:
@@ -165,5 +170,5 @@ def _basis_pair(spatial: CalibratedBlocks, axis: str, size: int) -> tuple[Tensor
         spatial.bases[axis if side == spatial.block else f"{axis}_rest"].detach().double()
         for side in block_sizes(size, spatial.block)
     ]
-    matrix = torch.block_diag(*parts)
+    matrix = _diagonal(parts)
     return matrix, matrix.T.contiguous()

@@ -73,8 +73,10 @@ def _angles(indices: Tensor, offsets: Tensor, positions: Tensor, turn: int, unit
 
     The integer part is reduced exactly: float32 would lose three digits of 4096 x 4096 periods.
     """
-    whole = torch.outer(indices, positions).remainder_(turn).to(offsets.dtype)
-    return unit * (whole + torch.outer(offsets, positions.to(offsets.dtype)))
+    # Frequencies and samples of a layer give products of at most turn^2 / 8.
+    kind = torch.int32 if turn * turn // 8 < 2**31 else torch.int64
+    whole = torch.outer(indices.to(kind), positions.to(kind)).remainder_(turn).to(offsets.dtype)
+    return torch.addr(whole, offsets, positions.to(offsets.dtype), beta=unit, alpha=unit)
 
 
 def row_norms(kernel: str, whole: Tensor, offsets: Tensor, *, size: int, period: int) -> Tensor:

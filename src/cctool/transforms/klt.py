@@ -15,34 +15,59 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cctool.transforms.axes import TransformedAxis, pieces, unflattened
+from cctool.transforms.axes import KLT, TransformedAxis, pieces, unflattened
 
-__all__ = ["MAX_LENGTH", "KltChoice", "klt_basis", "klt_choice", "used"]
-
-MAX_LENGTH = 8192
-"""Longest axis, or block of one, whose eigenvectors are computed; the time grows with the third power."""
+__all__ = ["KltChoice", "klt_bases", "klt_choice", "used"]
 
 
-def klt_basis(x: Tensor, axis: TransformedAxis) -> Tensor:
-    """Orthonormal columns per block, of most energy first.
+def klt_bases(weight: Tensor, axes: tuple[TransformedAxis, ...]) -> dict[int, Tensor]:
+    """Orthonormal columns per block of each axis, of most energy first.
 
     Args:
-        x: the weight, of ``axis.size`` along ``axis.dim``.
-        axis: how it is transformed; the basis has its ``kept`` columns.
+        weight: of the axes' sizes.
+        axes: how it is transformed; the basis of each has its ``kept`` columns. Other kernels have none.
 
     Returns:
-        Of shape (size, kept), of the weight's type; columns that a smaller last block lacks are zero.
+        By dim, of shape (size, kept), of the weight's type; columns that a smaller last block lacks are zero.
+        A weight that is not finite has no eigenvectors, and gets unit vectors.
     """
-    flat = x.detach().movedim(axis.dim, 0).flatten(1).double()
-    basis = flat.new_zeros(axis.size, axis.kept)
+    weight = weight.detach()
+    values = weight.double() if bool(weight.isfinite().all()) else torch.eye(
+        weight.shape[0], weight[0].numel(), dtype=torch.float64, device=weight.device
+    ).view(weight.shape)  # fmt: skip
+    bases: dict[int, Tensor] = {}
+    # A matrix has the singular vectors of its short side in common with the long one.
+    for axis in sorted((axis for axis in axes if axis.kernel == KLT), key=lambda axis: axis.length):
+        flat = values.movedim(axis.dim, 0).flatten(1)
+        other = bases.get(1 - axis.dim) if values.dim() == 2 else None
+        if other is not None and axis.block is None and other.shape[0] == other.shape[1] == flat.shape[1]:
+            bases[axis.dim] = _from_other_side(flat, other)[:, : axis.kept]
+        else:
+            bases[axis.dim] = _eigenvectors(flat, axis)
+    return {dim: basis.to(weight.dtype) for dim, basis in bases.items()}
+
+
+def _from_other_side(x: Tensor, vectors: Tensor) -> Tensor:
+    """All left singular vectors of (n, m), n >= m, from its right ones: what these become is orthogonal."""
+    vectors, _ = torch.linalg.qr(x @ vectors, mode="complete")
+    return _signed(vectors)
+
+
+def _eigenvectors(x: Tensor, axis: TransformedAxis) -> Tensor:
+    """Eigenvectors of each block's Gram matrix; x is the unfolding, of shape (size, rest)."""
+    basis = x.new_zeros(axis.size, axis.kept)
     for segment, place, _ in pieces(axis):
         stop = place + segment.blocks * segment.length
-        blocks = unflattened(flat[place:stop], 0, segment.blocks, segment.length)
+        blocks = unflattened(x[place:stop], 0, segment.blocks, segment.length)
         vectors = torch.linalg.eigh(blocks @ blocks.transpose(1, 2)).eigenvectors.flip(2)[..., : segment.kept]
-        # Eigenvectors have no sign of their own: the largest entry is positive.
-        largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-        basis[place:stop, : vectors.shape[2]] = (vectors * largest.sign()).flatten(0, 1)
-    return basis.to(x.dtype)
+        basis[place:stop, : vectors.shape[2]] = _signed(vectors).flatten(0, 1)
+    return basis
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """Eigenvectors, the columns, have no sign of their own: the largest entry of each is positive."""
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    return torch.where(largest < 0, -vectors, vectors)
 
 
 @dataclass(frozen=True)

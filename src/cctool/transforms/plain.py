@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from pydantic import JsonValue
 from torch import nn
 
 from cctool.copying import copied
 from cctool.transforms.exported import put_exported
 from cctool.transforms.swapped import SwappedLayer, swapped_layers
 from cctool.transforms.taps import drop_taps, taps_of
+from cctool.transforms.weight_cache import WeightCache
 
 __all__ = ["exportable", "plain_model", "type_of"]
 
@@ -20,14 +24,17 @@ def plain_model(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model`` itself where nothing is swapped or tapped; else a copy that shares all tensors of the other
-        modules. Layers that have no ordinary counterpart stay swapped.
+        modules. Layers that have no ordinary counterpart stay swapped, and make their weight in every pass.
     """
     layers = {name: layer.plain() for name, layer in swapped_layers(model).items()}
     found = {name: layer for name, layer in layers.items() if layer is not None}
-    if not found and not taps_of(model):
+    if not layers and not taps_of(model):
         return model
     copy = _copy_with(model, found)
     drop_taps(copy)
+    for layer in swapped_layers(copy).values():
+        if isinstance(getattr(layer, "cache", None), WeightCache):
+            layer.cache = WeightCache(keeps=False)
     return copy
 
 
@@ -67,9 +74,24 @@ def _copy_with(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
 def type_of(module: nn.Module) -> str:
     """Class name of a module; of a swapped layer that of the ordinary one, with what it is made of.
 
-    As in ``Linear (coefficient)``.
+    As in ``Linear (dct coefficient)``.
     """
     if not isinstance(module, SwappedLayer):
         return type(module).__name__
     ordinary = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn"))
-    return f"{ordinary.__name__} ({module.swap('').layer})"
+    swap = module.swap("")
+    kinds = list(dict.fromkeys([*_kernels(swap.arguments), swap.layer]))
+    return f"{ordinary.__name__} ({' '.join(kinds)})"
+
+
+def _kernels(arguments: JsonValue) -> Iterator[str]:
+    """Kernels that a swap's arguments name."""
+    if isinstance(arguments, dict):
+        for key, value in arguments.items():
+            if key == "kernel" and isinstance(value, str):
+                yield value
+            else:
+                yield from _kernels(value)
+    elif isinstance(arguments, list):
+        for item in arguments:
+            yield from _kernels(item)
