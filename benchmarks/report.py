@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import report_codec
 import report_coding
 import report_coefficients
-import report_codec
 import report_goals
 import report_kernels
 import report_zoo
