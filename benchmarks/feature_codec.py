@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -120,12 +120,12 @@ class Run:
             ],
         }
 
-    def finetuned(self, quality: float) -> dict[str, Any]:
-        """The default table at a quality, after training with the codecs in the loop."""
-        arguments, coded = self.arguments, self.coded(defaults(quality))
-        options = FitOptions(epochs=arguments.epochs, optimizer="sgd", lr=arguments.lr)
+    def finetuned(self, options: TransformOptions) -> dict[str, Any]:
+        """The network after training with the codecs in the loop."""
+        arguments, coded = self.arguments, self.coded(options)
+        fit = FitOptions(epochs=arguments.epochs, optimizer="sgd", lr=arguments.lr)
         images = self.source(arguments.train_images)
-        trained = finetune(coded, images, options, self.data, self.context, choose_best=False)
+        trained = finetune(coded, images, fit, self.data, self.context, choose_best=False)
         return self.measured(trained) | {
             "train_images": len(images.split("train")),
             "epochs": arguments.epochs,
@@ -144,18 +144,17 @@ def published(preset: TransformPreset) -> TransformOptions:
     return preset_options(preset, calibration=CALIBRATION)
 
 
-def jobs(run: Run) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What is measured, by the rows' names, what matters most first."""
+def jobs(run: Run) -> dict[str, tuple[TransformOptions | None, bool]]:
+    """What is measured, by the rows' names: options, and whether it is fine-tuned."""
     arguments = run.arguments
-    found: dict[str, Callable[[], dict[str, Any]]] = {"float": lambda: run.measured(run.checkpoint)}
+    found: dict[str, tuple[TransformOptions | None, bool]] = {"float": (None, False)}
     for quality in arguments.tuned:
-        found[f"tuned {quality:g}"] = lambda quality=quality: run.finetuned(quality)  # type: ignore[misc]
+        found[f"dct, channel KLT, quality {quality:g}, tuned"] = defaults(quality, channel_klt=True), True
     for preset in PRESETS:
-        found[str(preset)] = lambda preset=preset: run.measured(run.coded(published(preset)))  # type: ignore[misc]
+        found[f"preset {preset}"] = published(preset), False
     for quality in arguments.sweep:
-        found[f"plain {quality:g}"] = lambda quality=quality: run.measured(  # type: ignore[misc]
-            run.coded(defaults(quality)), arguments.sweep_images
-        )
+        found[f"dct, channel KLT, quality {quality:g}"] = defaults(quality, channel_klt=True), False
+        found[f"dct, quality {quality:g}"] = defaults(quality), False
     return found
 
 
@@ -164,14 +163,13 @@ def main() -> None:
     parser.add_argument("weights", help="state dict of the trained resnet20")
     parser.add_argument("data", help="folder of CIFAR-10")
     parser.add_argument("--partial", help="JSON file of rows that were measured before")
-    parser.add_argument("--tuned", type=float, nargs="*", default=[40, 28, 20], help="qualities, fine-tuned")
-    parser.add_argument("--sweep", type=float, nargs="*", default=[20, 30, 40, 50, 65, 80, 90])
-    parser.add_argument(
-        "--sweep-images", type=int, help="test images of the plain curve; all unless given"
-    )
+    parser.add_argument("--only", default="", help="regular expression of the rows to measure")
+    parser.add_argument("--tuned", type=float, nargs="*", default=[44, 30, 20], help="qualities, fine-tuned")
+    parser.add_argument("--sweep", type=float, nargs="*", default=[20, 30, 44, 60, 80, 90])
+    parser.add_argument("--sweep-images", type=int, help="test images of untuned rows; all unless given")
     parser.add_argument("--train-images", type=int, help="of fine-tuning; all unless given")
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning")
-    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--lr", type=float, default=0.004)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
@@ -181,10 +179,16 @@ def main() -> None:
     if partial is not None and partial.is_file():
         rows = json.loads(partial.read_text(encoding="utf-8"))
     run = Run(arguments)
-    for name, job in jobs(run).items():
-        if name not in rows:
+    for name, (options, tuned) in jobs(run).items():
+        if name not in rows and re.search(arguments.only, name):
             began = time.process_time()
-            rows[name] = {"name": name} | job() | {"cpu_seconds": round(time.process_time() - began)}
+            if options is None:
+                found = run.measured(run.checkpoint)
+            elif tuned:
+                found = run.finetuned(options)
+            else:
+                found = run.measured(run.coded(options), arguments.sweep_images)
+            rows[name] = {"name": name} | found | {"cpu_seconds": round(time.process_time() - began)}
             print(f"# {time.strftime('%H:%M:%S')} {json.dumps(rows[name])}", flush=True)
             if partial is not None:
                 partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import report_coding
+import report_coefficients
+import report_codec
 import report_goals
 import report_kernels
 import report_zoo
@@ -188,6 +190,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: partial(draw, table=table) for name, draw in report_zoo.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_kernels.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_coding.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_coefficients.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_codec.SECTIONS.items()},
     "devices": devices,
 }
 

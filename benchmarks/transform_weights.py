@@ -9,7 +9,7 @@ place on top.
 
 Every row is written as soon as it is there, and a second run goes on where the first ended.
 
-    python benchmarks/transform_weights.py cifar10:DIR [--keep 0.25] [--images 5000] [--epochs 5]
+    python benchmarks/transform_weights.py cifar10:DIR [--keep 0.25] [--images 4000] [--epochs 5]
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data")
     parser.add_argument("--keep", type=float, default=0.25)
-    parser.add_argument("--images", type=int, default=5_000)
+    parser.add_argument("--images", type=int, default=4_000)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--finetune-epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=2e-4)

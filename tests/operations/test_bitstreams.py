@@ -1,4 +1,4 @@
-"""Streams of coded maps: what is stated is what is written, and what is written decodes to what was passed."""
+"""Streams of coded maps: what is stated is written, and what is written decodes to what was passed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def written(coded: Path) -> Path:
 
 
 def decoded(source: Path, output: Path, *, force: bool = False) -> decode.DecodeReport:
-    return decode.run(DecodeOptions((str(source),), str(output), force), RuntimeOptions(device="cpu"), Silent())
+    return decode.run(
+        DecodeOptions((str(source),), str(output), force), RuntimeOptions(device="cpu"), Silent()
+    )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -234,7 +236,15 @@ def flip(place: float) -> Any:
 @pytest.mark.parametrize("index", [True, False])
 @pytest.mark.parametrize(
     "change",
-    [flip(0.0), flip(0.05), flip(0.5), flip(0.999), lambda d: bytes(d[:-1]), lambda d: bytes(d[:900]), bytes(0).join],
+    [
+        flip(0.0),
+        flip(0.05),
+        flip(0.5),
+        flip(0.999),
+        lambda d: bytes(d[:-1]),
+        lambda d: bytes(d[:900]),
+        bytes(0).join,
+    ],
     ids=["magic", "header", "payload", "end", "cut by a byte", "cut", "empty"],
 )
 def test_damage_is_an_error_that_leaves_nothing(

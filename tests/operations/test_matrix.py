@@ -1,6 +1,7 @@
 """Every ordered pair of methods composes through files, on three networks, one of them the user's own.
 
-Each later method joins `METHODS` and is tried before and after all others.
+Each later method joins `METHODS` and is tried before and after all others; transforms are tried before and
+after one of each kind, and each other.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "prune-slimming": ("prune", "INPUT", "--method", "slimming", "--rate", "0.3", "--limit", "32"),
     "prune-l1": ("prune", "INPUT", "--method", "l1", "--rate", "0.3", "--limit", "32"),
     "prune-l2": ("prune", "INPUT", "--method", "l2", "--rate", "0.3", "--limit", "32"),
+    "prune-elements": ("prune", "INPUT", "--granularity", "element", "--rate", "0.3", "--limit", "32"),
     "prune-random": ("prune", "INPUT", "--method", "random", "--rate", "0.3", "--limit", "32"),
     "quantize-fp16": ("quantize", "INPUT", "--method", "fp16", "--limit", "32"),
     "quantize-bf16": ("quantize", "INPUT", "--method", "bf16", "--limit", "32"),
@@ -36,6 +39,25 @@ METHODS: dict[str, tuple[str, ...]] = {
     "quantize-channel": ("quantize", "INPUT", "--method", "uint8", "--per-channel", "--limit", "32"),
 }
 """Command lines, with the places of the input and of the teacher."""
+
+TRANSFORMS: dict[str, tuple[str, ...]] = {
+    "energy": ("transform", "INPUT", "--keep", "0.5", "--limit", "32"),
+    "corner": ("transform", "INPUT", "--keep", "0.5", "--select", "corner", "--kernel", "klt", *DATA),
+    "basis": ("transform", "INPUT", "--mode", "basis", "--layers", "stem", "--limit", "32"),
+    "features": (
+        *("transform", "INPUT", "--target", "features", "--taps", "bn1", "--calibration", "16"),
+        *DATA,
+    ),
+}
+"""Transforms of the user's network, tried before and after the others."""
+
+OTHERS = ("train", "distill", "prune-l1", "prune-elements", "quantize-channel")
+
+REFUSED = {
+    ("prune-elements", weights): "its weight has a mask, which a transform would spread over all coefficients"
+    for weights in ("energy", "corner", "basis")
+}
+"""Pairs that cannot be, and what is said of them."""
 
 VERBS_ONLY = ("train", "distill", "prune-slimming", "quantize-uint8")
 
@@ -104,7 +126,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workplace]:
 def apply(place: Workplace, method: str, source: Path, output: Path) -> Path:
     """Run one method of the table."""
     places_ = {"INPUT": str(source), "TEACHER": str(place.teacher)}
-    line = [places_.get(word, word) for word in METHODS[method]]
+    line = [places_.get(word, word) for word in {**METHODS, **TRANSFORMS}[method]]
     (written,) = cctool_(*line, *place.arch, *QUIET, "--force", "-o", str(output))
     return written
 
@@ -131,17 +153,19 @@ def check_new_process(place: Workplace, files: list[Path]) -> None:
             assert torch.equal(logits[str(file)], cctool.load(file, arch=arch).model(inputs)), file.name
 
 
-def check_pairs(place: Workplace, methods: tuple[str, ...], export: str) -> None:
+def check_pairs(place: Workplace, pairs: Iterable[tuple[str, str]], export: str) -> None:
     """Apply every ordered pair and look at each result."""
     arch = place.arch[1] if place.arch else None
-    firsts = {m: apply(place, m, place.start, place.folder / f"{m}.pt") for m in methods}
+    pairs = list(pairs)
+    firsts = {m: apply(place, m, place.start, place.folder / f"{m}.pt") for m, _ in dict(pairs).items()}
     results = []
-    for first, second in itertools.product(methods, methods):
+    for first, second in pairs:
         output = place.folder / f"{first}+{second}.pt"
         results.append(apply(place, second, firsts[first], output))
         history = cctool.load(output, arch=arch).history
         verbs = [step.verb for step in history]
-        assert verbs == ["train", METHODS[first][0], METHODS[second][0]], output.name
+        lines = {**METHODS, **TRANSFORMS}
+        assert verbs == ["train", lines[first][0], lines[second][0]], output.name
         for step, file in zip(history[1:], (place.start, firsts[first]), strict=True):
             assert step.parent is not None
             assert step.parent.path == file.name
@@ -159,15 +183,49 @@ def check_pairs(place: Workplace, methods: tuple[str, ...], export: str) -> None
 
 
 def test_every_pair_on_the_users_own_network(places: dict[str, Workplace]) -> None:
-    check_pairs(places["own"], tuple(METHODS), "state-dict")
+    check_pairs(places["own"], itertools.product(METHODS, METHODS), "state-dict")
+
+
+def transform_pairs(name: str) -> list[tuple[str, str]]:
+    """A transform before and after every verb, and before every transform."""
+    after = [other for other in OTHERS if (other, name) not in REFUSED]
+    return [*((name, other) for other in (*OTHERS, *TRANSFORMS)), *((other, name) for other in after)]
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_before_and_after_every_verb(places: dict[str, Workplace], name: str) -> None:
+    check_pairs(places["own"], transform_pairs(name), "state-dict")
+
+
+@pytest.mark.parametrize(("first", "second"), REFUSED)
+def test_pairs_that_cannot_be_are_refused_in_a_line(
+    places: dict[str, Workplace], first: str, second: str
+) -> None:
+    place = places["own"]
+    source = apply(place, first, place.start, place.folder / f"{first}.pt")
+    line = [str(source) if word == "INPUT" else word for word in TRANSFORMS[second]]
+    output = place.folder / "refused.pt"
+    result = CliRunner().invoke(app, [*line, *place.arch, *QUIET, "-o", str(output)])
+    assert result.exit_code == 1
+    assert REFUSED[first, second] in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_student"])
 def test_every_pair_of_verbs(places: dict[str, Workplace], name: str) -> None:
-    check_pairs(places[name], VERBS_ONLY, "state-dict")
+    check_pairs(places[name], itertools.product(VERBS_ONLY, VERBS_ONLY), "state-dict")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["own", "resnet20", "mobilenet_student"])
 def test_every_pair_exports_to_onnx(places: dict[str, Workplace], name: str) -> None:
-    check_pairs(places[name], tuple(METHODS), "onnx")
+    check_pairs(places[name], itertools.product(METHODS, METHODS), "onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_before_and_after_every_verb_export_to_onnx(
+    places: dict[str, Workplace], name: str
+) -> None:
+    check_pairs(places["own"], transform_pairs(name), "onnx")

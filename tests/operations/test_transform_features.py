@@ -190,8 +190,8 @@ def test_calibrated_bases_compress_more_than_none() -> None:
 
 def test_fine_tuning_with_codecs_in_the_loop_improves(tmp_path: Path) -> None:
     """On the images that it trains on, so that a few steps show."""
-    fit = FitOptions(epochs=6, optimizer="adam", lr=1e-3)
-    data = DataOptions(data="digits", limit=128, batch_size=16)
+    fit = FitOptions(epochs=3, optimizer="adam", lr=3e-3)
+    data = DataOptions(data="digits", limit=96, batch_size=16)
     request = {"runtime": RuntimeOptions(device="cpu"), "force": True}
     spec = built().spec.model_copy(update={"architecture": "lenet", "arguments": {}})
     torch.manual_seed(0)

@@ -184,6 +184,9 @@ def test_wrong_options_are_refused_with_what_is_allowed(lenet: Path) -> None:
         ({"kernel": "cosine"}, "dct, dst, dft"),
         ({"layers": ("head",)}, "no linear layer or convolution is called so; features.0 is one"),
         ({"levels": 2}, "--levels 2: dct has none"),
+        ({"select": Select.CORNER}, "--keep says how large"),
+        ({"scope": Scope.GLOBAL}, "--keep says what layers compete for"),
+        ({"select": Select.CORNER, "threshold": 1.0}, "--select corner takes --keep"),
         ({"kernel": "identity", "keep": 0.5, "select": Select.CORNER}, "identity has no frequencies"),
     ]
     for options, message in wrong:

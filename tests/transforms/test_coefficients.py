@@ -98,6 +98,10 @@ def test_a_narrowed_layer_is_smaller_and_computes_with_the_corner() -> None:
     corner[3:], corner[:, 5:] = 0, 0
     expected = scipy.fft.idctn(corner, norm="ortho")
     np.testing.assert_allclose(found.weight.detach().numpy(), expected, atol=1e-5)
+    mask = torch.rand(3, 5) > 0.5
+    add_masks(found, {"coefficients": mask})
+    found.narrow([2, 4])
+    assert torch.equal(masks_of(found)["coefficients"], mask[:2, :4])
 
 
 @pytest.mark.parametrize("kernel", ["dct", "klt", "bior2.2", "dwt"])

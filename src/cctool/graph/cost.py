@@ -103,7 +103,10 @@ def count(model: nn.Module, traced: Trace) -> ModelCost:
 def _cost(call: Call) -> Cost | None:
     rule = RULES.get(call.function)
     try:
-        return None if rule is None else rule(call)
+        cost = None if rule is None else rule(call)
+        if cost is not None and call.of_complex:
+            cost = replace(cost, macs=4 * cost.macs, matmul_macs=4 * cost.matmul_macs)
+        return cost
     except (IndexError, KeyError, TypeError, ValueError):
         # Called in a form whose arguments the record does not name: not counted, and said so.
         return None

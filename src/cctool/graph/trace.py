@@ -68,6 +68,7 @@ class Call:
         output_shapes: shapes of all tensors returned.
         tensor_names: beside each input shape, the qualified name if it is a parameter or buffer, else "".
         attributes: other arguments by name, where the function is in `ARGUMENTS` or they were keywords.
+        of_complex: whether it took two complex tensors or more, so that a product is four of real numbers.
     """
 
     function: str
@@ -77,6 +78,7 @@ class Call:
     output_shapes: tuple[Shape, ...]
     tensor_names: tuple[str, ...]
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    of_complex: bool = False
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -142,6 +144,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
                 output_shapes=_shapes(results),
                 tensor_names=tuple(names.get(id(tensor), "") for tensor in arguments),
                 attributes=_attributes(event),
+                of_complex=sum(tensor.is_complex() for tensor in arguments) > 1,
             )
         )
 

@@ -19,7 +19,7 @@ from cctool.operations.setting_aside import plain_checkpoint, without_taps
 from cctool.operations.sources import open_source
 from cctool.options.common import DataOptions
 from cctool.options.export import DEFAULT_SUFFIXES, ExportFormat, ExportOptions
-from cctool.transforms.plain import exportable
+from cctool.transforms.plain import exportable, plain_model
 from cctool.transforms.swapped import swapped_layers
 from cctool.transforms.taps import taps_of
 
@@ -121,6 +121,12 @@ def export(
 def _network(checkpoint: Checkpoint, *, codec: bool) -> nn.Module | None:
     """What is converted in place of the network itself, where that has what no other program knows."""
     model = checkpoint.model
+    strange = swapped_layers(plain_model(model))
+    if strange:
+        raise ExportError(
+            f"{min(strange)} computes with complex numbers, which ONNX has no layers for; --format state-dict "
+            "or safetensors writes its parameters"
+        )
     return exportable(model.cpu(), codec=codec) if swapped_layers(model) or taps_of(model) else None
 
 
@@ -129,7 +135,10 @@ def _transform_notes(
 ) -> tuple[str, ...]:
     """What became of swapped layers and taps."""
     notes = []
-    layers = swapped_layers(checkpoint.model)
+    layers, strange = swapped_layers(checkpoint.model), swapped_layers(plain_model(checkpoint.model))
+    if strange:
+        notes.append(f"{len(strange)} layers of complex numbers are written by their own parameters")
+    layers = {name: layer for name, layer in layers.items() if name not in strange}
     if layers:
         factored = sum(layer.factored() is not None for layer in layers.values())
         small = f"{factored} as small factors, " if factored and kind is ExportFormat.ONNX else ""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec
+from cctool.errors import PruningError
 from cctool.graph.execution import execute
 from cctool.pruning.prune import Planner
 from cctool.pruning.selection import Selection
@@ -17,7 +18,7 @@ from cctool.pruning.targets import sketch
 from cctool.transforms.swapped import swapped_layers
 from cctool.transforms.taps import taps_of
 
-__all__ = ["frozen_families"]
+__all__ = ["frozen_families", "refuse_all_complex"]
 
 
 def frozen_families(planner: Planner, checkpoint: Checkpoint) -> dict[str, str]:
@@ -37,6 +38,21 @@ def frozen_families(planner: Planner, checkpoint: Checkpoint) -> dict[str, str]:
     hooks = taps_of(checkpoint.model)
     mixed = {name: hook.shape[0] for name, hook in hooks.items() if hook.codec.channel_klt}
     return {**(_passing(planner, mixed) if mixed else {}), **found}
+
+
+def refuse_all_complex(planner: Planner) -> None:
+    """Say why where complex layers leave nothing to cut.
+
+    Raises:
+        PruningError: naming the first of them.
+    """
+    layers = list(swapped_layers(planner.model))
+    if layers and not planner.graph.families:
+        more = f" and {len(layers) - 1} layers more" if len(layers) > 1 else ""
+        raise PruningError(
+            f"nothing can be cut: {layers[0]}{more} compute with complex numbers, and have no ordinary "
+            "counterpart; prune before the transform"
+        )
 
 
 def _uncut(plain: nn.Module, spec: ModelSpec) -> list[str]:

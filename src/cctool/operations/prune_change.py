@@ -13,7 +13,7 @@ from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.operations.evidence import evidence_for
 from cctool.operations.examples import example
-from cctool.operations.frozen import frozen_families
+from cctool.operations.frozen import frozen_families, refuse_all_complex
 from cctool.operations.masking import EmptiedReport, MaskReport, emptied_cut, mask_channels, mask_weights
 from cctool.operations.prune_goals import BudgetReport, TargetReport, within_budget, within_target
 from cctool.operations.resume_cut import cut_resume
@@ -119,6 +119,7 @@ class Changer:
             evidence=evidence_for(plain, self._source, options, context),
         )
         planner.spared |= frozen_families(planner, checkpoint)
+        refuse_all_complex(planner)
         if options.target is not None:
             found, target = within_target(
                 planner, options.target, self._target, checkpoint, options, context, step

@@ -87,6 +87,14 @@ class WeightOptions:
                 self.select is Select.CORNER and self.scope is Scope.GLOBAL,
                 "--scope global ranks by energy; --select corner keeps the same share of each layer",
             ),
+            (
+                self.keep is None and self.select is Select.CORNER,
+                "--select corner: --keep says how large it is",
+            ),
+            (
+                self.keep is None and self.scope is Scope.GLOBAL,
+                "--scope global: --keep says what layers compete for",
+            ),
             (self.block is not None and self.block < 2, f"--block {self.block}: at least 2 is needed"),
             (self.levels is not None and self.levels < 1, f"--levels {self.levels}: at least 1 is needed"),
             (

@@ -71,8 +71,9 @@ class Coefficients(Record):
                 kernels.check_kernel(axis.kernel, klt=True)
             except UsageError as error:
                 raise ValueError(str(error)) from None
-            if axis.kernel == KLT and axis.length > MAX_KLT_LENGTH:
-                raise ValueError(f"dim {axis.dim}: klt of {axis.length} places, at most {MAX_KLT_LENGTH}")
+            longest = max(axis.length, axis.kept)
+            if axis.kernel == KLT and longest > MAX_KLT_LENGTH:
+                raise ValueError(f"dim {axis.dim}: klt of {longest} places, at most {MAX_KLT_LENGTH}")
             # The basis of a KLT loses rows with channels that are cut, and keeps its columns.
             if axis.kept > axis.length and (axis.kernel != KLT or axis.block is not None):
                 raise ValueError(f"dim {axis.dim} keeps {axis.kept} coefficients of {axis.length}")
@@ -151,12 +152,12 @@ class CoefficientLayer(SwappedLayer):
 
     def reset_parameters(self) -> None:
         """Initialise as the ordinary layer does."""
-        fresh = self.plain()
-        cast(Any, fresh).reset_parameters()
         if any(axis.rows for axis in self.arguments.axes):
             raise TransformError(
                 "a layer whose channels were cut cannot be initialised in its transform domain"
             )
+        fresh = self.plain()
+        cast(Any, fresh).reset_parameters()
         self.set_weight(cast(Tensor, fresh.weight))
 
     def narrow(self, kept: Sequence[int]) -> None:
@@ -165,10 +166,13 @@ class CoefficientLayer(SwappedLayer):
         Args:
             kept: for each axis in turn, at most what it keeps.
         """
-        values, axes = self.coefficients.detach(), []
+        values, mask = self.coefficients.detach(), self._buffers.get(mask_name(PARAMETER))
+        axes = []
         for axis, fewer in zip(self.arguments.axes, kept, strict=True):
             values, smaller = narrowed(values, axis, fewer)
             axes.append(smaller)
+            if mask is not None:
+                mask = self._buffers[mask_name(PARAMETER)] = narrowed(mask, axis, fewer)[0]
             basis = self._buffers.get(basis_name(axis))
             if basis is not None:
                 self._buffers[basis_name(axis)] = basis[:, :fewer].clone()

@@ -11,6 +11,7 @@ from cctool.copying import copied
 from cctool.transforms.exported import put_exported
 from cctool.transforms.swapped import SwappedLayer, swapped_layers
 from cctool.transforms.taps import drop_taps, taps_of
+from cctool.transforms.weight_cache import WeightCache
 
 __all__ = ["exportable", "plain_model", "type_of"]
 
@@ -23,14 +24,17 @@ def plain_model(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model`` itself where nothing is swapped or tapped; else a copy that shares all tensors of the other
-        modules. Layers that have no ordinary counterpart stay swapped.
+        modules. Layers that have no ordinary counterpart stay swapped, and make their weight in every pass.
     """
     layers = {name: layer.plain() for name, layer in swapped_layers(model).items()}
     found = {name: layer for name, layer in layers.items() if layer is not None}
-    if not found and not taps_of(model):
+    if not layers and not taps_of(model):
         return model
     copy = _copy_with(model, found)
     drop_taps(copy)
+    for layer in swapped_layers(copy).values():
+        if isinstance(getattr(layer, "cache", None), WeightCache):
+            layer.cache = WeightCache(keeps=False)
     return copy
 
 

@@ -17,17 +17,19 @@ class WeightCache:
     A weight is only kept where no gradients are recorded for it. It counts as current as long as its sources
     are the same memory and were not changed in place; what is written through ``.data`` is seen by nobody, so
     that `clear` is called where layers change between training and evaluation.
+
+    Args:
+        keeps: whether a weight is kept at all; whoever follows where tensors come from must see it made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps: bool = True) -> None:
+        self._keeps = keeps
         self.clear()
 
     def clear(self) -> None:
         """Forget the weight."""
-        self._weight: Tensor | None = None
-        self._key: tuple[Any, ...] = ()
-        # Held so that their memory cannot become another tensor's.
-        self._sources: list[Tensor] = []
+        # In one object, for replicas of a layer on several devices share their cache across threads.
+        self._held: tuple[tuple[Any, ...], Tensor, list[Tensor]] | None = None
 
     def get(self, compute: Callable[[], Tensor], sources: Sequence[Tensor]) -> Tensor:
         """The weight, computed where it is not at hand.
@@ -37,13 +39,14 @@ class WeightCache:
             sources: what it is made of.
         """
         recorded = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        if recorded or torch.compiler.is_compiling() or any(map(_untracked, sources)):
+        if recorded or not self._keeps or torch.compiler.is_compiling() or any(map(_untracked, sources)):
             return compute()
         key = (torch.is_inference_mode_enabled(), *map(_state, sources))
-        if self._weight is None or key != self._key:
-            self._weight, self._key = compute(), key
-            self._sources = [source.detach() for source in sources]
-        return self._weight
+        held = self._held
+        if held is None or held[0] != key:
+            # The sources are held so that their memory cannot become another tensor's.
+            held = self._held = (key, compute(), [source.detach() for source in sources])
+        return held[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
         return WeightCache()
