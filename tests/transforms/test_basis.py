@@ -219,13 +219,6 @@ def test_half_precision_computes_frequencies_in_float32() -> None:
         torch.testing.assert_close(layer.weight, expected)
 
 
-def test_complex_inputs_are_taken_by_their_magnitude() -> None:
-    linear, conv = basis(nn.Linear(4, 3)), basis(nn.Conv2d(4, 3, 3))
-    z = torch.randn(2, 4, 5, 5, dtype=torch.complex64)
-    torch.testing.assert_close(conv(z), conv(z.abs()))
-    torch.testing.assert_close(linear(z[..., 0, 0]), linear(z[..., 0, 0].abs()))
-
-
 def test_maps_of_width_two_stay_real() -> None:
     # The source took a last dim of 2 for a complex number.
     layer = basis(nn.Conv2d(3, 4, (3, 1), padding=(1, 0)))

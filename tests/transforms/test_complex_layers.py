@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from cctool.errors import TransformError
 from cctool.transforms.basis_swaps import counterpart
-from cctool.transforms.complex_layers import Cardioid
-from cctool.transforms.complex_numbers import magnitude
+from cctool.transforms.complex_layers import Cardioid, magnitude
 
 
 def values(*shape: int, seed: int = 0) -> Tensor:
