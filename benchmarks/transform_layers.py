@@ -118,7 +118,7 @@ def trained(task: Task, kernel: str, layers: str) -> dict[str, Any]:
         "kernel": kernel,
         "layers": layers,
         "epochs": task.epochs,
-        "images": len(source.loaders["train"]().labels),
+        "images": len(source.split("train")),
         "n": metrics.n,
         "accuracy": round(metrics.values["top1"], 2),
         "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
