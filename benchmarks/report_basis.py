@@ -44,7 +44,7 @@ def transform_layers(result: dict[str, Any], table: Draw) -> str:
         "Networks trained from scratch at cctool's defaults, plain and with layers whose rows are basis "
         "functions of trainable frequency (`cctool train --swap basis:KERNEL:LAYERS`). Top-1 on test images: "
         f"{tests}. MACs are real products: 4 for a complex one, 2 for that of a complex and a real number. "
-        "Networks on CIFAR-10 saw one epoch of a slice of its images, which shows that they train and not how "
+        "Networks on CIFAR-10 saw one epoch of a slice of its images, which shows that they train, not how "
         "well.\n\n" + table(headers, rows)
     )
 
