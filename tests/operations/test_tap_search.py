@@ -8,8 +8,8 @@ import pytest
 from coded_toys import TAPS, evaluated, lenet_file, transformed
 from typer.testing import CliRunner
 
-from cctool.cli.main import app
 from cctool.checkpoint.checkpoint import load
+from cctool.cli.main import app
 from cctool.errors import CheckpointError, TransformError, UsageError
 from cctool.operations.composition import tables
 from cctool.operations.tap_search import QUALITIES, Trial, search_quality
