@@ -143,3 +143,27 @@ def test_a_model_on_the_gpu_agrees_with_its_copy_on_the_cpu() -> None:
     on_cpu = outputs_of(net())
     found = compare(model.cuda(), on_cpu, inputs(), "noise")
     assert found.max_abs_error <= found.tolerance * found.output_range
+
+
+class Rounding(nn.Module):
+    """Rounds what it passes on to tenths, as a codec does."""
+
+    def __init__(self, shift: float = 0.0, step: float = 0.1) -> None:
+        super().__init__()
+        self.body, self.shift, self.step = net(), shift, step
+
+    def forward(self, x: Tensor) -> Tensor:
+        head, tail = self.body[:2], self.body[2:]
+        return tail(((head(x) + self.shift) / self.step).round() * self.step)
+
+
+def test_a_step_of_a_codec_is_let_pass_where_it_is_told_of() -> None:
+    model, candidate = Rounding(step=0.01), outputs_of(Rounding(shift=1e-5, step=0.01))
+    with pytest.raises(ExportError, match="off by up to"):
+        compare(model, candidate, inputs(), "noise")
+    assert compare(model, candidate, inputs(), "noise", coded=True).judged_by_steps
+
+
+def test_another_codec_is_caught() -> None:
+    with pytest.raises(ExportError, match="off by up to"):
+        compare(Rounding(), outputs_of(Rounding(step=0.2)), inputs(), "noise", coded=True)

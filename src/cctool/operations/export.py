@@ -124,8 +124,8 @@ def _network(checkpoint: Checkpoint, *, codec: bool) -> nn.Module | None:
     strange = swapped_layers(plain_model(model))
     if strange:
         raise ExportError(
-            f"{min(strange)} computes with complex numbers, which ONNX has no layers for; --format state-dict "
-            "or safetensors writes its parameters"
+            f"{min(strange)} computes with complex numbers, which ONNX has no layers for; "
+            "--format state-dict or safetensors writes its parameters"
         )
     return exportable(model.cpu(), codec=codec) if swapped_layers(model) or taps_of(model) else None
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from cctool.checkpoint.spec import ModelSpec
 from cctool.errors import PruningError
 from cctool.operations.context import Context
 from cctool.operations.rewinding import with_values
-from cctool.transforms.coefficients import CoefficientLayer, basis_name, rows_name
+from cctool.transforms.coefficients import CoefficientLayer, rows_name
 from cctool.transforms.plain import plain_model
+from cctool.transforms.swap import put_in_place
 from cctool.transforms.swapped import Swap
 
 __all__ = ["reinitialised"]
@@ -71,30 +73,29 @@ def reinitialised(checkpoint: Checkpoint, context: Context) -> Checkpoint:
 
 def _swap_again(fresh: nn.Module, checkpoint: Checkpoint, context: Context) -> None:
     """Put swapped layers into a network that was just drawn; coefficients make what its weights are."""
-    kind = context.tables.edits.get("swap")
-    edits = [edit for edit in checkpoint.spec.edits if edit.get("kind") == "swap"]
-    for edit in edits if kind is not None else ():
+    for edit in checkpoint.spec.edits:
+        if edit.get("kind") != "swap":
+            continue
         swap = Swap.model_validate(edit)
-        drawn = fresh.get_submodule(swap.module)
-        kind.apply(fresh, swap)
-        layer, present = (model.get_submodule(swap.module) for model in (fresh, checkpoint.model))
-        if isinstance(layer, CoefficientLayer) and isinstance(present, CoefficientLayer):
-            _become(layer, present, drawn.get_parameter("weight").detach())
+        present = checkpoint.model.get_submodule(swap.module)
+        if isinstance(present, CoefficientLayer):
+            put_in_place(fresh, swap.module, _drawn_anew(present, fresh.get_submodule(swap.module)))
+        else:
+            context.tables.edits["swap"].apply(fresh, swap)
 
 
-def _become(layer: CoefficientLayer, present: CoefficientLayer, weight: Tensor) -> None:
-    """Give a layer the bases and places of the present one, and coefficients that make this weight."""
+def _drawn_anew(present: CoefficientLayer, drawn: nn.Module) -> CoefficientLayer:
+    """A layer of the present one's bases and places, whose coefficients make the weight that was drawn."""
+    layer, weight = deepcopy(present).to("cpu"), drawn.get_parameter("weight").detach()
     for axis in present.arguments.axes:
-        for name in (basis_name(axis), rows_name(axis)):
-            buffer = present._buffers.get(name)
-            if buffer is not None:
-                layer._buffers[name] = buffer.to(weight.device, copy=True)
         rows = layer._buffers.get(rows_name(axis))
         if rows is not None:
             # Places that are gone count as zeros.
             shape = [axis.size if dim == axis.dim else size for dim, size in enumerate(weight.shape)]
             weight = weight.new_zeros(shape).index_copy_(axis.dim, rows.long(), weight)
     layer.set_weight(weight)
+    layer._parameters["bias"] = drawn._parameters["bias"]
+    return layer
 
 
 def _attributes(spec: ModelSpec) -> dict[str, Mapping[str, int | tuple[int, ...]]]:

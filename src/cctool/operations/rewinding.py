@@ -23,6 +23,7 @@ from cctool.operations.setting_aside import thin_copy
 from cctool.pruning.surgery import CutPlan, cut_tensor, named_tensors
 from cctool.transforms.plain import plain_model
 from cctool.transforms.swapped import swapped_layers
+from cctool.transforms.taps import tap_buffers
 
 __all__ = ["open_earlier", "rewound", "with_values"]
 
@@ -86,8 +87,8 @@ def _refuse_misfit(model: nn.Module, earlier: nn.Module, path: str) -> None:
 
 
 def _values(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without masks, which are not rewound."""
-    masks = mask_buffers(model)
+    """The state dict without masks, which are not rewound, and codecs, which are calibrated anew."""
+    masks = mask_buffers(model) | tap_buffers(model)
     state = model.state_dict()
     return {n: value for n, value in state.items() if isinstance(value, Tensor) and n not in masks}
 

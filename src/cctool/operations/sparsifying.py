@@ -84,8 +84,8 @@ def sparsified(
     layers = swapped_layers(dense.model)
     if layers and wanted.method is not Sparsifier.GAMMA_L1:
         context.reporter.note(
-            f"the penalty acts on biases, norms and ordinary weights; the coefficients of {len(layers)} layers "
-            "are no channel's own"
+            "the penalty acts on biases, norms and ordinary weights; the coefficients of "
+            f"{len(layers)} layers are no channel's own"
         )
     return finetune(
         dense,

@@ -19,6 +19,7 @@ from cctool.operations.mask_storage import stored_with_masks
 from cctool.operations.measuring import measured_splits
 from cctool.operations.sizes import stored_bytes
 from cctool.operations.sources import open_source
+from cctool.operations.tap_upkeep import recalibrated_taps
 from cctool.operations.transform_weights_report import counted, layer_bytes
 from cctool.options.transform import TransformOptions
 from cctool.transforms.basis_networks import BASIS_KERNELS, put_basis
@@ -121,12 +122,13 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     product, complex_modules = _changed(
         checkpoint, selected, kernel, normalize_gradients=options.weights.normalize_gradients
     )
+    product, of_taps = recalibrated_taps(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
     context.reporter.warn(
         f"the weights of {len(selected)} layers are gone: fresh {kernel} basis functions took their place, "
         "and the network needs training (`cctool train`)"
     )
-    notes = (*_notes(checkpoint, complex_modules), *counted(skipped))
+    notes = (*_notes(checkpoint, complex_modules), *counted(skipped), *of_taps)
     report = TransformBasisReport(
         kernel=kernel,
         layers=tuple(_layer_report(item, product, *layers_before[item.names[0]]) for item in selected),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.transforms.codec import CodecState
+from cctool.transforms.filter_banks import wavelet_matrix
 from cctool.transforms.kernels import analysis_matrix, is_wavelet, synthesis_matrix
 from cctool.transforms.quantizers import symbol_bounds
 from cctool.transforms.spatial import Blocks, CalibratedBlocks, Wavelet, block_sizes
@@ -146,10 +147,12 @@ def _levels(state: CodecState, size: tuple[int, int]) -> list[_Level]:
 
 
 def _wavelet_pair(name: str, size: int) -> tuple[Tensor, Tensor]:
-    return (
-        analysis_matrix(name, size, levels=1, square=False),
-        synthesis_matrix(name, size, levels=1, square=False),
+    name = "haar" if name == "dwt" else name
+    back, there = (
+        torch.from_numpy(wavelet_matrix(name, size, 1, square=False, synthesis=synthesis))
+        for synthesis in (True, False)
     )
+    return there, back
 
 
 def _block_pair(spatial: Blocks, size: int) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def plain_model(model: nn.Module) -> nn.Module:
     drop_taps(copy)
     for layer in swapped_layers(copy).values():
         if isinstance(getattr(layer, "cache", None), WeightCache):
-            layer.cache = WeightCache(keeps=False)
+            vars(layer)["cache"] = WeightCache(keeps=False)
     return copy
 
 
