@@ -133,9 +133,9 @@ class Run:
         }
 
 
-def defaults(quality: float | None = None, **given: Any) -> TransformOptions:
-    """Options of ``cctool transform --target features``."""
-    given = {"calibration": CALIBRATION} | given
+def ours(quality: float, **given: Any) -> TransformOptions:
+    """Options of ``cctool transform --target features --mean-shift --quality N``."""
+    given = {"calibration": CALIBRATION, "mean_shift": True} | given
     return preset_options(None, target=TransformTarget.FEATURES, quality=quality, **given)
 
 
@@ -149,12 +149,13 @@ def jobs(run: Run) -> dict[str, tuple[TransformOptions | None, bool]]:
     arguments = run.arguments
     found: dict[str, tuple[TransformOptions | None, bool]] = {"float": (None, False)}
     for quality in arguments.tuned:
-        found[f"dct, channel KLT, quality {quality:g}, tuned"] = defaults(quality, channel_klt=True), True
+        found[f"dct, quality {quality:g}, tuned"] = ours(quality), True
     for preset in PRESETS:
         found[f"preset {preset}"] = published(preset), False
     for quality in arguments.sweep:
-        found[f"dct, channel KLT, quality {quality:g}"] = defaults(quality, channel_klt=True), False
-        found[f"dct, quality {quality:g}"] = defaults(quality), False
+        found[f"dct, quality {quality:g}"] = ours(quality), False
+    found["dct with channel KLT, quality 44"] = ours(44, channel_klt=True), False
+    found["haar, quality 44"] = ours(44, kernel="dwt"), False
     return found
 
 
@@ -165,11 +166,11 @@ def main() -> None:
     parser.add_argument("--partial", help="JSON file of rows that were measured before")
     parser.add_argument("--only", default="", help="regular expression of the rows to measure")
     parser.add_argument("--tuned", type=float, nargs="*", default=[44, 30, 20], help="qualities, fine-tuned")
-    parser.add_argument("--sweep", type=float, nargs="*", default=[20, 30, 44, 60, 80, 90])
+    parser.add_argument("--sweep", type=float, nargs="*", default=[20, 30, 44, 60, 80])
     parser.add_argument("--sweep-images", type=int, help="test images of untuned rows; all unless given")
     parser.add_argument("--train-images", type=int, help="of fine-tuning; all unless given")
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning")
-    parser.add_argument("--lr", type=float, default=0.004)
+    parser.add_argument("--lr", type=float, default=0.005)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")

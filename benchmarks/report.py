@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import report_basis
+import report_codec
 import report_coding
 import report_coefficients
-import report_codec
 import report_goals
 import report_kernels
 import report_zoo
@@ -192,6 +193,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: partial(draw, table=table) for name, draw in report_coding.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_coefficients.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_codec.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_basis.SECTIONS.items()},
     "devices": devices,
 }
 

@@ -1,4 +1,4 @@
-"""Layers of basis functions: kernel x layers x architecture x data set, as the thesis planned to evaluate them.
+"""Layers of basis functions: kernel x layers x architecture x data set, the evaluation that a thesis planned.
 
 Each network is trained from scratch at cctool's defaults, the plain one and those whose layers are basis
 functions in the same way: same images, seed, epochs and rates. Accuracy is top-1 on the test split. MACs are
@@ -118,7 +118,7 @@ def trained(task: Task, kernel: str, layers: str) -> dict[str, Any]:
         "kernel": kernel,
         "layers": layers,
         "epochs": task.epochs,
-        "images": len(source.loaders["train"]().labels),
+        "images": len(source.split("train")),
         "n": metrics.n,
         "accuracy": round(metrics.values["top1"], 2),
         "parameters": sum(parameter.numel() for parameter in result.model.parameters()),

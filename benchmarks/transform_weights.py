@@ -9,7 +9,7 @@ place on top.
 
 Every row is written as soon as it is there, and a second run goes on where the first ended.
 
-    python benchmarks/transform_weights.py cifar10:DIR [--keep 0.25] [--images 4000] [--epochs 5]
+    python benchmarks/transform_weights.py fashion-mnist:DIR [--keep 0.25] [--images 2000] [--epochs 8]
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ from cctool.options.transform import TransformOptions, WeightOptions
 from cctool.options.transform_choices import Select
 from cctool.runtime import Silent, resolve_device, seed_everything
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 WAYS: list[tuple[str, Select | None]] = [
     ("dct", Select.ENERGY),
     ("dct", Select.CORNER),
@@ -71,14 +70,17 @@ class Run:
             force=False,
             stamp=lambda outcome: outcome.checkpoint,
         )
-        self.data = DataOptions(data=arguments.data, batch_size=128)
+        self.data = DataOptions(data=arguments.data, batch_size=64)
+        channels = open_data(arguments.data, limit=1).shape[0]
+        shape = (channels, 32, 32)
+        self.source = open_data(arguments.data, input_shape=shape, limit=arguments.images)
+        self.test = open_data(arguments.data, input_shape=shape, limit=arguments.test_images)
         self.spec = ModelSpec(
             architecture="alexnet",
-            arguments={"in_channels": 3, "num_classes": 10},
-            input_shape=(3, 32, 32),
-            preprocessing=Preprocessing(mean=MEAN, std=STD),
+            arguments={"in_channels": channels, "num_classes": len(self.source.classes)},
+            input_shape=shape,
+            preprocessing=Preprocessing(mean=self.source.mean, std=self.source.std),
         )
-        self.source = open_data(arguments.data, input_shape=(3, 32, 32), limit=arguments.images)
 
     def trained(self) -> Checkpoint:
         """The network from scratch, or as the last run wrote it."""
@@ -86,7 +88,7 @@ class Run:
         if not path.is_file():
             seed_everything(self.arguments.seed)
             fresh = Checkpoint(build("alexnet", self.spec.arguments).to(self.context.device), self.spec)
-            options = FitOptions(epochs=self.arguments.epochs)
+            options = FitOptions(epochs=self.arguments.epochs, lr=self.arguments.lr)
             dense = finetune(fresh, self.source, options, self.data, self.context, fresh=True)
             dense.model.to("cpu")
             save(dense, path, self.context.tables)
@@ -94,7 +96,7 @@ class Run:
 
     def accuracy(self, checkpoint: Checkpoint) -> tuple[float, int]:
         """Top-1 on the test split, in percent, and on how many images."""
-        metrics = measured(checkpoint, self.source, self.data, self.context)
+        metrics = measured(checkpoint, self.test, self.data, self.context)
         return round(metrics.values["top1"], 2), metrics.n
 
     def finetuned(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -185,10 +187,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data")
     parser.add_argument("--keep", type=float, default=0.25)
-    parser.add_argument("--images", type=int, default=4_000)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--images", type=int, default=2_000)
+    parser.add_argument("--test-images", type=int, default=4_000)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--finetune-epochs", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("transform_weights_work"))
@@ -212,6 +215,7 @@ def main() -> None:
                 "file_bytes": file_bytes(dense, run),
                 "top1_after": top1,
                 "n": n,
+                "data": arguments.data.partition(":")[0],
                 "images": len(run.source.split("train")),
                 "epochs": arguments.epochs,
                 "finetune_epochs": arguments.finetune_epochs,
@@ -225,8 +229,9 @@ def main() -> None:
             rows_file.write_text(json.dumps(rows))
             print(f"# {rows[-1]}", flush=True)
     command = f"python benchmarks/transform_weights.py {arguments.data.partition(':')[0]}:DIR"
-    if arguments.device != "cpu":
-        command += f" --device {arguments.device}"
+    for name in ("keep", "images", "test_images", "epochs", "finetune_epochs", "lr", "device"):
+        if getattr(arguments, name) != parser.get_default(name):
+            command += f" --{name.replace('_', '-')} {getattr(arguments, name)}"
     record.write("transform_weights", command, arguments.seed, rows)
 
 

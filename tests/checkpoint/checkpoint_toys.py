@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from cctool.checkpoint.build import build_fresh
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.edits import THIN, thin_edits
-from cctool.checkpoint.masks import MASK, add_masks, mask_name, with_masks
+from cctool.checkpoint.edits import thin_edits
+from cctool.checkpoint.masks import add_masks, mask_name, with_masks
 from cctool.checkpoint.spec import ModelSpec, Step
 from cctool.checkpoint.tables import Tables
 from cctool.errors import ArchitectureError
+from cctool.operations.composition import EDITS
 from cctool.quantization.masked import Inner, encode_masked
 from cctool.quantization.storage import ENCODINGS
 
@@ -160,7 +161,7 @@ def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-TABLES = Tables(build=_build, edits={"thin": THIN, "mask": MASK}, encodings=ENCODINGS)
+TABLES = Tables(build=_build, edits=EDITS, encodings=ENCODINGS)
 INPUT = torch.linspace(-1, 1, 2 * 36).reshape(2, 1, 6, 6)
 STEP = Step(verb="train", options={"lr": 0.1, "data": None}, seed=3, notes=("änderung",))
 

@@ -7,13 +7,26 @@ promise and is never written again.
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from checkpoint_toys import INPUT, TABLES, cut, logits, make, masked, quantized
+from torch import nn
 
 from cctool.checkpoint.checkpoint import Checkpoint, save
+from cctool.checkpoint.masks import add_masks, with_masks
 from cctool.checkpoint.payload import ResumeState
+from cctool.pruning.surgery import Cut
 from cctool.quantization.masked import Inner
+from cctool.transforms.axes import TransformedAxis
+from cctool.transforms.basis import BasisArguments
+from cctool.transforms.basis_swaps import basis_layer
+from cctool.transforms.codec import CodecConfig
+from cctool.transforms.coefficient_building import coefficient_layer
+from cctool.transforms.coefficients import Coefficients
+from cctool.transforms.swap import put_in_place
+from cctool.transforms.swapped import with_swaps
+from cctool.transforms.taps import CalibratedTap, set_taps, with_taps
 
 FOLDER = Path(__file__).parent / "golden"
 EXPECTED = FOLDER / "expected.json"
@@ -48,6 +61,63 @@ def two_of_four() -> Checkpoint:
     return masked(make(seed=10, width=8), {"fc.weight": pattern})
 
 
+def swapped(*layers: tuple[str, nn.Module], keep: float | None = None) -> Checkpoint:
+    """The toy with other layers in the place of some; ``keep`` is the share of coefficients that stay."""
+    checkpoint = make(seed=11, width=8)
+    for name, layer in layers:
+        put_in_place(checkpoint.model, name, layer)
+    if keep is not None:
+        named = {f"{name}.coefficients": layer.coefficients for name, layer in layers}
+        bounds = {name: value.abs().flatten().quantile(1 - keep) for name, value in named.items()}
+        add_masks(checkpoint.model, {name: value.abs() >= bounds[name] for name, value in named.items()})
+    spec = with_masks(with_swaps(checkpoint.spec, checkpoint.model), checkpoint.model)
+    return replace(checkpoint, spec=spec, model=checkpoint.model.eval())
+
+
+def layer_of(name: str) -> nn.Module:
+    """A layer of the toy that `swapped` changes."""
+    return make(seed=11, width=8).model.get_submodule(name)
+
+
+def coefficients(name: str, *axes: TransformedAxis) -> tuple[str, nn.Module]:
+    """A layer of the toy, by coefficients."""
+    return name, coefficient_layer(layer_of(name), Coefficients(axes=axes))
+
+
+def basis(name: str, **arguments: Any) -> tuple[str, nn.Module]:
+    """A layer of the toy, by basis functions."""
+    torch.manual_seed(12)
+    return name, basis_layer(layer_of(name), BasisArguments(**arguments))
+
+
+def energetic() -> Checkpoint:
+    """Linear layer and convolution by a DCT and a wavelet, half of the coefficients."""
+    linear = [TransformedAxis(dim=d, kernel="dct", size=n, kept=n) for d, n in ((0, 3), (1, 8))]
+    spatial = [TransformedAxis(dim=d, kernel="db2", size=3, kept=3, levels=1) for d in (2, 3)]
+    return swapped(coefficients("fc", *linear), coefficients("depthwise", *spatial), keep=0.5)
+
+
+def cut_corner() -> Checkpoint:
+    """A low-frequency corner of a KLT and of blocks of a DST, with places cut."""
+    axes = (
+        TransformedAxis(dim=0, kernel="klt", size=3, kept=2),
+        TransformedAxis(dim=1, kernel="dst", size=8, kept=2, block=4),
+    )
+    name, layer = coefficients("fc", *axes)
+    left = torch.tensor([0, 2, 3, 5, 6, 7])
+    checkpoint = cut(make(seed=11, width=8), left)
+    put_in_place(checkpoint.model, name, layer.taken({"weight": [Cut(1, left, 8)]}))
+    return replace(checkpoint, spec=with_swaps(checkpoint.spec, checkpoint.model))
+
+
+def tapped(**codec: Any) -> Checkpoint:
+    """The toy with a codec behind its first convolution."""
+    checkpoint = make(seed=13)
+    tap = CalibratedTap(CodecConfig(**codec), (4, 6, 6), "", torch.tensor([-2.0, 2.5]), {})
+    set_taps(checkpoint.model, {"conv": tap})
+    return replace(checkpoint, spec=with_taps(checkpoint.spec, checkpoint.model))
+
+
 KINDS = {
     "dense.pt": lambda: make(seed=1),
     "dense.safetensors": lambda: make(seed=1),
@@ -67,6 +137,18 @@ KINDS = {
     "masked-uint8.pt": lambda: single_weights(Inner("affine-u8")),
     "masked-uint8-per-channel.safetensors": lambda: single_weights(Inner("affine-u8", 0)),
     "masked-fp16.pt": lambda: single_weights(Inner("fp16")),
+    "coefficients.pt": energetic,
+    "coefficients-cut.safetensors": cut_corner,
+    "basis-dct.pt": lambda: swapped(
+        basis("conv", kernel="dct", outputs=8, inputs=1), basis("fc", kernel="dst", outputs=3, inputs=8)
+    ),
+    "basis-dft.pt": lambda: swapped(basis("fc", kernel="dft", outputs=3, inputs=8, ends=True)),
+    "tap-dct.pt": lambda: tapped(
+        kernel="dct", prequantizer="offset", k=2, table=tuple(range(4, 19)), quality=60.0, block=8
+    ),
+    "tap-dwt.safetensors": lambda: tapped(
+        kernel="haar", prequantizer="signed", mean_shift=True, levels=2, table=(9.0, 6.0, 3.0), symbol_bits=8
+    ),
 }
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from coded_toys import TAPS, evaluated, lenet_file, transformed
+from typer.testing import CliRunner
 
 from cctool.checkpoint.checkpoint import load
+from cctool.cli.main import app
 from cctool.errors import CheckpointError, TransformError, UsageError
 from cctool.operations.composition import tables
 from cctool.operations.tap_search import QUALITIES, Trial, search_quality
@@ -34,9 +36,10 @@ def test_what_the_finest_reaches_is_not_made_coarser() -> None:
     assert (found.quality, len(tried)) == (100, 1)
 
 
-def test_what_cannot_be_reached_is_refused() -> None:
-    with pytest.raises(TransformError, match=r"quality 1 compresses 18\.2 times only"):
-        search_quality(19, curve)
+def test_what_cannot_be_reached_gives_the_coarsest() -> None:
+    found, tried = search_quality(19, curve)
+    assert found == curve(1.0)
+    assert [trial.quality for trial in tried] == [100, 1]
 
 
 def test_a_staircase_ends_too() -> None:
@@ -70,9 +73,18 @@ def test_the_ratio_is_what_evaluate_counts(net: Path, tmp_path: Path) -> None:
 def test_a_ratio_needs_steps(net: Path, tmp_path: Path) -> None:
     with pytest.raises(TransformError, match="--kernel identity has none"):
         transformed(net, tmp_path / "c.pt", "identity", ratio=2.0)
-    with pytest.raises(TransformError, match="no symbol takes less than a bit"):
-        transformed(net, tmp_path / "c.pt", ratio=8.0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ratio_out_of_reach_gives_quality_1_and_a_warning(net: Path, tmp_path: Path) -> None:
+    arguments = ["transform", str(net), "--target", "features", "--target", "ratio=8", "--taps", "features.2"]
+    shown = CliRunner().invoke(
+        app, [*arguments, "--data", "digits", "--limit", "40", "-o", str(tmp_path / "c.pt")]
+    )
+    assert shown.exit_code == 0
+    assert "ratio=8 is out of reach" in " ".join(shown.stderr.split())
+    hooks = taps_of(load(tmp_path / "c.pt", tables()).model)
+    assert {hook.codec.quality for hook in hooks.values()} == {1.0}
 
 
 def test_the_sweep_is_a_table_and_a_plot(net: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cctool.errors import TransformError
 from cctool.models.registry import build
+from cctool.transforms.basis import BasisLinear
 from cctool.transforms.complex_layers import (
     Cardioid,
     ComplexAverage,
@@ -181,6 +182,15 @@ def test_a_complex_network_is_not_changed_again() -> None:
     swapped(model, "dft", "features.0", GREY)
     with pytest.raises(TransformError, match="already"):
         swapped(model, "dft", "linear", GREY)
-    # Real basis functions take magnitudes, and go with it.
-    swapped(model, "dct", "linear", GREY)
+    # Its real part may still become basis functions, and the layers that take magnitudes stay as they are.
+    swapped(model, "dct", "all", GREY)
+    assert isinstance(model.features[3], MagnitudeConv2d)
+    assert isinstance(model.classifier[0], BasisLinear)
     step(model, GREY)
+
+
+def test_real_basis_functions_do_not_take_complex_values() -> None:
+    model = build("lenet", {})
+    swapped(model, "dct", "linear", GREY)
+    with pytest.raises(TransformError, match=r"classifier.0 \(BasisLinear\) calls linear"):
+        swapped(model, "dft", "conv", GREY)

@@ -12,10 +12,10 @@ from basis_toys import basis, convolved, filters, numbers, rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cctool.errors import TransformError
+from cctool.errors import SpecError, TransformError
 from cctool.transforms.basis_swaps import counterpart
-from cctool.transforms.complex_layers import Cardioid
-from cctool.transforms.complex_numbers import magnitude
+from cctool.transforms.complex_layers import Cardioid, magnitude
+from cctool.transforms.swap import SWAPS
 
 
 def values(*shape: int, seed: int = 0) -> Tensor:
@@ -188,6 +188,16 @@ def test_dropout_takes_whole_values() -> None:
     torch.testing.assert_close(drop.eval()(z), z)
     maps = made(nn.Dropout2d(0.5)).train()(values(50, 4, 3, 3))
     assert ((maps == 0).flatten(2).float().mean(2) % 1 == 0).all()
+
+
+def test_what_has_no_counterpart_is_refused() -> None:
+    build = SWAPS["complex"].build
+    with pytest.raises(SpecError, match="GroupNorm has no counterpart"):
+        build(nn.GroupNorm(2, 4), {})
+    with pytest.raises(SpecError, match="ends"):
+        build(nn.ReLU(), {"ends": 1})
+    with pytest.raises(SpecError, match="no counterpart"):
+        build(build(nn.ReLU(), {}), {})
 
 
 def test_real_layers_take_magnitudes() -> None:

@@ -116,10 +116,8 @@ def search_quality(ratio: float, measure: Callable[[float], Trial]) -> tuple[Tri
         measure: codes images at a quality and counts.
 
     Returns:
-        The quality found, and all that were tried, in their order.
-
-    Raises:
-        TransformError: if quality 1 does not reach the ratio.
+        The quality found, and all that were tried, in their order. Where even quality 1 does not reach the
+        ratio, quality 1.
     """
     tried = [measure(HIGHEST)]
     if tried[0].ratio >= ratio:
@@ -127,10 +125,7 @@ def search_quality(ratio: float, measure: Callable[[float], Trial]) -> tuple[Tri
     tried.append(measure(LOWEST))
     found = tried[1]
     if found.ratio < ratio:
-        raise TransformError(
-            f"--target ratio={ratio:g}: even quality 1 compresses {found.ratio:.3g} times only against 8 bit "
-            "(no symbol takes less than a bit, so 8 is out of reach); ask for less"
-        )
+        return found, tuple(tried)
     low, high = LOWEST, HIGHEST
     while high - low > _NARROW and found.ratio > ratio * (1 + _NEAR):
         middle = (low + high) / 2
@@ -164,7 +159,7 @@ def reach_ratio(
         context: device.
 
     Raises:
-        TransformError: if no quality reaches it, or there is nothing that a quality scales.
+        TransformError: if there is nothing that a quality scales.
         DataError: if there are no images.
     """
     model = checkpoint.model
@@ -187,6 +182,11 @@ def reach_ratio(
 
     found, trials = search_quality(ratio, measure)
     set_quality(model, found.quality)
+    if found.ratio < ratio:
+        context.reporter.warn(
+            f"--target ratio={ratio:g} is out of reach: even quality 1 compresses {found.ratio:.3g} times only "
+            "against 8 bit, for no symbol takes less than a bit; the product has that quality"
+        )
     return SearchReport(ratio, found, split, min(count, len(source.split(split))), trials)
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from cctool.checkpoint.masks import drop_masks, mask_name, masks_of
 from cctool.checkpoint.spec import Dimension, Record
 from cctool.transforms.coefficients import remade
-from cctool.transforms.complex_numbers import magnitude
 from cctool.transforms.frequencies import real_rows, unit_gradient
 from cctool.transforms.swapped import Cut, Swap, SwappedLayer
 from cctool.transforms.weight_cache import WeightCache
@@ -280,7 +279,7 @@ class LinearBasis(BasisLayer):
 class BasisLinear(LinearBasis, nn.Linear):  # type: ignore[misc,override]
     """A linear layer of DCT or DST rows: 2 x out_features parameters.
 
-    The bias begins as N(0, 0.5), as in the thesis. Complex inputs are taken by their magnitudes.
+    The bias begins as N(0, 0.5), as in the thesis.
     """
 
     ordinary = nn.Linear
@@ -294,7 +293,3 @@ class BasisLinear(LinearBasis, nn.Linear):  # type: ignore[misc,override]
     def compute_weight(self) -> Tensor:
         """(out_features, in_features), see `frequencies.real_rows`."""
         return self.channel_rows()
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """Map (..., in_features) to (..., out_features)."""
-        return nn.Linear.forward(self, magnitude(input))

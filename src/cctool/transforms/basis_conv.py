@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from cctool.transforms.basis import BasisLayer, init_normal
-from cctool.transforms.complex_numbers import magnitude
 from cctool.transforms.frequencies import real_rows
 from cctool.transforms.swapped import Cut
 
@@ -103,11 +102,7 @@ class ConvolutionBasis(BasisLayer):
 class BasisConv2d(ConvolutionBasis, nn.Conv2d):  # type: ignore[misc,override]
     """A convolution of DCT or DST basis functions; see the head of this file.
 
-    The bias begins as 0. Complex inputs are taken by their magnitudes.
+    The bias begins as 0.
     """
 
     ordinary = nn.Conv2d
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """Map (N, Cin, H, W) to (N, Cout, H', W')."""
-        return nn.Conv2d.forward(self, magnitude(input))

@@ -24,7 +24,6 @@ from cctool.errors import TransformError
 from cctool.transforms.basis import BIAS_STD, BasisArguments, BasisLayer, LinearBasis, init_normal
 from cctool.transforms.basis_conv import ConvolutionBasis
 from cctool.transforms.coefficients import remade
-from cctool.transforms.complex_numbers import TINY, magnitude
 from cctool.transforms.frequencies import complex_rows
 from cctool.transforms.swapped import Cut, SwappedLayer
 
@@ -39,7 +38,22 @@ __all__ = [
     "ComplexModule",
     "MagnitudeConv2d",
     "MagnitudeLinear",
+    "magnitude",
 ]
+
+
+# The square of 1e-12, under which |z| counts as zero; its power -3/2, met in gradients, is a float32.
+_TINY = 1e-24
+
+
+def magnitude(values: Tensor) -> Tensor:
+    """|z| of complex values, whose gradient is 0 at 0 and finite everywhere; real values as they are.
+
+    `torch.abs` gives NaN gradients for values whose square underflows.
+    """
+    if not values.is_complex():
+        return values
+    return (values.real.square() + values.imag.square() + _TINY).sqrt()
 
 
 class ComplexModule(nn.Module):
@@ -65,7 +79,7 @@ class Cardioid(ComplexModule):
         """Map complex or real values of any shape to values of that shape."""
         if not x.is_complex():
             return F.relu(x)
-        cosine = x.real * (x.real.square() + x.imag.square() + TINY).rsqrt()
+        cosine = x.real * (x.real.square() + x.imag.square() + _TINY).rsqrt()
         return self.ended(x * ((1 + cosine) / 2))
 
 
