@@ -19,13 +19,13 @@ from cctool.errors import ExportError, PruningError
 from cctool.models import registry
 from cctool.operations import prune
 from cctool.operations.composition import tables
-from cctool.operations.export import export
+from cctool.operations.export import export, run
 from cctool.operations.reinitialising import reinitialised
 from cctool.operations.rewinding import rewound
 from cctool.operations.setting_aside import carried_out, plain_checkpoint
 from cctool.operations.sizes import measure
 from cctool.options.common import DataOptions
-from cctool.options.export import ExportFormat
+from cctool.options.export import ExportFormat, ExportOptions
 from cctool.options.prune import PruneMethod, PruneOptions
 from cctool.options.prune_parts import Sparsifier, SparsifyOptions
 from cctool.pruning.prune import plan_thinning
@@ -217,7 +217,9 @@ def test_onnx_codes_the_maps_unless_told_otherwise(kernel: str, tmp_path: Path) 
     coded = tapped(lenet(), "features.0", kernel=kernel, bits=3)
     exported(coded, tmp_path / "coded.onnx")
     torch.testing.assert_close(run_onnx(tmp_path / "coded.onnx"), logits(coded), rtol=1e-3, atol=1e-3)
-    exported(coded, tmp_path / "plain.onnx", codec=False)
+    options = ExportOptions(output=str(tmp_path / "plain.onnx"), without_codec=True)
+    (file,) = run(coded, options, context()).files
+    assert "1 codecs are left out" in file.notes
     without = run_onnx(tmp_path / "plain.onnx")
     torch.testing.assert_close(without, logits(plain_checkpoint(coded)), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(without, logits(coded), rtol=1e-3, atol=1e-3)
