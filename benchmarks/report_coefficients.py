@@ -28,7 +28,8 @@ def transform_weights(result: dict[str, Any], table: Draw) -> str:
     headers = ("kernel", "kept", "linear layers, bytes", "of", "file, bytes", "top-1, %", "fine-tuned, %")
     return (
         f"## Linear layers at {others[0]['keep']:.0%} of their coefficients\n\n"
-        f"`alexnet` on {dense['data']}, {dense['epochs']} epochs from scratch on {dense['images']:,} images, then "
+        f"`alexnet` on {dense['data']}, {dense['epochs']} epochs from scratch on {dense['images']:,} images, "
+        "then "
         f"transformed with `--layers linear --keep {others[0]['keep']:g}` and fine-tuned for "
         f"{dense['finetune_epochs']} epochs at a learning rate of {dense['lr']:g}; top-1 on {dense['n']:,} "
         "test images. SVD is plain low rank at the bytes of the coefficients; `klt` counts its bases, and is "

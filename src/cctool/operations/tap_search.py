@@ -184,8 +184,8 @@ def reach_ratio(
     set_quality(model, found.quality)
     if found.ratio < ratio:
         context.reporter.warn(
-            f"--target ratio={ratio:g} is out of reach: even quality 1 compresses {found.ratio:.3g} times only "
-            "against 8 bit, for no symbol takes less than a bit; the product has that quality"
+            f"--target ratio={ratio:g} is out of reach: even quality 1, which the product has, compresses "
+            f"{found.ratio:.3g} times only against 8 bit, for no symbol takes less than a bit"
         )
     return SearchReport(ratio, found, split, min(count, len(source.split(split))), trials)
 
