@@ -54,7 +54,11 @@ def _lost_rows(dense: Tensor, cut: Tensor) -> Tensor:
     if len(rows) == len(small):
         return torch.zeros(0, dtype=torch.long)
     for column in torch.linspace(0, small.shape[1] - 1, 8).long().unique():
-        found &= torch.isin(rows, small[:, column]).any(1)
+        values = small[:, column]
+        # The place of one value tells which column of the dense weight this one was.
+        places = (rows == values[0]).nonzero()[:, 1]
+        whole = next(rows[:, place] for place in places if torch.isin(values, rows[:, place]).all())
+        found &= torch.isin(whole, values)
     return (~found).nonzero().flatten()
 
 
