@@ -49,8 +49,7 @@ def feature_codec(result: dict[str, Any], table: Draw) -> str:
         f"The trained ResNet-20 ({uncoded['top1']:.2f} % top-1 on CIFAR-10's {uncoded['n']:,} test images) "
         "with a codec behind each of its nine residual blocks, as `cctool transform --target features "
         "--mean-shift`. Ratios are against 8 bit, side information included, of all maps together: first "
-        "with "
-        "each tap's best order k, then with one order for all. "
+        "with each tap's best order k, then with one order for all. "
         f"{training}No symbol takes less than a bit, so 8 is out of reach. The "
         "published presets let symbols of 8 bits saturate.\n\n" + table(headers, measured)
     )
