@@ -4,7 +4,7 @@ Each network is trained from scratch at cctool's defaults, the plain one and tho
 functions in the same way: same images, seed, epochs and rates. Accuracy is top-1 on the test split. MACs are
 those of one image in real arithmetic, a complex product counting as 4 and that of a complex and a real number
 as 2; the weights of basis layers are computed once and not counted. Networks on CIFAR-10 see one epoch of a
-slice of the images, which shows that they train, not how well.
+slice of the images, which shows that they run, not how well.
 
 Rows that the result file has already are not made again: an interrupted run goes on.
 
