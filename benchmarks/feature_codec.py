@@ -35,9 +35,11 @@ from cctool.operations.examples import example
 from cctool.operations.finetuning import finetune
 from cctool.operations.measuring import measured
 from cctool.operations.opening import open_checkpoint
+from cctool.operations.teaching import distillation
 from cctool.operations.transform_features import codec_configs
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.fit import FitOptions
+from cctool.options.prune_parts import TeacherOptions
 from cctool.options.transform import TransformOptions, preset_options
 from cctool.options.transform_choices import TransformPreset, TransformTarget
 from cctool.runtime import Silent, resolve_device, seed_everything
@@ -125,9 +127,16 @@ class Run:
         arguments, coded = self.arguments, self.coded(options)
         fit = FitOptions(epochs=arguments.epochs, optimizer="sgd", lr=arguments.lr)
         images = self.source(arguments.train_images)
-        trained = finetune(coded, images, fit, self.data, self.context, choose_best=False)
+        objective = None
+        if arguments.distilled:
+            named = TeacherOptions(arguments.weights, ModelOptions(arch="resnet20", mean=MEAN, std=STD))
+            objective = distillation(coded, images, named, self.context)[0]
+        trained = finetune(
+            coded, images, fit, self.data, self.context, objective=objective, choose_best=False
+        )
         return self.measured(trained) | {
             "train_images": len(images.split("train")),
+            "distilled": arguments.distilled,
             "epochs": arguments.epochs,
             "lr": arguments.lr,
         }
@@ -165,10 +174,11 @@ def main() -> None:
     parser.add_argument("data", help="folder of CIFAR-10")
     parser.add_argument("--partial", help="JSON file of rows that were measured before")
     parser.add_argument("--only", default="", help="regular expression of the rows to measure")
-    parser.add_argument("--tuned", type=float, nargs="*", default=[44, 30, 20], help="qualities, fine-tuned")
+    parser.add_argument("--tuned", type=float, nargs="*", default=[45, 30, 20], help="qualities, fine-tuned")
     parser.add_argument("--sweep", type=float, nargs="*", default=[20, 30, 44, 60, 80])
     parser.add_argument("--sweep-images", type=int, help="test images of untuned rows; all unless given")
     parser.add_argument("--train-images", type=int, help="of fine-tuning; all unless given")
+    parser.add_argument("--distilled", action="store_true", help="tuned rows follow the uncoded network")
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning")
     parser.add_argument("--lr", type=float, default=0.005)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -196,6 +206,7 @@ def main() -> None:
     command = (
         f"python benchmarks/feature_codec.py WEIGHTS CIFAR10_DIR --epochs {arguments.epochs} "
         f"--lr {arguments.lr:g}"
+        + (" --distilled" if arguments.distilled else "")
         + (f" --train-images {arguments.train_images}" if arguments.train_images else "")
         + (f" --sweep-images {arguments.sweep_images}" if arguments.sweep_images else "")
     )
