@@ -125,7 +125,7 @@ class Run:
     def finetuned(self, options: TransformOptions) -> dict[str, Any]:
         """The network after training with the codecs in the loop."""
         arguments, coded = self.arguments, self.coded(options)
-        fit = FitOptions(epochs=arguments.epochs, optimizer="sgd", lr=arguments.lr)
+        fit = FitOptions(epochs=arguments.epochs, optimizer="sgd", lr=arguments.lr, freeze_norm=True)
         images = self.source(arguments.train_images)
         objective = None
         if arguments.distilled:

@@ -105,12 +105,23 @@ OPTIONS: list[dict[str, Any]] = [
     {"clip_norm": 0.1},
     {"gamma_l1": 0.05},
     {"augment": False},
+    {"freeze_norm": True},
 ]
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: "-".join(map(str, option.values())))
 def test_each_option_changes_the_weights(option: dict[str, Any]) -> None:
     assert not same(trained(), trained(**option))
+
+
+def test_frozen_statistics_stay_and_scales_learn() -> None:
+    before = {name: tensor.clone() for name, tensor in network().state_dict().items()}
+    after, usual = trained(freeze_norm=True), trained()
+    for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
+        assert torch.equal(after[name], before[name])
+        assert not torch.equal(usual[name], before[name])
+    for name in ("0.weight", "1.weight", "1.bias"):
+        assert not torch.equal(after[name], before[name])
 
 
 @pytest.mark.parametrize(

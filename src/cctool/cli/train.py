@@ -39,6 +39,7 @@ def train(
     metric_mode: training.MetricModeOption = FitOptions.metric_mode,
     eval_from: training.EvalFrom = FitOptions.eval_from,
     augment: training.Augment = FitOptions.augment,
+    freeze_norm: training.FreezeNorm = FitOptions.freeze_norm,
     resume: training.Resume = False,
     stop_after: training.StopAfter = None,
     save_every: training.SaveEvery = None,

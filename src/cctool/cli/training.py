@@ -68,6 +68,9 @@ EvalFrom = Annotated[int, typer.Option(help="Evaluate from this epoch on.")]
 Augment = Annotated[
     bool, typer.Option("--augment/--no-augment", help="Vary training images as the data set recommends.")
 ]
+FreezeNorm = Annotated[
+    bool, typer.Option("--freeze-norm", help="Leave batch norm's running statistics, and normalise by them.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last.pt.")]
 StopAfter = Annotated[
     Optional[int],  # noqa: UP045

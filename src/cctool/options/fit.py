@@ -100,6 +100,7 @@ class FitOptions:
         metric_mode: whether larger or smaller values of ``metric`` are better.
         eval_from: first epoch (counted from 1) after which the validation split is evaluated.
         augment: whether training images are augmented as the data set recommends.
+        freeze_norm: whether batch norm normalises by its running statistics, which then stay as they are.
     """
 
     epochs: int = 30
@@ -125,6 +126,7 @@ class FitOptions:
     metric_mode: MetricMode = field(default=MetricMode.MAX)
     eval_from: int = 1
     augment: bool = True
+    freeze_norm: bool = False
 
     def __post_init__(self) -> None:
         problems = [text for wrong, text in (*self._ranges(), *self._clashes()) if wrong]

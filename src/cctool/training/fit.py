@@ -22,6 +22,7 @@ from cctool.graph.execution import in_mode
 from cctool.options.fit import FitOptions, MetricMode
 from cctool.runtime import Reporter, Silent
 from cctool.training.constraints import Constraint
+from cctool.training.frozen import freeze_statistics
 from cctool.training.group import group_of
 from cctool.training.objectives import Objective, Terms, gamma_penalty
 from cctool.training.optimizers import make_optimizer
@@ -170,6 +171,8 @@ class _Loop:
 
     def _train(self, epoch: int) -> tuple[Tally, float]:
         self.bare.train()
+        if self.options.freeze_norm:
+            freeze_statistics(self.bare)
         for constraint in self.task.constraints:
             constraint.epoch(epoch)
         tally = Tally(epoch, self.task.objective.user, _LOOK_EVERY[self.fabric.device.type])
