@@ -157,6 +157,8 @@ def jobs(run: Run) -> dict[str, tuple[TransformOptions | None, bool]]:
     """What is measured, by the rows' names: options, and whether it is fine-tuned."""
     arguments = run.arguments
     found: dict[str, tuple[TransformOptions | None, bool]] = {"float": (None, False)}
+    for quality in arguments.tuned_klt:
+        found[f"dct with channel KLT, quality {quality:g}, tuned"] = ours(quality, channel_klt=True), True
     for quality in arguments.tuned:
         found[f"dct, quality {quality:g}, tuned"] = ours(quality), True
     for preset in PRESETS:
@@ -175,6 +177,9 @@ def main() -> None:
     parser.add_argument("--partial", help="JSON file of rows that were measured before")
     parser.add_argument("--only", default="", help="regular expression of the rows to measure")
     parser.add_argument("--tuned", type=float, nargs="*", default=[45, 30, 20], help="qualities, fine-tuned")
+    parser.add_argument(
+        "--tuned-klt", type=float, nargs="*", default=[44, 30, 20], help="qualities, fine-tuned over a KLT"
+    )
     parser.add_argument("--sweep", type=float, nargs="*", default=[20, 30, 44, 60, 80])
     parser.add_argument("--sweep-images", type=int, help="test images of untuned rows; all unless given")
     parser.add_argument("--train-images", type=int, help="of fine-tuning; all unless given")
