@@ -11,6 +11,7 @@ It does not look into scripted modules or other compiled code: those show as one
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -128,8 +129,29 @@ _COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-class _Watch(TorchFunctionMode):
-    """Shows each torch function called to the observers, after it has run."""
+class _Hidden(threading.local):
+    depth = 0
+
+
+_HIDDEN = _Hidden()
+
+
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Keep what is computed within from every `Watch`: it is not the network's own (codecs behind modules)."""
+    _HIDDEN.depth += 1
+    try:
+        yield
+    finally:
+        _HIDDEN.depth -= 1
+
+
+class Watch(TorchFunctionMode):
+    """Shows each torch function called to the observers, after it has run.
+
+    Attributes:
+        modules: qualified names of the modules executing, the innermost last.
+    """
 
     def __init__(
         self,
@@ -152,7 +174,7 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._showing:
+        if self._showing or _HIDDEN.depth:
             return func(*args, **kwargs)
         composite = _COMPOSITES.get(func)
         if composite is not None:
@@ -165,7 +187,8 @@ class _Watch(TorchFunctionMode):
             result = func(*args, **kwargs)
         else:
             result = self.substitute(name, func, args, kwargs)
-        self.show(name, func, args, kwargs, result)
+        if self.observers:
+            self.show(name, func, args, kwargs, result)
         if self.sizes is not None and name in ("shape", "size") and args:
             return self.sizes(args[0], result)
         return result
@@ -280,14 +303,20 @@ def execute(
         sizes: what the model sees of the sizes of tensors.
     """
     names = {module: name for name, module in model.named_modules()}
-    watch = _Watch(observers, names, substitute, sizes)
+    watch = Watch(observers, names, substitute, sizes)
+    with in_mode(model, training), following(watch), watch:
+        return model(*inputs)
+
+
+@contextmanager
+def following(watch: Watch) -> Iterator[None]:
+    """Tell a watch which modules are executing."""
     handles = [
         register_module_forward_pre_hook(watch.enter),
         register_module_forward_hook(watch.leave, always_call=True),
     ]
     try:
-        with in_mode(model, training), watch:
-            return model(*inputs)
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -19,9 +19,10 @@ from cctool.checkpoint.edits import THIN
 from cctool.checkpoint.masks import MASK
 from cctool.checkpoint.tables import EditKind, Tables
 from cctool.models import registry
-from cctool.operations.mask_storage import stored_with_masks
 from cctool.operations.opening import open_checkpoint
+from cctool.operations.quantized_storage import as_stored
 from cctool.options.common import ModelOptions
+from cctool.quantization.attached import QUANTIZE
 from cctool.quantization.storage import ENCODINGS
 from cctool.runtime import Silent
 from cctool.transforms.swap import SWAP
@@ -30,7 +31,7 @@ from cctool.user_code import looks_like_user_code
 
 __all__ = ["EDITS", "load", "save", "tables"]
 
-EDITS: Mapping[str, EditKind] = {"thin": THIN, "swap": SWAP, "mask": MASK, "tap": TAP}
+EDITS: Mapping[str, EditKind] = {"thin": THIN, "swap": SWAP, "mask": MASK, "tap": TAP, "quantize": QUANTIZE}
 
 
 def tables(user_code: Collection[str] = ()) -> Tables:
@@ -68,9 +69,12 @@ def load(path: Path | str, *, arch: str | None = None) -> Checkpoint:
 
 
 def save(checkpoint: Checkpoint, path: Path | str, *, overwrite: bool = False) -> None:
-    """Write a checkpoint atomically and read it back; masked weights are stored without their zeros.
+    """Write a checkpoint atomically and read it back.
+
+    Masked weights are stored without their zeros, quantized ones that lie on their grid as integers.
 
     Raises:
         CheckpointError: if it cannot be written, or exists and ``overwrite`` is false.
     """
-    save_checkpoint(stored_with_masks(checkpoint), path, tables(), overwrite=overwrite)
+    known = tables()
+    save_checkpoint(as_stored(checkpoint, known, settle=False), path, known, overwrite=overwrite)

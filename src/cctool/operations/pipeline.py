@@ -25,8 +25,8 @@ from cctool.checkpoint.spec import Size, Step
 from cctool.errors import CheckpointError, UsageError
 from cctool.operations.composition import tables
 from cctool.operations.context import Context, Outcome
-from cctool.operations.mask_storage import stored_with_masks
 from cctool.operations.opening import fresh, open_checkpoint
+from cctool.operations.quantized_storage import as_stored
 from cctool.operations.sizes import measure
 from cctool.operations.sources import describe
 from cctool.options.common import ModelOptions, RuntimeOptions
@@ -94,7 +94,7 @@ def write(
     checkpoint.model.to(context.device)
     for outcome in operation(checkpoint, options, context):
         outcome.checkpoint.model.to("cpu")
-        outcome = replace(outcome, checkpoint=stored_with_masks(outcome.checkpoint))
+        outcome = replace(outcome, checkpoint=as_stored(outcome.checkpoint, context.tables))
         finished = context.stamp(outcome)
         if not request.allow_nonfinite:
             _refuse_nonfinite(finished, "the result would hold")

@@ -24,6 +24,7 @@ from cctool.operations.context import Context
 from cctool.operations.examples import example
 from cctool.operations.stored_cut import cut_stored
 from cctool.pruning.surgery import Cut, CutPlan, apply_cut, named_tensors
+from cctool.quantization.attached import quantizers_of, with_quantizers
 from cctool.transforms.plain import plain_model
 from cctool.transforms.swapped import SwappedLayer, swapped_layers, with_swaps
 from cctool.transforms.tap_sites import find_sites
@@ -57,7 +58,7 @@ def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint of the plain network; it shares all tensors but the weights of swapped layers.
 
     Returns:
-        The checkpoint itself where nothing is swapped and no codec is at work.
+        The checkpoint itself where nothing is swapped and no codec and no quantizer is at work.
     """
     model = plain_model(checkpoint.model)
     if model is checkpoint.model:
@@ -66,7 +67,7 @@ def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     edits = tuple(
         edit
         for edit in checkpoint.spec.edits
-        if edit.get("kind") != "tap" and not (edit.get("kind") == "swap" and edit.get("module") in gone)
+        if edit.get("kind") not in ("tap", "quantize") and not (edit.get("kind") == "swap" and edit.get("module") in gone)
     )
     spec = with_masks(checkpoint.spec.model_copy(update={"edits": edits}), model)
     present = model.state_dict().keys()
@@ -104,6 +105,7 @@ def carried_out(checkpoint: Checkpoint, plan: CutPlan, context: Context) -> Carr
     if swapped_layers(model):
         spec = with_swaps(spec, model)
         notes += _not_smaller(before, model, plan)
+    spec = with_quantizers(spec, model)
     cut = replace(checkpoint, spec=spec, stored=stored)
     if taps_of(model):
         _set_shapes(cut)
@@ -132,6 +134,7 @@ def cut_model(model: nn.Module, plan: CutPlan) -> None:
         if cuts and id(layer) not in replaced:
             replaced[id(layer)] = layer.taken(cuts).train(layer.training)
     _put_in_place(model, replaced)
+    _cut_quantizers(model, plan)
     apply_cut(
         model,
         CutPlan(
@@ -139,6 +142,15 @@ def cut_model(model: nn.Module, plan: CutPlan) -> None:
             {module: values for module, values in plan.attributes.items() if module not in layers},
         ),
     )
+
+
+def _cut_quantizers(model: nn.Module, plan: CutPlan) -> None:
+    """Keep the scales of the channels that stay."""
+    held = quantizers_of(model)
+    for name, point in ({} if held is None else dict(held.state.weights)).items():
+        for cut in plan.tensors.get(name, ()):
+            if held is not None and point.config.axis == cut.dim:
+                held.take(name, cut.keep)
 
 
 def _set_shapes(checkpoint: Checkpoint) -> None:

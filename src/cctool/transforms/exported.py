@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cctool.graph.execution import hidden
 from cctool.transforms.codec import CodecState
 from cctool.transforms.filter_banks import wavelet_matrix
 from cctool.transforms.kernels import analysis_matrix, is_wavelet, synthesis_matrix
@@ -126,7 +127,8 @@ def put_exported(target: nn.Module, model: nn.Module, names: Collection[str]) ->
 
 
 def _code(codec: ExportedCodec, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    found: Tensor = codec(output)
+    with hidden():
+        found: Tensor = codec(output)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Networks without swapped layers and taps, for whatever must see ordinary ones."""
+"""Networks without swapped layers, taps and companions, for whatever must see ordinary ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pydantic import JsonValue
 from torch import nn
 
+from cctool.companions import drop_companions, has_companions
 from cctool.copying import copied
 from cctool.transforms.exported import put_exported
 from cctool.transforms.swapped import SwappedLayer, swapped_layers
@@ -17,20 +18,21 @@ __all__ = ["exportable", "plain_model", "type_of"]
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The network with ordinary layers in place of swapped ones and without codecs.
+    """The network with ordinary layers in place of swapped ones, without codecs and quantizers.
 
     Args:
         model: any network; it stays as it is.
 
     Returns:
-        ``model`` itself where nothing is swapped or tapped; else a copy that shares all tensors of the other
-        modules. Layers that have no ordinary counterpart stay swapped, and make their weight in every pass.
+        ``model`` itself where nothing is swapped, tapped or quantized; else a copy that shares all tensors of
+        the other modules. Layers that have no ordinary counterpart stay swapped, and make their weight in every pass.
     """
     layers = {name: layer.plain() for name, layer in swapped_layers(model).items()}
     found = {name: layer for name, layer in layers.items() if layer is not None}
-    if not layers and not taps_of(model):
+    if not layers and not taps_of(model) and not has_companions(model):
         return model
     copy = _copy_with(model, found)
+    drop_companions(copy)
     drop_taps(copy)
     for layer in swapped_layers(copy).values():
         if isinstance(getattr(layer, "cache", None), WeightCache):

@@ -7,7 +7,6 @@ So taps are copied, moved, saved and loaded with their module, and a module that
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +17,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cctool.checkpoint.payload import as_bytes
+from cctool.checkpoint.fingerprint import fingerprint_of
 from cctool.checkpoint.spec import Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
 from cctool.errors import CorruptCheckpointError, SpecError, TransformError
+from cctool.graph.execution import hidden
 from cctool.transforms.codec import CodecConfig, CodecState, Symbols, encode, reconstruct, simulate
 from cctool.transforms.spatial import block_sizes
 
@@ -115,6 +115,10 @@ class TapHook:
             raise TransformError(
                 f"a tap codes maps (N, C, H, W); {type(module).__name__} returned {_told(output)}"
             )
+        with hidden():
+            return self._coded(module, output)
+
+    def _coded(self, module: nn.Module, output: Tensor) -> Tensor:
         state = _state(module, self)
         if self.sink is None and torch.is_grad_enabled() and output.requires_grad:
             return _as(simulate(output, state), output)
@@ -262,14 +266,8 @@ def bypassed(model: nn.Module) -> Iterator[None]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over a network's tensors and their names, the taps' own left out."""
-    ours = tap_buffers(model)
-    hashed = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and name not in ours:
-            hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            hashed.update(as_bytes(tensor))
-    return hashed.hexdigest()
+    """SHA-256 over a network's tensors and their names, the taps' own and quantizers left out."""
+    return fingerprint_of(model, tap_buffers(model))
 
 
 def stale_taps(model: nn.Module) -> tuple[str, ...]:

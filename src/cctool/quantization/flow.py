@@ -1,0 +1,201 @@
+"""What flows where in one forward pass: the calls of torch functions and the tensors between them.
+
+Each call is found again in later passes by its place: the module whose code was executing, the function, and
+how often that module had called it before. So functional and shared activations have places of their own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from cctool.graph.execution import Event, execute, tensors_in
+from cctool.graph.trace import ARGUMENTS, argument, tensor_names
+
+__all__ = ["COMPUTING", "INPUT", "Call", "Flow", "Place", "flow_of"]
+
+COMPUTING = frozenset(
+    [*(f"conv{n}d" for n in (1, 2, 3)), *(f"conv_transpose{n}d" for n in (1, 2, 3)), "linear"]
+)
+"""Functions with a weight that is quantized."""
+
+INPUT = -1
+"""Stands for the network's input where calls are named by their number."""
+
+
+class Place(NamedTuple):
+    """Where a call stands: ``number`` counts that module's calls of the function in one pass, from 0."""
+
+    module: str
+    function: str
+    number: int
+
+    @property
+    def key(self) -> str:
+        """Name of the call within its module, as ``conv2d#0``."""
+        return f"{self.function}#{self.number}"
+
+    @property
+    def title(self) -> str:
+        """For reports: the module's name where it does one thing, as in ``layer1.0.conv1``."""
+        return self.module or self.function
+
+
+@dataclass
+class Call:
+    """One call.
+
+    Attributes:
+        place: where it stands.
+        module_type: class name of the module.
+        sources: numbers of the calls that made its tensor arguments, in order; `INPUT` for the network's.
+        weight: qualified name of its weight, of computing calls; of one that is computed itself, the name
+            that it has in its module.
+        weight_shape: of that weight.
+        tensors: qualified names of parameters and buffers by argument name.
+        shape: of its result, batch included; () where it is not one floating-point tensor.
+        settings: arguments that are no tensors, by name where these are known.
+        users: numbers of the calls that take its result.
+        lost: whether it changed its argument in place and the network goes on with that, so that what it
+            returned is not what others see.
+        constant: whether no argument depends on the network's input.
+    """
+
+    place: Place
+    module_type: str
+    sources: tuple[int, ...]
+    weight: str | None = None
+    weight_shape: tuple[int, ...] = ()
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    users: list[int] = field(default_factory=list)
+    lost: bool = False
+    constant: bool = False
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Calls of one pass in order, and the numbers of those whose results the network returns."""
+
+    calls: tuple[Call, ...]
+    outputs: tuple[int, ...]
+    input_users: tuple[int, ...]
+
+    def at(self, place: Place) -> Call | None:
+        """The call of that place."""
+        return next((call for call in self.calls if call.place == place), None)
+
+
+class _Recorder:
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
+        self.names = tensor_names(model)
+        self.types = {name: type(module).__name__ for name, module in model.named_modules()}
+        self.calls: list[Call] = []
+        self.made: dict[int, int] = {id(tensor): INPUT for tensor in inputs}
+        self.stale: dict[int, int] = {}
+        self.input_users: list[int] = []
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.alive: list[Any] = list(inputs)
+
+    def substitute(
+        self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        result = function(*args, **kwargs)
+        # A call in place returns its argument: a second object tells who goes on with which of the two.
+        if isinstance(result, Tensor) and any(result is tensor for tensor in tensors_in(args)):
+            self.stale[id(result)] = len(self.calls)
+            self.alive.append(result)
+            result = result.view_as(result)
+        return result
+
+    def record(self, event: Event) -> None:
+        if getattr(event.function, "__name__", "") == "__set__":
+            return
+        place = Place(event.module, event.name, self.counts[event.module, event.name])
+        self.counts[event.module, event.name] += 1
+        results = list(tensors_in(event.result))
+        if not results:
+            return
+        arguments = [*tensors_in(event.args), *tensors_in(event.kwargs)]
+        self.alive.extend((*results, *arguments))
+        number = len(self.calls)
+        sources = []
+        for tensor in arguments:
+            stale = self.stale.get(id(tensor))
+            if stale is not None and stale != number:
+                self.calls[stale].lost = True
+                sources.append(stale)
+            elif id(tensor) in self.made:
+                sources.append(self.made[id(tensor)])
+        call = Call(
+            place=place,
+            module_type=self.types.get(event.module, ""),
+            sources=tuple(sources),
+            tensors=self._tensors(event),
+            shape=_shape(event.result),
+            settings=_settings(event),
+            constant=all(source != INPUT and self.calls[source].constant for source in sources),
+        )
+        if event.name in COMPUTING:
+            weight = argument(event, "weight")
+            if isinstance(weight, Tensor):
+                own = f"{event.module}.weight" if event.module else "weight"
+                call.weight = self.names.get(id(weight), own)
+                call.weight_shape = tuple(weight.shape)
+        self.calls.append(call)
+        for source in dict.fromkeys(sources):
+            (self.input_users if source == INPUT else self.calls[source].users).append(number)
+        for tensor in results:
+            if id(tensor) not in self.names:
+                self.made[id(tensor)] = number
+
+    def _tensors(self, event: Event) -> dict[str, str]:
+        names = ARGUMENTS.get(event.name, ())
+        given = {**dict(zip(names, event.args, strict=False)), **event.kwargs}
+        return {
+            name: self.names[id(value)]
+            for name, value in given.items()
+            if isinstance(value, Tensor) and id(value) in self.names
+        }
+
+
+def flow_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Flow:
+    """Follow one pass in evaluation mode.
+
+    Args:
+        model: any network without quantizers and codecs; it stays as it is.
+        inputs: positional arguments of its forward, on its device.
+    """
+    recorder = _Recorder(model, inputs)
+    output = execute(model, inputs, [recorder.record], substitute=recorder.substitute)
+    outputs = []
+    for tensor in tensors_in(output):
+        stale = recorder.stale.get(id(tensor))
+        if stale is not None:
+            recorder.calls[stale].lost = True
+        number = recorder.made.get(id(tensor), stale)
+        if number is not None and number != INPUT:
+            outputs.append(number)
+    return Flow(tuple(recorder.calls), tuple(outputs), tuple(recorder.input_users))
+
+
+def _shape(result: Any) -> tuple[int, ...]:
+    if isinstance(result, Tensor) and result.is_floating_point():
+        return tuple(result.shape)
+    return ()
+
+
+def _settings(event: Event) -> dict[str, Any]:
+    names = ARGUMENTS.get(event.name, ())
+    positional = {
+        names[i] if i < len(names) else f"argument{i}": value for i, value in enumerate(event.args)
+    }
+    given = {**positional, **event.kwargs}
+    return {name: value for name, value in given.items() if next(tensors_in(value), None) is None}
+
+
