@@ -9,10 +9,11 @@ from cctool.checkpoint.encoding import Encoding
 from cctool.quantization.affine import AFFINE_U8
 from cctool.quantization.bits import BITS
 from cctool.quantization.half import BF16, FP16
+from cctool.quantization.integers import INTN
 from cctool.quantization.masked import MASKED
 
 __all__ = ["ENCODINGS"]
 
 ENCODINGS: dict[str, Encoding] = {
-    encoding.name: encoding for encoding in (FP16, BF16, AFFINE_U8, BITS, MASKED)
+    encoding.name: encoding for encoding in (FP16, BF16, AFFINE_U8, INTN, BITS, MASKED)
 }
