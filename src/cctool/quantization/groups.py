@@ -52,7 +52,7 @@ class Groups:
         return slices if self.runs is None else (*slices, self.runs)
 
     def index(self) -> Tensor:
-        """For each element the number of its range in a flattened tensor of shape `ranges`; int64, as `shape`."""
+        """For each element the number of its range in C order of `ranges`; int64 of `shape`."""
         runs = self.runs
         found = torch.zeros((), dtype=torch.int64)
         if self.axis is not None:

@@ -1,16 +1,17 @@
-"""Storage as packed integers of 2 to 8 bits with a scale for each tensor, slice or group: the encoding ``intn``.
+"""Storage as packed integers of 2 to 8 bits, a scale for each tensor, slice or group: the encoding ``intn``.
 
     w' = (n - z) * s,    n an integer of b bits, z the zero point, s the scale
 
 Symmetric: z is fixed, and n - z is one of -(2^(b-1) - 1) .. 2^(b-1) - 1, rounded half to even, with
-s = max|w| / (2^(b-1) - 1). Asymmetric: z = round(-min / s) is one of 0 .. 2^b - 1, as n is, rounded half up, with
-s = (max - min) / (2^b - 1) where min and max are those of the values and 0, so that 0 is stored exactly
-(Jacob et al. 2018, equations 1 and 13).
+s = max|w| / (2^(b-1) - 1). Asymmetric: z = round(-min / s) is one of 0 .. 2^b - 1, as n is, rounded half
+up, with s = (max - min) / (2^b - 1) where min and max are those of the values and 0, so that 0 is stored
+exactly (Jacob et al. 2018, equation 1 and section 3).
 
-Scales are float32, as the products are, and float64 for float64 tensors: 16 bits would cost more accuracy than
-they save bytes, for one scale serves many integers. A scale that is chosen here is rounded towards zero to
-24 - b significant bits (53 - b for float64). It is then off by less than 2^-15, and every product is exact, so
-that encoding what was decoded gives the same bytes; in float16 and bfloat16 products are rounded once more.
+Scales are float32, as the products are, and float64 for float64 tensors: 16 bits would cost more accuracy
+than they save bytes, for one scale serves many integers. A scale that is chosen here is rounded towards zero
+to 24 - b significant bits (53 - b for float64). It is then off by less than 2^-15, and every product is
+exact, so that encoding what was decoded gives the same bytes. In float16 and bfloat16 products are rounded
+once more; bfloat16 does not tell all integers of 7 and 8 bits apart.
 
 Stored integers are n, or n - z + 2^(b-1) where it is symmetric, packed in C order of the tensor.
 """
@@ -68,7 +69,8 @@ class Integers:
     """What an encoded tensor holds.
 
     Attributes:
-        integers: int64 of the tensor's shape: 0 .. 2^bits - 1, or -2^(bits-1) .. 2^(bits-1) - 1 where symmetric.
+        integers: int64 of the tensor's shape: 0 .. 2^bits - 1, or -2^(bits-1) .. 2^(bits-1) - 1 where it is
+            symmetric.
         scale: of the shape (), (slices,), (runs,) or (slices, runs).
         zero_point: int64, of the same shape; None where symmetric.
     """
@@ -133,7 +135,7 @@ def encode_integers(
     parts[_INTEGERS] = pack_integers(codes, bits)
     name = floating_name(torch.empty(0, dtype=dtype), _NAME)
     encoded = EncodedTensor(_NAME, shape, name, parts, settings.parameters)
-    if not bool(torch.isfinite(_decode_row(encoded, None)).all()):
+    if not bool(torch.isfinite(_products(encoded, None)).all()):
         raise QuantizationError(f"{_NAME}: the values are larger than {name} can hold")
     return encoded
 
@@ -176,9 +178,8 @@ def _encode_row(
     else:
         # Half up for values and zero point alike: the two ends are then 2^b - 1 steps apart, as they were.
         zero = -_half_up(low / scale)
-        _refuse_overflow(
-            scale, zero, torch.minimum(_half_up(high / scale), settings.top - zero), values.dtype
-        )
+        above = torch.minimum(_half_up(high / scale), settings.top - zero)
+        _refuse_overflow(scale, torch.maximum(zero, above), values.dtype)
         codes = (_half_up(steps) + zero[index]).clamp_(0, settings.top)
         parts[_ZERO] = zero.to(torch.uint8).reshape(groups.ranges)
     parts[_INTEGERS] = pack_integers(codes.to(torch.int64), settings.bits)
@@ -199,12 +200,19 @@ def _rounded_scale(scale: Tensor, wide: torch.dtype, bits: int) -> Tensor:
     return torch.where(scale > 0, found, torch.ones_like(found))
 
 
-def _refuse_overflow(scale: Tensor, below: Tensor, above: Tensor, dtype: torch.dtype) -> None:
-    if bool((torch.maximum(below, above) * scale > torch.finfo(dtype).max).any()):
+def _refuse_overflow(scale: Tensor, steps: Tensor, dtype: torch.dtype) -> None:
+    if bool((steps * scale > torch.finfo(dtype).max).any()):
         raise QuantizationError(f"{_NAME}: the range of a tensor with 0 on the grid is larger than its type")
 
 
 def _decode_row(encoded: EncodedTensor, mask: Tensor | None) -> Tensor:
+    values = _products(encoded, mask)
+    if not bool(torch.isfinite(values).all()):
+        raise CorruptCheckpointError(f"{_NAME}: values are larger than {encoded.dtype} can hold")
+    return values
+
+
+def _products(encoded: EncodedTensor, mask: Tensor | None) -> Tensor:
     dtype = decoded_dtype(encoded)
     settings, groups = _stored_settings(encoded)
     codes, scale, zeros = _stored(encoded, settings, groups, mask)
@@ -246,8 +254,8 @@ def _settings(parameters: Mapping[str, JsonValue], dims: int) -> _Settings:
         or not is_axis(axis, dims)
     ):
         raise QuantizationError(
-            f"{_NAME}: {dict(parameters)} of a tensor with {dims} dimensions; there are 2 to 8 bits, an axis of "
-            "the tensor, and groups of 1 or more"
+            f"{_NAME}: {dict(parameters)} of a tensor with {dims} dimensions; there are 2 to 8 bits, an axis "
+            "of the tensor, and groups of 1 or more"
         )
     assert isinstance(bits, int)
     assert axis is None or isinstance(axis, int)

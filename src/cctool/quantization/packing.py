@@ -81,7 +81,7 @@ def unpack_integers(packed: Tensor, bits: int, count: int, owner: str) -> Tensor
         Shape (count,), uint8 for up to 8 bits, else int32.
 
     Raises:
-        CorruptCheckpointError: if there are more or fewer bytes, or padding is not zero; nothing was allocated.
+        CorruptCheckpointError: if there are more or fewer bytes, or padding is not zero.
     """
     _check_width(bits)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (packed_size(count, bits),):

@@ -27,7 +27,7 @@ class RowEncoding:
     Attributes:
         name: of the encoding.
         row: name of the part that has an entry for each value.
-        bits: encoded -> width of the entries where they are packed, None where they are a tensor of their own.
+        bits: encoded -> width of the entries where they are packed, None where each is an element.
         encode: (values of shape (kept,), shape of the tensor, mask, parameters) -> encoded, of that shape.
         decode: (encoded, mask) -> values of shape (kept,), of the encoded type.
         cut: (encoded, dim, indices) -> the parts beside the row where only these indices of a dimension stay.
