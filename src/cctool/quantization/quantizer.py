@@ -204,7 +204,8 @@ def straight_through(x: Tensor, values: Tensor, inside: Tensor | None = None) ->
     """
     if not tracked(x):
         return values
-    found: Tensor = _StraightThrough.apply(x, values, inside)
+    # In a tuple, so that autograd takes the values for made here: a network may write to them in place.
+    found: Tensor = _StraightThrough.apply(x, (values, inside))
     return found
 
 
@@ -215,12 +216,13 @@ def tracked(x: Tensor) -> bool:
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, inside: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, made: tuple[Tensor, Tensor | None]) -> Tensor:
+        values, inside = made
         ctx.save_for_backward(inside)
-        return values.view_as(values)
+        return values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (inside,) = ctx.saved_tensors
-        return gradient if inside is None else gradient * inside, None, None
+        return gradient if inside is None else gradient * inside, None
