@@ -29,16 +29,16 @@ class SharedWeights:
 
 
 class KeepCodebooks(Constraint):
-    """Averages the gradients of weights that share an entry before they are clipped, and the weights after a step.
+    """Averages gradients of weights that share an entry before they are clipped, and the weights after a step.
 
     Han et al. 2016 (section 3.3, figure 3) add these gradients up, which is the gradient of the entry itself.
     The average is that sum divided by how many weights share the entry: entries then move at the pace of
     single weights, so that a learning rate for weights fits, and optimizers that divide by the size of
     gradients, as Adam, make nearly the same steps of both. Which weight has which entry never changes.
 
-    Weights of one entry have the same value, gradient and state of the optimizer, and a step should leave them
-    the same. That it does is not left to the order of additions in vectorised code, nor to an optimizer that
-    mixes weights: they are averaged, as differences to one of them, so that equal values stay what they are.
+    Weights of one entry have the same value, gradient and state of the optimizer, and a step should leave
+    them the same. That is not left to the roundings of vectorised code, nor to an optimizer that mixes
+    weights: they are averaged, as differences to one of them, so that equal values stay what they are.
 
     Args:
         shared: parameters; `fit` trains these very objects.
@@ -85,12 +85,12 @@ class _Table:
         self.alone = (given < 0).reshape(shared.entries.shape)
         self.index = index
         self.sizes = torch.bincount(index, minlength=alone + 1).clamp_(min=1)
+        places = torch.arange(len(index), device=index.device)
         first = torch.zeros_like(self.sizes)
-        self.first = first.scatter_reduce(
-            0, index, torch.arange(len(index), device=index.device), "amin", False
-        )
+        self.first = first.scatter_reduce(0, index, places, "amin", include_self=False)
 
     def move(self) -> None:
+        """Go to the parameter's device."""
         device = self.parameter.device
         self.alone, self.index = self.alone.to(device), self.index.to(device)
         self.sizes, self.first = self.sizes.to(device), self.first.to(device)
