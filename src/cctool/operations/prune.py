@@ -18,6 +18,7 @@ from cctool.checkpoint.spec import Metrics, Parent
 from cctool.copying import copied
 from cctool.data.records import DataSource
 from cctool.errors import CheckpointError
+from cctool.operations.codebooks import keeping_codebooks
 from cctool.operations.context import Context, Outcome
 from cctool.operations.costs import Costs, Scales
 from cctool.operations.finetuning import encoded_again, finetune
@@ -294,6 +295,7 @@ def _finetuned(checkpoint: Checkpoint, work: _Run) -> Checkpoint:
         options.data,
         context,
         objective=work.objective,
+        constraints=keeping_codebooks(checkpoint) if options.keep_storage else (),
         fresh=options.from_scratch or untrained,
     )
     if options.keep_storage:

@@ -258,7 +258,6 @@ def _settings(parameters: Mapping[str, JsonValue], dims: int) -> _Settings:
             "of the tensor, and groups of 1 or more"
         )
     assert isinstance(bits, int)
-    assert axis is None or isinstance(axis, int)
     assert group is None or isinstance(group, int)
     return _Settings(bits, bool(symmetric), axis, group)
 
