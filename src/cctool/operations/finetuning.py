@@ -88,7 +88,7 @@ def finetune(
 
 def decoded(checkpoint: Checkpoint, context: Context) -> Checkpoint:
     """The checkpoint with all tensors dense; says so where some were rounded."""
-    rounded = lossy_forms(checkpoint.stored)
+    rounded = lossy_forms(checkpoint)
     if rounded:
         methods = ", ".join(sorted({tensor.encoding for tensor in rounded.values()}))
         context.reporter.note(
@@ -114,8 +114,8 @@ def encoded_again(checkpoint: Checkpoint, earlier: Checkpoint, context: Context)
     stored: dict[str, EncodedTensor] = {}
     # Tied tensors are encoded once, and stored once.
     made: dict[Place, EncodedTensor] = {}
-    shared = codebooks_after(checkpoint, earlier)
-    for name, form in lossy_forms(earlier.stored).items():
+    shared = codebooks_after(checkpoint, replace(earlier, stored=lossy_forms(earlier)))
+    for name, form in lossy_forms(earlier).items():
         if name in shared:
             stored[name] = shared[name]
             continue

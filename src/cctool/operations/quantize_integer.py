@@ -38,7 +38,7 @@ from cctool.operations.quantized_storage import as_stored, quantized_weights, se
 from cctool.operations.quantizer_upkeep import in_step
 from cctool.operations.sizes import stored_bytes
 from cctool.operations.sources import open_source
-from cctool.operations.tap_upkeep import recalibrated_taps
+from cctool.operations.upkeep import recalibrated_parts
 from cctool.options.quantize import QuantizeOptions
 from cctool.options.quantize_choices import Rounding
 from cctool.quantization.adaround import adaround
@@ -93,7 +93,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     else:
         product, others, skipped = _weights_alone(product, checkpoint, planned, options, context)
         tensors += others
-    product, of_taps = recalibrated_taps(product, source, options.data, context)
+    product, of_taps = recalibrated_parts(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
     report = QuantizeReport(
         method=str(options.method),

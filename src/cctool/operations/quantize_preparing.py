@@ -35,7 +35,7 @@ from cctool.quantization.scales import fit_weight
 from cctool.transforms.swapped import swapped_layers
 from cctool.transforms.taps import drop_taps, set_taps, with_taps
 
-__all__ = ["attached", "calibrated", "in_floats"]
+__all__ = ["attached", "calibrated", "in_floats", "reported"]
 
 
 def in_floats(checkpoint: Checkpoint, context: Context, *, ordinary: bool) -> tuple[Checkpoint, list[str]]:
@@ -146,6 +146,16 @@ def calibrated(
     return tuple(
         _report(activation, held.quantizer(key), observers.get(key), clipped.get(key))
         for key, (activation, _) in chosen.items()
+    )
+
+
+def reported(model: nn.Module, planned: Plan) -> tuple[ActivationReport, ...]:
+    """How the activations of a plan are quantized now."""
+    held = quantizers_of(model)
+    assert held is not None
+    return tuple(
+        _report(activation, held.quantizer(activation_key(activation.place, activation.slot)), None, None)
+        for activation in planned.activations
     )
 
 

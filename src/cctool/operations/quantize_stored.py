@@ -24,7 +24,7 @@ from cctool.operations.measuring import measured_splits
 from cctool.operations.quantize_reports import QuantizeReport, TensorReport, counted, errors_between
 from cctool.operations.sizes import stored_bytes
 from cctool.operations.sources import open_source
-from cctool.operations.tap_upkeep import recalibrated_taps
+from cctool.operations.upkeep import recalibrated_parts
 from cctool.options.quantize import QuantizeOptions
 from cctool.quantization.methods import METHODS
 from cctool.quantization.selection import Selected, Skipped, select
@@ -51,7 +51,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     # Optimizer state belongs to the values before.
     product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
     product, reports = encode_selected(product, checkpoint, selected, options, context)
-    product, of_taps = recalibrated_taps(product, source, options.data, context)
+    product, of_taps = recalibrated_parts(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
     notes = (*_storage_notes(checkpoint, product, reports), *counted(skipped), *of_taps)
     report = QuantizeReport(
