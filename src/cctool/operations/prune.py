@@ -35,8 +35,8 @@ from cctool.operations.rewinding import open_earlier, rewound
 from cctool.operations.sources import open_source, require_source
 from cctool.operations.sparsifying import sparsified
 from cctool.operations.teaching import distillation
-from cctool.operations.width_pictures import picture_path, write_picture
 from cctool.operations.upkeep import recalibrated_parts, trained_parts
+from cctool.operations.width_pictures import picture_path, write_picture
 from cctool.options.fit import FitOptions
 from cctool.options.prune import Images, PruneOptions, StepMode
 from cctool.pruning.reports import PruneReport

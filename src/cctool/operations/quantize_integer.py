@@ -32,7 +32,6 @@ from cctool.operations.quantize_reports import (
     counted,
     errors_between,
 )
-from cctool.operations.quantize_search import searched_bits
 from cctool.operations.quantize_stored import encoded_directly
 from cctool.operations.quantized_storage import as_stored, quantized_weights, settled
 from cctool.operations.quantizer_upkeep import in_step
@@ -41,7 +40,6 @@ from cctool.operations.sources import open_source
 from cctool.operations.upkeep import recalibrated_parts
 from cctool.options.quantize import QuantizeOptions
 from cctool.options.quantize_choices import Rounding
-from cctool.quantization.adaround import adaround
 from cctool.quantization.attached import (
     Observing,
     detach,
@@ -49,8 +47,6 @@ from cctool.quantization.attached import (
     weight_key,
     with_quantizers,
 )
-from cctool.quantization.bias import correct_biases
-from cctool.quantization.equalize import equalize
 from cctool.quantization.selection import Skipped
 
 __all__ = ["observing", "run", "tensor_reports"]
@@ -73,6 +69,8 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     sensitivity: tuple[SensitivityReport, ...] = ()
     bits: Mapping[str, int] = {}
     if options.searches:
+        from cctool.operations.quantize_search import searched_bits
+
         bits, sensitivity, found = searched_bits(product, options, source, context)
         notes += found
     planned = plan(product, options, bits)
@@ -132,6 +130,8 @@ def _refuse_blind(options: QuantizeOptions, source: DataSource | None) -> None:
 
 
 def _equalized(product: Checkpoint, options: QuantizeOptions) -> list[str]:
+    from cctool.quantization.equalize import equalize
+
     found = equalize(product.model, plan(product, options).flow)
     notes = [f"the channels of {len(found.done)} pairs of layers were equalized"]
     return notes + [f"not equalized: {item.name}: {item.reason}" for item in found.skipped]
@@ -152,9 +152,7 @@ def _calibrated(
     if not planned.activations:
         return (), 0, []
     assert source is not None
-    images, used = calibration_images(
-        product, source, options.calibration.images, options.data, context
-    )
+    images, used = calibration_images(product, source, options.calibration.images, options.data, context)
     found = calibrated(product.model, planned, images, observing(options))
     broken = [item for item in found if item.nonfinite]
     notes = [
@@ -180,6 +178,8 @@ def _corrected(
     assert source is not None
     images, used = calibration_images(product, source, asked.images, options.data, context)
     if options.rounding is Rounding.ADAROUND:
+        from cctool.quantization.adaround import adaround
+
         learned = adaround(
             product.model,
             planned.flow,
@@ -194,6 +194,8 @@ def _corrected(
             "outputs than to the nearest level"
         )
     if asked.bias_correction:
+        from cctool.quantization.bias import correct_biases
+
         found = correct_biases(product.model, planned.flow, images, progress=context.reporter.progress)
         notes.append(f"the biases of {len(found.done)} layers were corrected on {used:,} images")
         notes += [f"no bias corrected: {item.name}: {item.reason}" for item in found.skipped]
@@ -251,9 +253,7 @@ def _weights_alone(
     detach(product.model)
     product = replace(product, spec=with_quantizers(product.spec, product.model))
     left = {f"{item.name}" for item in planned.left}
-    return encoded_directly(
-        product, before, options, context, done=taken & parameters, left=left
-    )
+    return encoded_directly(product, before, options, context, done=taken & parameters, left=left)
 
 
 def _of_layers(planned: Plan) -> list[str]:

@@ -56,9 +56,7 @@ class Plan:
         return tuple(first.values())
 
 
-def plan(
-    checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, int] | None = None
-) -> Plan:
+def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, int] | None = None) -> Plan:
     """Decide what is quantized how.
 
     Args:
@@ -128,7 +126,9 @@ def _weights(
         elif layer.weight not in found:
             config = _weight_config(layer, options, bits.get(layer.weight))
             channels = None if config.axis is None else layer.shape[config.axis]
-            found[layer.weight] = WeightPoint(config=config, channels=channels, norm=layer.norm)
+            folded = config.method == "uniform" and config.axis is None and layer.axis == 0
+            norm = layer.norm if folded else None
+            found[layer.weight] = WeightPoint(config=config, channels=channels, norm=norm)
     return found, left
 
 
@@ -179,9 +179,7 @@ def _weight_config(layer: Layer, options: QuantizeOptions, searched: int | None)
     )
 
 
-def _activation(
-    activation: Activation, points: Points, options: QuantizeOptions
-) -> QuantizerConfig | None:
+def _activation(activation: Activation, points: Points, options: QuantizeOptions) -> QuantizerConfig | None:
     method, bits = options.method, options.bits_of_activations
     given = [
         override.activations
@@ -242,5 +240,3 @@ def attach_plan(model: nn.Module, planned: Plan) -> None:
     for activation, config in planned.activations.items():
         calls.setdefault(activation.place, {})[activation.slot] = config
     attach(model, planned.weights, {place: CallPoint(**given) for place, given in calls.items()})
-
-

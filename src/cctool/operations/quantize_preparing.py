@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.copying import copied
-from cctool.operations.finetuning import decoded
 from cctool.operations.context import Context
+from cctool.operations.finetuning import decoded
 from cctool.operations.quantize_points import Plan, attach_plan
 from cctool.operations.quantize_reports import ActivationReport
 from cctool.operations.quantized_storage import quantized_weights
@@ -125,7 +125,7 @@ def calibrated(
 
     def make(key: str) -> Observer | None:
         quantizer = held.quantizer(key)
-        if key not in chosen or quantizer is None:
+        if key not in chosen or quantizer is None or not quantizer.has_range:
             return None
         observers[key] = _Watching(observer_of(observing, quantizer))
         return observers[key]  # type: ignore[return-value]
@@ -227,5 +227,3 @@ def _report(
         clipped=clipped,
         nonfinite=0 if watching is None else watching.observer.nonfinite,
     )
-
-

@@ -141,5 +141,3 @@ def counted(skipped: Sequence[Skipped]) -> list[str]:
     """A line for each reason why tensors were left alone."""
     counts = Counter(item.reason for item in skipped)
     return [f"left alone: {n} tensors ({reason})" for reason, n in counts.items()]
-
-

@@ -124,9 +124,7 @@ def encoded_directly(
         for item in chosen
         if any(name.rpartition(".")[0] in left or _refused(name, options) for name in item.names)
     ]
-    rest = [
-        item for item in chosen if not done.intersection(item.names) and item not in kept_out
-    ]
+    rest = [item for item in chosen if not set(done).intersection(item.names) and item not in kept_out]
     skipped += [
         Skipped(name, tuple(item.tensor.shape), "left out by an option")
         for item in kept_out

@@ -23,16 +23,74 @@ INPUT_PLACE = Place("", "input", 0)
 
 CLIPS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clip"})
 _MOVES = frozenset(
-    """view reshape flatten unflatten permute transpose t swapaxes swapdims movedim contiguous clone detach
-    dropout dropout2d dropout1d dropout3d alpha_dropout feature_alpha_dropout getitem chunk split tensor_split
-    unbind unsqueeze squeeze expand narrow select pad roll channel_shuffle pixel_shuffle pixel_unshuffle
-    max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d type_as
-    native_channel_shuffle view_as reshape_as expand_as stochastic_depth""".split()
+    [
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "permute",
+        "transpose",
+        "t",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "contiguous",
+        "clone",
+        "detach",
+        "dropout",
+        "dropout2d",
+        "dropout1d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "getitem",
+        "chunk",
+        "split",
+        "tensor_split",
+        "unbind",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "narrow",
+        "select",
+        "pad",
+        "roll",
+        "channel_shuffle",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+        "adaptive_max_pool3d",
+        "type_as",
+        "native_channel_shuffle",
+        "view_as",
+        "reshape_as",
+        "expand_as",
+        "stochastic_depth",
+    ]
 )
 """Functions whose results hold nothing but values of their argument, and zeros."""
 _INTEGER = COMPUTING | frozenset(
-    """add mul cat avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d mean sigmoid leaky_relu softmax matmul bmm""".split()
+    [
+        "add",
+        "mul",
+        "cat",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "mean",
+        "sigmoid",
+        "leaky_relu",
+        "softmax",
+        "matmul",
+        "bmm",
+    ]
 )
 """Functions that integer runtimes have kernels for."""
 
@@ -110,7 +168,9 @@ def plan_points(flow: Flow, way: Way) -> Points:
     found = {"all": plan.everything, "inputs": plan.inputs, "clips": plan.clips}[way]()
     lost = {activation.place for activation in found if plan.is_lost(activation)}
     left = [
-        Left(place.title, f"the network goes on with what {place.function} wrote in place, not with its result")
+        Left(
+            place.title, f"the network goes on with what {place.function} wrote in place, not with its result"
+        )
         for place in dict.fromkeys(lost)
     ]
     kept = tuple(activation for activation in found if activation.place not in lost)
