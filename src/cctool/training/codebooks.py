@@ -29,7 +29,7 @@ class SharedWeights:
 
 
 class KeepCodebooks(Constraint):
-    """Averages gradients of weights that share an entry before they are clipped, and the weights after a step.
+    """Averages gradients of weights that share an entry before these are clipped, and weights after a step.
 
     Han et al. 2016 (section 3.3, figure 3) add these gradients up, which is the gradient of the entry itself.
     The average is that sum divided by how many weights share the entry: entries then move at the pace of
