@@ -29,7 +29,7 @@ class SharedWeights:
 
 
 class KeepCodebooks(Constraint):
-    """Averages gradients of weights that share an entry before they are clipped, and the weights after a step.
+    """Averages gradients of weights that share an entry before these are clipped, and weights after a step.
 
     Han et al. 2016 (section 3.3, figure 3) add these gradients up, which is the gradient of the entry itself.
     The average is that sum divided by how many weights share the entry: entries then move at the pace of
@@ -97,8 +97,16 @@ class _Table:
 
     def average(self, values: Tensor, *, from_first: bool = False) -> None:
         """Replace values in place by the means of their entries."""
-        flat = values.detach().reshape(-1).double()
-        base = flat[self.first] if from_first else flat.new_zeros(len(self.sizes))
-        sums = torch.zeros_like(base).index_add_(0, self.index, flat - base[self.index])
-        means = (base + sums / self.sizes)[self.index].reshape(values.shape).to(values.dtype)
-        values.copy_(torch.where(self.alone, values, means))
+        flat = values.detach().reshape(-1)
+        if from_first:
+            # Differences of what should be equal need no more digits than they have.
+            base = flat.index_select(0, self.first)
+            means = base + self._means(flat - base.index_select(0, self.index)).to(base.dtype)
+        else:
+            means = self._means(flat.double()).to(flat.dtype)
+        shared = means.index_select(0, self.index).view(values.shape)
+        values.copy_(torch.where(self.alone, values, shared))
+
+    def _means(self, flat: Tensor) -> Tensor:
+        sums = flat.new_zeros(len(self.sizes)).index_add_(0, self.index, flat)
+        return sums / self.sizes
