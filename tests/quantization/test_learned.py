@@ -63,6 +63,17 @@ def test_lsq_is_the_papers_equations(bits: int, signed: bool, weight: bool) -> N
     assert quantizer.step.grad.item() == pytest.approx(ds / math.sqrt(elements * high), rel=1e-5)
 
 
+def test_the_ends_of_lsqs_range_count_as_outside() -> None:
+    quantizer = made("lsq", 3, weight=True)
+    quantizer.step.data.fill_(0.5)
+    w = torch.tensor([-2.0, -1.9, 1.4, 1.5], requires_grad=True)
+    quantizer(w).sum().backward()
+    assert w.grad is not None
+    assert w.grad.tolist() == [0, 1, 1, 0]
+    slopes = -4 + (3.8 - 4) + (3 - 2.8) + 3
+    assert quantizer.step.grad.item() == pytest.approx(slopes / math.sqrt(4 * 3), rel=1e-5)
+
+
 def test_each_slice_learns_a_step() -> None:
     w, upstream = randoms(3, 4, 2).double(), randoms(3, 4, 2, seed=1).double()
     quantizer = made("lsq", 3, weight=True, axis=1, channels=4)

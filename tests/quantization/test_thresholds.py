@@ -125,6 +125,18 @@ def test_no_asymmetric_range_errs_noticeably_less(name: str, limits: tuple[int, 
     assert error_by_numpy(v, *found, limits, False) <= min(tried) * 1.05
 
 
+@pytest.mark.parametrize("name", ["shifted", "laplace", "outliers"])
+def test_neither_end_alone_can_be_moved_to_err_less(name: str) -> None:
+    limits = (0, 7)
+    x = SHAPES[name]
+    v = x.double().numpy()
+    low, high = mse_bounds(seen_of(x), limits, symmetric=False)
+    moves = np.linspace(0.7, 1.3, 61)
+    highs = [error_by_numpy(v, low, min(high * move, v.max()), limits, False) for move in moves]
+    lows = [error_by_numpy(v, max(low * move, v.min()), high, limits, False) for move in moves]
+    assert error_by_numpy(v, low, high, limits, False) <= min(*highs, *lows) * 1.005
+
+
 def test_fewer_bits_clip_more() -> None:
     seen = seen_of(normals())
     highs = [mse_bounds(seen, (-(2**b), 2**b - 1), symmetric=True)[1] for b in (1, 3, 5, 7)]
