@@ -96,7 +96,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "percentile": {"observer": Observer.PERCENTILE, "percentile": 90.0},
     "mse": {"observer": Observer.MSE, "activation_bits": 4},
     "entropy": {"observer": Observer.ENTROPY},
-    "aciq": {"observer": Observer.ACIQ_LAPLACE, "activation_bits": 3},
+    "aciq": {"observer": Observer.ACIQ_LAPLACE, "activation_bits": 2},
     "gauss": {"observer": Observer.ACIQ_GAUSS, "activation_bits": 3},
     "average": {"observer": Observer.MOVING_AVERAGE, "images": 28},
     "n-std": {"observer": Observer.N_STD, "deviations": 1.0},
