@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.payload import place
+from cctool.copying import copied
 from cctool.data.records import DataSource
 from cctool.errors import UsageError
 from cctool.operations.calibrating import calibration_images
@@ -40,6 +41,7 @@ from cctool.operations.sources import open_source
 from cctool.operations.upkeep import recalibrated_parts
 from cctool.options.quantize import QuantizeOptions
 from cctool.options.quantize_choices import Rounding
+from cctool.quantization.adaround import adaround
 from cctool.quantization.attached import (
     Observing,
     detach,
@@ -47,6 +49,8 @@ from cctool.quantization.attached import (
     weight_key,
     with_quantizers,
 )
+from cctool.quantization.bias import correct_biases
+from cctool.quantization.equalize import equalize
 from cctool.quantization.selection import Skipped
 
 __all__ = ["observing", "run", "tensor_reports"]
@@ -130,10 +134,9 @@ def _refuse_blind(options: QuantizeOptions, source: DataSource | None) -> None:
 
 
 def _equalized(product: Checkpoint, options: QuantizeOptions) -> list[str]:
-    from cctool.quantization.equalize import equalize
 
     found = equalize(product.model, plan(product, options).flow)
-    notes = [f"the channels of {len(found.done)} pairs of layers were equalized"]
+    notes = [f"the channels of {len(found.pairs)} pairs of layers were equalized"]
     return notes + [f"not equalized: {item.name}: {item.reason}" for item in found.skipped]
 
 
@@ -177,27 +180,27 @@ def _corrected(
         return []
     assert source is not None
     images, used = calibration_images(product, source, asked.images, options.data, context)
+    # Outputs in floating point are those of the weights before they are rounded.
+    reference = copied(product.model)
     if options.rounding is Rounding.ADAROUND:
-        from cctool.quantization.adaround import adaround
-
         learned = adaround(
             product.model,
             planned.flow,
             images,
             steps=options.rounding_steps,
             seed=context.runtime.seed,
-            progress=context.reporter.progress,
+            reporter=context.reporter,
+            reference=reference,
         )
-        better = sum(item.learned < item.nearest for item in learned)
+        better = sum(item.kept for item in learned.layers)
         notes.append(
-            f"rounding was learnt on {used:,} images: {better} of {len(learned)} layers come closer to their "
-            "outputs than to the nearest level"
+            f"rounding was learnt on {used:,} images: {better} of {len(learned.layers)} layers come closer to "
+            "their outputs than with the nearest levels, which the others keep"
         )
+        notes += [f"rounding not learnt: {item.name}: {item.reason}" for item in learned.skipped]
     if asked.bias_correction:
-        from cctool.quantization.bias import correct_biases
-
-        found = correct_biases(product.model, planned.flow, images, progress=context.reporter.progress)
-        notes.append(f"the biases of {len(found.done)} layers were corrected on {used:,} images")
+        found = correct_biases(product.model, planned.flow, images, context.reporter, reference=reference)
+        notes.append(f"the biases of {len(found.layers)} layers were corrected on {used:,} images")
         notes += [f"no bias corrected: {item.name}: {item.reason}" for item in found.skipped]
     return notes
 

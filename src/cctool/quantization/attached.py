@@ -11,7 +11,7 @@ floating point.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -43,6 +43,7 @@ __all__ = [
     "activation_key",
     "attach",
     "detach",
+    "following_calls",
     "following_values",
     "norm_factors",
     "only",
@@ -57,6 +58,8 @@ _Name = Annotated[str, Field(max_length=4096)]
 
 Follower = Callable[[str, Tensor], None]
 """Is shown (key, value) of each tensor before it is quantized."""
+CallFollower = Callable[[Place, Sequence[Any], Mapping[str, Any], Any], None]
+"""Is shown the place of a call, its arguments as it took them, and its result before that is quantized."""
 
 
 class WeightPoint(Brief):
@@ -131,6 +134,7 @@ class _State:
         fingerprint, images, observing, method: see `Quantize`.
         enabled: keys of the quantizers at work; None is all.
         follower: is shown values before they are quantized.
+        call_follower: is shown calls where something has a quantizer.
         bypassed: whether nothing is quantized.
     """
 
@@ -142,6 +146,7 @@ class _State:
     method: str = ""
     enabled: frozenset[str] | None = None
     follower: Follower | None = None
+    call_follower: CallFollower | None = None
     bypassed: bool = False
 
 
@@ -254,6 +259,8 @@ class _Pass:
                 weight = point.weight
                 self._change(args, kwargs, 1, "weight", lambda w: self._weight(weight, w))
             result = function(*args, **kwargs)
+            if self.held.state.call_follower is not None:
+                self.held.state.call_follower(place, args, kwargs, result)
             if point.output is not None:
                 result = self._activation(place, "output", result)
         # What only asks for sizes is not counted: see `flow._Recorder.record`.
@@ -406,6 +413,21 @@ def following_values(model: nn.Module, follower: Follower, *, quantized: bool = 
         yield
     finally:
         state.follower, state.bypassed = before
+
+
+@contextmanager
+def following_calls(model: nn.Module, follower: CallFollower, *, quantized: bool) -> Iterator[None]:
+    """Show the calls at all places to ``follower``; nothing is quantized meanwhile unless ``quantized``.
+
+    What the follower raises ends the pass and comes out of it.
+    """
+    state = _held(model).state
+    before = state.call_follower, state.bypassed
+    state.call_follower, state.bypassed = follower, not quantized
+    try:
+        yield
+    finally:
+        state.call_follower, state.bypassed = before
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class Call:
         weight: qualified name of its weight, of computing calls; of one that is computed itself, the name
             that it has in its module.
         weight_shape: of that weight.
-        tensors: qualified names of parameters and buffers by argument name.
+        tensors: qualified names of parameters and buffers by argument name, all of them.
         shape: of its result, batch included; () where it is not one floating-point tensor.
         settings: arguments that are no tensors, by name where these are known.
         users: numbers of the calls that take its result.
@@ -155,13 +155,12 @@ class _Recorder:
                 self.made[id(tensor)] = number
 
     def _tensors(self, event: Event) -> dict[str, str]:
-        names = ARGUMENTS.get(event.name, ())
-        given = {**dict(zip(names, event.args, strict=False)), **event.kwargs}
-        return {
-            name: self.names[id(value)]
-            for name, value in given.items()
-            if isinstance(value, Tensor) and id(value) in self.names
-        }
+        found = {}
+        for name, value in _named(event).items():
+            for number, tensor in enumerate(tensors_in(value)):
+                if id(tensor) in self.names:
+                    found[name if tensor is value else f"{name}.{number}"] = self.names[id(tensor)]
+        return found
 
 
 def flow_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Flow:
@@ -191,7 +190,13 @@ def _shape(result: Any) -> tuple[int, ...]:
 
 
 def _settings(event: Event) -> dict[str, Any]:
+    return {name: value for name, value in _named(event).items() if next(tensors_in(value), None) is None}
+
+
+def _named(event: Event) -> dict[str, Any]:
+    """Arguments by name; ``argument2`` is the third where no name is known."""
     names = ARGUMENTS.get(event.name, ())
-    positional = {names[i] if i < len(names) else f"argument{i}": value for i, value in enumerate(event.args)}
-    given = {**positional, **event.kwargs}
-    return {name: value for name, value in given.items() if next(tensors_in(value), None) is None}
+    positional = {
+        names[i] if i < len(names) else f"argument{i}": value for i, value in enumerate(event.args)
+    }
+    return {**positional, **event.kwargs}

@@ -49,8 +49,8 @@ def least_squares_range(x: Tensor, config: QuantizerConfig) -> tuple[Tensor, Ten
 
     124 ranges are tried for the tensor, or for each slice along ``config.axis``: the smallest and the largest
     value times the same factor. With a zero point the two ends are then moved one after the other, as many
-    places each, because the values may be skewed. Of tensors with more than four million values, evenly spaced
-    ones are looked at.
+    places each, because the values may be skewed. Of tensors with more than four million values, evenly
+    spaced ones are looked at.
 
     Args:
         x: float32 or float64, finite.
