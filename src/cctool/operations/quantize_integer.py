@@ -3,8 +3,8 @@
     floats -> [equalized] -> quantizers attached -> ranges of weights -> ranges of activations
            -> [biases corrected] -> [rounding learnt] -> weights on their grid -> measured
 
-Where activations stay in floating point, the quantizers are taken off at the end: what is left is weights that
-are stored in few bits.
+Where activations stay in floating point, the quantizers are taken off at the end, and what is left is weights
+that are stored in few bits.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ def _corrected(
         )
         better = sum(item.kept for item in learned.layers)
         notes.append(
-            f"rounding was learnt on {used:,} images: {better} of {len(learned.layers)} layers come closer to "
-            "their outputs than with the nearest levels, which the others keep"
+            f"rounding was learnt on {used:,} images: {better} of {len(learned.layers)} layers come closer "
+            "to their outputs than with the nearest levels, which the others keep"
         )
         notes += [f"rounding not learnt: {item.name}: {item.reason}" for item in learned.skipped]
     if asked.bias_correction:

@@ -1,8 +1,8 @@
 """Where quantizers go: weights of layers, and the activations between them.
 
-Three ways, by what is done with the result. An integer runtime wants every tensor between its kernels quantized
-once, and what it fuses not at all (``all``); LSQ quantizes what each layer takes in (``inputs``); DoReFa, PACT
-and WRPN quantize what a clipping activation puts out (``clips``).
+Three ways, by what is done with the result. An integer runtime wants every tensor between its kernels
+quantized once, and what it fuses not at all (``all``); LSQ quantizes what each layer takes in (``inputs``);
+DoReFa, PACT and WRPN quantize what a clipping activation puts out (``clips``).
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ def plain_model(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model`` itself where nothing is swapped, tapped or quantized; else a copy that shares all tensors of
-        the other modules. Layers that have no ordinary counterpart stay swapped, and make their weight in every pass.
+        the other modules. Layers that have no ordinary counterpart stay swapped, and make their weight in
+        every pass.
     """
     layers = {name: layer.plain() for name, layer in swapped_layers(model).items()}
     found = {name: layer for name, layer in layers.items() if layer is not None}
