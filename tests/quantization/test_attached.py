@@ -75,7 +75,8 @@ def test_without_its_quantizers_the_network_is_what_it_was() -> None:
     assert detach(model)
     assert torch.equal(model(x), plain)
     assert list(model.state_dict()) == names
-    assert not (model._forward_hooks or model._forward_pre_hooks or model._forward_hooks_always_called)
+    for hooks in (model._forward_hooks, model._forward_pre_hooks, model._forward_hooks_always_called):
+        assert not hooks
     assert not detach(model)
 
 
