@@ -104,7 +104,9 @@ class DorefaWeightQuantizer(Quantizer):
         return numbers, table.masked_fill(zero, 0.0).float()
 
     def _statistic(self, x: Tensor) -> Tensor:
-        return x.abs().mean() if self.config.bits == 1 else torch.tanh(x).abs().amax()
+        if self.config.bits == 1:
+            return x.abs().mean(dtype=torch.float64).to(x.dtype)
+        return torch.tanh(x).abs().amax()
 
 
 def _nonzero(maximum: Tensor) -> Tensor:

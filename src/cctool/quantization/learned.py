@@ -44,10 +44,10 @@ class LsqQuantizer(Quantizer):
         return Grid(scale, torch.zeros_like(scale, dtype=torch.int32), *self.config.limits, self.config.axis)
 
     def _initialise(self, x: Tensor) -> None:
-        axis = self.config.axis
-        mean = x.abs().mean([dim for dim in range(x.dim()) if dim != axis]) if x.dim() > 1 else x.abs()
-        if axis is None:
-            mean = mean.mean()
+        rest = [dim for dim in range(x.dim()) if dim != self.config.axis]
+        mean = x.abs().double()
+        # Without dimensions to reduce, torch would take all of them.
+        mean = mean.mean(rest) if rest else mean
         self.step.copy_(2 * mean / math.sqrt(self.config.limits[1]))
 
     def _quantized(self, x: Tensor) -> Tensor:

@@ -63,9 +63,11 @@ class Quantizer(nn.Module):
         """Take the first range or step from a weight or a batch of activations, as the method's paper says.
 
         Args:
-            x: finite values.
+            x: finite values; where there are none, state stays as it is.
             fold: as in `forward`.
         """
+        if not x.numel():
+            return
         with torch.no_grad():
             self._initialise(self.folded(x, fold))
 
