@@ -1,10 +1,10 @@
 """`cctool quantize --method intN`: weights and activations as integers, calibrated and not trained.
 
     floats -> [equalized] -> quantizers attached -> ranges of weights -> ranges of activations
-           -> [biases corrected] -> [rounding learnt] -> weights on their grid -> measured
+           -> [rounding learnt] -> [biases corrected] -> weights on their grid -> measured
 
-Where activations stay in floating point, the quantizers are taken off at the end: what is left is weights that
-are stored in few bits.
+Where activations stay in floating point, the quantizers are taken off at the end: what is left is weights
+that are stored in few bits.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.payload import place
+from cctool.copying import copied
 from cctool.data.records import DataSource
 from cctool.errors import UsageError
 from cctool.operations.calibrating import calibration_images
@@ -176,7 +177,11 @@ def _corrected(
     if not (asked.bias_correction or options.rounding is Rounding.ADAROUND):
         return []
     assert source is not None
-    images, used = calibration_images(product, source, asked.images, options.data, context)
+    served, used = calibration_images(product, source, asked.images, options.data, context)
+    # Every layer passes over them: they are not read and decoded again each time.
+    images = list(served)
+    # Outputs are compared with those of the network whose weights and biases nobody has changed yet.
+    reference = copied(product.model)
     if options.rounding is Rounding.ADAROUND:
         from cctool.quantization.adaround import adaround
 
@@ -186,17 +191,19 @@ def _corrected(
             images,
             steps=options.rounding_steps,
             seed=context.runtime.seed,
-            progress=context.reporter.progress,
+            reporter=context.reporter,
+            reference=reference,
         )
-        better = sum(item.learned < item.nearest for item in learned)
+        better = sum(item.kept for item in learned.layers)
+        notes += [f"rounded to nearest: {item.name}: {item.reason}" for item in learned.skipped]
         notes.append(
-            f"rounding was learnt on {used:,} images: {better} of {len(learned)} layers come closer to their "
-            "outputs than to the nearest level"
+            f"rounding was learnt on {used:,} images: the outputs of {better} of {len(learned.layers)} layers "
+            "are closer than with nearest rounding"
         )
     if asked.bias_correction:
         from cctool.quantization.bias import correct_biases
 
-        found = correct_biases(product.model, planned.flow, images, progress=context.reporter.progress)
+        found = correct_biases(product.model, planned.flow, images, context.reporter, reference=reference)
         notes.append(f"the biases of {len(found.done)} layers were corrected on {used:,} images")
         notes += [f"no bias corrected: {item.name}: {item.reason}" for item in found.skipped]
     return notes
