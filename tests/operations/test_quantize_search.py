@@ -21,7 +21,7 @@ from cctool.operations.quantized_storage import as_stored
 from cctool.operations.sizes import stored_bytes
 from cctool.options.prune_parts import Quantity, Target
 from cctool.options.quantize import QuantizeMethod, QuantizeOptions
-from cctool.options.quantize_choices import Rounding
+from cctool.options.quantize_choices import Edges, Rounding
 from cctool.options.quantize_parts import CalibrationOptions, LayerBits
 from cctool.quantization.attached import detach, only, quantizers_of
 
@@ -129,7 +129,12 @@ def test_the_network_that_is_searched_stays_as_it_is(checkpoint):
 def test_the_chosen_bits_lose_no_more_than_allowed_on_the_validation_split(checkpoint, activations):
     source, found = _source(200), {}
     for points in (1.0, 30.0):
-        options = _options(max_drop=points, weight_only=not activations, data=replace(DATA, limit=200))
+        options = _options(
+            max_drop=points,
+            weight_only=not activations,
+            edges=Edges.SAME,
+            data=replace(DATA, limit=200),
+        )
         bits, _, notes = searched_bits(checkpoint, options, source, context())
         found[points] = bits
         assert "validation" in notes[-1]

@@ -197,8 +197,8 @@ def _corrected(
         better = sum(item.kept for item in learned.layers)
         notes += [f"rounded to nearest: {item.name}: {item.reason}" for item in learned.skipped]
         notes.append(
-            f"rounding was learnt on {used:,} images: the outputs of {better} of {len(learned.layers)} layers "
-            "are closer than with nearest rounding"
+            f"rounding was learnt on {used:,} images: the outputs of {better} of {len(learned.layers)} "
+            "layers are closer than with nearest rounding"
         )
     if asked.bias_correction:
         from cctool.quantization.bias import correct_biases
