@@ -1,7 +1,7 @@
 """`cctool quantize --method intN`: weights and activations as integers, calibrated and not trained.
 
     floats -> [equalized] -> quantizers attached -> ranges of weights -> ranges of activations
-           -> [biases corrected] -> [rounding learnt] -> weights on their grid -> measured
+           -> [rounding learnt] -> [biases corrected] -> weights on their grid -> measured
 
 Where activations stay in floating point, the quantizers are taken off at the end, and what is left is weights
 that are stored in few bits.
@@ -33,6 +33,7 @@ from cctool.operations.quantize_reports import (
     counted,
     errors_between,
 )
+from cctool.operations.quantize_search import searched_bits
 from cctool.operations.quantize_stored import encoded_directly
 from cctool.operations.quantized_storage import as_stored, quantized_weights, settled
 from cctool.operations.quantizer_upkeep import in_step
@@ -73,7 +74,6 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     sensitivity: tuple[SensitivityReport, ...] = ()
     bits: Mapping[str, int] = {}
     if options.searches:
-        from cctool.operations.quantize_search import searched_bits
 
         bits, sensitivity, found = searched_bits(product, options, source, context)
         notes += found
@@ -179,8 +179,10 @@ def _corrected(
     if not (asked.bias_correction or options.rounding is Rounding.ADAROUND):
         return []
     assert source is not None
-    images, used = calibration_images(product, source, asked.images, options.data, context)
-    # Outputs in floating point are those of the weights before they are rounded.
+    served, used = calibration_images(product, source, asked.images, options.data, context)
+    # Every layer passes over them: they are not read and decoded again each time.
+    images = list(served)
+    # Outputs are compared with those of the network whose weights and biases nobody has changed yet.
     reference = copied(product.model)
     if options.rounding is Rounding.ADAROUND:
         learned = adaround(

@@ -22,7 +22,7 @@ from cctool.quantization.flow import Flow, Place, flow_of
 from cctool.quantization.points import Activation, Layer, Left, Points, Way, plan_points
 from cctool.transforms.taps import bypassed
 
-__all__ = ["Plan", "attach_plan", "plan"]
+__all__ = ["Plan", "attach_plan", "fixed_bits", "plan"]
 
 _EDGE_BITS = 8
 _MOMENTUM = 0.99
@@ -148,6 +148,15 @@ def _unwanted(layer: Layer, options: QuantizeOptions) -> str:
 
 def _edge(layer: Layer) -> bool:
     return layer.first or layer.last
+
+
+def fixed_bits(layer: Layer, options: QuantizeOptions) -> int | None:
+    """Bits that options give one layer, by its name or as an edge of the network; None where they do not."""
+    given = _override(layer, options)
+    if given is not None and given.weights is not None:
+        return given.weights
+    edge = options.activations and _edge(layer) and options.effective_edges is Edges.EIGHT
+    return _EDGE_BITS if edge else None
 
 
 def _weight_config(layer: Layer, options: QuantizeOptions, searched: int | None) -> QuantizerConfig:

@@ -46,12 +46,12 @@ class BiasReport:
     """What was corrected.
 
     Attributes:
-        layers: in order of execution.
+        done: in order of execution.
         skipped: quantized layers that stay, and why.
         images: on how many images.
     """
 
-    layers: tuple[CorrectedLayer, ...]
+    done: tuple[CorrectedLayer, ...]
     skipped: tuple[Left, ...]
     images: int
 

@@ -163,7 +163,7 @@ def learn(
             beta = _beta((step - begin) / max(1, steps - begin))
             loss = loss + _REGULARISER * (1 - (2 * up - 1).abs().pow(beta)).mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     with torch.no_grad():
         up = variable > 0
