@@ -24,8 +24,11 @@ from cctool import __version__
 from cctool.checkpoint.atomic import write_atomically
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.errors import ExportError
-from cctool.formats.parity import BATCH_SIZES, Run, compare, outputs_of, random_batches
-from cctool.formats.records import Agreement, ExportRequest, Written
+from cctool.formats.kernels import SATURATES, kernels_of, saturating_cpu, session_options
+from cctool.formats.onnx_chains import rounding
+from cctool.formats.onnx_integers import PACKED_OPSET, with_integers
+from cctool.formats.parity import BATCH_SIZES, Run, compare, outputs_of, random_batches, require_top1
+from cctool.formats.records import Agreement, ExportRequest, Kernels, Written, named
 from cctool.graph.execution import blaming_the_size, in_mode
 
 __all__ = ["write_onnx"]
@@ -50,23 +53,43 @@ def write_onnx(request: ExportRequest) -> Written:
     """
     model = _on_cpu(request.network or request.checkpoint.model)
     _refuse_large(model)
-    document, notes = _convert(model, request.input_shape)
+    document, notes = _convert(model, request)
+    free_batch = not notes
+    notes = (*notes, *_put_integers(document, request))
     _describe(document, request.checkpoint, request.input_shape)
     agreements: list[Agreement] = []
+    kernels: list[Kernels] = []
 
     def write(stream: IO[bytes]) -> None:
         stream.write(document.SerializeToString(deterministic=True))
 
     def check(temporary: Path) -> None:
         _check(temporary, document)
-        agreements.extend(_verify(temporary, request, free_batch=not notes))
+        agreements.extend(_verify(temporary, request, free_batch=free_batch))
+        if request.weights or request.quantized:
+            kernels.append(kernels_of(temporary))
 
     write_atomically(request.path, write, check, overwrite=request.overwrite)
     if request.samples is None:
         notes = (*notes, "compared on random inputs only: no data set was named, or it is not there")
     if all(found.output_range <= _FLAT * found.largest_output for found in agreements):
         notes = (*notes, "the outputs hardly depend on the inputs, so comparing them says little")
-    return Written(str(request.path), "onnx", request.path.stat().st_size, tuple(agreements), notes)
+    found = next(iter(kernels), None)
+    if found is not None and found.integer and saturating_cpu() and not all(w.reduced for w in request.weights):
+        notes = (*notes, SATURATES)
+    return Written(str(request.path), "onnx", request.path.stat().st_size, tuple(agreements), notes, found)
+
+
+def _put_integers(document: Any, request: ExportRequest) -> tuple[str, ...]:
+    """Write weights as integers; notes on those that stay in floating point."""
+    if not request.weights and not request.quantized:
+        return ()
+    missing = with_integers(document, request.weights, packed=request.packed)
+    if not missing:
+        return ()
+    return (
+        f"{named(missing)} stay in floating point: torch's exporter computes with other values",
+    )
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
@@ -86,16 +109,21 @@ def _refuse_large(model: nn.Module) -> None:
         )
 
 
-def _convert(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Any, tuple[str, ...]]:
+def _convert(model: nn.Module, request: ExportRequest) -> tuple[Any, tuple[str, ...]]:
     """Convert with a free batch size, or for batches of one where that fails; the notes say which."""
+    shape = request.input_shape
     names = _output_names(model, shape)
+    options: dict[str, Any] = {"custom_translation_table": rounding()} if request.quantized else {}
+    if request.packed and any(weight.bits <= 4 for weight in request.weights):
+        options["opset_version"] = PACKED_OPSET
+    run = partial(_run_exporter, model, shape, names, options)
     try:
-        document = _run_exporter(model, shape, names, free_batch=True)
+        document = run(free_batch=True)
     except ExportError as error:
-        document = _run_exporter(model, shape, names, free_batch=False)
+        document = run(free_batch=False)
         return document, (f"the batch size is fixed to 1: with a free one, {error}",)
     if not document.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
-        document = _run_exporter(model, shape, names, free_batch=False)
+        document = run(free_batch=False)
         return document, ("the batch size is fixed to 1: the network computes with a constant batch size",)
     return document, ()
 
@@ -112,7 +140,7 @@ def _example(model: nn.Module, batch: int, shape: tuple[int, int, int]) -> Tenso
 
 
 def _run_exporter(
-    model: nn.Module, shape: tuple[int, int, int], outputs: list[str], *, free_batch: bool
+    model: nn.Module, shape: tuple[int, int, int], outputs: list[str], options: dict[str, Any], *, free_batch: bool
 ) -> Any:
     example = _example(model, _EXPORT_BATCH if free_batch else 1, shape)
     dimensions = ({0: torch.export.Dim(BATCH, min=1)},) if free_batch else None
@@ -126,6 +154,7 @@ def _run_exporter(
                 input_names=[INPUT],
                 output_names=outputs,
                 dynamic_shapes=dimensions,
+                **options,
             )
         # Whatever torch.export or a translation of one operator raises for a network that it cannot take.
         except Exception as error:
@@ -227,16 +256,18 @@ def _check(temporary: Path, document: Any) -> None:
 
 
 def _verify(temporary: Path, request: ExportRequest, *, free_batch: bool) -> list[Agreement]:
-    candidate = _runtime(temporary)
+    candidate = _runtime(temporary, precise=request.quantized and saturating_cpu())
     sizes = BATCH_SIZES if free_batch else (1,)
     model, allowed = request.checkpoint.model, request.allow_nonfinite
     dtype = _example(model, 1, request.input_shape).dtype
     random = (batch.to(dtype) for batch in random_batches(request.input_shape, request.seed, sizes))
-    judge = partial(compare, model, candidate, allow_nonfinite=allowed, coded=request.coded)
+    judge = partial(compare, model, candidate, allow_nonfinite=allowed, coded=request.coded, quantized=request.quantized)
     found = [judge(random, "random inputs")]
     if request.samples is not None:
         batches = _one_by_one(request.samples.batches) if not free_batch else request.samples.batches
         found.append(judge(batches, request.samples.name))
+        if request.quantized:
+            require_top1(found[-1])
     return found
 
 
@@ -246,16 +277,27 @@ def _one_by_one(batches: Iterable[Tensor]) -> Iterator[Tensor]:
             yield batch[i : i + 1]
 
 
-def _runtime(path: Path) -> Run:
+def _session(path: Path, *, precise: bool) -> Any:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options, providers = session_options(precise=precise), ["CPUExecutionProvider"]
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
     # Its exceptions share no base class of their own.
     except Exception as error:
+        if not precise:
+            raise ExportError(f"onnxruntime cannot load the exported model: {_reason(error)}") from error
+    # Without optimizing, it computes on the values that the integers stand for.
+    options = session_options(precise=False)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:
         raise ExportError(f"onnxruntime cannot load the exported model: {_reason(error)}") from error
+
+
+def _runtime(path: Path, *, precise: bool) -> Run:
+    session = _session(path, precise=precise)
     name = session.get_inputs()[0].name
 
     def run(batch: Tensor) -> list[Tensor]:
