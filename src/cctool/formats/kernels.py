@@ -15,14 +15,24 @@ from cctool.formats.records import FloatLayer, Kernels
 __all__ = ["SATURATES", "kernels_of", "saturating_cpu", "session_options"]
 
 _INTEGER = frozenset(
-    "QLinearConv QGemm QLinearMatMul MatMulIntegerToFloat ConvInteger MatMulInteger DynamicQuantizeMatMul".split()
+    [
+        "QLinearConv",
+        "QGemm",
+        "QLinearMatMul",
+        "MatMulIntegerToFloat",
+        "ConvInteger",
+        "MatMulInteger",
+        "DynamicQuantizeMatMul",
+    ]
 )
-_FLOAT = frozenset("Conv FusedConv ConvTranspose Gemm FusedGemm MatMul FusedMatMul MatMulNBits".split())
+_FLOAT = frozenset(
+    ["Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits"]
+)
 _PRECISE = "session.x64quantprecision"
 
 SATURATES = (
-    "this CPU has no VNNI: onnxruntime's kernels saturate here where two products of 8 bits add up to more than "
-    "16 bits hold; weights of 7 bits (--reduce-range) do not, and CPUs with VNNI do not"
+    "this CPU has no VNNI: onnxruntime's kernels saturate here where two products of 8 bits add up to more "
+    "than 16 bits hold; weights of 7 bits (--reduce-range) do not, and CPUs with VNNI do not"
 )
 
 
@@ -35,7 +45,9 @@ def saturating_cpu() -> bool:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    flags = next((line.split(":", 1)[1].split() for line in text.splitlines() if line.startswith("flags")), [])
+    flags = next(
+        (line.split(":", 1)[1].split() for line in text.splitlines() if line.startswith("flags")), []
+    )
     return bool(flags) and not {"avx512_vnni", "avx_vnni", "avx_vnni_int8"} & set(flags)
 
 

@@ -12,22 +12,36 @@ from typing import Any
 import numpy as np
 
 from cctool.formats.onnx_graph import OnnxGraph
+from cctool.quantization.on_grid import ON_GRID
 
 __all__ = ["average_pools", "drop_clips", "grid_of", "quantize_moves", "rounding"]
 
 _MOVES = frozenset(
-    "MaxPool Reshape Transpose Flatten Squeeze Unsqueeze Slice Split Pad Identity DepthToSpace SpaceToDepth".split()
+    [
+        "MaxPool",
+        "Reshape",
+        "Transpose",
+        "Flatten",
+        "Squeeze",
+        "Unsqueeze",
+        "Slice",
+        "Split",
+        "Pad",
+        "Identity",
+        "DepthToSpace",
+        "SpaceToDepth",
+    ]
 )
 _TYPES = {"b": (-128, 127), "B": (0, 255)}
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
 
 
 def rounding() -> dict[Any, Any]:
-    """How torch's exporter writes `on_grid`: QuantizeLinear, a Clip of integers where 8 bits hold more, and back."""
+    """How torch's exporter writes `on_grid`: QuantizeLinear, Clip where 8 bits hold more, and back."""
     from onnx import TensorProto, helper
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
 
-    from cctool.quantization.on_grid import ON_GRID
+    op: Any = opset18
 
     def write(x: Any, scale: float, zero_point: int, low: int, high: int) -> Any:
         kind = TensorProto.UINT8 if low >= 0 else TensorProto.INT8
@@ -46,7 +60,7 @@ def rounding() -> dict[Any, Any]:
 
 
 def grid_of(graph: OnnxGraph, name: str) -> tuple[str, str] | None:
-    """Names of the scale and zero point of the DequantizeLinear that makes a value from integers of 8 bits."""
+    """Scale and zero point, by name, of the DequantizeLinear that makes a value from 8-bit integers."""
     node = graph.maker(name)
     if node is None or node.op_type != DQ or len(node.input) < 3:
         return None
@@ -134,7 +148,11 @@ def drop_clips(graph: OnnxGraph) -> None:
     for node in list(graph.nodes):
         while node.op_type == Q:
             before = graph.maker(node.input[0])
-            if before is None or before.op_type not in ("Relu", "Clip") or not _redundant(graph, before, node):
+            if (
+                before is None
+                or before.op_type not in ("Relu", "Clip")
+                or not _redundant(graph, before, node)
+            ):
                 break
             node.input[0] = before.input[0]
             graph.index()

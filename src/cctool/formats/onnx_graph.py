@@ -1,4 +1,4 @@
-"""An ONNX graph that is edited: who makes and who takes a value, its constants, and new nodes in their places."""
+"""An ONNX graph that is edited: who makes and takes a value, constants, new nodes in their places."""
 
 from __future__ import annotations
 
@@ -128,7 +128,11 @@ class OnnxGraph:
             if len(alive) == len(self.nodes):
                 break
             self.nodes = alive
-        kept = [tensor for tensor in self.graph.initializer if self._taken[tensor.name] or tensor.name in self.outputs]
+        kept = [
+            tensor
+            for tensor in self.graph.initializer
+            if self._taken[tensor.name] or tensor.name in self.outputs
+        ]
         values = [entry for entry in self.graph.value_info if entry.name in self._made]
         for name, entries in (("node", self.nodes), ("initializer", kept), ("value_info", values)):
             # Copies, because clearing the field may free what it held.

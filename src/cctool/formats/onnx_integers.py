@@ -26,6 +26,7 @@ PACKED_OPSET = 21
 
 _WITH_BIAS = ("Conv", "ConvTranspose", "Gemm")
 _LARGEST_BIAS = 2.0**30
+_TINY = 1e-30
 _BIAS_DIGITS = 2.0**24
 """Steps that a bias has where its channel's weights are all 0 and the scale is free."""
 
@@ -92,7 +93,9 @@ class _Weights:
     def _replace(self, node: Any, position: int, found: _Found) -> None:
         weight, title = found.weight, found.weight.name.removesuffix(".weight")
         grid = grid_of(self.graph, node.input[0]) if position == 1 else None
-        has_bias = position == 1 and node.op_type in _WITH_BIAS and len(node.input) > 2 and bool(node.input[2])
+        has_bias = (
+            position == 1 and node.op_type in _WITH_BIAS and len(node.input) > 2 and bool(node.input[2])
+        )
         bias = self.graph.constant(node.input[2]) if has_bias else None
         whole = bias is not None and self.graph.attribute(node, "alpha", 1.0) == 1.0
         whole = whole and self.graph.attribute(node, "beta", 1.0) == 1.0
@@ -178,7 +181,7 @@ def _positive(weight: IntegerWeight) -> IntegerWeight:
 
 
 def _holding(weight: IntegerWeight, bias: Array, step: float) -> IntegerWeight:
-    """The weight, with larger scales where 32 bits would not hold the bias, and free ones chosen for the bias.
+    """The weight, with larger scales where 32 bits do not hold the bias, and free ones chosen for the bias.
 
     Args:
         weight: of one layer.
@@ -186,14 +189,16 @@ def _holding(weight: IntegerWeight, bias: Array, step: float) -> IntegerWeight:
         step: of what the layer takes in.
     """
     size = torch.from_numpy(np.abs(bias)).double()
-    steps = (weight.integers - _aligned(weight, weight.zero_point)).abs() * (_aligned(weight, weight.scale) > 0)
+    steps = (weight.integers - _aligned(weight, weight.zero_point)).abs() * (
+        _aligned(weight, weight.scale) > 0
+    )
     if weight.axis is None:
-        size, empty = size.amax(), not bool(steps.any())
+        size, empty = size.amax(), ~steps.any()
     else:
         empty = steps.movedim(weight.axis, 0).flatten(1).amax(1) == 0
     least = size / (step * _LARGEST_BIAS)
-    free = torch.where(size > 0, size / (step * _BIAS_DIGITS), 1.0)
-    scale = torch.where(torch.as_tensor(empty), free, torch.maximum(weight.scale.double(), least)).float()
+    free = torch.where(size > 0, (size / (step * _BIAS_DIGITS)).clamp(min=_TINY), 1.0)
+    scale = torch.where(empty, free, torch.maximum(weight.scale.double(), least)).float()
     return weight if torch.equal(scale, weight.scale) else _rescaled(weight, scale)
 
 

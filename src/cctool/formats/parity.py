@@ -10,8 +10,8 @@ A network that rounds its activations (a codec of feature maps) makes a whole st
 last digit, and such steps are rare and large. There the written model may be a few times as far from the
 model as the model's outputs move when its inputs change in their sixth digit.
 
-Where quantizers round, an integer runtime adds biases that are rounded, too, to steps of the products. There the
-written model may be twice as far from the model as the model's outputs move when each quantizer is given
+Where quantizers round, an integer runtime adds biases that are rounded, too, to steps of the products. There
+the written model may be twice as far from the model as the model's outputs move when each quantizer is given
 values that are off by up to a thirty-second of its step.
 """
 
@@ -171,10 +171,10 @@ def compare(
     )
     if tally.error <= tolerance * tally.range:
         return agreement
-    if _is_rounding(model, candidate, worst[1], tally.largest):
-        return replace(agreement, judged_in_float64=True)
     if quantized and _is_shaken(model, candidate, worst[1]):
         return replace(agreement, judged_by_steps=True)
+    if _is_rounding(model, candidate, worst[1], tally.largest):
+        return replace(agreement, judged_in_float64=True)
     if coded and _is_steps(model, candidate, worst[1]):
         return replace(agreement, judged_by_steps=True)
     raise ExportError(
@@ -221,7 +221,7 @@ def _is_shaken(model: nn.Module, candidate: Run, batch: Tensor) -> bool:
 
 
 def require_top1(agreement: Agreement) -> None:
-    """Refuse a written model that agrees on fewer than 99 % of its inputs; on one of less than a hundred it may not.
+    """Refuse a written model that agrees on fewer than 99 % of its inputs; one may always differ.
 
     Raises:
         ExportError: if it does.
@@ -229,8 +229,9 @@ def require_top1(agreement: Agreement) -> None:
     different = round(agreement.n * (100 - agreement.top1_agreement) / 100)
     if different > max(1, agreement.n * (1 - _AGREED)):
         raise ExportError(
-            f"the exported model chooses another class than the model for {different} of {agreement.n} inputs "
-            f"({agreement.inputs}): top-1 agreement {agreement.top1_agreement:.2f} %, {100 * _AGREED:.0f} % is asked for"
+            f"the exported model chooses another class than the model for {different} of {agreement.n} "
+            f"inputs ({agreement.inputs}): top-1 agreement {agreement.top1_agreement:.2f} %, "
+            f"{100 * _AGREED:.0f} % is asked for"
         )
 
 

@@ -78,8 +78,8 @@ class Agreement:
         tolerance: allowed max_abs_error / output_range.
         judged_in_float64: whether float32 rounding alone exceeded the tolerance, so that both were compared
             with the model in float64.
-        judged_by_steps: whether roundings of codecs or quantizers exceeded the tolerance, so that the error was
-            compared with what small changes before them make of the model's outputs.
+        judged_by_steps: whether roundings of codecs or quantizers exceeded the tolerance, so that the error
+            was compared with what small changes before them make of the model's outputs.
     """
 
     inputs: str

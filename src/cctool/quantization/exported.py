@@ -2,8 +2,8 @@
 
 The export network is a copy in which each call computes what an integer runtime will. A weight on a uniform
 grid stands there as (n - z) * s, with the batch norm behind it folded into s and into the bias, and the batch
-norm gives its input back; an activation's quantizer is one operator, or a few of arithmetic. It is followed call by
-call, as quantizers are (`attached.py`), which torch.export traces.
+norm gives its input back; an activation's quantizer is one operator, or a few of arithmetic. Calls are
+followed as for quantizers (`attached.py`), which torch.export traces.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from cctool.quantization.integer_weights import IntegerWeight, from_quantizer
 from cctool.quantization.on_grid import on_grid
 from cctool.quantization.points import INPUT_PLACE, Layer, Left, plan_points
 
-__all__ = ["ExportNetwork", "export_network", "made_weights", "with_made_weights"]
+__all__ = ["ExportNetwork", "export_network", "made_weights", "rounding_network", "with_weights"]
 
 CONTAINER = "exported"
 _HUGE = 2.0**100
@@ -78,21 +78,37 @@ def made_weights(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def with_made_weights(model: nn.Module) -> nn.Module:
-    """A copy without quantizers whose parameters are what the quantizers make of them; it shares the others.
+def with_weights(model: nn.Module, made: Mapping[str, Tensor]) -> nn.Module:
+    """A copy without quantizers that has other parameters, and shares those that stay.
 
     Args:
-        model: with quantizers.
+        model: any network.
+        made: values of parameters, by qualified name.
     """
-    made = made_weights(model)
     copy = _sharing(model)
     drop_companions(copy)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    fresh = {id(parameters[name]): nn.Parameter(value, False) for name, value in made.items() if name in parameters}
+    known = dict(model.named_parameters(remove_duplicate=False))
+    fresh = {
+        id(known[name]): nn.Parameter(value.detach(), requires_grad=False)
+        for name, value in made.items()
+        if name in known
+    }
     for module in copy.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in fresh:
                 module._parameters[leaf] = fresh[id(parameter)]
+    return copy
+
+
+def rounding_network(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are the quantized weights, and which rounds activations by arithmetic.
+
+    Args:
+        model: with quantizers, on the CPU; it stays as it is.
+    """
+    copy = with_weights(model, made_weights(model))
+    copy.eval()
+    _follow(copy, _Calls(model, {}, set(), marked=False))
     return copy
 
 
@@ -108,29 +124,27 @@ def export_network(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
     stored: Mapping[str, IntegerWeight] | None = None,
-    *,
-    marked: bool = True,
 ) -> ExportNetwork:
-    """Make the export network.
+    """Make the export network, in which `on_grid` rounds activations wherever 8 bits hold their integers.
 
     Args:
         model: with quantizers or without, its layers ordinary ones, on the CPU; it stays as it is.
         inputs: positional arguments of its forward.
         stored: weights that a checkpoint stores as integers, by qualified name.
-        marked: whether activations are rounded by `on_grid` wherever 8 bits hold their integers; else by
-            arithmetic everywhere, which every program knows.
     """
     copy = _sharing(model)
     drop_companions(copy)
     copy.eval()
     flow = flow_of(copy, inputs)
     builder = _Builder(model, flow, dict(stored or {}))
-    run = _Calls(builder, marked=marked)
-    holder = _Holder(run.states)
-    copy.register_module(CONTAINER, holder)
+    _follow(copy, _Calls(model, builder.settled, builder.norms))
+    return ExportNetwork(copy, tuple(builder.weights), tuple(builder.left))
+
+
+def _follow(copy: nn.Module, run: _Calls) -> None:
+    copy.register_module(CONTAINER, _Holder(run.states))
     copy.register_forward_pre_hook(run.begin)
     copy.register_forward_hook(run.end, always_call=True)
-    return ExportNetwork(copy, tuple(builder.weights), tuple(builder.left))
 
 
 class _Holder(nn.Module):
@@ -153,8 +167,7 @@ class _Settled:
     """What one call takes: its weight, and its bias where that is not its own."""
 
     weight: Tensor
-    bias: Tensor | None
-    folded: bool
+    bias: Tensor | None = None
 
 
 class _Builder:
@@ -173,6 +186,8 @@ class _Builder:
             found = self._layer(layer)
             if found is not None:
                 self.settled[layer.place] = found
+        placed = {weight.name for weight in self.weights}
+        self.weights += [weight for name, weight in self.stored.items() if name not in placed]
 
     def _layer(self, layer: Layer) -> _Settled | None:
         point = self.calls.get(layer.place)
@@ -181,7 +196,7 @@ class _Builder:
             weight, fold = self._quantized(point.weight, made)
             if weight is None:
                 self._leave(point.weight, "its levels lie on no uniform grid of 8 bits or fewer")
-                return _Settled(made, None, folded=False)
+                return _Settled(made)
         elif layer.weight in self.stored:
             weight, fold = self.stored[layer.weight], None
             made = weight.values()
@@ -196,7 +211,8 @@ class _Builder:
     def _quantized(self, name: str, made: Tensor) -> tuple[IntegerWeight | None, Tensor | None]:
         held = quantizers_of(self.model)
         quantizer = None if held is None else held.quantizer(weight_key(name))
-        assert held is not None and quantizer is not None, "there is a made weight"
+        assert held is not None
+        assert quantizer is not None
         point = held.state.weights[name]
         fold = _fold(self.model, point.norm, point.config.axis)
         if fold is not None:
@@ -213,12 +229,12 @@ class _Builder:
             if scaled is not None and norm is not None:
                 self.weights.append(scaled)
                 self.norms.add(self._behind(layer))
-                return _Settled(scaled.values(), self._bias(layer, norm, factors), folded=True)
+                return _Settled(scaled.values(), self._bias(layer, norm, factors))
         plain = weight if fold is None else weight.scaled(1 / fold.double(), 0)
         if plain is None:
-            return _Settled(made, None, folded=False)
+            return _Settled(made)
         self.weights.append(plain)
-        return _Settled(plain.values(), None, folded=False)
+        return _Settled(plain.values())
 
     def _behind(self, layer: Layer) -> Place:
         call = self.flow.at(layer.place)
@@ -226,7 +242,7 @@ class _Builder:
         return self.flow.calls[call.users[0]].place
 
     def _bias(self, layer: Layer, norm: nn.Module, factors: Tensor) -> Tensor:
-        """beta + (b - mean) * gamma / sigma."""
+        """Beta + (b - mean) * gamma / sigma."""
         call = self.flow.at(layer.place)
         assert call is not None
         own = self._tensor(call.tensors.get("bias"))
@@ -261,7 +277,9 @@ class _Rounding(nn.Module):
         self.register_buffer("zero_point", grid.zero_point.detach().cpu().float())
         byte = (grid.low >= 0 and grid.high <= 255) or (grid.low >= -128 and grid.high <= 127)
         self.marked = marked and byte and grid.axis is None
-        self.numbers = (float(self.scale), int(self.zero_point)) if self.marked else (1.0, 0)
+        self.numbers = (1.0, 0)
+        if self.marked:
+            self.numbers = float(self.get_buffer("scale")), int(self.get_buffer("zero_point"))
 
     def forward(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -278,18 +296,20 @@ class _Rounding(nn.Module):
 class _Calls:
     """What the calls of an export network do in one pass, and the hooks that follow it."""
 
-    def __init__(self, builder: _Builder, *, marked: bool) -> None:
+    def __init__(
+        self, model: nn.Module, settled: Mapping[Place, _Settled], norms: set[Place], *, marked: bool = True
+    ) -> None:
         self.states: dict[str, Tensor | nn.Module] = {}
-        self.norms = builder.norms
+        self.norms = norms
         self.roundings: dict[tuple[Place, str], str] = {}
         self.settled: dict[Place, tuple[str, str | None]] = {}
-        for number, (place, settled) in enumerate(builder.settled.items()):
-            keys = (f"weight_{number}", f"bias_{number}" if settled.folded else None)
-            self.states[keys[0]] = settled.weight
-            if keys[1] is not None and settled.bias is not None:
-                self.states[keys[1]] = settled.bias
-            self.settled[place] = keys
-        for place, slot, grid in _grids(builder.model):
+        for number, (place, taken) in enumerate(settled.items()):
+            weight, bias = f"weight_{number}", f"bias_{number}"
+            self.states[weight] = taken.weight
+            if taken.bias is not None:
+                self.states[bias] = taken.bias
+            self.settled[place] = (weight, None if taken.bias is None else bias)
+        for place, slot, grid in _grids(model):
             key = activation_key(place, slot)
             self.states[key] = _Rounding(grid, marked=marked)
             self.roundings[place, slot] = key

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.quantization.grid import Grid, aligned
+from cctool.quantization.grid import aligned
 from cctool.quantization.integers import INTN, integers_of
 from cctool.quantization.quantizer import Quantizer
 
@@ -146,7 +146,9 @@ def from_stored(name: str, encoded: EncodedTensor) -> IntegerWeight | None:
         reduced=bits < 8,
     )
     # A file may hold the one negative integer that the encoding itself never writes.
-    return replace(weight, low=min(weight.low, int(weight.integers.amin()))) if weight.integers.numel() else None
+    return (
+        replace(weight, low=min(weight.low, int(weight.integers.amin()))) if weight.integers.numel() else None
+    )
 
 
 def _fits(low: int, high: int) -> bool:

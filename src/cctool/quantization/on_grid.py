@@ -7,8 +7,9 @@ from torch import Tensor
 
 __all__ = ["ON_GRID", "on_grid"]
 
-_LIBRARY = torch.library.Library("cctool", "FRAGMENT")
-_LIBRARY.define("on_grid(Tensor x, float scale, int zero_point, int low, int high) -> Tensor")
+_LIBRARY = torch.library.Library("cctool", "FRAGMENT")  # type: ignore[no-untyped-call]
+_SCHEMA = "on_grid(Tensor x, float scale, int zero_point, int low, int high) -> Tensor"
+_LIBRARY.define(_SCHEMA)  # type: ignore[no-untyped-call]
 
 
 def on_grid(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
@@ -38,7 +39,7 @@ def _fake(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tens
     return torch.empty_like(x)
 
 
-_LIBRARY.impl("on_grid", _compute, "CompositeExplicitAutograd")
+_LIBRARY.impl("on_grid", _compute, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("cctool::on_grid", _fake, lib=_LIBRARY)
 
 ON_GRID = torch.ops.cctool.on_grid.default
