@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["MARK", "companion_tensors", "drop_companions", "has_companions"]
+__all__ = ["MARK", "companion_parameters", "companion_tensors", "drop_companions", "has_companions"]
 
 MARK = "is_companion"
 """Attribute that is true of a companion's module or hook."""
@@ -24,14 +24,21 @@ def drop_companions(model: nn.Module) -> None:
     for key, child in list(model._modules.items()):
         if getattr(child, MARK, False):
             del model._modules[key]
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if getattr(hook, MARK, False):
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
-    for key, hook in list(model._forward_hooks.items()):
-        if getattr(hook, MARK, False):
-            del model._forward_hooks[key]
-            model._forward_hooks_always_called.pop(key, None)
+    for number in [n for n, hook in model._forward_pre_hooks.items() if getattr(hook, MARK, False)]:
+        del model._forward_pre_hooks[number]
+    for number in [n for n, hook in model._forward_hooks.items() if getattr(hook, MARK, False)]:
+        del model._forward_hooks[number]
+        model._forward_hooks_always_called.pop(number, None)
+
+
+def companion_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of companions, as learnt steps of quantizers."""
+    return [
+        parameter
+        for child in model._modules.values()
+        if child is not None and getattr(child, MARK, False)
+        for parameter in child.parameters()
+    ]
 
 
 def companion_tensors(model: nn.Module) -> set[str]:

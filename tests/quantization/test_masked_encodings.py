@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.errors import CorruptCheckpointError, QuantizationError
-from cctool.quantization.masked import Inner, encode_masked, inner_of, narrowed, widened
+from cctool.quantization.masked import Inner, encode_masked, inner_form, inner_of, narrowed, widened
 from cctool.quantization.storage import ENCODINGS
 
 BITS, MASKED = ENCODINGS["bits"], ENCODINGS["masked"]
@@ -23,6 +23,13 @@ INNERS = [
     Inner("affine-u8"),
     Inner("affine-u8", 0),
     Inner("affine-u8", 1),
+    Inner("intn", None, {"bits": 4, "symmetric": True, "group": None}),
+    Inner("intn", 0, {"bits": 3, "symmetric": False, "group": None}),
+    Inner("intn", 0, {"bits": 5, "symmetric": True, "group": 4}),
+    Inner("intn", None, {"bits": 8, "symmetric": False, "group": 7}),
+    Inner("codebook", None, {"kind": "kmeans", "bits": 1, "init": "density", "seed": 0}),
+    Inner("codebook", 1, {"kind": "apot", "bits": 4, "terms": 2}),
+    Inner("codebook", 0, {"kind": "distinct", "bits": 16}),
 ]
 
 
@@ -108,7 +115,7 @@ def test_halves_are_the_casts() -> None:
 floats = st.floats(-60_000, 60_000, width=32)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.data(),
     st.integers(1, 4),
@@ -129,7 +136,44 @@ def test_encoding_what_was_decoded_gives_the_same_bytes(
     decoded = MASKED.decode(encoded)
     assert decoded.dtype == dtype
     assert not decoded[~mask].any()
-    assert same_parts(encode_masked(decoded, mask, inner), encoded)
+    again = encode_masked(decoded, mask, inner)
+    if inner.settings.get("kind") == "apot":
+        # Values may lie on a coarser grid with another scale, too.
+        torch.testing.assert_close(MASKED.decode(again), decoded)
+    else:
+        assert same_parts(again, encoded)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("group", [None, 5])
+def test_integers_have_the_scales_of_the_kept_values(axis: int | None, group: int | None) -> None:
+    weight, mask = example((4, 3, 5))
+    weight[1, 2, 3], mask[1, 2, 3] = 50.0, True
+    second = mask.clone()
+    second[1, 2, 3] = False
+    settings_ = {"bits": 6, "symmetric": True, "axis": axis, "group": group}
+    inner = inner_of("intn", settings_)
+    assert torch.equal(
+        MASKED.decode(encode_masked(weight, mask, inner)),
+        ENCODINGS["intn"].decode(ENCODINGS["intn"].encode(weight, settings_)),
+    )
+    kept = encode_masked(weight * second, second, inner)
+    dense = ENCODINGS["intn"].encode(weight * second, settings_)
+    assert torch.equal(kept.parts["values.scale"], dense.parts["scale"])
+    assert float(kept.parts["values.scale"].max()) < 50 / 31
+
+
+def test_a_codebook_is_that_of_the_kept_values() -> None:
+    weight, mask = example()
+    parameters: dict[str, Any] = {"kind": "kmeans", "bits": 3, "axis": None, "init": "linear", "seed": 0}
+    encoded = encode_masked(weight, mask, inner_of("codebook", parameters))
+    row = ENCODINGS["codebook"].encode(weight[mask], parameters)
+    assert torch.equal(encoded.parts["values.table"], row.parts["table"])
+    assert 0 not in encoded.parts["values.table"]
+    assert encoded.nbytes == 180 // 8 + 1 + -(-int(mask.sum()) * 3 // 8) + 8 * 4
+    form = inner_form(encoded)
+    assert form is not None
+    assert same_parts(form, row)
 
 
 @settings(max_examples=80, deadline=None)
@@ -155,7 +199,7 @@ def test_a_second_mask_rounds_nothing_again(inner: Inner) -> None:
     bits = BITS.encode(second, {}).parts["bits"]
     for encoded in (
         encode_masked(weight, mask, inner),
-        *([ENCODINGS[inner.encoding].encode(weight, {"axis": inner.axis})] if inner.encoding else []),
+        *([ENCODINGS[inner.encoding].encode(weight, inner.parameters)] if inner.encoding else []),
     ):
         found = narrowed(encoded, second, bits)
         before = ENCODINGS[encoded.encoding].decode(encoded)
@@ -238,11 +282,13 @@ def test_parts_that_contradict_the_shape_are_refused(inner: Inner) -> None:
         replace(encoded, dtype="int64"),
         replace(encoded, dtype="no such type"),
         replace(encoded, parts={}),
-        broken(encoded, bits=flipped),
         broken(encoded, bits=padded),
         broken(encoded, surprise=torch.zeros(1)),
         broken(encoded, **{"values.surprise": torch.zeros(1)}),
     ]
+    if inner.encoding not in ("intn", "codebook"):
+        # One packed value more or fewer may end in the same byte; the file's checksum sees it.
+        faults.append(broken(encoded, bits=flipped))
     for key, part in encoded.parts.items():
         faults += [
             broken(encoded, **{key: None}),

@@ -83,7 +83,9 @@ def quantize(
     ] = False,
     bias_correction: Annotated[
         bool,
-        _option(_WEIGHTS, "Take the mean error of layers' outputs out of biases (intN).", "--bias-correction"),
+        _option(
+            _WEIGHTS, "Take the mean error of layers' outputs out of biases (intN).", "--bias-correction"
+        ),
     ] = False,
     reduce_range: Annotated[
         bool, _option(_WEIGHTS, "7 of 8 bits: CPUs without VNNI saturate otherwise.", "--reduce-range")
@@ -125,7 +127,9 @@ def quantize(
     ] = None,
     include: Annotated[
         Optional[list[str]],  # noqa: UP045
-        _option(_LAYERS, "Take no other tensors or layers; a full name forces; may be repeated.", metavar="GLOB"),
+        _option(
+            _LAYERS, "Take no other tensors or layers; a full name forces; may be repeated.", metavar="GLOB"
+        ),
     ] = None,
     exclude: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -299,7 +303,9 @@ def _choices(text: str) -> tuple[int, ...]:
 
 def _teacher(values: dict[str, Any]) -> TeacherOptions:
     names = ("teacher_arch", "teacher_arg", "teacher_input", "teacher_mean", "teacher_std")
-    model: ModelOptions = common.model_options(*(values[name] for name in names), None, values["trust_pickle"])
+    model: ModelOptions = common.model_options(
+        *(values[name] for name in names), None, values["trust_pickle"]
+    )
     return TeacherOptions(values["teacher"], model, values["temperature"], values["alpha"])
 
 

@@ -20,7 +20,7 @@ from cctool.operations.processes import fit_in_processes, node_rank
 from cctool.operations.resuming import forms_from, refuse_other_files, refuse_other_options, starts_afresh
 from cctool.operations.run_folder import LoggedReporter, RunFolder
 from cctool.operations.sources import open_source, require_source
-from cctool.operations.tap_upkeep import trained_taps
+from cctool.operations.upkeep import trained_parts
 from cctool.training.evaluate import trial_output
 from cctool.training.objectives import Objective
 from cctool.training.progress import EpochRow, best_of
@@ -92,7 +92,7 @@ def conduct(
     if start is None:
         dense = _completed(decoded(checkpoint, context), source, context)
         fresh = checkpoint.origin is None or starts_afresh(checkpoint.history)
-        start = Start(dense, fresh=fresh, forms=lossy_forms(checkpoint.stored))
+        start = Start(dense, fresh=fresh, forms=lossy_forms(checkpoint))
     _refuse_other_classes(start.checkpoint, source, options)
     goal = make_goal(start.checkpoint, source, options, context)
     if start.continues is not None:
@@ -129,7 +129,7 @@ def _fit(
     finished.model.eval()
     if options.keep_storage and start.forms:
         finished = encoded_again(finished, replace(finished, stored=start.forms), context)
-    finished, of_taps = trained_taps(finished, source, options.data, context)
+    finished, of_taps = trained_parts(finished, source, options.data, context)
     after = metrics_of(finished, source, options, context)
     for log in result.logs:
         log.finish(after)
@@ -166,7 +166,7 @@ def _stopped(
     if options.keep_storage and forms:
         product = encoded_again(product, replace(product, stored=forms), context)
         metrics = metrics_of(product, source, options, context)
-    product, of_taps = trained_taps(product, source, options.data, context)
+    product, of_taps = trained_parts(product, source, options.data, context)
     return Outcome(
         product,
         TrainReport(done, epoch, step.metrics_before, metrics, str(folder.path)),

@@ -24,8 +24,8 @@ from cctool.operations.fitting import user_loss, user_metric
 from cctool.operations.measuring import serve
 from cctool.operations.sources import require_source
 from cctool.operations.tap_tables import stream_tables, tap_tables
-from cctool.operations.tap_upkeep import warn_of_stale
 from cctool.operations.tap_watch import refuse_unwatched, watched
+from cctool.operations.upkeep import warn_of_stale
 from cctool.options.evaluate import EvaluateOptions, SplitName
 from cctool.training.evaluate import evaluate, outputs_of
 from cctool.training.objectives import main_output

@@ -12,6 +12,7 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.payload import Place, place
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
+from cctool.operations.codebooks import codebooks_after
 from cctool.operations.context import Context
 from cctool.operations.mask_storage import encode_under_mask, lossy_forms, masks_by_place
 from cctool.operations.measuring import feed_of
@@ -87,7 +88,7 @@ def finetune(
 
 def decoded(checkpoint: Checkpoint, context: Context) -> Checkpoint:
     """The checkpoint with all tensors dense; says so where some were rounded."""
-    rounded = lossy_forms(checkpoint.stored)
+    rounded = lossy_forms(checkpoint)
     if rounded:
         methods = ", ".join(sorted({tensor.encoding for tensor in rounded.values()}))
         context.reporter.note(
@@ -100,6 +101,8 @@ def decoded(checkpoint: Checkpoint, context: Context) -> Checkpoint:
 def encoded_again(checkpoint: Checkpoint, earlier: Checkpoint, context: Context) -> Checkpoint:
     """Store tensors as ``earlier`` stored them; the model gets the values that this leaves.
 
+    Weights that trained with `keeping_codebooks` keep their assignment and are not rounded.
+
     Args:
         checkpoint: a trained one, all dense, on any device.
         earlier: tells each tensor's encoding and its parameters.
@@ -111,7 +114,11 @@ def encoded_again(checkpoint: Checkpoint, earlier: Checkpoint, context: Context)
     stored: dict[str, EncodedTensor] = {}
     # Tied tensors are encoded once, and stored once.
     made: dict[Place, EncodedTensor] = {}
-    for name, form in lossy_forms(earlier.stored).items():
+    shared = codebooks_after(checkpoint, replace(earlier, stored=lossy_forms(earlier)))
+    for name, form in lossy_forms(earlier).items():
+        if name in shared:
+            stored[name] = shared[name]
+            continue
         tensor: Tensor = state[name]
         if place(tensor) not in made:
             encoded = encode_under_mask(

@@ -14,6 +14,7 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.payload import ResumeState
 from cctool.checkpoint.spec import Metrics, Parent, Step
 from cctool.data.records import DataSource
+from cctool.operations.codebooks import keeping_codebooks
 from cctool.operations.context import Context, Outcome
 from cctool.operations.measuring import preprocessing_of
 from cctool.operations.pipeline import recorded
@@ -21,6 +22,7 @@ from cctool.operations.resuming import flat, forms_to
 from cctool.operations.run_folder import RunFolder
 from cctool.options.fit import FitOptions
 from cctool.options.train import RunOptions
+from cctool.training.constraints import Constraint
 from cctool.training.evaluate import evaluate
 from cctool.training.feed import Feed
 from cctool.training.fit import Task, fit
@@ -111,7 +113,7 @@ def fit_here(
                 resume=start.resume,
                 stop_after=run.stop_after,
                 input_shape=start.checkpoint.spec.input_shape,
-                constraints=keeping_masks(start.checkpoint.model),
+                constraints=(*keeping_masks(start.checkpoint.model), *_kept_storage(start, options)),
             )
         )
     except BaseException:
@@ -122,6 +124,12 @@ def fit_here(
         for log in logs:
             log.close()
     return Fitted(result.rows, result.best.epoch if result.best else None, result.completed, logs)
+
+
+def _kept_storage(start: Start, options: Any) -> tuple[Constraint, ...]:
+    if not options.keep_storage:
+        return ()
+    return keeping_codebooks(replace(start.checkpoint, stored=start.forms))
 
 
 def make_feed(

@@ -15,6 +15,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
 from cctool.checkpoint.masks import mask_name, masked_places
 from cctool.checkpoint.payload import Place, place
+from cctool.quantization.attached import quantizers_of
 from cctool.quantization.bits import BITS
 from cctool.quantization.masked import MASKED, encode_masked, inner_of, narrowed, widened
 
@@ -48,12 +49,18 @@ def encode_under_mask(
     return encode_masked(tensor, mask, inner_of(encoding.name, parameters))
 
 
-def lossy_forms(stored: Mapping[str, EncodedTensor]) -> dict[str, EncodedTensor]:
-    """Of stored tensors those whose form rounds: all but masks, and weights whose zeros are left out."""
+def lossy_forms(checkpoint: Checkpoint) -> dict[str, EncodedTensor]:
+    """Of stored tensors those whose form rounds: all but masks, and weights whose zeros are left out.
+
+    What quantizers of the network round is not among them either: every product stores that so.
+    """
+    held = quantizers_of(checkpoint.model)
+    own = set() if held is None else held.state.weights.keys()
     return {
         name: form
-        for name, form in stored.items()
-        if form.encoding != BITS.name
+        for name, form in checkpoint.stored.items()
+        if name not in own
+        and form.encoding != BITS.name
         and not (form.encoding == MASKED.name and inner_of(form.encoding, form.parameters).encoding is None)
     }
 

@@ -18,10 +18,11 @@ from cctool.checkpoint.spec import Metrics, Parent
 from cctool.copying import copied
 from cctool.data.records import DataSource
 from cctool.errors import CheckpointError
+from cctool.operations.codebooks import keeping_codebooks
 from cctool.operations.context import Context, Outcome
 from cctool.operations.costs import Costs, Scales
 from cctool.operations.finetuning import encoded_again, finetune
-from cctool.operations.mask_storage import stored_with_masks
+from cctool.operations.mask_storage import lossy_forms, stored_with_masks
 from cctool.operations.masking import EmptiedReport, MaskReport
 from cctool.operations.measuring import measured_splits, preprocessing_of
 from cctool.operations.pipeline import labelled
@@ -33,8 +34,8 @@ from cctool.operations.resuming import never_trained
 from cctool.operations.rewinding import open_earlier, rewound
 from cctool.operations.sources import open_source, require_source
 from cctool.operations.sparsifying import sparsified
-from cctool.operations.tap_upkeep import recalibrated_taps, trained_taps
 from cctool.operations.teaching import distillation
+from cctool.operations.upkeep import recalibrated_parts, trained_parts
 from cctool.operations.width_pictures import picture_path, write_picture
 from cctool.options.fit import FitOptions
 from cctool.options.prune import Images, PruneOptions, StepMode
@@ -157,10 +158,10 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
         current = _reset(changed, work)
         with bypassed(current.model):
             images = _recalibrate(current, changed, work)
-        current, of_taps = recalibrated_taps(current, work.source, options.data, context)
+        current, of_taps = recalibrated_parts(current, work.source, options.data, context)
         current = stored_with_masks(_finetuned(current, work))
         if options.finetune_epochs and work.source is not None:
-            current, grown = trained_taps(current, work.source, options.data, context)
+            current, grown = trained_parts(current, work.source, options.data, context)
             of_taps += grown
         after = measured_splits(current, work.source, options.data, context)
         _warn_of_collapse(current, after, images, work)
@@ -286,6 +287,7 @@ def _finetuned(checkpoint: Checkpoint, work: _Run) -> Checkpoint:
     options, context, source = work.options, work.context, work.source
     if not options.finetune_epochs or source is None:
         return checkpoint
+    rounded = replace(checkpoint, stored=lossy_forms(checkpoint))
     untrained = work.earlier is not None and never_trained(work.earlier.history)
     trained = finetune(
         checkpoint,
@@ -294,6 +296,7 @@ def _finetuned(checkpoint: Checkpoint, work: _Run) -> Checkpoint:
         options.data,
         context,
         objective=work.objective,
+        constraints=keeping_codebooks(rounded) if options.keep_storage else (),
         fresh=options.from_scratch or untrained,
     )
     if options.keep_storage:

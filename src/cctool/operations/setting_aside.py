@@ -67,7 +67,8 @@ def plain_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     edits = tuple(
         edit
         for edit in checkpoint.spec.edits
-        if edit.get("kind") not in ("tap", "quantize") and not (edit.get("kind") == "swap" and edit.get("module") in gone)
+        if edit.get("kind") not in ("tap", "quantize")
+        and not (edit.get("kind") == "swap" and edit.get("module") in gone)
     )
     spec = with_masks(checkpoint.spec.model_copy(update={"edits": edits}), model)
     present = model.state_dict().keys()

@@ -20,7 +20,7 @@ from cctool.options.common import DataOptions
 from cctool.transforms.codec import Symbols
 from cctool.transforms.taps import fingerprint, recording, stale_taps, taps_of, with_taps
 
-__all__ = ["recalibrated_taps", "trained_taps", "warn_of_stale"]
+__all__ = ["recalibrated_taps", "trained_taps", "warn_of_stale_taps"]
 
 _TOLERATED = 0.1
 """Percent of a tap's values that may saturate after a training without a word."""
@@ -101,7 +101,7 @@ def trained_taps(
     return replace(checkpoint, spec=with_taps(checkpoint.spec, model)), notes
 
 
-def warn_of_stale(checkpoint: Checkpoint, context: Context) -> None:
+def warn_of_stale_taps(checkpoint: Checkpoint, context: Context) -> None:
     """Say which codecs were calibrated for other weights than the network has."""
     stale = stale_taps(checkpoint.model)
     if stale:

@@ -19,8 +19,8 @@ from cctool.operations.mask_storage import stored_with_masks
 from cctool.operations.measuring import measured_splits
 from cctool.operations.sizes import stored_bytes
 from cctool.operations.sources import open_source
-from cctool.operations.tap_upkeep import recalibrated_taps
 from cctool.operations.transform_weights_report import counted, layer_bytes
+from cctool.operations.upkeep import recalibrated_parts
 from cctool.options.transform import TransformOptions
 from cctool.transforms.basis_networks import BASIS_KERNELS, put_basis
 from cctool.transforms.selection import Selected, SkippedLayer, select_layers
@@ -122,7 +122,7 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     product, complex_modules = _changed(
         checkpoint, selected, kernel, normalize_gradients=options.weights.normalize_gradients
     )
-    product, of_taps = recalibrated_taps(product, source, options.data, context)
+    product, of_taps = recalibrated_parts(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
     context.reporter.warn(
         f"the weights of {len(selected)} layers are gone: fresh {kernel} basis functions took their place, "

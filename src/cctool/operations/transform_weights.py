@@ -18,7 +18,6 @@ from cctool.operations.mask_storage import lossy_forms, stored_with_masks
 from cctool.operations.measuring import measured_splits
 from cctool.operations.sizes import stored_bytes
 from cctool.operations.sources import open_source
-from cctool.operations.tap_upkeep import recalibrated_taps
 from cctool.operations.transform_weights_report import (
     CodedLayerReport,
     TransformWeightsReport,
@@ -27,6 +26,7 @@ from cctool.operations.transform_weights_report import (
     layer_bytes,
     unshrunk,
 )
+from cctool.operations.upkeep import recalibrated_parts
 from cctool.options.transform import TransformOptions, WeightOptions
 from cctool.options.transform_choices import Select
 from cctool.transforms import kernels
@@ -79,7 +79,7 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
         raise TransformError(f"nothing is left to transform: {'; '.join(counted(skipped))}")
     notes = [*_notes(checkpoint, coded, options), *counted(skipped)]
     product = stored_with_masks(_with_layers(checkpoint, coded, options.weights))
-    product, of_taps = recalibrated_taps(product, source, options.data, context)
+    product, of_taps = recalibrated_parts(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
     layers = _layer_reports(coded, sizes, product)
     notes += [*of_taps, *unshrunk(layers)]
@@ -198,7 +198,7 @@ def _belongs(tensor: str, coded: Sequence[_Coded]) -> bool:
 
 
 def _notes(checkpoint: Checkpoint, coded: Sequence[_Coded], options: TransformOptions) -> list[str]:
-    rounded = lossy_forms({k: form for k, form in checkpoint.stored.items() if _belongs(k, coded)})
+    rounded = {k: form for k, form in lossy_forms(checkpoint).items() if _belongs(k, coded)}
     again = sum(isinstance(item.selected.layer, CoefficientLayer) for item in coded)
     notes = [
         f"{n} weights were stored as {form}: what they decode to was transformed; "

@@ -127,7 +127,9 @@ class QuantizeOptions:
             if self.group < 1:
                 raise UsageError(f"--group-size {self.group}: at least one weight is needed")
             if self.activations or self.method not in INTEGERS:
-                raise UsageError("--group-size is for stored integers: --method intN, with int8 --weight-only")
+                raise UsageError(
+                    "--group-size is for stored integers: --method intN, with int8 --weight-only"
+                )
         if self.asymmetric and self.method not in _UNIFORM:
             raise UsageError(f"--asymmetric: --method {self.method} has no such choice; intN and qat have")
         if self.rounding is Rounding.ADAROUND and self.method not in INTEGERS:
@@ -161,7 +163,9 @@ class QuantizeOptions:
         if self.target is not None and self.target.quantity is not Quantity.BYTES:
             raise UsageError(f"--target {self.target}: quantizing saves bytes; bytes=VALUE is expected")
         if self.max_drop is not None and not self.max_drop > 0:
-            raise UsageError(f"--max-drop {self.max_drop:g}: a positive number of percentage points is needed")
+            raise UsageError(
+                f"--max-drop {self.max_drop:g}: a positive number of percentage points is needed"
+            )
         if not self.choices or any(bits not in range(2, 9) for bits in self.choices):
             raise UsageError("--choices: bits from 2 to 8 are expected, as in 2,4,8")
         if self.group is not None:

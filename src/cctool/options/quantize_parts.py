@@ -109,5 +109,3 @@ def parse_layer_bits(text: str) -> LayerBits:
         if bits is not None and bits not in _BITS:
             raise UsageError(f"--layer {text}: {bits} bits; 1 to 16 are allowed")
     return LayerBits(pattern.strip(), weights, activations)
-
-

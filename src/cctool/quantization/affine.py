@@ -8,9 +8,9 @@ type; so min and max come back exactly, and encoding what was decoded gives the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeGuard
 
 import torch
 from pydantic import JsonValue
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
 from cctool.errors import CorruptCheckpointError, QuantizationError
+from cctool.quantization.groups import Groups
 from cctool.quantization.parts import decoded_dtype, floating_name, part, refuse_nonfinite, require_parts
+from cctool.quantization.rows import RowEncoding, at, is_axis, row_length
 
-__all__ = ["AFFINE_U8", "from_levels", "min_max", "to_levels"]
+__all__ = ["AFFINE_U8", "AFFINE_U8_ROWS", "from_levels", "min_max", "to_levels"]
 
 _NAME = "affine-u8"
 _TOP = 255
@@ -75,7 +77,7 @@ def _aligned(bound: Tensor, dims: int, axis: int | None) -> Tensor:
 
 def _encode(tensor: Tensor, parameters: Mapping[str, JsonValue]) -> EncodedTensor:
     axis = parameters.get("axis")
-    if not _is_axis(axis, tensor.dim()):
+    if not is_axis(axis, tensor.dim()):
         raise QuantizationError(f"{_NAME}: axis {axis!r} of a tensor with {tensor.dim()} dimensions")
     dtype = floating_name(tensor, _NAME)
     refuse_nonfinite(tensor, _NAME)
@@ -109,13 +111,46 @@ def _take(encoded: EncodedTensor, dim: int, indices: Tensor) -> EncodedTensor:
 
 def _stored_axis(encoded: EncodedTensor) -> int | None:
     axis = encoded.parameters.get("axis")
-    if set(encoded.parameters) != {"axis"} or not _is_axis(axis, len(encoded.shape)):
+    if set(encoded.parameters) != {"axis"} or not is_axis(axis, len(encoded.shape)):
         raise CorruptCheckpointError(f"{_NAME}: malformed parameters {dict(encoded.parameters)}")
     return axis
 
 
-def _is_axis(axis: JsonValue, dims: int) -> TypeGuard[int | None]:
-    return axis is None or (isinstance(axis, int) and not isinstance(axis, bool) and 0 <= axis < dims)
-
-
 AFFINE_U8 = Encoding(_NAME, _encode, _decode, _take)
+
+
+def _encode_row(
+    values: Tensor, shape: tuple[int, ...], mask: Tensor | None, parameters: Mapping[str, JsonValue]
+) -> EncodedTensor:
+    """With the range of the kept values, of each slice of ``axis``; 0 to 0 where it keeps none."""
+    axis = parameters.get("axis")
+    if not is_axis(axis, len(shape)):
+        raise QuantizationError(f"{_NAME}: axis {axis!r} of a tensor with {len(shape)} dimensions")
+    refuse_nonfinite(values, _NAME)
+    groups = Groups(shape, axis)
+    index, empty = at(groups.index(), mask), values.new_zeros(math.prod(groups.ranges))
+    low = empty.scatter_reduce(0, index, values, "amin", include_self=False)
+    high = empty.scatter_reduce(0, index, values, "amax", include_self=False)
+    if not torch.isfinite(high.double() - low.double()).all():
+        raise QuantizationError(f"{_NAME}: the range of a tensor is larger than float64 can hold")
+    levels = to_levels(values, low[index], high[index], _TOP).to(torch.uint8)
+    parts = {"levels": levels, "low": low.reshape(groups.ranges), "high": high.reshape(groups.ranges)}
+    return EncodedTensor(_NAME, shape, floating_name(values, _NAME), parts, {"axis": axis})
+
+
+def _decode_row(encoded: EncodedTensor, mask: Tensor | None) -> Tensor:
+    dtype, axis = decoded_dtype(encoded), _stored_axis(encoded)
+    require_parts(encoded, {"levels", "low", "high"})
+    levels = part(encoded, "levels", torch.uint8, (row_length(encoded.shape, mask),))
+    groups = Groups(encoded.shape, axis)
+    low, high = (part(encoded, name, dtype, groups.ranges).reshape(-1) for name in ("low", "high"))
+    index = at(groups.index(), mask)
+    return from_levels(levels, low[index], high[index], _TOP).to(dtype)
+
+
+def _cut(encoded: EncodedTensor, dim: int, indices: Tensor) -> dict[str, Tensor]:
+    _, before = Groups(encoded.shape, _stored_axis(encoded)).taken(dim, indices)
+    return {name: encoded.parts[name].reshape(-1)[before] for name in ("low", "high")}
+
+
+AFFINE_U8_ROWS = RowEncoding(_NAME, "levels", lambda encoded: None, _encode_row, _decode_row, _cut)

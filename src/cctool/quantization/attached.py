@@ -21,13 +21,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cctool.checkpoint.masks import masks_of
-from cctool.checkpoint.spec import Edit, ModelSpec, Record
+from cctool.checkpoint.spec import Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
 from cctool.companions import drop_companions
 from cctool.errors import CorruptCheckpointError, SpecError
 from cctool.graph.execution import Watch, following, tensors_in
 from cctool.options.quantize_choices import Observer
-from cctool.quantization.configs import QuantizerConfig
+from cctool.quantization.configs import Brief, QuantizerConfig
 from cctool.quantization.flow import Place
 from cctool.quantization.points import INPUT_PLACE
 from cctool.quantization.quantizer import Quantizer
@@ -59,7 +59,7 @@ Follower = Callable[[str, Tensor], None]
 """Is shown (key, value) of each tensor before it is quantized."""
 
 
-class WeightPoint(Record):
+class WeightPoint(Brief):
     """The quantizer of one weight.
 
     Attributes:
@@ -74,7 +74,7 @@ class WeightPoint(Record):
     norm: _Name | None = None
 
 
-class CallPoint(Record):
+class CallPoint(Brief):
     """What is quantized at one call.
 
     Attributes:
@@ -88,7 +88,7 @@ class CallPoint(Record):
     output: QuantizerConfig | None = None
 
 
-class Observing(Record):
+class Observing(Brief):
     """How ranges of activations were found, so that they can be found again in the same way.
 
     Attributes:
@@ -102,7 +102,7 @@ class Observing(Record):
     deviations: float = Field(default=3.0, gt=0, le=1e6)
 
 
-class Quantize(Edit):
+class Quantize(Brief, Edit):
     """Quantizers of one module: of its weights by their names in it, of its calls by `Place.key`.
 
     Attributes:

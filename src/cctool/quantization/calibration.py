@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from cctool.errors import QuantizationError
 from cctool.quantization.attached import Observing, following_values, quantizers_of
-from cctool.quantization.observers import RangeObserver, make_observer
+from cctool.quantization.observers import Observer, make_observer
 from cctool.quantization.quantizer import Quantizer
 
 __all__ = ["calibrate_activations", "observe"]
 
 
 def observe(
-    model: nn.Module, images: Iterable[Tensor], make: Callable[[str], RangeObserver | None]
-) -> dict[str, RangeObserver]:
+    model: nn.Module, images: Iterable[Tensor], make: Callable[[str], Observer | None]
+) -> dict[str, Observer]:
     """Show the activations at all places to observers.
 
     Args:
@@ -31,7 +31,7 @@ def observe(
     Raises:
         QuantizationError: if there are no images.
     """
-    observers: dict[str, RangeObserver] = {}
+    observers: dict[str, Observer] = {}
     ignored: set[str] = set()
 
     def follow(key: str, value: Tensor) -> None:
@@ -59,7 +59,7 @@ def observe(
     return observers
 
 
-def observer_of(observing: Observing, quantizer: Quantizer) -> RangeObserver:
+def observer_of(observing: Observing, quantizer: Quantizer) -> Observer:
     """An observer for the bits of a quantizer."""
     config = quantizer.config
     return make_observer(
@@ -73,7 +73,7 @@ def observer_of(observing: Observing, quantizer: Quantizer) -> RangeObserver:
 
 def calibrate_activations(
     model: nn.Module, images: Iterable[Tensor], observing: Observing
-) -> Mapping[str, RangeObserver]:
+) -> Mapping[str, Observer]:
     """Set the ranges of the uniform quantizers of activations; those that are learnt stay.
 
     Args:
@@ -89,7 +89,7 @@ def calibrate_activations(
         if (quantizer := held.quantizer(key)) is not None and quantizer.config.method == "uniform"
     }
 
-    def make(key: str) -> RangeObserver | None:
+    def make(key: str) -> Observer | None:
         return observer_of(observing, chosen[key]) if key in chosen else None
 
     observers = observe(model, images, make)

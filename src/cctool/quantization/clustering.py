@@ -76,15 +76,19 @@ def initial_centres(
 ) -> Numbers:
     """Where `kmeans` begins; ``points`` are distinct and ascending, and occur ``counts`` times."""
     if initialisation == "linear":
-        return np.linspace(points[0], points[-1], entries)
+        evenly: Numbers = np.linspace(points[0], points[-1], entries)
+        return evenly
     ends = np.cumsum(counts)
     if initialisation == "density":
         wanted = (np.arange(entries) + 0.5) / entries * ends[-1]
-        return points[np.searchsorted(ends, wanted, side="left")]
-    if initialisation == "random":
+        chosen = np.searchsorted(ends, wanted, side="left")
+    elif initialisation == "random":
         drawn = np.random.default_rng(seed).choice(int(ends[-1]), entries, replace=False)
-        return points[np.searchsorted(ends, np.sort(drawn), side="right")]
-    raise QuantizationError(f"k-means begins {', '.join(INITIALISATIONS)}, not {initialisation!r}")
+        chosen = np.searchsorted(ends, np.sort(drawn), side="right")
+    else:
+        raise QuantizationError(f"k-means begins {', '.join(INITIALISATIONS)}, not {initialisation!r}")
+    found: Numbers = points[chosen]
+    return found
 
 
 def _bounds(centres: Numbers) -> Numbers:

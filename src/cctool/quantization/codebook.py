@@ -24,25 +24,33 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import JsonValue
 from torch import Tensor
 
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
 from cctool.errors import CorruptCheckpointError, QuantizationError
-from cctool.quantization.clustering import INITIALISATIONS, kmeans, nearest
+from cctool.quantization.clustering import INITIALISATIONS, kmeans
+from cctool.quantization.codebook_tables import (
+    INDICES,
+    SCALES,
+    TABLE,
+    distinct_entries,
+    index_bits,
+    nearest_entries,
+    numbers,
+    scaled_levels,
+    table_dtype,
+)
 from cctool.quantization.groups import Groups
 from cctool.quantization.packing import WIDEST, pack_integers
 from cctool.quantization.parts import decoded_dtype, floating_name, part, refuse_nonfinite, require_parts
-from cctool.quantization.powers import apot_levels, best_scale
+from cctool.quantization.powers import apot_levels
 from cctool.quantization.rows import RowEncoding, at, is_axis, picked, row_length, unpacked_row, whole_shape
 
 __all__ = ["CODEBOOK", "CODEBOOK_ROWS", "Indices", "encode_codebook", "indices_of"]
 
 _NAME = "codebook"
-_INDICES, _TABLE, _SCALES = "indices", "table", "scales"
 _KEYS = {
     "distinct": {"kind", "bits", "axis"},
     "kmeans": {"kind", "bits", "axis", "init", "seed"},
@@ -93,10 +101,10 @@ def encode_codebook(
     shape, entries = tuple(indices.shape), int(table.shape[-1]) if table.dim() else 0
     if not is_axis(axis, len(shape)) or not 1 <= entries <= 1 << WIDEST:
         raise QuantizationError(f"{_NAME}: axis {axis!r}, {entries} entries for {len(shape)} dimensions")
-    parts = {_TABLE: table.detach().cpu().to(_table_dtype(dtype, scales is not None))}
+    parts = {TABLE: table.detach().cpu().to(table_dtype(dtype, scaled=scales is not None))}
     if scales is not None:
-        parts[_SCALES] = scales.detach().cpu().to(_table_dtype(dtype, True))
-    for key, given in ((_TABLE, table), (_SCALES, scales)):
+        parts[SCALES] = scales.detach().cpu().to(table_dtype(dtype, scaled=True))
+    for key, given in ((TABLE, table), (SCALES, scales)):
         if given is not None and not torch.equal(parts[key].double(), given.detach().cpu().double()):
             raise QuantizationError(f"{_NAME}: {key} of type {given.dtype} lose digits in {parts[key].dtype}")
     parts = {key: value.contiguous().clone() for key, value in parts.items()}
@@ -105,9 +113,9 @@ def encode_codebook(
         found.numel() and not 0 <= int(found.min()) <= int(found.max()) < entries
     ):
         raise QuantizationError(f"{_NAME}: an index is not one of 0..{entries - 1}")
-    parts[_INDICES] = pack_integers(found, _index_bits(entries))
+    parts[INDICES] = pack_integers(found, index_bits(entries))
     kept = (
-        {"kind": "distinct", "bits": _index_bits(entries), "axis": axis} if parameters is None else parameters
+        {"kind": "distinct", "bits": index_bits(entries), "axis": axis} if parameters is None else parameters
     )
     _check(kept, len(shape))
     if kept["axis"] != axis:
@@ -130,14 +138,6 @@ def indices_of(encoded: EncodedTensor) -> Indices:
     return Indices(whole_shape(encoded, indices).to(torch.int64), table, scales)
 
 
-def _index_bits(entries: int) -> int:
-    return max(1, (entries - 1).bit_length())
-
-
-def _table_dtype(dtype: torch.dtype, scaled: bool) -> torch.dtype:
-    return dtype if not scaled or dtype == torch.float64 else torch.float32
-
-
 def _encode_row(
     values: Tensor, shape: tuple[int, ...], mask: Tensor | None, parameters: Mapping[str, JsonValue]
 ) -> EncodedTensor:
@@ -148,72 +148,13 @@ def _encode_row(
     channel = at(Groups(shape, axis).index(), mask)
     if parameters["kind"] == "apot":
         levels = apot_levels(bits, int(str(parameters["terms"])))
-        parts = _scaled_levels(values, channel, shape, axis, levels)
+        parts = scaled_levels(values, channel, shape, axis, levels)
     elif parameters["kind"] == "kmeans":
-        centres = kmeans(_numbers(values), 1 << bits, str(parameters["init"]), int(str(parameters["seed"])))
-        parts = _nearest_entries(values, centres)
+        centres = kmeans(numbers(values), 1 << bits, str(parameters["init"]), int(str(parameters["seed"])))
+        parts = nearest_entries(values, centres)
     else:
-        parts = _distinct(values, channel, shape, axis, bits)
+        parts = distinct_entries(values, channel, shape, axis, bits)
     return EncodedTensor(_NAME, shape, dtype, parts, dict(parameters))
-
-
-def _numbers(values: Tensor) -> NDArray[np.float64]:
-    return values.detach().to(torch.float64).numpy()
-
-
-def _nearest_entries(values: Tensor, centres: NDArray[np.float64]) -> dict[str, Tensor]:
-    """Centres rounded to the values' type, those that are nearest to a value."""
-    rounded = torch.unique(torch.from_numpy(centres).to(values.dtype))
-    indices = torch.from_numpy(nearest(_numbers(values), _numbers(rounded)))
-    used, indices = torch.unique(indices, return_inverse=True)
-    table = rounded[used] if len(used) else values.new_zeros(1)
-    return {_TABLE: table, _INDICES: pack_integers(indices, _index_bits(len(table)))}
-
-
-def _distinct(
-    values: Tensor, channel: Tensor, shape: tuple[int, ...], axis: int | None, bits: int
-) -> dict[str, Tensor]:
-    """A table of the distinct values; short tables of slices are filled up with zeros."""
-    slices = 1 if axis is None else shape[axis]
-    order = torch.argsort(channel, stable=True)
-    found = [torch.unique(row, return_inverse=True) for row in _split(values[order], channel, slices)]
-    entries = max([1, *(len(table) for table, _ in found)])
-    if entries > 1 << bits:
-        raise QuantizationError(f"{_NAME}: {entries:,} distinct values are more than {bits} bits tell apart")
-    tables = values.new_zeros(slices, entries)
-    indices = torch.empty(len(values), dtype=torch.int64)
-    for table, (distinct, _) in zip(tables, found, strict=True):
-        table[: len(distinct)] = distinct
-    if len(values):
-        indices[order] = torch.cat([index for _, index in found])
-    table = tables[0] if axis is None else tables
-    return {_TABLE: table.clone(), _INDICES: pack_integers(indices, _index_bits(entries))}
-
-
-def _split(ordered: Tensor, channel: Tensor, slices: int) -> tuple[Tensor, ...]:
-    """The values of each slice, which lie one after the other."""
-    ends = torch.bincount(channel, minlength=slices).cumsum(0).tolist()
-    return tuple(ordered[start:end] for start, end in zip([0, *ends], ends, strict=False))
-
-
-def _scaled_levels(
-    values: Tensor, channel: Tensor, shape: tuple[int, ...], axis: int | None, levels: NDArray[np.float64]
-) -> dict[str, Tensor]:
-    """The levels as a table, and the best scale of the tensor or of each slice."""
-    slices = 1 if axis is None else shape[axis]
-    wide = _table_dtype(values.dtype, True)
-    order = torch.argsort(channel, stable=True)
-    rows = _split(values[order], channel, slices)
-    best = torch.tensor([best_scale(_numbers(row), levels) for row in rows], dtype=torch.float64)
-    scales = best.clamp(min=torch.finfo(wide).tiny).to(wide)
-    if not bool(torch.isfinite((scales.double() * levels[-1]).to(values.dtype)).all()):
-        raise QuantizationError(f"{_NAME}: the largest level of a tensor is larger than its type can hold")
-    indices = torch.from_numpy(nearest(_numbers(values.double() / scales.double()[channel]), levels))
-    return {
-        _TABLE: torch.from_numpy(levels).to(wide),
-        _SCALES: scales[0].clone() if axis is None else scales,
-        _INDICES: pack_integers(indices, _index_bits(len(levels))),
-    }
 
 
 def _decode_row(encoded: EncodedTensor, mask: Tensor | None) -> Tensor:
@@ -236,22 +177,22 @@ def _decode_row(encoded: EncodedTensor, mask: Tensor | None) -> Tensor:
 def _stored(encoded: EncodedTensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Indices of shape (kept,), the table and the scales, checked."""
     dtype, axis = decoded_dtype(encoded), _axis_of(encoded)
-    scaled = _SCALES in encoded.parts
-    require_parts(encoded, {_INDICES, _TABLE, _SCALES} if scaled else {_INDICES, _TABLE})
+    scaled = SCALES in encoded.parts
+    require_parts(encoded, {INDICES, TABLE, SCALES} if scaled else {INDICES, TABLE})
     slices = () if axis is None else (encoded.shape[axis],)
     entries = _entries(encoded)
     single = scaled or axis is None
     shape = (entries,) if single else (*slices, entries)
-    table = part(encoded, _TABLE, _table_dtype(dtype, scaled), shape)
-    scales = part(encoded, _SCALES, _table_dtype(dtype, True), slices) if scaled else None
-    indices = unpacked_row(encoded, _INDICES, _index_bits(entries), row_length(encoded.shape, mask))
+    table = part(encoded, TABLE, table_dtype(dtype, scaled=scaled), shape)
+    scales = part(encoded, SCALES, table_dtype(dtype, scaled=True), slices) if scaled else None
+    indices = unpacked_row(encoded, INDICES, index_bits(entries), row_length(encoded.shape, mask))
     if indices.numel() and int(indices.max()) >= entries:
         raise CorruptCheckpointError(f"{_NAME}: an index is not one of 0..{entries - 1}")
     return indices, table, scales
 
 
 def _entries(encoded: EncodedTensor) -> int:
-    table = encoded.parts.get(_TABLE)
+    table = encoded.parts.get(TABLE)
     entries = int(table.shape[-1]) if table is not None and table.dim() else 0
     if not 1 <= entries <= 1 << WIDEST:
         raise CorruptCheckpointError(f"{_NAME}: a table of {entries} entries")
@@ -266,7 +207,6 @@ def _check(parameters: Mapping[str, JsonValue], dims: int) -> int | None:
         set(parameters) == _KEYS.get(str(kind), set())
         and type(bits) is int
         and (2 if kind == "apot" else 1) <= bits <= most
-        and is_axis(axis, dims)
     )
     if fits and kind == "kmeans":
         seed = parameters["seed"]
@@ -274,9 +214,8 @@ def _check(parameters: Mapping[str, JsonValue], dims: int) -> int | None:
     if fits and kind == "apot":
         terms = parameters["terms"]
         fits = type(terms) is int and type(bits) is int and 1 <= terms < bits
-    if not fits:
+    if not (fits and is_axis(axis, dims)):
         raise QuantizationError(f"{_NAME}: {dict(parameters)} of a tensor with {dims} dimensions")
-    assert axis is None or isinstance(axis, int)
     return axis
 
 
@@ -289,16 +228,16 @@ def _axis_of(encoded: EncodedTensor) -> int | None:
 
 def _cut(encoded: EncodedTensor, dim: int, indices: Tensor) -> dict[str, Tensor]:
     axis = _axis_of(encoded)
-    parts = {name: value for name, value in encoded.parts.items() if name != _INDICES}
+    parts = {name: value for name, value in encoded.parts.items() if name != INDICES}
     if axis is not None and dim % len(encoded.shape) == axis:
         # With scales the table is one for all slices.
-        own = _SCALES if _SCALES in parts else _TABLE
+        own = SCALES if SCALES in parts else TABLE
         parts[own] = parts[own].index_select(0, indices)
     return parts
 
 
 CODEBOOK_ROWS = RowEncoding(
-    _NAME, _INDICES, lambda encoded: _index_bits(_entries(encoded)), _encode_row, _decode_row, _cut
+    _NAME, INDICES, lambda encoded: index_bits(_entries(encoded)), _encode_row, _decode_row, _cut
 )
 
 
@@ -315,7 +254,7 @@ def _take(encoded: EncodedTensor, dim: int, indices: Tensor) -> EncodedTensor:
     count = math.prod(encoded.shape)
     place = torch.arange(count).reshape(encoded.shape).index_select(dim, indices)
     row = picked(CODEBOOK_ROWS, encoded, count, place.reshape(-1))
-    parts = {_INDICES: row, **_cut(encoded, dim, indices)}
+    parts = {INDICES: row, **_cut(encoded, dim, indices)}
     return replace(encoded, shape=tuple(place.shape), parts=parts)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from cctool.checkpoint.spec import Record
 
-__all__ = ["MAX_BITS", "QuantizerConfig", "QuantizerMethod"]
+__all__ = ["MAX_BITS", "Brief", "QuantizerConfig", "QuantizerMethod"]
 
 MAX_BITS = 16
 """Most bits of a quantizer: integers and their indices fit 16 bits."""
@@ -20,7 +21,20 @@ _INTEGERS = ("uniform", "lsq")
 _FIXED_SCALE = ("dorefa", "pact", "wrpn", "apot")
 
 
-class QuantizerConfig(Record):
+class Brief(Record):
+    """A record that leaves its defaults out of files: a network has a point for each call."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        defaults = {name: item.default for name, item in type(self).model_fields.items()}
+        return {
+            name: value
+            for name, value in handler(self).items()
+            if name == "kind" or getattr(self, name) != defaults[name]
+        }
+
+
+class QuantizerConfig(Brief):
     """One quantizer.
 
     Attributes:

@@ -192,10 +192,6 @@ def _shape(result: Any) -> tuple[int, ...]:
 
 def _settings(event: Event) -> dict[str, Any]:
     names = ARGUMENTS.get(event.name, ())
-    positional = {
-        names[i] if i < len(names) else f"argument{i}": value for i, value in enumerate(event.args)
-    }
+    positional = {names[i] if i < len(names) else f"argument{i}": value for i, value in enumerate(event.args)}
     given = {**positional, **event.kwargs}
     return {name: value for name, value in given.items() if next(tensors_in(value), None) is None}
-
-

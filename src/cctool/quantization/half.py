@@ -12,8 +12,9 @@ from torch import Tensor
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
 from cctool.errors import QuantizationError
 from cctool.quantization.parts import decoded_dtype, floating_name, part, refuse_nonfinite, require_parts
+from cctool.quantization.rows import RowEncoding, row_length
 
-__all__ = ["BF16", "FP16"]
+__all__ = ["BF16", "BF16_ROWS", "FP16", "FP16_ROWS"]
 
 _VALUES = "values"
 
@@ -44,3 +45,19 @@ def _half(name: str, stored: torch.dtype) -> Encoding:
 
 FP16 = _half("fp16", torch.float16)
 BF16 = _half("bf16", torch.bfloat16)
+
+
+def _half_rows(encoding: Encoding) -> RowEncoding:
+    def encode(
+        values: Tensor, shape: tuple[int, ...], mask: Tensor | None, parameters: Mapping[str, JsonValue]
+    ) -> EncodedTensor:
+        return replace(encoding.encode(values, parameters), shape=shape)
+
+    def decode(encoded: EncodedTensor, mask: Tensor | None) -> Tensor:
+        return encoding.decode(replace(encoded, shape=(row_length(encoded.shape, mask),)))
+
+    return RowEncoding(encoding.name, _VALUES, lambda encoded: None, encode, decode, lambda *cut: {})
+
+
+FP16_ROWS = _half_rows(FP16)
+BF16_ROWS = _half_rows(BF16)

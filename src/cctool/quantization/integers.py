@@ -170,7 +170,7 @@ def _encode_row(
     span = torch.maximum(high, -low) if settings.symmetric else high - low
     if not bool(torch.isfinite(span).all()):
         raise QuantizationError(f"{_NAME}: the range of a tensor is larger than float64 can hold")
-    scale = _rounded_scale(span / settings.top, wide, settings.bits)
+    scale = _rounded_scale(span, settings.top, wide, settings.bits)
     steps = exact / scale[index]
     parts = {_SCALE: scale.to(wide).reshape(groups.ranges)}
     if settings.symmetric:
@@ -190,14 +190,15 @@ def _half_up(values: Tensor) -> Tensor:
     return (values + 0.5).floor_()
 
 
-def _rounded_scale(scale: Tensor, wide: torch.dtype, bits: int) -> Tensor:
+def _rounded_scale(span: Tensor, top: int, wide: torch.dtype, bits: int) -> Tensor:
     """Scales rounded towards zero, so that a product with any integer is exact; 1 where there is no range."""
     digits = round(-math.log2(torch.finfo(wide).eps)) + 1 - bits
-    fractions, exponents = np.frexp(scale.numpy())
+    fractions, exponents = np.frexp((span / top).numpy())
     rounded = np.ldexp(np.floor(np.ldexp(fractions, digits)), exponents - digits)
-    # Below the smallest normal number products would lose digits.
-    found = torch.from_numpy(np.maximum(rounded, torch.finfo(wide).tiny))
-    return torch.where(scale > 0, found, torch.ones_like(found))
+    # Below the smallest normal number products would lose digits; a range below it is none.
+    tiny = torch.finfo(wide).tiny
+    found = torch.from_numpy(np.maximum(rounded, tiny))
+    return torch.where(span < tiny, torch.ones_like(found), found)
 
 
 def _refuse_overflow(scale: Tensor, steps: Tensor, dtype: torch.dtype) -> None:
@@ -258,7 +259,6 @@ def _settings(parameters: Mapping[str, JsonValue], dims: int) -> _Settings:
             "of the tensor, and groups of 1 or more"
         )
     assert isinstance(bits, int)
-    assert axis is None or isinstance(axis, int)
     assert group is None or isinstance(group, int)
     return _Settings(bits, bool(symmetric), axis, group)
 

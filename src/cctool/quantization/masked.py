@@ -1,14 +1,16 @@
 """Storage of a masked weight: the mask's bits, and the values where it is True, in C order.
 
 The values are a row of their own and may lie there in fewer bits: ``inner`` names the encoding, whose parts
-are called ``values.NAME``. What the mask takes away is exactly zero, however the rest is rounded. A range for
-each channel is that of the channel's kept values, and which channel a value belongs to follows from the bits.
+are called ``values.NAME``. What the mask takes away is exactly zero, however the rest is rounded. A range or
+table of a channel or a group is that of the kept values there, and which a value belongs to follows from the
+bits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from pydantic import JsonValue
@@ -16,17 +18,22 @@ from torch import Tensor
 
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
 from cctool.errors import CorruptCheckpointError, QuantizationError
-from cctool.quantization.affine import AFFINE_U8, from_levels, to_levels
+from cctool.quantization.affine import AFFINE_U8_ROWS
 from cctool.quantization.bits import pack_bits, unpack_bits
-from cctool.quantization.half import BF16, FP16
-from cctool.quantization.parts import decoded_dtype, floating_name, part, refuse_nonfinite, require_parts
+from cctool.quantization.codebook import CODEBOOK_ROWS
+from cctool.quantization.half import BF16_ROWS, FP16_ROWS
+from cctool.quantization.integers import INTN_ROWS
+from cctool.quantization.parts import decoded_dtype, floating_name, part, require_parts
+from cctool.quantization.rows import RowEncoding, is_axis, picked
 
-__all__ = ["MASKED", "Inner", "encode_masked", "inner_of", "narrowed", "widened"]
+__all__ = ["MASKED", "Inner", "encode_masked", "inner_form", "inner_of", "narrowed", "widened"]
 
 _NAME = "masked"
 _BITS, _VALUES, _INNER, _AXIS = "bits", "values", "inner", "axis"
-_TOP = 255
-_INNERS: dict[str, Encoding] = {encoding.name: encoding for encoding in (FP16, BF16, AFFINE_U8)}
+_HALVES, _AFFINE = (FP16_ROWS, BF16_ROWS), (AFFINE_U8_ROWS,)
+_INNERS: dict[str, RowEncoding] = {rows.name: rows for rows in (*_HALVES, *_AFFINE, INTN_ROWS, CODEBOOK_ROWS)}
+_WITHOUT_AXIS = {None, *(rows.name for rows in _HALVES)}
+_WITHOUT_SETTINGS = {*_WITHOUT_AXIS, *(rows.name for rows in _AFFINE)}
 
 
 @dataclass(frozen=True)
@@ -35,41 +42,42 @@ class Inner:
 
     Attributes:
         encoding: name of an encoding; None keeps them as they are.
-        axis: dimension of the whole tensor whose slices have a range each; affine-u8 only.
+        axis: dimension of the whole tensor whose slices have a range, scale or table each.
+        settings: further parameters of the encoding.
     """
 
     encoding: str | None = None
     axis: int | None = None
+    settings: Mapping[str, JsonValue] = field(default_factory=dict)
 
     @property
-    def per_channel(self) -> bool:
-        """Whether there is a range for each channel."""
-        return self.axis is not None
+    def parameters(self) -> dict[str, JsonValue]:
+        """Of the encoding of the whole tensor."""
+        return {**self.settings} if self.encoding in _WITHOUT_AXIS else {**self.settings, _AXIS: self.axis}
 
 
 def inner_of(encoding: str, parameters: Mapping[str, JsonValue]) -> Inner:
     """How a masked tensor's values are stored where all of the tensor would be stored so.
 
     Args:
-        encoding: ``fp16``, ``bf16``, ``affine-u8``, or ``masked`` itself.
+        encoding: ``fp16``, ``bf16``, ``affine-u8``, ``intn``, ``codebook``, or ``masked`` itself.
         parameters: of that encoding.
 
     Raises:
         QuantizationError: if it is none of these, or the parameters are malformed.
     """
     name = parameters.get(_INNER) if encoding == _NAME else encoding
-    inner = Inner(name if isinstance(name, str) else None, _axis(parameters.get(_AXIS)))
-    if (name is not None and name not in _INNERS) or not _consistent(inner, parameters.get(_AXIS)):
+    axis = parameters.get(_AXIS)
+    settings = {key: value for key, value in parameters.items() if key not in (_AXIS, _INNER)}
+    known = name is None or (isinstance(name, str) and name in _INNERS)
+    if (
+        not known
+        or not (axis is None or type(axis) is int)
+        or (axis is not None and name in _WITHOUT_AXIS)
+        or (settings and name in _WITHOUT_SETTINGS)
+    ):
         raise QuantizationError(f"{_NAME}: values cannot be stored as {name!r} {dict(parameters)}")
-    return inner
-
-
-def _axis(value: JsonValue) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _consistent(inner: Inner, given: JsonValue) -> bool:
-    return inner.axis == given and (inner.axis is None or inner.encoding == AFFINE_U8.name)
+    return Inner(None if name is None else str(name), None if axis is None else int(str(axis)), settings)
 
 
 def encode_masked(
@@ -91,44 +99,45 @@ def encode_masked(
     tensor, mask = tensor.detach().cpu(), mask.detach().cpu()
     if tensor.shape != mask.shape or bool((tensor != 0).logical_and_(mask.logical_not()).any()):
         raise QuantizationError(f"{_NAME}: the tensor is not zero where its mask says so")
-    if inner.axis is not None and not 0 <= inner.axis < tensor.dim():
+    if not is_axis(inner.axis, tensor.dim()):
         raise QuantizationError(f"{_NAME}: axis {inner.axis} of a tensor with {tensor.dim()} dimensions")
-    values = tensor.contiguous()[mask.contiguous()]
-    parts = {_BITS: pack_bits(mask) if bits is None else bits, **_encode_values(values, mask, inner)}
-    return EncodedTensor(
-        _NAME, tuple(tensor.shape), dtype, parts, {_INNER: inner.encoding, _AXIS: inner.axis}
-    )
-
-
-def _encode_values(values: Tensor, mask: Tensor, inner: Inner) -> dict[str, Tensor]:
+    shape, values = tuple(tensor.shape), tensor.contiguous()[mask.contiguous()]
+    packed = {_BITS: pack_bits(mask) if bits is None else bits}
     if inner.encoding is None:
-        return {_VALUES: values}
-    if inner.axis is not None:
-        return _prefixed(_channel_levels(values, mask, inner.axis))
-    parameters = {_AXIS: None} if inner.encoding == AFFINE_U8.name else {}
-    return _prefixed(_INNERS[inner.encoding].encode(values, parameters).parts)
+        return EncodedTensor(_NAME, shape, dtype, {**packed, _VALUES: values}, _parameters(inner))
+    form = _INNERS[inner.encoding].encode(values, shape, mask, inner.parameters)
+    return _outer(form, packed)
 
 
-def _prefixed(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{_VALUES}.{name}": value for name, value in parts.items()}
+def _outer(form: EncodedTensor, bits: Mapping[str, Tensor]) -> EncodedTensor:
+    """The masked tensor whose values are stored as ``form``, whose row holds only these."""
+    parts = {**bits, **{f"{_VALUES}.{name}": value for name, value in form.parts.items()}}
+    parameters = _parameters(inner_of(form.encoding, form.parameters))
+    return replace(form, encoding=_NAME, parts=parts, parameters=parameters)
 
 
-def _channels(mask: Tensor, axis: int) -> Tensor:
-    """For each kept value the index along ``axis`` that it lies at; shape (kept,)."""
-    shape = [-1 if dim == axis else 1 for dim in range(mask.dim())]
-    return torch.arange(mask.shape[axis]).view(shape).expand(mask.shape)[mask]
+def _parameters(inner: Inner) -> dict[str, JsonValue]:
+    return {_INNER: inner.encoding, _AXIS: inner.axis, **inner.settings}
 
 
-def _channel_levels(values: Tensor, mask: Tensor, axis: int) -> dict[str, Tensor]:
-    """`affine` with the range of each channel's kept values; 0 to 0 where a channel keeps none."""
-    refuse_nonfinite(values, AFFINE_U8.name)
-    channel, empty = _channels(mask, axis), values.new_zeros(mask.shape[axis])
-    low = empty.scatter_reduce(0, channel, values, "amin", include_self=False)
-    high = empty.scatter_reduce(0, channel, values, "amax", include_self=False)
-    if not torch.isfinite(high.double() - low.double()).all():
-        raise QuantizationError(f"{AFFINE_U8.name}: the range of a tensor is larger than float64 can hold")
-    levels = to_levels(values, low[channel], high[channel], _TOP).to(torch.uint8)
-    return {"levels": levels, "low": low, "high": high}
+def inner_form(encoded: EncodedTensor) -> EncodedTensor | None:
+    """A masked tensor's values as their own encoding stores them: its parts and parameters.
+
+    The shape is that of the whole tensor, but the part with an entry for each value has those of the kept
+    ones only. None where values are stored as they are.
+
+    Raises:
+        CorruptCheckpointError: if there are parts that belong to neither.
+    """
+    inner = _stored_inner(encoded)
+    if inner.encoding is None:
+        return None
+    prefix = f"{_VALUES}."
+    parts = {
+        name.removeprefix(prefix): value for name, value in encoded.parts.items() if name.startswith(prefix)
+    }
+    require_parts(encoded, {_BITS, *(f"{prefix}{name}" for name in parts)})
+    return EncodedTensor(inner.encoding, encoded.shape, encoded.dtype, parts, inner.parameters)
 
 
 def _encode(tensor: Tensor, parameters: Mapping[str, JsonValue]) -> EncodedTensor:
@@ -137,45 +146,23 @@ def _encode(tensor: Tensor, parameters: Mapping[str, JsonValue]) -> EncodedTenso
 
 
 def _decode(encoded: EncodedTensor) -> Tensor:
-    dtype, inner = decoded_dtype(encoded), _stored_inner(encoded)
-    names = {name for name in encoded.parts if name.partition(".")[0] == _VALUES}
-    require_parts(encoded, {_BITS, *names})
+    dtype, form = decoded_dtype(encoded), inner_form(encoded)
+    if _BITS not in encoded.parts or form is None:
+        require_parts(encoded, {_BITS, _VALUES})
     mask = unpack_bits(encoded)
-    values = _decode_values(encoded, dtype, inner, mask)
+    if form is None:
+        values = part(encoded, _VALUES, dtype, (int(mask.sum()),))
+    else:
+        values = _INNERS[form.encoding].decode(form, mask)
     return torch.zeros(encoded.shape, dtype=dtype).masked_scatter_(mask, values)
 
 
-def _decode_values(encoded: EncodedTensor, dtype: torch.dtype, inner: Inner, mask: Tensor) -> Tensor:
-    kept = int(mask.sum())
-    if inner.encoding is None:
-        require_parts(encoded, {_BITS, _VALUES})
-        return part(encoded, _VALUES, dtype, (kept,))
-    if inner.axis is not None:
-        require_parts(encoded, {_BITS, *_prefixed(dict.fromkeys(("levels", "low", "high"), mask))})
-        levels = part(encoded, f"{_VALUES}.levels", torch.uint8, (kept,))
-        bounds = [
-            part(encoded, f"{_VALUES}.{name}", dtype, (encoded.shape[inner.axis],))
-            for name in ("low", "high")
-        ]
-        channel = _channels(mask, inner.axis)
-        return from_levels(levels, bounds[0][channel], bounds[1][channel], _TOP).to(dtype)
-    return _INNERS[inner.encoding].decode(_inner_tensor(encoded, inner.encoding, kept))
-
-
-def _inner_tensor(encoded: EncodedTensor, name: str, kept: int) -> EncodedTensor:
-    prefix = f"{_VALUES}."
-    parts = {k.removeprefix(prefix): value for k, value in encoded.parts.items() if k.startswith(prefix)}
-    if len(parts) + 1 != len(encoded.parts):
-        raise CorruptCheckpointError(f"{_NAME}: has the parts {', '.join(sorted(encoded.parts))}")
-    parameters: dict[str, JsonValue] = {_AXIS: None} if name == AFFINE_U8.name else {}
-    return EncodedTensor(name, (kept,), encoded.dtype, parts, parameters)
-
-
 def narrowed(encoded: EncodedTensor, mask: Tensor, bits: Tensor) -> EncodedTensor:
-    """What a mask leaves of a stored tensor, without rounding anything again: levels and ranges stay.
+    """What a mask leaves of a stored tensor, without rounding anything again: levels, ranges and tables stay.
 
     Args:
-        encoded: stored as fp16, bf16, affine-u8 or masked; it holds all that the mask lets stay.
+        encoded: stored as masked or as one of the encodings that its values may have; it holds all that the
+            mask lets stay.
         mask: bool, of the tensor's shape, True where a value stays.
         bits: the mask as `pack_bits` made it.
 
@@ -183,17 +170,22 @@ def narrowed(encoded: EncodedTensor, mask: Tensor, bits: Tensor) -> EncodedTenso
         QuantizationError: if it is stored in another way, or lacks values that the mask lets stay.
     """
     mask = mask.detach().cpu()
-    inner = inner_of(encoded.encoding, encoded.parameters)
-    if encoded.encoding == _NAME:
-        before = unpack_bits(encoded)
-        if bool(mask.logical_and(before.logical_not()).any()):
-            raise QuantizationError(f"{_NAME}: a mask cannot let stay what an earlier one took away")
-        rows, kept = encoded.parts, mask[before]
-    else:
-        rows, kept = _prefixed(encoded.parts), mask
-    parts = {name: value[kept] if name in _ROWS else value for name, value in rows.items()}
-    parameters: dict[str, JsonValue] = {_INNER: inner.encoding, _AXIS: inner.axis}
-    return replace(encoded, encoding=_NAME, parts={**parts, _BITS: bits}, parameters=parameters)
+    if encoded.encoding != _NAME:
+        inner_of(encoded.encoding, encoded.parameters)
+        return _outer(_with_row(encoded, math.prod(encoded.shape), mask.reshape(-1)), {_BITS: bits})
+    before, form = unpack_bits(encoded), inner_form(encoded)
+    if bool(mask.logical_and(before.logical_not()).any()):
+        raise QuantizationError(f"{_NAME}: a mask cannot let stay what an earlier one took away")
+    kept = mask[before]
+    if form is None:
+        return replace(encoded, parts={_VALUES: encoded.parts[_VALUES][kept], _BITS: bits})
+    return _outer(_with_row(form, len(kept), kept), {_BITS: bits})
+
+
+def _with_row(form: EncodedTensor, count: int, kept: Tensor) -> EncodedTensor:
+    """A form of ``count`` entries with those that are ``kept``, as `picked` takes it."""
+    rows = _INNERS[form.encoding]
+    return replace(form, parts={**form.parts, rows.row: picked(rows, form, count, kept)})
 
 
 def widened(encoded: EncodedTensor) -> EncodedTensor | None:
@@ -203,19 +195,15 @@ def widened(encoded: EncodedTensor) -> EncodedTensor | None:
         None where its values are stored as they are: the tensor is dense. The same object where the mask
         takes something away.
     """
-    inner = _stored_inner(encoded)
+    form = inner_form(encoded)
     if not bool(unpack_bits(encoded).all()):
         return encoded
-    if inner.encoding is None:
+    if form is None:
         return None
-    prefix = f"{_VALUES}."
-    parts = {
-        name.removeprefix(prefix): value.reshape(encoded.shape) if name in _ROWS else value
-        for name, value in encoded.parts.items()
-        if name != _BITS
-    }
-    parameters: dict[str, JsonValue] = {_AXIS: inner.axis} if inner.encoding == AFFINE_U8.name else {}
-    return replace(encoded, encoding=inner.encoding, parts=parts, parameters=parameters)
+    rows = _INNERS[form.encoding]
+    if rows.bits(form) is not None:
+        return form
+    return replace(form, parts={**form.parts, rows.row: form.parts[rows.row].reshape(form.shape)})
 
 
 def _stored_inner(encoded: EncodedTensor) -> Inner:
@@ -223,27 +211,24 @@ def _stored_inner(encoded: EncodedTensor) -> Inner:
         inner = inner_of(_NAME, encoded.parameters)
     except QuantizationError as error:
         raise CorruptCheckpointError(str(error)) from None
-    axis = inner.axis
-    if set(encoded.parameters) != {_INNER, _AXIS} or not (axis is None or 0 <= axis < len(encoded.shape)):
+    if encoded.parameters.keys() != _parameters(inner).keys() or not is_axis(inner.axis, len(encoded.shape)):
         raise CorruptCheckpointError(f"{_NAME}: malformed parameters {dict(encoded.parameters)}")
     return inner
 
 
 def _take(encoded: EncodedTensor, dim: int, indices: Tensor) -> EncodedTensor:
-    inner, indices = _stored_inner(encoded), indices.cpu()
+    form, indices = inner_form(encoded), indices.cpu()
     mask = unpack_bits(encoded)
+    count = int(mask.sum())
     place = (mask.reshape(-1).cumsum(0) - 1).reshape(mask.shape).index_select(dim, indices)
     mask = mask.index_select(dim, indices)
-    kept = place[mask]
-    parts = {name: value[kept] for name, value in encoded.parts.items() if name in _ROWS}
-    parts |= {name: value for name, value in encoded.parts.items() if name not in {*_ROWS, _BITS}}
-    if inner.axis is not None and dim % len(encoded.shape) == inner.axis:
-        parts |= {name: encoded.parts[name].index_select(0, indices) for name in _BOUNDS}
-    return replace(encoded, shape=tuple(mask.shape), parts={**parts, _BITS: pack_bits(mask)})
+    kept, packed = place[mask], {_BITS: pack_bits(mask)}
+    if form is None:
+        parts = {_VALUES: encoded.parts[_VALUES][kept], **packed}
+        return replace(encoded, shape=tuple(mask.shape), parts=parts)
+    rows = _INNERS[form.encoding]
+    parts = {rows.row: picked(rows, form, count, kept), **rows.cut(form, dim, indices)}
+    return _outer(replace(form, shape=tuple(mask.shape), parts=parts), packed)
 
-
-_ROWS = (_VALUES, f"{_VALUES}.values", f"{_VALUES}.levels")
-"""Parts that hold one entry for each kept value."""
-_BOUNDS = (f"{_VALUES}.low", f"{_VALUES}.high")
 
 MASKED = Encoding(_NAME, _encode, _decode, _take)

@@ -8,7 +8,7 @@ and WRPN quantize what a clipping activation puts out (``clips``).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cctool.quantization.flow import COMPUTING, INPUT, Call, Flow, Place
@@ -23,16 +23,74 @@ INPUT_PLACE = Place("", "input", 0)
 
 CLIPS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clip"})
 _MOVES = frozenset(
-    """view reshape flatten unflatten permute transpose t swapaxes swapdims movedim contiguous clone detach
-    dropout dropout2d dropout1d dropout3d alpha_dropout feature_alpha_dropout getitem chunk split tensor_split
-    unbind unsqueeze squeeze expand narrow select pad roll channel_shuffle pixel_shuffle pixel_unshuffle
-    max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d type_as
-    native_channel_shuffle view_as reshape_as expand_as stochastic_depth""".split()
+    [
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "permute",
+        "transpose",
+        "t",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "contiguous",
+        "clone",
+        "detach",
+        "dropout",
+        "dropout2d",
+        "dropout1d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "getitem",
+        "chunk",
+        "split",
+        "tensor_split",
+        "unbind",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "narrow",
+        "select",
+        "pad",
+        "roll",
+        "channel_shuffle",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+        "adaptive_max_pool3d",
+        "type_as",
+        "native_channel_shuffle",
+        "view_as",
+        "reshape_as",
+        "expand_as",
+        "stochastic_depth",
+    ]
 )
 """Functions whose results hold nothing but values of their argument, and zeros."""
 _INTEGER = COMPUTING | frozenset(
-    """add mul cat avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d mean sigmoid leaky_relu softmax matmul bmm""".split()
+    [
+        "add",
+        "mul",
+        "cat",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "mean",
+        "sigmoid",
+        "leaky_relu",
+        "softmax",
+        "matmul",
+        "bmm",
+    ]
 )
 """Functions that integer runtimes have kernels for."""
 
@@ -67,12 +125,14 @@ class Activation:
     Attributes:
         place: of the call, or `INPUT_PLACE`.
         slot: whether it is what the call takes in or what it puts out.
-        edge: whether it is taken in by a first or a last layer and by no other.
+        takers: layers that take it in, maybe after it was moved around.
+        edge: whether these are first or last layers.
         clip: whether a clipping activation makes it.
     """
 
     place: Place
     slot: Slot
+    takers: tuple[Place, ...] = ()
     edge: bool = False
     clip: bool = False
 
@@ -108,7 +168,9 @@ def plan_points(flow: Flow, way: Way) -> Points:
     found = {"all": plan.everything, "inputs": plan.inputs, "clips": plan.clips}[way]()
     lost = {activation.place for activation in found if plan.is_lost(activation)}
     left = [
-        Left(place.title, f"the network goes on with what {place.function} wrote in place, not with its result")
+        Left(
+            place.title, f"the network goes on with what {place.function} wrote in place, not with its result"
+        )
         for place in dict.fromkeys(lost)
     ]
     kept = tuple(activation for activation in found if activation.place not in lost)
@@ -169,18 +231,23 @@ class _Plan:
         return owners.pop() if len(owners) == 1 else None
 
     def everything(self) -> list[Activation]:
-        found = [Activation(INPUT_PLACE, "output", edge=True)] if self._wanted(INPUT) else []
+        found = [self._made(INPUT)] if self._wanted(INPUT) else []
         for number, call in enumerate(self.calls):
             if call.shape and not call.constant and self._wanted(number) and not self._absorbed(number):
-                found.append(
-                    Activation(
-                        call.place,
-                        "output",
-                        edge=self._at_edge(number),
-                        clip=call.place.function in CLIPS,
-                    )
-                )
+                found.append(self._made(number))
         return found
+
+    def _made(self, number: int) -> Activation:
+        """What a call, or the network's input, puts out."""
+        takers = [taker for taker in self._takers(number) if self._is_layer(taker)]
+        place = INPUT_PLACE if number == INPUT else self.calls[number].place
+        return Activation(
+            place,
+            "output",
+            tuple(dict.fromkeys(taker.place for taker in takers)),
+            edge=bool(takers) and all(self._is_edge(taker) for taker in takers),
+            clip=place.function in CLIPS,
+        )
 
     def _wanted(self, number: int) -> bool:
         """Whether an integer kernel makes a result or takes it, if maybe moved around before."""
@@ -212,28 +279,24 @@ class _Plan:
             return True
         return self.calls[call.users[0]].place.function in CLIPS and call.place.function not in CLIPS
 
-    def _at_edge(self, number: int) -> bool:
-        takers = [taker for taker in self._takers(number) if self._is_layer(taker)]
-        return bool(takers) and all(self._is_edge(taker) for taker in takers)
-
     def _is_edge(self, call: Call) -> bool:
         number = self.calls.index(call)
         return not self._before[number] or not self._after[number]
 
     def inputs(self) -> list[Activation]:
         return [
-            Activation(call.place, "input", edge=self._is_edge(call), clip=self._clipped(call))
+            Activation(call.place, "input", (call.place,), self._is_edge(call), self._clipped(call))
             for call in (self.calls[number] for number in self._layer_numbers())
         ]
 
     def clips(self) -> list[Activation]:
         found = [
-            Activation(call.place, "output", clip=True)
-            for call in self.calls
+            replace(self._made(number), edge=False)
+            for number, call in enumerate(self.calls)
             if call.place.function in CLIPS and call.shape and not call.constant and _from_zero(call)
         ]
         edges = [
-            Activation(call.place, "input", edge=True)
+            Activation(call.place, "input", (call.place,), edge=True)
             for call in (self.calls[number] for number in self._layer_numbers())
             if self._is_edge(call)
         ]

@@ -105,10 +105,11 @@ def _fitted(
 
     With the level l of each value, the error sum (w - s l)^2 is least for s = sum w l / sum l^2.
     """
-    inner = np.searchsorted(points, scales[:, None] * bounds, side="right")
-    edges = np.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (0, len(points))))
-    products = (np.diff(sums[edges], axis=1) * levels).sum(1)
-    squares = (np.diff(edges, axis=1) * levels**2).sum(1)
+    edges = np.zeros((len(scales), len(levels) + 1), dtype=np.int64)
+    edges[:, 1:-1] = np.searchsorted(points, scales[:, None] * bounds, side="right")
+    edges[:, -1] = len(points)
+    products = np.diff(sums[edges], axis=1) @ levels
+    squares = np.diff(edges, axis=1) @ levels**2
     used = squares > 0
     best = np.where(used & (products > 0), products / np.where(used, squares, 1), scales)
     return best, best**2 * squares - 2 * best * products

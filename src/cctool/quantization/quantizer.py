@@ -63,13 +63,27 @@ class Quantizer(nn.Module):
         """Take the first range or step from a weight or a batch of activations, as the method's paper says.
 
         Args:
-            x: finite values.
+            x: finite values; where there are none, state stays as it is.
             fold: as in `forward`.
         """
+        if not x.numel():
+            return
         with torch.no_grad():
-            work = x if x.dtype == torch.float64 else x.float()
-            factor = self._factor(work, fold)
-            self._initialise(work if factor is None else work * factor)
+            self._initialise(self.folded(x, fold))
+
+    def folded(self, x: Tensor, fold: Tensor | None = None) -> Tensor:
+        """What is rounded when ``x`` is quantized: ``x`` times its fold, where that matters; else ``x``.
+
+        Args:
+            x: floating point.
+            fold: as in `forward`.
+
+        Returns:
+            float64 or float32, of the shape of ``x``.
+        """
+        work = x if x.dtype == torch.float64 else x.float()
+        factor = self._factor(work, fold)
+        return work if factor is None else work * factor
 
     def settled(self, weight: Tensor, fold: Tensor | None = None) -> Tensor:
         """The weight that few bits can store and that in evaluation mode quantizes to what ``weight`` does.

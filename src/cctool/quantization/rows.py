@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from pydantic import JsonValue
 from torch import Tensor
@@ -73,7 +74,7 @@ def picked(rows: RowEncoding, encoded: EncodedTensor, count: int, kept: Tensor) 
     return pack_integers(unpacked_row(encoded, rows.row, bits, count)[kept], bits)
 
 
-def is_axis(axis: JsonValue, dims: int) -> bool:
+def is_axis(axis: JsonValue, dims: int) -> TypeGuard[int | None]:
     """Whether a parameter is None or one of a tensor's dimensions, counted from 0."""
     return axis is None or (isinstance(axis, int) and not isinstance(axis, bool) and 0 <= axis < dims)
 

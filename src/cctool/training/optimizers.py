@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cctool import user_code
+from cctool.companions import companion_parameters
 from cctool.errors import TrainingError, UserCodeError
 from cctool.options.fit import DecayScope, FitOptions, OptimizerName
 from cctool.training.user_functions import named_function
@@ -42,8 +43,17 @@ def parameter_groups(model: nn.Module, weight_decay: float, scope: DecayScope) -
     """Group trainable parameters by their weight decay, each parameter once.
 
     With `DecayScope.WEIGHTS`, parameters of at most one dimension (biases, normalisation) are not decayed.
+    Those of companions (quantizers' steps and clipping levels) never are: a penalty of their own may be.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    beside = companion_parameters(model)
+    ours = {id(parameter) for parameter in beside}
+    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+    groups = _network_groups(trainable, weight_decay, scope)
+    learnt = [parameter for parameter in beside if parameter.requires_grad]
+    return [*groups, {"params": learnt, "weight_decay": 0.0}] if learnt else groups
+
+
+def _network_groups(trainable: list[nn.Parameter], weight_decay: float, scope: DecayScope) -> Groups:
     if scope is DecayScope.ALL:
         return [{"params": trainable, "weight_decay": weight_decay}]
     weights = [parameter for parameter in trainable if parameter.dim() > 1]

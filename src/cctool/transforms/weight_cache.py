@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cctool.graph.execution import hidden
 
 __all__ = ["WeightCache"]
 
@@ -38,6 +41,11 @@ class WeightCache:
             compute: makes it.
             sources: what it is made of.
         """
+        # How a weight is made is no business of whoever counts or quantizes the layer's own calls.
+        with hidden() if self._keeps else nullcontext():
+            return self._get(compute, sources)
+
+    def _get(self, compute: Callable[[], Tensor], sources: Sequence[Tensor]) -> Tensor:
         recorded = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
         if recorded or not self._keeps or torch.compiler.is_compiling() or any(map(_untracked, sources)):
             return compute()

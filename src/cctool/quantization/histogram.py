@@ -1,0 +1,143 @@
+"""What one pass over values leaves for calibration: a histogram that widens, moments, extremes.
+
+The histogram's width is the next power of two above the largest magnitude, and it widens by adding
+neighbouring bins. Both are exact, so the counts are the same whatever batches the values come in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["BINS", "Distribution", "Statistics"]
+
+_BIN_BITS = 12
+BINS = 1 << _BIN_BITS
+"""Bins on either side of 0; the largest magnitude lies in the upper half of one side."""
+
+_PIECE = 1 << 22
+"""Elements that are worked on at a time, in float64."""
+_LEAST_EXPONENT = -1000
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Values by bins, in ascending order and without the empty ones; all on the CPU.
+
+    Attributes:
+        lower: float64 (M,), where each bin begins. The zeros are a bin of no width.
+        upper: float64 (M,), where it ends.
+        counts: float64 (M,), how many values lie in it.
+        width: of a bin that is not the zeros'.
+        low: smallest value.
+        high: largest value.
+        mean: of all values.
+        square: mean of all squares.
+        std: standard deviation, of the population.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    counts: Tensor
+    width: float
+    low: float
+    high: float
+    mean: float
+    square: float
+    std: float
+
+    @property
+    def centers(self) -> Tensor:
+        """Middles of the bins, kept between the smallest and the largest value."""
+        return ((self.lower + self.upper) / 2).clamp(self.low, self.high)
+
+
+class Statistics:
+    """Counts of finite values; takes batches and keeps none."""
+
+    def __init__(self) -> None:
+        self._counts: Tensor | None = None
+        self._zeros = 0
+        self._exponent = _LEAST_EXPONENT
+        self._low, self._high = math.inf, -math.inf
+        self._number, self._mean, self._spread = 0, 0.0, 0.0
+
+    @property
+    def number(self) -> int:
+        """How many values were counted."""
+        return self._number
+
+    def add(self, values: Tensor) -> None:
+        """Count values.
+
+        Args:
+            values: (N,), finite, of any floating-point type.
+        """
+        for piece in torch.split(values, _PIECE):
+            if piece.numel():
+                self._add(piece.double())
+
+    def distribution(self) -> Distribution:
+        """What was counted; at least one value."""
+        assert self._counts is not None, "nothing was counted"
+        width = self._width
+        negative, positive = self._counts.cpu()
+        edges = torch.arange(BINS + 1, dtype=torch.float64) * width
+        zero = torch.zeros(1, dtype=torch.float64)
+        lower = torch.cat((-edges[1:].flip(0), zero, edges[:-1]))
+        upper = torch.cat((-edges[:-1].flip(0), zero, edges[1:]))
+        counts = torch.cat((negative.flip(0), torch.tensor([self._zeros]), positive))
+        kept = counts > 0
+        variance = self._spread / self._number
+        return Distribution(
+            lower[kept],
+            upper[kept],
+            counts[kept].double(),
+            width,
+            self._low,
+            self._high,
+            self._mean,
+            variance + self._mean**2,
+            math.sqrt(variance),
+        )
+
+    @property
+    def _width(self) -> float:
+        return math.ldexp(1.0, self._exponent - _BIN_BITS)
+
+    def _add(self, x: Tensor) -> None:
+        low, high = (float(end) for end in torch.aminmax(x))
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        self._add_moments(x)
+        if low < 0 or high > 0:
+            self._widen(math.frexp(max(-low, high))[1])
+        if self._counts is None:
+            self._counts = torch.zeros((2, BINS), dtype=torch.int64, device=x.device)
+        # The exact quotient by a power of two: whatever the width, a value falls into the same interval.
+        index = x.abs().div_(self._width).long().add_((x >= 0) * BINS)
+        zeros = int((x == 0).sum())
+        self._counts += torch.bincount(index, minlength=2 * BINS).view(2, BINS).to(self._counts.device)
+        self._counts[1, 0] -= zeros
+        self._zeros += zeros
+
+    def _add_moments(self, x: Tensor) -> None:
+        """Merge mean and sum of squared deviations (Chan, Golub and LeVeque 1979)."""
+        number, mean = x.numel(), float(x.mean())
+        total, apart = self._number + number, mean - self._mean
+        self._spread += float((x - mean).square().sum()) + apart**2 * self._number * number / total
+        self._mean += apart * number / total
+        self._number = total
+
+    def _widen(self, exponent: int) -> None:
+        doublings = exponent - self._exponent
+        if doublings <= 0:
+            return
+        if self._counts is not None:
+            merged = min(2**doublings, BINS)
+            sums = self._counts.view(2, BINS // merged, merged).sum(-1)
+            self._counts = torch.zeros_like(self._counts)
+            self._counts[:, : sums.shape[1]] = sums
+        self._exponent = exponent
