@@ -221,11 +221,12 @@ class _Builder:
 
     def _folded(self, layer: Layer, weight: IntegerWeight, fold: Tensor | None, made: Tensor) -> _Settled:
         """Fold the batch norm behind a layer where its output channels lie along one dimension."""
-        back = 1.0 if fold is None else 1 / fold.double()
         norm = None if layer.norm is None else self.model.get_submodule(layer.norm)
         factors = None if norm is None or layer.axis is None else norm_factors(norm)
         if factors is not None and layer.axis is not None:
-            scaled = weight.scaled(factors.double() * back, layer.axis)
+            # A quotient, which is 1 where both are the same.
+            ratio = factors.double() if fold is None else factors.double() / fold.double()
+            scaled = weight.scaled(ratio, layer.axis)
             if scaled is not None and norm is not None:
                 self.weights.append(scaled)
                 self.norms.add(self._behind(layer))

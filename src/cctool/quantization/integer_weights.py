@@ -74,6 +74,9 @@ class IntegerWeight:
             return self
         if self.axis not in (None, axis):
             return None
+        if self.axis is None and bool(((factor == 0) | (factor == 1)).all()):
+            gone = aligned(factor == 0, self.integers.dim(), axis)
+            return replace(self, integers=torch.where(gone, self.zero_point, self.integers))
         count = self.integers.shape[axis]
         zero = self.zero_point.expand(count)
         symmetric = not bool(self.zero_point.any()) and self.low < 0
