@@ -185,9 +185,7 @@ def measured(name: str, folder: Path, rounds: int) -> dict[str, Any]:
         "milliseconds": {kind: round(1000 * statistics.median(found), 2) for kind, found in times.items()},
         "bytes": sizes,
         "speedup": {kind: faster("float", kind) for kind in ("ours", "static", "static_u8")},
-        "smaller": {
-            kind: round(sizes["float"] / sizes[kind], 3) for kind in ("ours", "static", "static_u8")
-        },
+        "smaller": {kind: round(sizes["float"] / sizes[kind], 3) for kind in ("ours", "static", "static_u8")},
         "speed_ratio": faster("static", "ours"),
         "speed_ratio_u8": faster("static_u8", "ours"),
         "bytes_ratio": round(sizes["ours"] / sizes["static"], 4),

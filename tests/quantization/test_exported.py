@@ -131,7 +131,9 @@ def test_weights_alone_give_the_quantized_networks_outputs(
     model = quantized(settled(kind), weights, None)
     made = export(model)
     assert {weight.name for weight in made.weights} == set(made_weights(model))
-    torch.testing.assert_close(outputs(made.model, example(3)), outputs(model, example(3)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        outputs(made.model, example(3)), outputs(model, example(3)), atol=1e-5, rtol=1e-5
+    )
     assert not torch.allclose(outputs(model, example()), outputs(settled(kind), example()), atol=1e-5)
 
 
@@ -192,7 +194,9 @@ def test_weights_without_a_grid_of_bytes_are_left_and_named(method: Any) -> None
     made = export(model)
     assert not made.weights
     assert {left.name for left in made.left} == {"conv.weight", "deep.weight", "head.weight"}
-    torch.testing.assert_close(outputs(made.model, example()), outputs(model, example()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        outputs(made.model, example()), outputs(model, example()), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_dorefas_few_bits_become_odd_integers() -> None:

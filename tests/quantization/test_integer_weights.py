@@ -54,7 +54,8 @@ def test_scales_along_another_dimension_take_no_factor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "bits"), [(-127, 127, 8), (-128, 127, 8), (-8, 7, 4), (-7, 7, 4), (0, 15, 4), (0, 16, 5), (-1, 1, 2)]
+    ("low", "high", "bits"),
+    [(-127, 127, 8), (-128, 127, 8), (-8, 7, 4), (-7, 7, 4), (0, 15, 4), (0, 16, 5), (-1, 1, 2)],
 )
 def test_bits_hold_the_grid(low: int, high: int, bits: int) -> None:
     assert weight(low, high).bits == bits
@@ -90,3 +91,12 @@ def test_other_forms_are_none() -> None:
     assert from_stored("a", grouped) is None
     double = INTN.encode(tensor.double(), {"bits": 4, "symmetric": True, "axis": 0, "group": None})
     assert from_stored("a", double) is None
+
+
+@pytest.mark.parametrize(("low", "high", "zero"), [(-8, 7, 0), (0, 15, 3), (-127, 127, 0)])
+def test_a_finer_grid_holds_the_same_values(low: int, high: int, zero: int) -> None:
+    given = weight(low, high, zero)
+    found = given.finer(7)
+    assert torch.equal(found.values(), given.values())
+    assert found.bits == max(given.bits, 7)
+    assert int(found.integers.max()) == high * (8 if high < 100 else 1)

@@ -111,6 +111,7 @@ def _reason(graph: OnnxGraph, node: Any | None) -> str:
         return "what it takes in is not quantized"
     if node.op_type == "ConvTranspose":
         return "onnxruntime has no integer kernel of it"
-    if any(taker.op_type != "QuantizeLinear" for taker in graph.takers(node.output[0])):
+    takers = graph.takers(node.output[0])
+    if not takers or any(taker.op_type != "QuantizeLinear" for taker in takers):
         return "what it puts out is not quantized before it goes on"
     return "onnxruntime takes no integer kernel for it"

@@ -25,6 +25,9 @@ PACKED_OPSET = 21
 """The first opset whose initializers may be integers of 4 bits."""
 
 _WITH_BIAS = ("Conv", "ConvTranspose", "Gemm")
+_FINE = 7
+"""Bits that integers of fewer are spread over: biases lie on multiples of their steps, and 7 never saturate."""
+
 _LARGEST_BIAS = 2.0**30
 _TINY = 1e-30
 _BIAS_DIGITS = 2.0**24
@@ -91,14 +94,17 @@ class _Weights:
         return found
 
     def _replace(self, node: Any, position: int, found: _Found) -> None:
-        weight, title = found.weight, found.weight.name.removesuffix(".weight")
+        half = self.packed and found.weight.bits <= 4
+        weight = found.weight if half else found.weight.finer(_FINE)
+        title = weight.name.removesuffix(".weight")
         grid = grid_of(self.graph, node.input[0]) if position == 1 else None
         has_bias = (
             position == 1 and node.op_type in _WITH_BIAS and len(node.input) > 2 and bool(node.input[2])
         )
         bias = self.graph.constant(node.input[2]) if has_bias else None
         whole = bias is not None and self.graph.attribute(node, "alpha", 1.0) == 1.0
-        whole = whole and self.graph.attribute(node, "beta", 1.0) == 1.0
+        # Layers with halves of bytes run on floating point, and so does their bias.
+        whole = whole and self.graph.attribute(node, "beta", 1.0) == 1.0 and not half
         if grid is not None and whole and bias is not None:
             step = self.graph.constant(grid[0])
             assert step is not None

@@ -285,13 +285,13 @@ class _Rounding(nn.Module):
     def forward(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
-        work = x if x.dtype == torch.float64 else x.float()
+        work = x if x.dtype in (torch.float32, torch.float64) else x.float()
         if self.marked:
-            return on_grid(work, *self.numbers, self.low, self.high).to(x.dtype)
+            return _as(on_grid(work, *self.numbers, self.low, self.high), x)
         scale = aligned(self.get_buffer("scale"), x.dim(), self.axis)
         zero = aligned(self.get_buffer("zero_point"), x.dim(), self.axis)
         n = ((work / scale).round() + zero).clamp(self.low, self.high)
-        return ((n - zero) * scale).to(x.dtype)
+        return _as((n - zero) * scale, x)
 
 
 class _Calls:
@@ -360,7 +360,7 @@ class _Calls:
         for position, name, key in ((1, "weight", weight), (2, "bias", bias)):
             if key is not None:
                 value = holder.get_buffer(key)
-                _set(args, kwargs, position, name, value.to(_get(args, kwargs, 0, "input").dtype))
+                _set(args, kwargs, position, name, _as(value, _get(args, kwargs, 0, "input")))
 
     def _rounded(self, place: Place, slot: str, value: Any) -> Any:
         key = self.roundings.get((place, slot))
@@ -376,6 +376,11 @@ def _grids(model: nn.Module) -> Iterator[tuple[Place, str, Grid]]:
                 grid = quantizer.grid()
                 assert grid is not None, "activations are quantized uniformly"
                 yield place, slot, grid
+
+
+def _as(value: Tensor, other: Tensor) -> Tensor:
+    """The value in another's type. Traced, even a cast to its own type may not be written to afterwards."""
+    return value if value.dtype == other.dtype else value.to(other.dtype)
 
 
 def _get(args: list[Any], kwargs: dict[str, Any], position: int, name: str) -> Any:

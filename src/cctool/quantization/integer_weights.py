@@ -57,6 +57,22 @@ class IntegerWeight:
         scale, zero = (aligned(state, dims, self.axis) for state in (self.scale, self.zero_point))
         return (self.integers - zero).float() * scale
 
+    def finer(self, bits: int) -> IntegerWeight:
+        """The same values on a grid of more bits, whose integers are multiples of a power of two.
+
+        Args:
+            bits: of the grid; the weight itself where it has as many.
+        """
+        times = 1 << max(bits - self.bits, 0)
+        return replace(
+            self,
+            integers=self.integers * times,
+            scale=self.scale / times,
+            zero_point=self.zero_point * times,
+            low=self.low * times,
+            high=self.high * times,
+        )
+
     def scaled(self, factor: Tensor, axis: int) -> IntegerWeight | None:
         """The weight times a factor for each slice, the integers as they are wherever that can be.
 
