@@ -16,7 +16,7 @@ from cctool.checkpoint.checksum import verify_checksum
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.foreign import bare_tensors, match_names, read_foreign
 from cctool.checkpoint.masks import derived_masks
-from cctool.checkpoint.payload import Payload, ResumeState, content_hash, tensor_digests
+from cctool.checkpoint.payload import Payload, ResumeState, combined_digest, content_hash, tensor_digests
 from cctool.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from cctool.checkpoint.spec import History, ModelSpec, Parent, Step
 from cctool.checkpoint.tables import Tables
@@ -122,13 +122,20 @@ def _open(path: Path, suffix: str, trust_pickle: bool = False) -> Opened:
         return Opened(origin, tensors=bare_tensors(document, path))
     payload = document
     digests = tensor_digests(payload)
-    if digests != dict(payload.digests):
-        wrong = sorted(
-            k for k in digests.keys() | payload.digests.keys() if digests.get(k) != payload.digests.get(k)
-        )
-        raise CorruptCheckpointError(f"{path} is damaged: {', '.join(wrong[:3])} does not match its digest")
+    _refuse_damaged(path, payload, digests)
     origin = Parent(path=path.name, content=content_hash(payload, digests), file=file_hash)
     return Opened(origin, payload=payload)
+
+
+def _refuse_damaged(path: Path, payload: Payload, digests: Mapping[str, str]) -> None:
+    """Compare the digests of what was read with those that the file holds."""
+    if payload.digest is not None:
+        if payload.digest != combined_digest(digests):
+            raise CorruptCheckpointError(f"{path} is damaged: its tensors do not match their digest")
+    elif digests != dict(payload.digests):
+        names = digests.keys() | payload.digests.keys()
+        wrong = sorted(name for name in names if digests.get(name) != payload.digests.get(name))
+        raise CorruptCheckpointError(f"{path} is damaged: {', '.join(wrong[:3])} does not match its digest")
 
 
 def load(path: Path | str, tables: Tables) -> Checkpoint:

@@ -23,6 +23,7 @@ __all__ = [
     "ResumeState",
     "as_bytes",
     "canonical",
+    "combined_digest",
     "content_hash",
     "place",
     "tensor_digests",
@@ -53,13 +54,19 @@ class ResumeState:
 
 @dataclass(frozen=True)
 class Payload:
-    """Spec, history and tensors of one file, dense or encoded, on the CPU."""
+    """Spec, history and tensors of one file, dense or encoded, on the CPU.
+
+    Attributes:
+        digests: SHA-256 of each tensor, as `tensor_digests` gives them; empty where the file holds `digest`.
+        digest: `combined_digest` of them, of a file that holds this alone.
+    """
 
     spec: ModelSpec
     history: History
     tensors: Mapping[str, Tensor | EncodedTensor]
     resume: ResumeState | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
+    digest: str | None = None
 
 
 Place = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
@@ -125,6 +132,11 @@ def tensor_digests(payload: Payload) -> dict[str, str]:
         text = canonical(dict(payload.resume.state))
         digests["resume"] = hashlib.sha256(text.encode()).hexdigest()
     return digests
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """SHA-256 over all digests and their names, for files that have no room for each."""
+    return hashlib.sha256(canonical(dict(digests)).encode()).hexdigest()
 
 
 def content_hash(payload: Payload, digests: Mapping[str, str]) -> str:

@@ -11,17 +11,18 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from cctool.checkpoint.arena import pack, unpack
+from cctool.checkpoint.arena import unpack
 from cctool.checkpoint.checksum import MARK, ZEROS
+from cctool.checkpoint.compact import COMPACT_VERSION, packed, unpacked
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.payload import Payload, Place, as_bytes, canonical, place
 from cctool.checkpoint.records import parse_digests, parse_history, parse_spec
-from cctool.checkpoint.torch_file import FORMAT_VERSION
+from cctool.checkpoint.torch_file import DENSE_VERSION
 from cctool.errors import CheckpointError, CorruptCheckpointError
 
 __all__ = ["read_safetensors", "write_safetensors"]
 
-_ARENA = "cctool.arena"
+_ARENA, _TEXT = "cctool.arena", "cctool.text"
 _ALIGNMENT = 64
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -37,31 +38,31 @@ def write_safetensors(payload: Payload, stream: IO[bytes]) -> None:
     """
     if payload.resume is not None:
         raise CheckpointError("a .safetensors file cannot hold the state for --resume; write a .pt file")
+    signature = {"format": "pt", "checksum": (MARK + ZEROS).decode()}
+    if any(isinstance(value, EncodedTensor) for value in payload.tensors.values()):
+        compact = packed(payload)
+        metadata = {"cctool": str(COMPACT_VERSION), "digest": compact.digest}
+        _write({**compact.dense, _ARENA: compact.arena, _TEXT: compact.text}, metadata | signature, stream)
+        return
     dense: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[Place, str] = {}
-    encoded: dict[str, EncodedTensor] = {}
     for name, value in payload.tensors.items():
-        if isinstance(value, EncodedTensor):
-            encoded[name] = value
-        elif value.numel() and place(value) in seen:
+        assert isinstance(value, Tensor)
+        if value.numel() and place(value) in seen:
             aliases[name] = seen[place(value)]
         else:
             seen[place(value)] = name
             dense[name] = value
     metadata = {
-        "format": "pt",
-        "cctool": str(FORMAT_VERSION),
+        "cctool": str(DENSE_VERSION),
         "spec": canonical(payload.spec.model_dump(mode="json")),
         "history": canonical(payload.history.model_dump(mode="json")),
         "digests": canonical(dict(payload.digests)),
         "aliases": canonical(aliases),
         "order": canonical(list(payload.tensors)),
-        "checksum": (MARK + ZEROS).decode(),
     }
-    if encoded:
-        metadata["encoded"], dense[_ARENA] = pack(encoded)
-    _write(dense, metadata, stream)
+    _write(dense, metadata | signature, stream)
 
 
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], stream: IO[bytes]) -> None:
@@ -116,9 +117,13 @@ def read_safetensors(path: Path, *, signed: bool) -> Payload | dict[str, Tensor]
         return tensors
     if not signed:
         raise CorruptCheckpointError(f"{path} is damaged: its checksum is missing")
-    if metadata.get("cctool") != str(FORMAT_VERSION):
+    if metadata.get("cctool") == str(COMPACT_VERSION):
+        arena, text = tensors.pop(_ARENA, None), tensors.pop(_TEXT, None)
+        return unpacked(text, arena, tensors, metadata.get("digest"))
+    if metadata.get("cctool") != str(DENSE_VERSION):
         raise CorruptCheckpointError(
-            f"{path} is of format {metadata.get('cctool')!r}; this cctool reads format {FORMAT_VERSION}"
+            f"{path} is of format {metadata.get('cctool')!r}; this cctool reads formats {DENSE_VERSION} and "
+            f"{COMPACT_VERSION}"
         )
     return Payload(
         spec=parse_spec(metadata.get("spec")),

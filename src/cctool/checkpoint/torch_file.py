@@ -23,16 +23,18 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from cctool.checkpoint.arena import pack, unpack
+from cctool.checkpoint.arena import unpack
 from cctool.checkpoint.checksum import DIGITS, MARK, ZEROS
+from cctool.checkpoint.compact import COMPACT_VERSION, packed, unpacked
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.payload import Payload, Place, ResumeState, canonical, place
 from cctool.checkpoint.records import parse_digests, parse_history, parse_spec
 from cctool.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 
-__all__ = ["FORMAT_VERSION", "load_torch_file", "parse_pt", "write_pt"]
+__all__ = ["DENSE_VERSION", "load_torch_file", "parse_pt", "write_pt"]
 
-FORMAT_VERSION = 1
+DENSE_VERSION = 1
+"""Format version of files whose tensors are all dense, and of older ones with encoded tensors."""
 _CHUNK = 1 << 20
 _PLAIN = (Tensor, nn.Parameter)
 _MAX_OVERLAP = 4
@@ -43,17 +45,24 @@ _REMARKS = ("TypedStorage is deprecated", "Detected pickle protocol", "Validatin
 
 def write_pt(payload: Payload, stream: IO[bytes]) -> None:
     """Write ``payload``; equal payloads give equal bytes."""
-    encoded = {name: value for name, value in payload.tensors.items() if isinstance(value, EncodedTensor)}
-    document: dict[str, Any] = {
-        "cctool": FORMAT_VERSION,
-        "spec": canonical(payload.spec.model_dump(mode="json")),
-        "history": canonical(payload.history.model_dump(mode="json")),
-        "digests": canonical(dict(payload.digests)),
-        "model": _laid_out({k: v for k, v in payload.tensors.items() if isinstance(v, Tensor)}),
-    }
-    if encoded:
-        index, arena = pack(encoded)
-        document["encoded"] = {"index": index, "order": canonical(list(payload.tensors)), "arena": arena}
+    document: dict[str, Any]
+    if any(isinstance(value, EncodedTensor) for value in payload.tensors.values()):
+        compact = packed(payload)
+        document = {
+            "cctool": COMPACT_VERSION,
+            "digest": compact.digest,
+            "text": compact.text,
+            "arena": compact.arena,
+            "model": _laid_out(compact.dense),
+        }
+    else:
+        document = {
+            "cctool": DENSE_VERSION,
+            "spec": canonical(payload.spec.model_dump(mode="json")),
+            "history": canonical(payload.history.model_dump(mode="json")),
+            "digests": canonical(dict(payload.digests)),
+            "model": _laid_out({k: v for k, v in payload.tensors.items() if isinstance(v, Tensor)}),
+        }
     if payload.resume is not None:
         document["resume"] = {
             "state": canonical(dict(payload.resume.state)),
@@ -231,17 +240,21 @@ def parse_pt(path: Path, document: Any) -> Payload:
         CorruptCheckpointError: if a part is missing or of the wrong kind.
     """
     version = document.get("cctool")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in (DENSE_VERSION, COMPACT_VERSION):
         raise CorruptCheckpointError(
-            f"{path} is of format {version!r}; this cctool reads format {FORMAT_VERSION}: "
-            "install the one that wrote it"
+            f"{path} is of format {version!r}; this cctool reads formats {DENSE_VERSION} and "
+            f"{COMPACT_VERSION}: install the one that wrote it"
         )
     model = _state_dict(path, "model", document.get("model"))
+    resume = _parse_resume(path, document.get("resume"))
+    if version == COMPACT_VERSION:
+        text, arena, digest = (document.get(key) for key in ("text", "arena", "digest"))
+        return unpacked(text, arena, model, digest, resume)
     return Payload(
         spec=parse_spec(document.get("spec")),
         history=parse_history(document.get("history")),
         tensors=_with_encoded(path, model, document["encoded"]) if "encoded" in document else {**model},
-        resume=_parse_resume(path, document.get("resume")),
+        resume=resume,
         digests=parse_digests(document.get("digests")),
     )
 

@@ -1,10 +1,10 @@
 """`cctool quantize --method intN`: weights and activations as integers, calibrated and not trained.
 
     floats -> [equalized] -> quantizers attached -> ranges of weights -> ranges of activations
-           -> [rounding learnt] -> [biases corrected] -> weights on their grid -> measured
+           -> [biases corrected] -> [rounding learnt] -> weights on their grid -> measured
 
-Where activations stay in floating point, the quantizers are taken off at the end: what is left is weights
-that are stored in few bits.
+Where activations stay in floating point, the quantizers are taken off at the end: what is left is weights that
+are stored in few bits.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from cctool.operations.sources import open_source
 from cctool.operations.upkeep import recalibrated_parts
 from cctool.options.quantize import QuantizeOptions
 from cctool.options.quantize_choices import Rounding
+from cctool.quantization.adaround import adaround
 from cctool.quantization.attached import (
     Observing,
     detach,
@@ -48,6 +49,8 @@ from cctool.quantization.attached import (
     weight_key,
     with_quantizers,
 )
+from cctool.quantization.bias import correct_biases
+from cctool.quantization.equalize import equalize
 from cctool.quantization.selection import Skipped
 
 __all__ = ["observing", "run", "tensor_reports"]
@@ -131,10 +134,9 @@ def _refuse_blind(options: QuantizeOptions, source: DataSource | None) -> None:
 
 
 def _equalized(product: Checkpoint, options: QuantizeOptions) -> list[str]:
-    from cctool.quantization.equalize import equalize
 
     found = equalize(product.model, plan(product, options).flow)
-    notes = [f"the channels of {len(found.done)} pairs of layers were equalized"]
+    notes = [f"the channels of {len(found.pairs)} pairs of layers were equalized"]
     return notes + [f"not equalized: {item.name}: {item.reason}" for item in found.skipped]
 
 
@@ -180,11 +182,9 @@ def _corrected(
     served, used = calibration_images(product, source, asked.images, options.data, context)
     # Every layer passes over them: they are not read and decoded again each time.
     images = list(served)
-    # Outputs are compared with those of the network whose weights and biases nobody has changed yet.
+    # Outputs in floating point are those of the weights before they are rounded.
     reference = copied(product.model)
     if options.rounding is Rounding.ADAROUND:
-        from cctool.quantization.adaround import adaround
-
         learned = adaround(
             product.model,
             planned.flow,
@@ -195,16 +195,14 @@ def _corrected(
             reference=reference,
         )
         better = sum(item.kept for item in learned.layers)
-        notes += [f"rounded to nearest: {item.name}: {item.reason}" for item in learned.skipped]
         notes.append(
-            f"rounding was learnt on {used:,} images: the outputs of {better} of {len(learned.layers)} "
-            "layers are closer than with nearest rounding"
+            f"rounding was learnt on {used:,} images: {better} of {len(learned.layers)} layers come closer to "
+            "their outputs than with the nearest levels, which the others keep"
         )
+        notes += [f"rounding not learnt: {item.name}: {item.reason}" for item in learned.skipped]
     if asked.bias_correction:
-        from cctool.quantization.bias import correct_biases
-
         found = correct_biases(product.model, planned.flow, images, context.reporter, reference=reference)
-        notes.append(f"the biases of {len(found.done)} layers were corrected on {used:,} images")
+        notes.append(f"the biases of {len(found.layers)} layers were corrected on {used:,} images")
         notes += [f"no bias corrected: {item.name}: {item.reason}" for item in found.skipped]
     return notes
 

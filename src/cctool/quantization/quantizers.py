@@ -7,13 +7,14 @@ from cctool.quantization.configs import QuantizerConfig
 from cctool.quantization.fixed import DorefaWeightQuantizer, FixedQuantizer
 from cctool.quantization.learned import ApotQuantizer, LsqQuantizer, PactQuantizer
 from cctool.quantization.quantizer import Quantizer
-from cctool.quantization.uniform import UniformQuantizer
+from cctool.quantization.uniform import MovingUniformQuantizer, UniformQuantizer
 
 __all__ = [
     "ApotQuantizer",
     "DorefaWeightQuantizer",
     "FixedQuantizer",
     "LsqQuantizer",
+    "MovingUniformQuantizer",
     "PactQuantizer",
     "Quantizer",
     "UniformQuantizer",
@@ -59,4 +60,6 @@ def make_quantizer(config: QuantizerConfig, *, weight: bool, channels: int | Non
         raise QuantizationError(f"axis {config.axis} with {channels} channels: one needs the other")
     if channels is not None and channels < 0:
         raise QuantizationError(f"{channels} channels: 0 or more are allowed")
+    if method is UniformQuantizer and config.momentum is not None and not weight:
+        method = MovingUniformQuantizer
     return method(config, weight=weight, channels=channels)
