@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_toys import TABLES, make, quantized
+from golden_checkpoints import FOLDER
 
 from cctool.checkpoint import torch_file
 from cctool.checkpoint.checkpoint import load, open_file, save
@@ -94,9 +95,8 @@ def test_files_of_another_kind(content: bytes, suffix: str, tmp_path: Path) -> N
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """A file of ours whose document was changed by someone who then made its checksum right."""
-    save(quantized(make(), "affine-u8", axis=0), folder / "good.pt", TABLES)
-    document = torch.load(folder / "good.pt", weights_only=True)
+    """A file of format 1 whose document was changed by someone who then made its checksum right."""
+    document = torch.load(FOLDER / "uint8-per-channel.pt", weights_only=True)
     changed = change(document)
     path = folder / "changed.pt"
     with path.open("wb+") as stream:
@@ -118,7 +118,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 CHANGES = {
     "a changed tensor": (assign("model", "fc.bias", value=torch.zeros(3)), "fc.bias does not match"),
     "an added tensor": (assign("model", "extra", value=torch.zeros(3)), "malformed"),
-    "a later format": (assign("cctool", value=2), "format 2"),
+    "a later format": (assign("cctool", value=3), "format 3"),
     "a format that is no number": (assign("cctool", value=True), "format True"),
     "a tensor for a format": (assign("cctool", value=torch.ones(3)), "format"),
     "no model": (assign("model", value=[1]), "not a state dict"),

@@ -5,24 +5,39 @@ import json
 import re
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_toys import TABLES, make, quantized
 
 from cctool.checkpoint.checkpoint import save
-from cctool.checkpoint.torch_file import FORMAT_VERSION
+from cctool.checkpoint.compact import COMPACT_VERSION
+from cctool.checkpoint.torch_file import DENSE_VERSION
 
 TEXT = (Path(__file__).parents[2] / "docs" / "checkpoint-format.md").read_text(encoding="utf-8")
+
+
+def compressed_text(document: dict[str, Any]) -> dict[str, Any]:
+    data = document["text"].numpy().tobytes()
+    text = zlib.decompress(data[4:])
+    assert len(text) == struct.unpack("<I", data[:4])[0]
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_its_program_reads_a_quantized_file(
     axis: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = quantized(make(), "affine-u8", axis=axis)
+    # One dense tensor is large, and one tied.
+    checkpoint = quantized(make(width=64), "affine-u8", axis=axis)
+    model = checkpoint.model
+    model.bn.running_mean = torch.randn(2000)
+    model.bn.running_var = model.bn.bias.detach()
     save(checkpoint, tmp_path / "student.quantize.pt", TABLES)
     monkeypatch.chdir(tmp_path)
     (program,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
@@ -37,10 +52,9 @@ def test_its_program_reads_a_quantized_file(
 
 def test_its_index_is_what_is_written(tmp_path: Path) -> None:
     (example,) = re.findall(r"```json\n(.*?)```", TEXT, flags=re.DOTALL)
-    (entry,) = json.loads(example).values()
+    name, entry = json.loads(example)
     save(quantized(make(), "affine-u8", axis=0), tmp_path / "a.pt", TABLES)
-    index = json.loads(torch.load(tmp_path / "a.pt", weights_only=True)["encoded"]["index"])
-    written = index["fc.weight"]
+    written = dict(compressed_text(torch.load(tmp_path / "a.pt", weights_only=True))["index"])[name]
     assert written.keys() == entry.keys()
     assert written["parts"].keys() == entry["parts"].keys()
     assert written["parts"]["low"].keys() == entry["parts"]["low"].keys()
@@ -83,15 +97,47 @@ def test_the_digests_and_the_content_hash_are_what_it_says(tmp_path: Path) -> No
     assert parent.file == hashlib.sha256((tmp_path / "a.pt").read_bytes()).hexdigest()
 
 
-def test_the_keys_are_all_named(tmp_path: Path) -> None:
-    save(quantized(make(), "affine-u8", axis=0), tmp_path / "a.pt", TABLES)
-    save(quantized(make(), "affine-u8", axis=0), tmp_path / "a.safetensors", TABLES)
+def test_the_combined_digest_is_what_it_says(tmp_path: Path) -> None:
+    for suffix in (".pt", ".safetensors"):
+        save(quantized(make(), "affine-u8", axis=0), tmp_path / f"a{suffix}", TABLES)
     document = torch.load(tmp_path / "a.pt", weights_only=True)
-    data = (tmp_path / "a.safetensors").read_bytes()
+    digests = {}
+    for name, entry in compressed_text(document)["index"]:
+        parts = {k: digest_in_arena(document["arena"], v) for k, v in entry.get("parts", {}).items()}
+        head = {key: entry[key] for key in ("encoding", "shape", "dtype", "parameters") if key in entry}
+        text = json.dumps({**head, "parts": parts}, sort_keys=True, separators=(",", ":"))
+        digests[name] = (
+            hashlib.sha256(text.encode()).hexdigest() if parts else digest_in_arena(document["arena"], entry)
+        )
+    text = json.dumps(digests, sort_keys=True, separators=(",", ":"))
+    assert document["digest"] == hashlib.sha256(text.encode()).hexdigest()
+    assert safetensors_metadata(tmp_path / "a.safetensors")["digest"] == document["digest"]
+
+
+def digest_in_arena(arena: torch.Tensor, place: dict[str, Any]) -> str:
+    length = getattr(torch, place["dtype"]).itemsize * int(np.prod(place["shape"]))
+    data = arena.numpy().tobytes()[place["offset"] : place["offset"] + length]
+    return hashlib.sha256(f"{place['dtype']}{place['shape']}".encode() + data).hexdigest()
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    spec, step = json.loads(document["spec"]), json.loads(document["history"])["steps"][0]
-    for key in (*document, *document["encoded"], *header["__metadata__"], *spec, *step):
+    found: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    return found
+
+
+def test_the_keys_are_all_named(tmp_path: Path) -> None:
+    keys: set[str] = set()
+    for kind, checkpoint in {"dense": make(), "small": quantized(make(), "affine-u8", axis=0)}.items():
+        for suffix in (".pt", ".safetensors"):
+            save(checkpoint, tmp_path / (kind + suffix), TABLES)
+        keys |= torch.load(tmp_path / f"{kind}.pt", weights_only=True).keys()
+        keys |= safetensors_metadata(tmp_path / f"{kind}.safetensors").keys()
+    text = compressed_text(torch.load(tmp_path / "small.pt", weights_only=True))
+    keys |= text.keys() | text["spec"].keys() | text["history"]["steps"][0].keys()
+    for key in keys:
         assert f"`{key}`" in TEXT, key
-    assert f"Format version: **{FORMAT_VERSION}**" in TEXT
+    for version in (DENSE_VERSION, COMPACT_VERSION):
+        assert f"format version **{version}**" in TEXT.replace("\n", " ")
     assert all(f"`{name}`" in TEXT for name in TABLES.encodings)

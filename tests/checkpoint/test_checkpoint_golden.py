@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from checkpoint_toys import TABLES
 from golden_checkpoints import EXPECTED, FOLDER, KINDS
 
 from cctool.checkpoint.checkpoint import load, save
+from cctool.checkpoint.compressed import inflated
 
 KNOWN = json.loads(EXPECTED.read_text())
 
@@ -30,16 +32,24 @@ def test_it_loads_with_equal_logits(name: str) -> None:
     torch.testing.assert_close(found, torch.tensor(KNOWN[name]["logits"]), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name.endswith(".pt")])
-def test_writing_it_again_keeps_the_document(name: str, tmp_path: Path) -> None:
-    save(load(FOLDER / name, TABLES), tmp_path / name, TABLES)
-    # torch's writer lays out the archive, and another version of it may do so differently.
-    old, new = (torch.load(folder / name, weights_only=True) for folder in (FOLDER, tmp_path))
-    for key in ("cctool", "spec", "history", "digests"):
-        assert old[key] == new[key]
+def document(path: Path) -> dict[str, Any]:
+    """The texts of a `.pt`: how torch lays out the archive differs by its version."""
+    found = torch.load(path, weights_only=True)
+    if "text" in found:
+        # Nor need zlib's streams be the same.
+        found = found | json.loads(inflated(found["text"]))
+    return {key: value for key, value in found.items() if key not in ("model", "text", "arena", "resume")}
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name.endswith(".safetensors")])
-def test_writing_it_again_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
-    save(load(FOLDER / name, TABLES), tmp_path / name, TABLES)
-    assert (FOLDER / name).read_bytes() == (tmp_path / name).read_bytes()
+@pytest.mark.parametrize("name", KINDS)
+def test_writing_it_again_keeps_content_and_document(name: str, tmp_path: Path) -> None:
+    first = load(FOLDER / name, TABLES)
+    again = save(first, tmp_path / name, TABLES)
+    assert again.content == KNOWN[name]["content"]
+    old, new = FOLDER / name, tmp_path / name
+    if name.endswith(".safetensors") and not first.stored:
+        assert old.read_bytes() == new.read_bytes()
+    elif name.endswith(".pt") and document(old)["cctool"] == document(new)["cctool"]:
+        assert document(old) == document(new)
+    else:
+        assert new.stat().st_size < old.stat().st_size, "what was written in format 1 gets smaller"

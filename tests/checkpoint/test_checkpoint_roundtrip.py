@@ -243,11 +243,13 @@ def test_others_read_a_dense_file_without_cctool(tmp_path: Path) -> None:
     assert torch.equal(mapped["fc.weight"], checkpoint.model.fc.weight)
 
 
-def test_the_dense_part_of_an_encoded_file_opens_without_cctool(tmp_path: Path) -> None:
-    save(quantized(make(), "affine-u8", axis=None), tmp_path / "a.pt", TABLES)
+def test_the_large_dense_tensors_of_an_encoded_file_open_without_cctool(tmp_path: Path) -> None:
+    checkpoint = quantized(make(), "affine-u8", axis=None)
+    checkpoint.model.register_buffer("large", torch.randn(2000))
+    save(checkpoint, tmp_path / "a.pt", TABLES)
     document = torch.load(tmp_path / "a.pt", weights_only=True)
-    assert "fc.bias" in document["model"]
-    assert "fc.weight" not in document["model"]
+    assert list(document["model"]) == ["large"]
+    assert torch.equal(document["model"]["large"], checkpoint.model.large)
 
 
 def test_stored_tensors_must_be_what_the_model_holds(tmp_path: Path) -> None:

@@ -130,7 +130,10 @@ def test_percentile_and_deviations_say_how_much_is_cut_off() -> None:
 
 def test_layers_are_named_with_their_bits() -> None:
     found = report(
-        network(), weight_bits=4, layers=(LayerBits("cnn.2.*", 6), LayerBits("cnn.3.0", None)), edges=Edges.EIGHT
+        network(),
+        weight_bits=4,
+        layers=(LayerBits("cnn.2.*", 6), LayerBits("cnn.3.0", None)),
+        edges=Edges.EIGHT,
     )
     bits = {item.name: item.bits for item in found.tensors}
     assert bits["cnn.0.0.weight"] == 8

@@ -19,7 +19,7 @@ SIZE = (2, 3, 8, 8)
 
 
 class Residual(nn.Module):
-    """Two convolutions with batch norm, one ReLU module passed twice, an addition in place, a linear layer."""
+    """Two convolutions with batch norm, a ReLU that is passed twice, an addition in place, a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()

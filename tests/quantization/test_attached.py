@@ -75,7 +75,8 @@ def test_without_its_quantizers_the_network_is_what_it_was() -> None:
     assert detach(model)
     assert torch.equal(model(x), plain)
     assert list(model.state_dict()) == names
-    assert not (model._forward_hooks or model._forward_pre_hooks or model._forward_hooks_always_called)
+    for hooks in (model._forward_hooks, model._forward_pre_hooks, model._forward_hooks_always_called):
+        assert not hooks
     assert not detach(model)
 
 
@@ -152,9 +153,7 @@ def test_only_some_quantizers_work() -> None:
     with only(model, []):
         assert torch.equal(model(images()), plain(images()))
     with only(model, ["fc/weight"]):
-        assert torch.equal(
-            model(images())[:, 0] == plain(images())[:, 0], torch.zeros(2, dtype=torch.bool)
-        )
+        assert torch.equal(model(images())[:, 0] == plain(images())[:, 0], torch.zeros(2, dtype=torch.bool))
 
 
 def test_masked_weights_stay_zero_where_the_grid_has_no_zero() -> None:
@@ -196,7 +195,10 @@ def test_the_edit_says_all_that_brings_quantizers_back() -> None:
         {"module": "conv1", "calls": {"conv2d": {}}},
         {"module": "conv1", "calls": {"conv2d#x": {}}},
         {"module": "conv1", "calls": {"__import__('os')#0": {}}},
-        {"module": "conv1", "weights": {"weight": {"config": {"method": "uniform", "bits": 8}, "norm": "no"}}},
+        {
+            "module": "conv1",
+            "weights": {"weight": {"config": {"method": "uniform", "bits": 8}, "norm": "no"}},
+        },
     ],
 )
 def test_edits_that_fit_no_network_are_refused(edit: dict[str, Any]) -> None:

@@ -28,7 +28,10 @@ def test_values_are_followed_from_call_to_call() -> None:
     assert add.sources == (by_key["bn2", "batch_norm#0"], by_key["relu", "relu#0"])
     assert found.calls[by_key["conv1", "conv2d#0"]].sources == (INPUT,)
     assert found.outputs == (by_key["fc", "linear#0"],)
-    assert set(found.calls[by_key["relu", "relu#0"]].users) == {by_key["conv2", "conv2d#0"], by_key["", "add#0"]}
+    assert set(found.calls[by_key["relu", "relu#0"]].users) == {
+        by_key["conv2", "conv2d#0"],
+        by_key["", "add#0"],
+    }
 
 
 def test_a_result_in_place_counts_as_lost_only_where_the_network_drops_it() -> None:

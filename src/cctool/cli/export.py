@@ -11,6 +11,8 @@ from cctool.cli.console import Console
 from cctool.options.common import DataOptions, RuntimeOptions
 from cctool.options.export import ExportFormat, ExportOptions
 
+_LISTED = 10
+
 
 def export(
     source: common.Source,
@@ -20,7 +22,7 @@ def export(
             "--output",
             "-o",
             help="Where to write; the suffix implies the format. Default: INPUT's stem and .onnx, "
-            ".state.pt or .state.safetensors.",
+            ".pt2, .state.pt or .state.safetensors.",
         ),
     ] = None,
     kind: Annotated[
@@ -29,7 +31,15 @@ def export(
     ] = None,
     without_codec: Annotated[
         bool,
-        typer.Option("--without-codec", help="Leave the codecs of feature maps out of an ONNX file."),
+        typer.Option("--without-codec", help="Leave the codecs of feature maps out of an ONNX or pt2 file."),
+    ] = False,
+    int4: Annotated[
+        bool,
+        typer.Option(
+            "--int4",
+            help="ONNX: store weights of 4 bits and fewer in half a byte each (opset 21). Layers with such "
+            "weights run in floating point then; without it they take a byte, and run on integers.",
+        ),
     ] = False,
     data: common.Data = None,
     batch_size: common.BatchSize = ExportOptions().data.batch_size,
@@ -62,6 +72,7 @@ def export(
         data=common.data_options(data, None, None, batch_size, workers, limit),
         allow_nonfinite=allow_nonfinite,
         without_codec=without_codec,
+        int4=int4,
     )
     console = Console(quiet=quiet, as_json=as_json, debug=debug)
     invocation = common.Invocation(
@@ -84,12 +95,25 @@ def _say(console: Console, file: Any) -> None:
     console.note(f"{file.path}: {file.format}, {file.bytes:,} bytes, verified")
     for agreement in file.agreements:
         console.note(agreement_line(agreement))
+    if file.kernels is not None:
+        kernels_note(console, file.kernels)
+
+
+def kernels_note(console: Console, kernels: Any) -> None:
+    """Say how onnxruntime runs the layers."""
+    console.note(
+        f"  onnxruntime runs {kernels.integer} layers on integers, {len(kernels.floating)} in floating point"
+    )
+    for layer in kernels.floating[:_LISTED]:
+        console.note(f"    {layer.name}: {layer.reason}")
+    if len(kernels.floating) > _LISTED:
+        console.note(f"    and {len(kernels.floating) - _LISTED} more, see --json")
 
 
 def agreement_line(agreement: Any) -> str:
     """Say in one line how close the written model comes."""
     judged = ", judged in float64" if agreement.judged_in_float64 else ""
-    judged += ", judged by the codecs' steps" if agreement.judged_by_steps else ""
+    judged += ", judged by the steps of what rounds it" if agreement.judged_by_steps else ""
     sizes = " and ".join(map(str, agreement.batch_sizes))
     return (
         f"  {agreement.inputs} (n={agreement.n:,}, batches of {sizes}): max abs error "

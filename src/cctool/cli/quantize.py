@@ -10,7 +10,7 @@ from cctool.cli import common
 from cctool.cli.console import Console
 from cctool.cli.quantize_report import say_report
 from cctool.errors import UsageError
-from cctool.options.common import DataOptions, ModelOptions, Precision, RuntimeOptions
+from cctool.options.common import DataOptions, Precision, RuntimeOptions
 from cctool.options.prune_parts import TeacherOptions, parse_target
 from cctool.options.quantize import QuantizeOptions, preset_options
 from cctool.options.quantize_choices import (
@@ -302,9 +302,14 @@ def _choices(text: str) -> tuple[int, ...]:
 
 
 def _teacher(values: dict[str, Any]) -> TeacherOptions:
-    names = ("teacher_arch", "teacher_arg", "teacher_input", "teacher_mean", "teacher_std")
-    model: ModelOptions = common.model_options(
-        *(values[name] for name in names), None, values["trust_pickle"]
+    model = common.model_options(
+        values["teacher_arch"],
+        values["teacher_arg"],
+        values["teacher_input"],
+        values["teacher_mean"],
+        values["teacher_std"],
+        None,
+        values["trust_pickle"],
     )
     return TeacherOptions(values["teacher"], model, values["temperature"], values["alpha"])
 

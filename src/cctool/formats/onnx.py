@@ -6,13 +6,6 @@ the file; what identifies the machine that exported it (stack traces, module pat
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import json
-import logging
-import os
-import warnings
-from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -24,17 +17,29 @@ from cctool import __version__
 from cctool.checkpoint.atomic import write_atomically
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.errors import ExportError
-from cctool.formats.parity import BATCH_SIZES, Run, compare, outputs_of, random_batches
-from cctool.formats.records import Agreement, ExportRequest, Written
+from cctool.formats.converting import (
+    BATCH,
+    EXPORT_BATCH,
+    agreements_with,
+    comparison_notes,
+    descriptions,
+    example,
+    on_cpu,
+    quiet,
+    reason,
+)
+from cctool.formats.kernels import SATURATES, kernels_of, saturating_cpu, session_options
+from cctool.formats.onnx_chains import rounding
+from cctool.formats.onnx_integers import PACKED_OPSET, with_integers
+from cctool.formats.parity import Run, outputs_of
+from cctool.formats.records import Agreement, ExportRequest, Kernels, Written, named
 from cctool.graph.execution import blaming_the_size, in_mode
 
 __all__ = ["write_onnx"]
 
-INPUT, OUTPUT, BATCH = "input", "logits", "batch"
+INPUT, OUTPUT = "input", "logits"
 
 _LARGEST = 2**31 - 2**20
-_FLAT = 1e-4  # of the largest output: less movement than this is near float32's own noise
-_EXPORT_BATCH = 2  # torch.export takes sizes 0 and 1 for constants
 
 
 def write_onnx(request: ExportRequest) -> Written:
@@ -48,33 +53,46 @@ def write_onnx(request: ExportRequest) -> Written:
         ExportError: if it cannot be exported or does not compute what the model does; no file is left.
         CheckpointError: if the file cannot be written.
     """
-    model = _on_cpu(request.network or request.checkpoint.model)
+    model = on_cpu(request.network or request.checkpoint.model)
     _refuse_large(model)
-    document, notes = _convert(model, request.input_shape)
+    document, notes = _convert(model, request)
+    free_batch = not notes
+    notes = (*notes, *_put_integers(document, request))
     _describe(document, request.checkpoint, request.input_shape)
     agreements: list[Agreement] = []
+    kernels: list[Kernels] = []
 
     def write(stream: IO[bytes]) -> None:
         stream.write(document.SerializeToString(deterministic=True))
 
     def check(temporary: Path) -> None:
         _check(temporary, document)
-        agreements.extend(_verify(temporary, request, free_batch=not notes))
+        run = _runtime(temporary, precise=request.quantized and saturating_cpu())
+        agreements.extend(agreements_with(run, request, free_batch=free_batch))
+        if request.weights or request.quantized:
+            kernels.append(kernels_of(temporary))
 
     write_atomically(request.path, write, check, overwrite=request.overwrite)
-    if request.samples is None:
-        notes = (*notes, "compared on random inputs only: no data set was named, or it is not there")
-    if all(found.output_range <= _FLAT * found.largest_output for found in agreements):
-        notes = (*notes, "the outputs hardly depend on the inputs, so comparing them says little")
-    return Written(str(request.path), "onnx", request.path.stat().st_size, tuple(agreements), notes)
-
-
-def _on_cpu(model: nn.Module) -> nn.Module:
-    if all(
-        tensor.device.type == "cpu" for tensor in model.state_dict().values() if isinstance(tensor, Tensor)
+    notes = (*notes, *comparison_notes(request, agreements))
+    found = next(iter(kernels), None)
+    if (
+        found is not None
+        and found.integer
+        and saturating_cpu()
+        and not all(w.reduced for w in request.weights)
     ):
-        return model
-    return copy.deepcopy(model).to("cpu")
+        notes = (*notes, SATURATES)
+    return Written(str(request.path), "onnx", request.path.stat().st_size, tuple(agreements), notes, found)
+
+
+def _put_integers(document: Any, request: ExportRequest) -> tuple[str, ...]:
+    """Write weights as integers; notes on those that stay in floating point."""
+    if not request.weights and not request.quantized:
+        return ()
+    missing = with_integers(document, request.weights, packed=request.packed)
+    if not missing:
+        return ()
+    return (f"{named(missing)} stay in floating point: torch's exporter computes with other values",)
 
 
 def _refuse_large(model: nn.Module) -> None:
@@ -86,102 +104,66 @@ def _refuse_large(model: nn.Module) -> None:
         )
 
 
-def _convert(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Any, tuple[str, ...]]:
+def _convert(model: nn.Module, request: ExportRequest) -> tuple[Any, tuple[str, ...]]:
     """Convert with a free batch size, or for batches of one where that fails; the notes say which."""
+    shape = request.input_shape
     names = _output_names(model, shape)
+    options: dict[str, Any] = {"custom_translation_table": rounding()} if request.quantized else {}
+    if request.packed and any(weight.bits <= 4 for weight in request.weights):
+        options["opset_version"] = PACKED_OPSET
+    run = partial(_run_exporter, model, shape, names, options)
     try:
-        document = _run_exporter(model, shape, names, free_batch=True)
+        document = run(free_batch=True)
     except ExportError as error:
-        document = _run_exporter(model, shape, names, free_batch=False)
+        document = run(free_batch=False)
         return document, (f"the batch size is fixed to 1: with a free one, {error}",)
     if not document.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
-        document = _run_exporter(model, shape, names, free_batch=False)
+        document = run(free_batch=False)
         return document, ("the batch size is fixed to 1: the network computes with a constant batch size",)
     return document, ()
 
 
 def _output_names(model: nn.Module, shape: tuple[int, int, int]) -> list[str]:
     with blaming_the_size(shape):
-        found = outputs_of(model)(_example(model, 1, shape))
+        found = outputs_of(model)(example(model, 1, shape))
     return [OUTPUT, *(f"output{i}" for i in range(1, len(found)))]
 
 
-def _example(model: nn.Module, batch: int, shape: tuple[int, int, int]) -> Tensor:
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return torch.zeros((batch, *shape), dtype=dtype)
-
-
 def _run_exporter(
-    model: nn.Module, shape: tuple[int, int, int], outputs: list[str], *, free_batch: bool
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    outputs: list[str],
+    options: dict[str, Any],
+    *,
+    free_batch: bool,
 ) -> Any:
-    example = _example(model, _EXPORT_BATCH if free_batch else 1, shape)
+    inputs = example(model, EXPORT_BATCH if free_batch else 1, shape)
     dimensions = ({0: torch.export.Dim(BATCH, min=1)},) if free_batch else None
-    with in_mode(model, training=False), _quiet():
+    with in_mode(model, training=False), quiet():
         try:
             program = torch.onnx.export(
                 model,
-                (example,),
+                (inputs,),
                 dynamo=True,
                 verbose=False,
                 input_names=[INPUT],
                 output_names=outputs,
                 dynamic_shapes=dimensions,
+                **options,
             )
         # Whatever torch.export or a translation of one operator raises for a network that it cannot take.
         except Exception as error:
-            raise ExportError(f"torch cannot export this network: {_reason(error)}") from error
+            raise ExportError(f"torch cannot export this network: {reason(error)}") from error
     if program is None:
         raise ExportError("torch's exporter gave nothing back")
     return program.model_proto
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost cause, in one line: the exporter wraps it in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter from talking: it prints, logs and warns about itself, not about the network."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with Path(os.devnull).open("w") as sink, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-                yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
 def _describe(document: Any, checkpoint: Checkpoint, shape: tuple[int, int, int]) -> None:
     """Say in the file what it is; take out what the exporter noted about modules, stacks and paths."""
     _strip(document)
-    spec, size = checkpoint.spec, "x".join(map(str, shape))
-    steps = " > ".join(step.verb for step in checkpoint.history)
-    properties = {
-        "cctool.version": __version__,
-        "cctool.architecture": spec.architecture,
-        "cctool.arguments": json.dumps(spec.arguments, sort_keys=True),
-        "cctool.input_shape": size,
-        "cctool.history": steps,
-    }
-    if spec.preprocessing is not None:
-        properties["cctool.mean"] = json.dumps(spec.preprocessing.mean)
-        properties["cctool.std"] = json.dumps(spec.preprocessing.std)
-    if spec.classes is not None:
-        properties["cctool.classes"] = json.dumps(spec.classes, ensure_ascii=False)
-    if checkpoint.origin is not None:
-        properties["cctool.source"] = checkpoint.origin.path
-        properties["cctool.source_file_sha256"] = checkpoint.origin.file
-        if checkpoint.origin.content is not None:
-            properties["cctool.source_content_sha256"] = checkpoint.origin.content
+    spec = checkpoint.spec
+    properties = descriptions(checkpoint, shape)
     document.producer_name, document.producer_version = "cctool", __version__
     document.graph.name = spec.architecture
     document.doc_string = (
@@ -219,43 +201,34 @@ def _check(temporary: Path, document: Any) -> None:
     try:
         onnx.checker.check_model(str(temporary), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"onnx.checker refuses the exported model: {_reason(error)}") from error
+        raise ExportError(f"onnx.checker refuses the exported model: {reason(error)}") from error
     for node in document.graph.node:
         training = [a for a in node.attribute if a.name == "training_mode" and a.i]
         if training or (node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]):
             raise ExportError(f"{node.op_type} {node.name} was exported in training mode")
 
 
-def _verify(temporary: Path, request: ExportRequest, *, free_batch: bool) -> list[Agreement]:
-    candidate = _runtime(temporary)
-    sizes = BATCH_SIZES if free_batch else (1,)
-    model, allowed = request.checkpoint.model, request.allow_nonfinite
-    dtype = _example(model, 1, request.input_shape).dtype
-    random = (batch.to(dtype) for batch in random_batches(request.input_shape, request.seed, sizes))
-    judge = partial(compare, model, candidate, allow_nonfinite=allowed, coded=request.coded)
-    found = [judge(random, "random inputs")]
-    if request.samples is not None:
-        batches = _one_by_one(request.samples.batches) if not free_batch else request.samples.batches
-        found.append(judge(batches, request.samples.name))
-    return found
-
-
-def _one_by_one(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    for batch in batches:
-        for i in range(len(batch)):
-            yield batch[i : i + 1]
-
-
-def _runtime(path: Path) -> Run:
+def _session(path: Path, *, precise: bool) -> Any:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options, providers = session_options(precise=precise), ["CPUExecutionProvider"]
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
     # Its exceptions share no base class of their own.
     except Exception as error:
-        raise ExportError(f"onnxruntime cannot load the exported model: {_reason(error)}") from error
+        if not precise:
+            raise ExportError(f"onnxruntime cannot load the exported model: {reason(error)}") from error
+    # Without optimizing, it computes on the values that the integers stand for.
+    options = session_options(precise=False)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:
+        raise ExportError(f"onnxruntime cannot load the exported model: {reason(error)}") from error
+
+
+def _runtime(path: Path, *, precise: bool) -> Run:
+    session = _session(path, precise=precise)
     name = session.get_inputs()[0].name
 
     def run(batch: Tensor) -> list[Tensor]:
@@ -263,7 +236,7 @@ def _runtime(path: Path) -> Run:
             found = session.run(None, {name: batch.numpy()})
         except Exception as error:
             raise ExportError(
-                f"onnxruntime cannot run the exported model on a batch of {len(batch)}: {_reason(error)}"
+                f"onnxruntime cannot run the exported model on a batch of {len(batch)}: {reason(error)}"
             ) from error
         return [torch.from_numpy(value) for value in found]
 

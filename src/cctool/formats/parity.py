@@ -9,6 +9,10 @@ most a few times as far from it as the model itself is.
 A network that rounds its activations (a codec of feature maps) makes a whole step of a difference in the
 last digit, and such steps are rare and large. There the written model may be a few times as far from the
 model as the model's outputs move when its inputs change in their sixth digit.
+
+Where quantizers round, an integer runtime adds biases that are rounded, too, to steps of the products. There
+the written model may be twice as far from the model as the model's outputs move when each quantizer is given
+values that are off by up to a thirty-second of its step.
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ from torch.utils._pytree import tree_leaves
 from cctool.errors import ExportError
 from cctool.formats.records import Agreement
 from cctool.graph.execution import in_mode
+from cctool.quantization.shaking import shaken
 
-__all__ = ["BATCH_SIZES", "TOLERANCE", "compare", "outputs_of", "random_batches"]
+__all__ = ["BATCH_SIZES", "TOLERANCE", "compare", "outputs_of", "random_batches", "require_top1"]
 
 TOLERANCE = 1e-5
 """Allowed difference of two float32 programs, as a fraction of the output range; 1e-7 is usual."""
@@ -37,6 +42,9 @@ BATCH_SIZES = (1, 5)
 _ROUNDS = 3
 _ROUNDING_FACTOR = 4.0
 _SHAKES = 8
+_STEP_SHARE = 1 / 32
+_SHAKEN_FACTOR = 2.0
+_AGREED = 0.99
 _SIXTH_DIGIT = 1e-5  # of the inputs' spread
 _FLOAT32 = 5e-7  # of the largest output, four roundings: no float32 program can be held to less
 
@@ -121,6 +129,7 @@ def compare(
     tolerance: float = TOLERANCE,
     allow_nonfinite: bool = False,
     coded: bool = False,
+    quantized: bool = False,
 ) -> Agreement:
     """Compare a candidate's outputs with the model's.
 
@@ -132,6 +141,7 @@ def compare(
         tolerance: allowed difference as a fraction of the output range.
         allow_nonfinite: whether NaN and infinities may stand where the model has them.
         coded: whether the network rounds activations on its way.
+        quantized: whether quantizers do that.
 
     Raises:
         ExportError: if shapes differ, values are not finite, or the error exceeds the tolerance.
@@ -161,6 +171,8 @@ def compare(
     )
     if tally.error <= tolerance * tally.range:
         return agreement
+    if quantized and _is_shaken(model, candidate, worst[1]):
+        return replace(agreement, judged_by_steps=True)
     if _is_rounding(model, candidate, worst[1], tally.largest):
         return replace(agreement, judged_in_float64=True)
     if coded and _is_steps(model, candidate, worst[1]):
@@ -195,6 +207,32 @@ def _is_steps(model: nn.Module, candidate: Run, batch: Tensor) -> bool:
         noise = torch.randn(plain.shape, generator=generator).to(plain.dtype)
         moved = max(moved, _rms(expected, reference(plain + _SIXTH_DIGIT * noise * plain.std())))
     return _rms(expected, found) <= _ROUNDING_FACTOR * moved
+
+
+def _is_shaken(model: nn.Module, candidate: Run, batch: Tensor) -> bool:
+    """Whether the candidate is about as far from the model as a small share of a step moves it."""
+    reference, generator = outputs_of(model), torch.Generator().manual_seed(0)
+    expected, found = reference(batch), candidate(batch.detach().cpu())
+    moved = 0.0
+    for _ in range(_SHAKES):
+        with shaken(model, _STEP_SHARE, generator):
+            moved = max(moved, _rms(expected, reference(batch)))
+    return _rms(expected, found) <= _SHAKEN_FACTOR * moved
+
+
+def require_top1(agreement: Agreement) -> None:
+    """Refuse a written model that agrees on fewer than 99 % of its inputs; one may always differ.
+
+    Raises:
+        ExportError: if it does.
+    """
+    different = round(agreement.n * (100 - agreement.top1_agreement) / 100)
+    if different > max(1, agreement.n * (1 - _AGREED)):
+        raise ExportError(
+            f"the exported model chooses another class than the model for {different} of {agreement.n} "
+            f"inputs ({agreement.inputs}): top-1 agreement {agreement.top1_agreement:.2f} %, "
+            f"{100 * _AGREED:.0f} % is asked for"
+        )
 
 
 def _rms(left: list[Tensor], right: list[Tensor]) -> float:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.quantization.integer_weights import IntegerWeight
 
-__all__ = ["Agreement", "ExportRequest", "Samples", "Writer", "Written"]
+__all__ = ["Agreement", "ExportRequest", "FloatLayer", "Kernels", "Samples", "Writer", "Written", "named"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class ExportRequest:
             terms that other programs know; None is that model itself.
         coded: whether the network rounds activations on its way, so that one rounding of float32 can become
             a whole step.
+        weights: of ``network``, to be written as integers.
+        quantized: whether activations of the model go through quantizers.
+        packed: whether integers of 4 bits and fewer are written in half a byte each.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +57,9 @@ class ExportRequest:
     allow_nonfinite: bool = False
     network: nn.Module | None = None
     coded: bool = False
+    weights: tuple[IntegerWeight, ...] = ()
+    quantized: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,8 @@ class Agreement:
         tolerance: allowed max_abs_error / output_range.
         judged_in_float64: whether float32 rounding alone exceeded the tolerance, so that both were compared
             with the model in float64.
-        judged_by_steps: whether roundings of codecs exceeded the tolerance, so that the error was compared
-            with what inputs that differ in their sixth digit make of the model's outputs.
+        judged_by_steps: whether roundings of codecs or quantizers exceeded the tolerance, so that the error
+            was compared with what small changes before them make of the model's outputs.
     """
 
     inputs: str
@@ -88,6 +95,32 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class FloatLayer:
+    """A layer that a runtime computes in floating point.
+
+    Attributes:
+        name: of the layer.
+        reason: why.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How onnxruntime computes the layers of a file, its graph optimized.
+
+    Attributes:
+        integer: how many layers run on integers.
+        floating: those that do not.
+    """
+
+    integer: int
+    floating: tuple[FloatLayer, ...]
+
+
+@dataclass(frozen=True)
 class Written:
     """A file that was written and verified.
 
@@ -97,6 +130,7 @@ class Written:
         bytes: its size.
         agreements: outputs compared with the model's; empty where reading back equal tensors says it all.
         notes: what is different from what was asked, and what was not checked.
+        kernels: of an ONNX file with integers; None of others.
     """
 
     path: str
@@ -104,6 +138,16 @@ class Written:
     bytes: int
     agreements: tuple[Agreement, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    kernels: Kernels | None = None
 
 
 Writer = Callable[[ExportRequest], Written]
+
+
+def named(names: Sequence[str]) -> str:
+    """Some names, and how many more there are.
+
+    >>> named(["a", "b"]), named(["a", "b", "c", "d", "e"])
+    ('a, b', 'a, b, c and 2 more')
+    """
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

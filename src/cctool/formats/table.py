@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cctool.formats.bare import write_safetensors, write_state_dict
 from cctool.formats.onnx import write_onnx
+from cctool.formats.pt2 import write_pt2
 from cctool.formats.records import Writer
 from cctool.options.export import ExportFormat
 
@@ -13,5 +14,6 @@ FORMATS: dict[ExportFormat, Writer] = {
     ExportFormat.ONNX: write_onnx,
     ExportFormat.STATE_DICT: write_state_dict,
     ExportFormat.SAFETENSORS: write_safetensors,
+    ExportFormat.PT2: write_pt2,
 }
 """What writes and verifies each format."""

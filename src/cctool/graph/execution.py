@@ -138,7 +138,7 @@ _HIDDEN = _Hidden()
 
 @contextmanager
 def hidden() -> Iterator[None]:
-    """Keep what is computed within from every `Watch`: it is not the network's own (codecs behind modules)."""
+    """Keep what is computed within from every `Watch`: it is not the network's own, as that of codecs."""
     _HIDDEN.depth += 1
     try:
         yield
@@ -194,6 +194,7 @@ class Watch(TorchFunctionMode):
         return result
 
     def name(self, function: Any) -> str:
+        """Canonical name of a function."""
         name = self._canonical.get(function)
         if name is None:
             # property getters are made anew at each access: remembering them would only leak
@@ -203,6 +204,7 @@ class Watch(TorchFunctionMode):
         return name
 
     def show(self, name: str, function: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
+        """Show a call to the observers."""
         event = Event(name, function, args, kwargs, result, self.modules[-1])
         self._showing = (
             True  # a hook shows events with the mode on: what observers compute is not the model's
@@ -214,12 +216,14 @@ class Watch(TorchFunctionMode):
             self._showing = False
 
     def enter(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook: a module begins."""
         name = self.names.get(module)
         if name is not None:
             self.modules.append(name)
             self._in_script += isinstance(module, torch.jit.ScriptModule)
 
     def leave(self, module: nn.Module, args: Any, result: Any) -> None:
+        """Forward hook: a module is done."""
         if self.names.get(module) is None:
             return
         if isinstance(module, torch.jit.ScriptModule):

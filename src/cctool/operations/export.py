@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cctool.analysis.sparsity import nonfinite
 from cctool.checkpoint.checkpoint import Checkpoint
@@ -15,11 +15,13 @@ from cctool.errors import CheckpointError, ExportError
 from cctool.formats.records import ExportRequest, Samples, Written
 from cctool.formats.table import FORMATS
 from cctool.operations.context import Context
-from cctool.operations.setting_aside import plain_checkpoint, without_taps
+from cctool.operations.export_networks import Converted, bare_checkpoint, converted, quantizer_notes
+from cctool.operations.setting_aside import without_taps
 from cctool.operations.sources import open_source
 from cctool.options.common import DataOptions
 from cctool.options.export import DEFAULT_SUFFIXES, ExportFormat, ExportOptions
-from cctool.transforms.plain import exportable, plain_model
+from cctool.quantization.attached import quantizers_of
+from cctool.transforms.plain import plain_model
 from cctool.transforms.swapped import swapped_layers
 from cctool.transforms.taps import taps_of
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from cctool.data.records import DataSource
 
 __all__ = ["ExportReport", "beside", "export", "refuse_existing", "run", "samples_of"]
+
+_PROGRAMS = (ExportFormat.ONNX, ExportFormat.PT2)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def run(checkpoint: Checkpoint, options: ExportOptions, context: Context) -> Exp
         context,
         allow_nonfinite=options.allow_nonfinite,
         codec=not options.without_codec,
+        int4=options.int4,
     )
     return ExportReport(checkpoint.spec.architecture, checkpoint.spec.input_shape, (written,))
 
@@ -75,10 +80,12 @@ def export(
     *,
     allow_nonfinite: bool = False,
     codec: bool = True,
+    int4: bool = False,
 ) -> Written:
     """Write one file in one format, verified on the data where there is any.
 
-    Swapped layers become ordinary ones, or small factors of them. Taps become arithmetic in ONNX.
+    Swapped layers become ordinary ones, or small factors of them. In programs taps become arithmetic;
+    quantized weights become integers in ONNX.
 
     Args:
         checkpoint: what to write.
@@ -87,47 +94,47 @@ def export(
         data: samples to compare on.
         context: device, seed, reporter.
         allow_nonfinite: write even NaN or infinite weights.
-        codec: whether the ONNX file codes its maps where the network has taps.
+        codec: whether an ONNX file or a program codes its maps where the network has taps.
+        int4: whether an ONNX file stores weights of 4 bits and fewer in half a byte each.
 
     Raises:
         ExportError: if weights are not finite and ``allow_nonfinite`` is false, or the file is wrong.
     """
     if not allow_nonfinite:
         _refuse_nonfinite(checkpoint)
-    onnx = kind is ExportFormat.ONNX
-    samples = samples_of(checkpoint, data, context) if onnx else None
+    program = kind in _PROGRAMS
+    samples = samples_of(checkpoint, data, context) if program else None
     taps = len(taps_of(checkpoint.model))
-    if taps and not (codec and onnx):
+    if taps and not (codec and program):
         checkpoint = without_taps(checkpoint)
+    made = converted(checkpoint, kind, codec=codec) if program else Converted(None)
     request = ExportRequest(
-        checkpoint=checkpoint if onnx else plain_checkpoint(checkpoint),
+        checkpoint=checkpoint if program else bare_checkpoint(checkpoint),
         path=path,
         input_shape=checkpoint.spec.input_shape,
         samples=samples,
         seed=context.runtime.seed,
         overwrite=context.force,
         allow_nonfinite=allow_nonfinite,
-        network=_network(checkpoint, codec=codec) if onnx else None,
+        network=made.network,
         coded=bool(taps) and codec,
+        weights=made.weights,
+        quantized=quantizers_of(checkpoint.model) is not None,
+        packed=int4,
     )
     written = FORMATS[kind](request)
-    notes = (*written.notes, *_transform_notes(checkpoint, taps, kind, codec=codec))
+    notes = (
+        *written.notes,
+        *made.notes,
+        *quantizer_notes(checkpoint, kind),
+        *_transform_notes(checkpoint, taps, kind, codec=codec),
+    )
+    if int4 and not any(weight.bits <= 4 for weight in made.weights):
+        notes = (*notes, "--int4: the network has no weights of 4 bits or fewer")
     written = replace(written, notes=notes)
     for note in notes:
         context.reporter.note(f"{path.name}: {note}")
     return written
-
-
-def _network(checkpoint: Checkpoint, *, codec: bool) -> nn.Module | None:
-    """What is converted in place of the network itself, where that has what no other program knows."""
-    model = checkpoint.model
-    strange = swapped_layers(plain_model(model))
-    if strange:
-        raise ExportError(
-            f"{min(strange)} computes with complex numbers, which ONNX has no layers for; "
-            "--format state-dict or safetensors writes its parameters"
-        )
-    return exportable(model.cpu(), codec=codec) if swapped_layers(model) or taps_of(model) else None
 
 
 def _transform_notes(
@@ -141,9 +148,9 @@ def _transform_notes(
     layers = {name: layer for name, layer in layers.items() if name not in strange}
     if layers:
         factored = sum(layer.factored() is not None for layer in layers.values())
-        small = f"{factored} as small factors, " if factored and kind is ExportFormat.ONNX else ""
+        small = f"{factored} as small factors, " if factored and kind in _PROGRAMS else ""
         notes.append(f"{len(layers)} swapped layers are written {small}as the weights that they make")
-    if taps and kind is not ExportFormat.ONNX:
+    if taps and kind not in _PROGRAMS:
         notes.append(f"{taps} codecs are left out: they are no tensors of the network")
     elif taps:
         notes.append(f"{taps} codecs are {'part of the network' if codec else 'left out'}")

@@ -1,10 +1,10 @@
 """`cctool quantize --method intN`: weights and activations as integers, calibrated and not trained.
 
     floats -> [equalized] -> quantizers attached -> ranges of weights -> ranges of activations
-           -> [biases corrected] -> [rounding learnt] -> weights on their grid -> measured
+           -> [rounding learnt] -> [biases corrected] -> weights on their grid -> measured
 
-Where activations stay in floating point, the quantizers are taken off at the end: what is left is weights that
-are stored in few bits.
+Where activations stay in floating point, the quantizers are taken off at the end, and what is left is weights
+that are stored in few bits.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from cctool.operations.quantize_reports import (
     counted,
     errors_between,
 )
+from cctool.operations.quantize_search import searched_bits
 from cctool.operations.quantize_stored import encoded_directly
 from cctool.operations.quantized_storage import as_stored, quantized_weights, settled
 from cctool.operations.quantizer_upkeep import in_step
@@ -73,7 +74,6 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     sensitivity: tuple[SensitivityReport, ...] = ()
     bits: Mapping[str, int] = {}
     if options.searches:
-        from cctool.operations.quantize_search import searched_bits
 
         bits, sensitivity, found = searched_bits(product, options, source, context)
         notes += found
@@ -182,7 +182,7 @@ def _corrected(
     served, used = calibration_images(product, source, asked.images, options.data, context)
     # Every layer passes over them: they are not read and decoded again each time.
     images = list(served)
-    # Outputs in floating point are those of the weights before they are rounded.
+    # Outputs are compared with those of the network whose weights and biases nobody has changed yet.
     reference = copied(product.model)
     if options.rounding is Rounding.ADAROUND:
         learned = adaround(
@@ -196,8 +196,8 @@ def _corrected(
         )
         better = sum(item.kept for item in learned.layers)
         notes.append(
-            f"rounding was learnt on {used:,} images: {better} of {len(learned.layers)} layers come closer to "
-            "their outputs than with the nearest levels, which the others keep"
+            f"rounding was learnt on {used:,} images: {better} of {len(learned.layers)} layers come closer "
+            "to their outputs than with the nearest levels, which the others keep"
         )
         notes += [f"rounding not learnt: {item.name}: {item.reason}" for item in learned.skipped]
     if asked.bias_correction:

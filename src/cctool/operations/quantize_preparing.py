@@ -1,4 +1,4 @@
-"""The network that is to be quantized: in floating point, with ordinary layers, and its quantizers attached."""
+"""The network that is to be quantized: in floating point, with ordinary layers, its quantizers attached."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def in_floats(checkpoint: Checkpoint, context: Context, *, ordinary: bool) -> tu
     model, held = product.model, quantizers_of(checkpoint.model)
     if held is not None:
         notes.append(
-            f"the quantizers of --method {held.state.method or 'an earlier step'} were taken off; weights keep "
-            "the values that these made"
+            f"the quantizers of --method {held.state.method or 'an earlier step'} were taken off; weights "
+            "keep the values that these made"
         )
         with torch.no_grad():
             for _, parameter, quantizer, fold in quantized_weights(model):

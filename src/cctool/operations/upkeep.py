@@ -1,4 +1,4 @@
-"""Keeping what was calibrated in step with the weights around it: codecs of feature maps, ranges of activations.
+"""Keeping what was calibrated in step with the weights around it: codecs of maps, ranges of activations.
 
 Codecs come first, because quantizers see the maps that they give.
 """

@@ -15,18 +15,21 @@ class ExportFormat(Choice):
     """What is written.
 
     onnx: the network as ONNX, batch norm folded, batch size free. state-dict: bare dense tensors that
-    `torch.load(weights_only=True)` opens. safetensors: the same tensors in a safetensors file.
+    `torch.load(weights_only=True)` opens. safetensors: the same tensors in a safetensors file. pt2: a program
+    that `torch.export.load` opens, batch size free.
     """
 
     ONNX = "onnx"
     STATE_DICT = "state-dict"
     SAFETENSORS = "safetensors"
+    PT2 = "pt2"
 
 
 SUFFIXES: dict[ExportFormat, tuple[str, ...]] = {
     ExportFormat.ONNX: (".onnx",),
     ExportFormat.STATE_DICT: (".pt", ".pth"),
     ExportFormat.SAFETENSORS: (".safetensors",),
+    ExportFormat.PT2: (".pt2",),
 }
 """Suffixes of each format's files; a given output's suffix implies the format."""
 
@@ -34,6 +37,7 @@ DEFAULT_SUFFIXES: dict[ExportFormat, str] = {
     ExportFormat.ONNX: ".onnx",
     ExportFormat.STATE_DICT: ".state.pt",
     ExportFormat.SAFETENSORS: ".state.safetensors",
+    ExportFormat.PT2: ".pt2",
 }
 """What replaces the input's suffix where no output is named; `.state` keeps it apart from the input."""
 
@@ -47,7 +51,8 @@ class ExportOptions:
         output: path of the product; None writes beside the input.
         data: samples that the written model is compared on, besides random inputs.
         allow_nonfinite: export even NaN or infinite weights.
-        without_codec: leave the codecs of feature maps out of an ONNX file.
+        without_codec: leave the codecs of feature maps out of an ONNX file or a program.
+        int4: write weights of 4 bits and fewer in half a byte each, which takes ONNX's opset 21.
     """
 
     format: ExportFormat | None = None
@@ -55,8 +60,14 @@ class ExportOptions:
     data: DataOptions = field(default_factory=lambda: DataOptions(batch_size=64, limit=256))
     allow_nonfinite: bool = False
     without_codec: bool = False
+    int4: bool = False
 
     def __post_init__(self) -> None:
+        self._check_output()
+        if self.int4 and self.effective_format is not ExportFormat.ONNX:
+            raise UsageError(f"--int4 is for ONNX files, not for {self.effective_format}")
+
+    def _check_output(self) -> None:
         if self.output is None:
             return
         suffix = PurePath(self.output).suffix.lower()

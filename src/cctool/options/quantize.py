@@ -101,7 +101,7 @@ class QuantizeOptions:
             raise UsageError(f"--rounding-steps {self.rounding_steps}: at least one is needed")
         if self.epochs and self.method in STORED and self.method is not QuantizeMethod.CODEBOOK:
             raise UsageError(
-                f"--epochs: --method {self.method} trains nothing; codebook, qat, lsq, pact, dorefa and wrpn do"
+                f"--epochs: --method {self.method} trains nothing; codebook, qat, lsq, pact, dorefa, wrpn do"
             )
 
     def _check_weights(self) -> None:

@@ -509,10 +509,14 @@ def _check(model: nn.Module, edit: Quantize) -> None:
                 )
     if not edit.module:
         for key, quantizer in held.named():
-            try:
-                quantizer.check()
-            except CorruptCheckpointError as error:
-                raise CorruptCheckpointError(f"{CONTAINER}.{key}: {error}") from None
+            _check_state(key, quantizer)
+
+
+def _check_state(key: str, quantizer: Quantizer) -> None:
+    try:
+        quantizer.check()
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(f"{CONTAINER}.{key}: {error}") from None
 
 
 QUANTIZE = EditKind(record=Quantize, apply=_apply, order=15, check=_check)

@@ -196,7 +196,5 @@ def _settings(event: Event) -> dict[str, Any]:
 def _named(event: Event) -> dict[str, Any]:
     """Arguments by name; ``argument2`` is the third where no name is known."""
     names = ARGUMENTS.get(event.name, ())
-    positional = {
-        names[i] if i < len(names) else f"argument{i}": value for i, value in enumerate(event.args)
-    }
+    positional = {names[i] if i < len(names) else f"argument{i}": value for i, value in enumerate(event.args)}
     return {**positional, **event.kwargs}

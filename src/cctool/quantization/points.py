@@ -1,8 +1,8 @@
 """Where quantizers go: weights of layers, and the activations between them.
 
-Three ways, by what is done with the result. An integer runtime wants every tensor between its kernels quantized
-once, and what it fuses not at all (``all``); LSQ quantizes what each layer takes in (``inputs``); DoReFa, PACT
-and WRPN quantize what a clipping activation puts out (``clips``).
+Three ways, by what is done with the result. An integer runtime wants every tensor between its kernels
+quantized once, and what it fuses not at all (``all``); LSQ quantizes what each layer takes in (``inputs``);
+DoReFa, PACT and WRPN quantize what a clipping activation puts out (``clips``).
 """
 
 from __future__ import annotations
@@ -256,9 +256,22 @@ class _Plan:
         takers = list(self._takers(number))
         if any(taker.place.function in _INTEGER for taker in takers):
             return True
-        made = number != INPUT and self.calls[number].place.function in _INTEGER
+        made = number != INPUT and (
+            self.calls[number].place.function in _INTEGER or self._is_norm_of_layer(number)
+        )
         # What leaves the network is wanted in floating point.
         return made and bool(takers)
+
+    def _is_norm_of_layer(self, number: int) -> bool:
+        """Whether a call is the batch norm that the kernel of the layer before it computes."""
+        sources = self.calls[number].sources
+        return (
+            self.calls[number].place.function == "batch_norm"
+            and len(sources) == 1
+            and sources[0] != INPUT
+            and self._is_layer(self.calls[sources[0]])
+            and self._norm(sources[0]) is not None
+        )
 
     def _takers(self, number: int) -> Iterator[Call]:
         """Calls that take a result, through those that only move values."""

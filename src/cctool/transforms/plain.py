@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from pydantic import JsonValue
 from torch import nn
@@ -25,7 +25,8 @@ def plain_model(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model`` itself where nothing is swapped, tapped or quantized; else a copy that shares all tensors of
-        the other modules. Layers that have no ordinary counterpart stay swapped, and make their weight in every pass.
+        the other modules. Layers that have no ordinary counterpart stay swapped, and make their weight in
+        every pass.
     """
     layers = {name: layer.plain() for name, layer in swapped_layers(model).items()}
     found = {name: layer for name, layer in layers.items() if layer is not None}
@@ -40,18 +41,22 @@ def plain_model(model: nn.Module) -> nn.Module:
     return copy
 
 
-def exportable(model: nn.Module, *, codec: bool) -> nn.Module:
+def exportable(model: nn.Module, *, codec: bool, whole: Collection[str] = ()) -> nn.Module:
     """The network for other programs: ordinary layers, and codecs as arithmetic that every program knows.
 
     Args:
         model: any network; it stays as it is.
         codec: whether maps are coded where the network has taps.
+        whole: names of swapped layers that become one layer with the whole weight.
 
     Returns:
-        ``model`` itself where nothing is swapped or tapped. Where small factors are fewer bytes and
+        ``model`` itself where nothing is swapped or tapped; quantizers stay. Where small factors are fewer bytes and
         multiply-accumulates than a weight, they stand in its place.
     """
-    layers = {name: layer.factored() or layer.plain() for name, layer in swapped_layers(model).items()}
+    layers = {
+        name: (None if name in whole else layer.factored()) or layer.plain()
+        for name, layer in swapped_layers(model).items()
+    }
     found = {name: layer for name, layer in layers.items() if layer is not None}
     if not found and not taps_of(model):
         return model

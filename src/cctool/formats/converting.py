@@ -1,0 +1,140 @@
+"""What the writers of whole programs have in common: examples, quiet exporters, descriptions, comparisons."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cctool import __version__
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.formats.parity import BATCH_SIZES, Run, compare, random_batches, require_top1
+from cctool.formats.records import Agreement, ExportRequest
+
+__all__ = [
+    "BATCH",
+    "EXPORT_BATCH",
+    "agreements_with",
+    "comparison_notes",
+    "descriptions",
+    "example",
+    "on_cpu",
+    "quiet",
+    "reason",
+]
+
+BATCH = "batch"
+EXPORT_BATCH = 2
+"""torch.export takes sizes 0 and 1 for constants."""
+
+_FLAT = 1e-4  # of the largest output: less movement than this is near float32's own noise
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    """The model, or a copy of it where some of its tensors are on another device."""
+    if all(
+        tensor.device.type == "cpu" for tensor in model.state_dict().values() if isinstance(tensor, Tensor)
+    ):
+        return model
+    return copy.deepcopy(model).to("cpu")
+
+
+def example(model: nn.Module, batch: int, shape: tuple[int, int, int]) -> Tensor:
+    """Zeros [batch, C, H, W] of the type of the model's parameters."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return torch.zeros((batch, *shape), dtype=dtype)
+
+
+def reason(error: BaseException) -> str:
+    """The innermost cause, in one line: exporters wrap it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep exporters from talking: they print, log and warn about themselves, not about the network."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with Path(os.devnull).open("w") as sink, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+                yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def descriptions(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[str, str]:
+    """What identifies the network, by the names that written files say it under."""
+    spec = checkpoint.spec
+    found = {
+        "cctool.version": __version__,
+        "cctool.architecture": spec.architecture,
+        "cctool.arguments": json.dumps(spec.arguments, sort_keys=True),
+        "cctool.input_shape": "x".join(map(str, shape)),
+        "cctool.history": " > ".join(step.verb for step in checkpoint.history),
+    }
+    if spec.preprocessing is not None:
+        found["cctool.mean"] = json.dumps(spec.preprocessing.mean)
+        found["cctool.std"] = json.dumps(spec.preprocessing.std)
+    if spec.classes is not None:
+        found["cctool.classes"] = json.dumps(spec.classes, ensure_ascii=False)
+    if checkpoint.origin is not None:
+        found["cctool.source"] = checkpoint.origin.path
+        found["cctool.source_file_sha256"] = checkpoint.origin.file
+        if checkpoint.origin.content is not None:
+            found["cctool.source_content_sha256"] = checkpoint.origin.content
+    return found
+
+
+def agreements_with(candidate: Run, request: ExportRequest, *, free_batch: bool) -> list[Agreement]:
+    """Compare a written program with the request's model, on random inputs and on its samples.
+
+    Raises:
+        ExportError: if it does not compute what the model does.
+    """
+    sizes = BATCH_SIZES if free_batch else (1,)
+    model, allowed = request.checkpoint.model, request.allow_nonfinite
+    dtype = example(model, 1, request.input_shape).dtype
+    random = (batch.to(dtype) for batch in random_batches(request.input_shape, request.seed, sizes))
+    judge = partial(
+        compare, model, candidate, allow_nonfinite=allowed, coded=request.coded, quantized=request.quantized
+    )
+    found = [judge(random, "random inputs")]
+    if request.samples is not None:
+        batches = _one_by_one(request.samples.batches) if not free_batch else request.samples.batches
+        found.append(judge(batches, request.samples.name))
+        if request.quantized:
+            require_top1(found[-1])
+    return found
+
+
+def _one_by_one(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    for batch in batches:
+        for i in range(len(batch)):
+            yield batch[i : i + 1]
+
+
+def comparison_notes(request: ExportRequest, agreements: Iterable[Agreement]) -> tuple[str, ...]:
+    """What the comparison could not tell."""
+    notes = []
+    if request.samples is None:
+        notes.append("compared on random inputs only: no data set was named, or it is not there")
+    if all(found.output_range <= _FLAT * found.largest_output for found in agreements):
+        notes.append("the outputs hardly depend on the inputs, so comparing them says little")
+    return tuple(notes)

@@ -1,0 +1,141 @@
+"""An ONNX graph that is edited: who makes and takes a value, constants, new nodes in their places."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["OnnxGraph"]
+
+Array = np.ndarray[Any, Any]
+
+
+class OnnxGraph:
+    """Wraps a document's graph; `close` writes the edits back.
+
+    Attributes:
+        graph: the GraphProto.
+        nodes: in an order in which they can run.
+    """
+
+    def __init__(self, document: Any) -> None:
+        from onnx import numpy_helper
+
+        self.graph = document.graph
+        self.nodes: list[Any] = list(document.graph.node)
+        self._read = numpy_helper.to_array
+        self._constants: dict[str, Any] = {tensor.name: tensor for tensor in document.graph.initializer}
+        for node in self.nodes:
+            if node.op_type == "Constant" and len(node.attribute) == 1 and node.attribute[0].name == "value":
+                self._constants[node.output[0]] = node.attribute[0].t
+        self._arrays: dict[str, Array] = {}
+        self._names = {value for node in self.nodes for value in (*node.input, *node.output, node.name)}
+        self._names |= self._constants.keys()
+        self.outputs = {entry.name for entry in document.graph.output}
+        self._made: dict[str, Any] = {}
+        self._taken: dict[str, list[Any]] = defaultdict(list)
+        self.index()
+
+    def index(self) -> None:
+        """Find makers and takers anew, after inputs were changed."""
+        self._made = {output: node for node in self.nodes for output in node.output if output}
+        self._taken = defaultdict(list)
+        for node in self.nodes:
+            for name in dict.fromkeys(node.input):
+                self._taken[name].append(node)
+
+    def maker(self, name: str) -> Any | None:
+        """The node that makes a value; None for constants and the graph's inputs."""
+        return self._made.get(name)
+
+    def takers(self, name: str) -> list[Any]:
+        """The nodes that take a value."""
+        return self._taken[name]
+
+    def constant(self, name: str) -> Array | None:
+        """A constant's values; None where the value is computed."""
+        if name not in self._arrays and name in self._constants:
+            self._arrays[name] = self._read(self._constants[name])
+        return self._arrays.get(name)
+
+    def floats(self) -> Iterator[tuple[str, Array]]:
+        """Names and values of all float32 constants."""
+        for name in list(self._constants):
+            array = self.constant(name)
+            if array is not None and array.dtype == np.float32:
+                yield name, array
+
+    def fresh(self, name: str) -> str:
+        """A name that nothing else has."""
+        found, number = name, 1
+        while found in self._names:
+            found, number = f"{name}_{number}", number + 1
+        self._names.add(found)
+        return found
+
+    def add_constant(self, name: str, array: Array) -> str:
+        """Add an initializer; its name."""
+        from onnx import numpy_helper
+
+        return self.add_tensor(numpy_helper.from_array(np.ascontiguousarray(array), self.fresh(name)))
+
+    def add_tensor(self, tensor: Any) -> str:
+        """Add an initializer whose name is fresh; that name."""
+        self._constants[tensor.name] = tensor
+        self.graph.initializer.append(tensor)
+        name: str = tensor.name
+        return name
+
+    def node(self, kind: str, inputs: Sequence[str], name: str, **attributes: Any) -> Any:
+        """Make a node with one result of the same name; it is not in the graph yet."""
+        from onnx import helper
+
+        name = self.fresh(name)
+        return helper.make_node(kind, list(inputs), [name], name=name, **attributes)
+
+    def insert(self, nodes: Sequence[Any], *, before: Any | None = None, after: Any | None = None) -> None:
+        """Put nodes beside another one; `index` sees them."""
+        other = before if before is not None else after
+        place = next(i for i, node in enumerate(self.nodes) if node is other) + (before is None)
+        self.nodes[place:place] = nodes
+
+    def rename(self, old: str, new: str, takers: Sequence[Any]) -> None:
+        """Let these nodes take ``new`` where they took ``old``."""
+        for node in takers:
+            for i, name in enumerate(node.input):
+                if name == old:
+                    node.input[i] = new
+
+    def attribute(self, node: Any, name: str, default: Any) -> Any:
+        """An attribute's value."""
+        from onnx import helper
+
+        found = next((a for a in node.attribute if a.name == name), None)
+        return default if found is None else helper.get_attribute_value(found)
+
+    def close(self) -> None:
+        """Drop what nothing takes, and write the nodes back."""
+        while True:
+            self.index()
+            alive = [
+                node
+                for node in self.nodes
+                if any(self._taken[name] or name in self.outputs for name in node.output)
+            ]
+            if len(alive) == len(self.nodes):
+                break
+            self.nodes = alive
+        kept = [
+            tensor
+            for tensor in self.graph.initializer
+            if self._taken[tensor.name] or tensor.name in self.outputs
+        ]
+        values = [entry for entry in self.graph.value_info if entry.name in self._made]
+        for name, entries in (("node", self.nodes), ("initializer", kept), ("value_info", values)):
+            # Copies, because clearing the field may free what it held.
+            entries = [type(entry).FromString(entry.SerializeToString()) for entry in entries]
+            self.graph.ClearField(name)
+            getattr(self.graph, name).extend(entries)

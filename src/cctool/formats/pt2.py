@@ -1,0 +1,107 @@
+"""Programs of torch.export, with a free batch size; read back and run before they get their name.
+
+The file is made of torch functions and constants: it needs no code of ours. Reading one unpickles parts of
+it in some versions of torch, so files from others are to be opened only where they are trusted.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from cctool.checkpoint.atomic import write_atomically
+from cctool.errors import ExportError
+from cctool.formats.converting import (
+    BATCH,
+    EXPORT_BATCH,
+    agreements_with,
+    comparison_notes,
+    descriptions,
+    example,
+    on_cpu,
+    quiet,
+    reason,
+)
+from cctool.formats.parity import Run
+from cctool.formats.records import Agreement, ExportRequest, Written
+from cctool.graph.execution import blaming_the_size, in_mode
+
+__all__ = ["DESCRIPTION", "write_pt2"]
+
+DESCRIPTION = "cctool.json"
+"""The extra file in which the program says what it is."""
+
+
+def write_pt2(request: ExportRequest) -> Written:
+    """Write a network as a program of torch.export and verify it.
+
+    What is read back must give the model's outputs for random inputs in two batch sizes and for the request's
+    samples. Where a network cannot be exported with a free batch size, it is exported for batches of one, and
+    a note says so.
+
+    Raises:
+        ExportError: if it cannot be exported or does not compute what the model does; no file is left.
+        CheckpointError: if the file cannot be written.
+    """
+    model = on_cpu(request.network or request.checkpoint.model)
+    program, notes = _convert(model, request.input_shape)
+    about = json.dumps(descriptions(request.checkpoint, request.input_shape), ensure_ascii=False)
+    agreements: list[Agreement] = []
+
+    def write(stream: IO[bytes]) -> None:
+        with quiet():
+            torch.export.save(program, stream, extra_files={DESCRIPTION: about})
+
+    def check(temporary: Path) -> None:
+        agreements.extend(agreements_with(_read_back(temporary), request, free_batch=not notes))
+
+    write_atomically(request.path, write, check, overwrite=request.overwrite)
+    notes = (*notes, *comparison_notes(request, agreements))
+    return Written(str(request.path), "pt2", request.path.stat().st_size, tuple(agreements), notes)
+
+
+def _convert(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Any, tuple[str, ...]]:
+    with blaming_the_size(shape), in_mode(model, training=False):
+        model(example(model, 1, shape))
+    try:
+        program = _export(model, shape, free_batch=True)
+    except ExportError as error:
+        program = _export(model, shape, free_batch=False)
+        return program, (f"the batch size is fixed to 1: with a free one, {error}",)
+    return program, ()
+
+
+def _export(model: nn.Module, shape: tuple[int, int, int], *, free_batch: bool) -> Any:
+    inputs = (example(model, EXPORT_BATCH if free_batch else 1, shape),)
+    dimensions = ({0: torch.export.Dim(BATCH, min=1)},) if free_batch else None
+    with in_mode(model, training=False), quiet():
+        try:
+            return torch.export.export(model, inputs, dynamic_shapes=dimensions, strict=False)
+        # Whatever torch.export raises for a network that it cannot take.
+        except Exception as error:
+            raise ExportError(f"torch cannot export this network: {reason(error)}") from error
+
+
+def _read_back(path: Path) -> Run:
+    with path.open("rb") as stream, quiet():
+        try:
+            module = torch.export.load(stream).module()
+        except Exception as error:
+            raise ExportError(f"torch cannot load the exported program: {reason(error)}") from error
+
+    def run(batch: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            try:
+                found = tree_leaves(module(batch))
+            except Exception as error:
+                raise ExportError(
+                    f"torch cannot run the exported program on a batch of {len(batch)}: {reason(error)}"
+                ) from error
+        return [value for value in found if isinstance(value, Tensor)]
+
+    return run
