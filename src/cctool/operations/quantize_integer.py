@@ -24,7 +24,7 @@ from cctool.operations.calibrating import calibration_images
 from cctool.operations.context import Context, Outcome
 from cctool.operations.measuring import measured_splits
 from cctool.operations.quantize_points import Plan, plan
-from cctool.operations.quantize_preparing import attached, calibrated, in_floats
+from cctool.operations.quantize_preparing import attached, calibrated, in_floats, observing
 from cctool.operations.quantize_reports import (
     ActivationReport,
     QuantizeReport,
@@ -44,7 +44,6 @@ from cctool.options.quantize import QuantizeOptions
 from cctool.options.quantize_choices import Rounding
 from cctool.quantization.adaround import adaround
 from cctool.quantization.attached import (
-    Observing,
     detach,
     quantizers_of,
     weight_key,
@@ -54,7 +53,7 @@ from cctool.quantization.bias import correct_biases
 from cctool.quantization.equalize import equalize
 from cctool.quantization.selection import Skipped
 
-__all__ = ["observing", "run", "tensor_reports"]
+__all__ = ["run", "tensor_reports"]
 
 
 def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> Iterator[Outcome]:
@@ -74,7 +73,6 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     sensitivity: tuple[SensitivityReport, ...] = ()
     bits: Mapping[str, int] = {}
     if options.searches:
-
         bits, sensitivity, found = searched_bits(product, options, source, context)
         notes += found
     planned = plan(product, options, bits)
@@ -112,12 +110,6 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         sensitivity=sensitivity,
     )
     yield Outcome(product, report, metrics_before=before, metrics_after=after, notes=report.notes)
-
-
-def observing(options: QuantizeOptions) -> Observing:
-    """How ranges of activations are found."""
-    asked = options.calibration
-    return Observing(observer=asked.observer, percentile=asked.percentile, deviations=asked.deviations)
 
 
 def _refuse_blind(options: QuantizeOptions, source: DataSource | None) -> None:

@@ -16,6 +16,7 @@ from cctool.operations.quantize_points import Plan, attach_plan
 from cctool.operations.quantize_reports import ActivationReport
 from cctool.operations.quantized_storage import quantized_weights
 from cctool.operations.setting_aside import plain_checkpoint
+from cctool.options.quantize import QuantizeOptions
 from cctool.quantization.attached import (
     CallPoint,
     Observing,
@@ -35,7 +36,7 @@ from cctool.quantization.scales import fit_weight
 from cctool.transforms.swapped import swapped_layers
 from cctool.transforms.taps import drop_taps, set_taps, with_taps
 
-__all__ = ["attached", "calibrated", "in_floats", "reported"]
+__all__ = ["attached", "calibrated", "in_floats", "observing", "reported"]
 
 
 def in_floats(checkpoint: Checkpoint, context: Context, *, ordinary: bool) -> tuple[Checkpoint, list[str]]:
@@ -83,6 +84,12 @@ def attached(checkpoint: Checkpoint, planned: Plan) -> Checkpoint:
     for _, parameter, quantizer, fold in quantized_weights(model):
         fit_weight(quantizer, parameter.detach(), fold)
     return replace(checkpoint, spec=with_quantizers(checkpoint.spec, model), stored={})
+
+
+def observing(options: QuantizeOptions) -> Observing:
+    """How ranges of activations are found."""
+    asked = options.calibration
+    return Observing(observer=asked.observer, percentile=asked.percentile, deviations=asked.deviations)
 
 
 class _Watching:

@@ -24,9 +24,8 @@ from cctool.operations.bit_choices import Assignment, Choice, cheapest, fewest_b
 from cctool.operations.calibrating import calibration_images
 from cctool.operations.context import Context
 from cctool.operations.measuring import measured
-from cctool.operations.quantize_integer import observing
 from cctool.operations.quantize_points import Plan, fixed_bits, plan
-from cctool.operations.quantize_preparing import attached, calibrated
+from cctool.operations.quantize_preparing import attached, calibrated, observing
 from cctool.operations.quantize_reports import SensitivityReport
 from cctool.operations.quantized_storage import as_stored, quantized_weights
 from cctool.operations.sizes import stored_bytes

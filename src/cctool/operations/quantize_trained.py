@@ -21,9 +21,9 @@ from cctool.operations.codebooks import keeping_codebooks
 from cctool.operations.context import Context, Outcome
 from cctool.operations.finetuning import encoded_again, finetune
 from cctool.operations.measuring import measured_splits, preprocessing_of
-from cctool.operations.quantize_integer import observing, tensor_reports
+from cctool.operations.quantize_integer import tensor_reports
 from cctool.operations.quantize_points import Plan, plan
-from cctool.operations.quantize_preparing import attached, calibrated, in_floats, reported
+from cctool.operations.quantize_preparing import attached, calibrated, in_floats, observing, reported
 from cctool.operations.quantize_reports import QuantizeReport, counted
 from cctool.operations.quantize_stored import encode_selected
 from cctool.operations.quantized_storage import as_stored, settled
