@@ -73,11 +73,11 @@ def test_afterwards_every_channel_of_every_layer_has_the_mean_output_of_the_floa
     for name, dims in places.items():
         assert float((before[name] - wanted[name]).abs().max()) > 0.05, name
         assert torch.allclose(_outputs(chain, name, x).mean(dims), wanted[name], atol=1e-5), name
-    assert [found.into for found in report.done] == ["0.bias", "3.bias", "5.bias", "7.bias"]
+    assert [found.into for found in report.layers] == ["0.bias", "3.bias", "5.bias", "7.bias"]
     assert report.images == 15
     first = (before["0"] - wanted["0"]).square().mean().sqrt()
-    assert report.done[0].error == pytest.approx(float(first), rel=1e-4)
-    assert report.done[0].size == pytest.approx(float(wanted["0"].square().mean().sqrt()), rel=1e-4)
+    assert report.layers[0].error == pytest.approx(float(first), rel=1e-4)
+    assert report.layers[0].size == pytest.approx(float(wanted["0"].square().mean().sqrt()), rel=1e-4)
 
 
 def test_the_weights_and_the_float_networks_mode_stay(chain):
@@ -98,7 +98,7 @@ def test_a_layer_without_quantizers_stays(chain):
     before = chain[7].bias.clone()
     report = correct_biases(chain, flow, [x])
     assert torch.equal(chain[7].bias, before)
-    assert [found.layer for found in report.done] == ["0", "2", "5"]
+    assert [found.layer for found in report.layers] == ["0", "2", "5"]
     assert not report.skipped
 
 
@@ -109,7 +109,7 @@ def test_layers_whose_constant_has_no_place_are_named():
     x = _images(5, 3)
     flow = _quantized(model, x)
     report = correct_biases(model, flow, [x])
-    assert not report.done
+    assert not report.layers
     reasons = [(left.name, left.reason) for left in report.skipped]
     assert reasons[0] == ("0", "neither it nor a batch norm behind it has a bias")
     assert reasons[1:] == [("2", "2.bias is used 2 times")] * 2

@@ -62,7 +62,7 @@ def test_a_network_computes_the_same_after_its_layers_were_equalized(model, shap
     network = _trained_like(model())
     weights = {name: value.clone() for name, value in network.state_dict().items()}
     report = _equalized(network, _images(*shape))
-    assert len(report.done) == count
+    assert len(report.pairs) == count
     assert report.largest > 2
     assert any(not torch.equal(value, weights[name]) for name, value in network.state_dict().items())
 
@@ -111,7 +111,7 @@ def test_three_layers_around_a_depthwise_one_end_with_the_cube_root_of_the_produ
     ]
     expected = (ranges[0] * ranges[1] * ranges[2]) ** (1 / 3)
     report = _equalized(model, _images(2, 3, 8, 8))
-    assert len(report.done) == 2
+    assert len(report.pairs) == 2
     assert report.rounds > 2
     assert torch.allclose(model[0].weight.abs().amax((1, 2, 3)), expected, rtol=1e-3)
     assert torch.allclose(model[2].weight.abs().amax((1, 2, 3)), expected, rtol=1e-3)
@@ -136,7 +136,7 @@ def test_three_layers_around_a_depthwise_one_end_with_the_cube_root_of_the_produ
 @torch.no_grad()
 def test_layers_of_every_kind_are_equalized(model, shape):
     report = _equalized(_trained_like(model), _images(*shape))
-    assert len(report.done) == 1
+    assert len(report.pairs) == 1
     assert report.largest > 1.1
 
 
@@ -172,10 +172,10 @@ class _Elsewhere(nn.Module):
 
 @torch.no_grad()
 def test_a_mean_over_places_passes_a_factor_on_and_one_over_channels_does_not():
-    assert len(_equalized(_trained_like(_Mean(2, -1)), _images(2, 3, 8, 8)).done) == 1
+    assert len(_equalized(_trained_like(_Mean(2, -1)), _images(2, 3, 8, 8)).pairs) == 1
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), _Channels(), nn.Linear(4, 2))
     report = _equalized(_trained_like(model), _images(2, 3, 6, 6))
-    assert not report.done
+    assert not report.pairs
     assert "passes through mean" in report.skipped[0].reason
 
 
@@ -221,7 +221,7 @@ def test_where_a_factor_does_not_pass_nothing_changes_and_the_reason_is_named(mo
     network = _trained_like(model())
     before = {name: value.clone() for name, value in network.state_dict().items()}
     report = _equalized(network, _images(*shape))
-    assert not report.done
+    assert not report.pairs
     assert report.largest == 1
     assert any(part in left.reason for left in report.skipped for part in reason.split("|"))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

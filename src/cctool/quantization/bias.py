@@ -46,12 +46,12 @@ class BiasReport:
     """What was corrected.
 
     Attributes:
-        done: in order of execution.
+        layers: in order of execution.
         skipped: quantized layers that stay, and why.
         images: on how many images.
     """
 
-    done: tuple[CorrectedLayer, ...]
+    layers: tuple[CorrectedLayer, ...]
     skipped: tuple[Left, ...]
     images: int
 

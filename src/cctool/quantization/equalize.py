@@ -60,14 +60,14 @@ class EqualizeReport:
     """What was equalized.
 
     Attributes:
-        done: titles of the pairs of layers.
+        pairs: titles of the pairs of layers.
         skipped: layers that begin no pair, and why; those that nothing but the network's output follows are
             not among them.
         rounds: how often all pairs were gone through.
         largest: the largest factor that a channel was multiplied or divided by; 1 without pairs.
     """
 
-    done: tuple[str, ...]
+    pairs: tuple[str, ...]
     skipped: tuple[Left, ...]
     rounds: int
     largest: float
