@@ -14,7 +14,7 @@ from cctool.errors import CheckpointError, CorruptCheckpointError
 __all__ = ["compressed", "inflated"]
 
 _HEAD = struct.Struct("<I")
-_MAX_TEXT = 64 * 2**20
+_MAX_TEXT = 16 * 2**20
 _MAX_RATIO = 64
 _FREE = 2**20
 """Bytes of text that a stream of any length may hold."""
@@ -24,7 +24,7 @@ def compressed(text: str) -> Tensor:
     """A text as uint8 (bytes,): its length in UTF-8 as 4 bytes, little endian, and a zlib stream (RFC 1950).
 
     Raises:
-        CheckpointError: if it is longer than 64 MiB.
+        CheckpointError: if it is longer than 16 MiB.
     """
     data = text.encode()
     if len(data) > _MAX_TEXT:
@@ -42,7 +42,7 @@ def inflated(stored: Any) -> str:
         stored: uint8 (bytes,).
 
     Raises:
-        CorruptCheckpointError: if it is malformed, or claims a length above 64 MiB, or above 1 MiB and 64
+        CorruptCheckpointError: if it is malformed, or claims a length above 16 MiB, or above 1 MiB and 64
             times its own; that is seen before anything is inflated.
     """
     if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.dim() != 1:
