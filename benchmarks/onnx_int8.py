@@ -2,8 +2,8 @@
 
 Both get the same float network and the same calibration images: ours is quantized, exported as
 `cctool export` does it, and the peer's is the float file after `quant_pre_process` and `quantize_static`
-(QDQ, per channel; activations int8, its default, and uint8). All files then take turns in one process, two threads,
-one image at a time.
+(QDQ, per channel; activations int8, its default, and uint8). All files then take turns in one process, two
+threads, one image at a time.
 
     python benchmarks/onnx_int8.py [ROUNDS]
 """
