@@ -1,8 +1,9 @@
 """Exported int8 networks against onnxruntime's own static quantization: speed, bytes, kernels.
 
-Both get the same float network and the same calibration images: ours is quantized, exported as `cctool export`
-does it, and the peer's is the float file after `quant_pre_process` and `quantize_static` (QDQ, per channel). The
-float file and the two others then take turns in one process, two threads, one image at a time.
+Both get the same float network and the same calibration images: ours is quantized, exported as
+`cctool export` does it, and the peer's is the float file after `quant_pre_process` and `quantize_static`
+(QDQ, per channel; activations int8, its default, and uint8). All files then take turns in one process, two
+threads, one image at a time.
 
     python benchmarks/onnx_int8.py [ROUNDS]
 """
@@ -94,10 +95,13 @@ def quantize(model: torch.nn.Module, images: torch.Tensor) -> None:
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Gives the calibration images one by one."""
+
     def __init__(self, images: torch.Tensor) -> None:
         self.images: Iterator[torch.Tensor] = iter(images.split(1))
 
     def get_next(self) -> dict[str, Any] | None:
+        """The next image, or None at the end."""
         image = next(self.images, None)
         return None if image is None else {"input": image.numpy()}
 

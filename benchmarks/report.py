@@ -19,6 +19,7 @@ import report_coding
 import report_coefficients
 import report_goals
 import report_kernels
+import report_onnx
 import report_zoo
 
 HERE = Path(__file__).resolve().parent
@@ -188,6 +189,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "prune_table": prune_table,
     "slimming": slimming,
     **{name: partial(draw, table=table) for name, draw in report_goals.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_onnx.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_zoo.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_kernels.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_coding.SECTIONS.items()},

@@ -27,7 +27,7 @@ SHAPE = (3, 12, 12)
 
 
 class Toy(nn.Module):
-    """Residual addition, concatenation, depthwise and shared convolutions, pools, five kinds of activation."""
+    """Residual addition, concatenation, depthwise and shared convolutions, pools, three activations."""
 
     def __init__(self) -> None:
         super().__init__()

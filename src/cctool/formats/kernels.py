@@ -90,13 +90,16 @@ def kernels_of(path: Path) -> Kernels:
     integer = [node for node in optimized.graph.node if node.op_type in _INTEGER]
     others = [node for node in optimized.graph.node if node.op_type in _FLOAT]
     graph = OnnxGraph(onnx.load(path))
-    named = {node.name: node for node in graph.nodes}
-    return Kernels(
-        integer=len(integer),
-        floating=tuple(
-            FloatLayer(node.name or node.op_type, _reason(graph, named.get(node.name))) for node in others
-        ),
-    )
+    named = {node.name: node for node in graph.nodes if node.op_type in _FLOAT}
+    # What onnxruntime fuses gets another name, but takes the same weight.
+    taking = {node.input[1]: node for node in named.values()}
+    layers = []
+    for node in others:
+        source = named.get(node.name) or taking.get(node.input[1])
+        layers.append(
+            FloatLayer((node if source is None else source).name or node.op_type, _reason(graph, source))
+        )
+    return Kernels(integer=len(integer), floating=tuple(layers))
 
 
 def _reason(graph: OnnxGraph, node: Any | None) -> str:

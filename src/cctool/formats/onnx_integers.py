@@ -26,7 +26,7 @@ PACKED_OPSET = 21
 
 _WITH_BIAS = ("Conv", "ConvTranspose", "Gemm")
 _FINE = 7
-"""Bits that integers of fewer are spread over: biases lie on multiples of their steps, and 7 never saturate."""
+"""Bits that integers of fewer are spread over: biases lie on finer steps, and 7 never saturate."""
 
 _LARGEST_BIAS = 2.0**30
 _TINY = 1e-30

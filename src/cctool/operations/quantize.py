@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations import quantize_integer, quantize_stored, quantize_trained
 from cctool.operations.context import Context, Outcome
+from cctool.operations.quantize_reports import QuantizeReport
 from cctool.options.quantize import QuantizeOptions
 from cctool.options.quantize_choices import INTEGERS, TRAINED, QuantizeMethod
 
-__all__ = ["run"]
+__all__ = ["QuantizeReport", "run"]
 
 
 def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> Iterator[Outcome]:

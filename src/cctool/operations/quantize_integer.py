@@ -128,7 +128,7 @@ def _refuse_blind(options: QuantizeOptions, source: DataSource | None) -> None:
 def _equalized(product: Checkpoint, options: QuantizeOptions) -> list[str]:
 
     found = equalize(product.model, plan(product, options).flow)
-    notes = [f"the channels of {len(found.done)} pairs of layers were equalized"]
+    notes = [f"the channels of {len(found.pairs)} pairs of layers were equalized"]
     return notes + [f"not equalized: {item.name}: {item.reason}" for item in found.skipped]
 
 
@@ -194,7 +194,7 @@ def _corrected(
         notes += [f"rounding not learnt: {item.name}: {item.reason}" for item in learned.skipped]
     if asked.bias_correction:
         found = correct_biases(product.model, planned.flow, images, context.reporter, reference=reference)
-        notes.append(f"the biases of {len(found.done)} layers were corrected on {used:,} images")
+        notes.append(f"the biases of {len(found.layers)} layers were corrected on {used:,} images")
         notes += [f"no bias corrected: {item.name}: {item.reason}" for item in found.skipped]
     return notes
 
