@@ -23,10 +23,11 @@ from cctool.checkpoint.spec import Record
 from cctool.errors import UsageError
 from cctool.transforms.kernels import check_kernel, is_wavelet
 from cctool.transforms.quantizers import Grid, Rounded, grid_of, to_symbols
+from cctool.transforms.rate import soft_bits, soft_bits_slope
 from cctool.transforms.spatial import Blocks, CalibratedBlocks, Plain, Spatial, Wavelet
 from cctool.transforms.tables import block_steps, check_table, quality_scale, wavelet_steps
 
-__all__ = ["CodecConfig", "CodecState", "Symbols", "encode", "reconstruct", "simulate"]
+__all__ = ["CodecConfig", "CodecState", "Symbols", "encode", "reconstruct", "simulate", "simulate_rated"]
 
 _Step = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 
@@ -175,34 +176,51 @@ def encode(x: Tensor, state: CodecState, *, look: bool = True) -> Symbols:
         state: the codec, on the device of ``x``.
         look: count what is clamped.
     """
-    symbols, integers, rounded = _encode(x, state, look=look, look_inside=look)
+    made = _encode(x, state, look=look, look_inside=look)
     if not look:
-        return symbols
-    second = [item.clamped() for item in rounded] or [torch.zeros((), dtype=torch.int64, device=x.device)]
-    return replace(symbols, clamped=torch.stack((integers.clamped(), torch.stack(second).sum())))
+        return made.symbols
+    second = [item.clamped() for item in made.rounded]
+    second = second or [torch.zeros((), dtype=torch.int64, device=x.device)]
+    return replace(made.symbols, clamped=torch.stack((made.integers.clamped(), torch.stack(second).sum())))
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """The symbols, and how the encoder came to them.
+
+    Attributes:
+        symbols: without counts of what was clamped.
+        integers: what the quantizer before the transform did.
+        rounded: what the one behind it did in each band; empty without a transform.
+        scaled: what was rounded last, float64, in units of its step.
+        steps: of these, in units of the integers.
+    """
+
+    symbols: Symbols
+    integers: Rounded
+    rounded: list[Rounded]
+    scaled: list[Tensor]
+    steps: list[Tensor]
 
 
 @torch.no_grad()
-def _encode(
-    x: Tensor, state: CodecState, *, look: bool, look_inside: bool
-) -> tuple[Symbols, Rounded, list[Rounded]]:
-    """The symbols, and what the first and the second quantizer did, the second in each band."""
+def _encode(x: Tensor, state: CodecState, *, look: bool, look_inside: bool) -> _Encoded:
     config = state.config
     shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
     integers = state.grid().to_integers(x, look=look)
     if not config.transforms:
-        return Symbols((integers.values.to(torch.int32),), None, shape), integers, []
+        alone = Symbols((integers.values.to(torch.int32),), None, shape)
+        return _Encoded(alone, integers, [], [integers.values], [torch.ones_like(state.grid().step)])
     v, means = integers.values, None
     if config.mean_shift:
         means = v.mean((1, 2, 3)).float()
         v = v - means.double()[:, None, None, None]
     coefficients = state.spatial().forward(_channels(v, state.bases.get("channels")))
     steps = state.steps(shape[2:], len(coefficients), x.device)
-    rounded = [
-        to_symbols(band / step, config.symbol_bits, config.dead_zone, look=look_inside)
-        for band, step in zip(coefficients, steps, strict=True)
-    ]
-    return Symbols(tuple(item.values for item in rounded), means, shape), integers, rounded
+    scaled = [band / step for band, step in zip(coefficients, steps, strict=True)]
+    rounded = [to_symbols(band, config.symbol_bits, config.dead_zone, look=look_inside) for band in scaled]
+    symbols = Symbols(tuple(item.values for item in rounded), means, shape)
+    return _Encoded(symbols, integers, rounded, scaled, steps)
 
 
 @torch.no_grad()
@@ -242,47 +260,89 @@ def simulate(x: Tensor, state: CodecState) -> Tensor:
     Returns:
         float32 (N, C, H, W).
     """
-    found: Tensor = _Simulate.apply(x, state)
+    found: Tensor = _Simulate.apply(x, state, False)[0]
     return found
+
+
+def simulate_rated(x: Tensor, state: CodecState) -> tuple[Tensor, Tensor]:
+    """`simulate`, and about how many bits the symbols take, with its own gradient.
+
+    Returns:
+        The maps, and a float32 of no dims: the sum of `rate.soft_bits` over all coefficients before they are
+        rounded. The rounding to integers before the transform counts as none; where one clamps, the gradient
+        is zero.
+    """
+    maps, bits = _Simulate.apply(x, state, True)
+    return maps, bits
 
 
 class _Simulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, state: CodecState) -> Tensor:
+    def forward(ctx: Any, x: Tensor, state: CodecState, rated: bool) -> tuple[Tensor, Tensor]:
         # Where symbols are as wide as need be, none is clamped.
         narrow = state.config.symbol_bits is not None
-        symbols, integers, rounded = _encode(x, state, look=True, look_inside=narrow)
-        ctx.state, ctx.size, ctx.bands = state, symbols.shape[2:], [band.shape for band in symbols.bands]
-        ctx.save_for_backward(integers.inside, *(item.inside for item in rounded if narrow))
-        return reconstruct(symbols, state)
+        made = _encode(x, state, look=True, look_inside=narrow)
+        ctx.state, ctx.size, ctx.narrow = state, made.symbols.shape[2:], narrow and state.config.transforms
+        ctx.bands = [band.shape for band in made.symbols.bands]
+        slopes = []
+        bits = torch.zeros((), device=x.device)
+        if rated:
+            bits = torch.stack([soft_bits(z).sum() for z in made.scaled]).sum().float()
+            slopes = [
+                (soft_bits_slope(z) / (step * state.grid().step)).to(x.dtype)
+                for z, step in zip(made.scaled, made.steps, strict=True)
+            ]
+        else:
+            ctx.mark_non_differentiable(bits)
+        inside = [item.inside for item in made.rounded if narrow]
+        ctx.save_for_backward(made.integers.inside, *inside, *slopes)
+        return reconstruct(made.symbols, state), bits
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        outer, *inner = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor, of_bits: Tensor) -> tuple[Tensor, None, None]:
+        outer, *others = ctx.saved_tensors
+        count = len(ctx.bands) if ctx.narrow else 0
+        inside, rates = others[:count], [slope * of_bits for slope in others[count:]]
         if ctx.state.config.transforms:
-            gradient = _through_transform(gradient, ctx.state, inner, ctx.size, ctx.bands)
-        return gradient * outer, None
+            gradient = _through_transform(gradient, ctx.state, inside, ctx.size, ctx.bands, rates)
+        elif rates:
+            gradient = gradient + rates[0]
+        return gradient * outer, None, None
 
 
 def _through_transform(
-    gradient: Tensor, state: CodecState, inside: Sequence[Tensor], size: tuple[int, int], bands: Sequence[Any]
+    gradient: Tensor,
+    state: CodecState,
+    inside: Sequence[Tensor],
+    size: tuple[int, int],
+    bands: Sequence[Any],
+    rates: Sequence[Tensor],
 ) -> Tensor:
-    """Carry a gradient from the decoded integers back to the integers; steps and scales cancel out."""
+    """Carry a gradient from the decoded maps back to the maps; steps and scales cancel out.
+
+    ``rates`` are gradients by the coefficients that join there, in units of the maps; empty is none.
+    """
     spatial, basis = state.spatial(), state.bases.get("channels")
     turned = _channels(gradient, basis)
     if spatial.orthonormal:
         coefficients = spatial.forward(turned)
-        back = spatial.inverse(_kept(coefficients, inside), size)
+        back = spatial.inverse(_kept(_joined(coefficients, rates), inside), size)
     else:
         coefficients = _adjoint(lambda *c: (spatial.inverse(c, size),), bands, (turned,))
-        (back,) = _adjoint(lambda x: spatial.forward(x), [gradient.shape], _kept(coefficients, inside))
+        coefficients = tuple(_kept(_joined(coefficients, rates), inside))
+        (back,) = _adjoint(lambda x: spatial.forward(x), [gradient.shape], coefficients)
     back = _channels(back, None if basis is None else basis.T)
     if state.config.mean_shift:
         # The mean goes around the transform: it gets what the decoder adds, less what the encoder takes.
         dims, count = (1, 2, 3), gradient[0].numel()
         back = back + (gradient.sum(dims, keepdim=True) - back.sum(dims, keepdim=True)) / count
     return back
+
+
+def _joined(bands: Sequence[Tensor], rates: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Sums band by band."""
+    return [band + rate for band, rate in zip(bands, rates, strict=True)] if rates else bands
 
 
 def _kept(bands: Sequence[Tensor], inside: Sequence[Tensor]) -> list[Tensor]:
