@@ -14,15 +14,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from cctool.options.transform_choices import TransformPreset
-from cctool.transforms.codec import (
-    CodecConfig,
-    CodecState,
-    Symbols,
-    encode,
-    reconstruct,
-    simulate,
-    simulate_rated,
-)
+from cctool.transforms.codec import CodecConfig, CodecState, Symbols, encode, reconstruct
+from cctool.transforms.simulation import simulate, simulate_rated
 from cctool.transforms.tables import default_table, preset_tables
 
 DCT = {"kernel": "dct", "norm": "none", "symbol_bits": 8}

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from cctool.transforms.codec import CodecConfig, CodecState, Symbols, encode, reconstruct, simulate
+from cctool.transforms.codec import CodecConfig, CodecState, Symbols, encode, reconstruct
+from cctool.transforms.simulation import simulate
 from cctool.transforms.statistics import TapStatistics
 from cctool.transforms.tables import default_table
 from cctool.transforms.taps import CalibratedTap, TapHook, set_taps, taps_of

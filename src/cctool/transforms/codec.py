@@ -11,9 +11,9 @@ had no gradient through the DCT.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -23,11 +23,19 @@ from cctool.checkpoint.spec import Record
 from cctool.errors import UsageError
 from cctool.transforms.kernels import check_kernel, is_wavelet
 from cctool.transforms.quantizers import Grid, Rounded, grid_of, to_symbols
-from cctool.transforms.rate import soft_bits, soft_bits_slope
 from cctool.transforms.spatial import Blocks, CalibratedBlocks, Plain, Spatial, Wavelet
 from cctool.transforms.tables import block_steps, check_table, quality_scale, wavelet_steps
 
-__all__ = ["CodecConfig", "CodecState", "Symbols", "encode", "reconstruct", "simulate", "simulate_rated"]
+__all__ = [
+    "CodecConfig",
+    "CodecState",
+    "Encoding",
+    "Symbols",
+    "encode",
+    "encoding",
+    "mix_channels",
+    "reconstruct",
+]
 
 _Step = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 
@@ -50,6 +58,7 @@ class CodecConfig(Record):
         quality: 1 to 100, scales the steps; None leaves them.
         dead_zone: levels begin at n + 0.5 + dead_zone steps.
         channel_klt: decorrelate channels by a calibrated basis before the spatial transform.
+        allocated: whether a calibrated table follows how much the outputs change with each coefficient.
         calibrated: which of ``k``, ``prequantizer`` and ``table`` calibration chose, and so may choose again.
         images: how many it saw.
     """
@@ -68,6 +77,7 @@ class CodecConfig(Record):
     quality: float | None = Field(default=None, ge=1, le=100, allow_inf_nan=False)
     dead_zone: float = Field(default=0.0, ge=0, lt=0.5, allow_inf_nan=False)
     channel_klt: bool = False
+    allocated: bool = False
     calibrated: tuple[Literal["k", "prequantizer", "table"], ...] = Field(default=(), max_length=3)
     images: int = Field(default=0, ge=0, strict=True)
 
@@ -84,11 +94,21 @@ class CodecConfig(Record):
     def _consistent(self) -> CodecConfig:
         if self.norm == "none" and self.kernel not in ("dct", "dst", "dft"):
             raise ValueError(f"--norm none is a scale of dct, dst and dft, not of {self.kernel}")
+        if self.allocated and self.norm == "none":
+            raise ValueError("--allocate chooses steps of orthonormal coefficients: --norm ortho is needed")
         if not self.transforms:
-            if self.table or self.mean_shift or self.dead_zone or self.quality or self.symbol_bits:
+            if (
+                self.table
+                or self.mean_shift
+                or self.dead_zone
+                or self.quality
+                or self.symbol_bits
+                or self.allocated
+            ):
                 raise ValueError(
-                    "--kernel identity has one quantizer, of --bits: --q-table, --mean-shift, --dead-zone, "
-                    "--quality and --symbol-bits are for the one behind a transform (--channel-klt is one)"
+                    "--kernel identity has one quantizer, of --bits: --q-table, --allocate, --mean-shift, "
+                    "--dead-zone, --quality and --symbol-bits are for the one behind a transform "
+                    "(--channel-klt is one)"
                 )
             return self
         try:
@@ -176,7 +196,7 @@ def encode(x: Tensor, state: CodecState, *, look: bool = True) -> Symbols:
         state: the codec, on the device of ``x``.
         look: count what is clamped.
     """
-    made = _encode(x, state, look=look, look_inside=look)
+    made = encoding(x, state, look=look, look_inside=look)
     if not look:
         return made.symbols
     second = [item.clamped() for item in made.rounded]
@@ -185,7 +205,7 @@ def encode(x: Tensor, state: CodecState, *, look: bool = True) -> Symbols:
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class Encoding:
     """The symbols, and how the encoder came to them.
 
     Attributes:
@@ -204,23 +224,31 @@ class _Encoded:
 
 
 @torch.no_grad()
-def _encode(x: Tensor, state: CodecState, *, look: bool, look_inside: bool) -> _Encoded:
+def encoding(x: Tensor, state: CodecState, *, look: bool, look_inside: bool) -> Encoding:
+    """`encode`, with what lies on its way.
+
+    Args:
+        x: (N, C, H, W), floating point; it is not written to.
+        state: the codec, on the device of ``x``.
+        look: whether to tell what the quantizer before the transform clamped.
+        look_inside: whether to tell what the one behind it clamped.
+    """
     config = state.config
     shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
     integers = state.grid().to_integers(x, look=look)
     if not config.transforms:
         alone = Symbols((integers.values.to(torch.int32),), None, shape)
-        return _Encoded(alone, integers, [], [integers.values], [torch.ones_like(state.grid().step)])
+        return Encoding(alone, integers, [], [integers.values], [torch.ones_like(state.grid().step)])
     v, means = integers.values, None
     if config.mean_shift:
         means = v.mean((1, 2, 3)).float()
         v = v - means.double()[:, None, None, None]
-    coefficients = state.spatial().forward(_channels(v, state.bases.get("channels")))
+    coefficients = state.spatial().forward(mix_channels(v, state.bases.get("channels")))
     steps = state.steps(shape[2:], len(coefficients), x.device)
     scaled = [band / step for band, step in zip(coefficients, steps, strict=True)]
     rounded = [to_symbols(band, config.symbol_bits, config.dead_zone, look=look_inside) for band in scaled]
     symbols = Symbols(tuple(item.values for item in rounded), means, shape)
-    return _Encoded(symbols, integers, rounded, scaled, steps)
+    return Encoding(symbols, integers, rounded, scaled, steps)
 
 
 @torch.no_grad()
@@ -242,124 +270,13 @@ def reconstruct(symbols: Symbols, state: CodecState) -> Tensor:
     # decoder's symbols lie as they were written.
     coefficients = [band.contiguous() * step for band, step in zip(symbols.bands, steps, strict=True)]
     basis = state.bases.get("channels")
-    v = _channels(state.spatial().inverse(coefficients, size), None if basis is None else basis.T)
+    v = mix_channels(state.spatial().inverse(coefficients, size), None if basis is None else basis.T)
     if symbols.means is not None:
         v = v + symbols.means.double()[:, None, None, None]
     return state.grid().to_values(v).to(torch.float32, memory_format=torch.contiguous_format)
 
 
-def simulate(x: Tensor, state: CodecState) -> Tensor:
-    """``reconstruct(encode(x))`` with a gradient: straight through both roundings, zero where one clamps.
-
-    The transforms' own gradients are exact, mean and channel transform included.
-
-    Args:
-        x: (N, C, H, W), floating point; it is not written to.
-        state: the codec; its tensors get no gradient.
-
-    Returns:
-        float32 (N, C, H, W).
-    """
-    found: Tensor = _Simulate.apply(x, state, False)[0]
-    return found
-
-
-def simulate_rated(x: Tensor, state: CodecState) -> tuple[Tensor, Tensor]:
-    """`simulate`, and about how many bits the symbols take, with its own gradient.
-
-    Returns:
-        The maps, and a float32 of no dims: the sum of `rate.soft_bits` over all coefficients before they are
-        rounded. The rounding to integers before the transform counts as none; where one clamps, the gradient
-        is zero.
-    """
-    maps, bits = _Simulate.apply(x, state, True)
-    return maps, bits
-
-
-class _Simulate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, state: CodecState, rated: bool) -> tuple[Tensor, Tensor]:
-        # Where symbols are as wide as need be, none is clamped.
-        narrow = state.config.symbol_bits is not None
-        made = _encode(x, state, look=True, look_inside=narrow)
-        ctx.state, ctx.size, ctx.narrow = state, made.symbols.shape[2:], narrow and state.config.transforms
-        ctx.bands = [band.shape for band in made.symbols.bands]
-        slopes = []
-        bits = torch.zeros((), device=x.device)
-        if rated:
-            bits = torch.stack([soft_bits(z).sum() for z in made.scaled]).sum().float()
-            slopes = [
-                (soft_bits_slope(z) / (step * state.grid().step)).to(x.dtype)
-                for z, step in zip(made.scaled, made.steps, strict=True)
-            ]
-        else:
-            ctx.mark_non_differentiable(bits)
-        inside = [item.inside for item in made.rounded if narrow]
-        ctx.save_for_backward(made.integers.inside, *inside, *slopes)
-        return reconstruct(made.symbols, state), bits
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor, of_bits: Tensor) -> tuple[Tensor, None, None]:
-        outer, *others = ctx.saved_tensors
-        count = len(ctx.bands) if ctx.narrow else 0
-        inside, rates = others[:count], [slope * of_bits for slope in others[count:]]
-        if ctx.state.config.transforms:
-            gradient = _through_transform(gradient, ctx.state, inside, ctx.size, ctx.bands, rates)
-        elif rates:
-            gradient = gradient + rates[0]
-        return gradient * outer, None, None
-
-
-def _through_transform(
-    gradient: Tensor,
-    state: CodecState,
-    inside: Sequence[Tensor],
-    size: tuple[int, int],
-    bands: Sequence[Any],
-    rates: Sequence[Tensor],
-) -> Tensor:
-    """Carry a gradient from the decoded maps back to the maps; steps and scales cancel out.
-
-    ``rates`` are gradients by the coefficients that join there, in units of the maps; empty is none.
-    """
-    spatial, basis = state.spatial(), state.bases.get("channels")
-    turned = _channels(gradient, basis)
-    if spatial.orthonormal:
-        coefficients = spatial.forward(turned)
-        back = spatial.inverse(_kept(_joined(coefficients, rates), inside), size)
-    else:
-        coefficients = _adjoint(lambda *c: (spatial.inverse(c, size),), bands, (turned,))
-        coefficients = tuple(_kept(_joined(coefficients, rates), inside))
-        (back,) = _adjoint(lambda x: spatial.forward(x), [gradient.shape], coefficients)
-    back = _channels(back, None if basis is None else basis.T)
-    if state.config.mean_shift:
-        # The mean goes around the transform: it gets what the decoder adds, less what the encoder takes.
-        dims, count = (1, 2, 3), gradient[0].numel()
-        back = back + (gradient.sum(dims, keepdim=True) - back.sum(dims, keepdim=True)) / count
-    return back
-
-
-def _joined(bands: Sequence[Tensor], rates: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Sums band by band."""
-    return [band + rate for band, rate in zip(bands, rates, strict=True)] if rates else bands
-
-
-def _kept(bands: Sequence[Tensor], inside: Sequence[Tensor]) -> list[Tensor]:
-    """Bands with zeros where the quantizer clamped; as they are where nobody looked."""
-    return [band * here for band, here in zip(bands, inside, strict=True)] if inside else list(bands)
-
-
-def _adjoint(
-    linear: Callable[..., tuple[Tensor, ...]], shapes: Sequence[Any], gradients: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """Apply the transpose of a linear map whose arguments have these shapes."""
-    with torch.enable_grad():
-        points = [gradients[0].new_zeros(shape, requires_grad=True) for shape in shapes]
-        return torch.autograd.grad(linear(*points), points, gradients)
-
-
-def _channels(x: Tensor, basis: Tensor | None) -> Tensor:
+def mix_channels(x: Tensor, basis: Tensor | None) -> Tensor:
     """Apply a matrix (C, C) to the channels of (N, C, H, W)."""
     if basis is None:
         return x

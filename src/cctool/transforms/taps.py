@@ -22,15 +22,8 @@ from cctool.checkpoint.payload import as_bytes
 from cctool.checkpoint.spec import Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
 from cctool.errors import CorruptCheckpointError, SpecError, TransformError
-from cctool.transforms.codec import (
-    CodecConfig,
-    CodecState,
-    Symbols,
-    encode,
-    reconstruct,
-    simulate,
-    simulate_rated,
-)
+from cctool.transforms.codec import CodecConfig, CodecState, Symbols, encode, reconstruct
+from cctool.transforms.simulation import simulate, simulate_rated
 from cctool.transforms.spatial import block_sizes
 
 __all__ = [
