@@ -26,6 +26,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import record
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
@@ -47,7 +49,7 @@ from cctool.options.transform_choices import TransformPreset, TransformTarget
 from cctool.runtime import Silent, resolve_device, seed_everything
 from cctool.transforms.statistics import NetworkStatistics
 from cctool.transforms.tap_sites import find_sites
-from cctool.transforms.taps import recording
+from cctool.transforms.taps import recording, set_quality
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CALIBRATION = 1024
@@ -125,8 +127,23 @@ class Run:
             ],
         }
 
-    def finetuned(self, options: TransformOptions) -> dict[str, Any]:
-        """The network after training with the codecs in the loop."""
+    def finetuned(self, options: TransformOptions, quality: float) -> dict[str, Any]:
+        """The network after training with the codecs in the loop, then coded at a quality of its own."""
+        arguments = self.arguments
+        trained, images = self._trained(options)
+        set_quality(trained.model, quality)
+        held_out = measured(trained, self.source(), self.data, self.context, split="validation")
+        return self.measured(trained) | {
+            "validation_top1": round(held_out.values["top1"], 2),
+            "train_images": images,
+            "distilled": arguments.distilled,
+            "epochs": arguments.epochs,
+            "lr": arguments.lr,
+            "rate_weight": arguments.rate_weight,
+        }
+
+    def _trained(self, options: TransformOptions) -> tuple[Checkpoint, int]:
+        """The network trained at the quality of the options, and on how many images."""
         arguments, coded = self.arguments, self.coded(options)
         fit = FitOptions(
             epochs=arguments.epochs,
@@ -136,6 +153,11 @@ class Run:
             freeze_norm=True,
         )
         images = self.source(arguments.train_images)
+        count = len(images.split("train"))
+        kept = Path(arguments.keep, f"tuned-{options.features.quality:g}.pt") if arguments.keep else None
+        if kept is not None and kept.is_file():
+            coded.model.load_state_dict(torch.load(kept, weights_only=True))
+            return coded, count
         objective = None
         if arguments.distilled:
             named = TeacherOptions(arguments.weights, ModelOptions(arch="resnet20", mean=MEAN, std=STD))
@@ -143,13 +165,9 @@ class Run:
         trained = finetune(
             coded, images, fit, self.data, self.context, objective=objective, choose_best=False
         )
-        return self.measured(trained) | {
-            "train_images": len(images.split("train")),
-            "distilled": arguments.distilled,
-            "epochs": arguments.epochs,
-            "lr": arguments.lr,
-            "rate_weight": arguments.rate_weight,
-        }
+        if kept is not None:
+            torch.save(trained.model.state_dict(), kept)
+        return trained, count
 
 
 def ours(quality: float, **given: Any) -> TransformOptions:
@@ -165,10 +183,10 @@ def published(preset: TransformPreset) -> TransformOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """One row: a codec, or none; whether it is fine-tuned; test images, all where None."""
+    """One row: a codec, or none; the quality after a fine-tuning; test images, all where None."""
 
     options: TransformOptions | None
-    tuned: bool = False
+    tuned: float | None = None
     images: int | None = None
 
 
@@ -180,7 +198,10 @@ def jobs(arguments: argparse.Namespace) -> dict[str, Job]:
         found[f"float, {few:,} images"] = Job(None, images=few)
     best: dict[str, Any] = {"channel_klt": True, "allocate": True}
     for quality in arguments.tuned:
-        found[f"{ALLOCATED}, quality {quality:g}, tuned"] = Job(ours(quality, **best), tuned=True)
+        found[f"{ALLOCATED}, quality {quality:g}, tuned"] = Job(ours(quality, **best), tuned=quality)
+        for other in arguments.coded_at:
+            name = f"{ALLOCATED}, tuned at {quality:g}, coded at {other:g}"
+            found[name] = Job(ours(quality, **best), tuned=other)
     for preset in PRESETS:
         found[f"preset {preset}"] = Job(published(preset), images=few)
     for name, given in (("dct", {}), ("dct, channel KLT", {"channel_klt": True}), (ALLOCATED, best)):
@@ -193,7 +214,9 @@ def jobs(arguments: argparse.Namespace) -> dict[str, Job]:
 def measure(run: Run, job: Job) -> dict[str, Any]:
     if job.options is None:
         return run.measured(run.checkpoint, job.images)
-    return run.finetuned(job.options) if job.tuned else run.measured(run.coded(job.options), job.images)
+    if job.tuned is not None:
+        return run.finetuned(job.options, job.tuned)
+    return run.measured(run.coded(job.options), job.images)
 
 
 def main() -> None:
@@ -203,6 +226,10 @@ def main() -> None:
     parser.add_argument("--partial", help="JSON file of rows that were measured before")
     parser.add_argument("--only", default="", help="regular expression of the rows to measure")
     parser.add_argument("--tuned", type=float, nargs="*", default=[44, 30, 20], help="qualities, fine-tuned")
+    parser.add_argument(
+        "--coded-at", type=float, nargs="*", default=[], help="further qualities of each tuned network"
+    )
+    parser.add_argument("--keep", help="folder of tuned weights; what lies there is not tuned again")
     parser.add_argument("--sweep", type=float, nargs="*", default=[20, 30, 44, 60, 80])
     parser.add_argument("--sweep-images", type=int, help="test images of untuned rows; all unless given")
     parser.add_argument("--train-images", type=int, help="of fine-tuning; all unless given")
@@ -232,6 +259,11 @@ def main() -> None:
         f"python benchmarks/feature_codec.py WEIGHTS CIFAR10_DIR --epochs {arguments.epochs} "
         f"--lr {arguments.lr:g} --rate-weight {arguments.rate_weight:g} "
         f"--tuned {' '.join(f'{quality:g}' for quality in arguments.tuned)}"
+        + (
+            f" --coded-at {' '.join(f'{other:g}' for other in arguments.coded_at)}"
+            if arguments.coded_at
+            else ""
+        )
         + (" --distilled" if arguments.distilled else "")
         + (f" --train-images {arguments.train_images}" if arguments.train_images else "")
         + (f" --sweep-images {arguments.sweep_images}" if arguments.sweep_images else "")
