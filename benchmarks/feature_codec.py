@@ -54,7 +54,7 @@ from cctool.transforms.taps import recording, set_quality
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CALIBRATION = 1024
 ORDERS = range(6)
-ALLOCATED = "dct, channel KLT, allocated"
+ALLOCATED = "dct with channel KLT, allocated"
 PRESETS = (
     TransformPreset.FEATURE_COMPRESSION_DCT,
     TransformPreset.FEATURE_COMPRESSION_DCT_RETRAIN,
@@ -204,7 +204,7 @@ def jobs(arguments: argparse.Namespace) -> dict[str, Job]:
             found[name] = Job(ours(quality, **best), tuned=other)
     for preset in PRESETS:
         found[f"preset {preset}"] = Job(published(preset), images=few)
-    for name, given in (("dct", {}), ("dct, channel KLT", {"channel_klt": True}), (ALLOCATED, best)):
+    for name, given in (("dct", {}), ("dct with channel KLT", {"channel_klt": True}), (ALLOCATED, best)):
         for quality in arguments.sweep:
             found[f"{name}, quality {quality:g}"] = Job(ours(quality, **given), images=few)
     found["haar, quality 44"] = Job(ours(44, kernel="dwt"), images=few)
