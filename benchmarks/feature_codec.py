@@ -5,8 +5,10 @@ Ratios are of all maps of the measured images, 8 bits a value over all coded bit
 (headers, ranges, steps, means, block tables), as `cctool evaluate --bitstream` would write them.
 
 - the published presets, with the ratio at every order k of the code;
-- the default table at several qualities, without any training;
-- the same with fine-tuning in the loop: the taps stay in, gradients pass straight through.
+- the default table at several qualities, without any training; over a KLT of the channels; and with steps by
+  the outputs' sensitivity (--allocate);
+- the last with fine-tuning in the loop: the taps stay in, gradients pass straight through, the uncoded
+  network is the teacher (--distilled), and the rate is a part of the loss (--rate-weight).
 
 Rows that are in the file of --partial already are not measured again.
 
@@ -20,9 +22,11 @@ import json
 import re
 import time
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import record
 from cctool.checkpoint.checkpoint import Checkpoint
@@ -45,11 +49,12 @@ from cctool.options.transform_choices import TransformPreset, TransformTarget
 from cctool.runtime import Silent, resolve_device, seed_everything
 from cctool.transforms.statistics import NetworkStatistics
 from cctool.transforms.tap_sites import find_sites
-from cctool.transforms.taps import recording
+from cctool.transforms.taps import recording, set_quality
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CALIBRATION = 1024
 ORDERS = range(6)
+ALLOCATED = "dct with channel KLT, allocated"
 PRESETS = (
     TransformPreset.FEATURE_COMPRESSION_DCT,
     TransformPreset.FEATURE_COMPRESSION_DCT_RETRAIN,
@@ -122,11 +127,37 @@ class Run:
             ],
         }
 
-    def finetuned(self, options: TransformOptions) -> dict[str, Any]:
-        """The network after training with the codecs in the loop."""
+    def finetuned(self, options: TransformOptions, quality: float) -> dict[str, Any]:
+        """The network after training with the codecs in the loop, then coded at a quality of its own."""
+        arguments = self.arguments
+        trained, images = self._trained(options)
+        set_quality(trained.model, quality)
+        held_out = measured(trained, self.source(), self.data, self.context, split="validation")
+        return self.measured(trained) | {
+            "validation_top1": round(held_out.values["top1"], 2),
+            "train_images": images,
+            "distilled": arguments.distilled,
+            "epochs": arguments.epochs,
+            "lr": arguments.lr,
+            "rate_weight": arguments.rate_weight,
+        }
+
+    def _trained(self, options: TransformOptions) -> tuple[Checkpoint, int]:
+        """The network trained at the quality of the options, and on how many images."""
         arguments, coded = self.arguments, self.coded(options)
-        fit = FitOptions(epochs=arguments.epochs, optimizer="sgd", lr=arguments.lr, freeze_norm=True)
+        fit = FitOptions(
+            epochs=arguments.epochs,
+            optimizer="sgd",
+            lr=arguments.lr,
+            rate_weight=arguments.rate_weight,
+            freeze_norm=True,
+        )
         images = self.source(arguments.train_images)
+        count = len(images.split("train"))
+        kept = Path(arguments.keep, f"tuned-{options.features.quality:g}.pt") if arguments.keep else None
+        if kept is not None and kept.is_file():
+            coded.model.load_state_dict(torch.load(kept, weights_only=True))
+            return coded, count
         objective = None
         if arguments.distilled:
             named = TeacherOptions(arguments.weights, ModelOptions(arch="resnet20", mean=MEAN, std=STD))
@@ -134,12 +165,9 @@ class Run:
         trained = finetune(
             coded, images, fit, self.data, self.context, objective=objective, choose_best=False
         )
-        return self.measured(trained) | {
-            "train_images": len(images.split("train")),
-            "distilled": arguments.distilled,
-            "epochs": arguments.epochs,
-            "lr": arguments.lr,
-        }
+        if kept is not None:
+            torch.save(trained.model.state_dict(), kept)
+        return trained, count
 
 
 def ours(quality: float, **given: Any) -> TransformOptions:
@@ -153,21 +181,42 @@ def published(preset: TransformPreset) -> TransformOptions:
     return preset_options(preset, calibration=CALIBRATION)
 
 
-def jobs(run: Run) -> dict[str, tuple[TransformOptions | None, bool]]:
-    """What is measured, by the rows' names: options, and whether it is fine-tuned."""
-    arguments = run.arguments
-    found: dict[str, tuple[TransformOptions | None, bool]] = {"float": (None, False)}
-    for quality in arguments.tuned_klt:
-        found[f"dct with channel KLT, quality {quality:g}, tuned"] = ours(quality, channel_klt=True), True
+@dataclass(frozen=True)
+class Job:
+    """One row: a codec, or none; the quality after a fine-tuning; test images, all where None."""
+
+    options: TransformOptions | None
+    tuned: float | None = None
+    images: int | None = None
+
+
+def jobs(arguments: argparse.Namespace) -> dict[str, Job]:
+    """What is measured, by the rows' names."""
+    few = arguments.sweep_images
+    found = {"float": Job(None)}
+    if few is not None:
+        found[f"float, {few:,} images"] = Job(None, images=few)
+    best: dict[str, Any] = {"channel_klt": True, "allocate": True}
     for quality in arguments.tuned:
-        found[f"dct, quality {quality:g}, tuned"] = ours(quality), True
+        found[f"{ALLOCATED}, quality {quality:g}, tuned"] = Job(ours(quality, **best), tuned=quality)
+        for other in arguments.coded_at:
+            name = f"{ALLOCATED}, tuned at {quality:g}, coded at {other:g}"
+            found[name] = Job(ours(quality, **best), tuned=other)
     for preset in PRESETS:
-        found[f"preset {preset}"] = published(preset), False
-    for quality in arguments.sweep:
-        found[f"dct, quality {quality:g}"] = ours(quality), False
-    found["dct with channel KLT, quality 44"] = ours(44, channel_klt=True), False
-    found["haar, quality 44"] = ours(44, kernel="dwt"), False
+        found[f"preset {preset}"] = Job(published(preset), images=few)
+    for name, given in (("dct", {}), ("dct with channel KLT", {"channel_klt": True}), (ALLOCATED, best)):
+        for quality in arguments.sweep:
+            found[f"{name}, quality {quality:g}"] = Job(ours(quality, **given), images=few)
+    found["haar, quality 44"] = Job(ours(44, kernel="dwt"), images=few)
     return found
+
+
+def measure(run: Run, job: Job) -> dict[str, Any]:
+    if job.options is None:
+        return run.measured(run.checkpoint, job.images)
+    if job.tuned is not None:
+        return run.finetuned(job.options, job.tuned)
+    return run.measured(run.coded(job.options), job.images)
 
 
 def main() -> None:
@@ -176,16 +225,18 @@ def main() -> None:
     parser.add_argument("data", help="folder of CIFAR-10")
     parser.add_argument("--partial", help="JSON file of rows that were measured before")
     parser.add_argument("--only", default="", help="regular expression of the rows to measure")
-    parser.add_argument("--tuned", type=float, nargs="*", default=[45, 30, 20], help="qualities, fine-tuned")
+    parser.add_argument("--tuned", type=float, nargs="*", default=[44, 30, 20], help="qualities, fine-tuned")
     parser.add_argument(
-        "--tuned-klt", type=float, nargs="*", default=[44, 30, 20], help="qualities, fine-tuned over a KLT"
+        "--coded-at", type=float, nargs="*", default=[], help="further qualities of each tuned network"
     )
+    parser.add_argument("--keep", help="folder of tuned weights; what lies there is not tuned again")
     parser.add_argument("--sweep", type=float, nargs="*", default=[20, 30, 44, 60, 80])
     parser.add_argument("--sweep-images", type=int, help="test images of untuned rows; all unless given")
     parser.add_argument("--train-images", type=int, help="of fine-tuning; all unless given")
     parser.add_argument("--distilled", action="store_true", help="tuned rows follow the uncoded network")
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning")
     parser.add_argument("--lr", type=float, default=0.005)
+    parser.add_argument("--rate-weight", type=float, default=0.0, help="of the loss of tuned rows")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
@@ -195,27 +246,30 @@ def main() -> None:
     if partial is not None and partial.is_file():
         rows = json.loads(partial.read_text(encoding="utf-8"))
     run = Run(arguments)
-    for name, (options, tuned) in jobs(run).items():
+    wanted = jobs(arguments)
+    for name, job in wanted.items():
         if name not in rows and re.search(arguments.only, name):
             began = time.process_time()
-            if options is None:
-                found = run.measured(run.checkpoint)
-            elif tuned:
-                found = run.finetuned(options)
-            else:
-                found = run.measured(run.coded(options), arguments.sweep_images)
+            found = measure(run, job)
             rows[name] = {"name": name} | found | {"cpu_seconds": round(time.process_time() - began)}
             print(f"# {time.strftime('%H:%M:%S')} {json.dumps(rows[name])}", flush=True)
             if partial is not None:
                 partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     command = (
         f"python benchmarks/feature_codec.py WEIGHTS CIFAR10_DIR --epochs {arguments.epochs} "
-        f"--lr {arguments.lr:g}"
+        f"--lr {arguments.lr:g} --rate-weight {arguments.rate_weight:g} "
+        f"--tuned {' '.join(f'{quality:g}' for quality in arguments.tuned)}"
+        + (
+            f" --coded-at {' '.join(f'{other:g}' for other in arguments.coded_at)}"
+            if arguments.coded_at
+            else ""
+        )
         + (" --distilled" if arguments.distilled else "")
         + (f" --train-images {arguments.train_images}" if arguments.train_images else "")
         + (f" --sweep-images {arguments.sweep_images}" if arguments.sweep_images else "")
     )
-    record.write("feature_codec", command, arguments.seed, list(rows.values()))
+    ordered = [rows[name] for name in wanted if name in rows]
+    record.write("feature_codec", command, arguments.seed, ordered)
 
 
 if __name__ == "__main__":

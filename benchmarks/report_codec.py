@@ -16,14 +16,16 @@ def feature_codec(result: dict[str, Any], table: Draw) -> str:
     """Ratio and accuracy of each row, and the ratio at each order of the code."""
     rows = result["rows"]
     uncoded = next(row for row in rows if row["name"] == "float")
-    coded = [row for row in rows if row is not uncoded]
+    coded = [row for row in rows if "ratio" in row]
+    # Rows of fewer test images are compared with the network on the same ones.
+    plain = {row["n"]: row["top1"] for row in rows if row not in coded}
     tuned = next((row for row in coded if "train_images" in row), None)
     measured = [
         (
             row["name"],
             f"**{row['ratio']:.2f}**",
             f"{row['top1']:.2f}",
-            f"{row['top1'] - uncoded['top1']:+.2f}" if row["n"] == uncoded["n"] else "",
+            f"{row['top1'] - plain[row['n']]:+.2f}" if row["n"] in plain else "",
             f"{row['n']:,}",
             *(f"{row['ratio_by_k'][k]:.2f}" for k in ORDERS),
             f"{row['entropy_ratio']:.2f}",
@@ -42,14 +44,17 @@ def feature_codec(result: dict[str, Any], table: Draw) -> str:
         epochs = "one epoch" if tuned["epochs"] == 1 else f"{tuned['epochs']} epochs"
         training = (
             f"Tuned rows were trained for {epochs} of {tuned['train_images']:,} training images with the "
-            f"codecs in the loop, SGD from {tuned['lr']:g} on. "
+            f"codecs in the loop, SGD from {tuned['lr']:g} on, batch norm frozen, "
+            + ("the uncoded network as the teacher, " if tuned["distilled"] else "")
+            + f"and {tuned['rate_weight']:g} times the bits a value in the loss. "
         )
     return (
         "## Coded feature maps\n\n"
         f"The trained ResNet-20 ({uncoded['top1']:.2f} % top-1 on CIFAR-10's {uncoded['n']:,} test images) "
         "with a codec behind each of its nine residual blocks, as `cctool transform --target features "
         "--mean-shift`. Ratios are against 8 bit, side information included, of all maps together: first "
-        "with each tap's best order k, then with one order for all. "
+        "with each tap's best order k, then with one order for all. Allocated steps are those of "
+        "`--allocate`. "
         f"{training}No symbol takes less than a bit, so 8 is out of reach. The "
         "published presets let symbols of 8 bits saturate.\n\n" + table(headers, measured)
     )

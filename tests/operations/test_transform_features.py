@@ -243,6 +243,31 @@ def test_recalibration_finds_new_ranges_and_keeps_the_rest() -> None:
     }
 
 
+def test_allocated_steps_go_where_they_matter_and_are_found_again(tmp_path: Path) -> None:
+    checkpoint = coded(allocate=True, channel_klt=True).checkpoint
+    last, usual = codecs(Outcome(checkpoint, None))["layer3.2"], codecs(coded())["layer3.2"]
+    # What is averaged behind it needs the blocks' means alone.
+    assert last.table[1] > 100 * last.table[0]
+    assert usual.table[1] < 2 * usual.table[0]
+    composition.save(checkpoint, tmp_path / "c.pt")
+    again = load(tmp_path / "c.pt", tables())
+    assert codecs(Outcome(again, None)) == codecs(Outcome(checkpoint, None))
+    with torch.no_grad():
+        again.model.get_parameter("layer3.0.bn1.weight").mul_(4)
+    found = codecs(Outcome(recalibrate_taps(again, digits(limit=64), DIGITS, context()), None))
+    assert found["layer1.0"].allocated
+    assert found["layer3.0"].table != codecs(Outcome(checkpoint, None))["layer3.0"].table
+
+
+def test_presets_with_tables_of_their_own_take_no_allocation() -> None:
+    chosen = preset_options(TransformPreset.FEATURE_COMPRESSION_DWT, data=DIGITS, allocate=True)
+    with pytest.raises(UsageError, match="--allocate chooses the steps that --preset"):
+        next(transform.run(built(), chosen, context()))
+    for other in ({"norm": Norm.NONE}, {"q_table": "t.csv"}):
+        with pytest.raises(UsageError, match="--allocate"):
+            FeatureOptions(allocate=True, **other)  # type: ignore[arg-type]
+
+
 def test_taps_that_are_there_are_replaced() -> None:
     first = coded(quality=2.0)
     second = coded(first.checkpoint, taps=("layer3.2",), quality=95.0)
@@ -267,6 +292,7 @@ def test_taps_that_are_there_are_replaced() -> None:
         {"quality": 20.0},
         {"dead_zone": 0.3},
         {"channel_klt": True},
+        {"allocate": True},
         {"calibration": 2},
         {"k": 5},
     ],
@@ -367,6 +393,7 @@ def test_the_published_inference_table_saturates_and_ours_does_not() -> None:
         ({"taps": ("fc",)}, TransformError, r"fc returns \[2, 10\]"),
         ({"kernel": "identity", "quality": 30.0}, UsageError, "one quantizer"),
         ({"kernel": "haar", "norm": Norm.NONE}, UsageError, "norm none"),
+        ({"kernel": "identity", "allocate": True}, UsageError, "one quantizer"),
     ],
 )
 def test_what_cannot_be_coded_is_refused(change: dict[str, Any], error: type[Exception], words: str) -> None:

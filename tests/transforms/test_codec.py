@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from cctool.options.transform_choices import TransformPreset
-from cctool.transforms.codec import CodecConfig, CodecState, Symbols, encode, reconstruct, simulate
+from cctool.transforms.codec import CodecConfig, CodecState, Symbols, encode, reconstruct
+from cctool.transforms.simulation import simulate, simulate_rated
 from cctool.transforms.tables import default_table, preset_tables
 
 DCT = {"kernel": "dct", "norm": "none", "symbol_bits": 8}
@@ -364,3 +365,60 @@ def test_a_dead_zone_rounds_up_later() -> None:
 def test_a_hostile_record_is_refused(config: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         CodecConfig(**config)
+
+
+@pytest.mark.parametrize("kernel", ["dct", "dwt", "bior2.2", "identity"])
+@pytest.mark.parametrize("options", [{}, {"channel_klt": True, "mean_shift": True}])
+@pytest.mark.parametrize("symbol_bits", [None, 4])
+def test_the_rate_and_its_gradient(kernel: str, options: dict[str, Any], symbol_bits: int | None) -> None:
+    """Against autograd through the same steps written out."""
+    plain = kernel == "identity" and not options
+    x = maps(2, 3, 7, 8, seed=3).requires_grad_()
+    bases = {"channels": orthogonal(3)} if options else {}
+    bound = 0.8 * x.detach().max()
+    table = () if plain else (3.1,)
+    config = CodecConfig(kernel=kernel, table=table, symbol_bits=None if plain else symbol_bits, **options)
+    codec = CodecState(config, torch.stack((bound * 0, bound)), bases)
+    values, found = simulate_rated(x, codec)
+    assert torch.equal(values, reconstruct(encode(x, codec), codec))
+    (3 * found).backward()
+
+    z = x.detach().double().requires_grad_()
+    step = float(bound) / 255
+    rounded = (z.detach() / step).round()
+    v = torch.where(rounded <= 255, z / step + (rounded - z / step).detach(), 255.0)
+    bands: tuple[Tensor, ...] = (v,)
+    if not plain:
+        turned = v - v.mean((1, 2, 3), keepdim=True) if options else v
+        if bases:
+            turned = torch.einsum("dc,nchw->ndhw", bases["channels"].double(), turned)
+        bands = tuple(band / 3.1 for band in codec.spatial().forward(turned))
+    bits = torch.zeros((), dtype=torch.float64)
+    for band in bands:
+        free = (
+            band
+            if plain or symbol_bits is None
+            else torch.where((band.round() >= -8) & (band.round() <= 7), band, band.detach())
+        )
+        bits = bits + (1 + 2 * torch.log2(1 + free.abs())).sum()
+    (3 * bits).backward()
+    assert z.grad is not None
+    assert x.grad is not None
+    assert float(found.detach()) == pytest.approx(float(bits.detach()), rel=1e-6)
+    assert torch.allclose(x.grad.double(), z.grad, rtol=1e-4, atol=1e-4 * float(z.grad.abs().max()))
+
+
+def test_gradients_of_values_and_rate_add_up() -> None:
+    x = maps(2, 3, 8, 8, seed=5)
+    codec = state(x, mean_shift=True, channel_klt=True, bases={"channels": orthogonal(3)})
+
+    def gradient(of_values: float, of_bits: float) -> Tensor:
+        here = x.clone().requires_grad_()
+        values, bits = simulate_rated(here, codec)
+        (of_values * values.square().sum() + of_bits * bits).backward()
+        assert here.grad is not None
+        return here.grad
+
+    together = gradient(1.0, 0.5)
+    assert torch.allclose(together, gradient(1.0, 0.0) + gradient(0.0, 0.5), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together, gradient(1.0, 0.0), rtol=1e-2)

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from cctool.transforms.codec import CodecConfig, CodecState, Symbols, encode, reconstruct, simulate
+from cctool.transforms.codec import CodecConfig, CodecState, Symbols, encode, reconstruct
+from cctool.transforms.sensitivity import measure_sensitivity
+from cctool.transforms.simulation import simulate, simulate_rated
 from cctool.transforms.statistics import TapStatistics
 from cctool.transforms.tables import default_table
 from cctool.transforms.taps import CalibratedTap, TapHook, set_taps, taps_of
@@ -99,3 +101,33 @@ def test_taps_move_with_their_module() -> None:
         assert torch.allclose(model(x.cuda()).cpu(), expected, atol=1e-6)
     assert torch.equal(model.cpu()(x), expected)
     assert list(taps_of(model)) == ["0"]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_rate_and_its_gradient_are_the_cpus(config: dict[str, Any]) -> None:
+    x, state = made(config)
+    found = []
+    for maps, codec in ((x, state), (x.cuda(), moved(state))):
+        leaf = maps.clone().requires_grad_()
+        values, bits = simulate_rated(leaf, codec)
+        (values.square().sum() + bits).backward()
+        assert leaf.grad is not None
+        found.append((bits.detach().cpu(), leaf.grad.cpu()))
+    (bits, gradient), (bits_there, gradient_there) = found
+    assert torch.allclose(bits, bits_there, rtol=1e-4)
+    assert torch.allclose(gradient, gradient_there, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
+
+
+def test_sensitivities_are_the_cpus() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
+    images = torch.randn(8, 1, 22, 22)
+    _, state = made({"kernel": "dct"})
+    found = []
+    for device in ("cpu", "cuda"):
+        tap = CalibratedTap(state.config, (4, 20, 20), "", state.bounds.to(device))
+        one = measure_sensitivity(model.to(device), {"1": tap}, [images.to(device)])["1"]
+        found.append((one.means(), one.shares()))
+    (means, shares), (means_there, shares_there) = found
+    assert torch.allclose(means, means_there, rtol=1e-2)
+    assert torch.equal(shares, shares_there)

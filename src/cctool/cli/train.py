@@ -34,6 +34,7 @@ def train(
     label_smoothing: training.LabelSmoothing = FitOptions.label_smoothing,
     clip_norm: training.ClipNorm = None,
     gamma_l1: training.GammaL1 = FitOptions.gamma_l1,
+    rate_weight: training.RateWeight = FitOptions.rate_weight,
     loss: training.Loss = None,
     metric: training.Metric = None,
     metric_mode: training.MetricModeOption = FitOptions.metric_mode,

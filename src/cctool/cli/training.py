@@ -53,6 +53,10 @@ WarmupEpochs = Annotated[
 LabelSmoothing = Annotated[float, typer.Option(help="Share of the target spread over all classes.")]
 ClipNorm = Annotated[Optional[float], typer.Option(help="Largest L2 norm of all gradients together.")]  # noqa: UP045
 GammaL1 = Annotated[float, typer.Option(help="L1 penalty on batch-norm scales, as slimming needs it.")]
+RateWeight = Annotated[
+    float,
+    typer.Option(help="Weight of coded feature maps' bits a value in the loss; for networks with codecs."),
+]
 Loss = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(metavar="FILE.py:FN", help="Your loss(outputs, labels) in place of cross-entropy."),

@@ -154,6 +154,12 @@ def transform(
     channel_klt: Annotated[
         bool, _option(_FEATURES, "Decorrelate channels first, by a calibrated basis.", "--channel-klt")
     ] = False,
+    allocate: Annotated[
+        bool,
+        _option(
+            _FEATURES, "Choose the steps by how much the outputs change with each coefficient.", "--allocate"
+        ),
+    ] = False,
     calibration: Annotated[
         int, _option(_FEATURES, "Training images to calibrate on.")
     ] = FeatureOptions.calibration,

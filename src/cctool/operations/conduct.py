@@ -17,6 +17,7 @@ from cctool.operations.mask_storage import lossy_forms
 from cctool.operations.measuring import preprocessing_of
 from cctool.operations.pipeline import recorded
 from cctool.operations.processes import fit_in_processes, node_rank
+from cctool.operations.rate_penalty import refuse_rate_without_taps
 from cctool.operations.resuming import forms_from, refuse_other_files, refuse_other_options, starts_afresh
 from cctool.operations.run_folder import LoggedReporter, RunFolder
 from cctool.operations.sources import open_source, require_source
@@ -94,6 +95,7 @@ def conduct(
         fresh = checkpoint.origin is None or starts_afresh(checkpoint.history)
         start = Start(dense, fresh=fresh, forms=lossy_forms(checkpoint))
     _refuse_other_classes(start.checkpoint, source, options)
+    refuse_rate_without_taps(start.checkpoint.model, options.fit.rate_weight)
     goal = make_goal(start.checkpoint, source, options, context)
     if start.continues is not None:
         refuse_other_files(start.continues, goal.others)

@@ -16,6 +16,7 @@ from cctool.operations.codebooks import codebooks_after
 from cctool.operations.context import Context
 from cctool.operations.mask_storage import encode_under_mask, lossy_forms, masks_by_place
 from cctool.operations.measuring import feed_of
+from cctool.operations.rate_penalty import rate_penalties
 from cctool.options.common import DataOptions
 from cctool.options.fit import FitOptions
 from cctool.training.constraints import Constraint
@@ -68,21 +69,22 @@ def finetune(
             precision=str(context.runtime.precision),
         )
 
-    fit(
-        Task(
-            model=trained.model,
-            batches=feed.training(augment=options.augment),
-            options=options,
-            objective=objective or Supervised(),
-            lr=options.learning_rate(fresh=fresh, normalised=has_batch_norm(trained.model)),
-            fabric=make_fabric(context.device, context.runtime.precision),
-            validate=validate if choose_best and feed.has("validation") else None,
-            user_code=context.user_code,
-            reporter=context.reporter,
-            input_shape=trained.spec.input_shape,
-            constraints=(*keeping_masks(trained.model), *constraints),
+    with rate_penalties(trained.model, options.rate_weight) as penalties:
+        fit(
+            Task(
+                model=trained.model,
+                batches=feed.training(augment=options.augment),
+                options=options,
+                objective=objective or Supervised(),
+                lr=options.learning_rate(fresh=fresh, normalised=has_batch_norm(trained.model)),
+                fabric=make_fabric(context.device, context.runtime.precision),
+                validate=validate if choose_best and feed.has("validation") else None,
+                user_code=context.user_code,
+                reporter=context.reporter,
+                input_shape=trained.spec.input_shape,
+                constraints=(*keeping_masks(trained.model), *constraints, *penalties),
+            )
         )
-    )
     return trained
 
 

@@ -18,6 +18,7 @@ from cctool.operations.codebooks import keeping_codebooks
 from cctool.operations.context import Context, Outcome
 from cctool.operations.measuring import preprocessing_of
 from cctool.operations.pipeline import recorded
+from cctool.operations.rate_penalty import rate_penalties
 from cctool.operations.resuming import flat, forms_to
 from cctool.operations.run_folder import RunFolder
 from cctool.options.fit import FitOptions
@@ -82,6 +83,7 @@ def fit_here(
     """Train in this process, which may be one of several."""
     fit_options: FitOptions = options.fit
     run: RunOptions = options.run
+    model = start.checkpoint.model
     fabric = make_fabric(context.device, context.runtime.precision, devices=run.devices, nodes=run.nodes)
     feed = make_feed(start.checkpoint, source, options, context, fabric)
     has_validation = feed.has("validation")
@@ -93,29 +95,28 @@ def fit_here(
     logs = open_logs(options, context, folder, first) if fabric.is_global_zero else ()
     group = group_of(fabric)
     try:
-        result = fit(
-            Task(
-                model=start.checkpoint.model,
-                batches=feed.training(augment=fit_options.augment),
-                options=fit_options,
-                objective=objective,
-                lr=fit_options.learning_rate(
-                    fresh=start.fresh, normalised=has_batch_norm(start.checkpoint.model)
-                ),
-                fabric=fabric,
-                validate=(lambda model: _measure(model, feed, "validation", options, context, group))
-                if has_validation
-                else None,
-                user_code=context.user_code,
-                reporter=context.reporter,
-                observers=(_Speaker(context, fit_options.epochs), *(log.epoch for log in logs)),
-                save=_Saver(start, options, context, folder),
-                resume=start.resume,
-                stop_after=run.stop_after,
-                input_shape=start.checkpoint.spec.input_shape,
-                constraints=(*keeping_masks(start.checkpoint.model), *_kept_storage(start, options)),
+        with rate_penalties(model, fit_options.rate_weight) as penalties:
+            result = fit(
+                Task(
+                    model=model,
+                    batches=feed.training(augment=fit_options.augment),
+                    options=fit_options,
+                    objective=objective,
+                    lr=fit_options.learning_rate(fresh=start.fresh, normalised=has_batch_norm(model)),
+                    fabric=fabric,
+                    validate=(lambda model: _measure(model, feed, "validation", options, context, group))
+                    if has_validation
+                    else None,
+                    user_code=context.user_code,
+                    reporter=context.reporter,
+                    observers=(_Speaker(context, fit_options.epochs), *(log.epoch for log in logs)),
+                    save=_Saver(start, options, context, folder),
+                    resume=start.resume,
+                    stop_after=run.stop_after,
+                    input_shape=start.checkpoint.spec.input_shape,
+                    constraints=(*keeping_masks(model), *_kept_storage(start, options), *penalties),
+                )
             )
-        )
     except BaseException:
         for log in logs:
             log.close()

@@ -182,11 +182,14 @@ def codec_configs(options: TransformOptions, sites: Sequence[Site], images: int)
         "quality": features.quality,
         "dead_zone": features.dead_zone,
         "channel_klt": features.channel_klt,
+        "allocated": features.allocate,
         "images": images,
     }
     found = {}
     for site in sites:
         table = Table(()) if tables is None else tables.of(site.name, last=site is sites[-1])
+        if features.allocate and not table.scaled and not plain:
+            raise UsageError(f"--allocate chooses the steps that --preset {options.preset} gives")
         try:
             found[site.name] = CodecConfig(
                 **shared,

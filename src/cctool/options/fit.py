@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from cctool.errors import UsageError
@@ -94,6 +95,7 @@ class FitOptions:
         clip_norm: largest L2 norm of all gradients together; None clips nothing.
         gamma_l1: weight of the sum of |gamma| over batch-norm layers, added to the loss
             (Liu et al. 2017, arXiv 1708.06519, equation 1).
+        rate_weight: weight of the coded feature maps' bits a value, added to the loss; needs taps.
         loss: the user's ``my.py:function(outputs, labels) -> scalar`` in place of cross-entropy.
         metric: the user's ``my.py:function(outputs, labels) -> number`` over a whole split; decides which
             epoch is best.
@@ -121,6 +123,7 @@ class FitOptions:
     label_smoothing: float = 0.0
     clip_norm: float | None = None
     gamma_l1: float = 0.0
+    rate_weight: float = 0.0
     loss: str | None = None
     metric: str | None = None
     metric_mode: MetricMode = field(default=MetricMode.MAX)
@@ -165,6 +168,7 @@ class FitOptions:
                 f"--clip-norm {self.clip_norm}: a positive number is needed",
             ),
             (not self.gamma_l1 >= 0, f"--gamma-l1 {self.gamma_l1}: 0 or more is allowed"),
+            (not 0 <= self.rate_weight < math.inf, f"--rate-weight {self.rate_weight}: 0 or more is allowed"),
             (self.eval_from < 1, f"--eval-from {self.eval_from}: epochs count from 1"),
             (
                 self.warmup_epochs is not None and self.warmup_epochs < 0,

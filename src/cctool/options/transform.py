@@ -137,6 +137,7 @@ class FeatureOptions:
         ratio: compression against 8 bit that is searched for; in place of `quality`.
         sweep: measure a range of qualities, to a table and a plot.
         dead_zone: widens the quantizer's zero: values round up from 0.5 + dead_zone steps on.
+        allocate: choose steps by how much the outputs change with each coefficient; else the default table.
         channel_klt: decorrelate channels by a calibrated orthogonal transform before the spatial one.
         calibration: training images that ranges, bases and orders are calibrated on.
         report_file: workbook or table with the figures of each tap.
@@ -159,6 +160,7 @@ class FeatureOptions:
     sweep: bool = False
     dead_zone: float = 0.0
     channel_klt: bool = False
+    allocate: bool = False
     calibration: int = 1024
     report_file: str | None = field(default=None, metadata={"recorded": False})
     histograms: str | None = field(default=None, metadata={"recorded": False})
@@ -189,6 +191,8 @@ class FeatureOptions:
                 "--quality, --target ratio and --sweep exclude each other",
             ),
             (not 0 <= self.dead_zone < 0.5, f"--dead-zone {self.dead_zone}: 0 or more, below 0.5"),
+            (self.allocate and self.q_table is not None, "--allocate chooses the steps that --q-table gives"),
+            (self.allocate and self.norm is Norm.NONE, "--allocate: --norm ortho is needed"),
             (self.calibration < 1, f"--calibration {self.calibration}: at least 1 is needed"),
         ]
 

@@ -9,7 +9,8 @@ taps before.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from cctool.errors import TransformError
 from cctool.transforms.codec import CodecConfig, Symbols
 from cctool.transforms.quantizers import grid_of
+from cctool.transforms.sensitivity import allocated_steps, measure_sensitivity
 from cctool.transforms.spatial import block_sizes
 from cctool.transforms.statistics import SymbolCounts
-from cctool.transforms.tables import USUAL_SPREAD, default_table
+from cctool.transforms.tables import NEVER, USUAL_SPREAD, default_table
 from cctool.transforms.tap_sites import Site
 from cctool.transforms.taps import CalibratedTap, bypassed, recording, taps_of
 
@@ -106,11 +108,12 @@ def calibrate(
         sites: where.
         configs: by the site's name. Where the prequantizer is to be calibrated, it becomes ``unsigned`` for
             maps without negative values, ``offset`` for others.
-        images: seen once for ranges, once for a channel KLT, once for a spatial one.
+        images: seen once for ranges, once for a channel KLT, once for a spatial one, once with gradients for
+            allocated steps.
         fingerprint: of the weights.
 
     Raises:
-        TransformError: if a map holds values that are not finite.
+        TransformError: if a map holds values that are not finite, or steps cannot be allocated.
     """
     ranges = {site.name: _Range() for site in sites}
     _pass(model, {name: found.add for name, found in ranges.items()}, images)
@@ -132,6 +135,27 @@ def calibrate(
         taps = _with_channels(model, taps, images)
     if any(tap.codec.kernel == "klt" for tap in taps.values()):
         taps = _with_blocks(model, taps, images)
+    return _allocated(model, taps, {name: found.spread() for name, found in ranges.items()}, images)
+
+
+def _allocated(
+    model: nn.Module, taps: dict[str, CalibratedTap], spreads: Mapping[str, float], images: Batches
+) -> dict[str, CalibratedTap]:
+    """Steps by the outputs' sensitivity where asked for; a tap whose maps never vary keeps its table."""
+    chosen = {
+        name: tap
+        for name, tap in taps.items()
+        if tap.codec.allocated and "table" in tap.codec.calibrated and spreads[name]
+    }
+    if not chosen:
+        return taps
+    with _in_eval_mode(model):
+        found = allocated_steps(measure_sensitivity(model, chosen, images), spreads)
+    for name, steps in found.items():
+        tap = chosen[name]
+        unit = grid_of(tap.bounds, tap.codec.prequantizer, tap.codec.bits).step.cpu()
+        table = tuple((steps / unit).clamp(max=NEVER).tolist())
+        taps[name] = replace(tap, codec=tap.codec.model_copy(update={"table": table}))
     return taps
 
 
@@ -241,11 +265,17 @@ def _shown(look: Any) -> Any:
 
 @torch.no_grad()
 def _run(model: nn.Module, images: Batches) -> None:
+    with _in_eval_mode(model):
+        for batch in images:
+            model(batch)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for batch in images:
-            model(batch)
+        yield
     finally:
         for module, training in modes.items():
             module.training = training

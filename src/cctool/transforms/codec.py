@@ -11,9 +11,9 @@ had no gradient through the DCT.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -26,7 +26,16 @@ from cctool.transforms.quantizers import Grid, Rounded, grid_of, to_symbols
 from cctool.transforms.spatial import Blocks, CalibratedBlocks, Plain, Spatial, Wavelet
 from cctool.transforms.tables import block_steps, check_table, quality_scale, wavelet_steps
 
-__all__ = ["CodecConfig", "CodecState", "Symbols", "encode", "reconstruct", "simulate"]
+__all__ = [
+    "CodecConfig",
+    "CodecState",
+    "Encoding",
+    "Symbols",
+    "encode",
+    "encoding",
+    "mix_channels",
+    "reconstruct",
+]
 
 _Step = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 
@@ -49,6 +58,7 @@ class CodecConfig(Record):
         quality: 1 to 100, scales the steps; None leaves them.
         dead_zone: levels begin at n + 0.5 + dead_zone steps.
         channel_klt: decorrelate channels by a calibrated basis before the spatial transform.
+        allocated: whether a calibrated table follows how much the outputs change with each coefficient.
         calibrated: which of ``k``, ``prequantizer`` and ``table`` calibration chose, and so may choose again.
         images: how many it saw.
     """
@@ -67,6 +77,7 @@ class CodecConfig(Record):
     quality: float | None = Field(default=None, ge=1, le=100, allow_inf_nan=False)
     dead_zone: float = Field(default=0.0, ge=0, lt=0.5, allow_inf_nan=False)
     channel_klt: bool = False
+    allocated: bool = False
     calibrated: tuple[Literal["k", "prequantizer", "table"], ...] = Field(default=(), max_length=3)
     images: int = Field(default=0, ge=0, strict=True)
 
@@ -83,11 +94,21 @@ class CodecConfig(Record):
     def _consistent(self) -> CodecConfig:
         if self.norm == "none" and self.kernel not in ("dct", "dst", "dft"):
             raise ValueError(f"--norm none is a scale of dct, dst and dft, not of {self.kernel}")
+        if self.allocated and self.norm == "none":
+            raise ValueError("--allocate chooses steps of orthonormal coefficients: --norm ortho is needed")
         if not self.transforms:
-            if self.table or self.mean_shift or self.dead_zone or self.quality or self.symbol_bits:
+            if (
+                self.table
+                or self.mean_shift
+                or self.dead_zone
+                or self.quality
+                or self.symbol_bits
+                or self.allocated
+            ):
                 raise ValueError(
-                    "--kernel identity has one quantizer, of --bits: --q-table, --mean-shift, --dead-zone, "
-                    "--quality and --symbol-bits are for the one behind a transform (--channel-klt is one)"
+                    "--kernel identity has one quantizer, of --bits: --q-table, --allocate, --mean-shift, "
+                    "--dead-zone, --quality and --symbol-bits are for the one behind a transform "
+                    "(--channel-klt is one)"
                 )
             return self
         try:
@@ -175,34 +196,59 @@ def encode(x: Tensor, state: CodecState, *, look: bool = True) -> Symbols:
         state: the codec, on the device of ``x``.
         look: count what is clamped.
     """
-    symbols, integers, rounded = _encode(x, state, look=look, look_inside=look)
+    made = encoding(x, state, look=look, look_inside=look)
     if not look:
-        return symbols
-    second = [item.clamped() for item in rounded] or [torch.zeros((), dtype=torch.int64, device=x.device)]
-    return replace(symbols, clamped=torch.stack((integers.clamped(), torch.stack(second).sum())))
+        return made.symbols
+    second = [item.clamped() for item in made.rounded]
+    second = second or [torch.zeros((), dtype=torch.int64, device=x.device)]
+    return replace(made.symbols, clamped=torch.stack((made.integers.clamped(), torch.stack(second).sum())))
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The symbols, and how the encoder came to them.
+
+    Attributes:
+        symbols: without counts of what was clamped.
+        integers: what the quantizer before the transform did.
+        rounded: what the one behind it did in each band; empty without a transform.
+        scaled: what was rounded last, float64, in units of its step.
+        steps: of these, in units of the integers.
+    """
+
+    symbols: Symbols
+    integers: Rounded
+    rounded: list[Rounded]
+    scaled: list[Tensor]
+    steps: list[Tensor]
 
 
 @torch.no_grad()
-def _encode(
-    x: Tensor, state: CodecState, *, look: bool, look_inside: bool
-) -> tuple[Symbols, Rounded, list[Rounded]]:
-    """The symbols, and what the first and the second quantizer did, the second in each band."""
+def encoding(x: Tensor, state: CodecState, *, look: bool, look_inside: bool) -> Encoding:
+    """`encode`, with what lies on its way.
+
+    Args:
+        x: (N, C, H, W), floating point; it is not written to.
+        state: the codec, on the device of ``x``.
+        look: whether to tell what the quantizer before the transform clamped.
+        look_inside: whether to tell what the one behind it clamped.
+    """
     config = state.config
     shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
     integers = state.grid().to_integers(x, look=look)
     if not config.transforms:
-        return Symbols((integers.values.to(torch.int32),), None, shape), integers, []
+        alone = Symbols((integers.values.to(torch.int32),), None, shape)
+        return Encoding(alone, integers, [], [integers.values], [torch.ones_like(state.grid().step)])
     v, means = integers.values, None
     if config.mean_shift:
         means = v.mean((1, 2, 3)).float()
         v = v - means.double()[:, None, None, None]
-    coefficients = state.spatial().forward(_channels(v, state.bases.get("channels")))
+    coefficients = state.spatial().forward(mix_channels(v, state.bases.get("channels")))
     steps = state.steps(shape[2:], len(coefficients), x.device)
-    rounded = [
-        to_symbols(band / step, config.symbol_bits, config.dead_zone, look=look_inside)
-        for band, step in zip(coefficients, steps, strict=True)
-    ]
-    return Symbols(tuple(item.values for item in rounded), means, shape), integers, rounded
+    scaled = [band / step for band, step in zip(coefficients, steps, strict=True)]
+    rounded = [to_symbols(band, config.symbol_bits, config.dead_zone, look=look_inside) for band in scaled]
+    symbols = Symbols(tuple(item.values for item in rounded), means, shape)
+    return Encoding(symbols, integers, rounded, scaled, steps)
 
 
 @torch.no_grad()
@@ -224,82 +270,13 @@ def reconstruct(symbols: Symbols, state: CodecState) -> Tensor:
     # decoder's symbols lie as they were written.
     coefficients = [band.contiguous() * step for band, step in zip(symbols.bands, steps, strict=True)]
     basis = state.bases.get("channels")
-    v = _channels(state.spatial().inverse(coefficients, size), None if basis is None else basis.T)
+    v = mix_channels(state.spatial().inverse(coefficients, size), None if basis is None else basis.T)
     if symbols.means is not None:
         v = v + symbols.means.double()[:, None, None, None]
     return state.grid().to_values(v).to(torch.float32, memory_format=torch.contiguous_format)
 
 
-def simulate(x: Tensor, state: CodecState) -> Tensor:
-    """``reconstruct(encode(x))`` with a gradient: straight through both roundings, zero where one clamps.
-
-    The transforms' own gradients are exact, mean and channel transform included.
-
-    Args:
-        x: (N, C, H, W), floating point; it is not written to.
-        state: the codec; its tensors get no gradient.
-
-    Returns:
-        float32 (N, C, H, W).
-    """
-    found: Tensor = _Simulate.apply(x, state)
-    return found
-
-
-class _Simulate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, state: CodecState) -> Tensor:
-        # Where symbols are as wide as need be, none is clamped.
-        narrow = state.config.symbol_bits is not None
-        symbols, integers, rounded = _encode(x, state, look=True, look_inside=narrow)
-        ctx.state, ctx.size, ctx.bands = state, symbols.shape[2:], [band.shape for band in symbols.bands]
-        ctx.save_for_backward(integers.inside, *(item.inside for item in rounded if narrow))
-        return reconstruct(symbols, state)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        outer, *inner = ctx.saved_tensors
-        if ctx.state.config.transforms:
-            gradient = _through_transform(gradient, ctx.state, inner, ctx.size, ctx.bands)
-        return gradient * outer, None
-
-
-def _through_transform(
-    gradient: Tensor, state: CodecState, inside: Sequence[Tensor], size: tuple[int, int], bands: Sequence[Any]
-) -> Tensor:
-    """Carry a gradient from the decoded integers back to the integers; steps and scales cancel out."""
-    spatial, basis = state.spatial(), state.bases.get("channels")
-    turned = _channels(gradient, basis)
-    if spatial.orthonormal:
-        coefficients = spatial.forward(turned)
-        back = spatial.inverse(_kept(coefficients, inside), size)
-    else:
-        coefficients = _adjoint(lambda *c: (spatial.inverse(c, size),), bands, (turned,))
-        (back,) = _adjoint(lambda x: spatial.forward(x), [gradient.shape], _kept(coefficients, inside))
-    back = _channels(back, None if basis is None else basis.T)
-    if state.config.mean_shift:
-        # The mean goes around the transform: it gets what the decoder adds, less what the encoder takes.
-        dims, count = (1, 2, 3), gradient[0].numel()
-        back = back + (gradient.sum(dims, keepdim=True) - back.sum(dims, keepdim=True)) / count
-    return back
-
-
-def _kept(bands: Sequence[Tensor], inside: Sequence[Tensor]) -> list[Tensor]:
-    """Bands with zeros where the quantizer clamped; as they are where nobody looked."""
-    return [band * here for band, here in zip(bands, inside, strict=True)] if inside else list(bands)
-
-
-def _adjoint(
-    linear: Callable[..., tuple[Tensor, ...]], shapes: Sequence[Any], gradients: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """Apply the transpose of a linear map whose arguments have these shapes."""
-    with torch.enable_grad():
-        points = [gradients[0].new_zeros(shape, requires_grad=True) for shape in shapes]
-        return torch.autograd.grad(linear(*points), points, gradients)
-
-
-def _channels(x: Tensor, basis: Tensor | None) -> Tensor:
+def mix_channels(x: Tensor, basis: Tensor | None) -> Tensor:
     """Apply a matrix (C, C) to the channels of (N, C, H, W)."""
     if basis is None:
         return x

@@ -50,8 +50,8 @@ def exportable(model: nn.Module, *, codec: bool, whole: Collection[str] = ()) ->
         whole: names of swapped layers that become one layer with the whole weight.
 
     Returns:
-        ``model`` itself where nothing is swapped or tapped; quantizers stay. Where small factors are fewer bytes
-        and multiply-accumulates than a weight, they stand in its place.
+        ``model`` itself where nothing is swapped or tapped; quantizers stay. Where small factors are fewer
+        bytes and multiply-accumulates than a weight, they stand in its place.
     """
     layers = {
         name: (None if name in whole else layer.factored()) or layer.plain()

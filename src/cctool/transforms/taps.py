@@ -22,7 +22,8 @@ from cctool.checkpoint.spec import Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
 from cctool.errors import CorruptCheckpointError, SpecError, TransformError
 from cctool.graph.execution import hidden
-from cctool.transforms.codec import CodecConfig, CodecState, Symbols, encode, reconstruct, simulate
+from cctool.transforms.codec import CodecConfig, CodecState, Symbols, encode, reconstruct
+from cctool.transforms.simulation import simulate, simulate_rated
 from cctool.transforms.spatial import block_sizes
 
 __all__ = [
@@ -98,6 +99,7 @@ class TapHook:
         fingerprint: of the weights that it was calibrated for.
         active: whether maps are coded; else they pass as they are.
         sink: is shown every pass; see `recording`.
+        rates: where passes with gradients leave their bits and elements; see `tap_rates.collecting_rates`.
     """
 
     def __init__(self, codec: CodecConfig, shape: tuple[int, int, int], fingerprint: str) -> None:
@@ -106,6 +108,7 @@ class TapHook:
         self.fingerprint = fingerprint
         self.active = True
         self.sink: Callable[[Symbols, Tensor, Tensor], Tensor | None] | None = None
+        self.rates: list[tuple[Tensor, int]] | None = None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         """Return the reconstruction of (N, C, H, W) maps, in their type and memory format."""
@@ -121,13 +124,20 @@ class TapHook:
     def _coded(self, module: nn.Module, output: Tensor) -> Tensor:
         state = _state(module, self)
         if self.sink is None and torch.is_grad_enabled() and output.requires_grad:
-            return _as(simulate(output, state), output)
+            return _as(self._simulated(output, state), output)
         symbols = encode(output, state, look=self.sink is not None)
         coded = _as(reconstruct(symbols, state), output)
         if self.sink is None:
             return coded
         other = self.sink(symbols, output, coded)
         return coded if other is None else _as(other, output)
+
+    def _simulated(self, output: Tensor, state: CodecState) -> Tensor:
+        if self.rates is None:
+            return simulate(output, state)
+        coded, bits = simulate_rated(output, state)
+        self.rates.append((bits, output.numel()))
+        return coded
 
 
 def _as(coded: Tensor, output: Tensor) -> Tensor:
