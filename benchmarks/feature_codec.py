@@ -202,6 +202,10 @@ def jobs(arguments: argparse.Namespace) -> dict[str, Job]:
         for other in arguments.coded_at:
             name = f"{ALLOCATED}, tuned at {quality:g}, coded at {other:g}"
             found[name] = Job(ours(quality, **best), tuned=other)
+    for quality in arguments.plain_tuned:
+        found[f"dct, quality {quality:g}, tuned"] = Job(ours(quality), tuned=quality)
+        for other in arguments.coded_at:
+            found[f"dct, tuned at {quality:g}, coded at {other:g}"] = Job(ours(quality), tuned=other)
     for preset in PRESETS:
         found[f"preset {preset}"] = Job(published(preset), images=few)
     for name, given in (("dct", {}), ("dct with channel KLT", {"channel_klt": True}), (ALLOCATED, best)):
@@ -226,6 +230,9 @@ def main() -> None:
     parser.add_argument("--partial", help="JSON file of rows that were measured before")
     parser.add_argument("--only", default="", help="regular expression of the rows to measure")
     parser.add_argument("--tuned", type=float, nargs="*", default=[44, 30, 20], help="qualities, fine-tuned")
+    parser.add_argument(
+        "--plain-tuned", type=float, nargs="*", default=[], help="qualities, fine-tuned without a KLT"
+    )
     parser.add_argument(
         "--coded-at", type=float, nargs="*", default=[], help="further qualities of each tuned network"
     )

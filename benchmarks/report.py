@@ -20,6 +20,7 @@ import report_coefficients
 import report_goals
 import report_kernels
 import report_onnx
+import report_quantize
 import report_zoo
 
 HERE = Path(__file__).resolve().parent
@@ -190,6 +191,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "slimming": slimming,
     **{name: partial(draw, table=table) for name, draw in report_goals.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_onnx.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_quantize.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_zoo.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_kernels.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_coding.SECTIONS.items()},
