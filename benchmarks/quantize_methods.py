@@ -1,9 +1,9 @@
-"""Post-training methods on trained networks, beside onnxruntime's own static quantization: accuracy and bytes.
+"""Post-training methods on trained networks, beside onnxruntime's own static quantization.
 
 Each row is one run of `cctool quantize` on the same network, with 1,024 un-augmented training images where it
-looks at images; top-1 on the test split. The peer is onnxruntime's `quantize_static` (QDQ, per channel, min-max)
-on the same images; "export" is our int8 file in onnxruntime. Rows that are in the file of --partial already are
-not measured again.
+looks at images: bytes, and top-1 on the test split. The peer is onnxruntime's `quantize_static` (QDQ, per
+channel, min-max) on the same images; "exported" is our int8 file in onnxruntime. Rows that are in the file of
+--partial already are not measured again.
 
     python benchmarks/quantize_methods.py NETWORK CIFAR10_DIR [--arch resnet20] --partial rows.json
 """
@@ -95,6 +95,7 @@ class Run:
         return as_stored(outcome.checkpoint, self.context.tables)
 
     def top1(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Top-1 of a checkpoint on the test split."""
         metrics = measured(checkpoint, self.source, self.data, self.context)
         return {"n": metrics.n, "top1": round(metrics.values["top1"], 2)}
 
@@ -113,6 +114,7 @@ class Run:
         return torch.cat([batch.cpu().clone() for batch in served])
 
     def exported(self, checkpoint: Checkpoint, path: Path) -> Path:
+        """The path of what `cctool export` writes, compared with the network on 256 images."""
         export.export(checkpoint, ExportFormat.ONNX, path, replace(self.data, limit=256), self.context)
         return path
 
