@@ -19,10 +19,10 @@ def feature_codec(result: dict[str, Any], table: Draw) -> str:
     coded = [row for row in rows if "ratio" in row]
     # Rows of fewer test images are compared with the network on the same ones.
     plain = {row["n"]: row["top1"] for row in rows if row not in coded}
-    tuned = next((row for row in coded if "train_images" in row), None)
     measured = [
         (
             row["name"],
+            _training(row),
             f"**{row['ratio']:.2f}**",
             f"{row['top1']:.2f}",
             f"{row['top1'] - plain[row['n']]:+.2f}" if row["n"] in plain else "",
@@ -36,28 +36,28 @@ def feature_codec(result: dict[str, Any], table: Draw) -> str:
         for row in coded
     ]
     headers = (
-        "codec", "ratio", "top-1, %", "against float", "n", *(f"k={k}" for k in ORDERS), "entropy bound",
-        "zeros, %", "side bits", "saturated",
+        "codec", "trained", "ratio", "top-1, %", "against float", "n", *(f"k={k}" for k in ORDERS),
+        "entropy bound", "zeros, %", "side bits", "saturated",
     )  # fmt: skip
-    training = ""
-    if tuned is not None:
-        epochs = "one epoch" if tuned["epochs"] == 1 else f"{tuned['epochs']} epochs"
-        training = (
-            f"Tuned rows were trained for {epochs} of {tuned['train_images']:,} training images with the "
-            f"codecs in the loop, SGD from {tuned['lr']:g} on, batch norm frozen, "
-            + ("the uncoded network as the teacher, " if tuned["distilled"] else "")
-            + f"and {tuned['rate_weight']:g} times the bits a value in the loss. "
-        )
     return (
         "## Coded feature maps\n\n"
         f"The trained ResNet-20 ({uncoded['top1']:.2f} % top-1 on CIFAR-10's {uncoded['n']:,} test images) "
-        "with a codec behind each of its nine residual blocks, as `cctool transform --target features "
-        "--mean-shift`. Ratios are against 8 bit, side information included, of all maps together: first "
-        "with each tap's best order k, then with one order for all. Allocated steps are those of "
+        "with a codec behind each of its nine residual blocks, as `cctool transform --target "
+        "features --mean-shift`. Ratios are against 8 bit, side information included, of all maps together: "
+        "first with each tap's best order k, then with one order for all. Allocated steps are those of "
         "`--allocate`. "
-        f"{training}No symbol takes less than a bit, so 8 is out of reach. The "
+        "Tuned rows were trained with the codecs in the loop, SGD with a cosine from the learning rate on, batch "
+        "norm frozen, the uncoded network as the teacher, so many times the bits a value in the loss "
+        "(rate). No symbol takes less than a bit, so 8 is out of reach. The "
         "published presets let symbols of 8 bits saturate.\n\n" + table(headers, measured)
     )
+
+
+def _training(row: dict[str, Any]) -> str:
+    """Epochs x images, learning rate, weight of the bits."""
+    if "train_images" not in row:
+        return ""
+    return f"{row['epochs']} x {row['train_images']:,}, {row['lr']:g}, rate {row.get('rate_weight', 0):g}"
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any], Draw], str]] = {"feature_codec": feature_codec}

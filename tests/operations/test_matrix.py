@@ -51,6 +51,14 @@ TRANSFORMS: dict[str, tuple[str, ...]] = {
 }
 """Transforms of the user's network, tried before and after the others."""
 
+QUANTIZERS: dict[str, tuple[str, ...]] = {
+    "int8": ("quantize", "INPUT", "--method", "int8", "--calibration", "16", *DATA),
+    "lsq": ("quantize", "INPUT", "--method", "lsq", "--epochs", "1", "--calibration", "16", *DATA),
+}
+"""Networks with quantizers, tried before and after the others and two transforms."""
+
+LINES = {**METHODS, **TRANSFORMS, **QUANTIZERS}
+
 OTHERS = ("train", "distill", "prune-l1", "prune-elements", "quantize-channel")
 
 REFUSED = {
@@ -126,7 +134,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workplace]:
 def apply(place: Workplace, method: str, source: Path, output: Path) -> Path:
     """Run one method of the table."""
     places_ = {"INPUT": str(source), "TEACHER": str(place.teacher)}
-    line = [places_.get(word, word) for word in {**METHODS, **TRANSFORMS}[method]]
+    line = [places_.get(word, word) for word in LINES[method]]
     (written,) = cctool_(*line, *place.arch, *QUIET, "--force", "-o", str(output))
     return written
 
@@ -164,8 +172,7 @@ def check_pairs(place: Workplace, pairs: Iterable[tuple[str, str]], export: str)
         results.append(apply(place, second, firsts[first], output))
         history = cctool.load(output, arch=arch).history
         verbs = [step.verb for step in history]
-        lines = {**METHODS, **TRANSFORMS}
-        assert verbs == ["train", lines[first][0], lines[second][0]], output.name
+        assert verbs == ["train", LINES[first][0], LINES[second][0]], output.name
         for step, file in zip(history[1:], (place.start, firsts[first]), strict=True):
             assert step.parent is not None
             assert step.parent.path == file.name
@@ -195,6 +202,25 @@ def transform_pairs(name: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_before_and_after_every_verb(places: dict[str, Workplace], name: str) -> None:
     check_pairs(places["own"], transform_pairs(name), "state-dict")
+
+
+def quantizer_pairs(name: str) -> list[tuple[str, str]]:
+    """A quantization before and after every verb, and two transforms."""
+    others = (*OTHERS, "energy", "features")
+    return [*((name, other) for other in others), *((other, name) for other in others)]
+
+
+@pytest.mark.parametrize("name", ["int8", pytest.param("lsq", marks=pytest.mark.slow)])
+def test_quantizers_before_and_after_every_verb(places: dict[str, Workplace], name: str) -> None:
+    check_pairs(places["own"], quantizer_pairs(name), "state-dict")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantizers_before_and_after_every_verb_export_to_onnx(
+    places: dict[str, Workplace], name: str
+) -> None:
+    check_pairs(places["own"], quantizer_pairs(name), "onnx")
 
 
 @pytest.mark.parametrize(("first", "second"), REFUSED)
