@@ -46,8 +46,8 @@ def feature_codec(result: dict[str, Any], table: Draw) -> str:
         "features --mean-shift`. Ratios are against 8 bit, side information included, of all maps together: "
         "first with each tap's best order k, then with one order for all. Allocated steps are those of "
         "`--allocate`. "
-        "Tuned rows were trained with the codecs in the loop, SGD with a cosine from the learning rate on, batch "
-        "norm frozen, the uncoded network as the teacher, so many times the bits a value in the loss "
+        "Tuned rows were trained with the codecs in the loop, SGD with a cosine from the learning rate on, "
+        "batch norm frozen, the uncoded network as the teacher, so many times the bits a value in the loss "
         "(rate). No symbol takes less than a bit, so 8 is out of reach. The "
         "published presets let symbols of 8 bits saturate.\n\n" + table(headers, measured)
     )
