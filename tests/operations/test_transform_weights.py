@@ -288,7 +288,17 @@ def test_masked_coefficients_stay_zero_through_training(lenet: Path) -> None:
     assert {layer.name for layer in report.layers} == {n.removesuffix(".coefficients") for n in masks}
 
 
-@pytest.mark.parametrize("method", list(QuantizeMethod))
+@pytest.mark.parametrize(
+    "method",
+    [
+        QuantizeMethod.FP16,
+        QuantizeMethod.BF16,
+        QuantizeMethod.UINT8,
+        QuantizeMethod.INT6,
+        QuantizeMethod.CODEBOOK,
+        QuantizeMethod.APOT,
+    ],
+)
 @pytest.mark.parametrize("keep", [None, 0.25])
 def test_coefficients_are_quantized(method: QuantizeMethod, keep: float | None, lenet: Path) -> None:
     run(lenet, keep=keep)
