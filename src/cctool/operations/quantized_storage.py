@@ -32,7 +32,7 @@ def as_stored(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) ->
     """The checkpoint whose quantized and masked weights are stored in as many bits as they need.
 
     Args:
-        checkpoint: on the CPU; where ``settle``, its quantized weights get the values that are stored.
+        checkpoint: where ``settle``, its quantized weights get the values that are stored.
         tables: to decode what was encoded.
         settle: whether weights may change; else those stay dense that are not on their grid already.
     """
@@ -51,11 +51,11 @@ def settled(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> C
         form = _encoded(values, quantizer, fold)
         if form is None:
             continue
-        decoded = tables.encodings[form.encoding].decode(form)
+        decoded = tables.encodings[form.encoding].decode(form).to(values.device)
         mask = masks_of(model).get(name)
         if mask is not None:
             # Zeros of the mask are stored apart, and need not lie on the grid.
-            decoded = decoded * mask.cpu()
+            decoded = decoded * mask
             form = None if not _zero_on_grid(quantizer) else form
         if not _same(quantizer, values, decoded, fold, mask):
             continue
