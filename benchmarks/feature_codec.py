@@ -264,12 +264,10 @@ def main() -> None:
                 partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     command = (
         f"python benchmarks/feature_codec.py WEIGHTS CIFAR10_DIR --epochs {arguments.epochs} "
-        f"--lr {arguments.lr:g} --rate-weight {arguments.rate_weight:g} "
-        f"--tuned {' '.join(f'{quality:g}' for quality in arguments.tuned)}"
-        + (
-            f" --coded-at {' '.join(f'{other:g}' for other in arguments.coded_at)}"
-            if arguments.coded_at
-            else ""
+        f"--lr {arguments.lr:g} --rate-weight {arguments.rate_weight:g}"
+        + "".join(
+            " ".join((f" --{name.replace('_', '-')}", *(f"{value:g}" for value in vars(arguments)[name])))
+            for name in ("sweep", "tuned", "plain_tuned", "coded_at")
         )
         + (" --distilled" if arguments.distilled else "")
         + (f" --train-images {arguments.train_images}" if arguments.train_images else "")
