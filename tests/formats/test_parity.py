@@ -1,5 +1,6 @@
 """The comparison itself: what it lets pass, and what it must catch."""
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cctool.errors import ExportError
-from cctool.formats.parity import compare, outputs_of, random_batches
+from cctool.formats.parity import compare, outputs_of, random_batches, require_top1
+from cctool.formats.records import Agreement
 
 
 def net() -> nn.Module:
@@ -167,3 +169,21 @@ def test_a_step_of_a_codec_is_let_pass_where_it_is_told_of() -> None:
 def test_another_codec_is_caught() -> None:
     with pytest.raises(ExportError, match="off by up to"):
         compare(Rounding(), outputs_of(Rounding(step=0.2)), inputs(), "noise", coded=True)
+
+
+@pytest.mark.parametrize(
+    ("different", "n", "accepted"),
+    [
+        (0, 1, True),
+        (5, 256, True),
+        (6, 256, False),
+        (100, 10_000, True),
+        (120, 10_000, False),
+        (1, 2, True),
+        (2, 4, False),
+    ],
+)
+def test_top1_is_judged_by_how_much_the_samples_tell(different: int, n: int, accepted: bool) -> None:
+    found = Agreement("samples", n, (n,), 0.0, 1.0, 1.0, 100 * (n - different) / n, 1e-5)
+    with contextlib.nullcontext() if accepted else pytest.raises(ExportError, match="99 % is asked for"):
+        require_top1(found)
