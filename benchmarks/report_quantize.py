@@ -32,8 +32,8 @@ def quantize_methods(result: dict[str, Any], table: Draw) -> str:
         "where a method looks at images. Bytes are those of the checkpoint, of ONNX files in the last two "
         "rows of a network: our int8 network exported and run in onnxruntime, and the float network after "
         "onnxruntime's own `quantize_static` (QDQ, per channel, min-max, uint8 activations) on the same "
-        "images. CPUs without VNNI, as the one here, saturate in both (`--reduce-range` avoids it).\n\n"
-        + table(headers, rows)
+        "images. CPUs without VNNI, as the one here, saturate in both (`--reduce-range` avoids "
+        "it).\n\n" + table(headers, rows)
     )
 
 
