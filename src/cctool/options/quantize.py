@@ -11,7 +11,6 @@ from cctool.options.prune_parts import Quantity, Target
 from cctool.options.quantize_choices import (
     CLIPPING,
     INTEGERS,
-    STORED,
     TRAINED,
     CodebookInit,
     Edges,
@@ -99,10 +98,27 @@ class QuantizeOptions:
         self._check_search()
         if self.rounding_steps < 1:
             raise UsageError(f"--rounding-steps {self.rounding_steps}: at least one is needed")
-        if self.epochs and self.method in STORED and self.method is not QuantizeMethod.CODEBOOK:
+        self._check_idle()
+        trains = self.method in TRAINED or self.method is QuantizeMethod.CODEBOOK
+        if self.epochs and not trains:
             raise UsageError(
                 f"--epochs: --method {self.method} trains nothing; codebook, qat, lsq, pact, dorefa, wrpn do"
             )
+
+    def _check_idle(self) -> None:
+        """Refuse what the method would not look at."""
+        by_layer = self.method in {*INTEGERS, *TRAINED} and self.group is None
+        if self.layers and not by_layer:
+            raise UsageError("--layer is for --method intN without --group-size, and for the trained methods")
+        if not self.activations and any(given.activations is not None for given in self.layers):
+            raise UsageError("--layer GLOB=wNaM: activations stay in floating point here; GLOB=N is expected")
+        fitted = self.calibration.equalize or self.calibration.bias_correction
+        if self.group is not None and fitted:
+            raise UsageError("--group-size cannot be combined with --equalize or --bias-correction")
+        eights = {*self.choices} if self.searches else {self.bits, *(given.weights for given in self.layers)}
+        edges = self.activations and self.effective_edges is Edges.EIGHT
+        if self.calibration.reduce_range and not (edges or 8 in eights):
+            raise UsageError("--reduce-range is for weights of 8 bits, and there are none")
 
     def _check_weights(self) -> None:
         if self.weight_bits is not None:
