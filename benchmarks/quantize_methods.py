@@ -50,6 +50,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "uint8": {"method": QuantizeMethod.UINT8},
     "int8": {"method": QuantizeMethod.INT8},
     "int8 --per-tensor": {"method": QuantizeMethod.INT8, "per_channel": False},
+    "int8 --reduce-range": {
+        "method": QuantizeMethod.INT8,
+        "calibration": CalibrationOptions(reduce_range=True),
+    },
     "int4": {"method": QuantizeMethod.INT4},
     "int4 --bias-correction": {
         "method": QuantizeMethod.INT4,
@@ -61,6 +65,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "codebook --weight-bits 4": {"method": QuantizeMethod.CODEBOOK, "weight_bits": 4},
     "apot --weight-bits 4": {"method": QuantizeMethod.APOT, "weight_bits": 4},
 }
+
+EXPORTED_SUFFIX = ", exported"
+EXPORTED = ("int8, exported", "int8 --reduce-range, exported")
 
 
 class Run:
@@ -136,8 +143,9 @@ def measure(run: Run, name: str, folder: Path) -> dict[str, Any]:
             weight_type=QuantType.QInt8,
         )
         return run.in_runtime(folder / "peer.onnx")
-    if name == "int8, exported":
-        return run.in_runtime(run.exported(run.quantized(WAYS["int8"]), folder / "ours.onnx"))
+    if name in EXPORTED:
+        way = WAYS[name.removesuffix(EXPORTED_SUFFIX)]
+        return run.in_runtime(run.exported(run.quantized(way), folder / "ours.onnx"))
     product = run.quantized(WAYS[name])
     save(product, folder / "product.pt", run.context.tables, overwrite=True)
     return run.top1(product) | {"bytes": (folder / "product.pt").stat().st_size}
@@ -156,7 +164,7 @@ def main() -> None:
     partial = Path(arguments.partial)
     rows = json.loads(partial.read_text(encoding="utf-8")) if partial.is_file() else []
     run = Run(arguments)
-    names = ["float", *WAYS, "int8, exported", "onnxruntime, quantize_static"]
+    names = ["float", *WAYS, *EXPORTED, "onnxruntime, quantize_static"]
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             done = any(row["network"] == arguments.arch and row["method"] == name for row in rows)

@@ -2,7 +2,8 @@
 
 A row is a module that holds tensors or computes something itself; what a parent computes between its children
 (a residual addition) is the parent's row. Rows stand in the order of their first call; modules whose tensors
-the pass never touched (auxiliary heads) come last, with no calls.
+the pass never touched (auxiliary heads) come last, with no calls. Quantizers have no rows: their tensors
+belong to the layer whose weight or call they quantize.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, fields
 
 from torch import Tensor, nn
 
+from cctool.analysis.precision import Precision, owners_of_quantizers, precisions
 from cctool.analysis.sparsity import weights
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.masks import masks_of
@@ -82,6 +84,7 @@ class Layer:
         output_shape: of the last that it put out.
         sums: everything that adds up.
         sparsity: percent of its weights that are zero; None where it has none.
+        precision: bits that it computes with.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Layer:
     output_shape: Shape | None
     sums: Totals
     sparsity: float | None
+    precision: Precision = field(default_factory=Precision)
 
 
 @dataclass(frozen=True)
@@ -122,16 +126,18 @@ def tabulate(checkpoint: Checkpoint, cost: ModelCost) -> LayerTable:
     """
     model = checkpoint.model
     called = cost.by_module()
-    tensors = _tensor_sums(checkpoint)
+    owners = owners_of_quantizers(model)
+    tensors = _tensor_sums(checkpoint, owners)
+    bits = precisions(checkpoint)
     density = _densities(model)
     modules = dict(model.named_modules())
     names = [*called, *(name for name in modules if name in tensors and name not in called)]
     rows = [
-        _row(name, modules[name], called.get(name, ()), tensors.get(name, Totals()), density)
+        _row(name, modules[name], called.get(name, ()), tensors.get(name, Totals()), density, bits)
         for name in names
         if any(call.cost for call in called.get(name, ())) or name in tensors
     ]
-    owned = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    owned = {name.rpartition(".")[0] for name, _ in model.named_parameters()} - owners.keys()
     masked = dict.fromkeys(name.rpartition(".")[0] or ROOT for name in masks_of(model))
     touched = {name.rpartition(".")[0] for name in cost.touched}
     return LayerTable(
@@ -144,7 +150,12 @@ def tabulate(checkpoint: Checkpoint, cost: ModelCost) -> LayerTable:
 
 
 def _row(
-    name: str, module: nn.Module, calls: tuple[CountedCall, ...], held: Totals, density: Mapping[str, float]
+    name: str,
+    module: nn.Module,
+    calls: tuple[CountedCall, ...],
+    held: Totals,
+    density: Mapping[str, float],
+    bits: Mapping[str, Precision],
 ) -> Layer:
     sums = held
     for counted in calls:
@@ -168,6 +179,7 @@ def _row(
         output_shape=calls[-1].call.output_shapes[0] if calls else None,
         sums=sums,
         sparsity=sums.sparsity,
+        precision=bits.get(name, Precision()),
     )
 
 
@@ -190,7 +202,7 @@ def _activation_shape(call: Call) -> Shape | None:
     return next(unnamed, None)
 
 
-def _tensor_sums(checkpoint: Checkpoint) -> dict[str, Totals]:
+def _tensor_sums(checkpoint: Checkpoint, owners: Mapping[str, str]) -> dict[str, Totals]:
     """Parameters, zeros, bytes and faults of each module's own tensors; a tied one counts at its first."""
     model = checkpoint.model
     counted = {name for name, _ in model.named_parameters()}
@@ -211,6 +223,7 @@ def _tensor_sums(checkpoint: Checkpoint) -> dict[str, Totals]:
             masked=int((~masks[name]).sum()) if name in masks else 0,
         )
         owner = name.rpartition(".")[0]
+        owner = owners.get(owner, owner)
         sums[owner] = sums.get(owner, Totals()) + found
     return sums
 

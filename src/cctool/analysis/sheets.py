@@ -58,6 +58,9 @@ LAYER_COLUMNS = (
     _count("masked", "Masked", "Parameters that a mask holds at zero, while training too."),
     _count("bytes", "Bytes", "Of the tensors as the checkpoint stores them, without names and headers."),
     _count("nonfinite", "NaN or inf", "Elements that are NaN or infinite."),
+    Column("weight_bits", "Weight bits", "Of a weight, as it is rounded or stored; blank: floating point."),
+    Column("input_bits", "Input bits", "Of what the layer takes in, where a quantizer of its own rounds it."),
+    Column("output_bits", "Output bits", "Of what the layer puts out, the same."),
 )
 
 TENSOR_COLUMNS = (
@@ -161,6 +164,9 @@ def _layer_row(layer: Layer) -> tuple[Cell, ...]:
         sums.masked,
         sums.bytes,
         sums.nonfinite,
+        layer.precision.weight_bits,
+        layer.precision.input_bits,
+        layer.precision.output_bits,
     )
 
 

@@ -128,6 +128,7 @@ _SUMS = {
     "nonfinite": "NaN or inf",
     "masked": "masked",
 }
+_BITS = {"weight_bits": "w bits", "input_bits": "in bits", "output_bits": "out bits"}
 _RARE = ("matmul_macs", "nonfinite", "masked")
 
 
@@ -136,7 +137,9 @@ def _layers(table: Any) -> tuple[list[str], list[tuple[object, ...]]]:
     shown = [key for key in _SUMS if key not in _RARE or getattr(totals, key)]
     if totals.effective_macs == totals.macs:
         shown.remove("effective_macs")
+    bits = [key for key in _BITS if any(getattr(layer.precision, key) for layer in table.layers)]
     headers = ["layer", "type", "settings", "input", "output", *map(_SUMS.__getitem__, shown), "sparsity %"]
+    headers += [_BITS[key] for key in bits]
 
     def numbers(sums: Any) -> list[object]:
         percent = None if sums.sparsity is None else f"{sums.sparsity:.2f}"
@@ -150,10 +153,11 @@ def _layers(table: Any) -> tuple[list[str], list[tuple[object, ...]]]:
             _size(layer.input_shape),
             _size(layer.output_shape),
             *numbers(layer.sums),
+            *(getattr(layer.precision, key) for key in bits),
         )
         for layer in table.layers
     ]
-    return headers, [*rows, ("total", "", "", "", "", *numbers(totals))]
+    return headers, [*rows, ("total", "", "", "", "", *numbers(totals), *("" for _ in bits))]
 
 
 def _size(shape: tuple[int, ...] | None) -> str:

@@ -34,6 +34,7 @@ from cctool.quantization.quantizer import Quantizer
 from cctool.quantization.quantizers import make_quantizer
 
 __all__ = [
+    "CONTAINER",
     "QUANTIZE",
     "CallPoint",
     "NetworkQuantizers",

@@ -1,0 +1,92 @@
+"""Bits that the layers of a network compute with, and which layer a quantizer's own tensors belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.quantization.attached import CONTAINER, activation_key, quantizers_of, weight_key
+from cctool.quantization.masked import inner_form
+
+__all__ = ["Precision", "owners_of_quantizers", "precisions"]
+
+_FIXED_BITS = {"fp16": 16, "bf16": 16, "affine-u8": 8}
+_MASKED = "masked"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bits of one layer; None where a value is computed in floating point.
+
+    Attributes:
+        weight_bits: of an element of its weights, the most where they differ: as its quantizer rounds it,
+            or as the file stores it.
+        input_bits: of what it takes in, where that has a quantizer of its own.
+        output_bits: of what it puts out, the same.
+    """
+
+    weight_bits: int | None = None
+    input_bits: int | None = None
+    output_bits: int | None = None
+
+    def __or__(self, other: Precision) -> Precision:
+        return Precision(
+            _most(self.weight_bits, other.weight_bits),
+            _most(self.input_bits, other.input_bits),
+            _most(self.output_bits, other.output_bits),
+        )
+
+
+def precisions(checkpoint: Checkpoint) -> dict[str, Precision]:
+    """Bits by the qualified name of the module, of those where anything has few."""
+    found: dict[str, Precision] = {}
+
+    def note(module: str, precision: Precision) -> None:
+        found[module] = found.get(module, Precision()) | precision
+
+    for name, encoded in checkpoint.stored.items():
+        bits = _stored_bits(encoded)
+        if bits is not None and len(encoded.shape) > 1:
+            note(name.rpartition(".")[0], Precision(weight_bits=bits))
+    held = quantizers_of(checkpoint.model)
+    if held is not None:
+        for name, weight in held.state.weights.items():
+            module = name.rpartition(".")[0]
+            note(module, Precision(weight_bits=weight.config.bits))
+        for place, call in held.state.calls.items():
+            if call.input is not None:
+                note(place.module, Precision(input_bits=call.input.bits))
+            if call.output is not None:
+                note(place.module, Precision(output_bits=call.output.bits))
+    return found
+
+
+def owners_of_quantizers(model: nn.Module) -> Mapping[str, str]:
+    """Qualified names of quantizers, and of the modules whose weights and calls they quantize."""
+    held = quantizers_of(model)
+    if held is None:
+        return {}
+    weights = {weight_key(name): name.rpartition(".")[0] for name in held.state.weights}
+    calls = {
+        activation_key(place, slot): place.module
+        for place in held.state.calls
+        for slot in ("input", "output")
+    }
+    return {f"{CONTAINER}.{key}": module for key, module in (weights | calls).items()}
+
+
+def _stored_bits(encoded: EncodedTensor) -> int | None:
+    form = inner_form(encoded) if encoded.encoding == _MASKED else encoded
+    if form is None:
+        return None
+    bits = form.parameters.get("bits")
+    return bits if isinstance(bits, int) else _FIXED_BITS.get(form.encoding)
+
+
+def _most(first: int | None, second: int | None) -> int | None:
+    known = [bits for bits in (first, second) if bits is not None]
+    return max(known, default=None)
