@@ -63,8 +63,8 @@ def quantize_trained(result: dict[str, Any], table: Draw) -> str:
         "## Quantization with training\n\n"
         "`cctool quantize --method ...` from the float network, with its defaults: SGD from 0.01 by a "
         "cosine, labels alone, first and last layer at 8 bits, the best epoch by validation. One seed: "
-        "differences of a few tenths of a point say nothing. The last row of a network trains its floats for as "
-        "many epochs (`cctool train --optimizer sgd`), so that nobody takes more training for a gain of a "
+        "differences of a few tenths of a point say nothing. The last row of a network trains its floats for "
+        "as many epochs (`cctool train --optimizer sgd`), so that nobody takes more training for a gain of a "
         "method.\n\n" + table(headers, rows)
     )
 

@@ -1,5 +1,6 @@
 """`cctool export` of quantized networks and of weights that checkpoints store as integers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from cctool.quantization.configs import QuantizerConfig
 from cctool.quantization.exported import made_weights
 from cctool.quantization.flow import flow_of
 from cctool.quantization.integers import INTN
+from cctool.quantization.masked import MASKED
 from cctool.quantization.points import plan_points
 
 SPEC = ModelSpec(architecture="lenet", input_shape=(1, 32, 32))
@@ -89,6 +91,25 @@ def test_stored_integers_stay_integers(tmp_path: Path, axis: int | None) -> None
     assert file.bytes < 1.2 * sum(value.numel() for value in network().parameters())
     assert file.kernels is not None
     assert {layer.reason for layer in file.kernels.floating} == {"what it takes in is not quantized"}
+
+
+def test_masked_weights_that_are_stored_as_integers_are_integers(tmp_path: Path) -> None:
+    inner = {"inner": "intn", "axis": 0, "bits": 8, "symmetric": True, "group": None}
+    file = exported(stored(tmp_path / "a.pt", MASKED, inner))
+    assert file.bytes < 1.2 * sum(value.numel() for value in network().parameters())
+    assert not any("written in floating point" in note for note in file.notes)
+
+
+def test_weights_behind_quantizers_are_not_called_floating_point(tmp_path: Path) -> None:
+    model = load(quantized(tmp_path / "a.pt"), tables())
+    weight = made_weights(model.model)["features.3.weight"]
+    model.model.get_parameter("features.3.weight").data = weight
+    form = MASKED.encode(weight, {"inner": None, "axis": None})
+    save(replace(model, stored={"features.3.weight": form}), tmp_path / "b.pt", tables())
+    file = exported(tmp_path / "b.pt")
+    assert file.kernels is not None
+    assert not file.kernels.floating
+    assert not any("written in floating point" in note for note in file.notes)
 
 
 def test_other_stored_forms_are_float_and_named(tmp_path: Path) -> None:

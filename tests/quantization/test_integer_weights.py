@@ -4,6 +4,7 @@ import torch
 from cctool.quantization.affine import AFFINE_U8
 from cctool.quantization.integer_weights import IntegerWeight, from_stored
 from cctool.quantization.integers import INTN, encode_integers
+from cctool.quantization.masked import MASKED, encode_masked, inner_of
 
 
 def weight(low: int = -127, high: int = 127, zero: int = 0) -> IntegerWeight:
@@ -84,8 +85,25 @@ def test_the_lowest_of_all_integers_is_kept() -> None:
     assert found.low == -128
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_masked_weights_have_their_integers_and_zero_elsewhere(axis: int | None, symmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(5, 7, generator=generator) < 0.4
+    tensor = (torch.randn(5, 7, generator=generator) + 0.3) * mask
+    inner = inner_of("intn", {"bits": 4, "symmetric": symmetric, "axis": axis, "group": None})
+    encoded = encode_masked(tensor, mask, inner)
+    found = from_stored("a", encoded)
+    assert found is not None
+    assert torch.equal(found.values(), MASKED.decode(encoded))
+    assert not found.values()[~mask].any()
+    assert int(found.integers.min()) >= found.low
+    assert int(found.integers.max()) <= found.high
+
+
 def test_other_forms_are_none() -> None:
     tensor = torch.randn(4, 6)
+    assert from_stored("a", encode_masked(tensor, tensor != 0)) is None
     assert from_stored("a", AFFINE_U8.encode(tensor, {"axis": None})) is None
     grouped = INTN.encode(tensor, {"bits": 4, "symmetric": True, "axis": 0, "group": 2})
     assert from_stored("a", grouped) is None

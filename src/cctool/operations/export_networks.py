@@ -74,8 +74,12 @@ def converted(checkpoint: Checkpoint, kind: ExportFormat, *, codec: bool) -> Con
 def _stored(checkpoint: Checkpoint) -> tuple[dict[str, IntegerWeight], tuple[str, ...]]:
     """Weights that the checkpoint stores as integers which stand for their values bit for bit."""
     tensors: Mapping[str, object] = checkpoint.model.state_dict()
+    held = quantizers_of(checkpoint.model)
     found, others = {}, []
     for name, form in checkpoint.stored.items():
+        if held is not None and name in held.state.weights:
+            # The quantizer has its integers.
+            continue
         weight, tensor = from_stored(name, form), tensors.get(name)
         if (
             weight is not None

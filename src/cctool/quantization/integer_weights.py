@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from cctool.checkpoint.encoding import EncodedTensor
+from cctool.quantization.bits import unpack_bits
 from cctool.quantization.grid import aligned
 from cctool.quantization.integers import INTN, integers_of
+from cctool.quantization.masked import MASKED, inner_form
 from cctool.quantization.quantizer import Quantizer
 
 __all__ = ["IntegerWeight", "from_quantizer", "from_stored"]
@@ -140,15 +142,21 @@ def from_quantizer(
 
 
 def from_stored(name: str, encoded: EncodedTensor) -> IntegerWeight | None:
-    """The integers of a weight that a checkpoint stores as such; None where it stores others.
+    """The integers of a weight that a checkpoint stores as such, masked or not; None where it stores others.
 
     Raises:
         CorruptCheckpointError: if the parts contradict the shape.
     """
+    mask = None
+    if encoded.encoding == MASKED.name:
+        form = inner_form(encoded)
+        if form is None:
+            return None
+        encoded, mask = form, unpack_bits(encoded)
     axis, group = encoded.parameters.get("axis"), encoded.parameters.get("group")
     if encoded.encoding != INTN.name or group is not None or encoded.dtype != "float32":
         return None
-    found = integers_of(encoded)
+    found = integers_of(encoded, mask)
     bits = encoded.parameters["bits"]
     assert isinstance(bits, int)
     signed = found.zero_point is None

@@ -140,15 +140,27 @@ def encode_integers(
     return encoded
 
 
-def integers_of(encoded: EncodedTensor) -> Integers:
+def integers_of(encoded: EncodedTensor, mask: Tensor | None = None) -> Integers:
     """The integers, scales and zero points of an encoded tensor.
+
+    Args:
+        encoded: of this encoding.
+        mask: bool, of the tensor's shape, where only its True entries are stored; the others get the integer
+            that stands for 0.
 
     Raises:
         CorruptCheckpointError: if the parts contradict the shape.
     """
     settings, groups = _stored_settings(encoded)
-    codes, scale, zeros = _stored(encoded, settings, groups, None)
-    integers = whole_shape(encoded, codes).to(torch.int64)
+    codes, scale, zeros = _stored(encoded, settings, groups, mask)
+    codes = codes.to(torch.int64)
+    if mask is not None:
+        if zeros is None:
+            whole = codes.new_full((mask.numel(),), -settings.lowest)
+        else:
+            whole = zeros.to(torch.int64).reshape(-1)[groups.index()].reshape(-1)
+        codes = whole.masked_scatter_(mask.reshape(-1), codes)
+    integers = whole_shape(encoded, codes)
     if zeros is None:
         return Integers(integers + settings.lowest, scale, None)
     return Integers(integers, scale, zeros.to(torch.int64))
