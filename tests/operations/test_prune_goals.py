@@ -107,6 +107,22 @@ def test_a_target_of_a_quantized_file_counts_stored_bytes(trained: Path) -> None
     assert 0.47 < stored_bytes(small) / stored_bytes(load(quantized, tables())) <= 0.5
 
 
+def test_a_target_of_a_network_with_quantizers_counts_their_bits_after_fine_tuning_too(trained: Path) -> None:
+    quantized = trained.with_name("i8.pt")
+    cctool_(
+        *("quantize", str(trained), "--method", "int8", "--data", "digits", "--limit", "32"),
+        *("--calibration", "16", "-q", "--force", "-o", str(quantized)),
+    )
+    target = Target(Quantity.BYTES, 0.5)
+    (product,) = products(
+        quantized, "t.pt", method=PruneMethod.L1, target=target, finetune_epochs=1, data=FEW
+    )
+    before, after = (stored_bytes(load(path, tables())) for path in (quantized, product.path))
+    assert product.report.target.before == before
+    assert product.report.target.reached == after
+    assert 0.45 < after / before <= 0.5
+
+
 @pytest.mark.parametrize("mode", list(StepMode))
 def test_steps_approach_a_target_along_the_growth(trained: Path, mode: StepMode) -> None:
     target = Target(Quantity.PARAMS, 0.4)

@@ -20,8 +20,9 @@ from cctool.operations.sizes import measure, stored_bytes
 from cctool.operations.stored_cut import cut_stored
 from cctool.options.prune import PruneOptions
 from cctool.options.prune_parts import Quantity
-from cctool.pruning.surgery import CutPlan, named_tensors
+from cctool.pruning.surgery import Cut, CutPlan, named_tensors
 from cctool.pruning.targets import sketch
+from cctool.quantization.attached import CONTAINER, quantizers_of, weight_key
 from cctool.transforms.plain import plain_model
 from cctool.transforms.swapped import swapped_layers
 
@@ -94,7 +95,7 @@ def counter(
         quantity: what is counted: multiply-accumulates of one input, parameters, bytes as stored, or
             microseconds of one input.
         checkpoint: before the cut.
-        options: whether fine-tuning will store all tensors dense.
+        options: whether fine-tuning will store tensors dense that are only stored in few bits.
         context: knows the encodings.
     """
     model = checkpoint.model
@@ -106,7 +107,14 @@ def counter(
         return lambda plan: float(sum(p.numel() for p in narrowed(model, plan).parameters()))
     if quantity is Quantity.BYTES:
         dense = bool(options.finetune_epochs or options.rewind or options.from_scratch)
-        stored = {} if dense and not options.keep_storage else checkpoint.stored
+        held = quantizers_of(model)
+        # Weights with quantizers are stored as these make them, fine-tuned or not.
+        rounded = {} if held is None else held.state.weights
+        stored = {
+            name: form
+            for name, form in checkpoint.stored.items()
+            if not dense or options.keep_storage or name in rounded
+        }
         return lambda plan: float(_bytes(checkpoint, stored, plan, context))
     return _latency_counter(checkpoint)
 
@@ -122,7 +130,7 @@ def _bytes(
         return stored_bytes(replace(checkpoint, model=thin, stored=forms))
     seen: set[int] = set()
     total = 0
-    small = cut_stored(stored, plan, context)
+    small, scales = cut_stored(stored, plan, context), _cuts_of_scales(checkpoint, plan)
     for name, tensor in checkpoint.model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or id(tensor) in seen:
             continue
@@ -134,10 +142,22 @@ def _bytes(
                     total += part.numel() * part.element_size()
             continue
         numbers = tensor.numel()
-        for cut in plan.tensors.get(name, ()):
+        of_scales = [c for c in scales.get(name.rpartition(".")[0], ()) if tensor.shape == (c.size,)]
+        for cut in (*plan.tensors.get(name, ()), *of_scales):
             numbers = numbers // cut.size * cut.keep.numel()
         total += numbers * tensor.element_size()
     return total
+
+
+def _cuts_of_scales(checkpoint: Checkpoint, plan: CutPlan) -> dict[str, tuple[Cut, ...]]:
+    """What a plan takes of the tensors of quantizers that have an entry for each channel, by the quantizers."""
+    held = quantizers_of(checkpoint.model)
+    return {
+        f"{CONTAINER}.{weight_key(name)}": tuple(
+            cut for cut in plan.tensors.get(name, ()) if cut.dim == point.config.axis
+        )
+        for name, point in ({} if held is None else held.state.weights).items()
+    }
 
 
 def _latency_counter(checkpoint: Checkpoint) -> Callable[[CutPlan], float]:
