@@ -150,7 +150,7 @@ def _bytes(
 
 
 def _cuts_of_scales(checkpoint: Checkpoint, plan: CutPlan) -> dict[str, tuple[Cut, ...]]:
-    """What a plan takes of the tensors of quantizers that have an entry for each channel, by the quantizers."""
+    """What a plan takes of the tensors of quantizers that have an entry a channel, by the quantizers."""
     held = quantizers_of(checkpoint.model)
     return {
         f"{CONTAINER}.{weight_key(name)}": tuple(
