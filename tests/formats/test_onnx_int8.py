@@ -57,13 +57,13 @@ class Toy(nn.Module):
         return self.head(torch.cat((F.relu(self.hidden(F.avg_pool2d(y, 2).flatten(1))), z), 1))
 
 
-def quantized(model: nn.Module, bits: int = 8, method: Any = "uniform") -> nn.Module:
+def quantized(model: nn.Module, bits: int = 8, method: Any = "uniform", *, signed: bool = False) -> nn.Module:
     images = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(1))
     model.eval()
     points = plan_points(flow_of(model, (images,)), "all")
     apot = method == "apot"
     weights = QuantizerConfig(method=method, bits=bits, narrow=not apot, axis=None if apot else 0)
-    activations = QuantizerConfig(method="uniform", bits=bits, signed=False, symmetric=False)
+    activations = QuantizerConfig(method="uniform", bits=bits, signed=signed, symmetric=signed)
     calls: dict[Any, dict[str, Any]] = {layer.place: {"weight": layer.weight} for layer in points.layers}
     for found in points.activations:
         calls.setdefault(found.place, {})[found.slot] = activations
@@ -105,6 +105,16 @@ def test_every_convolution_and_product_runs_on_integers(toy: tuple[nn.Module, Wr
     kernels = toy[1].kernels
     assert kernels is not None
     assert (kernels.integer, kernels.floating) == (7, ())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_signed_activations_run_on_integers_whatever_their_bits(tmp_path: Path, bits: int) -> None:
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 5, 1))
+    model = quantized(nn.Sequential(chain, nn.AdaptiveAvgPool2d(1), nn.Flatten()), bits, signed=True)
+    file = write_onnx(request(model, tmp_path / "a.onnx", samples=samples()))
+    assert file.kernels is not None
+    assert (file.kernels.integer, file.kernels.floating) == (3, ())
 
 
 def test_outputs_agree_within_steps_and_on_the_class(toy: tuple[nn.Module, Written]) -> None:

@@ -44,6 +44,9 @@ def rounding() -> dict[Any, Any]:
     op: Any = opset18
 
     def write(x: Any, scale: float, zero_point: int, low: int, high: int) -> Any:
+        if low < 0 and (low, high) not in _TYPES.values():
+            # onnxruntime makes unsigned integers of whole signed bytes by itself, but not behind a Clip.
+            zero_point, low, high = zero_point + 128, low + 128, high + 128
         kind = TensorProto.UINT8 if low >= 0 else TensorProto.INT8
 
         def integer(value: int) -> Any:
