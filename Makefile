@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One thread a test worker: two workers with two threads each would fight for the cores.
+# One thread a test worker: two workers with two threads each would fight for the cores. A worker goes on
+# with the tests that stand together in a file, which share what they have trained.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test test-slow lint format check docs clean
@@ -21,7 +22,7 @@ demo: $(VENV)/base.stamp
 	bash docs/demo.sh $(BIN)/cctool demo
 
 test: $(VENV)/dev.stamp
-	$(PYTEST) -n 2
+	$(PYTEST) -n 2 --dist worksteal
 
 test-slow: $(VENV)/dev.stamp
 	$(PYTEST) -m slow

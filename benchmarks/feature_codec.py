@@ -42,7 +42,7 @@ from cctool.operations.opening import open_checkpoint
 from cctool.operations.teaching import distillation
 from cctool.operations.transform_features import codec_configs
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
-from cctool.options.fit import FitOptions
+from cctool.options.fit import FitOptions, Schedule
 from cctool.options.prune_parts import TeacherOptions
 from cctool.options.transform import TransformOptions, preset_options
 from cctool.options.transform_choices import TransformPreset, TransformTarget
@@ -140,6 +140,8 @@ class Run:
             "epochs": arguments.epochs,
             "lr": arguments.lr,
             "rate_weight": arguments.rate_weight,
+            "schedule": arguments.schedule,
+            "ema": arguments.ema,
         }
 
     def _trained(self, options: TransformOptions) -> tuple[Checkpoint, int]:
@@ -150,6 +152,8 @@ class Run:
             optimizer="sgd",
             lr=arguments.lr,
             rate_weight=arguments.rate_weight,
+            schedule=Schedule(arguments.schedule),
+            ema=arguments.ema,
             freeze_norm=True,
         )
         images = self.source(arguments.train_images)
@@ -244,6 +248,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning")
     parser.add_argument("--lr", type=float, default=0.005)
     parser.add_argument("--rate-weight", type=float, default=0.0, help="of the loss of tuned rows")
+    parser.add_argument("--schedule", default="cosine", help="of the learning rate of tuned rows")
+    parser.add_argument("--ema", type=float, default=0.0, help="decay of the average of tuned rows' weights")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
@@ -264,7 +270,8 @@ def main() -> None:
                 partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     command = (
         f"python benchmarks/feature_codec.py WEIGHTS CIFAR10_DIR --epochs {arguments.epochs} "
-        f"--lr {arguments.lr:g} --rate-weight {arguments.rate_weight:g}"
+        f"--lr {arguments.lr:g} --rate-weight {arguments.rate_weight:g} "
+        f"--schedule {arguments.schedule} --ema {arguments.ema:g}"
         + "".join(
             " ".join((f" --{name.replace('_', '-')}", *(f"{value:g}" for value in vars(arguments)[name])))
             for name in ("sweep", "tuned", "plain_tuned", "coded_at")

@@ -127,6 +127,7 @@ SCHEDULES: list[dict[str, Any]] = [
     {"schedule": Schedule.POLY, "warmup_epochs": 1, "clip_norm": 1.0},
     {"schedule": Schedule.COSINE, "warmup": Warmup.EXPONENTIAL, "warmup_epochs": 3, "nesterov": True},
     {"schedule": Schedule.CONSTANT, "gamma_l1": 0.01, "label_smoothing": 0.1, "eval_from": 3},
+    {"schedule": Schedule.CONSTANT, "ema": 0.8},
 ]
 
 

@@ -336,6 +336,8 @@ def test_no_trainable_parameters_is_an_error() -> None:
         ({"warmup_epochs": 30}, "fewer than the 30 epochs"),
         ({"warmup": Warmup.LINEAR, "warmup_epochs": 0}, "warms nothing up"),
         ({"label_smoothing": 1.0}, "--label-smoothing 1.0"),
+        ({"ema": -0.1}, "--ema -0.1"),
+        ({"ema": 1.0}, "--ema 1.0"),
         ({"rate_weight": -0.1}, "--rate-weight -0.1"),
         ({"rate_weight": float("inf")}, "--rate-weight inf"),
         ({"label_smoothing": 0.1, "loss": "my.py:f"}, "does its own"),

@@ -41,6 +41,7 @@ def train(
     eval_from: training.EvalFrom = FitOptions.eval_from,
     augment: training.Augment = FitOptions.augment,
     freeze_norm: training.FreezeNorm = FitOptions.freeze_norm,
+    ema: training.Ema = FitOptions.ema,
     resume: training.Resume = False,
     stop_after: training.StopAfter = None,
     save_every: training.SaveEvery = None,

@@ -57,6 +57,14 @@ RateWeight = Annotated[
     float,
     typer.Option(help="Weight of coded feature maps' bits a value in the loss; for networks with codecs."),
 ]
+Ema = Annotated[
+    float,
+    typer.Option(
+        "--ema",
+        metavar="DECAY",
+        help="Average the weights over about 1/(1-DECAY) steps; the average is validated and written.",
+    ),
+]
 Loss = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(metavar="FILE.py:FN", help="Your loss(outputs, labels) in place of cross-entropy."),

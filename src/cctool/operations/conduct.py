@@ -22,6 +22,7 @@ from cctool.operations.resuming import forms_from, refuse_other_files, refuse_ot
 from cctool.operations.run_folder import LoggedReporter, RunFolder
 from cctool.operations.sources import open_source, require_source
 from cctool.operations.upkeep import trained_parts
+from cctool.training.averaging import average_in
 from cctool.training.evaluate import trial_output
 from cctool.training.objectives import Objective
 from cctool.training.progress import EpochRow, best_of
@@ -159,6 +160,8 @@ def _stopped(
     best = best_of(last.resume, last.model.state_dict()) if last.resume is not None else None
     if best is not None:
         last.model.load_state_dict(best.weights)
+    elif last.resume is not None:
+        last.model.load_state_dict(last.model.state_dict() | average_in(last.resume.tensors))
     epoch = best.epoch if best is not None else done
     note = f"stopped after epoch {done} of {options.fit.epochs}, with the weights of epoch {epoch}"
     context.reporter.note(f"{note}; the same command with --resume goes on ({folder.last})")

@@ -103,6 +103,8 @@ class FitOptions:
         eval_from: first epoch (counted from 1) after which the validation split is evaluated.
         augment: whether training images are augmented as the data set recommends.
         freeze_norm: whether batch norm normalises by its running statistics, which then stay as they are.
+        ema: decay of an exponential moving average of the weights, which is validated and handed out in
+            place of the last weights; 0 is none.
     """
 
     epochs: int = 30
@@ -130,6 +132,7 @@ class FitOptions:
     eval_from: int = 1
     augment: bool = True
     freeze_norm: bool = False
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         problems = [text for wrong, text in (*self._ranges(), *self._clashes()) if wrong]
@@ -168,6 +171,7 @@ class FitOptions:
                 f"--clip-norm {self.clip_norm}: a positive number is needed",
             ),
             (not self.gamma_l1 >= 0, f"--gamma-l1 {self.gamma_l1}: 0 or more is allowed"),
+            (not 0 <= self.ema < 1, f"--ema {self.ema}: 0 or more, below 1, is allowed"),
             (not 0 <= self.rate_weight < math.inf, f"--rate-weight {self.rate_weight}: 0 or more is allowed"),
             (self.eval_from < 1, f"--eval-from {self.eval_from}: epochs count from 1"),
             (

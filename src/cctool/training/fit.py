@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,7 @@ from cctool.errors import DataError, DivergedError
 from cctool.graph.execution import in_mode
 from cctool.options.fit import FitOptions, MetricMode
 from cctool.runtime import Reporter, Silent
+from cctool.training.averaging import WeightAverage
 from cctool.training.constraints import Constraint
 from cctool.training.frozen import freeze_statistics
 from cctool.training.group import group_of
@@ -65,7 +67,8 @@ class Task:
         user_code: references that stand on this command line.
         reporter: where to speak.
         observers: called by the first process after each epoch with its row and the bare network.
-        save: called by the first process after each epoch with the bare network and what resuming needs.
+        save: called by the first process after each epoch with the bare network and what resuming needs; the
+            network holds its own weights, not their average.
         resume: what an earlier `save` was given; the network must have its weights.
         stop_after: stop after so many epochs of this call.
     """
@@ -145,6 +148,9 @@ class _Loop:
         self.progress = Progress()
         if task.resume is not None:
             self.progress = restore(task.resume, self.bare.state_dict(), plain, self.fabric)
+        self.average = WeightAverage(self.bare, self.options.ema) if self.options.ema else None
+        if self.average is not None and task.resume is not None:
+            self.average.restore(task.resume.tensors)
         self.steps = len(task.batches(0))
         if not self.steps:
             raise DataError("the training split has fewer images than there are processes")
@@ -155,19 +161,21 @@ class _Loop:
         tally, lr = self._train(epoch)
         seconds = time.perf_counter() - started
         self._refuse_broken_weights(epoch)
-        metrics = self._validate(epoch)
-        row = EpochRow(
-            epoch=epoch + 1,
-            lr=lr,
-            batch_ms=1000 * seconds / self.steps,
-            seconds=seconds,
-            n=tally.n,
-            train=tally.means(),
-            validation=dict(metrics.values) if metrics else {},
-            validation_n=metrics.n if metrics else 0,
-            sparsity=sparsity(self.bare)[TOTAL],
-        )
-        self._record(row, metrics)
+        with nullcontext() if self.average is None else self.average.in_place():
+            metrics = self._validate(epoch)
+            row = EpochRow(
+                epoch=epoch + 1,
+                lr=lr,
+                batch_ms=1000 * seconds / self.steps,
+                seconds=seconds,
+                n=tally.n,
+                train=tally.means(),
+                validation=dict(metrics.values) if metrics else {},
+                validation_n=metrics.n if metrics else 0,
+                sparsity=sparsity(self.bare)[TOTAL],
+            )
+            row = self._compared(row, metrics)
+        self._record(row)
 
     def _train(self, epoch: int) -> tuple[Tally, float]:
         self.bare.train()
@@ -214,6 +222,8 @@ class _Loop:
         with torch.no_grad():
             for constraint in self.task.constraints:
                 constraint.weights()
+        if self.average is not None:
+            self.average.update()
         return terms
 
     def _penalties(self) -> Iterator[tuple[str, Tensor]]:
@@ -242,15 +252,19 @@ class _Loop:
                 torch.distributed.broadcast(buffer, src=0)
         return self.task.validate(self.bare)
 
-    def _record(self, row: EpochRow, metrics: Metrics | None) -> None:
+    def _compared(self, row: EpochRow, metrics: Metrics | None) -> EpochRow:
+        """The row; where its epoch is the best so far, the network's weights are kept and the row says so."""
+        self.progress.epoch = row.epoch
+        if not self._is_better(metrics):
+            return row
+        self.progress.best = Best(row.epoch, metrics, _copy_of_state(self.bare))
+        return row.as_best()
+
+    def _record(self, row: EpochRow) -> None:
         progress = self.progress
-        progress.epoch = row.epoch
-        if self._is_better(metrics):
-            progress.best = Best(row.epoch, metrics, _copy_of_state(self.bare))
-            row = row.as_best()
         progress.rows.append(row)
         if self.task.save is not None:
-            state = capture(progress, self.optimizer, self.fabric)
+            state = capture(progress, self.optimizer, self.fabric, self.average)
             if self.fabric.is_global_zero:
                 self.task.save(self.bare, state, progress)
         if self.fabric.is_global_zero:

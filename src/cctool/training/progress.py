@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from cctool.checkpoint.payload import ResumeState
 from cctool.checkpoint.spec import Metrics
 from cctool.errors import CorruptCheckpointError
+from cctool.training.averaging import WeightAverage
 from cctool.training.state import flatten, generator_states, restore_generators, restore_optimizer, unflatten
 
 if TYPE_CHECKING:
@@ -73,9 +74,11 @@ class Progress:
     best: Best | None = None
 
 
-def capture(progress: Progress, optimizer: Optimizer, fabric: Fabric) -> ResumeState:
+def capture(
+    progress: Progress, optimizer: Optimizer, fabric: Fabric, average: WeightAverage | None = None
+) -> ResumeState:
     """Store everything that the next epoch depends on, besides the weights; called by all processes."""
-    tensors = generator_states(fabric)
+    tensors = generator_states(fabric) | ({} if average is None else average.state())
     best = progress.best
     state: dict[str, Any] = {
         "epoch": progress.epoch,
@@ -85,8 +88,8 @@ def capture(progress: Progress, optimizer: Optimizer, fabric: Fabric) -> ResumeS
         "best": None,
     }
     if best is not None:
-        # Where the last epoch is the best, its weights stand in the file already.
-        elsewhere = best.epoch != progress.epoch
+        # Where the last epoch is the best, its weights stand in the file already, unless they are an average.
+        elsewhere = best.epoch != progress.epoch or average is not None
         metrics = best.metrics.model_dump(mode="json") if best.metrics else None
         state["best"] = {"epoch": best.epoch, "metrics": metrics, "elsewhere": elsewhere}
         if elsewhere:
