@@ -50,9 +50,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "uint8": {"method": QuantizeMethod.UINT8},
     "int8": {"method": QuantizeMethod.INT8},
     "int8 --per-tensor": {"method": QuantizeMethod.INT8, "per_channel": False},
-    "int8 --reduce-range": {
+    "int8 --full-range": {
         "method": QuantizeMethod.INT8,
-        "calibration": CalibrationOptions(reduce_range=True),
+        "calibration": CalibrationOptions(reduce_range=False),
     },
     "int4": {"method": QuantizeMethod.INT4},
     "int4 --bias-correction": {
@@ -67,7 +67,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 EXPORTED_SUFFIX = ", exported"
-EXPORTED = ("int8, exported", "int8 --reduce-range, exported")
+EXPORTED = ("int8, exported", "int8 --full-range, exported")
 
 
 class Run:

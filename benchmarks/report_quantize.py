@@ -32,8 +32,8 @@ def quantize_methods(result: dict[str, Any], table: Draw) -> str:
         "where a method looks at images. Bytes are those of the checkpoint, and of ONNX files in the last "
         "rows of a network: our integer networks exported and run in onnxruntime, and the float network "
         "after onnxruntime's own `quantize_static` (QDQ, per channel, min-max, uint8 activations) on the "
-        "same images. CPUs without VNNI, as the one here, saturate in both; `--reduce-range` avoids it, and "
-        "`cctool export` names it.\n\n" + table(headers, rows)
+        "same images. CPUs without VNNI, as the one here, saturate where weights use all of 8 bits; "
+        "`quantize --method int8` uses 7 of them unless `--full-range` is given.\n\n" + table(headers, rows)
     )
 
 

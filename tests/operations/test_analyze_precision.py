@@ -46,11 +46,11 @@ def test_layers_state_the_bits_of_weights_and_of_what_they_take_in(lsq: Checkpoi
         if row.precision.weight_bits
     }
     assert bits == {
-        "features.0": (8, 8),
+        "features.0": (7, 8),
         "features.3": (3, 5),
         "features.6": (3, 5),
         "classifier.0": (2, 6),
-        "classifier.2": (8, 8),
+        "classifier.2": (7, 8),
     }
 
 
@@ -74,7 +74,7 @@ def test_quantizers_have_no_rows_and_none_is_missed_by_the_pass(lsq: Checkpoint)
 def test_what_kernels_put_out_has_bits_too() -> None:
     found = rows(quantized(network("lenet")))
     assert found["features.1"].precision.output_bits == 8
-    assert found["features.0"].precision.weight_bits == 8
+    assert found["features.0"].precision.weight_bits == 7
     assert found["features.0"].precision.output_bits is None
 
 

@@ -41,19 +41,20 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def test_weights_lie_on_the_grid_that_numpy_finds() -> None:
+@pytest.mark.parametrize(("reduce", "top", "bits"), [(None, 63, 7), (True, 63, 7), (False, 127, 8)])
+def test_weights_lie_on_the_grid_that_numpy_finds(reduce: bool | None, top: int, bits: int) -> None:
     before = network()
     floats = {name: value.clone() for name, value in weights_of(before.model).items()}
-    found = quantized(before)
+    found = quantized(before, reduce_range=reduce)
     for name, weight in floats.items():
         rows = weight.numpy().reshape(len(weight), -1).astype(np.float64)
-        scale = (np.abs(rows).max(1, keepdims=True) / 127).astype(np.float32)
-        integers = np.clip(np.rint(rows.astype(np.float32) / scale), -127, 127)
+        scale = (np.abs(rows).max(1, keepdims=True) / top).astype(np.float32)
+        integers = np.clip(np.rint(rows.astype(np.float32) / scale), -top, top)
         stored = integers_of(found.stored[name])
         assert np.array_equal(stored.integers.numpy().reshape(rows.shape), integers)
         np.testing.assert_allclose(stored.scale.numpy(), scale[:, 0], rtol=1e-6)
         assert torch.equal(found.model.get_parameter(name).detach(), found_values(integers, scale, weight))
-        assert found.stored[name].parameters["bits"] == 8
+        assert found.stored[name].parameters["bits"] == bits
 
 
 def found_values(integers: Any, scale: Any, weight: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "average": {"observer": Observer.MOVING_AVERAGE, "images": 28},
     "n-std": {"observer": Observer.N_STD, "deviations": 1.0},
     "symmetric": {"symmetric": True},
-    "reduced": {"reduce_range": True},
+    "full range": {"reduce_range": False},
     "bias": {"bias_correction": True, "weight_bits": 3},
 }
 
@@ -136,8 +137,8 @@ def test_layers_are_named_with_their_bits() -> None:
         edges=Edges.EIGHT,
     )
     bits = {item.name: item.bits for item in found.tensors}
-    assert bits["cnn.0.0.weight"] == 8
-    assert bits["fc.weight"] == 8
+    # 7 of 8, unless --full-range takes all.
+    assert bits["cnn.0.0.weight"] == bits["fc.weight"] == 7
     assert bits["cnn.2.0.weight"] == bits["cnn.2.3.weight"] == 6
     assert bits["cnn.1.0.weight"] == 4
     assert "cnn.3.0.weight" not in bits
@@ -308,3 +309,19 @@ def test_ranges_are_those_of_the_training_images_that_were_asked_for() -> None:
     first = next(item for item in found.activations if item.name == "input")
     assert first.low >= (0 - 0.5) / 0.5 - 0.01
     assert first.high <= (1 - 0.5) / 0.5 + 0.01
+
+
+def test_the_range_is_reduced_beside_activations_only_and_both_are_said() -> None:
+    assert any("use 7, because" in note for note in report(network()).notes)
+    for given in ({"reduce_range": False}, {"reduce_range": True}, {"weight_only": True}):
+        assert not any("use 7, because" in note for note in report(network(), **given).notes)
+    stored = quantized(network(), weight_only=True).stored
+    assert {form.parameters["bits"] for form in stored.values()} == {8}
+    lsq = report(network("lenet"), method=QuantizeMethod.LSQ, weight_bits=8, epochs=0)
+    assert {item.bits for item in lsq.tensors} == {7}
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+def test_ranges_of_eight_bits_are_no_choice_of_fewer(reduce: bool) -> None:
+    with pytest.raises(UsageError, match="--full-range are for weights of 8 bits"):
+        options(method=QuantizeMethod.INT4, reduce_range=reduce)

@@ -159,7 +159,7 @@ def test_codebooks_move_and_keep_who_shares_them() -> None:
 def test_without_epochs_quantizers_are_only_calibrated() -> None:
     found = report(network("lenet"), method=QuantizeMethod.QAT, epochs=0)
     assert found.calibrated_on == 16
-    assert {item.bits for item in found.tensors} == {8}
+    assert {item.bits for item in found.tensors} == {7}
 
 
 def test_layers_that_no_clip_feeds_are_named() -> None:

@@ -18,12 +18,14 @@ from cctool.operations.quantize_points import attach_plan, plan
 from cctool.operations.quantized_storage import quantized_weights, settled
 from cctool.options.common import DataOptions
 from cctool.options.quantize import QuantizeMethod, QuantizeOptions
+from cctool.options.quantize_parts import CalibrationOptions
 from cctool.quantization.attached import quantizers_of, with_quantizers
 
 WEIGHTS = 270_608
 STEP = Step(verb="quantize", options={f"option{i}": f"value{7 * i}" for i in range(40)}, seed=0)
 KINDS: list[tuple[QuantizeMethod, int, dict[str, Any]]] = [
-    (QuantizeMethod.INT8, 8, {}),
+    (QuantizeMethod.INT8, 8, {"calibration": CalibrationOptions(reduce_range=False)}),
+    (QuantizeMethod.INT8, 7, {}),
     (QuantizeMethod.INT4, 4, {}),
     (QuantizeMethod.INT2, 2, {}),
     (QuantizeMethod.LSQ, 2, {"weight_bits": 2, "activation_bits": 4}),

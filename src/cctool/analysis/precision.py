@@ -56,7 +56,7 @@ def precisions(checkpoint: Checkpoint) -> dict[str, Precision]:
     if held is not None:
         for name, weight in held.state.weights.items():
             module = name.rpartition(".")[0]
-            note(module, Precision(weight_bits=weight.config.bits))
+            note(module, Precision(weight_bits=weight.config.effective_bits))
         for place, call in held.state.calls.items():
             if call.input is not None:
                 note(place.module, Precision(input_bits=call.input.bits))

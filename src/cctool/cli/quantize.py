@@ -88,8 +88,13 @@ def quantize(
         ),
     ] = False,
     reduce_range: Annotated[
-        bool, _option(_WEIGHTS, "7 of 8 bits: CPUs without VNNI saturate otherwise.", "--reduce-range")
-    ] = False,
+        Optional[bool],  # noqa: UP045
+        _option(
+            _WEIGHTS,
+            "7 of 8 bits: CPUs without VNNI saturate otherwise. Default: beside quantized activations.",
+            "--reduce-range/--full-range",
+        ),
+    ] = None,
     activation_bits: Annotated[
         Optional[int],  # noqa: UP045
         _option(_ACTIVATIONS, "Bits of an activation. Default: 8; of lsq, pact, dorefa and wrpn 4."),
@@ -338,7 +343,7 @@ def _refuse_idle(context: typer.Context, options: QuantizeOptions) -> None:
         ),
         (options.calibration.observer is not Observer.N_STD, ("deviations",), "it is for --observer n-std"),
         (
-            not (watching or options.method is QuantizeMethod.QAT),
+            not (watching or options.activations),
             ("reduce_range",),
             f"{method} has no 8-bit integers of weights to reduce",
         ),

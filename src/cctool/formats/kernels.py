@@ -32,7 +32,7 @@ _PRECISE = "session.x64quantprecision"
 
 SATURATES = (
     "this CPU has no VNNI: onnxruntime's kernels saturate here where two products of 8 bits add up to more "
-    "than 16 bits hold; weights of 7 bits (--reduce-range) do not, and CPUs with VNNI do not"
+    "than 16 bits hold; weights of 7 bits (quantize --reduce-range) do not, and CPUs with VNNI do not"
 )
 
 

@@ -95,6 +95,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         tensors += others
     product, of_taps = recalibrated_parts(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
+    notes += _of_ranges(product, options)
     report = QuantizeReport(
         method=str(options.method),
         tensors=tensors,
@@ -123,6 +124,17 @@ def _refuse_blind(options: QuantizeOptions, source: DataSource | None) -> None:
     needs = [name for name, given in wanted.items() if given]
     if needs and (source is None or "train" not in source.loaders):
         raise UsageError(f"{needs[0]} looks at training images: name a data set with --data")
+
+
+def _of_ranges(product: Checkpoint, options: QuantizeOptions) -> list[str]:
+    if options.calibration.reduce_range is not None:
+        return []
+    if not any(quantizer.config.reduce_range for _, _, quantizer, _ in quantized_weights(product.model)):
+        return []
+    return [
+        "weights of 8 bits use 7, because integer kernels of CPUs without VNNI saturate otherwise "
+        "(--full-range uses all)"
+    ]
 
 
 def _equalized(product: Checkpoint, options: QuantizeOptions) -> list[str]:
@@ -221,7 +233,7 @@ def tensor_reports(
                 tied=tuple(alias for alias in aliases.get(place(parameter.detach()), ()) if alias != name),
                 shape=tuple(parameter.shape),
                 encoding=f"{quantizer.config.method} {'' if form is None else form.encoding}".strip(),
-                bits=quantizer.config.bits,
+                bits=quantizer.config.effective_bits,
                 bytes_before=dense if earlier is None else earlier.nbytes,
                 bytes_after=dense if form is None else form.nbytes,
                 max_error=error,

@@ -172,9 +172,10 @@ def _weight_config(layer: Layer, options: QuantizeOptions, searched: int | None)
         uniform, per_channel = uniform or bits != _EDGE_BITS, per_channel or not uniform
         bits = _EDGE_BITS
     axis = layer.axis if per_channel else None
+    reduced = options.reduced_range and bits == _EDGE_BITS
     if not uniform:
         if method is QuantizeMethod.LSQ:
-            return QuantizerConfig(method="lsq", bits=bits, axis=axis)
+            return QuantizerConfig(method="lsq", bits=bits, axis=axis, reduce_range=reduced)
         return QuantizerConfig(method="wrpn" if method is QuantizeMethod.WRPN else "dorefa", bits=bits)
     return QuantizerConfig(
         method="uniform",
@@ -184,7 +185,7 @@ def _weight_config(layer: Layer, options: QuantizeOptions, searched: int | None)
         axis=axis,
         # With fewer bits the range of least error is not that of the weight.
         momentum=0.0 if bits >= _EDGE_BITS or method is QuantizeMethod.QAT else None,
-        reduce_range=options.calibration.reduce_range and bits == _EDGE_BITS,
+        reduce_range=reduced,
     )
 
 

@@ -112,12 +112,13 @@ def _encoded(values: Tensor, quantizer: Quantizer, fold: Tensor | None) -> Encod
         integers = torch.where(turned, middle - integers, integers)
         scale, axis = scale / factor.abs(), 0
         zero = zero.expand(len(factor))
+    bits = config.effective_bits
     if config.symmetric:
-        low = -(2 ** (config.bits - 1))
+        low = -(2 ** (bits - 1))
         if bool((integers < low).any()) or bool((integers > -low - 1).any()):
             return None
-        return encode_integers(integers, scale, bits=config.bits, axis=axis)
-    return encode_integers(integers - grid.low, scale, zero - grid.low, bits=config.bits, axis=axis)
+        return encode_integers(integers, scale, bits=bits, axis=axis)
+    return encode_integers(integers - grid.low, scale, zero - grid.low, bits=bits, axis=axis)
 
 
 def _zero_on_grid(quantizer: Quantizer) -> bool:

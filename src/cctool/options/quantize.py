@@ -117,8 +117,8 @@ class QuantizeOptions:
             raise UsageError("--group-size cannot be combined with --equalize or --bias-correction")
         eights = {*self.choices} if self.searches else {self.bits, *(given.weights for given in self.layers)}
         edges = self.activations and self.effective_edges is Edges.EIGHT
-        if self.calibration.reduce_range and not (edges or 8 in eights):
-            raise UsageError("--reduce-range is for weights of 8 bits, and there are none")
+        if self.calibration.reduce_range is not None and not (edges or 8 in eights):
+            raise UsageError("--reduce-range and --full-range are for weights of 8 bits, and there are none")
 
     def _check_weights(self) -> None:
         if self.weight_bits is not None:
@@ -203,6 +203,12 @@ class QuantizeOptions:
     def activations(self) -> bool:
         """Whether activations are quantized."""
         return not self.weight_only and (self.method is QuantizeMethod.INT8 or self.method in TRAINED)
+
+    @property
+    def reduced_range(self) -> bool:
+        """Whether weights of 8 bits leave one out: unless told otherwise, where integer kernels take them."""
+        given = self.calibration.reduce_range
+        return self.activations if given is None else given
 
     @property
     def bits_of_activations(self) -> int:

@@ -24,7 +24,8 @@ class CalibrationOptions:
         percentile: of `Observer.PERCENTILE`, above 50 and up to 100.
         deviations: of `Observer.N_STD`.
         symmetric: integers without a zero point for activations, too.
-        reduce_range: 7 of 8 bits for weights, as CPUs without VNNI need it.
+        reduce_range: 7 of 8 bits for weights, without which CPUs without VNNI saturate; None where
+            activations are quantized, too.
         equalize: equalize the ranges of channels across layers before (Nagel et al. 2019, section 4.1).
         bias_correction: take the mean error of each layer's output out of its bias (section 4.2).
     """
@@ -34,7 +35,7 @@ class CalibrationOptions:
     percentile: float = 99.99
     deviations: float = 3.0
     symmetric: bool = False
-    reduce_range: bool = False
+    reduce_range: bool | None = None
     equalize: bool = False
     bias_correction: bool = False
 

@@ -105,6 +105,11 @@ class QuantizerConfig(Brief):
             )
 
     @property
+    def effective_bits(self) -> int:
+        """Bits that hold the integers: those of the quantizer, without the one that it leaves out."""
+        return self.bits - self.reduce_range
+
+    @property
     def limits(self) -> tuple[int, int]:
         """Lowest and highest integer; DoReFa's weights are the odd ones among them.
 
@@ -115,7 +120,7 @@ class QuantizerConfig(Brief):
             raise ValueError("apot's levels are no integers")
         if self.signed and self.method in ("dorefa", "pact"):
             return -(2**self.bits - 1), 2**self.bits - 1
-        bits = self.bits - self.reduce_range
+        bits = self.effective_bits
         if not self.signed:
             return 0, 2**bits - 1
         top: int = 2 ** (bits - 1) - 1
