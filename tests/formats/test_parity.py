@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from cctool.errors import ExportError
 from cctool.formats.parity import compare, outputs_of, random_batches, require_top1
 from cctool.formats.records import Agreement
+from cctool.quantization.attached import CallPoint, activation_key, attach
+from cctool.quantization.configs import QuantizerConfig
+from cctool.quantization.points import INPUT_PLACE
 
 
 def net() -> nn.Module:
@@ -187,3 +190,33 @@ def test_top1_is_judged_by_how_much_the_samples_tell(different: int, n: int, acc
     found = Agreement("samples", n, (n,), 0.0, 1.0, 1.0, 100 * (n - different) / n, 1e-5)
     with contextlib.nullcontext() if accepted else pytest.raises(ExportError, match="99 % is asked for"):
         require_top1(found)
+
+
+@pytest.mark.parametrize(("undecided", "accepted"), [(4, True), (3, False)])
+def test_undecided_samples_do_not_count(undecided: int, accepted: bool) -> None:
+    found = Agreement("samples", 256, (256,), 0.0, 1.0, 1.0, 100 * 247 / 256, 1e-5, undecided=undecided)
+    with contextlib.nullcontext() if accepted else pytest.raises(ExportError, match=f"{undecided} undecided"):
+        require_top1(found)
+
+
+def test_only_samples_near_a_border_between_steps_are_undecided() -> None:
+    """Logits (n, 3.5) of n = round(x): 3.501 is class 0 by a hair, 3 is class 1 whatever moves it."""
+    model = nn.Linear(1, 2).eval()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0], [0.0]]))
+        model.bias.copy_(torch.tensor([0.0, 3.5]))
+    config = QuantizerConfig(method="uniform", bits=8, signed=False, symmetric=False)
+    held = attach(model, {}, {INPUT_PLACE: CallPoint(output=config)})
+    held.quantizer(activation_key(INPUT_PLACE, "output")).set_range(torch.tensor(0.0), torch.tensor(255.0))  # type: ignore[union-attr]
+    batch = torch.tensor([[3.501]] * 20 + [[3.0]] * 20)
+
+    def candidate(inputs: Tensor) -> list[Tensor]:
+        found = outputs_of(model)(inputs)
+        # One step down on a border, one step up in the middle of a step.
+        found[0][0, 0], found[0][-1, 0] = 3, 4
+        return found
+
+    found = compare(model, candidate, [batch], "steps", quantized=True)
+    assert found.judged_by_steps
+    assert found.top1_agreement == 95.0
+    assert found.undecided == 1

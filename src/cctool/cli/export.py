@@ -119,4 +119,9 @@ def agreement_line(agreement: Any) -> str:
         f"  {agreement.inputs} (n={agreement.n:,}, batches of {sizes}): max abs error "
         f"{agreement.max_abs_error:.2g} of a range of {agreement.output_range:.3g}{judged}, "
         f"top-1 agreement {agreement.top1_agreement:.2f} %"
+        + (
+            f", {agreement.undecided} of the others undecided within 1/32 of a step"
+            if agreement.undecided
+            else ""
+        )
     )

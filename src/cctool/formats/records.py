@@ -80,6 +80,8 @@ class Agreement:
             with the model in float64.
         judged_by_steps: whether roundings of codecs or quantizers exceeded the tolerance, so that the error
             was compared with what small changes before them make of the model's outputs.
+        undecided: of the inputs on which the classes differ, those where the model's own class changes with
+            such changes.
     """
 
     inputs: str
@@ -92,6 +94,7 @@ class Agreement:
     tolerance: float
     judged_in_float64: bool = False
     judged_by_steps: bool = False
+    undecided: int = 0
 
 
 @dataclass(frozen=True)
