@@ -242,6 +242,14 @@ def test_pairs_that_cannot_be_are_refused_in_a_line(
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_student"])
+def test_every_verb_before_and_after_a_cut(places: dict[str, Workplace], name: str) -> None:
+    cut = "prune-slimming"
+    pairs = [pair for pair in itertools.product(VERBS_ONLY, VERBS_ONLY) if cut in pair]
+    check_pairs(places[name], pairs, "state-dict")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_student"])
 def test_every_pair_of_verbs(places: dict[str, Workplace], name: str) -> None:
     check_pairs(places[name], itertools.product(VERBS_ONLY, VERBS_ONLY), "state-dict")
 
