@@ -176,6 +176,8 @@ def main() -> None:
             rows.append({"network": arguments.arch, "method": name} | found | {"cpu_seconds": seconds})
             print(f"# {time.strftime('%H:%M:%S')} {json.dumps(rows[-1])}", flush=True)
             partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    rows.sort(key=lambda row: (networks.index(row["network"]), names.index(row["method"])))
     command = "python benchmarks/quantize_methods.py NETWORK CIFAR10_DIR --partial ROWS"
     record.write("quantize_methods", command, 0, rows)
 
