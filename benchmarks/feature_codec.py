@@ -8,7 +8,9 @@ Ratios are of all maps of the measured images, 8 bits a value over all coded bit
 - the default table at several qualities, without any training; over a KLT of the channels; and with steps by
   the outputs' sensitivity (--allocate);
 - the last with fine-tuning in the loop: the taps stay in, gradients pass straight through, the uncoded
-  network is the teacher (--distilled), and the rate is a part of the loss (--rate-weight).
+  network is the teacher (--distilled), and the rate is a part of the loss (--rate-weight);
+- the mean of the weights of networks that calls with the same --keep have tuned (--mean-of; Wortsman et al.
+  2022, arXiv 2203.05482), which lie in one valley because they began with the same network.
 
 Rows that are in the file of --partial already are not measured again.
 
@@ -144,6 +146,21 @@ class Run:
             "ema": arguments.ema,
         }
 
+    def mean(self, options: TransformOptions, qualities: tuple[float, ...], quality: float) -> dict[str, Any]:
+        """The mean of kept networks, coded at a quality of its own."""
+        coded = self.coded(options)
+        kept = [torch.load(self._kept(each), weights_only=True) for each in qualities]
+        own = coded.model.state_dict()
+        for name, parameter in coded.model.named_parameters():
+            own[name] = sum(state[name] for state in kept) / len(kept)
+            assert own[name].shape == parameter.shape
+        coded.model.load_state_dict(own)
+        set_quality(coded.model, quality)
+        return self.measured(coded) | {"mean_of": list(qualities)}
+
+    def _kept(self, quality: float) -> Path:
+        return Path(self.arguments.keep, f"tuned-{quality:g}.pt")
+
     def _trained(self, options: TransformOptions) -> tuple[Checkpoint, int]:
         """The network trained at the quality of the options, and on how many images."""
         arguments, coded = self.arguments, self.coded(options)
@@ -158,7 +175,7 @@ class Run:
         )
         images = self.source(arguments.train_images)
         count = len(images.split("train"))
-        kept = Path(arguments.keep, f"tuned-{options.features.quality:g}.pt") if arguments.keep else None
+        kept = self._kept(options.features.quality) if arguments.keep else None
         if kept is not None and kept.is_file():
             coded.model.load_state_dict(torch.load(kept, weights_only=True))
             return coded, count
@@ -187,11 +204,19 @@ def published(preset: TransformPreset) -> TransformOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """One row: a codec, or none; the quality after a fine-tuning; test images, all where None."""
+    """One row.
+
+    Attributes:
+        options: the codec; None without.
+        tuned: the quality after a fine-tuning; None without one.
+        images: of the test split; all where None.
+        mean_of: the qualities at which networks were tuned whose mean is measured; none where it is empty.
+    """
 
     options: TransformOptions | None
     tuned: float | None = None
     images: int | None = None
+    mean_of: tuple[float, ...] = ()
 
 
 def jobs(arguments: argparse.Namespace) -> dict[str, Job]:
@@ -210,6 +235,10 @@ def jobs(arguments: argparse.Namespace) -> dict[str, Job]:
         found[f"dct, quality {quality:g}, tuned"] = Job(ours(quality), tuned=quality)
         for other in arguments.coded_at:
             found[f"dct, tuned at {quality:g}, coded at {other:g}"] = Job(ours(quality), tuned=other)
+    for other in arguments.coded_at if arguments.mean_of else ():
+        named = " and ".join(f"{quality:g}" for quality in arguments.mean_of)
+        job = Job(ours(other), tuned=other, mean_of=tuple(arguments.mean_of))
+        found[f"dct, mean of those tuned at {named}, coded at {other:g}"] = job
     for preset in PRESETS:
         found[f"preset {preset}"] = Job(published(preset), images=few)
     for name, given in (("dct", {}), ("dct with channel KLT", {"channel_klt": True}), (ALLOCATED, best)):
@@ -222,6 +251,8 @@ def jobs(arguments: argparse.Namespace) -> dict[str, Job]:
 def measure(run: Run, job: Job) -> dict[str, Any]:
     if job.options is None:
         return run.measured(run.checkpoint, job.images)
+    if job.mean_of and job.tuned is not None:
+        return run.mean(job.options, job.mean_of, job.tuned)
     if job.tuned is not None:
         return run.finetuned(job.options, job.tuned)
     return run.measured(run.coded(job.options), job.images)
@@ -239,6 +270,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--coded-at", type=float, nargs="*", default=[], help="further qualities of each tuned network"
+    )
+    parser.add_argument(
+        "--mean-of", type=float, nargs="*", default=[], help="qualities of kept networks, averaged"
     )
     parser.add_argument("--keep", help="folder of tuned weights; what lies there is not tuned again")
     parser.add_argument("--sweep", type=float, nargs="*", default=[20, 30, 44, 60, 80])
@@ -274,7 +308,7 @@ def main() -> None:
         f"--schedule {arguments.schedule} --ema {arguments.ema:g}"
         + "".join(
             " ".join((f" --{name.replace('_', '-')}", *(f"{value:g}" for value in vars(arguments)[name])))
-            for name in ("sweep", "tuned", "plain_tuned", "coded_at")
+            for name in ("sweep", "tuned", "plain_tuned", "coded_at", "mean_of")
         )
         + (" --distilled" if arguments.distilled else "")
         + (f" --train-images {arguments.train_images}" if arguments.train_images else "")
