@@ -50,9 +50,9 @@ def feature_codec(result: dict[str, Any], table: Draw) -> str:
         "learning rate on unless said otherwise, batch norm frozen, the uncoded network as the teacher, so "
         "many times the bits a value in the loss (rate); EMA is the average of the weights that `--ema` "
         "writes. Rows of a mean average the weights of two networks that were tuned apart from the same one, "
-        "without any training after that. The standard deviation of a top-1 is 0.3, of a difference from float less. "
-        "No symbol takes less than a bit, so 8 is out of reach. The published presets let symbols of 8 bits saturate.\n\n"
-        + table(headers, measured)
+        "without any training after that. The standard deviation of a top-1 is 0.3, of a difference from "
+        "float less. No symbol takes less than a bit, so 8 is out of reach. The published presets let "
+        "symbols of 8 bits saturate.\n\n" + table(headers, measured)
     )
 
 
