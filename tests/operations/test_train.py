@@ -29,6 +29,7 @@ from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.fit import FitOptions, Schedule, Warmup
 from cctool.options.train import RunOptions, TrainOptions, find_resumed
 from cctool.quantization.affine import AFFINE_U8
+from cctool.training.averaging import average_in
 
 NET = """
 import torch
@@ -150,6 +151,20 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
     assert theirs.resume is not None
     for name, value in theirs.resume.tensors.items():
         assert torch.equal(ours.resume.tensors[name], value), name
+
+
+def test_a_stop_before_anything_was_validated_hands_out_the_average(tmp_path: Path, net: str) -> None:
+    late = {"schedule": Schedule.CONSTANT, "eval_from": 3, "run": RunOptions(stop_after=2)}
+    (plain,) = products(options(**late), request(net, tmp_path / "plain.pt"))
+    (averaged,) = products(options(**late, ema=0.8), request(net, tmp_path / "averaged.pt"))
+    last = opened(tmp_path / "averaged.run/last.pt", net)
+    raw, found = (opened(Path(product.path), net).model.state_dict() for product in (plain, averaged))
+    assert last.resume is not None
+    for name, value in average_in(last.resume.tensors).items():
+        assert torch.equal(found[name], value), name
+        # What goes on training is what would have trained without an average.
+        assert torch.equal(last.model.state_dict()[name], raw[name]), name
+    assert any(not torch.equal(found[name], value) for name, value in raw.items())
 
 
 def test_every_epoch_can_be_resumed_from(tmp_path: Path, net: str) -> None:
