@@ -25,7 +25,7 @@ import torch_dct
 from torch import Tensor
 
 import record
-from cctool.transforms.blocks import block_forward, block_inverse
+from cctool.transforms.kernels.blocks import block_forward, block_inverse
 
 SEED = 0
 SHAPE = (64, 64, 56, 56)

@@ -31,27 +31,27 @@ from typing import Any
 import torch
 
 import record
+from cctool.base.runtime import Silent, resolve_device, seed_everything
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.data.registry import open_data
-from cctool.operations.calibrating import calibration_images, put_taps
-from cctool.operations.composition import tables
 from cctool.operations.context import Context
 from cctool.operations.examples import example
-from cctool.operations.finetuning import finetune
+from cctool.operations.keep.calibrate import calibration_images, put_taps
 from cctool.operations.measuring import measured
 from cctool.operations.opening import open_checkpoint
-from cctool.operations.teaching import distillation
-from cctool.operations.transform_features import codec_configs
+from cctool.operations.registries import tables
+from cctool.operations.train.finetune import finetune
+from cctool.operations.train.teacher import distillation
+from cctool.operations.transform.features import codec_configs
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
-from cctool.options.fit import FitOptions, Schedule
-from cctool.options.prune_parts import TeacherOptions
-from cctool.options.transform import TransformOptions, preset_options
-from cctool.options.transform_choices import TransformPreset, TransformTarget
-from cctool.runtime import Silent, resolve_device, seed_everything
-from cctool.transforms.statistics import NetworkStatistics
-from cctool.transforms.tap_sites import find_sites
-from cctool.transforms.taps import recording, set_quality
+from cctool.options.prune.parts import TeacherOptions
+from cctool.options.train.fit import FitOptions, Schedule
+from cctool.options.transform.choices import TransformPreset, TransformTarget
+from cctool.options.transform.options import TransformOptions, preset_options
+from cctool.transforms.codec.figures import NetworkStatistics
+from cctool.transforms.codec.sites import find_sites
+from cctool.transforms.codec.taps import recording, set_quality
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CALIBRATION = 1024

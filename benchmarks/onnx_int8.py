@@ -30,14 +30,14 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 import record
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec
-from cctool.formats.kernels import saturating_cpu
-from cctool.formats.onnx import write_onnx
+from cctool.formats.onnx.kernels import saturating_cpu
+from cctool.formats.onnx.write import write_onnx
 from cctool.formats.records import ExportRequest, Written
-from cctool.quantization.attached import CallPoint, WeightPoint, attach, following_values, weight_key
-from cctool.quantization.configs import QuantizerConfig
-from cctool.quantization.exported import export_network
-from cctool.quantization.flow import flow_of
-from cctool.quantization.points import plan_points
+from cctool.quantization.export.network import export_network
+from cctool.quantization.network.attach import CallPoint, WeightPoint, attach, following_values, weight_key
+from cctool.quantization.network.calls import flow_of
+from cctool.quantization.network.placement import plan_points
+from cctool.quantization.quantizers.config import QuantizerConfig
 
 SEED = 0
 NETWORKS = ("resnet18", "mobilenet_v2")

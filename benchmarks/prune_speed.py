@@ -22,11 +22,11 @@ from torch import Tensor, nn
 import record
 from cctool.graph.channels import couple
 from cctool.models.registry import build
-from cctool.options.prune import PruneMethod, PruneOptions, Scope
-from cctool.pruning.prune import thin
-from cctool.pruning.scores import score_context
-from cctool.pruning.selection import select
-from cctool.pruning.surgery import apply_cut, plan_cut
+from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
+from cctool.pruning.cut.planner import thin
+from cctool.pruning.cut.surgery import apply_cut, plan_cut
+from cctool.pruning.scores.units import score_context
+from cctool.pruning.select.order import select
 
 SEED = 0
 NETWORKS = ["resnet50", "densenet121", "mobilenet_v2"]

@@ -33,10 +33,10 @@ import record
 import zoo_oracle
 import zoo_sets
 from cctool.models.registry import build
-from cctool.options.prune import PruneMethod, PruneOptions, Scope
+from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
 
 SEED = 0
-OURS = ("cctool.operations.composition", "cctool.pruning.prune", "prune_table")
+OURS = ("cctool.operations.registries", "cctool.pruning.cut.planner", "prune_table")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -92,7 +92,7 @@ def peak_bytes() -> int:
 # ---- cctool -----------------------------------------------------------------------------------------------
 def by_cctool(name: str, exact: bool = False) -> dict[str, Any]:
     """Cut, and check all that one would do with the result."""
-    from cctool.pruning import prune
+    from cctool.pruning.cut import planner as prune
 
     model, x = network(name)
     options = PruneOptions(method=PruneMethod.L2, rate=0.5, scope=Scope.LOCAL, exact=exact)
@@ -156,7 +156,7 @@ def after_the_cut(
     """Forward, backward and the way through a file."""
     from cctool import load, save
     from cctool.checkpoint.checkpoint import Checkpoint
-    from cctool.checkpoint.edits import thinned
+    from cctool.checkpoint.edits.thin import thinned
     from cctool.checkpoint.spec import ModelSpec
 
     with torch.no_grad():
@@ -263,7 +263,7 @@ def warm_up(tool: str) -> None:
         importance = tp.importance.GroupMagnitudeImportance(p=2)
         tp.pruner.BasePruner(model, x, importance, pruning_ratio=0.5, ignored_layers=[model[1]]).step()
     else:
-        from cctool.pruning.prune import thin
+        from cctool.pruning.cut.planner import thin
 
         thin(model, (x,), PruneOptions(method=PruneMethod.L2, rate=0.5, scope=Scope.LOCAL))
 

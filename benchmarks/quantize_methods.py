@@ -25,21 +25,22 @@ from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 import record
+from cctool.base.runtime import Silent, resolve_device, seed_everything
 from cctool.checkpoint.checkpoint import Checkpoint, save
 from cctool.data.registry import open_data
-from cctool.operations import export, quantize
-from cctool.operations.calibrating import calibration_images
-from cctool.operations.composition import tables
 from cctool.operations.context import Context
+from cctool.operations.inspect import export
+from cctool.operations.keep.calibrate import calibration_images
+from cctool.operations.keep.quantized_weights import as_stored
 from cctool.operations.measuring import measured, serve
 from cctool.operations.opening import open_checkpoint
-from cctool.operations.quantized_storage import as_stored
+from cctool.operations.quantize import run as quantize
+from cctool.operations.registries import tables
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
-from cctool.options.export import ExportFormat
-from cctool.options.quantize import QuantizeMethod, QuantizeOptions
-from cctool.options.quantize_choices import Rounding
-from cctool.options.quantize_parts import CalibrationOptions
-from cctool.runtime import Silent, resolve_device, seed_everything
+from cctool.options.inspect.export import ExportFormat
+from cctool.options.quantize.choices import Rounding
+from cctool.options.quantize.options import QuantizeMethod, QuantizeOptions
+from cctool.options.quantize.parts import CalibrationOptions
 from onnx_int8 import Reader
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

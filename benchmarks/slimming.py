@@ -22,24 +22,24 @@ import torch
 from torch import nn
 
 import record
+from cctool.base.runtime import Reporter, Silent, resolve_device, seed_everything
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.data.registry import open_data
 from cctool.graph.cost import measure
-from cctool.operations.composition import tables
 from cctool.operations.context import Context
-from cctool.operations.finetuning import finetune
 from cctool.operations.measuring import measured
 from cctool.operations.opening import open_checkpoint
-from cctool.operations.sparsifying import sparsified
+from cctool.operations.prune.sparse_training import sparsified
+from cctool.operations.registries import tables
+from cctool.operations.train.finetune import finetune
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
-from cctool.options.fit import FitOptions
-from cctool.options.prune import PruneMethod, PruneOptions
-from cctool.options.prune_parts import Sparsifier, SparsifyOptions
-from cctool.pruning.prune import plan_thinning, thin
-from cctool.pruning.surgery import apply_cut
-from cctool.runtime import Reporter, Silent, resolve_device, seed_everything
-from cctool.training.constraints import Constraint
+from cctool.options.prune.options import PruneMethod, PruneOptions
+from cctool.options.prune.parts import Sparsifier, SparsifyOptions
+from cctool.options.train.fit import FitOptions
+from cctool.pruning.cut.planner import plan_thinning, thin
+from cctool.pruning.cut.surgery import apply_cut
+from cctool.training.constraints.base import Constraint
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 PEER_STEPS = 400  # as in Torch-Pruning's own scripts that prune to a speed-up

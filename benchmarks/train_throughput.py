@@ -25,12 +25,12 @@ import record
 from cctool.checkpoint.spec import Preprocessing
 from cctool.data.registry import open_data
 from cctool.models.registry import build
-from cctool.options.fit import FitOptions
-from cctool.training.feed import Feed
-from cctool.training.fit import Task, fit
-from cctool.training.group import make_fabric
+from cctool.options.train.fit import FitOptions
+from cctool.training.loop.feed import Feed
+from cctool.training.loop.fit import Task, fit
+from cctool.training.loop.processes import make_fabric
 from cctool.training.objectives import Supervised
-from cctool.training.progress import EpochRow
+from cctool.training.resume.progress import EpochRow
 
 SEED, BATCH, LR = 0, 128, 0.1
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

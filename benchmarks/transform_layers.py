@@ -25,18 +25,18 @@ import torch
 from torch import Tensor, nn
 
 import record
+from cctool.base.runtime import Silent, resolve_device, seed_everything
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.registry import open_data
-from cctool.operations.composition import tables
 from cctool.operations.context import Context
-from cctool.operations.finetuning import finetune
 from cctool.operations.measuring import measured
 from cctool.operations.opening import DataShape, fresh
-from cctool.operations.sizes import stored_bytes
-from cctool.operations.transform_basis import with_basis
+from cctool.operations.registries import tables
+from cctool.operations.size import stored_bytes
+from cctool.operations.train.finetune import finetune
+from cctool.operations.transform.basis import with_basis
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
-from cctool.options.fit import FitOptions
-from cctool.runtime import Silent, resolve_device, seed_everything
+from cctool.options.train.fit import FitOptions
 
 SEED = 0
 NAME = "transform_layers"

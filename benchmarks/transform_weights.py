@@ -26,22 +26,22 @@ import torch
 from torch import nn
 
 import record
+from cctool.base.runtime import Silent, resolve_device, seed_everything
 from cctool.checkpoint.checkpoint import Checkpoint, save
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.data.registry import open_data
 from cctool.models.registry import build
-from cctool.operations import transform_weights
-from cctool.operations.composition import load, tables
 from cctool.operations.context import Context
-from cctool.operations.finetuning import finetune
-from cctool.operations.mask_storage import stored_with_masks
+from cctool.operations.keep.masked_weights import stored_with_masks
 from cctool.operations.measuring import measured
-from cctool.operations.sizes import stored_bytes
+from cctool.operations.registries import load, tables
+from cctool.operations.size import stored_bytes
+from cctool.operations.train.finetune import finetune
+from cctool.operations.transform import weights as transform_weights
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
-from cctool.options.fit import FitOptions
-from cctool.options.transform import TransformOptions, WeightOptions
-from cctool.options.transform_choices import Select
-from cctool.runtime import Silent, resolve_device, seed_everything
+from cctool.options.train.fit import FitOptions
+from cctool.options.transform.choices import Select
+from cctool.options.transform.options import TransformOptions, WeightOptions
 
 WAYS: list[tuple[str, Select | None]] = [
     ("dct", Select.ENERGY),

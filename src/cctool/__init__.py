@@ -14,7 +14,7 @@ Importing this package imports nothing else: torch comes with the first use of a
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cctool.operations.composition import load, save
+    from cctool.operations.registries import load, save
 
 __all__ = ["__version__", "load", "save"]
 
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name in ("load", "save"):
-        from cctool.operations import composition
+        from cctool.operations import registries as composition
 
         return getattr(composition, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

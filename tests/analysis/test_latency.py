@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cctool.analysis.latency import compare, measure_latency
-from cctool.errors import ArchitectureError
+from cctool.base.errors import ArchitectureError
 
 
 class Counting(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cctool.analysis.widths import Width, draw_widths, write_widths
-from cctool.errors import CheckpointError, UsageError
+from cctool.base.errors import CheckpointError, UsageError
 
 WIDTHS = [Width("conv1", 16, 8), Width("layer1.0.conv1", 32, 32, "excluded"), Width("odd $name_{x}", 64, 5)]
 

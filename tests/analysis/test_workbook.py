@@ -21,11 +21,11 @@ from cctool.analysis.sheets import macs_report, sparsity_report
 from cctool.analysis.sparsity import nonfinite, sparsity
 from cctool.analysis.table import Chart, Column, Report, Table, complement, mean_by, total_sum
 from cctool.analysis.workbook import WRITERS, write_report
+from cctool.base.errors import CheckpointError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec
-from cctool.errors import CheckpointError, UsageError
 from cctool.graph.cost import measure
-from cctool.options.analyze import TABLE_SUFFIXES
+from cctool.options.inspect.analyze import TABLE_SUFFIXES
 
 NOTES = (("Network", "toy"),)
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_toys import TABLES, make, quantized
 
 from cctool.checkpoint.checkpoint import save
-from cctool.checkpoint.compact import COMPACT_VERSION
-from cctool.checkpoint.torch_file import DENSE_VERSION
+from cctool.checkpoint.file.compact import COMPACT_VERSION
+from cctool.checkpoint.file.torch_file import DENSE_VERSION
+from checkpoint_toys import TABLES, make, quantized
 
 TEXT = (Path(__file__).parents[2] / "docs" / "checkpoint-format.md").read_text(encoding="utf-8")
 

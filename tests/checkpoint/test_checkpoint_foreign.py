@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_toys import TABLES, Hidden, Tied, Toy, assert_same_tensors, logits, make
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cctool.base.errors import CheckpointError, SpecError
 from cctool.checkpoint.checkpoint import Checkpoint, build, load, open_file, save
 from cctool.checkpoint.foreign import match_names
 from cctool.checkpoint.spec import ModelSpec
-from cctool.errors import CheckpointError, SpecError
-from cctool.operations.composition import tables
+from cctool.operations.registries import tables
+from checkpoint_toys import TABLES, Hidden, Tied, Toy, assert_same_tensors, logits, make
 
 
 def opened(path: Path, name: str = "toy", **switches: bool) -> Checkpoint:

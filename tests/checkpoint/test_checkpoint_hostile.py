@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_toys import TABLES, make
 from torch import nn
 
+from cctool.base.errors import CheckpointError, CorruptCheckpointError, SpecError, UnsafeCheckpointError
 from cctool.checkpoint.checkpoint import load, open_file, save
-from cctool.checkpoint.edits import Thin
-from cctool.errors import CheckpointError, CorruptCheckpointError, SpecError, UnsafeCheckpointError
-from cctool.operations.composition import tables
+from cctool.checkpoint.edits.thin import Thin
+from cctool.operations.registries import tables
+from checkpoint_toys import TABLES, make
 
 
 class Payload:
@@ -72,7 +72,7 @@ def test_a_bare_pickle_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_of_ours_never_unpickles_even_if_trusted(tmp_path: Path) -> None:
-    from cctool.checkpoint import torch_file
+    from cctool.checkpoint.file import torch_file
 
     mark = tmp_path / "it ran"
     with (tmp_path / "a.pt").open("wb+") as stream:
@@ -194,8 +194,8 @@ def test_absurd_arguments_of_registered_networks_cost_no_memory(tmp_path: Path) 
     script = """
 import resource, sys, time
 from cctool.checkpoint.checkpoint import load
-from cctool.errors import CctoolError
-from cctool.operations.composition import tables
+from cctool.base.errors import CctoolError
+from cctool.operations.registries import tables
 import torchvision
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:

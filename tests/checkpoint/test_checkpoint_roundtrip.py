@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_toys import INPUT, STEP, TABLES, Tied, Toy, assert_same_tensors, logits, make, quantized
 from safetensors.torch import load_file
 from torch import nn
 
+from cctool.base.errors import CheckpointError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint, load, save
-from cctool.checkpoint.payload import ResumeState
+from cctool.checkpoint.file.payload import ResumeState
 from cctool.checkpoint.spec import Metrics, ModelSpec, Parent, Preprocessing, Size, Step
-from cctool.errors import CheckpointError, UsageError
+from checkpoint_toys import INPUT, STEP, TABLES, Tied, Toy, assert_same_tensors, logits, make, quantized
 
 SUFFIXES = (".pt", ".safetensors")
 BUILT = ("toy", "tied", "hidden", "from-values", "plain-attribute", "meta-buffer", "sizes")
@@ -89,7 +89,7 @@ def test_a_new_process_computes_the_same(tmp_path: Path) -> None:
         save(checkpoint, tmp_path / f"{name}.pt", TABLES)
         torch.save(logits(checkpoint), tmp_path / f"{name}.logits")
     script = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / "toys")!r})
 import torch
 from checkpoint_toys import TABLES, logits
 from cctool.checkpoint.checkpoint import load, save

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from cctool.base.errors import CheckpointError
+from cctool.checkpoint import checkpoint as checkpoint_module
+from cctool.checkpoint.checkpoint import load, save
+from cctool.checkpoint.file.atomic import write_atomically
 from checkpoint_toys import STEP, TABLES, make
 
-from cctool.checkpoint import checkpoint as checkpoint_module
-from cctool.checkpoint.atomic import write_atomically
-from cctool.checkpoint.checkpoint import load, save
-from cctool.errors import CheckpointError
-
-TESTS = Path(__file__).parent
+TOYS = Path(__file__).parents[1] / "toys"
 
 
 def temporaries(folder: Path) -> list[Path]:
@@ -151,7 +151,7 @@ def test_a_full_disk(suffix: str, small_disk: Path) -> None:
 def start_saving(path: Path, width: int) -> subprocess.Popen[bytes]:
     """A process that saves a network of about 4 * width ** 2 bytes over and over, telling of each."""
     script = f"""
-import sys; sys.path.insert(0, {str(TESTS)!r})
+import sys; sys.path.insert(0, {str(TOYS)!r})
 from checkpoint_toys import TABLES, make
 from cctool.checkpoint.checkpoint import save
 checkpoint = make("stack", width={width})

@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from cctool.cli.main import app
-from cctool.operations import prune
+from cctool.operations.prune import run as prune
 from cctool.options.common import DataOptions, ModelOptions
-from cctool.options.prune import (
+from cctool.options.prune.options import (
     AttentionUnit,
     Granularity,
     Growth,
@@ -23,7 +23,7 @@ from cctool.options.prune import (
     Scope,
     StepMode,
 )
-from cctool.options.prune_parts import (
+from cctool.options.prune.parts import (
     Block,
     Pattern,
     Quantity,
@@ -118,7 +118,7 @@ def test_wrong_lines_are_refused_and_nothing_is_written(net: Path, line: str, me
 
 
 def test_targets_are_read_in_all_their_units() -> None:
-    from cctool.options.prune_parts import Quantity, Target, parse_target
+    from cctool.options.prune.parts import Quantity, Target, parse_target
 
     expected = {
         "macs=0.5": Target(Quantity.MACS, 0.5),

@@ -12,7 +12,7 @@ from cctool.checkpoint.checkpoint import Checkpoint, save
 from cctool.checkpoint.spec import ModelSpec
 from cctool.cli.main import app
 from cctool.models import registry
-from cctool.operations.composition import tables
+from cctool.operations.registries import tables
 
 READING = {
     "train": ("--epochs", "1", "--data", "digits", "--limit", "8"),
@@ -243,7 +243,7 @@ def test_what_the_system_refuses_is_one_line_without_blame(monkeypatch: pytest.M
     def full(*arguments: object, **named: object) -> None:
         raise OSError(28, "No space left on device", "good.train.run/log.txt")
 
-    monkeypatch.setattr("cctool.operations.run_folder.RunFolder.begin", full)
+    monkeypatch.setattr("cctool.operations.train.run_folder.RunFolder.begin", full)
     said = fails("train", "good.pt", "--data", "digits", "--limit", "8", "--epochs", "1", status=1)
     assert said == "error: good.train.run/log.txt: No space left on device"
 

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from seg_reference import codeword
 
 from cctool.coding.entropy import best_k, code_bits, entropy_bits
 from cctool.coding.exp_golomb import encode, histogram
+from seg_reference import codeword
 
 
 def laplace(scale: float, count: int) -> torch.Tensor:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from seg_reference import bit_string, decoded, encoded
 from torch import Tensor
 
+from cctool.base.errors import BitstreamError, TransformError, UsageError
 from cctool.coding.exp_golomb import Coded, bits_of, block_size, code_lengths, decode, encode, to_unsigned
-from cctool.errors import BitstreamError, TransformError, UsageError
+from seg_reference import bit_string, decoded, encoded
 
 SIGNED = [torch.int8, torch.int16, torch.int32]
 

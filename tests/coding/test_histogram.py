@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from seg_reference import symbol
 
+from cctool.base.errors import TransformError
 from cctool.coding import histogram as module
 from cctool.coding.histogram import Histogram, histogram
-from cctool.errors import TransformError
+from seg_reference import symbol
 
 
 def numbers(dtype: torch.dtype, count: int = 4000) -> torch.Tensor:

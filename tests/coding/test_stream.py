@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from seg_reference import bit_string, encoded
 from torch import Tensor
 
+from cctool.base.errors import BitstreamError, TransformError
 from cctool.coding.exp_golomb import bits_of, to_unsigned
 from cctool.coding.stream import END_BYTES, MAX_HEADER, Chunk, Reader, Writer, chunk_bytes, header_bytes
-from cctool.errors import BitstreamError, TransformError
+from seg_reference import bit_string, encoded
 
 METADATA = {"tap": "layer1.0", "steps": [0.5, 2.0]}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from seg_reference import codeword
 
+from cctool.base.errors import TransformError, UsageError
 from cctool.coding.exp_golomb import bits_of, code_lengths, to_signed, to_unsigned
 from cctool.coding.symbols import code_length, symbol_limit
-from cctool.errors import TransformError, UsageError
+from seg_reference import codeword
 
 VALUES = [0, -1, 1, -2, 2, 3, 8, 127, -128]
 # Lengths of the values above that the table generator of the published code gives.

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cctool.errors import ExportError
+from cctool.base.errors import ExportError
 from cctool.formats.parity import compare, outputs_of, random_batches, require_top1
 from cctool.formats.records import Agreement
-from cctool.quantization.attached import CallPoint, activation_key, attach
-from cctool.quantization.configs import QuantizerConfig
-from cctool.quantization.points import INPUT_PLACE
+from cctool.quantization.network.attach import CallPoint, activation_key, attach
+from cctool.quantization.network.placement import INPUT_PLACE
+from cctool.quantization.quantizers.config import QuantizerConfig
 
 
 def net() -> nn.Module:

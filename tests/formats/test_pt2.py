@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cctool.base.errors import ExportError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec, Preprocessing, Step
-from cctool.errors import ExportError
 from cctool.formats import pt2
 from cctool.formats.pt2 import DESCRIPTION, write_pt2
 from cctool.formats.records import ExportRequest, Samples
-from cctool.quantization.attached import CallPoint, WeightPoint, attach
-from cctool.quantization.configs import QuantizerConfig
-from cctool.quantization.exported import rounding_network
-from cctool.quantization.flow import Place
+from cctool.quantization.export.network import rounding_network
+from cctool.quantization.network.attach import CallPoint, WeightPoint, attach
+from cctool.quantization.network.calls import Place
+from cctool.quantization.quantizers.config import QuantizerConfig
 
 SHAPE = (3, 8, 8)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cctool.errors import ArchitectureError
+from cctool.base.errors import ArchitectureError
 from cctool.graph.cost import Cost, measure
 from cctool.graph.cost_rules import FREE, RULES
 

@@ -3,7 +3,7 @@ import socket
 import pytest
 import torch
 
-from cctool.errors import ArchitectureError
+from cctool.base.errors import ArchitectureError
 from cctool.models.registry import COLLECTIONS, build, defaults, input_shape, listing
 from cctool.models.torchvision_models import allowed_arguments, classifiers, segmentation_networks
 

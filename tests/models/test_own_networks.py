@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cctool.errors import ArchitectureError
+from cctool.base.errors import ArchitectureError
 from cctool.models.architectures import ARCHITECTURES
 from cctool.models.registry import build, defaults, input_shape, listing
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cctool import user_code
-from cctool.errors import ArchitectureError, CctoolError, SpecError, UserCodeError
+from cctool.base import user_code
+from cctool.base.errors import ArchitectureError, CctoolError, SpecError, UserCodeError
 from cctool.models.registry import build, defaults, input_shape
 
 NET = """

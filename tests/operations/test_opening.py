@@ -8,14 +8,20 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
+from cctool.base.errors import (
+    ArchitectureError,
+    CheckpointError,
+    SpecError,
+    UnsafeCheckpointError,
+    UsageError,
+)
+from cctool.base.runtime import Silent
 from cctool.checkpoint.checkpoint import Checkpoint, save
 from cctool.checkpoint.spec import ModelSpec
-from cctool.errors import ArchitectureError, CheckpointError, SpecError, UnsafeCheckpointError, UsageError
 from cctool.models import registry
-from cctool.operations.composition import load, tables
 from cctool.operations.opening import open_checkpoint, parse_arguments
+from cctool.operations.registries import load, tables
 from cctool.options.common import ModelOptions
-from cctool.runtime import Silent
 
 NET = """
 from pathlib import Path

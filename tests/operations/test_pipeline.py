@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from cctool.base.errors import CheckpointError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint, load
-from cctool.errors import CheckpointError, UsageError
 from cctool.operations import pipeline
-from cctool.operations.composition import tables
 from cctool.operations.context import Context, Outcome
+from cctool.operations.registries import tables
 from cctool.options.common import DataOptions, ModelOptions, Precision, RuntimeOptions
 
 LENET = ModelOptions(arch="lenet")

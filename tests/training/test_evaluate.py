@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from training_toys import batch, network
 
-from cctool.errors import DataError, UserCodeError
+from cctool.base.errors import DataError, UserCodeError
 from cctool.training.evaluate import evaluate, outputs_of
 from cctool.training.user_functions import UserMetric
+from training_toys import batch, network
 
 CPU = torch.device("cpu")
 CLASSES = 9

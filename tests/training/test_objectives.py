@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from training_toys import network
 
-from cctool.errors import TrainingError
+from cctool.base.errors import TrainingError
 from cctool.training.objectives import (
     Distillation,
     Supervised,
@@ -14,6 +13,7 @@ from cctool.training.objectives import (
     distillation_loss,
     gamma_penalty,
 )
+from training_toys import network
 
 STUDENT = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]])
 TEACHER = torch.tensor([[2.0, 0.0, -1.0], [1.0, 1.0, 4.0]])

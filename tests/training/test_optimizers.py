@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_toys import network
 
-from cctool.errors import TrainingError, UserCodeError
-from cctool.options.fit import DecayScope, FitOptions, OptimizerName
+from cctool.base.errors import TrainingError, UserCodeError
+from cctool.options.train.fit import DecayScope, FitOptions, OptimizerName
 from cctool.training.optimizers import OPTIMIZERS, make_optimizer, parameter_groups
+from training_toys import network
 
 
 def test_table_covers_its_enum() -> None:

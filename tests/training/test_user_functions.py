@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cctool.errors import UserCodeError
+from cctool.base.errors import UserCodeError
 from cctool.training.user_functions import UserLoss, UserMetric, named_function
 
 OUTPUTS = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cctool.transforms.axes import TransformedAxis
-from cctool.transforms.codec import CodecConfig, CodecState, encode, reconstruct
-from cctool.transforms.coefficient_building import coefficient_layer
-from cctool.transforms.coefficients import Coefficients
-from cctool.transforms.exported import ExportedCodec
+from cctool.transforms.codec.codec import CodecConfig, CodecState, encode, reconstruct
+from cctool.transforms.codec.export import ExportedCodec
+from cctool.transforms.codec.taps import CalibratedTap, set_taps, tap_buffers, taps_of
+from cctool.transforms.kernels.spatial import block_sizes
+from cctool.transforms.layers.axes import TransformedAxis
+from cctool.transforms.layers.build import coefficient_layer
+from cctool.transforms.layers.coefficients import Coefficients
 from cctool.transforms.plain import exportable, plain_model, type_of
-from cctool.transforms.spatial import block_sizes
-from cctool.transforms.taps import CalibratedTap, set_taps, tap_buffers, taps_of
 
 
 def network() -> nn.Sequential:

@@ -11,20 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cctool.base.errors import CorruptCheckpointError, SpecError
 from cctool.checkpoint.build import build_fresh, instantiate
 from cctool.checkpoint.checkpoint import Checkpoint, load, save
-from cctool.checkpoint.edits import THIN
-from cctool.checkpoint.masks import MASK, add_masks, masks_of, with_masks
+from cctool.checkpoint.edits.mask import MASK, add_masks, masks_of, with_masks
+from cctool.checkpoint.edits.thin import THIN
 from cctool.checkpoint.spec import ModelSpec
 from cctool.checkpoint.tables import Tables
-from cctool.errors import CorruptCheckpointError, SpecError
-from cctool.options.transform_choices import Axes
-from cctool.quantization.storage import ENCODINGS
-from cctool.transforms.coefficient_building import coefficient_layer
-from cctool.transforms.coefficients import CoefficientLayer, Coefficients
-from cctool.transforms.selection import transformed_axes
+from cctool.options.transform.choices import Axes
+from cctool.quantization.encodings.table import ENCODINGS
+from cctool.transforms.layers.base import with_swaps
+from cctool.transforms.layers.build import coefficient_layer
+from cctool.transforms.layers.coefficients import CoefficientLayer, Coefficients
+from cctool.transforms.layers.which import transformed_axes
 from cctool.transforms.swap import SWAP, put_in_place
-from cctool.transforms.swapped import with_swaps
 
 
 class Toy(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cctool.analysis.precision import Precision, owners_of_quantizers, precisions
 from cctool.analysis.sparsity import weights
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.masks import masks_of
+from cctool.checkpoint.edits.mask import masks_of
 from cctool.graph.cost import CountedCall, ModelCost
 from cctool.graph.trace import Call, Shape
 from cctool.transforms.plain import type_of

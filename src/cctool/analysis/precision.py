@@ -9,8 +9,8 @@ from torch import nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.quantization.attached import CONTAINER, activation_key, quantizers_of, weight_key
-from cctool.quantization.masked import inner_form
+from cctool.quantization.encodings.masked import inner_form
+from cctool.quantization.network.attach import CONTAINER, activation_key, quantizers_of, weight_key
 
 __all__ = ["Precision", "owners_of_quantizers", "precisions"]
 

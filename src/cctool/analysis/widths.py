@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from cctool.checkpoint.atomic import write_atomically
-from cctool.errors import CctoolError, UsageError
+from cctool.base.errors import CctoolError, UsageError
+from cctool.checkpoint.file.atomic import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

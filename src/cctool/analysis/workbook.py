@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from cctool.analysis.table import Cell, Chart, Report, Table
-from cctool.checkpoint.atomic import write_atomically
-from cctool.errors import CctoolError, UsageError
+from cctool.base.errors import CctoolError, UsageError
+from cctool.checkpoint.file.atomic import write_atomically
 
 __all__ = ["WRITERS", "check_suffix", "write_report"]
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from cctool.base.errors import SpecError
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.payload import place
+from cctool.checkpoint.file.payload import place
 from cctool.checkpoint.spec import ModelSpec
-from cctool.errors import SpecError
 
 __all__ = ["TOO_LARGE", "BoundedFactories", "Budget", "Register", "registering", "registering_by"]
 

@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from cctool.base.errors import SpecError
 from cctool.checkpoint.budget import TOO_LARGE, BoundedFactories, Budget, registering
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.payload import as_bytes, place
+from cctool.checkpoint.file.payload import as_bytes, place
 from cctool.checkpoint.spec import Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind, Tables
-from cctool.errors import SpecError
 
 __all__ = ["assemble", "build_fresh", "check_edits", "instantiate", "refuse_misfit"]
 

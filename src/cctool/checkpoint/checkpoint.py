@@ -10,18 +10,18 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from cctool.checkpoint.atomic import write_atomically
+from cctool.base.errors import CheckpointError, CorruptCheckpointError, SpecError, UsageError
 from cctool.checkpoint.build import assemble, check_edits, instantiate, refuse_misfit
-from cctool.checkpoint.checksum import verify_checksum
+from cctool.checkpoint.edits.mask import derived_masks
 from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.file.atomic import write_atomically
+from cctool.checkpoint.file.checksum import verify_checksum
+from cctool.checkpoint.file.payload import Payload, ResumeState, combined_digest, content_hash, tensor_digests
+from cctool.checkpoint.file.safetensors_file import read_safetensors, write_safetensors
+from cctool.checkpoint.file.torch_file import parse_pt, write_pt
 from cctool.checkpoint.foreign import bare_tensors, match_names, read_foreign
-from cctool.checkpoint.masks import derived_masks
-from cctool.checkpoint.payload import Payload, ResumeState, combined_digest, content_hash, tensor_digests
-from cctool.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from cctool.checkpoint.spec import History, ModelSpec, Parent, Step
 from cctool.checkpoint.tables import Tables
-from cctool.checkpoint.torch_file import parse_pt, write_pt
-from cctool.errors import CheckpointError, CorruptCheckpointError, SpecError, UsageError
 
 __all__ = ["SUFFIXES", "Checkpoint", "Opened", "load", "open_file", "save"]
 

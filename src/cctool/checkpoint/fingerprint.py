@@ -7,8 +7,8 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
-from cctool.checkpoint.payload import as_bytes
-from cctool.companions import companion_tensors
+from cctool.base.marks import companion_tensors
+from cctool.checkpoint.file.payload import as_bytes
 
 __all__ = ["fingerprint_of"]
 

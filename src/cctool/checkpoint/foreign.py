@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cctool.checkpoint.torch_file import load_torch_file
-from cctool.errors import CheckpointError, UnsafeCheckpointError
+from cctool.base.errors import CheckpointError, UnsafeCheckpointError
+from cctool.checkpoint.file.torch_file import load_torch_file
 
 __all__ = ["bare_tensors", "match_names", "read_foreign"]
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from cctool.base.errors import CctoolError, UsageError
 from cctool.cli.console import Console
-from cctool.errors import CctoolError, UsageError
 from cctool.options.common import (
     DataOptions,
     ModelOptions,

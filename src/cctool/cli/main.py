@@ -37,18 +37,18 @@ def _program(
 
 
 def _register() -> None:
-    from cctool.cli.analyze import analyze
-    from cctool.cli.compare import compare
-    from cctool.cli.datasets import datasets
-    from cctool.cli.decode import decode
-    from cctool.cli.distill import distill
-    from cctool.cli.evaluate import evaluate
-    from cctool.cli.export import export
-    from cctool.cli.models import models
-    from cctool.cli.prune import prune
-    from cctool.cli.quantize import quantize
-    from cctool.cli.train import train
-    from cctool.cli.transform import transform
+    from cctool.cli.commands.analyze import analyze
+    from cctool.cli.commands.compare import compare
+    from cctool.cli.commands.datasets import datasets
+    from cctool.cli.commands.decode import decode
+    from cctool.cli.commands.distill import distill
+    from cctool.cli.commands.evaluate import evaluate
+    from cctool.cli.commands.export import export
+    from cctool.cli.commands.models import models
+    from cctool.cli.commands.prune import prune
+    from cctool.cli.commands.quantize import quantize
+    from cctool.cli.commands.train import train
+    from cctool.cli.commands.transform import transform
 
     for command in (
         train,

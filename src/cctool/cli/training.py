@@ -9,12 +9,12 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from cctool.base.errors import UsageError
 from cctool.cli import common
 from cctool.cli.console import Console
-from cctool.errors import UsageError
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
-from cctool.options.fit import DecayScope, FitOptions, MetricMode, Schedule, Warmup
-from cctool.options.train import RunOptions, find_resumed, run_folder_of
+from cctool.options.train.fit import DecayScope, FitOptions, MetricMode, Schedule, Warmup
+from cctool.options.train.run import RunOptions, find_resumed, run_folder_of
 
 Epochs = Annotated[int, typer.Option(help="Passes over the training split; 0 writes the network as it is.")]
 Optimizer = Annotated[str, typer.Option(help="sgd, adam, adamw or my.py:factory(groups, lr=...).")]
@@ -149,7 +149,7 @@ def _milestones(text: str | None) -> tuple[int, ...]:
 def _begun_with(verb: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the training that is to go on, by name; none where its ``last.pt`` cannot be found yet."""
     from cctool.operations.pipeline import default_output
-    from cctool.operations.resuming import last_step
+    from cctool.operations.train.resume import last_step
 
     if values["source"] == "-":
         return {}

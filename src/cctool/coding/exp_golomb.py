@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cctool.base.errors import BitstreamError, TransformError
 from cctool.coding.histogram import Histogram, histogram
 from cctool.coding.packing import pack
 from cctool.coding.symbols import (
@@ -26,7 +27,6 @@ from cctool.coding.symbols import (
     to_unsigned,
 )
 from cctool.coding.unpacking import MAX_BITS, unpack
-from cctool.errors import BitstreamError, TransformError
 
 __all__ = [
     "MAX_BLOCK",

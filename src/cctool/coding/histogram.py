@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cctool.base.errors import TransformError
 from cctool.coding.symbols import symbol_limit, to_unsigned
-from cctool.errors import TransformError
 
 __all__ = ["Histogram", "histogram"]
 

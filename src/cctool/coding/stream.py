@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 from torch import Tensor
 
+from cctool.base.errors import BitstreamError, TransformError
 from cctool.coding.exp_golomb import MAX_BLOCK, Coded, block_size, decode, encode
 from cctool.coding.symbols import MAX_K, check_k, code_length, symbol_limit
-from cctool.errors import BitstreamError, TransformError
 
 __all__ = ["END_BYTES", "MAX_HEADER", "Chunk", "Reader", "Writer", "chunk_bytes", "header_bytes"]
 

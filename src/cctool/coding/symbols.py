@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cctool.errors import TransformError, UsageError
+from cctool.base.errors import TransformError, UsageError
 
 __all__ = [
     "MAX_K",

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cctool.base.errors import BitstreamError
 from cctool.coding.packing import WORD, Values, Words
-from cctool.errors import BitstreamError
 
 __all__ = ["MAX_BITS", "unpack"]
 

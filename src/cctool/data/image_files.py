@@ -12,9 +12,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from cctool.data.augment import RATIO
+from cctool.base.errors import DataError
 from cctool.data.records import Augmentation, Crop, Padding, Shape
-from cctool.errors import DataError
+from cctool.data.serving.augment import RATIO
 
 __all__ = ["EXTENSIONS", "FileStream", "Geometry", "ImageSizes", "hold", "measure"]
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from cctool.errors import DataError
+from cctool.base.errors import DataError
 
 __all__ = ["DOWNLOAD_VARIABLE", "download_allowed", "missing", "named_folder", "root_folder"]
 

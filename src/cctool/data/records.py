@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cctool.errors import DataError
+from cctool.base.errors import DataError
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -104,7 +104,7 @@ class Split:
 
     Attributes:
         name: ``train``, ``validation`` or ``test``.
-        shape: (C, H, W) of the images that `cctool.data.batches` serves from it.
+        shape: (C, H, W) of the images that `cctool.data.serving.batches` serves from it.
         images: uint8 [N, c, h, w] as stored (perhaps not yet of `shape`); None where `stream` reads them.
         labels: int64 [N]; None where there are none, or where only reading an image tells (`stream`).
         stream: reads images that are not in memory.

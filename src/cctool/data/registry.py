@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cctool import user_code as user
-from cctool.data import cifar, mnist
-from cctool.data.convert import check_channels, convert_statistics, describe
-from cctool.data.cub200 import open_cub200
-from cctool.data.digits import open_digits
-from cctool.data.folders import open_folder, open_labelled
+from cctool.base import user_code as user
+from cctool.base.errors import DataError
 from cctool.data.records import DataSource, Shape, Split
-from cctool.data.user_data import open_user_data
-from cctool.errors import DataError
+from cctool.data.serving.convert import check_channels, convert_statistics, describe
+from cctool.data.sets import cifar, mnist
+from cctool.data.sets.cub200 import open_cub200
+from cctool.data.sets.digits import open_digits
+from cctool.data.sets.folders import open_folder, open_labelled
+from cctool.data.sets.user_data import open_user_data
 
 __all__ = ["DATASETS", "Dataset", "DatasetRecord", "listing", "open_data"]
 

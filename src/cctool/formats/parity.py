@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from cctool.errors import ExportError
+from cctool.base.errors import ExportError
 from cctool.formats.records import Agreement
 from cctool.graph.execution import in_mode
-from cctool.quantization.shaking import shaken
+from cctool.quantization.export.noise import shaken
 
 __all__ = ["BATCH_SIZES", "TOLERANCE", "compare", "outputs_of", "random_batches", "require_top1"]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from cctool.checkpoint.atomic import write_atomically
-from cctool.errors import ExportError
+from cctool.base.errors import ExportError
+from cctool.checkpoint.file.atomic import write_atomically
 from cctool.formats.converting import (
     BATCH,
     EXPORT_BATCH,

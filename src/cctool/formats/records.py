@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.quantization.integer_weights import IntegerWeight
+from cctool.quantization.export.integer_weights import IntegerWeight
 
 __all__ = ["Agreement", "ExportRequest", "FloatLayer", "Kernels", "Samples", "Writer", "Written", "named"]
 

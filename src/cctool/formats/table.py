@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from cctool.formats.bare import write_safetensors, write_state_dict
-from cctool.formats.onnx import write_onnx
+from cctool.formats.onnx.write import write_onnx
 from cctool.formats.pt2 import write_pt2
 from cctool.formats.records import Writer
-from cctool.options.export import ExportFormat
+from cctool.formats.state_dict import write_safetensors, write_state_dict
+from cctool.options.inspect.export import ExportFormat
 
 __all__ = ["FORMATS"]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import nn
 
-from cctool.errors import ArchitectureError
+from cctool.base.errors import ArchitectureError
 from cctool.graph.cost_rules import FREE, RULES, Cost
 from cctool.graph.trace import Call, Trace, trace
 

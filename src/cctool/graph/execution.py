@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from cctool.errors import ArchitectureError, CctoolError
+from cctool.base.errors import ArchitectureError, CctoolError
 from cctool.graph.widths import as_float
 
 SCRIPT_MODULE = "script_module"

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cctool import user_code as user
-from cctool.errors import ArchitectureError, CctoolError, UserCodeError
+from cctool.base import user_code as user
+from cctool.base.errors import ArchitectureError, CctoolError, UserCodeError
 from cctool.models.architectures import ARCHITECTURES, COLLECTIONS, Architecture, Collected, Shape
 
 __all__ = [

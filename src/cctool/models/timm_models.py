@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from cctool.errors import ArchitectureError
+from cctool.base.errors import ArchitectureError
 
 __all__ = ["build", "check_arguments", "default_arguments", "input_shape", "names"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from cctool.errors import ArchitectureError
+from cctool.base.errors import ArchitectureError
 
 __all__ = [
     "allowed_arguments",

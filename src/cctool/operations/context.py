@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from cctool.base.runtime import Reporter
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent, Step
 from cctool.checkpoint.tables import Tables
 from cctool.options.common import ModelOptions, RuntimeOptions
-from cctool.runtime import Reporter
 
 __all__ = ["Context", "Outcome"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Preprocessing
-from cctool.data.batches import Batches
 from cctool.data.records import DataSource
+from cctool.data.serving.batches import Batches
 from cctool.operations.context import Context
 from cctool.options.common import DataOptions
 from cctool.training.evaluate import evaluate
-from cctool.training.feed import Feed
+from cctool.training.loop.feed import Feed
 
 __all__ = ["feed_of", "measured", "measured_splits", "preprocessing_of", "serve"]
 

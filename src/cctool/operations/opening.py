@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cctool import user_code
+from cctool.base import user_code
+from cctool.base.errors import ArchitectureError, CheckpointError, SpecError, UsageError
+from cctool.base.runtime import Reporter
 from cctool.checkpoint.build import build_fresh, instantiate
 from cctool.checkpoint.checkpoint import Checkpoint, Opened, build, open_file
 from cctool.checkpoint.foreign import match_names
-from cctool.checkpoint.records import parse_spec
+from cctool.checkpoint.json_records import parse_spec
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.checkpoint.tables import Tables
-from cctool.errors import ArchitectureError, CheckpointError, SpecError, UsageError
 from cctool.models import registry
 from cctool.options.common import ModelOptions
-from cctool.runtime import Reporter
 
 __all__ = ["DataShape", "fresh", "open_checkpoint", "parse_arguments"]
 

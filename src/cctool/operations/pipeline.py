@@ -20,18 +20,18 @@ import torch
 from pydantic import JsonValue
 
 from cctool import __version__
+from cctool.base.errors import CheckpointError, UsageError
+from cctool.base.runtime import Reporter, Silent, resolve_device, seed_everything
+from cctool.base.user_code import looks_like_user_code
 from cctool.checkpoint.checkpoint import SUFFIXES, Checkpoint, save
 from cctool.checkpoint.spec import Size, Step
-from cctool.errors import CheckpointError, UsageError
-from cctool.operations.composition import tables
 from cctool.operations.context import Context, Outcome
+from cctool.operations.data import describe
+from cctool.operations.keep.quantized_weights import as_stored
 from cctool.operations.opening import fresh, open_checkpoint
-from cctool.operations.quantized_storage import as_stored
-from cctool.operations.sizes import measure
-from cctool.operations.sources import describe
+from cctool.operations.registries import tables
+from cctool.operations.size import measure
 from cctool.options.common import ModelOptions, RuntimeOptions
-from cctool.runtime import Reporter, Silent, resolve_device, seed_everything
-from cctool.user_code import looks_like_user_code
 
 __all__ = ["Product", "Request", "default_output", "labelled", "read", "recorded", "write"]
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from cctool.errors import UsageError
+from cctool.base.errors import UsageError
 
 __all__ = [
     "Choice",

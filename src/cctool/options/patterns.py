@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from cctool.errors import UsageError
+from cctool.base.errors import UsageError
 
 __all__ = ["refuse_unmatched"]
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cctool.base.errors import DataError
+from cctool.base.runtime import autocast
 from cctool.checkpoint.spec import Metrics
-from cctool.data.batches import Batch
-from cctool.errors import DataError
+from cctool.data.serving.batches import Batch
 from cctool.graph.execution import blaming_the_size
-from cctool.runtime import autocast
-from cctool.training.group import Alone, Group
+from cctool.training.loop.processes import Alone, Group
 from cctool.training.objectives import cross_entropy, main_output
 from cctool.training.user_functions import UserMetric
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cctool.errors import TrainingError
+from cctool.base.errors import TrainingError
 from cctool.training.user_functions import UserLoss
 
 __all__ = [

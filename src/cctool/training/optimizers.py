@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from cctool import user_code
-from cctool.companions import companion_parameters
-from cctool.errors import TrainingError, UserCodeError
-from cctool.options.fit import DecayScope, FitOptions, OptimizerName
+from cctool.base import user_code
+from cctool.base.errors import TrainingError, UserCodeError
+from cctool.base.marks import companion_parameters
+from cctool.options.train.fit import DecayScope, FitOptions, OptimizerName
 from cctool.training.user_functions import named_function
 
 __all__ = ["OPTIMIZERS", "make_optimizer", "parameter_groups"]

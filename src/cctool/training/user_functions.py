@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cctool import user_code
-from cctool.errors import UserCodeError
+from cctool.base import user_code
+from cctool.base.errors import UserCodeError
 
 __all__ = ["UserLoss", "UserMetric", "named_function"]
 

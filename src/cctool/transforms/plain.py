@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterator
 from pydantic import JsonValue
 from torch import nn
 
-from cctool.companions import drop_companions, has_companions
-from cctool.copying import copied
-from cctool.transforms.exported import put_exported
-from cctool.transforms.swapped import SwappedLayer, swapped_layers
-from cctool.transforms.taps import drop_taps, taps_of
-from cctool.transforms.weight_cache import WeightCache
+from cctool.base.copies import copied
+from cctool.base.marks import drop_companions, has_companions
+from cctool.transforms.codec.export import put_exported
+from cctool.transforms.codec.taps import drop_taps, taps_of
+from cctool.transforms.layers.base import SwappedLayer, swapped_layers
+from cctool.transforms.layers.weight_cache import WeightCache
 
 __all__ = ["exportable", "plain_model", "type_of"]
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from cctool.base.errors import SpecError
 from cctool.checkpoint.tables import EditKind
-from cctool.errors import SpecError
-from cctool.transforms.basis_swaps import BASIS_SWAPS
-from cctool.transforms.coefficient_building import build_coefficients, check_coefficients
-from cctool.transforms.coefficients import COEFFICIENT
-from cctool.transforms.swapped import Swap, SwapKind
+from cctool.transforms.basis.build import BASIS_SWAPS
+from cctool.transforms.layers.base import Swap, SwapKind
+from cctool.transforms.layers.build import build_coefficients, check_coefficients
+from cctool.transforms.layers.coefficients import COEFFICIENT
 
 __all__ = ["SWAP", "SWAPS", "put_in_place"]
 

@@ -1,0 +1,1 @@
+"""Sheets and pictures of coded feature maps."""

@@ -1,0 +1,1 @@
+"""What every package may use: errors, devices and seeds, user code, marks and copies of networks."""

@@ -1,0 +1,89 @@
+"""Device, precision, seeds, and the voice with which long work speaks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+import torch
+
+from cctool.base.errors import DeviceError
+
+__all__ = ["Reporter", "Silent", "autocast", "resolve_device", "seed_everything"]
+
+T = TypeVar("T")
+
+
+class Reporter(Protocol):
+    """Where long work says what it does; the commands print it to stderr."""
+
+    def note(self, text: str) -> None:
+        """Say something worth knowing."""
+
+    def warn(self, text: str) -> None:
+        """Say something that may be wrong."""
+
+    def progress(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """Pass ``items`` on and show how far it is, where someone looks."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
+
+    def warn(self, text: str) -> None:
+        """Say nothing."""
+
+    def progress(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """Pass ``items`` on."""
+        yield from items
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that is there.
+
+    Raises:
+        DeviceError: if it is unknown or absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise DeviceError(f"--device {name}: auto, cpu, cuda or cuda:N is allowed")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= count:
+            raise DeviceError(
+                f"--device {name}: this machine has {count} usable CUDA devices; --device cpu works"
+            )
+    return torch.device(name)
+
+
+def seed_everything(seed: int, *, deterministic: bool = False) -> None:
+    """Seed Python, numpy and torch; with ``deterministic``, refuse scheduling-dependent operations."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    # cuBLAS reads this when it is first used.
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Setting it loads torch's compiler, a second that a command without need of it should not wait.
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """Return the autocast context of ``precision`` (``32``, ``bf16`` or ``16``) on ``device``."""
+    if str(precision) == "32":
+        return contextlib.nullcontext()
+    dtype = torch.bfloat16 if str(precision) == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype=dtype)

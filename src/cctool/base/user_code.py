@@ -1,0 +1,198 @@
+"""Code of the user's own, named as ``path/to/net.py:factory`` or ``package.module:factory``.
+
+Nothing here decides that a reference may run: the caller passes the references that stand on this command
+line, and every other one is refused before a file is opened. Standard library only.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from cctool.base.errors import CctoolError, UserCodeError
+
+__all__ = ["call", "call_often", "importable", "is_named", "load", "looks_like_user_code"]
+
+PRIVATE_PREFIX = "cctool_user_"
+
+
+def looks_like_user_code(reference: str) -> bool:
+    """Whether ``reference`` has the form ``path/to/file.py:name`` or ``package.module:name``.
+
+    >>> looks_like_user_code("net.py:make_net"), looks_like_user_code("resnet20")
+    (True, False)
+    """
+    place, colon, name = reference.rpartition(":")
+    if not colon or not name.isidentifier():
+        return False
+    return place.endswith(".py") or all(part.isidentifier() for part in place.split("."))
+
+
+def is_named(reference: str, named: Collection[str]) -> bool:
+    """Whether ``reference`` is one of ``named``, two spellings of one path being the same.
+
+    Args:
+        reference: a reference, perhaps out of a checkpoint.
+        named: the references that stand on this command line.
+    """
+    return _canonical(reference) in {_canonical(candidate) for candidate in named}
+
+
+def load(reference: str) -> Callable[..., Any]:
+    """Import the file or module of ``reference`` and give the function (or class) that it names.
+
+    A file is imported once under a private module name made of its path and its content, so that no two
+    files called ``net.py`` meet, and an edited file is read again. Modules beside it can be imported by it.
+
+    Raises:
+        UserCodeError: there is no such file, module or function, or importing it raised.
+    """
+    place, _, name = reference.rpartition(":")
+    module = _load_file(Path(place), reference) if place.endswith(".py") else _load_module(place, reference)
+    function = getattr(module, name, None)
+    if not callable(function):
+        offered = ", ".join(sorted(key for key, value in vars(module).items() if _is_own(value, module)))
+        raise UserCodeError(
+            f"{reference}: there is no function {name!r} in {place} (it has: {offered or 'no functions'})"
+        )
+    return function  # type: ignore[no-any-return]
+
+
+def call(reference: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Call a function of the user's, and say its name and the line where it raised.
+
+    Raises:
+        UserCodeError: the function raised; the message has the exception and the user's line.
+    """
+    with _importable(_folder_of(reference)):
+        return _guarded(reference, lambda: function(*arguments, **named))
+
+
+def call_often(reference: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of the user's as `call` does, fast where it does not fail.
+
+    Preparing imports and finding the line to blame is too slow for every step or image, so it is done, with a
+    second call, only after the first one raised.
+    """
+    try:
+        return function(*arguments)
+    except Exception:
+        return call(reference, function, *arguments)
+
+
+def importable(reference: str) -> AbstractContextManager[None]:
+    """Let modules beside the user's file be imported by their plain names, as pickled modules need."""
+    return _importable(_folder_of(reference))
+
+
+def _guarded(reference: str, action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except CctoolError:
+        raise
+    # A script that calls sys.exit() at module level must not end the command without a word.
+    except (Exception, SystemExit) as error:
+        raise UserCodeError(f"{reference} raised {_describe(error, reference)}") from error
+
+
+def _describe(error: BaseException, reference: str) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    summary = f"{type(error).__name__}: {text}"
+    if isinstance(error, SyntaxError):
+        return f"{summary} ({error.filename}, line {error.lineno})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    folder = str(_folder_of(reference))
+    frames = [frame for frame in frames if frame.filename.startswith(folder)] or frames
+    if not frames:
+        return summary
+    last = frames[-1]
+    return f"{summary} ({Path(last.filename).name}, line {last.lineno}, in {last.name})"
+
+
+def _load_file(path: Path, reference: str) -> ModuleType:
+    path = path.expanduser()
+    if not path.is_file():
+        raise UserCodeError(f"{reference}: there is no file {path}; name it as path/to/file.py:function")
+    path = path.resolve()
+    digest = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes()).hexdigest()[:16]
+    module_name = f"{PRIVATE_PREFIX}{path.stem}_{digest}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise UserCodeError(f"{reference}: Python cannot import {path}")
+    module = importlib.util.module_from_spec(spec)
+    loader = spec.loader
+    # In sys.modules before it runs: dataclasses, pickle and multiprocessing look a class's module up there.
+    sys.modules[module_name] = module
+    try:
+        with _importable(path.parent):
+            _guarded(reference, lambda: loader.exec_module(module))
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def _load_module(name: str, reference: str) -> ModuleType:
+    with _importable(Path.cwd()):
+        try:
+            return _guarded(reference, lambda: importlib.import_module(name))  # type: ignore[no-any-return]
+        except UserCodeError as error:
+            cause = error.__cause__
+            missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
+            if missing is None or not f"{name}.".startswith(f"{missing}."):
+                raise
+            raise UserCodeError(
+                f"{reference}: there is no module {name!r} here or installed; name it as "
+                "package.module:function or path/to/file.py:function"
+            ) from cause
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Let modules in ``folder`` be imported by their plain names, and leave ``sys.path`` as it was."""
+    entry = str(folder)
+    displaced = {name: module for name, module in sys.modules.items() if _is_shadowed(name, module, folder)}
+    for name in displaced:
+        del sys.modules[name]
+    sys.path.insert(0, entry)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        if entry in sys.path:
+            sys.path.remove(entry)
+        sys.modules.update(displaced)
+
+
+def _is_shadowed(name: str, module: ModuleType, folder: Path) -> bool:
+    """Whether ``name`` was imported from another folder although ``folder`` has a module of that name.
+
+    Two networks that each have a ``layers.py`` beside them (a teacher and a student) must each get their own.
+    """
+    if "." in name or name in sys.stdlib_module_names or name.startswith(PRIVATE_PREFIX):
+        return False
+    origin = getattr(module, "__file__", None)
+    own = folder / f"{name}.py"
+    return origin is not None and own.is_file() and Path(origin).resolve() != own.resolve()
+
+
+def _folder_of(reference: str) -> Path:
+    place = reference.rpartition(":")[0]
+    return Path(place).expanduser().resolve().parent if place.endswith(".py") else Path.cwd()
+
+
+def _canonical(reference: str) -> str:
+    place, _, name = reference.rpartition(":")
+    return f"{Path(place).expanduser().resolve()}:{name}" if place.endswith(".py") else reference
+
+
+def _is_own(value: object, module: ModuleType) -> bool:
+    return callable(value) and getattr(value, "__module__", None) == module.__name__

@@ -1,0 +1,1 @@
+"""The edits that `checkpoint` itself knows: thinned widths and masks."""

@@ -1,0 +1,204 @@
+"""Masks: weights that are zero and stay zero, and the `mask` edit that says which tensors have one.
+
+A masked parameter ``weight`` has a persistent bool buffer ``weight_mask`` of its shape beside it, True where
+the weight stays. The parameter holds exact zeros where the mask is False; nothing is multiplied in a forward
+pass, and the classes of the modules stay what they are. This lies below training, quantization, pruning and
+formats because all of them honour masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from cctool.base.errors import CorruptCheckpointError, SpecError
+from cctool.checkpoint.spec import Edit, ModelSpec
+from cctool.checkpoint.tables import EditKind
+
+__all__ = [
+    "MASK",
+    "Mask",
+    "MaskedPlace",
+    "add_masks",
+    "derived_masks",
+    "drop_masks",
+    "mask_buffers",
+    "mask_name",
+    "masked_places",
+    "masks_of",
+    "with_masks",
+    "zero_masked",
+]
+
+_SUFFIX = "_mask"
+# Which buffers are masks is written on the module: a network's own buffer may be called so, too.
+_MARK = "_masked_parameters"
+
+
+class Mask(Edit):
+    """Parameters of one module, by their names in it, that have a mask."""
+
+    kind: Literal["mask"] = "mask"
+    tensors: tuple[Annotated[str, Field(min_length=1, max_length=4096)], ...] = Field(
+        min_length=1, max_length=1000
+    )
+
+
+@dataclass(frozen=True)
+class MaskedPlace:
+    """One masked parameter.
+
+    Attributes:
+        name: its qualified name.
+        module: that owns it.
+        leaf: its name there.
+    """
+
+    name: str
+    module: nn.Module
+    leaf: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as it is now: moving a model to a device may replace it."""
+        found = self.module._parameters[self.leaf]
+        assert found is not None
+        return found
+
+    @property
+    def mask(self) -> Tensor:
+        """The mask as it is now, of the parameter's shape, True where a weight stays."""
+        found = self.module._buffers[mask_name(self.leaf)]
+        assert found is not None
+        return found
+
+
+def mask_name(parameter: str) -> str:
+    """Name of the buffer that masks a parameter, qualified as the parameter is."""
+    return f"{parameter}{_SUFFIX}"
+
+
+def masked_places(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[MaskedPlace]:
+    """Every masked parameter, in the order of `model.named_modules()`.
+
+    Args:
+        model: any module.
+        remove_duplicate: list a shared module under its first name only.
+    """
+    for prefix, module in model.named_modules(remove_duplicate=remove_duplicate):
+        for leaf in getattr(module, _MARK, ()):
+            yield MaskedPlace(f"{prefix}.{leaf}" if prefix else leaf, module, leaf)
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """Masks by the qualified name of the parameter that they belong to; True stays."""
+    return {place.name: place.mask for place in masked_places(model)}
+
+
+def mask_buffers(model: nn.Module) -> set[str]:
+    """Names in the state dict that are masks, shared modules under each of their names."""
+    return {mask_name(place.name) for place in masked_places(model, remove_duplicate=False)}
+
+
+@torch.no_grad()
+def add_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Mask parameters in place and zero what goes; where a parameter is masked already, both masks hold.
+
+    Args:
+        model: any module.
+        masks: bool tensors of the parameters' shapes by qualified name, True stays.
+
+    Raises:
+        SpecError: if a name is no parameter, or its module has something called like the mask.
+    """
+    present = masks_of(model)
+    for name, mask in masks.items():
+        if name in present:
+            present[name].logical_and_(mask.to(present[name].device))
+            continue
+        owner, _, leaf = name.rpartition(".")
+        _register(model, owner, leaf)
+        place = MaskedPlace(name, model.get_submodule(owner), leaf)
+        place.mask.copy_(mask)
+    zero_masked(model)
+
+
+@torch.no_grad()
+def zero_masked(model: nn.Module) -> None:
+    """Set every masked weight to exactly zero, as after weights were loaded from elsewhere."""
+    for place in masked_places(model):
+        place.parameter.masked_fill_(place.mask.logical_not(), 0)
+
+
+def drop_masks(model: nn.Module, names: Collection[str]) -> None:
+    """Take the masks of these parameters away; the weights stay as they are."""
+    for place in list(masked_places(model)):
+        if place.name in names:
+            left = tuple(leaf for leaf in getattr(place.module, _MARK) if leaf != place.leaf)
+            setattr(place.module, _MARK, left)
+            del place.module._buffers[mask_name(place.leaf)]
+
+
+def with_masks(spec: ModelSpec, model: nn.Module) -> ModelSpec:
+    """The spec whose mask edits are those of ``model``, whatever it said of masks before."""
+    others = tuple(edit for edit in spec.edits if edit.get("kind") != "mask")
+    owned: dict[str, list[str]] = {}
+    for place in masked_places(model):
+        owned.setdefault(place.name.rpartition(".")[0], []).append(place.leaf)
+    edits = tuple(Mask(module=owner, tensors=tuple(leaves)) for owner, leaves in owned.items())
+    return spec.model_copy(update={"edits": others}).with_edits(edits)
+
+
+def derived_masks(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks that a bare state dict lacks, as exports leave them out: what is zero stays zero.
+
+    Args:
+        model: built with its mask edits.
+        tensors: the state dict.
+    """
+    return {
+        mask_name(place.name): tensors[place.name] != 0
+        for place in masked_places(model, remove_duplicate=False)
+        if mask_name(place.name) not in tensors and place.name in tensors
+    }
+
+
+def _register(model: nn.Module, owner: str, leaf: str) -> None:
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        raise SpecError(f"mask: the architecture has no module {owner!r}") from None
+    parameter = module._parameters.get(leaf)
+    if parameter is None or is_lazy(parameter):
+        raise SpecError(f"mask: {owner or 'the model'} has no parameter {leaf!r} of a known shape")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise SpecError(f"mask: {owner or 'the model'} is scripted, and takes no further buffers")
+    name = mask_name(leaf)
+    if hasattr(module, name):
+        raise SpecError(f"mask: {owner or 'the model'} has a {name!r} of its own")
+    # A parameter that is only being built lies on the meta device; its mask is registered as it will be.
+    device = torch.device("cpu") if parameter.is_meta else parameter.device
+    module.register_buffer(name, torch.ones(tuple(parameter.shape), dtype=torch.bool, device=device))
+    setattr(module, _MARK, (*getattr(module, _MARK, ()), leaf))
+
+
+def _apply_mask(model: nn.Module, edit: Mask) -> None:
+    for leaf in edit.tensors:
+        _register(model, edit.module, leaf)
+
+
+def _check_mask(model: nn.Module, edit: Mask) -> None:
+    module = model.get_submodule(edit.module)
+    for leaf in edit.tensors:
+        place = MaskedPlace(f"{edit.module}.{leaf}" if edit.module else leaf, module, leaf)
+        if bool((place.parameter.detach() != 0).logical_and_(place.mask.logical_not()).any()):
+            raise CorruptCheckpointError(f"{place.name} is not zero where its mask says so")
+
+
+MASK = EditKind(record=Mask, apply=_apply_mask, order=10, check=_check_mask)

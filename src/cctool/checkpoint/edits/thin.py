@@ -1,0 +1,220 @@
+"""The `thin` edit: final widths of a module after channels were cut.
+
+Edits of other kinds belong to the packages that make them; this one only needs a module, and every
+pruned checkpoint has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+from pydantic import Field, model_serializer
+from torch import Tensor, nn
+
+from cctool.base.errors import SpecError
+from cctool.checkpoint.edits.mask import mask_buffers
+from cctool.checkpoint.spec import MAX_DIMENSION, Dimension, Edit, ModelSpec
+from cctool.checkpoint.tables import EditKind
+
+__all__ = ["THIN", "Thin", "thin_edits", "thinned"]
+
+_Width = Annotated[int, Field(ge=1, le=MAX_DIMENSION, strict=True)]
+_Index = Annotated[int, Field(ge=0, le=MAX_DIMENSION, strict=True)]
+_Kept = tuple[tuple[_Index, tuple[_Index, ...]], ...]
+
+
+class Thin(Edit):
+    """Final shapes of a module's own tensors and its integer attributes that hold a width.
+
+    Attributes:
+        shapes: by the tensor's own name.
+        attributes: by name.
+        kept: for buffers that no file holds, as the architecture makes them itself: pairs of a dim and the
+            indices of it that are left, ascending.
+    """
+
+    kind: Literal["thin"] = "thin"
+    shapes: dict[str, tuple[Dimension, ...]] = Field(default={})
+    attributes: dict[str, _Width | tuple[_Width, ...]] = Field(default={})
+    kept: dict[str, _Kept] = Field(default={})
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: Callable[[Thin], dict[str, Any]]) -> dict[str, Any]:
+        """Leave `kept` out where there is none, as files from before it have it."""
+        document = handler(self)
+        return document if document["kept"] else {k: v for k, v in document.items() if k != "kept"}
+
+
+class _Cut(Protocol):
+    """Indices of one dim that stay, ascending."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def keep(self) -> Tensor: ...
+
+
+Kept = dict[str, dict[int, list[int]]]
+"""For each buffer that no file holds, by dim, the indices left of the one that the architecture makes."""
+
+
+def thinned(
+    spec: ModelSpec,
+    model: nn.Module,
+    shapes: Iterable[str] | Mapping[str, Sequence[_Cut]],
+    attributes: Iterable[tuple[str, str]],
+) -> ModelSpec:
+    """Record a cut: the spec whose thin edits describe the present widths of ``model``.
+
+    What an earlier cut changed stays recorded, also where this one left it alone: an edit is the final state
+    of its module.
+
+    Args:
+        spec: of the model before this cut.
+        model: the model after it.
+        shapes: qualified names of the parameters and buffers that were cut, best with the cuts: buffers that
+            are not stored cannot be cut again without; masks among them are left out.
+        attributes: (module name, attribute) pairs that were changed.
+    """
+    earlier = [Thin.model_validate(edit) for edit in spec.edits if edit.get("kind") == "thin"]
+    names = [f"{edit.module}.{leaf}" if edit.module else leaf for edit in earlier for leaf in edit.shapes]
+    pairs = [(edit.module, attribute) for edit in earlier for attribute in edit.attributes]
+    # A mask follows its parameter, and is not there yet when thin edits are applied.
+    masks = mask_buffers(model)
+    cut = [name for name in shapes if name not in masks]
+    cuts = shapes if isinstance(shapes, Mapping) else {}
+    kept = _kept(earlier, model, {name: cuts[name] for name in cut if name in cuts})
+    return spec.with_edits(thin_edits(model, [*names, *cut], [*pairs, *attributes], kept))
+
+
+def _kept(earlier: Sequence[Thin], model: nn.Module, cuts: Mapping[str, Sequence[_Cut]]) -> Kept:
+    """What is left of the buffers that no file holds, after earlier cuts and this one."""
+    kept: Kept = {
+        f"{edit.module}.{leaf}" if edit.module else leaf: {dim: list(indices) for dim, indices in pairs}
+        for edit in earlier
+        for leaf, pairs in edit.kept.items()
+    }
+    for name in cuts:
+        owner, _, leaf = name.rpartition(".")
+        if leaf in model.get_submodule(owner)._non_persistent_buffers_set:
+            places = kept.setdefault(name, {})
+            for cut in cuts[name]:
+                left = cut.keep.tolist()
+                places[cut.dim] = [places[cut.dim][i] for i in left] if cut.dim in places else left
+    return kept
+
+
+def thin_edits(
+    model: nn.Module,
+    shapes: Iterable[str],
+    attributes: Iterable[tuple[str, str]],
+    kept: Kept | None = None,
+) -> tuple[Thin, ...]:
+    """Describe the present widths of a thinned model.
+
+    Args:
+        model: the model after cutting.
+        shapes: qualified names of the parameters and buffers that were cut.
+        attributes: (module name, attribute) pairs that were changed.
+        kept: by qualified name, what is left of buffers that no file holds.
+
+    Returns:
+        One edit per touched module, in the order of `model.named_modules()`.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, int | tuple[int, ...]]]] = {}
+    for name in shapes:
+        owner, _, leaf = name.rpartition(".")
+        tensor = getattr(modules[owner], leaf)
+        found.setdefault(owner, ({}, {}))[0][leaf] = tuple(tensor.shape)
+    for owner, attribute in attributes:
+        value = getattr(modules[owner], attribute)
+        found.setdefault(owner, ({}, {}))[1][attribute] = value if isinstance(value, int) else tuple(value)
+    return tuple(
+        Thin(module=name, shapes=found[name][0], attributes=found[name][1], kept=_own(kept or {}, name))
+        for name in modules
+        if name in found
+    )
+
+
+def _own(kept: Kept, module: str) -> dict[str, _Kept]:
+    prefix = f"{module}." if module else ""
+    return {
+        name.removeprefix(prefix): tuple((dim, tuple(left)) for dim, left in sorted(places.items()))
+        for name, places in kept.items()
+        if name.rpartition(".")[0] == module
+    }
+
+
+def _apply_thin(model: nn.Module, edit: Thin) -> None:
+    try:
+        module = model.get_submodule(edit.module)
+    except AttributeError:
+        raise SpecError(f"thin: the architecture has no module {edit.module!r}") from None
+    for name, shape in edit.shapes.items():
+        _resize(model, module, edit, name, shape)
+    for name, value in edit.attributes.items():
+        present = vars(module).get(name) if not name.startswith("_") else None
+        if not _is_width(present, value):
+            raise SpecError(f"thin: {edit.module}.{name} is not an integer attribute of the architecture")
+        if any(new > old for new, old in zip(_several(value), _several(present), strict=True)):
+            raise SpecError(f"thin: {edit.module}.{name} is {present} and cannot grow to {value}")
+        setattr(module, name, value if isinstance(value, int) or isinstance(present, tuple) else list(value))
+
+
+def _is_width(present: Any, value: int | tuple[int, ...]) -> bool:
+    if isinstance(value, int):
+        return type(present) is int
+    return (
+        isinstance(present, (tuple, list))
+        and len(present) == len(value)
+        and all(type(item) is int for item in present)
+    )
+
+
+def _several(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _resize(model: nn.Module, module: nn.Module, edit: Thin, name: str, shape: tuple[int, ...]) -> None:
+    owner = edit.module
+    parameter, buffer = module._parameters.get(name), module._buffers.get(name)
+    present = parameter if parameter is not None else buffer
+    if present is None:
+        raise SpecError(f"thin: {owner or 'the model'} has no tensor {name!r}")
+    if present.dim() != len(shape) or any(new > old for new, old in zip(shape, present.shape, strict=True)):
+        raise SpecError(
+            f"thin: {owner}.{name} of shape {list(present.shape)} cannot be cut to {list(shape)}: "
+            "the same number of dimensions, none larger, is allowed"
+        )
+    if parameter is None:
+        # Stored values replace this one; of a buffer that no file holds, it keeps the right part.
+        if present.shape != shape:
+            left = _cut_buffer(present, edit, name)
+            module._buffers[name] = left[tuple(slice(0, size) for size in shape)].clone()
+        return
+    resized = nn.Parameter(
+        torch.empty(shape, dtype=parameter.dtype, device=parameter.device),
+        requires_grad=parameter.requires_grad,
+    )
+    for other in model.modules():
+        for key, value in other._parameters.items():
+            if value is parameter:
+                setattr(other, key, resized)  # recurrent layers keep a list of their own
+
+
+def _cut_buffer(buffer: Tensor, edit: Thin, name: str) -> Tensor:
+    for dim, indices in edit.kept.get(name, ()):
+        shape = edit.shapes[name]
+        fits = dim < buffer.dim() and 0 < len(indices) == shape[dim] and indices[-1] < buffer.shape[dim]
+        if not fits or any(a >= b for a, b in pairwise(indices)):
+            raise SpecError(f"thin: {edit.module}.{name} has no such indices left in dim {dim}")
+        buffer = buffer.index_select(dim, torch.tensor(indices, device=buffer.device))
+    return buffer
+
+
+THIN = EditKind(record=Thin, apply=_apply_thin)

@@ -1,0 +1,1 @@
+"""The files: `.pt` and `.safetensors`, their checksums, and how they are written."""

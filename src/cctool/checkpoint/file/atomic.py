@@ -1,0 +1,165 @@
+"""Writing a file so that a crash at any moment leaves the old file or the new one, whole."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from cctool.base.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there temporary files stay until they are removed by hand.
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["write_atomically"]
+
+_SUFFIX = ".cctool-tmp"
+
+
+def write_atomically(
+    path: Path,
+    write: Callable[[IO[bytes]], None],
+    check: Callable[[Path], None] | None = None,
+    *,
+    overwrite: bool = True,
+) -> None:
+    """Write to a temporary file beside ``path``, flush it to disk, check it, rename it into place.
+
+    Args:
+        path: the target; a symbolic link is followed.
+        write: fills the open temporary file.
+        check: reads the temporary file back and raises if it is not what was meant.
+        overwrite: whether an existing target may be replaced.
+
+    Raises:
+        CheckpointError: if the folder is missing, the disk is full or the target exists; nothing is left
+            under the final name then.
+    """
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if not overwrite and path.exists():
+        raise _exists(path)
+    _remove_stale(path)
+    temporary = path.with_name(f".{secrets.token_hex(8)}{_SUFFIX}")
+    try:
+        with _open_locked(temporary) as stream:
+            guarded = _Guarded(stream)
+            try:
+                write(guarded)  # type: ignore[arg-type]
+            except Exception:
+                if guarded.error is not None:
+                    raise guarded.error from None
+                raise
+            stream.flush()
+            os.fsync(stream.fileno())
+            if check is not None:
+                check(temporary)
+            if overwrite:
+                temporary.replace(path)
+            else:
+                _rename_new(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        reason = (
+            "the disk is full"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else error.strerror or str(error)
+        )
+        raise CheckpointError(f"cannot write {path}: {reason}; nothing was left under that name") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _rename_new(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise _exists(path) from None
+    except OSError:
+        # File systems without hard links: the window between test and rename is small but real.
+        if path.exists():
+            raise _exists(path) from None
+        temporary.replace(path)
+
+
+def _exists(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} exists already; --force replaces it")
+
+
+class _Guarded:
+    """A file whose first OSError is remembered: torch's writer would replace it by its own message."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            written = 0
+            view = memoryview(data).cast("B")
+            while written < len(view):
+                written += self._stream.write(view[written:])
+            return written
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        return self._stream.read(size)
+
+
+def _open_locked(temporary: Path) -> IO[bytes]:
+    """Create ``temporary`` and hold a lock on it, which the system releases even when we are killed."""
+    while True:
+        stream = temporary.open("xb+")
+        if fcntl is None:
+            return stream
+        # Network file systems may not support locks; then nothing is ever judged stale there.
+        with contextlib.suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        # Another writer that cleans up may have removed the file before it was locked.
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(stream.fileno()).st_ino == temporary.stat().st_ino:
+                return stream
+        stream.close()
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove temporary files of this folder whose writers are dead: their locks are free."""
+    if fcntl is None:
+        return
+    for left in path.parent.glob(f".*{_SUFFIX}"):
+        with contextlib.suppress(OSError), left.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    # Windows cannot open folders; there the rename is as durable as the system makes it.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

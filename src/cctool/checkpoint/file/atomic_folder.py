@@ -1,0 +1,114 @@
+"""Writing a folder so that a crash at any moment leaves the old one or the new one, whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cctool.base.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there temporary folders stay until they are removed by hand.
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["folder_atomically", "refuse_existing_folder"]
+
+_SUFFIX = ".cctool-tmp-folder"
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def folder_atomically(path: Path, *, overwrite: bool, ours: Callable[[str], bool]) -> Iterator[Path]:
+    """Give a temporary folder beside ``path`` to fill, which takes its name when the block ends well.
+
+    Args:
+        path: the target; a symbolic link is followed.
+        overwrite: whether an existing folder of ours may be replaced.
+        ours: whether a folder of ours may hold an entry of that name. What holds another is never replaced.
+
+    Raises:
+        CheckpointError: as `refuse_existing_folder`, or if the disk is full; nothing is left then.
+    """
+    path = Path(os.path.realpath(path))
+    refuse_existing_folder(path, overwrite=overwrite, ours=ours)
+    _remove_stale(path.parent)
+    temporary = path.with_name(f".{secrets.token_hex(8)}{_SUFFIX}")
+    try:
+        temporary.mkdir()
+        with _locked(temporary):
+            yield temporary
+            _sync(temporary)
+            refuse_existing_folder(path, overwrite=overwrite, ours=ours)
+            (temporary / _LOCK).unlink()
+            _rename(temporary, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"cannot write {path}: {reason}; nothing was left under that name") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing_folder(path: Path, *, overwrite: bool, ours: Callable[[str], bool]) -> None:
+    """Refuse to start work whose folder could not be written.
+
+    Raises:
+        CheckpointError: if ``path`` exists and may not be replaced, or its parent does not exist.
+    """
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; name a folder")
+    if not overwrite:
+        raise CheckpointError(f"{path} exists already; --force replaces it")
+    foreign = sorted(entry.name for entry in path.iterdir() if not (entry.is_file() and ours(entry.name)))
+    if foreign:
+        raise CheckpointError(f"{path} holds {foreign[0]}, which is not of this command: name another folder")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock inside the folder, which the system releases even when we are killed."""
+    with (folder / _LOCK).open("xb") as stream:
+        if fcntl is not None:
+            # Network file systems may not support locks; then nothing is ever judged stale there.
+            with contextlib.suppress(OSError):
+                fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_stale(parent: Path) -> None:
+    """Remove temporary folders whose writers are dead: their locks are free."""
+    if fcntl is None:
+        return
+    for left in parent.glob(f".*{_SUFFIX}"):
+        with contextlib.suppress(OSError), (left / _LOCK).open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for entry in folder.iterdir():
+        with entry.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    """Rename into place; an older folder is moved aside first, for a rename replaces no full one."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    aside = path.with_name(f".{secrets.token_hex(8)}{_SUFFIX}")
+    path.rename(aside)
+    try:
+        temporary.rename(path)
+    except OSError:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside)

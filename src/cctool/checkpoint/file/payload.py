@@ -1,0 +1,154 @@
+"""What a file holds before any module is built, and the hashes over it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from cctool.base.errors import CheckpointError, SpecError
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.spec import History, ModelSpec
+
+__all__ = [
+    "DTYPES",
+    "Payload",
+    "Place",
+    "ResumeState",
+    "as_bytes",
+    "canonical",
+    "combined_digest",
+    "content_hash",
+    "place",
+    "tensor_digests",
+]
+
+DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+"""Element types that a checkpoint may hold, by name."""
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """What training needs besides the weights to go on bit for bit.
+
+    Attributes:
+        tensors: optimizer moments, generator states, best weights.
+        state: everything that is not a tensor, as JSON.
+    """
+
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, JsonValue]
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Spec, history and tensors of one file, dense or encoded, on the CPU.
+
+    Attributes:
+        digests: SHA-256 of each tensor, as `tensor_digests` gives them; empty where the file holds `digest`.
+        digest: `combined_digest` of them, of a file that holds this alone.
+    """
+
+    spec: ModelSpec
+    history: History
+    tensors: Mapping[str, Tensor | EncodedTensor]
+    resume: ResumeState | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
+    digest: str | None = None
+
+
+Place = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
+
+
+def place(tensor: Tensor) -> Place:
+    """Where a tensor lies in memory, and how: equal for tensors that are tied."""
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Bytes of a tensor in C order, little endian as on every platform that torch supports."""
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+
+
+def _digest(name: str, tensor: Tensor) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"{name}: tensors of type {dtype} cannot be stored; allowed: {', '.join(DTYPES)}"
+        )
+    if is_lazy(tensor) or tensor.is_meta:
+        raise CheckpointError(f"{name} has no values yet; run the model once before saving it")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise CheckpointError(f"{name}: a {tensor.layout} tensor cannot be stored; make it dense")
+    digest = hashlib.sha256(f"{dtype}{list(tensor.shape)}".encode())
+    digest.update(as_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _encoded_digest(owner: str, encoded: EncodedTensor) -> str:
+    head = {
+        "encoding": encoded.encoding,
+        "shape": encoded.shape,
+        "dtype": encoded.dtype,
+        "parameters": dict(encoded.parameters),
+        "parts": {name: _digest(owner, part) for name, part in sorted(encoded.parts.items())},
+    }
+    return hashlib.sha256(canonical(head).encode()).hexdigest()
+
+
+def canonical(value: object) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text.
+
+    Raises:
+        SpecError: if a number is NaN or infinite, which JSON does not know.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise SpecError(f"spec, history or state cannot be written as JSON: {error}") from None
+
+
+def tensor_digests(payload: Payload) -> dict[str, str]:
+    """SHA-256 of each tensor over element type, shape and bytes; resume tensors as ``resume/NAME``."""
+    digests = {
+        name: _encoded_digest(name, value) if isinstance(value, EncodedTensor) else _digest(name, value)
+        for name, value in payload.tensors.items()
+    }
+    if payload.resume is not None:
+        digests |= {f"resume/{name}": _digest(name, value) for name, value in payload.resume.tensors.items()}
+        text = canonical(dict(payload.resume.state))
+        digests["resume"] = hashlib.sha256(text.encode()).hexdigest()
+    return digests
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """SHA-256 over all digests and their names, for files that have no room for each."""
+    return hashlib.sha256(canonical(dict(digests)).encode()).hexdigest()
+
+
+def content_hash(payload: Payload, digests: Mapping[str, str]) -> str:
+    """SHA-256 over spec, history and the model's tensors: what lineage refers to.
+
+    Equal for the same content in ``.pt`` and ``.safetensors``; resume state does not count.
+    """
+    text = canonical(
+        {
+            "spec": payload.spec.model_dump(mode="json"),
+            "history": payload.history.model_dump(mode="json"),
+            "tensors": {name: digests[name] for name in payload.tensors},
+        }
+    )
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Batches of normalised, varied and converted images."""

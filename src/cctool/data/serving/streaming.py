@@ -1,0 +1,103 @@
+"""Read and vary images one by one in worker processes, for splits that do not fit in memory."""
+
+import multiprocessing
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cctool.base.errors import CctoolError, DataError
+from cctool.data.records import Augmentation, Split
+from cctool.data.seeds import derive, generator
+
+__all__ = ["stream_batches"]
+
+Read = tuple[Tensor, Tensor | None, Tensor]
+
+
+@dataclass(frozen=True)
+class _Reader(Dataset[Any]):
+    """What a worker does: read the images of one batch and stack them.
+
+    An error comes back as a value: a worker's traceback would otherwise become part of the message.
+    """
+
+    split: Split
+    augmentation: Augmentation | None
+    seed: int
+    epoch: int
+
+    def __getitems__(self, indices: Sequence[int]) -> Read | CctoolError:
+        try:
+            return self._read(indices)
+        except CctoolError as error:
+            return error
+
+    def _read(self, indices: Sequence[int]) -> Read:
+        stream = self.split.stream
+        if stream is None:
+            raise DataError(f"the {self.split.name} split has neither images nor files")
+        found = [
+            stream.read(index, self.split.shape, self.augmentation, derive(self.seed, self.epoch, index))
+            for index in indices
+        ]
+        images = torch.stack([image for image, _ in found])
+        return images, self._labels(indices, [label for _, label in found]), torch.tensor(indices)
+
+    def _labels(self, indices: Sequence[int], read: Sequence[int | None]) -> Tensor | None:
+        if self.split.labels is not None:
+            return self.split.labels[torch.tensor(indices)]
+        labels = [label for label in read if label is not None]
+        return torch.tensor(labels, dtype=torch.int64) if len(labels) == len(read) else None
+
+
+def stream_batches(
+    split: Split,
+    parts: Sequence[Tensor],
+    augmentation: Augmentation | None,
+    seed: int,
+    epoch: int,
+    workers: int,
+    *,
+    pinned: bool,
+) -> Iterator[Read]:
+    """Give (images uint8 [B, C, H, W], labels int64 [B] or None, indices int64 [B]) for each part, in order.
+
+    Raises:
+        DataError: an image is missing or damaged; the message has its path.
+        UserCodeError: the user's data set failed.
+    """
+    reader = _Reader(split, augmentation, seed, epoch)
+    loader: DataLoader[Any] = DataLoader(
+        reader,
+        batch_sampler=[part.tolist() for part in parts],
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pinned,
+        # Without one of its own the loader would draw from the global generator.
+        generator=generator(seed, epoch, "workers"),
+        multiprocessing_context=_context(workers),
+    )
+    with warnings.catch_warnings():
+        # Python 3.12 warns of any fork beside threads; workers only decode, on one thread of their own.
+        warnings.filterwarnings(
+            "ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning
+        )
+        running = iter(loader)
+    for found in running:
+        if isinstance(found, CctoolError):
+            raise found
+        yield found
+
+
+def _context(workers: int) -> str | None:
+    # A user's data set lives in a module that only this process has imported: forked workers have it too.
+    return "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
+
+
+def _as_it_is(found: Any) -> Any:
+    return found

@@ -1,0 +1,166 @@
+"""CIFAR-10 and CIFAR-100 from their official binary files, or from torchvision's copies of the Python ones.
+
+A record is one label byte (CIFAR-100: coarse, then fine) and 3,072 bytes, 3x32x32. Nothing is unpickled
+except by torchvision, which checks the MD5 of each file first.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cctool.base.errors import DataError
+from cctool.data.places import download_allowed, missing, root_folder
+from cctool.data.records import Augmentation, Crop, DataSource, Split
+from cctool.data.splits import held_out
+
+__all__ = ["CIFAR10", "CIFAR100", "Layout", "open_cifar"]
+
+SHAPE = (3, 32, 32)
+PIXELS = 3 * 32 * 32
+HELD_OUT = 5000
+TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one of the two sets keeps its images and what is known of it."""
+
+    name: str
+    folder: str
+    train_files: tuple[str, ...]
+    test_files: tuple[str, ...]
+    names_file: str
+    label_bytes: int
+    classes: int
+    torchvision_class: str
+    torchvision_folder: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+CIFAR10 = Layout(
+    "cifar10",
+    "cifar-10-batches-bin",
+    tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
+    ("test_batch.bin",),
+    "batches.meta.txt",
+    1,
+    10,
+    "CIFAR10",
+    "cifar-10-batches-py",
+    (0.4914, 0.4822, 0.4465),
+    (0.2470, 0.2435, 0.2616),
+)
+CIFAR100 = Layout(
+    "cifar100",
+    "cifar-100-binary",
+    ("train.bin",),
+    ("test.bin",),
+    "fine_label_names.txt",
+    2,
+    100,
+    "CIFAR100",
+    "cifar-100-python",
+    (0.5071, 0.4865, 0.4409),
+    (0.2673, 0.2564, 0.2762),
+)
+
+
+def open_cifar(layout: Layout, reference: str, folder: str) -> DataSource:
+    """Open CIFAR: the official test set, and the training set less the 5,000 images held out for validation.
+
+    The held-out images are the last of a fixed permutation (a tenth, where there are fewer than 50,000).
+
+    Raises:
+        DataError: neither layout is there; the message says which files belong where.
+    """
+    root = root_folder(folder)
+    places = [root / layout.folder, root]
+    binary = next((place for place in places if (place / layout.train_files[0]).is_file()), None)
+    if binary is None and not (root / layout.torchvision_folder).is_dir() and not download_allowed():
+        wanted = f"{layout.train_files[0]} and the other files of {layout.folder}"
+        raise missing(reference, wanted, places, downloadable=True)
+    read = partial(_read_binary, layout, binary) if binary else partial(_read_torchvision, layout, root)
+    training = cache(partial(_divided, read))
+    return DataSource(
+        name=layout.name,
+        reference=reference,
+        classes=_class_names(layout, binary),
+        shape=SHAPE,
+        mean=layout.mean,
+        std=layout.std,
+        augmentation=Augmentation(crop=Crop.PADDED, padding=4, flip=True),
+        loaders={
+            "train": lambda: training()["train"],
+            "validation": lambda: training()["validation"],
+            "test": lambda: Split("test", SHAPE, *read(train=False)),
+        },
+    )
+
+
+def _divided(read: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Split]:
+    images, labels = read(train=True)
+    whole = Split("train", SHAPE, images, labels)
+    kept, held = held_out(len(whole), HELD_OUT if len(whole) >= 10 * HELD_OUT else len(whole) // 10)
+    return {"train": whole.take(kept), "validation": whole.take(held)}
+
+
+def _read_binary(layout: Layout, folder: Path, *, train: bool) -> tuple[Tensor, Tensor]:
+    files = layout.train_files if train else layout.test_files
+    parts = [_read_file(folder / name, layout) for name in files]
+    records = np.concatenate(parts)
+    labels = torch.from_numpy(records[:, layout.label_bytes - 1].astype(np.int64))
+    images = torch.from_numpy(records[:, layout.label_bytes :].reshape(-1, *SHAPE))
+    return images, labels
+
+
+def _read_file(path: Path, layout: Layout) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    try:
+        content = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}; it belongs to {layout.name}"
+        ) from error
+    record = layout.label_bytes + PIXELS
+    if len(content) == 0 or len(content) % record:
+        raise DataError(
+            f"{path} is damaged: {len(content)} bytes are not a whole number of records of {record} bytes; "
+            "fetch it again"
+        )
+    records = content.reshape(-1, record)
+    largest = int(records[:, layout.label_bytes - 1].max())
+    if largest >= layout.classes:
+        raise DataError(f"{path} is damaged: label {largest}, allowed are 0..{layout.classes - 1}")
+    return records
+
+
+def _read_torchvision(layout: Layout, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
+    from torchvision import datasets
+
+    try:
+        with warnings.catch_warnings():
+            # The official files were pickled by NumPy 1, whose dtypes a newer one takes with this warning.
+            warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
+            kind = getattr(datasets, layout.torchvision_class)
+            found = kind(str(root), train=train, download=download_allowed())
+    except (RuntimeError, OSError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise DataError(f"{layout.name}: torchvision could not read {root}: {text}") from error
+    images = torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)))
+    return images, torch.tensor(found.targets, dtype=torch.int64)
+
+
+def _class_names(layout: Layout, folder: Path | None) -> tuple[str, ...]:
+    path = None if folder is None else folder / layout.names_file
+    if path is not None and path.is_file():
+        names = tuple(path.read_text(encoding="utf-8", errors="replace").split())
+        if len(names) == layout.classes:
+            return names
+    return TEN if layout.classes == len(TEN) else tuple(str(label) for label in range(layout.classes))

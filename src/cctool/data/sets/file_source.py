@@ -1,0 +1,153 @@
+"""Make a data source of lists of image files: class names, splits, and whether they are held in memory."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from cctool.base.errors import DataError
+from cctool.data.image_files import FileStream, Geometry, hold
+from cctool.data.records import IMAGENET_MEAN, IMAGENET_STD, Augmentation, DataSource, Shape, Split
+from cctool.data.splits import stratified_by_name
+
+__all__ = ["FileSet", "Presentation", "file_source"]
+
+# Parts of files that the user did not divide: training, validation, test.
+FRACTIONS = (0.8, 0.1, 0.1)
+VALIDATION_FRACTION = 0.1
+HELD_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """Image files and the class name of each; ``names`` is None where they have none."""
+
+    files: tuple[str, ...]
+    names: tuple[str, ...] | None
+
+    def take(self, indices: list[int]) -> "FileSet":
+        """These files alone."""
+        names = None if self.names is None else tuple(self.names[index] for index in indices)
+        return FileSet(tuple(self.files[index] for index in indices), names)
+
+
+@dataclass(frozen=True)
+class Presentation:
+    """How the files are served: the size, the way there, and whether small images may be held in memory."""
+
+    shape: Shape
+    geometry: Geometry
+    augmentation: Augmentation
+    may_hold: bool = False
+
+
+def file_source(
+    kind: str,
+    reference: str,
+    folder: Path,
+    parts: Mapping[str, FileSet],
+    presentation: Presentation,
+    classes: tuple[str, ...] | None = None,
+) -> DataSource:
+    """Make the source.
+
+    Args:
+        kind: the data source's name.
+        reference: what the user wrote.
+        folder: what the files' paths are relative to.
+        parts: split name -> files, with ``whole`` alone where nobody divided them. A missing validation
+            part is held out of the training files (a tenth of each class, by the hash of the names); where
+            there is no test part, the validation images stand in, and a note says so.
+        presentation: how they are served.
+        classes: in the order of the labels; None: the sorted names of the training files.
+
+    Raises:
+        DataError: there are no images, or a class that the training files do not have.
+    """
+    divided, notes = _complete(reference, dict(parts))
+    names = _class_names(parts) if classes is None else classes
+    labels = {name: index for index, name in enumerate(names)}
+    for name, files in divided.items():
+        _check_names(reference, name, files, labels)
+    load = partial(_load, folder, presentation, labels)
+    loaders: dict[str, Callable[[], Split]] = {
+        name: partial(load, name, files) for name, files in divided.items()
+    }
+    channels = presentation.shape[0]
+    gray = (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else gray
+    return DataSource(
+        name=kind,
+        reference=reference,
+        classes=names,
+        shape=presentation.shape,
+        mean=mean,
+        std=std,
+        augmentation=presentation.augmentation,
+        loaders=loaders,
+        notes=notes,
+        whole=partial(load, "whole", parts["whole"]) if "whole" in parts else None,
+    )
+
+
+def _complete(reference: str, parts: dict[str, FileSet]) -> tuple[dict[str, FileSet], tuple[str, ...]]:
+    if not any(part.files for part in parts.values()):
+        raise DataError(f"{reference}: there are no images in it")
+    whole = parts.pop("train" if set(parts) == {"train"} else "whole", None)
+    if whole is not None:
+        if whole.names is None:
+            return {"test": whole}, (
+                f"{reference} has no labels: all {len(whole.files)} images are its test split",
+            )
+        train, validation, test = (whole.take(part) for part in _divide(whole, FRACTIONS))
+        sizes = f"{len(train.files)}/{len(validation.files)}/{len(test.files)}"
+        divided = {"train": train, "validation": validation, "test": test}
+        return divided, (f"{reference} is divided by us: train/validation/test hold {sizes} images",)
+    notes = []
+    if "train" in parts and "validation" not in parts:
+        kept, held = _divide(parts["train"], (1 - VALIDATION_FRACTION, VALIDATION_FRACTION))
+        parts["validation"] = parts["train"].take(held)
+        parts["train"] = parts["train"].take(kept)
+        notes.append(f"{reference} has no validation images: {len(held)} are held out of the training images")
+    elif "validation" in parts and "test" not in parts:
+        parts["test"] = parts["validation"]
+        notes.append(f"{reference} has no test images: its validation images stand in; see --test-data")
+    return parts, tuple(notes)
+
+
+def _divide(files: FileSet, fractions: tuple[float, ...]) -> list[list[int]]:
+    order = {name: index for index, name in enumerate(sorted(set(files.names or ())))}
+    labels = None if files.names is None else [order[name] for name in files.names]
+    return stratified_by_name(files.files, labels, fractions)
+
+
+def _class_names(parts: Mapping[str, FileSet]) -> tuple[str, ...]:
+    first = parts.get("whole") or parts.get("train")
+    found = [first] if first is not None else list(parts.values())
+    return tuple(sorted({name for part in found for name in part.names or ()}))
+
+
+def _check_names(reference: str, split: str, files: FileSet, labels: Mapping[str, int]) -> None:
+    if split == "train" and files.names is None:
+        raise DataError(f"{reference}: the training images have no labels")
+    unknown = sorted(set(files.names or ()) - set(labels))
+    if unknown:
+        raise DataError(
+            f"{reference}: the {split} images have classes that training lacks: {', '.join(unknown[:5])}"
+        )
+
+
+def _load(
+    folder: Path, presentation: Presentation, labels: Mapping[str, int], name: str, files: FileSet
+) -> Split:
+    stream = FileStream(folder, files.files, presentation.geometry)
+    known = None
+    if files.names is not None:
+        known = torch.tensor([labels[label] for label in files.names], dtype=torch.int64)
+    shape = presentation.shape
+    if presentation.may_hold and len(stream) * math.prod(shape) <= HELD_BYTES:
+        return Split(name, shape, hold(stream, shape), known, files=files.files, folder=folder)
+    return Split(name, shape, None, known, stream, files.files, folder)

@@ -1,0 +1,173 @@
+"""MNIST and Fashion-MNIST from their idx files, packed (.gz) or not (LeCun's format)."""
+
+import gzip
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cctool.base.errors import DataError
+from cctool.data.places import download_allowed, missing, root_folder
+from cctool.data.records import Augmentation, Crop, DataSource, Split
+from cctool.data.splits import held_out
+
+__all__ = ["FASHION_MNIST", "MNIST", "Layout", "open_mnist", "read_idx"]
+
+HELD_OUT = 5000
+IMAGES_MAGIC = 0x00000803
+LABELS_MAGIC = 0x00000801
+CLASSES = 10
+PARTS = {True: "train", False: "t10k"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one of the two sets keeps its images and what is known of it."""
+
+    name: str
+    torchvision_class: str
+    classes: tuple[str, ...]
+    mean: float
+    std: float
+    augmentation: Augmentation
+
+
+MNIST = Layout(
+    "mnist",
+    "MNIST",
+    tuple(str(digit) for digit in range(CLASSES)),
+    0.1307,
+    0.3081,
+    Augmentation(crop=Crop.PADDED, padding=2, rotation=10.0),
+)
+FASHION_MNIST = Layout(
+    "fashion-mnist",
+    "FashionMNIST",
+    (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
+    0.2860,
+    0.3530,
+    Augmentation(crop=Crop.PADDED, padding=2, flip=True),
+)
+
+
+def open_mnist(layout: Layout, reference: str, folder: str) -> DataSource:
+    """Open MNIST or Fashion-MNIST: the official test set, and the training set less 5,000 held out.
+
+    The held-out images are the last of a fixed permutation (a tenth, where there are fewer than 50,000).
+
+    Raises:
+        DataError: the files are not there; the message says where they belong.
+    """
+    root = root_folder(folder)
+    places = [root / layout.torchvision_class / "raw", root / "raw", root]
+    place = _find(places)
+    if place is None and download_allowed():
+        _download(layout, root)
+        place = _find(places)
+    if place is None:
+        raise missing(reference, "train-images-idx3-ubyte[.gz] and its siblings", places, downloadable=True)
+    first, _ = _read(place, train=False)
+    shape = (1, first.shape[2], first.shape[3])
+    read = partial(_read, place)
+    training = cache(partial(_divided, read, shape))
+    return DataSource(
+        name=layout.name,
+        reference=reference,
+        classes=layout.classes,
+        shape=shape,
+        mean=(layout.mean,),
+        std=(layout.std,),
+        augmentation=layout.augmentation,
+        loaders={
+            "train": lambda: training()["train"],
+            "validation": lambda: training()["validation"],
+            "test": lambda: Split("test", shape, *read(train=False)),
+        },
+    )
+
+
+def read_idx(path: Path, magic: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """Read an idx file of unsigned bytes: magic, one big-endian 32-bit size a dimension, then the values.
+
+    Args:
+        path: the file, packed by gzip if it ends in ``.gz``.
+        magic: 0x0803 for images, 0x0801 for labels.
+
+    Raises:
+        DataError: it cannot be read, is of another kind, or its length is not what its header says.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}; fetch it again") from error
+    dimensions = magic & 0xFF
+    header = 4 * (1 + dimensions)
+    sizes = np.frombuffer(content[:header], dtype=">u4") if len(content) >= header else np.zeros(1, ">u4")
+    if int(sizes[0]) != magic:
+        raise DataError(f"{path} is damaged: an idx file of this kind starts with 0x{magic:08x}")
+    shape = [int(size) for size in sizes[1:]]
+    if len(content) - header != math.prod(shape):
+        raise DataError(
+            f"{path} is damaged: {len(content) - header} bytes follow a header of {math.prod(shape)}"
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
+
+
+def _find(places: list[Path]) -> Path | None:
+    return next((place for place in places if _file(place, "train-images-idx3-ubyte") is not None), None)
+
+
+def _file(place: Path, name: str) -> Path | None:
+    found = [path for path in (place / name, place / f"{name}.gz") if path.is_file()]
+    return found[0] if found else None
+
+
+def _read(place: Path, *, train: bool) -> tuple[Tensor, Tensor]:
+    arrays = []
+    for kind, magic in (("images-idx3", IMAGES_MAGIC), ("labels-idx1", LABELS_MAGIC)):
+        name = f"{PARTS[train]}-{kind}-ubyte"
+        path = _file(place, name)
+        if path is None:
+            raise DataError(f"{place / name}[.gz] is missing; put it beside the other files")
+        arrays.append(read_idx(path, magic))
+    images, labels = arrays
+    if len(images) != len(labels) or not len(images):
+        raise DataError(f"{place} is damaged: {len(images)} {PARTS[train]} images, but {len(labels)} labels")
+    if labels.max() >= CLASSES:
+        raise DataError(f"{place} is damaged: label {labels.max()}, allowed are 0..{CLASSES - 1}")
+    return torch.from_numpy(images.copy()).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))
+
+
+def _divided(read: Callable[..., tuple[Tensor, Tensor]], shape: tuple[int, int, int]) -> dict[str, Split]:
+    images, labels = read(train=True)
+    whole = Split("train", shape, images, labels)
+    kept, held = held_out(len(whole), HELD_OUT if len(whole) >= 10 * HELD_OUT else len(whole) // 10)
+    return {"train": whole.take(kept), "validation": whole.take(held)}
+
+
+def _download(layout: Layout, root: Path) -> None:
+    from torchvision import datasets
+
+    try:
+        getattr(datasets, layout.torchvision_class)(str(root), download=True)
+    except (RuntimeError, OSError) as error:
+        text = " ".join(str(error).split())
+        raise DataError(f"{layout.name}: torchvision could not download it to {root}: {text}") from error

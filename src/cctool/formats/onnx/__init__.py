@@ -1,0 +1,1 @@
+"""ONNX files: written, edited into integers, and checked."""

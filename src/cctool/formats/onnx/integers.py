@@ -1,0 +1,222 @@
+"""Weights of an ONNX graph as integers: initializers of one byte, or half, and DequantizeLinear behind them.
+
+A constant is known by its values, bit for bit, which are those of the network that was exported: names and
+layouts differ between versions of the exporter, and it may have transposed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from cctool.formats.onnx.chains import DQ, average_pools, drop_clips, grid_of, quantize_moves
+from cctool.formats.onnx.graph import OnnxGraph
+from cctool.quantization.export.integer_weights import IntegerWeight
+
+__all__ = ["PACKED_OPSET", "with_integers"]
+
+Array = np.ndarray[Any, Any]
+
+PACKED_OPSET = 21
+"""The first opset whose initializers may be integers of 4 bits."""
+
+_WITH_BIAS = ("Conv", "ConvTranspose", "Gemm")
+_FINE = 7
+"""Bits that integers of fewer are spread over: biases lie on finer steps, and 7 never saturate."""
+
+_LARGEST_BIAS = 2.0**30
+_TINY = 1e-30
+_BIAS_DIGITS = 2.0**24
+"""Steps that a bias has where its channel's weights are all 0 and the scale is free."""
+
+
+def with_integers(document: Any, weights: Sequence[IntegerWeight], *, packed: bool) -> tuple[str, ...]:
+    """Replace float constants by integers, in place, and give activations the form of integer kernels.
+
+    Args:
+        document: as torch's exporter has made it from an export network.
+        weights: of that network.
+        packed: whether integers of 4 bits and fewer are stored in half a byte, which takes the opset 21.
+
+    Returns:
+        Names of the weights that were not found in the graph, and so stay in floating point.
+    """
+    graph = OnnxGraph(document)
+    average_pools(graph)
+    quantize_moves(graph)
+    drop_clips(graph)
+    missing = _Weights(graph, weights, packed=packed).place()
+    graph.close()
+    return missing
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """A weight as it lies in the graph."""
+
+    weight: IntegerWeight
+    transposed: bool
+
+
+class _Weights:
+    def __init__(self, graph: OnnxGraph, weights: Sequence[IntegerWeight], *, packed: bool) -> None:
+        self.graph, self.weights, self.packed = graph, weights, packed
+        self._known: dict[bytes, str] = {}
+
+    def place(self) -> tuple[str, ...]:
+        constants = self._matched()
+        for node in list(self.graph.nodes):
+            for position, name in enumerate(node.input):
+                if name in constants and node.op_type != "Constant":
+                    self._replace(node, position, constants[name])
+        self.graph.index()
+        found = {match.weight.name for match in constants.values()}
+        return tuple(dict.fromkeys(w.name for w in self.weights if w.name not in found))
+
+    def _matched(self) -> dict[str, _Found]:
+        """Float constants that are weights, by their name in the graph."""
+        known: dict[tuple[tuple[int, ...], bytes], _Found] = {}
+        for weight in self.weights:
+            values = weight.values().numpy()
+            known[values.shape, values.tobytes()] = _Found(weight, transposed=False)
+            if values.ndim == 2:
+                known.setdefault((values.T.shape, values.T.tobytes()), _Found(weight, transposed=True))
+        found = {}
+        for name, array in self.graph.floats():
+            match = known.get((array.shape, array.tobytes()))
+            # A single number, or none, equals too much.
+            if match is not None and array.size > 1:
+                found[name] = match
+        return found
+
+    def _replace(self, node: Any, position: int, found: _Found) -> None:
+        half = self.packed and found.weight.bits <= 4
+        weight = found.weight if half else found.weight.finer(_FINE)
+        title = weight.name.removesuffix(".weight")
+        grid = grid_of(self.graph, node.input[0]) if position == 1 else None
+        has_bias = (
+            position == 1 and node.op_type in _WITH_BIAS and len(node.input) > 2 and bool(node.input[2])
+        )
+        bias = self.graph.constant(node.input[2]) if has_bias else None
+        whole = bias is not None and self.graph.attribute(node, "alpha", 1.0) == 1.0
+        # Layers with halves of bytes run on floating point, and so does their bias.
+        whole = whole and self.graph.attribute(node, "beta", 1.0) == 1.0 and not half
+        if grid is not None and whole and bias is not None:
+            step = self.graph.constant(grid[0])
+            assert step is not None
+            weight = _holding(weight, bias, float(step))
+        else:
+            weight = _positive(weight)
+        scale = weight.scale.numpy()
+        axis = weight.axis if weight.axis is None or not found.transposed else 1 - weight.axis
+        integers = weight.integers.numpy()
+        integers = integers.T if found.transposed else integers
+        inputs = [
+            self._integers(f"{weight.name}.integers", integers, weight),
+            self._constant(f"{weight.name}.scale", scale),
+            self._zero(f"{weight.name}.zero_point", weight),
+        ]
+        node.input[position] = self._dequantized(node, inputs, weight.name, axis)
+        if grid is not None and whole and bias is not None and bias.ndim == 1:
+            self._bias(node, title, bias, grid[0], scale)
+        if position == 1 and node.op_type in (*_WITH_BIAS, "MatMul"):
+            node.name = self.graph.fresh(title or node.op_type)
+
+    def _dequantized(self, node: Any, inputs: list[str], name: str, axis: int | None) -> str:
+        made = self.graph.node(DQ, inputs, f"{name}.dequantized", **({} if axis is None else {"axis": axis}))
+        self.graph.insert([made], before=node)
+        output: str = made.output[0]
+        return output
+
+    def _bias(self, node: Any, title: str, bias: Array, step: str, scale: Array) -> None:
+        """Store a bias as int32 in steps of the products, which is what sums of products are made of."""
+        given = self.graph.constant(step)
+        assert given is not None
+        products = (given.reshape(()) * scale).astype(np.float32)
+        integers = np.round(bias.astype(np.float64) / products).astype(np.int32)
+        inputs = [
+            self.graph.add_constant(f"{title}.bias.integers", integers),
+            self._constant(f"{title}.bias.scale", products),
+            self._constant("zero", np.zeros(products.shape, np.int32)),
+        ]
+        node.input[2] = self._dequantized(node, inputs, f"{title}.bias", 0 if products.ndim else None)
+
+    def _integers(self, name: str, integers: Array, weight: IntegerWeight) -> str:
+        if self.packed and weight.bits <= 4:
+            return self._half_bytes(name, integers, signed=weight.low < 0)
+        return self._constant(name, integers.astype(np.int8 if weight.low < 0 else np.uint8))
+
+    def _zero(self, name: str, weight: IntegerWeight) -> str:
+        zero = weight.zero_point.numpy()
+        if self.packed and weight.bits <= 4:
+            return self._half_bytes(name, zero, signed=weight.low < 0)
+        # One for each use: onnxruntime's mode without saturation does not survive shared ones.
+        return self.graph.add_constant(name, zero.astype(np.int8 if weight.low < 0 else np.uint8))
+
+    def _constant(self, name: str, array: Array) -> str:
+        """An initializer; one that is there already where type and values are the same."""
+        key = f"{array.dtype}{array.shape}".encode() + array.tobytes()
+        if key not in self._known:
+            self._known[key] = self.graph.add_constant(name, array)
+        return self._known[key]
+
+    def _half_bytes(self, name: str, array: Array, *, signed: bool) -> str:
+        from onnx import TensorProto, helper
+
+        codes = (array.reshape(-1) & 15).astype(np.uint8)
+        codes = np.append(codes, np.zeros(codes.size % 2, np.uint8))
+        raw = (codes[::2] | codes[1::2] << 4).tobytes()
+        key = f"{signed}half{array.shape}".encode() + raw
+        if key not in self._known:
+            kind = TensorProto.INT4 if signed else TensorProto.UINT4
+            tensor = helper.make_tensor(self.graph.fresh(name), kind, list(array.shape), raw, raw=True)
+            self._known[key] = self.graph.add_tensor(tensor)
+        return self._known[key]
+
+
+def _positive(weight: IntegerWeight) -> IntegerWeight:
+    """The weight with 1 for a scale of 0, whose integers count for nothing."""
+    dead = weight.scale == 0
+    if not bool(dead.any()):
+        return weight
+    return _rescaled(weight, torch.where(dead, 1.0, weight.scale))
+
+
+def _holding(weight: IntegerWeight, bias: Array, step: float) -> IntegerWeight:
+    """The weight, with larger scales where 32 bits do not hold the bias, and free ones chosen for the bias.
+
+    Args:
+        weight: of one layer.
+        bias: float32 (C,).
+        step: of what the layer takes in.
+    """
+    size = torch.from_numpy(np.abs(bias)).double()
+    steps = (weight.integers - _aligned(weight, weight.zero_point)).abs() * (
+        _aligned(weight, weight.scale) > 0
+    )
+    if weight.axis is None:
+        size, empty = size.amax(), ~steps.any()
+    else:
+        empty = steps.movedim(weight.axis, 0).flatten(1).amax(1) == 0
+    least = size / (step * _LARGEST_BIAS)
+    free = torch.where(size > 0, (size / (step * _BIAS_DIGITS)).clamp(min=_TINY), 1.0)
+    scale = torch.where(empty, free, torch.maximum(weight.scale.double(), least)).float()
+    return weight if torch.equal(scale, weight.scale) else _rescaled(weight, scale)
+
+
+def _rescaled(weight: IntegerWeight, scale: torch.Tensor) -> IntegerWeight:
+    """The nearest integers on grids with other scales, and the same zero points."""
+    zero = _aligned(weight, weight.zero_point)
+    steps = (weight.integers - zero).double() * _aligned(weight, weight.scale.double())
+    n = (steps / _aligned(weight, scale.double())).round() + zero
+    return replace(weight, integers=n.clamp(weight.low, weight.high).int(), scale=scale)
+
+
+def _aligned(weight: IntegerWeight, state: torch.Tensor) -> torch.Tensor:
+    if weight.axis is None:
+        return state
+    return state.reshape([-1 if dim == weight.axis else 1 for dim in range(weight.integers.dim())])

@@ -1,0 +1,243 @@
+"""ONNX: exported with a free batch size, checked, run, and only then given its name.
+
+Written by torch's exporter on `torch.export`, opset as that chooses. What identifies the network goes into
+the file; what identifies the machine that exported it (stack traces, module paths) is taken out.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from cctool import __version__
+from cctool.base.errors import ExportError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.file.atomic import write_atomically
+from cctool.formats.converting import (
+    BATCH,
+    EXPORT_BATCH,
+    agreements_with,
+    comparison_notes,
+    descriptions,
+    example,
+    on_cpu,
+    quiet,
+    reason,
+)
+from cctool.formats.onnx.chains import rounding
+from cctool.formats.onnx.integers import PACKED_OPSET, with_integers
+from cctool.formats.onnx.kernels import SATURATES, kernels_of, saturating_cpu, session_options
+from cctool.formats.parity import Run, outputs_of
+from cctool.formats.records import Agreement, ExportRequest, Kernels, Written, named
+from cctool.graph.execution import blaming_the_size, in_mode
+
+__all__ = ["write_onnx"]
+
+INPUT, OUTPUT = "input", "logits"
+
+_LARGEST = 2**31 - 2**20
+
+
+def write_onnx(request: ExportRequest) -> Written:
+    """Write a network as one ONNX file and verify it.
+
+    The file must pass onnx.checker, and onnxruntime must give the model's outputs for random inputs in two
+    batch sizes and for the request's samples. Where a network cannot be exported with a free batch size, it
+    is exported for batches of one, and a note says so.
+
+    Raises:
+        ExportError: if it cannot be exported or does not compute what the model does; no file is left.
+        CheckpointError: if the file cannot be written.
+    """
+    model = on_cpu(request.network or request.checkpoint.model)
+    _refuse_large(model)
+    document, notes = _convert(model, request)
+    free_batch = not notes
+    notes = (*notes, *_put_integers(document, request))
+    _describe(document, request.checkpoint, request.input_shape)
+    agreements: list[Agreement] = []
+    kernels: list[Kernels] = []
+
+    def write(stream: IO[bytes]) -> None:
+        stream.write(document.SerializeToString(deterministic=True))
+
+    def check(temporary: Path) -> None:
+        _check(temporary, document)
+        run = _runtime(temporary, precise=request.quantized and saturating_cpu())
+        agreements.extend(agreements_with(run, request, free_batch=free_batch))
+        if request.weights or request.quantized:
+            kernels.append(kernels_of(temporary))
+
+    write_atomically(request.path, write, check, overwrite=request.overwrite)
+    notes = (*notes, *comparison_notes(request, agreements))
+    found = next(iter(kernels), None)
+    if (
+        found is not None
+        and found.integer
+        and saturating_cpu()
+        and not all(w.reduced for w in request.weights)
+    ):
+        notes = (*notes, SATURATES)
+    return Written(str(request.path), "onnx", request.path.stat().st_size, tuple(agreements), notes, found)
+
+
+def _put_integers(document: Any, request: ExportRequest) -> tuple[str, ...]:
+    """Write weights as integers; notes on those that stay in floating point."""
+    if not request.weights and not request.quantized:
+        return ()
+    missing = with_integers(document, request.weights, packed=request.packed)
+    if not missing:
+        return ()
+    return (f"{named(missing)} stay in floating point: torch's exporter computes with other values",)
+
+
+def _refuse_large(model: nn.Module) -> None:
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if size > _LARGEST:
+        raise ExportError(
+            f"the weights take {size / 2**30:.1f} GiB, one ONNX file holds at most 2; "
+            "--format safetensors has no such limit"
+        )
+
+
+def _convert(model: nn.Module, request: ExportRequest) -> tuple[Any, tuple[str, ...]]:
+    """Convert with a free batch size, or for batches of one where that fails; the notes say which."""
+    shape = request.input_shape
+    names = _output_names(model, shape)
+    options: dict[str, Any] = {"custom_translation_table": rounding()} if request.quantized else {}
+    if request.packed and any(weight.bits <= 4 for weight in request.weights):
+        options["opset_version"] = PACKED_OPSET
+    run = partial(_run_exporter, model, shape, names, options)
+    try:
+        document = run(free_batch=True)
+    except ExportError as error:
+        document = run(free_batch=False)
+        return document, (f"the batch size is fixed to 1: with a free one, {error}",)
+    if not document.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        document = run(free_batch=False)
+        return document, ("the batch size is fixed to 1: the network computes with a constant batch size",)
+    return document, ()
+
+
+def _output_names(model: nn.Module, shape: tuple[int, int, int]) -> list[str]:
+    with blaming_the_size(shape):
+        found = outputs_of(model)(example(model, 1, shape))
+    return [OUTPUT, *(f"output{i}" for i in range(1, len(found)))]
+
+
+def _run_exporter(
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    outputs: list[str],
+    options: dict[str, Any],
+    *,
+    free_batch: bool,
+) -> Any:
+    inputs = example(model, EXPORT_BATCH if free_batch else 1, shape)
+    dimensions = ({0: torch.export.Dim(BATCH, min=1)},) if free_batch else None
+    with in_mode(model, training=False), quiet():
+        try:
+            program = torch.onnx.export(
+                model,
+                (inputs,),
+                dynamo=True,
+                verbose=False,
+                input_names=[INPUT],
+                output_names=outputs,
+                dynamic_shapes=dimensions,
+                **options,
+            )
+        # Whatever torch.export or a translation of one operator raises for a network that it cannot take.
+        except Exception as error:
+            raise ExportError(f"torch cannot export this network: {reason(error)}") from error
+    if program is None:
+        raise ExportError("torch's exporter gave nothing back")
+    return program.model_proto
+
+
+def _describe(document: Any, checkpoint: Checkpoint, shape: tuple[int, int, int]) -> None:
+    """Say in the file what it is; take out what the exporter noted about modules, stacks and paths."""
+    _strip(document)
+    spec = checkpoint.spec
+    properties = descriptions(checkpoint, shape)
+    document.producer_name, document.producer_version = "cctool", __version__
+    document.graph.name = spec.architecture
+    document.doc_string = (
+        f"{spec.architecture} for {spec.task}, exported by cctool {__version__}. "
+        f"{INPUT}: float images [{BATCH}, {', '.join(map(str, shape))}], scaled to 0..1, then "
+        f"(x - mean) / std as cctool.mean and cctool.std say. {OUTPUT}: one score per class, before softmax."
+    )
+    for key, value in properties.items():
+        document.metadata_props.add(key=key, value=value)
+
+
+def _strip(document: Any) -> None:
+    graph = document.graph
+    free = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for entry in (*graph.input, *graph.output, *graph.value_info) if free else ():
+        for dimension in entry.type.tensor_type.shape.dim:
+            # Some versions of torch call it by the name of their symbol.
+            if dimension.dim_param == free:
+                dimension.dim_param = BATCH
+    graph.ClearField("metadata_props")
+    for entries in (graph.node, graph.input, graph.output, graph.value_info, graph.initializer):
+        for entry in entries:
+            entry.ClearField("metadata_props")
+            entry.ClearField("doc_string")
+    for function in document.functions:
+        function.ClearField("metadata_props")
+        for node in function.node:
+            node.ClearField("metadata_props")
+            node.ClearField("doc_string")
+
+
+def _check(temporary: Path, document: Any) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(temporary), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"onnx.checker refuses the exported model: {reason(error)}") from error
+    for node in document.graph.node:
+        training = [a for a in node.attribute if a.name == "training_mode" and a.i]
+        if training or (node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]):
+            raise ExportError(f"{node.op_type} {node.name} was exported in training mode")
+
+
+def _session(path: Path, *, precise: bool) -> Any:
+    import onnxruntime
+
+    options, providers = session_options(precise=precise), ["CPUExecutionProvider"]
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    # Its exceptions share no base class of their own.
+    except Exception as error:
+        if not precise:
+            raise ExportError(f"onnxruntime cannot load the exported model: {reason(error)}") from error
+    # Without optimizing, it computes on the values that the integers stand for.
+    options = session_options(precise=False)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:
+        raise ExportError(f"onnxruntime cannot load the exported model: {reason(error)}") from error
+
+
+def _runtime(path: Path, *, precise: bool) -> Run:
+    session = _session(path, precise=precise)
+    name = session.get_inputs()[0].name
+
+    def run(batch: Tensor) -> list[Tensor]:
+        try:
+            found = session.run(None, {name: batch.numpy()})
+        except Exception as error:
+            raise ExportError(
+                f"onnxruntime cannot run the exported model on a batch of {len(batch)}: {reason(error)}"
+            ) from error
+        return [torch.from_numpy(value) for value in found]
+
+    return run

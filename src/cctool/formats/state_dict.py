@@ -1,0 +1,113 @@
+"""Bare dense tensors for code that knows nothing of cctool: a torch state dict, or safetensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from cctool.base.errors import ExportError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.edits.mask import mask_buffers
+from cctool.checkpoint.file.atomic import write_atomically
+from cctool.checkpoint.file.payload import as_bytes
+from cctool.formats.records import ExportRequest, Written
+
+__all__ = ["write_safetensors", "write_state_dict"]
+
+
+def write_state_dict(request: ExportRequest) -> Written:
+    """Write the decoded tensors by name with `torch.save`; tied tensors stay tied in the file.
+
+    The file is read back with `torch.load(weights_only=True)` and compared bit by bit.
+
+    Raises:
+        ExportError: if what is read back differs; no file is left.
+        CheckpointError: if the file cannot be written.
+    """
+    tensors = _tensors(request.checkpoint)
+
+    def write(stream: IO[bytes]) -> None:
+        torch.save(tensors, stream)
+
+    def check(temporary: Path) -> None:
+        with temporary.open("rb") as stream:
+            _compare(tensors, torch.load(stream, map_location="cpu", weights_only=True))
+
+    write_atomically(request.path, write, check, overwrite=request.overwrite)
+    return Written(str(request.path), "state-dict", request.path.stat().st_size, notes=_notes(request))
+
+
+def write_safetensors(request: ExportRequest) -> Written:
+    """Write the decoded tensors as safetensors; a tied tensor is written under each of its names.
+
+    The file is read back and compared bit by bit.
+
+    Raises:
+        ExportError: if what is read back differs; no file is left.
+        CheckpointError: if the file cannot be written.
+    """
+    import safetensors.torch
+
+    tensors = _tensors(request.checkpoint)
+
+    def write(stream: IO[bytes]) -> None:
+        # The library refuses tensors that share memory.
+        stream.write(safetensors.torch.save({k: v.clone() for k, v in tensors.items()}, {"format": "pt"}))
+
+    def check(temporary: Path) -> None:
+        _compare(tensors, safetensors.torch.load_file(temporary))
+
+    write_atomically(request.path, write, check, overwrite=request.overwrite)
+    return Written(str(request.path), "safetensors", request.path.stat().st_size, notes=_notes(request))
+
+
+def _tensors(checkpoint: Checkpoint) -> OrderedDict[str, Tensor]:
+    """Detached, contiguous and on the CPU, each in a storage of its own size; ties stay one tensor."""
+    made: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
+    tensors: OrderedDict[str, Tensor] = OrderedDict()
+    masks = mask_buffers(checkpoint.model)
+    for name, value in checkpoint.model.state_dict().items():
+        if name in masks:
+            # The architecture does not have them; the weights are zero where they say so.
+            continue
+        if not isinstance(value, Tensor):
+            raise ExportError(f"{name} of the state dict is a {type(value).__name__}, not a tensor")
+        place = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
+        if place not in made or not value.numel():
+            dense = value.detach().cpu().contiguous()
+            whole = dense.untyped_storage().nbytes() == dense.numel() * dense.element_size()
+            made[place] = dense if whole else dense.clone()
+        tensors[name] = made[place]
+    return tensors
+
+
+def _compare(written: OrderedDict[str, Tensor], read: dict[str, Tensor]) -> None:
+    if set(written) != set(read):
+        raise ExportError("reading back gave other tensors than were written")
+    for name, value in written.items():
+        # Bytes, because NaN equals nothing.
+        if value.dtype != read[name].dtype or as_bytes(value) != as_bytes(read[name]):
+            raise ExportError(f"reading back gave other values for {name} than were written")
+
+
+def _notes(request: ExportRequest) -> tuple[str, ...]:
+    notes = []
+    masks = mask_buffers(request.checkpoint.model)
+    small = len(request.checkpoint.stored.keys() - masks)
+    if small:
+        notes.append(f"{small} tensors that the checkpoint stores small are written dense")
+    if masks:
+        notes.append(
+            f"{len(masks)} masks are left out: the weights are zero where they say so, but training "
+            "elsewhere will not keep them zero"
+        )
+    if any(edit.get("kind") != "mask" for edit in request.checkpoint.spec.edits):
+        notes.append(
+            "the network was edited: these tensors do not fit its original architecture, "
+            "and the widths stand only in the checkpoint (cctool analyze --spec)"
+        )
+    return tuple(notes)

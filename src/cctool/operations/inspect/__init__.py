@@ -1,0 +1,1 @@
+"""The verbs that write no checkpoint: analyze, compare, evaluate, export, decode."""

@@ -1,0 +1,156 @@
+"""`cctool analyze`: what is in a checkpoint, what it computes, and how it came about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cctool.analysis.crosscheck import CrossCheck, check_against_thop
+from cctool.analysis.layers import LayerTable, tabulate
+from cctool.analysis.sheets import macs_report, sparsity_report
+from cctool.analysis.sparsity import NonFinite, TensorSparsity, nonfinite, sparsity
+from cctool.analysis.table import Report
+from cctool.analysis.workbook import write_report
+from cctool.base.errors import UsageError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.spec import ModelSpec, Parent, Step
+from cctool.formats.records import Written
+from cctool.graph.cost import measure
+from cctool.operations.context import Context
+from cctool.operations.inspect.export import beside, export, refuse_existing
+from cctool.options.inspect.analyze import AnalyzeOptions, View
+from cctool.options.inspect.export import ExportFormat
+from cctool.transforms.plain import plain_model
+
+__all__ = ["Analysis", "AnalyzeReport", "run"]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was counted.
+
+    Attributes:
+        layers: one row a layer, with totals.
+        sparsity: one row a weight.
+        cross_check: thop's figures beside ours.
+    """
+
+    layers: LayerTable
+    sparsity: tuple[TensorSparsity, ...]
+    cross_check: CrossCheck
+
+
+@dataclass(frozen=True)
+class AnalyzeReport:
+    """What is known of a checkpoint.
+
+    Attributes:
+        source: name and hashes of the file; None for a fresh network.
+        spec: how to build it; the input size is the one counted.
+        history: the steps that led to it, oldest first.
+        nonfinite: tensors that hold NaN or infinities.
+        analysis: what was counted; None where only history or spec were asked for.
+        written: files.
+    """
+
+    source: Parent | None
+    spec: ModelSpec
+    history: tuple[Step, ...]
+    nonfinite: tuple[NonFinite, ...]
+    analysis: Analysis | None = None
+    written: tuple[Written, ...] = field(default=())
+
+
+def run(checkpoint: Checkpoint, options: AnalyzeOptions, context: Context) -> AnalyzeReport:
+    """Analyze a checkpoint and write what was asked for beside it.
+
+    Raises:
+        ArchitectureError: if the network does not run on its input size.
+        CheckpointError: if a file exists already, or cannot be written.
+        ExportError: if the ONNX file does not compute what the model does.
+    """
+    targets = _targets(options, context)
+    refuse_existing(tuple(targets.values()), context)
+    faults = nonfinite(checkpoint.model)
+    if faults:
+        bad = sum(fault.nan + fault.infinite for fault in faults)
+        context.reporter.warn(f"{bad:,} NaN or infinite values in {len(faults)} tensors")
+    analysis = _analyze(checkpoint) if options.view is View.LAYERS or targets else None
+    written = [
+        # First, because it is the one that may fail: then nothing was written.
+        export(checkpoint, ExportFormat.ONNX, targets[kind], options.data, context)
+        for kind in ("onnx",)
+        if kind in targets
+    ]
+    if analysis is not None:
+        written += [
+            _write(report, targets[kind], kind, context)
+            for kind, report in _reports(checkpoint, analysis, faults).items()
+            if kind in targets
+        ]
+    return AnalyzeReport(
+        source=checkpoint.origin,
+        spec=checkpoint.spec,
+        history=checkpoint.history,
+        nonfinite=faults,
+        analysis=analysis,
+        written=tuple(written),
+    )
+
+
+def _targets(options: AnalyzeOptions, context: Context) -> dict[str, Path]:
+    """Paths of the files asked for, by kind."""
+    asked = (
+        ("onnx", options.onnx, options.onnx_file, ".onnx"),
+        ("macs", options.macs, options.macs_file, ".macs.xlsx"),
+        ("sparsity", options.sparsity, options.sparsity_file, ".sparsity.xlsx"),
+    )
+    targets = {
+        kind: Path(named) if named else beside(context.output, suffix)
+        for kind, wanted, named, suffix in asked
+        if wanted or named
+    }
+    paths = [path.resolve() for path in targets.values()]
+    if len(set(paths)) < len(paths):
+        raise UsageError(f"two files would have one name: {', '.join(map(str, targets.values()))}")
+    return targets
+
+
+def _analyze(checkpoint: Checkpoint) -> Analysis:
+    shape, plain = checkpoint.spec.input_shape, plain_model(checkpoint.model)
+    cost = measure(plain, shape)
+    return Analysis(
+        layers=tabulate(checkpoint, cost),
+        sparsity=sparsity(checkpoint.model),
+        cross_check=check_against_thop(plain, shape, cost),
+    )
+
+
+def _reports(checkpoint: Checkpoint, analysis: Analysis, faults: tuple[NonFinite, ...]) -> dict[str, Report]:
+    notes = _identity(checkpoint)
+    return {
+        "macs": macs_report(analysis.layers, analysis.cross_check, notes),
+        "sparsity": sparsity_report(analysis.sparsity, faults, notes),
+    }
+
+
+def _identity(checkpoint: Checkpoint) -> tuple[tuple[str, str], ...]:
+    from cctool import __version__
+
+    spec, origin = checkpoint.spec, checkpoint.origin
+    arguments = ", ".join(f"{key}={value}" for key, value in spec.arguments.items())
+    notes = [
+        ("Network", f"{spec.architecture}({arguments})"),
+        ("Input counted", "x".join(map(str, spec.input_shape)) + ", batch of one"),
+        ("History", " > ".join(step.verb for step in checkpoint.history) or "none"),
+    ]
+    if origin is not None:
+        notes += [("File", origin.path), ("SHA-256 of the file", origin.file)]
+        if origin.content is not None:
+            notes.append(("SHA-256 of the content", origin.content))
+    return (*notes, ("Written by", f"cctool {__version__}"))
+
+
+def _write(report: Report, path: Path, kind: str, context: Context) -> Written:
+    write_report(report, path, overwrite=context.force)
+    return Written(str(path), kind, path.stat().st_size)

@@ -1,0 +1,196 @@
+"""`cctool evaluate`: measure a checkpoint on a split, and write down what it predicts."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from cctool.base.errors import DataError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.file.atomic import write_atomically
+from cctool.checkpoint.spec import Metrics
+from cctool.data.records import SPLITS, DataSource, Split
+from cctool.data.serving.batches import Batch
+from cctool.operations.context import Context
+from cctool.operations.data import require_source
+from cctool.operations.inspect.export import refuse_existing
+from cctool.operations.keep.upkeep import warn_of_stale
+from cctool.operations.measuring import serve
+from cctool.operations.train.one_process import user_loss, user_metric
+from cctool.operations.transform.quality_tables import stream_tables, tap_tables
+from cctool.operations.transform.watch import refuse_unwatched, watched
+from cctool.operations.transform.write_streams import StreamFigures
+from cctool.options.inspect.evaluate import EvaluateOptions, SplitName
+from cctool.training.evaluate import evaluate, outputs_of
+from cctool.training.objectives import main_output
+from cctool.transforms.codec.figures import TapFigures
+
+__all__ = ["EvaluateReport", "run"]
+
+
+@dataclass(frozen=True)
+class EvaluateReport:
+    """What was measured.
+
+    Attributes:
+        architecture: of the network.
+        data: reference of the data set.
+        split: what was measured on.
+        n: images.
+        metrics: None where the images have no labels.
+        predictions: path of the CSV file that was written.
+        taps: figures of coded feature maps, in the order in which they are passed.
+        streams: sizes of their bitstreams, where maps went through these.
+        written: folders and files about them.
+    """
+
+    architecture: str
+    data: str
+    split: str
+    n: int
+    metrics: Metrics | None
+    predictions: str | None = None
+    taps: tuple[TapFigures, ...] = ()
+    streams: tuple[StreamFigures, ...] = ()
+    written: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Everything that was written."""
+        return (*([] if self.predictions is None else [self.predictions]), *self.written)
+
+    def tables(self) -> Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]:
+        """Title, columns and rows of the tables about taps."""
+        return [*tap_tables(self.taps, self.split), *stream_tables(self.streams)]
+
+
+def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> EvaluateReport:
+    """Measure a checkpoint; write predictions, bitstreams and reports of its taps where asked for.
+
+    Raises:
+        DataError: if the data has no such split, or no labels and nothing is to be written.
+        CheckpointError: if a file exists and may not be replaced.
+        UsageError: if something is asked for that only coded feature maps have, and there are none.
+    """
+    if options.predictions is not None:
+        refuse_existing((Path(options.predictions),), context)
+    refuse_unwatched(checkpoint, options, context)
+    source = require_source(options.data, checkpoint, context, "evaluate")
+    if checkpoint.spec.classes and source.classes and checkpoint.spec.classes != source.classes:
+        context.reporter.warn(f"{source.reference} has other classes than the network was made for")
+    warn_of_stale(checkpoint, context)
+    split = _split(source, options.split, context)
+    has_labels = _has_labels(source.split(split))
+    if not has_labels and options.predictions is None and not options.asks_for_taps:
+        raise DataError(f"{source.reference} has no labels: give --predictions FILE.csv, or labelled data")
+    with watched(checkpoint, source.reference, split, options, context) as watch:
+        shown = watch.batches(_shown(checkpoint, source, split, options, context))
+        metrics = _metrics(checkpoint, shown, split, options, context) if has_labels else None
+        if not has_labels and options.asks_for_taps:
+            _run_through(checkpoint, shown, context)
+        seen = watch.finish(metrics)
+    if options.predictions is not None:
+        _write(_predicted(checkpoint, source, split, options, context), Path(options.predictions), context)
+    return EvaluateReport(
+        checkpoint.spec.architecture,
+        source.reference,
+        split,
+        len(source.split(split)),
+        metrics,
+        options.predictions,
+        seen.taps,
+        seen.streams,
+        seen.written,
+    )
+
+
+def _split(source: DataSource, asked: SplitName | None, context: Context) -> str:
+    if asked is not None:
+        return asked.value
+    there_are = [name for name in reversed(SPLITS) if name in source.loaders]
+    if not there_are:
+        raise DataError(f"{source.reference} has no images")
+    if there_are[0] != SplitName.TEST.value:
+        context.reporter.note(f"{source.reference} has no test split: measuring on {there_are[0]}")
+    return there_are[0]
+
+
+def _has_labels(split: Split) -> bool:
+    if split.labels is not None or split.stream is None or not len(split):
+        return split.labels is not None
+    return split.stream.read(0, split.shape, None, 0)[1] is not None
+
+
+def _run_through(checkpoint: Checkpoint, batches: Iterable[Batch], context: Context) -> None:
+    """Pass all images, for what is seen on the way."""
+    for _ in outputs_of(checkpoint.model, batches, context.device, str(context.runtime.precision)):
+        pass
+
+
+def _metrics(
+    checkpoint: Checkpoint, batches: Iterable[Batch], split: str, options: EvaluateOptions, context: Context
+) -> Metrics:
+    return evaluate(
+        checkpoint.model,
+        batches,
+        split=split,
+        device=context.device,
+        precision=str(context.runtime.precision),
+        loss=user_loss(options.loss, context),
+        metric=user_metric(options.metric, context),
+    )
+
+
+def _shown(
+    checkpoint: Checkpoint, source: DataSource, split: str, options: EvaluateOptions, context: Context
+) -> Iterable[Batch]:
+    served = serve(checkpoint, source, split, options.data, context)
+    return context.reporter.progress(served, f"evaluating on {split}", len(served))
+
+
+def _predicted(
+    checkpoint: Checkpoint, source: DataSource, split: str, options: EvaluateOptions, context: Context
+) -> Iterator[dict[str, object]]:
+    names = checkpoint.spec.classes or source.classes
+    files = source.split(split).files
+    batches = _shown(checkpoint, source, split, options, context)
+    for outputs, batch in outputs_of(
+        checkpoint.model, batches, context.device, str(context.runtime.precision)
+    ):
+        logits = main_output(outputs)
+        if logits.dim() != 2:
+            raise DataError(f"predictions need logits (N, classes), the network gives {list(logits.shape)}")
+        best, predicted = torch.softmax(logits.float(), dim=1).max(1)
+        labels = batch.labels.tolist() if batch.labels is not None else [None] * len(batch.indices)
+        for index, probability, choice, label in zip(
+            batch.indices.tolist(), best.tolist(), predicted.tolist(), labels, strict=True
+        ):
+            yield {
+                "file": files[index] if files is not None else index,
+                "predicted": _name(choice, names),
+                "probability": f"{probability:.6f}",
+                "label": "" if label is None else _name(label, source.classes or names),
+            }
+
+
+def _name(number: int, names: tuple[str, ...]) -> str:
+    return names[number] if number < len(names) else str(number)
+
+
+def _write(rows: Iterator[dict[str, object]], path: Path, context: Context) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["file", "predicted", "probability", "label"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    content = text.getvalue().encode()
+
+    def write(stream: IO[bytes]) -> None:
+        stream.write(content)
+
+    write_atomically(path, write, overwrite=context.force)

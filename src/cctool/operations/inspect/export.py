@@ -1,0 +1,213 @@
+"""`cctool export`: write the network for other programs, and verify what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from cctool.analysis.sparsity import nonfinite
+from cctool.base.errors import CheckpointError, ExportError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.formats.records import ExportRequest, Samples, Written
+from cctool.formats.table import FORMATS
+from cctool.operations.context import Context
+from cctool.operations.data import open_source
+from cctool.operations.inspect.export_networks import Converted, bare_checkpoint, converted, quantizer_notes
+from cctool.operations.prune.cut import without_taps
+from cctool.options.common import DataOptions
+from cctool.options.inspect.export import DEFAULT_SUFFIXES, ExportFormat, ExportOptions
+from cctool.quantization.network.attach import quantizers_of
+from cctool.transforms.codec.taps import taps_of
+from cctool.transforms.layers.base import swapped_layers
+from cctool.transforms.plain import plain_model
+
+if TYPE_CHECKING:
+    from cctool.data.records import DataSource
+
+__all__ = ["ExportReport", "beside", "export", "refuse_existing", "run", "samples_of"]
+
+_PROGRAMS = (ExportFormat.ONNX, ExportFormat.PT2)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported.
+
+    Attributes:
+        architecture: of the network.
+        input_shape: (C, H, W) that it was exported for.
+        files: what was written, with how it was verified.
+    """
+
+    architecture: str
+    input_shape: tuple[int, int, int]
+    files: tuple[Written, ...]
+
+
+def run(checkpoint: Checkpoint, options: ExportOptions, context: Context) -> ExportReport:
+    """Export a checkpoint.
+
+    Raises:
+        CheckpointError: if the output exists, or cannot be written, or weights are not finite.
+        ExportError: if the exported model does not compute what the model does; no file is left.
+    """
+    kind = options.effective_format
+    path = Path(options.output) if options.output else beside(context.output, DEFAULT_SUFFIXES[kind])
+    refuse_existing((path,), context)
+    written = export(
+        checkpoint,
+        kind,
+        path,
+        options.data,
+        context,
+        allow_nonfinite=options.allow_nonfinite,
+        codec=not options.without_codec,
+        int4=options.int4,
+    )
+    return ExportReport(checkpoint.spec.architecture, checkpoint.spec.input_shape, (written,))
+
+
+def export(
+    checkpoint: Checkpoint,
+    kind: ExportFormat,
+    path: Path,
+    data: DataOptions,
+    context: Context,
+    *,
+    allow_nonfinite: bool = False,
+    codec: bool = True,
+    int4: bool = False,
+) -> Written:
+    """Write one file in one format, verified on the data where there is any.
+
+    Swapped layers become ordinary ones, or small factors of them. In programs taps become arithmetic;
+    quantized weights become integers in ONNX.
+
+    Args:
+        checkpoint: what to write.
+        kind: the format.
+        path: of the file.
+        data: samples to compare on.
+        context: device, seed, reporter.
+        allow_nonfinite: write even NaN or infinite weights.
+        codec: whether an ONNX file or a program codes its maps where the network has taps.
+        int4: whether an ONNX file stores weights of 4 bits and fewer in half a byte each.
+
+    Raises:
+        ExportError: if weights are not finite and ``allow_nonfinite`` is false, or the file is wrong.
+    """
+    if not allow_nonfinite:
+        _refuse_nonfinite(checkpoint)
+    program = kind in _PROGRAMS
+    samples = samples_of(checkpoint, data, context) if program else None
+    taps = len(taps_of(checkpoint.model))
+    if taps and not (codec and program):
+        checkpoint = without_taps(checkpoint)
+    made = converted(checkpoint, kind, codec=codec) if program else Converted(None)
+    request = ExportRequest(
+        checkpoint=checkpoint if program else bare_checkpoint(checkpoint),
+        path=path,
+        input_shape=checkpoint.spec.input_shape,
+        samples=samples,
+        seed=context.runtime.seed,
+        overwrite=context.force,
+        allow_nonfinite=allow_nonfinite,
+        network=made.network,
+        coded=bool(taps) and codec,
+        weights=made.weights,
+        quantized=quantizers_of(checkpoint.model) is not None,
+        packed=int4,
+    )
+    written = FORMATS[kind](request)
+    notes = (
+        *written.notes,
+        *made.notes,
+        *quantizer_notes(checkpoint, kind),
+        *_transform_notes(checkpoint, taps, kind, codec=codec),
+    )
+    if int4 and not any(weight.bits <= 4 for weight in made.weights):
+        notes = (*notes, "--int4: the network has no weights of 4 bits or fewer")
+    written = replace(written, notes=notes)
+    for note in notes:
+        context.reporter.note(f"{path.name}: {note}")
+    return written
+
+
+def _transform_notes(
+    checkpoint: Checkpoint, taps: int, kind: ExportFormat, *, codec: bool
+) -> tuple[str, ...]:
+    """What became of swapped layers and taps."""
+    notes = []
+    layers, strange = swapped_layers(checkpoint.model), swapped_layers(plain_model(checkpoint.model))
+    if strange:
+        notes.append(f"{len(strange)} layers of complex numbers are written by their own parameters")
+    layers = {name: layer for name, layer in layers.items() if name not in strange}
+    if layers:
+        factored = sum(layer.factored() is not None for layer in layers.values())
+        small = f"{factored} as small factors, " if factored and kind in _PROGRAMS else ""
+        notes.append(f"{len(layers)} swapped layers are written {small}as the weights that they make")
+    if taps and kind not in _PROGRAMS:
+        notes.append(f"{taps} codecs are left out: they are no tensors of the network")
+    elif taps:
+        notes.append(f"{taps} codecs are {'part of the network' if codec else 'left out'}")
+    elif not codec:
+        notes.append("--without-codec: the network has none")
+    return tuple(notes)
+
+
+def beside(source: Path, suffix: str) -> Path:
+    """Replace the suffix of the input's name, as in `student.pt` -> `student.onnx`."""
+    return source.with_name(f"{source.stem}{suffix}")
+
+
+def refuse_existing(paths: tuple[Path, ...], context: Context) -> None:
+    """Refuse to start work whose result could not be written.
+
+    Raises:
+        CheckpointError: if a path exists and may not be replaced, or its folder does not exist.
+    """
+    for path in paths:
+        if path.exists() and not context.force:
+            raise CheckpointError(f"{path} exists already; --force replaces it")
+        if path.exists() and path.samefile(context.output):
+            raise CheckpointError(f"{path} is the input itself; name another file")
+        if not path.parent.is_dir():
+            raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
+
+
+def samples_of(checkpoint: Checkpoint, options: DataOptions, context: Context) -> Samples | None:
+    """Preprocessed images to compare on, from the data named or the checkpoint's last; None without."""
+    source = open_source(options, checkpoint, context)
+    if source is None:
+        return None
+    split = next(name for name in ("test", "validation", "train") if name in source.loaders)
+    return Samples(f"{source.reference}, {split} split", _images(source, split, checkpoint, options))
+
+
+def _images(source: DataSource, split: str, checkpoint: Checkpoint, options: DataOptions) -> Iterator[Tensor]:
+    from cctool.data.serving.batches import batches
+
+    known = checkpoint.spec.preprocessing
+    found = batches(
+        source.split(split),
+        batch_size=options.batch_size,
+        mean=known.mean if known else source.mean,
+        std=known.std if known else source.std,
+        workers=options.workers,
+    )
+    for batch in found:
+        yield batch.images
+
+
+def _refuse_nonfinite(checkpoint: Checkpoint) -> None:
+    found = nonfinite(checkpoint.model)
+    if found:
+        bad = sum(fault.nan + fault.infinite for fault in found)
+        raise ExportError(
+            f"INPUT holds {bad:,} NaN or infinite values in {len(found)} tensors, {found[0].name} first; "
+            "`cctool analyze` lists them all, --allow-nonfinite exports them all the same"
+        )

@@ -1,0 +1,123 @@
+"""What `cctool export` converts in place of the network itself, and what it says of that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from cctool.base.errors import ExportError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.formats.records import named
+from cctool.operations.examples import example
+from cctool.operations.prune.cut import plain_checkpoint
+from cctool.options.inspect.export import ExportFormat
+from cctool.quantization.export.integer_weights import IntegerWeight, from_stored
+from cctool.quantization.export.network import export_network, made_weights, rounding_network, with_weights
+from cctool.quantization.network.attach import quantizers_of
+from cctool.transforms.layers.base import swapped_layers
+from cctool.transforms.plain import exportable, plain_model
+
+__all__ = ["Converted", "bare_checkpoint", "converted", "quantizer_notes"]
+
+
+@dataclass(frozen=True, eq=False)
+class Converted:
+    """A network in terms that other programs know.
+
+    Attributes:
+        network: None where that is the checkpoint's model itself.
+        weights: of the network, to be written as integers.
+        notes: for the report.
+    """
+
+    network: nn.Module | None
+    weights: tuple[IntegerWeight, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def converted(checkpoint: Checkpoint, kind: ExportFormat, *, codec: bool) -> Converted:
+    """The network that a writer of programs converts.
+
+    Args:
+        checkpoint: of any network; its model is moved to the CPU.
+        kind: ONNX or PT2.
+        codec: whether maps are coded where the network has taps.
+
+    Raises:
+        ExportError: if a layer computes with complex numbers.
+    """
+    model = checkpoint.model.cpu()
+    strange = swapped_layers(plain_model(model))
+    if strange:
+        raise ExportError(
+            f"{min(strange)} computes with complex numbers, which {kind} has no layers for; "
+            "--format state-dict or safetensors writes its parameters"
+        )
+    held = quantizers_of(model)
+    whole = {name.rpartition(".")[0] for name in ({} if held is None else held.state.weights)}
+    network = exportable(model, codec=codec, whole=whole)
+    if kind is ExportFormat.ONNX:
+        stored, notes = _stored(checkpoint)
+        if held is not None or stored:
+            made = export_network(network, example(checkpoint), stored)
+            notes += tuple(f"{left.name} stays in floating point: {left.reason}" for left in made.left)
+            return Converted(made.model, made.weights, notes)
+        return Converted(None if network is model else network, notes=notes)
+    if held is not None:
+        network = rounding_network(network)
+    return Converted(None if network is model else network)
+
+
+def _stored(checkpoint: Checkpoint) -> tuple[dict[str, IntegerWeight], tuple[str, ...]]:
+    """Weights that the checkpoint stores as integers which stand for their values bit for bit."""
+    tensors: Mapping[str, object] = checkpoint.model.state_dict()
+    held = quantizers_of(checkpoint.model)
+    found, others = {}, []
+    for name, form in checkpoint.stored.items():
+        if held is not None and name in held.state.weights:
+            # The quantizer has its integers.
+            continue
+        weight, tensor = from_stored(name, form), tensors.get(name)
+        if (
+            weight is not None
+            and isinstance(tensor, torch.Tensor)
+            and torch.equal(weight.values(), tensor.cpu())
+        ):
+            found[name] = weight
+        elif isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            others.append(name)
+    if not others:
+        return found, ()
+    return found, (
+        f"{named(others)} are stored small in a way that ONNX has no integers for: they are written in "
+        "floating point",
+    )
+
+
+def bare_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint of the plain network, whose weights are what quantizers make of them."""
+    plain, made = plain_checkpoint(checkpoint), made_weights(checkpoint.model)
+    return replace(plain, model=with_weights(plain.model, made)) if made else plain
+
+
+def quantizer_notes(checkpoint: Checkpoint, kind: ExportFormat) -> tuple[str, ...]:
+    """What became of quantizers."""
+    held = quantizers_of(checkpoint.model)
+    if held is None:
+        return ()
+    weights, activations = len(held.state.weights), len(held.activation_keys)
+    if kind in (ExportFormat.ONNX, ExportFormat.PT2):
+        return (
+            (f"{weights} weights and {activations} activations are quantized",)
+            if kind is ExportFormat.PT2
+            else ()
+        )
+    found = [f"{weights} weights are written as their quantizers make them"]
+    if activations:
+        found.append(
+            f"{activations} activations that are quantized in the network are in floating point here"
+        )
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""What must follow the weights of a network when they are cut, changed, trained or stored."""

@@ -1,0 +1,112 @@
+"""Calibrating the codecs of a checkpoint on the training images of its data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from cctool.base.errors import DataError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.data.records import DataSource
+from cctool.data.serving.batches import Batches
+from cctool.operations.context import Context
+from cctool.operations.examples import example
+from cctool.operations.measuring import feed_of
+from cctool.options.common import DataOptions
+from cctool.transforms.codec.calibrate import calibrate, choose_orders
+from cctool.transforms.codec.codec import CodecConfig
+from cctool.transforms.codec.sites import Site, find_sites
+from cctool.transforms.codec.taps import drop_taps, fingerprint, set_taps, taps_of, with_taps
+
+__all__ = ["calibration_images", "put_taps", "recalibrate_taps"]
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The first ``count`` images of batches, again each time; shows how far it is."""
+
+    batches: Batches
+    count: int
+    context: Context
+
+    def __iter__(self) -> Iterator[Tensor]:
+        left = self.count
+        steps = min(len(self.batches), -(-self.count // max(1, len(self.batches.parts[0]))))
+        for batch in self.context.reporter.progress(self.batches, "calibrating", steps):
+            yield batch.images[:left]
+            left -= len(batch.images)
+            if left <= 0:
+                return
+
+
+def calibration_images(
+    checkpoint: Checkpoint, source: DataSource, count: int, data: DataOptions, context: Context
+) -> tuple[_Images, int]:
+    """Un-augmented training images, in an order that the seed decides, and how many there are.
+
+    Shuffled, because the first images of a sorted set are all of one class.
+
+    Raises:
+        DataError: if there are none.
+    """
+    served = feed_of(checkpoint, source, data, context).plain("train", shuffle=True)
+    if not served.samples:
+        raise DataError(f"{source.reference} has no training images to calibrate on")
+    return _Images(served, count, context), min(count, served.samples)
+
+
+def put_taps(
+    checkpoint: Checkpoint,
+    sites: Sequence[Site],
+    configs: Mapping[str, CodecConfig],
+    images: _Images,
+) -> Checkpoint:
+    """Calibrate codecs and put them behind modules, in place of all taps that there are.
+
+    Args:
+        checkpoint: its model is changed, and lies on the device.
+        sites: where.
+        configs: by the site's name.
+        images: training images.
+    """
+    model = checkpoint.model
+    now = fingerprint(model)
+    found = calibrate(model, sites, configs, images, now)
+    drop_taps(model)
+    set_taps(model, found)
+    choose_orders(model, images)
+    return replace(checkpoint, spec=with_taps(checkpoint.spec, model), resume=None)
+
+
+def recalibrate_taps(
+    checkpoint: Checkpoint, source: DataSource, data: DataOptions, context: Context
+) -> Checkpoint:
+    """Calibrate the codecs of a checkpoint again, for the weights and widths that it has now.
+
+    Ranges, bases, and what calibration chose at first (orders, prequantizers, the scale of default tables)
+    are found anew, on as many images as then; quality and everything else stay.
+
+    Args:
+        checkpoint: its model is changed in place, and moved to the context's device.
+        source: opened for the checkpoint.
+        data: batch size and workers.
+        context: device and seed.
+
+    Raises:
+        DataError: if there are no training images.
+        TransformError: if a map is not finite any more.
+    """
+    model = checkpoint.model.to(context.device)
+    hooks = taps_of(model)
+    configs = {name: hook.codec for name, hook in hooks.items()}
+    parts = drop_taps(model)
+    try:
+        sites = find_sites(model, example(checkpoint), tuple(hooks))
+        count = max((config.images for config in configs.values()), default=1)
+        images, used = calibration_images(checkpoint, source, max(count, 1), data, context)
+    finally:
+        set_taps(model, parts)
+    configs = {name: config.model_copy(update={"images": used}) for name, config in configs.items()}
+    return put_taps(checkpoint, sites, configs, images)

@@ -1,0 +1,111 @@
+"""Weights stored by codebooks, while they train and after it: the assignment stays, the tables move.
+
+Which weights share an entry is read off their values: a network computes with decoded values, so that weights
+are equal exactly where they share an entry. A training that is resumed, or runs in other processes, needs
+nothing but the weights for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cctool.base.errors import QuantizationError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.file.payload import Place, place
+from cctool.operations.keep.masked_weights import encode_under_mask, masks_by_place
+from cctool.quantization.encodings.codebook import CODEBOOK
+from cctool.quantization.encodings.masked import MASKED, Inner, inner_of
+from cctool.training.constraints.base import Constraint
+from cctool.training.constraints.shared_entries import KeepCodebooks, SharedWeights
+
+__all__ = ["codebooks_after", "keeping_codebooks"]
+
+
+def keeping_codebooks(checkpoint: Checkpoint) -> tuple[Constraint, ...]:
+    """What training has to respect for weights that are stored by codebooks to be stored so again.
+
+    Levels that follow a rule, as sums of powers of two, cannot move on their own; such weights train freely.
+
+    Args:
+        checkpoint: its model has the values of its stored forms, whose parts are not looked at.
+
+    Returns:
+        Nothing where no weight is stored so.
+    """
+    masks = masks_by_place(checkpoint.model)
+    parameters = dict(checkpoint.model.named_parameters())
+    shared = []
+    for name, inner in _codebooks(checkpoint.stored).items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            # Buffers do not train, and a tied parameter is listed once.
+            continue
+        entries = _entries(parameter.detach(), masks.get(place(parameter.detach())), inner)
+        if entries is not None:
+            shared.append(SharedWeights(parameter, entries))
+    return (KeepCodebooks(shared),) if shared else ()
+
+
+def codebooks_after(checkpoint: Checkpoint, earlier: Checkpoint) -> dict[str, EncodedTensor]:
+    """Store weights by codebooks as ``earlier`` did, without rounding: their values become the tables.
+
+    Args:
+        checkpoint: trained with `keeping_codebooks`; dense, on any device.
+        earlier: its stored forms tell what was stored so; their parts are not looked at.
+
+    Returns:
+        Forms by name. What has more distinct values than a table's bits tell apart, because it trained
+        without the constraint, is not among them.
+    """
+    state, masks = checkpoint.model.state_dict(), masks_by_place(checkpoint.model)
+    stored: dict[str, EncodedTensor] = {}
+    made: dict[Place, EncodedTensor | None] = {}
+    for name, inner in _codebooks(earlier.stored).items():
+        tensor: Tensor = state[name]
+        at = place(tensor)
+        if at not in made:
+            made[at] = _distinct(tensor, masks.get(at), inner)
+        form = made[at]
+        if form is not None:
+            stored[name] = form
+    return stored
+
+
+def _codebooks(stored: Mapping[str, EncodedTensor]) -> dict[str, Inner]:
+    """How those tensors are stored whose tables may move."""
+    found = {}
+    for name, form in stored.items():
+        if form.encoding in (CODEBOOK.name, MASKED.name):
+            inner = inner_of(form.encoding, form.parameters)
+            if inner.encoding == CODEBOOK.name and inner.settings["kind"] != "apot":
+                found[name] = inner
+    return found
+
+
+def _distinct(tensor: Tensor, mask: Tensor | None, inner: Inner) -> EncodedTensor | None:
+    wanted = {"kind": "distinct", "bits": inner.settings["bits"], "axis": inner.axis}
+    try:
+        form = encode_under_mask(tensor.detach().cpu(), mask, CODEBOOK, wanted)
+    except QuantizationError:
+        return None
+    kept = {key: value for key, value in form.parameters.items() if key not in wanted}
+    return replace(form, parameters={**kept, **inner.parameters})
+
+
+def _entries(weight: Tensor, mask: Tensor | None, inner: Inner) -> Tensor | None:
+    """For each weight the number of its entry, -1 where it is masked; None for more than tables hold."""
+    values, inverse = torch.unique(weight, return_inverse=True)
+    if inner.axis is not None:
+        sizes = [-1 if dim == inner.axis else 1 for dim in range(weight.dim())]
+        channel = torch.arange(weight.shape[inner.axis], device=weight.device).view(sizes)
+        _, inverse = torch.unique(inverse + channel * len(values), return_inverse=True)
+    if mask is not None:
+        inverse = inverse.masked_fill(mask.logical_not(), -1)
+    tables = 1 if inner.axis is None else weight.shape[inner.axis]
+    entries = int(torch.unique(inverse[inverse >= 0]).numel())
+    return inverse if entries <= tables << int(str(inner.settings["bits"])) else None

@@ -1,0 +1,149 @@
+"""How the weights of quantized networks lie in files: as the integers that their quantizers make of them.
+
+While a network trains its weights are floats that quantizers round in every pass. A product gets the rounded
+values, on which the quantizers act as on the floats, and its file the integers and scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.edits.mask import masks_of
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.file.payload import place
+from cctool.checkpoint.tables import Tables
+from cctool.operations.keep.masked_weights import stored_with_masks
+from cctool.quantization.encodings.codebook import encode_codebook
+from cctool.quantization.encodings.intn import encode_integers
+from cctool.quantization.network.attach import WeightPoint, norm_factors, quantizers_of, weight_key
+from cctool.quantization.quantizers.base import Quantizer
+
+__all__ = ["as_stored", "quantized_weights", "settled"]
+
+_MOST_BITS = 8
+
+
+def as_stored(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> Checkpoint:
+    """The checkpoint whose quantized and masked weights are stored in as many bits as they need.
+
+    Args:
+        checkpoint: where ``settle``, its quantized weights get the values that are stored.
+        tables: to decode what was encoded.
+        settle: whether weights may change; else those stay dense that are not on their grid already.
+    """
+    return stored_with_masks(settled(checkpoint, tables, settle=settle))
+
+
+def settled(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> Checkpoint:
+    """As `as_stored`, without a word on masks."""
+    model = checkpoint.model
+    if quantizers_of(model) is None:
+        return checkpoint
+    stored = dict(checkpoint.stored)
+    names = _names_by_place(model)
+    for name, tensor, quantizer, fold in quantized_weights(model):
+        values = tensor.detach()
+        form = _encoded(values, quantizer, fold)
+        if form is None:
+            continue
+        decoded = tables.encodings[form.encoding].decode(form).to(values.device)
+        mask = masks_of(model).get(name)
+        if mask is not None:
+            # Zeros of the mask are stored apart, and need not lie on the grid.
+            decoded = decoded * mask
+            form = None if not _zero_on_grid(quantizer) else form
+        if not _same(quantizer, values, decoded, fold, mask):
+            continue
+        if settle:
+            with torch.no_grad():
+                tensor.copy_(decoded)
+        if form is not None and torch.equal(tensor.detach(), decoded):
+            stored |= dict.fromkeys(names.get(place(tensor.detach()), [name]), form)
+        elif settle:
+            for alias in names.get(place(tensor.detach()), [name]):
+                stored.pop(alias, None)
+    return replace(checkpoint, stored=stored)
+
+
+def quantized_weights(
+    model: nn.Module,
+) -> Iterator[tuple[str, nn.Parameter, Quantizer, Tensor | None]]:
+    """Weights with a quantizer that are parameters themselves: name, parameter, quantizer, fold."""
+    held = quantizers_of(model)
+    if held is None:
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, point in held.state.weights.items():
+        quantizer, parameter = held.quantizer(weight_key(name)), parameters.get(name)
+        if quantizer is not None and parameter is not None:
+            yield name, parameter, quantizer, _fold(model, point)
+
+
+def _fold(model: nn.Module, point: WeightPoint) -> Tensor | None:
+    if point.norm is None or point.config.axis is not None:
+        return None
+    return norm_factors(model.get_submodule(point.norm))
+
+
+def _encoded(values: Tensor, quantizer: Quantizer, fold: Tensor | None) -> EncodedTensor | None:
+    """None where there is no form of fewer bits."""
+    config = quantizer.config
+    if config.bits > _MOST_BITS or not values.numel():
+        return None
+    grid = quantizer.grid()
+    if grid is None or config.method not in ("uniform", "lsq", "wrpn"):
+        indices, table = quantizer.levels(values, fold)
+        return encode_codebook(indices, table, axis=config.axis if table.dim() == 2 else None)
+    scale, zero, axis = grid.scale, grid.zero_point, grid.axis
+    if fold is None:
+        integers = grid.integers(values)
+    else:
+        factor = torch.where(fold == 0, torch.ones_like(fold), fold).float()
+        shape = [-1] + [1] * (values.dim() - 1)
+        integers = grid.integers(values * factor.view(shape))
+        # A negative factor turns the channel's integers over; scales are positive.
+        turned = (factor < 0).view(shape)
+        middle = 2 * zero if zero.dim() else int(2 * zero)
+        integers = torch.where(turned, middle - integers, integers)
+        scale, axis = scale / factor.abs(), 0
+        zero = zero.expand(len(factor))
+    bits = config.effective_bits
+    if config.symmetric:
+        low = -(2 ** (bits - 1))
+        if bool((integers < low).any()) or bool((integers > -low - 1).any()):
+            return None
+        return encode_integers(integers, scale, bits=bits, axis=axis)
+    return encode_integers(integers - grid.low, scale, zero - grid.low, bits=bits, axis=axis)
+
+
+def _zero_on_grid(quantizer: Quantizer) -> bool:
+    return quantizer.config.method in ("uniform", "lsq", "wrpn", "apot")
+
+
+def _same(
+    quantizer: Quantizer, before: Tensor, after: Tensor, fold: Tensor | None, mask: Tensor | None
+) -> bool:
+    """Whether the network computes with the same numbers after its weight was replaced."""
+    was_training = quantizer.training
+    quantizer.eval()
+    try:
+        with torch.no_grad():
+            old, new = quantizer(before, fold), quantizer(after, fold)
+    finally:
+        quantizer.train(was_training)
+    if mask is not None:
+        old, new = old * mask, new * mask
+    return torch.equal(old, new)
+
+
+def _names_by_place(model: nn.Module) -> dict[object, list[str]]:
+    names: dict[object, list[str]] = {}
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            names.setdefault(place(value), []).append(name)
+    return names

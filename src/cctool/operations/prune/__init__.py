@@ -1,0 +1,1 @@
+"""`cctool prune`: the steps of a pruning, what each one needs, and the cut itself."""

@@ -1,0 +1,70 @@
+"""Showing a network the training images that data-driven pruning methods look at."""
+
+from __future__ import annotations
+
+from cctool.base.errors import UsageError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.data.records import DataSource
+from cctool.data.serving.batches import Batches
+from cctool.operations.context import Context
+from cctool.operations.measuring import feed_of
+from cctool.options.prune.options import PruneOptions
+from cctool.pruning.scores.evidence import Evidence, gather
+from cctool.training.objectives import cross_entropy
+
+__all__ = ["evidence_for"]
+
+
+def evidence_for(
+    checkpoint: Checkpoint, source: DataSource | None, options: PruneOptions, context: Context
+) -> Evidence | None:
+    """Gather what the method looks at, on un-augmented training images in the order that the seed draws.
+
+    Validation and test splits are never looked at. Gradients are those of cross-entropy.
+
+    Args:
+        checkpoint: the network that is about to be pruned; it stays as it is.
+        source: opened for the checkpoint; None where there are no data.
+        options: the method, and the number of images.
+        context: device, seed and reporter.
+
+    Returns:
+        None for a method that needs no images.
+
+    Raises:
+        UsageError: the method needs images, and there are none or their preprocessing is unknown.
+        DataError: the training split is empty or, for gradients, has no labels.
+        PruningError: the loss is not finite.
+    """
+    if not options.needs_data:
+        return None
+    method = options.method
+    if source is None:
+        raise UsageError(
+            f"--method {method.value} looks at training images: name them with --data, as in --data digits "
+            "or --data folder:DIR"
+        )
+    if checkpoint.spec.preprocessing is None:
+        raise UsageError(
+            f"--method {method.value} would look at wrongly scaled images: the preprocessing of this "
+            "model is unknown; say it with --mean and --std"
+        )
+    # Shuffled, because the first images of a sorted set are all of one class.
+    served = feed_of(checkpoint, source, options.data, context).plain("train", shuffle=True)
+    shown = context.reporter.progress(
+        served, f"{method.value}: looking at images", _batches(served, options.samples)
+    )
+    found = gather(checkpoint.model.to(context.device), shown, options.samples, method, loss=cross_entropy)
+    if found.images < options.samples:
+        context.reporter.note(f"{method.value}: {found.images} training images were there to look at")
+    return found
+
+
+def _batches(served: Batches, samples: int) -> int:
+    """How many batches hold so many images."""
+    count, images = 0, 0
+    for part in served.parts:
+        count, images = count + 1, images + len(part)
+        if images >= samples:
+            break
+    return count

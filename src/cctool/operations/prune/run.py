@@ -1,0 +1,352 @@
+"""`cctool prune`: remove channels physically, or mask weights, step by step, and record what is left.
+
+source -> [sparse training]
+       -> (step i: evidence -> score -> select by rate, table, target or budget -> verify cut == masked
+           -> cut tensors, stored integers and scales, or set masks
+           -> [rewind | draw anew] -> recalibrate batch norm -> fine-tune -> measure)
+       -> one checkpoint a step
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from cctool.base.copies import copied
+from cctool.base.errors import CheckpointError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.spec import Metrics, Parent
+from cctool.data.records import DataSource
+from cctool.operations.context import Context, Outcome
+from cctool.operations.data import open_source, require_source
+from cctool.operations.keep.codebooks import keeping_codebooks
+from cctool.operations.keep.masked_weights import lossy_forms, stored_with_masks
+from cctool.operations.keep.upkeep import recalibrated_parts, trained_parts
+from cctool.operations.measuring import measured_splits, preprocessing_of
+from cctool.operations.pipeline import labelled
+from cctool.operations.prune.costs import Costs, Scales
+from cctool.operations.prune.from_scratch import reinitialised
+from cctool.operations.prune.goals import RECALIBRATION, BudgetReport, TargetReport
+from cctool.operations.prune.masks import EmptiedReport, MaskReport
+from cctool.operations.prune.rewind import open_earlier, rewound
+from cctool.operations.prune.sparse_training import sparsified
+from cctool.operations.prune.step import Changed, Changer
+from cctool.operations.prune.width_pictures import picture_path, write_picture
+from cctool.operations.train.batch_norm import recalibrated, refuse_unknown_preprocessing
+from cctool.operations.train.finetune import encoded_again, finetune
+from cctool.operations.train.resume import never_trained
+from cctool.operations.train.teacher import distillation
+from cctool.options.prune.options import Images, PruneOptions, StepMode
+from cctool.options.train.fit import FitOptions
+from cctool.pruning.cut.report import PruneReport
+from cctool.pruning.cut.surgery import CutPlan
+from cctool.training.objectives import Objective
+from cctool.transforms.codec.taps import bypassed
+
+__all__ = ["StepReport", "plan", "run"]
+
+_COLLAPSE = 0.5  # of the points above chance
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did.
+
+    Attributes:
+        step: its number, from 1.
+        steps: how many there are.
+        cut: families, frozen places, and how far the cut is from the masked network; None where weights were
+            masked, or empty channels cut.
+        masks: what was masked; None where nothing was.
+        emptied: what was cut because masks had left it empty.
+        target: where the search for a target ended.
+        budget: where the search for a budget ended.
+        before: what the network costs that the command was given.
+        after: what the network costs that came out.
+        recalibrated: images from which batch-norm statistics were estimated again.
+        finetuned: epochs of training.
+        metrics_before: of the source.
+        metrics_after: of the product.
+        picture: path of the picture of widths.
+    """
+
+    step: int
+    steps: int
+    cut: PruneReport | None
+    masks: MaskReport | None
+    emptied: EmptiedReport | None
+    target: TargetReport | None
+    budget: BudgetReport | None
+    before: Costs
+    after: Costs
+    recalibrated: int = 0
+    finetuned: int = 0
+    metrics_before: tuple[Metrics, ...] = ()
+    metrics_after: tuple[Metrics, ...] = ()
+    picture: str | None = None
+
+
+@dataclass
+class _Run:
+    """What the steps of one command share.
+
+    Attributes:
+        source: its data.
+        options: what is asked for.
+        context: device, reporter, output.
+        metrics: of the network that came in.
+        scales: weigh networks against it.
+        earlier: the checkpoint to rewind to.
+        objective: what fine-tuning minimises; None is cross-entropy.
+        others: files that were read, by role.
+        plans: cuts between the network that came in and the present one.
+    """
+
+    source: DataSource | None
+    options: PruneOptions
+    context: Context
+    metrics: tuple[Metrics, ...]
+    scales: Scales
+    earlier: Checkpoint | None = None
+    objective: Objective | None = None
+    others: dict[str, Parent] = field(default_factory=dict)
+    plans: list[CutPlan] = field(default_factory=list)
+
+
+def plan(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> tuple[StepReport, ...]:
+    """Plan every step without writing a checkpoint or training: what ``--dry-run`` prints."""
+    source = _data(checkpoint, options, context)
+    _opened(checkpoint, source, options, context)
+    searched = options.max_drop is not None
+    metrics = measured_splits(checkpoint, source, options.data, context) if searched else ()
+    changer = Changer(source, options, context, metrics)
+    scales, reports, start = Scales(checkpoint), [], checkpoint
+    if options.sparsify is not None:
+        context.reporter.note("the plan ranks the network as it is; --sparsify would train it first")
+    for step, label in enumerate(_labels(options), start=1):
+        changed = changer.changed(replace(start, model=copied(start.model), resume=None), step)
+        report = _report(changed, step, options, *scales.weigh(changed.checkpoint))
+        reports.append(_pictured(report, options, context, label))
+        start = changed.checkpoint if options.step_mode is StepMode.PROGRESSIVE else checkpoint
+    return tuple(reports)
+
+
+def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iterator[Outcome]:
+    """Prune, in one step or several, a product each.
+
+    Args:
+        checkpoint: with a single step its model becomes the product's; several start from copies of it.
+        options: what is asked for.
+        context: device, reporter, output.
+
+    Raises:
+        PruningError: if nothing can be cut, or a target or budget cannot be met.
+        UsageError: if something needs data and there is none, or the preprocessing is unknown.
+    """
+    labels = _labels(options)
+    _refuse_existing(labels, options, context)
+    work = _begun(checkpoint, options, context)
+    changer = Changer(work.source, options, context, work.metrics)
+    start = current = _sparsified(checkpoint, changer, work)
+    for step, label in enumerate(labels, start=1):
+        base = current if options.step_mode is StepMode.PROGRESSIVE else start
+        # A single step works on what it was given: a copy of a large network would not fit beside it.
+        model = copied(base.model) if options.steps > 1 else base.model
+        resume = base.resume if _only_cuts(options) else None
+        changed = changer.changed(replace(base, model=model, resume=resume), step)
+        current = _reset(changed, work)
+        with bypassed(current.model):
+            images = _recalibrate(current, changed, work)
+        current, of_taps = recalibrated_parts(current, work.source, options.data, context)
+        current = stored_with_masks(_finetuned(current, work))
+        if options.finetune_epochs and work.source is not None:
+            current, grown = trained_parts(current, work.source, options.data, context)
+            of_taps += grown
+        after = measured_splits(current, work.source, options.data, context)
+        _warn_of_collapse(current, after, images, work)
+        report = replace(
+            _report(changed, step, options, *work.scales.weigh(current)),
+            recalibrated=images,
+            finetuned=options.finetune_epochs,
+            metrics_before=work.metrics,
+            metrics_after=after,
+        )
+        yield Outcome(
+            checkpoint=current,
+            report=_pictured(report, options, context, label),
+            label=label,
+            metrics_before=work.metrics,
+            metrics_after=after,
+            notes=(
+                *([f"step {step} of {options.steps}"] if options.steps > 1 else []),
+                *changed.notes,
+                *of_taps,
+            ),
+            others=work.others,
+        )
+        # The pipeline moves what it writes to the CPU.
+        current.model.to(context.device)
+
+
+def _begun(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> _Run:
+    """Open everything that is read, before hours of training end in a refusal."""
+    source = _data(checkpoint, options, context)
+    work = _opened(checkpoint, source, options, context)
+    work.metrics = measured_splits(checkpoint, source, options.data, context)
+    return work
+
+
+def _opened(
+    checkpoint: Checkpoint, source: DataSource | None, options: PruneOptions, context: Context
+) -> _Run:
+    """Open the other networks that are named, and refuse what would be refused after training."""
+    if options.recalibrate:
+        refuse_unknown_preprocessing(checkpoint, "--recalibrate")
+    work = _Run(source, options, context, (), Scales(checkpoint))
+    if options.rewind is not None:
+        work.earlier = open_earlier(checkpoint, options.rewind, context)
+        if work.earlier.origin is not None:
+            work.others["rewind"] = work.earlier.origin
+    if options.teacher is not None and source is not None:
+        work.objective, others = distillation(checkpoint, source, options.teacher, context)
+        work.others |= others
+    return work
+
+
+def _only_cuts(options: PruneOptions) -> bool:
+    """Whether the weights that stay are those that came in, so that their training can go on."""
+    changes = options.finetune_epochs or options.rewind or options.from_scratch or options.sparsify
+    return options.steps == 1 and not changes
+
+
+def _labels(options: PruneOptions) -> tuple[str, ...]:
+    return tuple(f"step{step}" for step in range(1, options.steps + 1)) if options.steps > 1 else ("",)
+
+
+def _refuse_existing(labels: tuple[str, ...], options: PruneOptions, context: Context) -> None:
+    """Refuse before hours of fine-tuning what could not be written after them."""
+    products = [labelled(context.output, label) for label in labels]
+    pictures = [picture_path(options, context, label) for label in labels]
+    for path in (*products, *(picture for picture in pictures if picture is not None)):
+        if path.exists() and not context.force:
+            raise CheckpointError(f"{path} exists already; --force replaces it, another name is safe")
+
+
+def _data(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> DataSource | None:
+    needs = (
+        ("--finetune-epochs", options.finetune_epochs > 0),
+        ("--sparsify", options.sparsify is not None),
+        ("--max-drop", options.max_drop is not None),
+        (f"--method {options.method}", options.needs_data),
+        ("--recalibrate", options.recalibrate > 0),
+    )
+    for why, needed in needs:
+        if needed:
+            return require_source(options.data, checkpoint, context, why)
+    return open_source(options.data, checkpoint, context)
+
+
+def _sparsified(checkpoint: Checkpoint, changer: Changer, work: _Run) -> Checkpoint:
+    """Train towards the widths of the last step, where that was asked for."""
+    options = work.options
+    if options.sparsify is None or work.source is None:
+        return checkpoint
+    found = changer.last_step(checkpoint)
+    return sparsified(checkpoint, work.source, options, work.context, found)
+
+
+def _reset(changed: Changed, work: _Run) -> Checkpoint:
+    """Give what is left its earlier weights, or fresh ones, where that was asked for."""
+    if work.options.step_mode is StepMode.INDEPENDENT:
+        work.plans.clear()
+    if changed.plan is not None:
+        work.plans.append(changed.plan)
+    if work.earlier is not None:
+        return rewound(changed.checkpoint, work.earlier, work.plans)
+    if work.options.from_scratch:
+        return reinitialised(changed.checkpoint, work.context)
+    return changed.checkpoint
+
+
+def _recalibrate(checkpoint: Checkpoint, changed: Changed, work: _Run) -> int:
+    options = work.options
+    wanted = options.recalibrate or (RECALIBRATION if options.max_drop is not None else 0)
+    if not wanted or work.source is None:
+        return 0
+    augmented = options.recalibrate_images is Images.AUGMENTED
+    if changed.budget is not None:
+        augmented = changed.budget.augmented
+    used = recalibrated(checkpoint, work.source, wanted, options.data, work.context, augmented=augmented)
+    if used < options.recalibrate:
+        work.context.reporter.note(f"--recalibrate {options.recalibrate}: {used} images were there to use")
+    return used
+
+
+def _finetuned(checkpoint: Checkpoint, work: _Run) -> Checkpoint:
+    options, context, source = work.options, work.context, work.source
+    if not options.finetune_epochs or source is None:
+        return checkpoint
+    rounded = replace(checkpoint, stored=lossy_forms(checkpoint))
+    untrained = work.earlier is not None and never_trained(work.earlier.history)
+    trained = finetune(
+        checkpoint,
+        source,
+        FitOptions(epochs=options.finetune_epochs, optimizer=options.optimizer, lr=options.lr),
+        options.data,
+        context,
+        objective=work.objective,
+        constraints=keeping_codebooks(rounded) if options.keep_storage else (),
+        fresh=options.from_scratch or untrained,
+    )
+    if options.keep_storage:
+        trained = encoded_again(trained, checkpoint, context)
+    if trained.spec.preprocessing is None:
+        # Trained so, it needs inputs so.
+        preprocessing = preprocessing_of(trained, source, context)
+        trained = replace(trained, spec=trained.spec.model_copy(update={"preprocessing": preprocessing}))
+    return trained
+
+
+def _warn_of_collapse(checkpoint: Checkpoint, after: tuple[Metrics, ...], images: int, work: _Run) -> None:
+    """Say loudly where more than half of what the network knew beyond guessing is gone."""
+    classes = len(checkpoint.spec.classes or ())
+    chance = 100 / classes if classes else 0.0
+    epochs = work.options.finetune_epochs
+    for old, new in zip(work.metrics, after, strict=True):
+        before, now = old.values.get("top1"), new.values.get("top1")
+        if before is None or now is None:
+            continue
+        # Guesses scatter: two standard deviations of their share are no collapse.
+        scatter = 2 * math.sqrt(chance * (100 - chance) / new.n)
+        if before - now < max(_COLLAPSE * (before - chance), scatter, 1e-9):
+            continue
+        ways = ["more --finetune-epochs" if epochs else "--finetune-epochs"]
+        ways += [] if images or epochs else ["--recalibrate 1024"]
+        work.context.reporter.warn(
+            f"{new.split} top-1 fell from {before:.2f} to {now:.2f} % (n={new.n:,}): {', '.join(ways)}, "
+            "a smaller --rate or --max-drop would help"
+        )
+        return
+
+
+def _report(changed: Changed, step: int, options: PruneOptions, before: Costs, after: Costs) -> StepReport:
+    return StepReport(
+        step=step,
+        steps=options.steps,
+        cut=changed.cut,
+        masks=changed.masks,
+        emptied=changed.emptied,
+        target=changed.target,
+        budget=changed.budget,
+        before=before,
+        after=after,
+    )
+
+
+def _pictured(report: StepReport, options: PruneOptions, context: Context, label: str) -> StepReport:
+    path = picture_path(options, context, label)
+    if path is None or report.cut is None:
+        return report
+    write_picture(report.cut, path, context)
+    return replace(report, picture=str(path))

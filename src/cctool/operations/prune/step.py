@@ -1,0 +1,175 @@
+"""What one step of a pruning does to a network: cut or mask channels, mask weights, cut what is empty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.spec import Metrics
+from cctool.data.records import DataSource
+from cctool.operations.context import Context
+from cctool.operations.examples import example
+from cctool.operations.prune.cut import carried_out, plain_checkpoint
+from cctool.operations.prune.goals import BudgetReport, TargetReport, within_budget, within_target
+from cctool.operations.prune.images import evidence_for
+from cctool.operations.prune.masks import EmptiedReport, MaskReport, emptied_cut, mask_channels, mask_weights
+from cctool.operations.prune.resume_state import cut_resume
+from cctool.operations.prune.spared import frozen_families, refuse_all_complex
+from cctool.options.prune.options import Granularity, PruneOptions, StepMode
+from cctool.pruning.cut.planner import Planner
+from cctool.pruning.cut.report import PruneReport, ThinResult
+from cctool.pruning.cut.surgery import CutPlan
+from cctool.pruning.scores.weights import weight_saliency
+from cctool.pruning.select.rates import read_rates
+
+__all__ = ["Changed", "Changer"]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A network that was cut or masked, and what is known of that.
+
+    Attributes:
+        checkpoint: what came out.
+        plan: what was cut; None where widths stayed, or nothing may be rewound.
+        cut: the report of a cut, or of the channels that were masked.
+        masks: the report of masks.
+        emptied: the report of a cut of empty channels.
+        target: where the search for a target ended.
+        budget: where the search for a budget ended.
+        notes: for the history.
+    """
+
+    checkpoint: Checkpoint
+    plan: CutPlan | None = None
+    cut: PruneReport | None = None
+    masks: MaskReport | None = None
+    emptied: EmptiedReport | None = None
+    target: TargetReport | None = None
+    budget: BudgetReport | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Changer:
+    """Does the steps of one command.
+
+    Args:
+        source: its data; None without.
+        options: what is asked for.
+        context: device, reporter, tables.
+        metrics: of the network that came in, for a budget.
+    """
+
+    def __init__(
+        self,
+        source: DataSource | None,
+        options: PruneOptions,
+        context: Context,
+        metrics: tuple[Metrics, ...],
+    ) -> None:
+        self._source = source
+        self._options = options
+        self._context = context
+        self._metrics = metrics
+        self._target: TargetReport | None = None
+
+    def changed(self, checkpoint: Checkpoint, step: int) -> Changed:
+        """Cut or mask a checkpoint's network in place.
+
+        Args:
+            checkpoint: that this step starts from.
+            step: its number, from 1.
+
+        Raises:
+            PruningError: nothing can be cut, or a target or budget cannot be met.
+            UsageError: a pattern or a table of rates names nothing of this network.
+        """
+        options = self._options
+        if options.apply_masks:
+            cut, emptied = emptied_cut(checkpoint, self._context, exclude=options.exclude, only=options.only)
+            return Changed(cut, emptied=emptied, notes=emptied.notes)
+        if options.granularity is not Granularity.CHANNEL:
+            return self._weights_masked(checkpoint, step)
+        found, target, budget = self._planned(checkpoint, options, step)
+        if options.mask:
+            masked, report = mask_channels(checkpoint, found, options)
+            done = Changed(masked, cut=found.report, masks=report, notes=found.report.notes)
+        else:
+            done = self._cut(checkpoint, found)
+        reached = (*_goal_notes(target, budget), *self._table_notes())
+        return replace(done, target=target, budget=budget, notes=(*reached, *done.notes))
+
+    def last_step(self, checkpoint: Checkpoint) -> ThinResult:
+        """Plan what all steps together will remove, from the network as it is; it stays so."""
+        at_once = replace(self._options, step_mode=StepMode.INDEPENDENT)
+        return self._planned(checkpoint, at_once, self._options.steps)[0]
+
+    def _planned(
+        self, checkpoint: Checkpoint, options: PruneOptions, step: int
+    ) -> tuple[ThinResult, TargetReport | None, BudgetReport | None]:
+        context, plain = self._context, plain_checkpoint(checkpoint)
+        planner = Planner(
+            plain.model,
+            example(plain),
+            options,
+            seed=context.runtime.seed,
+            evidence=evidence_for(plain, self._source, options, context),
+        )
+        planner.spared |= frozen_families(planner, checkpoint)
+        refuse_all_complex(planner)
+        if options.target is not None:
+            found, target = within_target(
+                planner, options.target, self._target, checkpoint, options, context, step
+            )
+            # Later steps of a progressive pruning start from less; the target is a share of what came in.
+            self._target = target
+            return found, target, None
+        if options.max_drop is not None and self._source is not None:
+            found, budget = within_budget(planner, checkpoint, self._source, self._metrics, options, context)
+            return found, None, budget
+        return planner.verified(planner.by_options(step)), None, None
+
+    def _cut(self, checkpoint: Checkpoint, found: ThinResult) -> Changed:
+        """Carry a plan out, write it into the spec, and cut what is stored beside the model's tensors."""
+        resume, left_out = cut_resume(checkpoint, found.plan)
+        cut = carried_out(checkpoint, found.plan, self._context)
+        remarks = (*([left_out] if left_out else []), *cut.notes)
+        for remark in remarks:
+            self._context.reporter.warn(remark)
+        notes = (*found.report.notes, *_frozen_notes(found.report), *remarks)
+        return Changed(replace(cut.checkpoint, resume=resume), found.plan, found.report, notes=notes)
+
+    def _weights_masked(self, checkpoint: Checkpoint, step: int) -> Changed:
+        options, context = self._options, self._context
+        evidence = evidence_for(checkpoint, self._source, options, context)
+        generator = torch.Generator().manual_seed(context.runtime.seed)
+        saliency = partial(weight_saliency, options.method, evidence=evidence, generator=generator)
+        rates = None if options.rates is None else read_rates(options.rates)
+        masked, report = mask_weights(checkpoint, options, saliency, step=step, rates=rates)
+        return Changed(masked, masks=report, notes=(*self._table_notes(), *report.notes))
+
+    def _table_notes(self) -> tuple[str, ...]:
+        """The table of rates in words, for its file may change."""
+        if self._options.rates is None:
+            return ()
+        rows = (f"{name} {rate:g}" for name, rate in read_rates(self._options.rates).items())
+        return (f"rates: {', '.join(rows)}",)
+
+
+def _goal_notes(target: TargetReport | None, budget: BudgetReport | None) -> tuple[str, ...]:
+    """Where a search ended, for the history, which else holds only what was asked for."""
+    notes = []
+    if target is not None:
+        notes.append(f"target {target.quantity} {target.limit:,.0f}: reached {target.reached:,.0f}")
+    if budget is not None:
+        notes.append(f"largest rate within {budget.budget:g} points of {budget.metric}: {budget.rate:g}")
+    return tuple(notes)
+
+
+def _frozen_notes(report: PruneReport) -> tuple[str, ...]:
+    inner = [frozen for frozen in report.frozen if frozen.op not in ("input", "output")]
+    reasons = sorted({f"{frozen.op}: {frozen.reason}" for frozen in inner})
+    return tuple(f"kept their width because of {reason}" for reason in reasons)

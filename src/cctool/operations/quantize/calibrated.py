@@ -1,0 +1,272 @@
+"""`cctool quantize --method intN`: weights and activations as integers, calibrated and not trained.
+
+    floats -> [equalized] -> quantizers attached -> ranges of weights -> ranges of activations
+           -> [rounding learnt] -> [biases corrected] -> weights on their grid -> measured
+
+Where activations stay in floating point, the quantizers are taken off at the end, and what is left is weights
+that are stored in few bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cctool.base.copies import copied
+from cctool.base.errors import UsageError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.file.payload import place
+from cctool.data.records import DataSource
+from cctool.operations.context import Context, Outcome
+from cctool.operations.data import open_source
+from cctool.operations.keep.calibrate import calibration_images
+from cctool.operations.keep.quantized_weights import as_stored, quantized_weights, settled
+from cctool.operations.keep.ranges import in_step
+from cctool.operations.keep.upkeep import recalibrated_parts
+from cctool.operations.measuring import measured_splits
+from cctool.operations.quantize.plan import Plan, plan
+from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing
+from cctool.operations.quantize.report import (
+    ActivationReport,
+    QuantizeReport,
+    SensitivityReport,
+    TensorReport,
+    counted,
+    errors_between,
+)
+from cctool.operations.quantize.sensitivity import searched_bits
+from cctool.operations.quantize.stored import encoded_directly
+from cctool.operations.size import stored_bytes
+from cctool.options.quantize.choices import Rounding
+from cctool.options.quantize.options import QuantizeOptions
+from cctool.quantization.network.attach import (
+    detach,
+    quantizers_of,
+    weight_key,
+    with_quantizers,
+)
+from cctool.quantization.network.tensors import Skipped
+from cctool.quantization.refine.adaround import adaround
+from cctool.quantization.refine.bias_correction import correct_biases
+from cctool.quantization.refine.equalize import equalize
+
+__all__ = ["run", "tensor_reports"]
+
+
+def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> Iterator[Outcome]:
+    """Quantize a copy of the network.
+
+    Raises:
+        QuantizationError: if nothing is left to quantize.
+        UsageError: if images are needed and there are none, or a pattern matches nothing.
+    """
+    source = open_source(options.data, checkpoint, context)
+    _refuse_blind(options, source)
+    before = measured_splits(checkpoint, source, options.data, context)
+    product, notes = in_floats(checkpoint, context, ordinary=options.activations)
+    product.model.to(context.device)
+    if options.calibration.equalize:
+        notes += _equalized(product, options)
+    sensitivity: tuple[SensitivityReport, ...] = ()
+    bits: Mapping[str, int] = {}
+    if options.searches:
+        bits, sensitivity, found = searched_bits(product, options, source, context)
+        notes += found
+    planned = plan(product, options, bits)
+    floats = {layer.weight: _value(product, layer.weight) for layer in planned.layers}
+    product = attached(product, planned)
+    activations, images, more = _calibrated(product, planned, options, source, context)
+    notes += more
+    notes += _corrected(product, planned, options, source, context)
+    product = settled(replace(product, resume=None), context.tables)
+    tensors = tensor_reports(checkpoint, product, floats)
+    skipped: tuple[Skipped, ...] = ()
+    if options.activations:
+        held = quantizers_of(product.model)
+        assert held is not None
+        held.state.method, held.state.observing = str(options.method), observing(options)
+        held.state.images = images
+        product = in_step(product, context)
+    else:
+        product, others, skipped = _weights_alone(product, checkpoint, planned, options, context)
+        tensors += others
+    product, of_taps = recalibrated_parts(product, source, options.data, context)
+    after = measured_splits(product, source, options.data, context)
+    notes += _of_ranges(product, options)
+    report = QuantizeReport(
+        method=str(options.method),
+        tensors=tensors,
+        skipped=skipped,
+        bytes_before=stored_bytes(checkpoint),
+        bytes_after=stored_bytes(as_stored(product, context.tables)),
+        metrics_before=before,
+        metrics_after=after,
+        notes=(*notes, *_of_layers(planned), *counted(list(skipped)), *of_taps),
+        activations=activations,
+        left=planned.left,
+        calibrated_on=images,
+        sensitivity=sensitivity,
+    )
+    yield Outcome(product, report, metrics_before=before, metrics_after=after, notes=report.notes)
+
+
+def _refuse_blind(options: QuantizeOptions, source: DataSource | None) -> None:
+    wanted = {
+        "--rounding adaround": options.rounding is Rounding.ADAROUND,
+        "--bias-correction": options.calibration.bias_correction,
+        "--target": options.target is not None,
+        "--max-drop": options.max_drop is not None,
+        f"--method {options.method} (activations; --weight-only leaves them)": options.activations,
+    }
+    needs = [name for name, given in wanted.items() if given]
+    if needs and (source is None or "train" not in source.loaders):
+        raise UsageError(f"{needs[0]} looks at training images: name a data set with --data")
+
+
+def _of_ranges(product: Checkpoint, options: QuantizeOptions) -> list[str]:
+    if options.calibration.reduce_range is not None:
+        return []
+    if not any(quantizer.config.reduce_range for _, _, quantizer, _ in quantized_weights(product.model)):
+        return []
+    return [
+        "weights of 8 bits use 7, because integer kernels of CPUs without VNNI saturate otherwise "
+        "(--full-range uses all)"
+    ]
+
+
+def _equalized(product: Checkpoint, options: QuantizeOptions) -> list[str]:
+
+    found = equalize(product.model, plan(product, options).flow)
+    notes = [f"the channels of {len(found.pairs)} pairs of layers were equalized"]
+    return notes + [f"not equalized: {item.name}: {item.reason}" for item in found.skipped]
+
+
+def _value(checkpoint: Checkpoint, name: str) -> Tensor:
+    parameters = dict(checkpoint.model.named_parameters(remove_duplicate=False))
+    return parameters[name].detach().cpu().clone() if name in parameters else torch.empty(0)
+
+
+def _calibrated(
+    product: Checkpoint,
+    planned: Plan,
+    options: QuantizeOptions,
+    source: DataSource | None,
+    context: Context,
+) -> tuple[tuple[ActivationReport, ...], int, list[str]]:
+    if not planned.activations:
+        return (), 0, []
+    assert source is not None
+    images, used = calibration_images(product, source, options.calibration.images, options.data, context)
+    found = calibrated(product.model, planned, images, observing(options))
+    broken = [item for item in found if item.nonfinite]
+    notes = [
+        f"{item.name}: {item.nonfinite:,} infinities or NaN were left out when its range was found"
+        for item in broken
+    ]
+    for note in notes:
+        context.reporter.warn(note)
+    return found, used, notes
+
+
+def _corrected(
+    product: Checkpoint,
+    planned: Plan,
+    options: QuantizeOptions,
+    source: DataSource | None,
+    context: Context,
+) -> list[str]:
+    """Biases and rounding fitted to images."""
+    asked, notes = options.calibration, []
+    if not (asked.bias_correction or options.rounding is Rounding.ADAROUND):
+        return []
+    assert source is not None
+    served, used = calibration_images(product, source, asked.images, options.data, context)
+    # Every layer passes over them: they are not read and decoded again each time.
+    images = list(served)
+    # Outputs are compared with those of the network whose weights and biases nobody has changed yet.
+    reference = copied(product.model)
+    if options.rounding is Rounding.ADAROUND:
+        learned = adaround(
+            product.model,
+            planned.flow,
+            images,
+            steps=options.rounding_steps,
+            seed=context.runtime.seed,
+            reporter=context.reporter,
+            reference=reference,
+        )
+        better = sum(item.kept for item in learned.layers)
+        notes.append(
+            f"rounding was learnt on {used:,} images: {better} of {len(learned.layers)} layers come closer "
+            "to their outputs than with the nearest levels, which the others keep"
+        )
+        notes += [f"rounding not learnt: {item.name}: {item.reason}" for item in learned.skipped]
+    if asked.bias_correction:
+        found = correct_biases(product.model, planned.flow, images, context.reporter, reference=reference)
+        notes.append(f"the biases of {len(found.layers)} layers were corrected on {used:,} images")
+        notes += [f"no bias corrected: {item.name}: {item.reason}" for item in found.skipped]
+    return notes
+
+
+def tensor_reports(
+    before: Checkpoint, product: Checkpoint, floats: Mapping[str, Tensor]
+) -> tuple[TensorReport, ...]:
+    """What became of the weights that have a quantizer.
+
+    Args:
+        before: the checkpoint that came in.
+        product: with settled weights.
+        floats: the weights before, by name.
+    """
+    found = []
+    aliases = _aliases(product)
+    for name, parameter, quantizer, _ in quantized_weights(product.model):
+        form, earlier = product.stored.get(name), before.stored.get(name)
+        dense = parameter.numel() * parameter.element_size()
+        error, sqnr = errors_between(floats[name], quantizer.eval()(parameter.detach()).cpu())
+        found.append(
+            TensorReport(
+                name=name,
+                tied=tuple(alias for alias in aliases.get(place(parameter.detach()), ()) if alias != name),
+                shape=tuple(parameter.shape),
+                encoding=f"{quantizer.config.method} {'' if form is None else form.encoding}".strip(),
+                bits=quantizer.config.effective_bits,
+                bytes_before=dense if earlier is None else earlier.nbytes,
+                bytes_after=dense if form is None else form.nbytes,
+                max_error=error,
+                sqnr_db=sqnr,
+            )
+        )
+    return tuple(found)
+
+
+def _aliases(checkpoint: Checkpoint) -> dict[object, list[str]]:
+    names: dict[object, list[str]] = {}
+    for name, value in checkpoint.model.state_dict().items():
+        if isinstance(value, Tensor) and value.numel():
+            names.setdefault(place(value), []).append(name)
+    return names
+
+
+def _weights_alone(
+    product: Checkpoint, before: Checkpoint, planned: Plan, options: QuantizeOptions, context: Context
+) -> tuple[Checkpoint, tuple[TensorReport, ...], tuple[Skipped, ...]]:
+    """Take the quantizers off; store what no layer takes in integers of the same bits."""
+    held = quantizers_of(product.model)
+    assert held is not None
+    taken = {name for name in held.state.weights if held.quantizer(weight_key(name)) is not None}
+    parameters = {name for name, _ in product.model.named_parameters(remove_duplicate=False)}
+    detach(product.model)
+    product = replace(product, spec=with_quantizers(product.spec, product.model))
+    left = {f"{item.name}" for item in planned.left}
+    return encoded_directly(product, before, options, context, done=taken & parameters, left=left)
+
+
+def _of_layers(planned: Plan) -> list[str]:
+    counts: dict[str, int] = {}
+    for item in planned.left:
+        counts[item.reason] = counts.get(item.reason, 0) + 1
+    return [f"left in floating point: {n} ({reason})" for reason, n in counts.items()]

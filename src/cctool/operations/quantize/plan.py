@@ -1,0 +1,252 @@
+"""From options to quantizers: which layers and activations get one, with how many bits, and of which kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from cctool.base.errors import QuantizationError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.operations.examples import example
+from cctool.options.patterns import refuse_unmatched
+from cctool.options.quantize.choices import CLIPPING, Edges, QuantizeMethod
+from cctool.options.quantize.options import QuantizeOptions
+from cctool.options.quantize.parts import LayerBits
+from cctool.quantization.network.attach import CallPoint, WeightPoint, attach
+from cctool.quantization.network.calls import Flow, Place, flow_of
+from cctool.quantization.network.placement import Activation, Layer, Left, Points, Way, plan_points
+from cctool.quantization.quantizers.config import QuantizerConfig
+from cctool.transforms.codec.taps import bypassed
+
+__all__ = ["Plan", "attach_plan", "fixed_bits", "plan"]
+
+_EDGE_BITS = 8
+_MOMENTUM = 0.99
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is quantized how.
+
+    Attributes:
+        flow: of the network.
+        points: where.
+        weights: quantizers by the weight's name.
+        activations: quantizers by where they act.
+        left: what stays in floating point, and why.
+    """
+
+    flow: Flow
+    points: Points
+    weights: Mapping[str, WeightPoint]
+    activations: Mapping[Activation, QuantizerConfig]
+    left: tuple[Left, ...]
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Layers whose weight is quantized, each weight once."""
+        first: dict[str, Layer] = {}
+        for layer in self.points.layers:
+            if layer.weight in self.weights:
+                first.setdefault(layer.weight, layer)
+        return tuple(first.values())
+
+
+def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, int] | None = None) -> Plan:
+    """Decide what is quantized how.
+
+    Args:
+        checkpoint: of a network without quantizers.
+        options: of the run.
+        bits: of single weights by name, which hold before everything else.
+
+    Raises:
+        UsageError: if a pattern matches no layer.
+        QuantizationError: if nothing is left to quantize.
+    """
+    model = checkpoint.model
+    with bypassed(model):
+        flow = flow_of(model, example(checkpoint))
+    points = plan_points(flow, _way(options))
+    names = {layer.weight: _names(layer) for layer in points.layers}
+    known = sorted({name for several in names.values() for name in several})
+    patterns = [*options.include, *options.exclude, *(given.pattern for given in options.layers)]
+    if not known:
+        raise QuantizationError("the network has no convolution and no linear layer to quantize")
+    refuse_unmatched(patterns, known, "layer")
+    weights, left = _weights(points, options, bits or {})
+    floats = {layer.place for layer in points.layers if layer.weight not in weights}
+    activations = {
+        activation: config
+        for activation in points.activations
+        if not (activation.takers and floats.issuperset(activation.takers))
+        and (config := _activation(activation, points, options)) is not None
+    }
+    if not weights:
+        reasons = "; ".join(dict.fromkeys(item.reason for item in left))
+        raise QuantizationError(f"nothing is left to quantize: {reasons}")
+    return Plan(flow, points, weights, activations, (*left, *points.left, *_other_weights(model, names)))
+
+
+def _way(options: QuantizeOptions) -> Way:
+    if not options.activations:
+        return "none"
+    if options.method in CLIPPING:
+        return "clips"
+    return "inputs" if options.method is QuantizeMethod.LSQ else "all"
+
+
+def _names(layer: Layer) -> tuple[str, ...]:
+    """What a pattern may call a layer: its module, or its weight."""
+    owner = layer.weight.rpartition(".")[0]
+    return tuple(dict.fromkeys((layer.place.module, owner, layer.weight)))
+
+
+def _matches(pattern: str, layer: Layer) -> bool:
+    return any(fnmatchcase(name, pattern) for name in _names(layer))
+
+
+def _override(layer: Layer, options: QuantizeOptions) -> LayerBits | None:
+    return next((given for given in options.layers if _matches(given.pattern, layer)), None)
+
+
+def _weights(
+    points: Points, options: QuantizeOptions, bits: Mapping[str, int]
+) -> tuple[dict[str, WeightPoint], list[Left]]:
+    found: dict[str, WeightPoint] = {}
+    left: list[Left] = []
+    for layer in points.layers:
+        reason = _unwanted(layer, options)
+        if reason:
+            left.append(Left(layer.place.title, reason))
+        elif layer.weight not in found:
+            config = _weight_config(layer, options, bits.get(layer.weight))
+            channels = None if config.axis is None else layer.shape[config.axis]
+            folded = config.method == "uniform" and config.axis is None and layer.axis == 0
+            norm = layer.norm if folded else None
+            found[layer.weight] = WeightPoint(config=config, channels=channels, norm=norm)
+    return found, left
+
+
+def _unwanted(layer: Layer, options: QuantizeOptions) -> str:
+    """Why a layer stays in floating point; "" where it does not."""
+    given = _override(layer, options)
+    if any(_matches(pattern, layer) for pattern in options.exclude):
+        return "--exclude"
+    if options.include and not any(_matches(pattern, layer) for pattern in options.include):
+        return "no --include matches it"
+    if given is not None:
+        return f"--layer {given.pattern}=float" if given.weights is None else ""
+    if options.activations and _edge(layer) and options.effective_edges is Edges.FLOAT:
+        return "the first or the last layer (--edges float)"
+    return "its weight has no elements" if 0 in layer.shape else ""
+
+
+def _edge(layer: Layer) -> bool:
+    return layer.first or layer.last
+
+
+def fixed_bits(layer: Layer, options: QuantizeOptions) -> int | None:
+    """Bits that options give one layer, by its name or as an edge of the network; None where they do not."""
+    given = _override(layer, options)
+    if given is not None and given.weights is not None:
+        return given.weights
+    edge = options.activations and _edge(layer) and options.effective_edges is Edges.EIGHT
+    return _EDGE_BITS if edge else None
+
+
+def _weight_config(layer: Layer, options: QuantizeOptions, searched: int | None) -> QuantizerConfig:
+    given = _override(layer, options)
+    method, bits, per_channel = options.method, options.bits, options.channelwise
+    uniform = not (method in CLIPPING or method is QuantizeMethod.LSQ)
+    if searched is not None:
+        bits = searched
+    elif given is not None and given.weights is not None:
+        bits = given.weights
+    elif options.activations and _edge(layer) and options.effective_edges is Edges.EIGHT:
+        # What a method of few bits does to the first and last layer is not for their 8.
+        uniform, per_channel = uniform or bits != _EDGE_BITS, per_channel or not uniform
+        bits = _EDGE_BITS
+    axis = layer.axis if per_channel else None
+    reduced = options.reduced_range and bits == _EDGE_BITS
+    if not uniform:
+        if method is QuantizeMethod.LSQ:
+            return QuantizerConfig(method="lsq", bits=bits, axis=axis, reduce_range=reduced)
+        return QuantizerConfig(method="wrpn" if method is QuantizeMethod.WRPN else "dorefa", bits=bits)
+    return QuantizerConfig(
+        method="uniform",
+        bits=bits,
+        symmetric=not options.asymmetric,
+        narrow=not options.asymmetric,
+        axis=axis,
+        # With fewer bits the range of least error is not that of the weight.
+        momentum=0.0 if bits >= _EDGE_BITS or method is QuantizeMethod.QAT else None,
+        reduce_range=reduced,
+    )
+
+
+def _activation(activation: Activation, points: Points, options: QuantizeOptions) -> QuantizerConfig | None:
+    method, bits = options.method, options.bits_of_activations
+    given = [
+        override.activations
+        for layer in points.layers
+        if layer.place in activation.takers
+        and (override := _override(layer, options)) is not None
+        and override.activations is not None
+    ]
+    if given:
+        bits = max(given)
+    elif activation.edge and options.effective_edges is Edges.FLOAT:
+        return None
+    elif activation.edge and options.effective_edges is Edges.EIGHT:
+        bits = _EDGE_BITS
+        if method in CLIPPING or method is QuantizeMethod.LSQ:
+            return _uniform(bits, options)
+    if method in CLIPPING:
+        if not activation.clip:
+            return _uniform(bits, options)
+        return QuantizerConfig(method=_CLIPS[method], bits=bits, signed=False)
+    if method is QuantizeMethod.LSQ:
+        return QuantizerConfig(method="lsq", bits=bits, signed=False)
+    return _uniform(bits, options)
+
+
+_CLIPS: dict[QuantizeMethod, Any] = {
+    QuantizeMethod.PACT: "pact",
+    QuantizeMethod.DOREFA: "dorefa",
+    QuantizeMethod.WRPN: "wrpn",
+}
+
+
+def _uniform(bits: int, options: QuantizeOptions) -> QuantizerConfig:
+    return QuantizerConfig(
+        method="uniform",
+        bits=bits,
+        signed=False,
+        symmetric=options.calibration.symmetric,
+        momentum=_MOMENTUM,
+    )
+
+
+def _other_weights(model: nn.Module, layers: Mapping[str, Any]) -> list[Left]:
+    """Parameters of two or more dimensions that no convolution and no linear layer takes."""
+    return [
+        Left(name, "no convolution and no linear layer takes it")
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and name not in layers
+    ]
+
+
+def attach_plan(model: nn.Module, planned: Plan) -> None:
+    """Attach the quantizers of a plan to a network, in place; ranges are not set."""
+    calls: dict[Place, dict[str, Any]] = {}
+    for layer in planned.points.layers:
+        if layer.weight in planned.weights:
+            calls.setdefault(layer.place, {})["weight"] = layer.weight
+    for activation, config in planned.activations.items():
+        calls.setdefault(activation.place, {})[activation.slot] = config
+    attach(model, planned.weights, {place: CallPoint(**given) for place, given in calls.items()})

@@ -1,0 +1,143 @@
+"""What `cctool quantize` found out."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cctool.checkpoint.spec import Metrics
+from cctool.quantization.network.placement import Left
+from cctool.quantization.network.tensors import Skipped
+
+__all__ = [
+    "ActivationReport",
+    "QuantizeReport",
+    "SensitivityReport",
+    "TensorReport",
+    "counted",
+    "errors_between",
+]
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What became of one tensor.
+
+    Attributes:
+        name: its first name.
+        tied: its further names.
+        shape: of the tensor.
+        encoding: how it is stored now.
+        bits: of a value; None where it is stored dense.
+        bytes_before: as it was stored.
+        bytes_after: as it is stored now, ranges included.
+        max_error: largest absolute difference to the value before.
+        sqnr_db: signal to quantization noise, 10 log10(sum w^2 / sum (w - w')^2); None where nothing changed.
+    """
+
+    name: str
+    tied: tuple[str, ...]
+    shape: tuple[int, ...]
+    encoding: str
+    bits: int | None
+    bytes_before: int
+    bytes_after: int
+    max_error: float
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class ActivationReport:
+    """How one activation is quantized.
+
+    Attributes:
+        name: of the module whose call it is.
+        what: the function, and whether it is what that takes in or puts out.
+        method: of its quantizer.
+        bits: of an integer.
+        low: smallest value that is told apart.
+        high: largest value.
+        clipped: percent of the values of calibration that lie outside; None where none were looked at.
+        nonfinite: infinities and NaN that calibration left out.
+    """
+
+    name: str
+    what: str
+    method: str
+    bits: int
+    low: float
+    high: float
+    clipped: float | None
+    nonfinite: int = 0
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """What quantizing one layer alone costs.
+
+    Attributes:
+        layer: its name.
+        bits: tried.
+        damage: how far the outputs move, see `quantize_search`.
+        bytes: of its weight.
+        chosen: whether these bits were chosen.
+    """
+
+    layer: str
+    bits: int
+    damage: float
+    bytes: int
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What one quantization did.
+
+    Attributes:
+        method: name of the method.
+        tensors: weights that were quantized.
+        skipped: tensors that were not, and why.
+        activations: that are quantized.
+        left: layers and activations that stay in floating point, and why.
+        calibrated_on: training images that ranges were found on.
+        bytes_before: of all tensors of the network as they were stored.
+        bytes_after: of all tensors as they are stored now.
+        metrics_before: of the network that came in.
+        metrics_after: of the network that goes out.
+        sensitivity: what the choice of bits was made from.
+        notes: what else is worth knowing.
+    """
+
+    method: str
+    tensors: tuple[TensorReport, ...]
+    skipped: tuple[Skipped, ...]
+    bytes_before: int
+    bytes_after: int
+    metrics_before: tuple[Metrics, ...]
+    metrics_after: tuple[Metrics, ...]
+    notes: tuple[str, ...]
+    activations: tuple[ActivationReport, ...] = ()
+    left: tuple[Left, ...] = ()
+    calibrated_on: int = 0
+    sensitivity: tuple[SensitivityReport, ...] = ()
+
+
+def errors_between(before: Tensor, after: Tensor) -> tuple[float, float | None]:
+    """Largest absolute difference, and the signal to quantization noise in dB; None without noise."""
+    signal = before.detach().double().cpu()
+    noise = signal - after.detach().cpu()
+    power = float(noise.square().sum())
+    ratio = float(signal.square().sum()) / power if power else 0.0
+    largest = float(noise.abs().max()) if noise.numel() else 0.0
+    return largest, 10 * math.log10(ratio) if ratio else None
+
+
+def counted(skipped: Sequence[Skipped]) -> list[str]:
+    """A line for each reason why tensors were left alone."""
+    counts = Counter(item.reason for item in skipped)
+    return [f"left alone: {n} tensors ({reason})" for reason, n in counts.items()]

@@ -1,0 +1,278 @@
+"""Bits for each layer, from how much the outputs move when one layer alone is quantized.
+
+The damage of a layer with so many bits is the mean Kullback-Leibler divergence of the network's predictions
+from those in floating point, on training images; outputs that are no logits have their mean squared error
+relative to the mean square instead. Weights are rounded to nearest for this, and activations are left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cctool.base.copies import copied
+from cctool.base.errors import QuantizationError, UsageError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.data.records import DataSource
+from cctool.graph.execution import tensors_in
+from cctool.operations.context import Context
+from cctool.operations.keep.calibrate import calibration_images
+from cctool.operations.keep.quantized_weights import as_stored, quantized_weights
+from cctool.operations.measuring import measured
+from cctool.operations.quantize.allocate_bits import Assignment, Choice, cheapest, fewest_bytes
+from cctool.operations.quantize.plan import Plan, fixed_bits, plan
+from cctool.operations.quantize.prepare import attached, calibrated, observing
+from cctool.operations.quantize.report import SensitivityReport
+from cctool.operations.size import stored_bytes
+from cctool.options.quantize.options import QuantizeOptions
+from cctool.quantization.calibration.weight_ranges import fit_weight
+from cctool.quantization.network.attach import (
+    CallPoint,
+    attach,
+    detach,
+    only,
+    quantizers_of,
+    weight_key,
+    with_quantizers,
+)
+
+__all__ = ["damage_between", "searched_bits"]
+
+_MOST_IMAGES = 256
+"""Images that damages are measured on: as many passes over them are needed as layers have choices."""
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes by bits and weight, and of everything that does not depend on the choice."""
+
+    weights: Mapping[tuple[str, int], int]
+    others: int
+
+
+def searched_bits(
+    product: Checkpoint, options: QuantizeOptions, source: DataSource | None, context: Context
+) -> tuple[dict[str, int], tuple[SensitivityReport, ...], list[str]]:
+    """Choose the bits of each layer, for ``--target`` or ``--max-drop``.
+
+    Layers whose bits are given keep them: by ``--layer``, or as a first or last layer with ``--edges 8``.
+
+    Args:
+        product: in floating point, on the device; it stays as it is.
+        options: one of the two goals, and the choices.
+        source: opened for it: training images tell damages, validation images the drop.
+        context: device, seed, reporter.
+
+    Returns:
+        Bits by the weight's name, the damages that they were chosen from, and what the history should say.
+
+    Raises:
+        UsageError: if the data lack images that are needed.
+        QuantizationError: if the goal cannot be reached, or there is no layer whose bits can be chosen.
+    """
+    planned = plan(product, options)
+    names = [layer.weight for layer in planned.layers if fixed_bits(layer, options) is None]
+    if source is None:
+        raise UsageError("--target and --max-drop look at images: name a data set with --data")
+    if not names:
+        raise QuantizationError("there is no layer whose bits can be chosen: all of them are given")
+    tried = sorted(set(options.choices))
+    sizes = _sizes(product, options, names, tried, context)
+    images, used = _images(product, options, source, context)
+    damages = _damages(product, options, names, tried, images, context)
+    choices = [
+        Choice(name, bits, damages[name, bits], sizes.weights[name, bits]) for name in names for bits in tried
+    ]
+    notes = [f"damages of {len(names)} layers were measured on {used:,} training images"]
+    if options.target is not None:
+        found, more = _within_target(choices, sizes, product, options)
+    else:
+        found, more = _within_drop(choices, product, options, source, context)
+    report = tuple(
+        SensitivityReport(c.layer, c.bits, c.damage, c.bytes, chosen=found.bits[c.layer] == c.bits)
+        for c in choices
+    )
+    return dict(found.bits), report, notes + more
+
+
+def damage_between(outputs: Tensor, wanted: Tensor) -> float:
+    """How far outputs have moved, 0 or more; infinite where they are not finite.
+
+    Args:
+        outputs: logits (N, C, ...) of two classes or more, or anything else.
+        wanted: of the same shape, in floating point.
+
+    Returns:
+        The mean over images and places of KL(softmax(wanted) || softmax(outputs)); of other outputs the mean
+        squared error divided by the mean square of ``wanted``.
+    """
+    if not bool(torch.isfinite(outputs).all()):
+        return math.inf
+    outputs, wanted = outputs.double(), wanted.double()
+    if wanted.dim() < 2 or wanted.shape[1] < 2:
+        return float((outputs - wanted).square().mean() / wanted.square().mean().clamp(min=1e-30))
+    p, q = wanted.log_softmax(1), outputs.log_softmax(1)
+    return max(0.0, float(F.kl_div(q, p, log_target=True, reduction="none").sum(1).mean()))
+
+
+def _images(
+    product: Checkpoint, options: QuantizeOptions, source: DataSource, context: Context
+) -> tuple[list[Tensor], int]:
+    wanted = min(options.calibration.images, _MOST_IMAGES)
+    images, used = calibration_images(product, source, wanted, options.data, context)
+    return list(images), used
+
+
+def _sizes(
+    product: Checkpoint,
+    options: QuantizeOptions,
+    names: Sequence[str],
+    tried: Sequence[int],
+    context: Context,
+) -> _Sizes:
+    """What weights take, as files store them."""
+    weights: dict[tuple[str, int], int] = {}
+    others = 0
+    for bits in tried:
+        trial = replace(product, model=copied(product.model).cpu())
+        trial = attached(trial, plan(trial, options, dict.fromkeys(names, bits)))
+        trial = as_stored(trial, context.tables)
+        dense = dict(trial.model.named_parameters(remove_duplicate=False))
+        for name in names:
+            form = trial.stored.get(name)
+            parts = [dense[name]] if form is None else list(form.parts.values())
+            weights[name, bits] = sum(part.numel() * part.element_size() for part in parts)
+        if not options.activations:
+            detach(trial.model)
+        others = stored_bytes(trial) - sum(weights[name, bits] for name in names)
+    return _Sizes(weights, others)
+
+
+@torch.no_grad()
+def _damages(
+    product: Checkpoint,
+    options: QuantizeOptions,
+    names: Sequence[str],
+    tried: Sequence[int],
+    images: Sequence[Tensor],
+    context: Context,
+) -> dict[tuple[str, int], float]:
+    """Damage by weight and bits; quantizers are attached meanwhile and taken off again."""
+    model = product.model
+    was_training = model.training
+    model.eval()
+    found: dict[tuple[str, int], float] = {}
+    pairs = [(bits, name) for bits in tried for name in names]
+    present = 0
+    try:
+        wanted = [_outputs(model, batch).cpu() for batch in images]
+        for bits, name in context.reporter.progress(pairs, "measuring layers", len(pairs)):
+            if bits != present:
+                _attach_weights(model, _plan_of(product, options, names, bits))
+                present = bits
+            with only(model, {weight_key(name)}):
+                found[name, bits] = _mean_damage(model, images, wanted)
+    finally:
+        detach(model)
+        model.train(was_training)
+    return found
+
+
+def _plan_of(product: Checkpoint, options: QuantizeOptions, names: Sequence[str], bits: int) -> Plan:
+    """The plan with the same bits for some weights; quantizers that there are do not count."""
+    detach(product.model)
+    return plan(product, options, dict.fromkeys(names, bits))
+
+
+def _attach_weights(model: nn.Module, planned: Plan) -> None:
+    calls = {
+        layer.place: CallPoint(weight=layer.weight)
+        for layer in planned.points.layers
+        if layer.weight in planned.weights
+    }
+    attach(model, planned.weights, calls)
+    for _, parameter, quantizer, fold in quantized_weights(model):
+        fit_weight(quantizer, parameter.detach(), fold)
+
+
+def _outputs(model: nn.Module, batch: Tensor) -> Tensor:
+    """The first floating-point tensor that the network puts out."""
+    found = next((t for t in tensors_in(model(batch)) if t.is_floating_point()), None)
+    if found is None:
+        raise QuantizationError("the network puts out no floating-point tensor to compare")
+    return found
+
+
+def _mean_damage(model: nn.Module, images: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
+    total, seen = 0.0, 0
+    for batch, outputs in zip(images, wanted, strict=True):
+        total += damage_between(_outputs(model, batch), outputs.to(batch.device)) * len(batch)
+        seen += len(batch)
+    return total / max(seen, 1)
+
+
+def _within_target(
+    choices: Sequence[Choice], sizes: _Sizes, product: Checkpoint, options: QuantizeOptions
+) -> tuple[Assignment, list[str]]:
+    target = options.target
+    assert target is not None
+    before = stored_bytes(product)
+    limit = int(target.value * before if target.relative else target.value)
+    found = cheapest(choices, limit - sizes.others)
+    note = (
+        f"--target {target}: {found.bytes + sizes.others:,} of {limit:,} bytes, {sizes.others:,} of them for "
+        "what has no bits to choose"
+    )
+    return found, [note]
+
+
+def _within_drop(
+    choices: Sequence[Choice],
+    product: Checkpoint,
+    options: QuantizeOptions,
+    source: DataSource,
+    context: Context,
+) -> tuple[Assignment, list[str]]:
+    if "validation" not in source.loaders:
+        raise UsageError(
+            "--max-drop searches on the validation split: the data has none (--val-data names one)"
+        )
+    drop = _drop(product, options, source, context)
+    assert options.max_drop is not None
+    found, trials = fewest_bytes(choices, drop, options.max_drop)
+    reached = next(trial for trial in trials if trial.assignment is found)
+    notes = [
+        f"{len(trials)} assignments of bits were measured on the validation split; the chosen one loses "
+        f"{reached.drop:.2f} of {options.max_drop:g} points"
+    ]
+    return found, notes
+
+
+def _drop(
+    product: Checkpoint, options: QuantizeOptions, source: DataSource, context: Context
+) -> Callable[[Assignment], float]:
+    """Measures points of validation top-1 lost, with activations quantized where they will be."""
+    before = measured(product, source, options.data, context, split="validation")
+    if "top1" not in before.values:
+        raise UsageError("--max-drop needs top-1, and the network's outputs are no logits")
+
+    def drop(assignment: Assignment) -> float:
+        trial = replace(product, model=copied(product.model))
+        planned = plan(trial, options, assignment.bits)
+        trial = attached(trial, planned)
+        if planned.activations:
+            images, _ = calibration_images(trial, source, options.calibration.images, options.data, context)
+            calibrated(trial.model, planned, images, observing(options))
+            trial = replace(trial, spec=with_quantizers(trial.spec, trial.model))
+        assert quantizers_of(trial.model) is not None
+        after = measured(trial, source, options.data, context, split="validation")
+        lost = before.values["top1"] - after.values["top1"]
+        context.reporter.note(f"{assignment.bytes:,} bytes: {0 - lost:+.2f} points (n={after.n:,})")
+        return lost
+
+    return drop

@@ -1,0 +1,198 @@
+"""`cctool quantize`: store weights in fewer bits; the network goes on with the values that are left.
+
+The numbers come out the same on every device: tensors are encoded on the CPU, where division is exact.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from cctool.base.copies import copied
+from cctool.base.errors import QuantizationError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.file.payload import place
+from cctool.operations.context import Context, Outcome
+from cctool.operations.data import open_source
+from cctool.operations.keep.masked_weights import encode_under_mask, masks_by_place, stored_with_masks
+from cctool.operations.keep.upkeep import recalibrated_parts
+from cctool.operations.measuring import measured_splits
+from cctool.operations.quantize.report import QuantizeReport, TensorReport, counted, errors_between
+from cctool.operations.quantize.storage_methods import METHODS
+from cctool.operations.size import stored_bytes
+from cctool.options.quantize.options import QuantizeOptions
+from cctool.quantization.network.tensors import Selected, Skipped, select
+
+__all__ = ["encode_selected", "encoded_directly", "run"]
+
+
+def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> Iterator[Outcome]:
+    """Quantize the chosen tensors of a copy of the network.
+
+    Raises:
+        QuantizationError: if nothing is chosen, or a tensor cannot be stored so.
+        UsageError: if a pattern matches nothing.
+        DataError: if the data that was named cannot be opened.
+    """
+    selected, skipped = select(
+        checkpoint.model, include_1d=options.include_1d, include=options.include, exclude=options.exclude
+    )
+    if not selected:
+        reasons = "; ".join(counted(skipped))
+        raise QuantizationError(f"nothing is left to quantize: {reasons or 'the network has no tensors'}")
+    source = open_source(options.data, checkpoint, context)
+    before = measured_splits(checkpoint, source, options.data, context)
+    # Optimizer state belongs to the values before.
+    product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
+    product, reports = encode_selected(product, checkpoint, selected, options, context)
+    product, of_taps = recalibrated_parts(product, source, options.data, context)
+    after = measured_splits(product, source, options.data, context)
+    notes = (*_storage_notes(checkpoint, product, reports), *counted(skipped), *of_taps)
+    report = QuantizeReport(
+        method=str(options.method),
+        tensors=tuple(reports),
+        skipped=tuple(skipped),
+        bytes_before=stored_bytes(checkpoint),
+        bytes_after=stored_bytes(product),
+        metrics_before=before,
+        metrics_after=after,
+        notes=notes,
+    )
+    yield Outcome(product, report, metrics_before=before, metrics_after=after, notes=notes)
+
+
+def encode_selected(
+    product: Checkpoint,
+    before: Checkpoint,
+    selected: Sequence[Selected],
+    options: QuantizeOptions,
+    context: Context,
+) -> tuple[Checkpoint, list[TensorReport]]:
+    """Store tensors by the method of the options; the model gets the values that are left.
+
+    Args:
+        product: its model is changed in place.
+        before: the checkpoint that came in, whose forms count as the bytes before.
+        selected: tensors, of any network that has them under the same names.
+        options: method and its settings.
+        context: tables, reporter.
+    """
+    stored = dict(product.stored)
+    state = product.model.state_dict()
+    masks = masks_by_place(product.model)
+    reports = []
+    for item in context.reporter.progress(selected, "quantizing", len(selected)):
+        own = replace(item, tensor=state[item.names[0]])
+        encoded, found = _quantized(
+            own, masks.get(place(own.tensor)), before.stored.get(item.names[0]), options, context
+        )
+        stored |= dict.fromkeys(item.names, encoded)
+        reports.append(found)
+    product = stored_with_masks(replace(product, stored=stored))
+    _decode_into(product, [item.names[0] for item in selected], context)
+    return product, reports
+
+
+def encoded_directly(
+    product: Checkpoint,
+    before: Checkpoint,
+    options: QuantizeOptions,
+    context: Context,
+    *,
+    done: Collection[str],
+    left: Collection[str],
+) -> tuple[Checkpoint, tuple[TensorReport, ...], tuple[Skipped, ...]]:
+    """Store what no layer's quantizer has taken: tensors of other modules, and 1-D ones where asked.
+
+    Args:
+        product: its model is changed in place.
+        before: the checkpoint that came in.
+        options: method and its settings.
+        context: tables, reporter.
+        done: names of tensors that are stored already.
+        left: names of layers that the user left out.
+    """
+    chosen, skipped = select(product.model, include_1d=options.include_1d)
+    kept_out = [
+        item
+        for item in chosen
+        if any(name.rpartition(".")[0] in left or _refused(name, options) for name in item.names)
+    ]
+    rest = [item for item in chosen if not set(done).intersection(item.names) and item not in kept_out]
+    skipped += [
+        Skipped(name, tuple(item.tensor.shape), "left out by an option")
+        for item in kept_out
+        for name in item.names
+        if name not in done
+    ]
+    if not rest:
+        return product, (), tuple(skipped)
+    product, reports = encode_selected(product, before, rest, options, context)
+    return product, tuple(reports), tuple(skipped)
+
+
+def _refused(name: str, options: QuantizeOptions) -> bool:
+    names = (name, name.rpartition(".")[0])
+    if any(fnmatchcase(known, pattern) for pattern in options.exclude for known in names):
+        return True
+    included = any(fnmatchcase(known, pattern) for pattern in options.include for known in names)
+    return bool(options.include) and not included
+
+
+def _quantized(
+    item: Selected,
+    mask: Tensor | None,
+    earlier: EncodedTensor | None,
+    options: QuantizeOptions,
+    context: Context,
+) -> tuple[EncodedTensor, TensorReport]:
+    method = METHODS[options.method]
+    tensor = item.tensor.detach().cpu()
+    parameters = method.parameters(item, options, context.runtime.seed)
+    try:
+        encoded = encode_under_mask(tensor, mask, method.encoding, parameters)
+    except QuantizationError as error:
+        raise QuantizationError(f"{item.names[0]}: {error}; --exclude leaves it as it is") from None
+    max_error, sqnr = errors_between(tensor, context.tables.encodings[encoded.encoding].decode(encoded))
+    report = TensorReport(
+        name=item.names[0],
+        tied=item.names[1:],
+        shape=tuple(tensor.shape),
+        encoding=encoded.encoding,
+        bits=options.bits,
+        bytes_before=tensor.numel() * tensor.element_size() if earlier is None else earlier.nbytes,
+        bytes_after=encoded.nbytes,
+        max_error=max_error,
+        sqnr_db=sqnr,
+    )
+    return encoded, report
+
+
+def _decode_into(checkpoint: Checkpoint, names: Iterable[str], context: Context) -> None:
+    """Give the model the values that its stored tensors decode to."""
+    state = checkpoint.model.state_dict()
+    with torch.no_grad():
+        for name in names:
+            encoded = checkpoint.stored[name]
+            state[name].copy_(context.tables.encodings[encoded.encoding].decode(encoded))
+
+
+def _storage_notes(before: Checkpoint, after: Checkpoint, reports: list[TensorReport]) -> list[str]:
+    chosen = {name for report in reports for name in (report.name, *report.tied)}
+    again = Counter(form.encoding for name, form in before.stored.items() if name in chosen)
+    kept = Counter(form.encoding for name, form in after.stored.items() if name not in chosen)
+    return [
+        *(f"{n} tensors were stored as {name}: decoded, and encoded anew" for name, n in again.items()),
+        *(f"{n} tensors stay stored as {name}" for name, n in kept.items()),
+        *(
+            f"{report.name} does not shrink: {report.bytes_before:,} -> {report.bytes_after:,} bytes"
+            for report in reports
+            if report.bytes_after >= report.bytes_before
+        ),
+    ]

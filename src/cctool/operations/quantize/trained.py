@@ -1,0 +1,199 @@
+"""`cctool quantize` with training: quantizers in the loop, or codebooks whose entries move.
+
+The float weights stay what is trained; quantizers round them in every pass. At the end the weights get the
+values that they were rounded to, and the file the integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from cctool.base.copies import copied
+from cctool.base.errors import QuantizationError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.spec import Parent
+from cctool.data.records import DataSource
+from cctool.operations.context import Context, Outcome
+from cctool.operations.data import require_source
+from cctool.operations.keep.calibrate import calibration_images
+from cctool.operations.keep.codebooks import keeping_codebooks
+from cctool.operations.keep.quantized_weights import as_stored, settled
+from cctool.operations.keep.upkeep import recalibrated_parts, trained_parts
+from cctool.operations.measuring import measured_splits, preprocessing_of
+from cctool.operations.quantize.calibrated import tensor_reports
+from cctool.operations.quantize.plan import Plan, plan
+from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing, reported
+from cctool.operations.quantize.report import QuantizeReport, counted
+from cctool.operations.quantize.stored import encode_selected
+from cctool.operations.size import stored_bytes
+from cctool.operations.train.finetune import encoded_again, finetune
+from cctool.operations.train.teacher import distillation
+from cctool.options.quantize.choices import QuantizeMethod
+from cctool.options.quantize.options import QuantizeOptions
+from cctool.options.train.fit import FitOptions
+from cctool.quantization.network.attach import quantizers_of
+from cctool.quantization.network.tensors import select
+from cctool.training.constraints.base import Constraint
+from cctool.training.constraints.pact_levels import ClippingDecay
+from cctool.training.objectives import Objective
+
+__all__ = ["run"]
+
+
+def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> Iterator[Outcome]:
+    """Quantize a copy of the network and train it so.
+
+    Raises:
+        UsageError: if there are no training images, or a pattern matches nothing.
+        QuantizationError: if nothing is left to quantize.
+        TrainingError: if training diverges.
+    """
+    source = require_source(options.data, checkpoint, context, "quantize")
+    before = measured_splits(checkpoint, source, options.data, context)
+    objective, others = _objective(checkpoint, options, source, context)
+    if options.method is QuantizeMethod.CODEBOOK:
+        product, report = _codebooks(checkpoint, options, source, objective, context)
+    else:
+        product, report = _quantizers(checkpoint, options, source, objective, context)
+    after = measured_splits(product, source, options.data, context)
+    report = replace(
+        report,
+        bytes_before=stored_bytes(checkpoint),
+        bytes_after=stored_bytes(as_stored(product, context.tables)),
+        metrics_before=before,
+        metrics_after=after,
+    )
+    yield Outcome(
+        product, report, metrics_before=before, metrics_after=after, notes=report.notes, others=others
+    )
+
+
+def _objective(
+    checkpoint: Checkpoint, options: QuantizeOptions, source: DataSource, context: Context
+) -> tuple[Objective | None, Mapping[str, Parent]]:
+    if options.tuning.teacher is None or not options.epochs:
+        return None, {}
+    return distillation(checkpoint, source, options.tuning.teacher, context)
+
+
+def _quantizers(
+    checkpoint: Checkpoint,
+    options: QuantizeOptions,
+    source: DataSource,
+    objective: Objective | None,
+    context: Context,
+) -> tuple[Checkpoint, QuantizeReport]:
+    product, notes = in_floats(checkpoint, context, ordinary=True)
+    product.model.to(context.device)
+    planned = plan(product, options)
+    parameters = dict(product.model.named_parameters(remove_duplicate=False))
+    floats = {layer.weight: parameters[layer.weight].detach().cpu().clone() for layer in planned.layers}
+    product, used = _attached(product, planned, options, source, context)
+    if options.epochs:
+        product = _trained(product, options, source, objective, _constraints(product.model, options), context)
+        product, more = trained_parts(product, source, options.data, context)
+        notes += more
+    product = settled(replace(product, resume=None), context.tables)
+    product = trained_parts(product, source, options.data, context)[0]
+    report = _report(options, notes, planned)
+    return product, replace(
+        report,
+        tensors=tensor_reports(checkpoint, product, floats),
+        activations=reported(product.model, planned),
+        left=planned.left,
+        calibrated_on=used,
+    )
+
+
+def _attached(
+    product: Checkpoint, planned: Plan, options: QuantizeOptions, source: DataSource, context: Context
+) -> tuple[Checkpoint, int]:
+    product = attached(product, planned)
+    used = 0
+    if planned.activations:
+        wanted = options.calibration.images
+        images, used = calibration_images(product, source, wanted, options.data, context)
+        calibrated(product.model, planned, images, observing(options))
+    held = quantizers_of(product.model)
+    assert held is not None
+    held.state.method, held.state.observing, held.state.images = str(options.method), observing(options), used
+    return product, used
+
+
+def _trained(
+    product: Checkpoint,
+    options: QuantizeOptions,
+    source: DataSource,
+    objective: Objective | None,
+    constraints: tuple[Constraint, ...],
+    context: Context,
+) -> Checkpoint:
+    tuning = options.tuning
+    fit = FitOptions(
+        epochs=options.epochs, optimizer=tuning.optimizer, lr=tuning.lr, freeze_norm=tuning.freeze_norm
+    )
+    trained = finetune(
+        product, source, fit, options.data, context, objective=objective, constraints=constraints
+    )
+    if trained.spec.preprocessing is None:
+        # Trained so, it needs inputs so.
+        preprocessing = preprocessing_of(trained, source, context)
+        trained = replace(trained, spec=trained.spec.model_copy(update={"preprocessing": preprocessing}))
+    return trained
+
+
+def _constraints(model: nn.Module, options: QuantizeOptions) -> tuple[Constraint, ...]:
+    held = quantizers_of(model)
+    if held is None or options.method is not QuantizeMethod.PACT:
+        return ()
+    levels = [
+        parameter
+        for _, quantizer in held.named()
+        if quantizer.config.method == "pact"
+        for parameter in quantizer.parameters()
+    ]
+    return (ClippingDecay(levels, options.tuning.alpha_decay),)
+
+
+def _codebooks(
+    checkpoint: Checkpoint,
+    options: QuantizeOptions,
+    source: DataSource,
+    objective: Objective | None,
+    context: Context,
+) -> tuple[Checkpoint, QuantizeReport]:
+    selected, skipped = select(
+        checkpoint.model, include_1d=options.include_1d, include=options.include, exclude=options.exclude
+    )
+    if not selected:
+        raise QuantizationError(f"nothing is left to quantize: {'; '.join(counted(skipped))}")
+    product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
+    product, tensors = encode_selected(product, checkpoint, selected, options, context)
+    clustered = product
+    product.model.to(context.device)
+    trained = _trained(product, options, source, objective, keeping_codebooks(product), context)
+    trained.model.to("cpu")
+    product = encoded_again(trained, clustered, context)
+    product, notes = recalibrated_parts(product, source, options.data, context)
+    report = _report(options, [*counted(skipped), *notes], None)
+    return product, replace(report, tensors=tuple(tensors), skipped=tuple(skipped))
+
+
+def _report(options: QuantizeOptions, notes: list[str], planned: Plan | None) -> QuantizeReport:
+    counts: dict[str, int] = {}
+    for item in () if planned is None else planned.left:
+        counts[item.reason] = counts.get(item.reason, 0) + 1
+    left = [f"left in floating point: {n} ({reason})" for reason, n in counts.items()]
+    return QuantizeReport(
+        method=str(options.method),
+        tensors=(),
+        skipped=(),
+        bytes_before=0,
+        bytes_after=0,
+        metrics_before=(),
+        metrics_after=(),
+        notes=(*notes, *left),
+    )

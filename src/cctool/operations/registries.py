@@ -1,0 +1,80 @@
+"""The composition root: the one place where the tables that a checkpoint may name are put together.
+
+The library's `cctool.load`, every command and every worker process use this; no table is filled by the
+accident of an import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cctool.base.runtime import Silent
+from cctool.base.user_code import looks_like_user_code
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.checkpoint import save as save_checkpoint
+from cctool.checkpoint.edits.mask import MASK
+from cctool.checkpoint.edits.thin import THIN
+from cctool.checkpoint.tables import EditKind, Tables
+from cctool.models import registry
+from cctool.operations.keep.quantized_weights import as_stored
+from cctool.operations.opening import open_checkpoint
+from cctool.options.common import ModelOptions
+from cctool.quantization.encodings.table import ENCODINGS
+from cctool.quantization.network.attach import QUANTIZE
+from cctool.transforms.codec.taps import TAP
+from cctool.transforms.swap import SWAP
+
+__all__ = ["EDITS", "load", "save", "tables"]
+
+EDITS: Mapping[str, EditKind] = {"thin": THIN, "swap": SWAP, "mask": MASK, "tap": TAP, "quantize": QUANTIZE}
+
+
+def tables(user_code: Collection[str] = ()) -> Tables:
+    """Put together everything that a checkpoint may name.
+
+    Args:
+        user_code: references of the user's functions that were named by the caller; no other user code runs.
+    """
+    return Tables(
+        build=partial(_build, user_code=frozenset(user_code)),
+        edits=EDITS,
+        encodings=ENCODINGS,
+    )
+
+
+def _build(reference: str, arguments: Mapping[str, Any], *, user_code: frozenset[str]) -> nn.Module:
+    return registry.build(reference, arguments, user_code=user_code)
+
+
+def load(path: Path | str, *, arch: str | None = None) -> Checkpoint:
+    """Load a checkpoint: a module that trains, with its spec and history.
+
+    Args:
+        path: a file that cctool wrote, or a foreign one whose architecture ``arch`` names.
+        arch: ``net.py:factory`` of a network of the caller's own (its code runs only if it is named here,
+            and may have moved since the file was written), or a foreign file's architecture.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or unsafe, or foreign and ``arch`` is not given.
+        ArchitectureError: if it holds user code that was not named.
+        UsageError: if ``arch`` is not what the file holds.
+    """
+    named = frozenset() if arch is None or not looks_like_user_code(arch) else frozenset({arch})
+    return open_checkpoint(Path(path), ModelOptions(arch=arch), tables(named), named, Silent())
+
+
+def save(checkpoint: Checkpoint, path: Path | str, *, overwrite: bool = False) -> None:
+    """Write a checkpoint atomically and read it back.
+
+    Masked weights are stored without their zeros, quantized ones that lie on their grid as integers.
+
+    Raises:
+        CheckpointError: if it cannot be written, or exists and ``overwrite`` is false.
+    """
+    known = tables()
+    save_checkpoint(as_stored(checkpoint, known, settle=False), path, known, overwrite=overwrite)

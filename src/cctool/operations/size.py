@@ -1,0 +1,46 @@
+"""What a checkpoint costs, for its line of history."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cctool.base.errors import CctoolError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.spec import Size
+from cctool.graph import cost
+from cctool.transforms.plain import plain_model
+
+__all__ = ["measure", "stored_bytes"]
+
+
+def measure(checkpoint: Checkpoint) -> Size:
+    """Count parameters, multiply-accumulates of one input and bytes of stored tensors.
+
+    Parameters and bytes are those of what is stored, as coefficients; multiply-accumulates are those of the
+    layers that these make, without codecs.
+    A network that does not run on its own input shape has no count of multiply-accumulates.
+    """
+    parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
+    try:
+        macs: int | None = cost.measure(plain_model(checkpoint.model), checkpoint.spec.input_shape).total.macs
+    except CctoolError:
+        macs = None
+    return Size(parameters=parameters, macs=macs, bytes=stored_bytes(checkpoint))
+
+
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of all tensors as the file stores them, tied ones once, without names and headers."""
+    total = 0
+    seen: set[int] = set()
+    for name, tensor in checkpoint.model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            # Extra state: what it may be is for the file's writer to refuse.
+            continue
+        stored = checkpoint.stored.get(name)
+        pieces = [tensor] if stored is None else list(stored.parts.values())
+        for piece in pieces:
+            place = piece.data_ptr() if stored is None else id(piece)
+            if piece.numel() and place not in seen:
+                seen.add(place)
+                total += piece.numel() * piece.element_size()
+    return total

@@ -1,0 +1,57 @@
+"""Estimating batch-norm statistics again, on the training images that a checkpoint's data set has."""
+
+from __future__ import annotations
+
+from cctool.base.errors import UsageError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.data.records import DataSource
+from cctool.operations.context import Context
+from cctool.operations.measuring import feed_of
+from cctool.options.common import DataOptions
+from cctool.training.batch_norm import recalibrate
+
+__all__ = ["recalibrated", "refuse_unknown_preprocessing"]
+
+
+def recalibrated(
+    checkpoint: Checkpoint,
+    source: DataSource,
+    images: int,
+    data: DataOptions,
+    context: Context,
+    *,
+    augmented: bool = False,
+) -> int:
+    """Estimate a network's statistics from training images; returns how many were used.
+
+    Args:
+        checkpoint: its model is changed in place.
+        source: opened for the checkpoint.
+        images: how many to use.
+        data: batch size and workers.
+        context: device and seed.
+        augmented: vary the images as for training, whose statistics are those of varied images; else they
+            are taken as they are.
+
+    Raises:
+        UsageError: the preprocessing of the network is unknown.
+        DataError: there are no training images.
+    """
+    refuse_unknown_preprocessing(checkpoint, "--recalibrate")
+    feed = feed_of(checkpoint, source, data, context)
+    # Shuffled, because the first images of a sorted set are all of one class.
+    served = feed.training()(0) if augmented else feed.plain("train", shuffle=True)
+    return recalibrate(checkpoint.model.to(context.device), served, images, context.device)
+
+
+def refuse_unknown_preprocessing(checkpoint: Checkpoint, option: str) -> None:
+    """Refuse to look at images that may be scaled wrongly.
+
+    Raises:
+        UsageError: the preprocessing of the network is unknown.
+    """
+    if checkpoint.spec.preprocessing is None:
+        raise UsageError(
+            f"{option} would estimate statistics from wrongly scaled images: the preprocessing of this "
+            "model is unknown; say it with --mean and --std"
+        )

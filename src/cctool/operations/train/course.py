@@ -1,0 +1,284 @@
+"""The course of a training, which `train` and `distill` share: begin or resume, fit, measure, hand out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cctool.base.errors import CctoolError, CorruptCheckpointError, DataError, TrainingError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.spec import Metrics, Parent
+from cctool.data.records import DataSource
+from cctool.operations.context import Context, Outcome
+from cctool.operations.data import open_source, require_source
+from cctool.operations.keep.masked_weights import lossy_forms
+from cctool.operations.keep.upkeep import trained_parts
+from cctool.operations.measuring import preprocessing_of
+from cctool.operations.pipeline import recorded
+from cctool.operations.train.finetune import decoded, encoded_again
+from cctool.operations.train.one_process import Start, fit_here, metrics_of
+from cctool.operations.train.rate_penalty import refuse_rate_without_taps
+from cctool.operations.train.resume import forms_from, refuse_other_files, refuse_other_options, starts_afresh
+from cctool.operations.train.run_folder import LoggedReporter, RunFolder
+from cctool.operations.train.workers import fit_in_processes, node_rank
+from cctool.training.evaluate import trial_output
+from cctool.training.loop.averaging import average_in
+from cctool.training.objectives import Objective
+from cctool.training.resume.progress import EpochRow, best_of
+
+__all__ = ["Goal", "TrainReport", "conduct"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a verb minimises.
+
+    Attributes:
+        objective: given to `fit`.
+        others: further files that were read for it, by role.
+    """
+
+    objective: Objective
+    others: Mapping[str, Parent] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """How a training went.
+
+    Attributes:
+        epochs: completed.
+        best_epoch: the epoch whose weights the product has; None where none was trained.
+        metrics_before: of the network that came in.
+        metrics_after: of the product, after it was encoded again where that was asked for.
+        run_folder: where logs and ``last.pt`` lie; None where nothing was trained.
+        rows: one per epoch.
+    """
+
+    epochs: int
+    best_epoch: int | None
+    metrics_before: tuple[Metrics, ...]
+    metrics_after: tuple[Metrics, ...]
+    run_folder: str | None = None
+    rows: tuple[EpochRow, ...] = ()
+
+
+MakeGoal = Callable[[Checkpoint, DataSource, Any, Context], Goal]
+
+
+def conduct(
+    verb: str, make_goal: MakeGoal, checkpoint: Checkpoint, options: Any, context: Context
+) -> Iterator[Outcome]:
+    """Train a checkpoint's network and hand out the best epoch, the best so far where it was stopped early.
+
+    Args:
+        verb: the command.
+        make_goal: (checkpoint, data, options, context) -> what is minimised.
+        checkpoint: trained, bare or fresh.
+        options: of `train` or `distill`: ``fit``, ``data``, ``run`` and ``keep_storage``.
+        context: device, seed, reporter.
+
+    Raises:
+        DataError: if there is no data, or it has more classes than the network.
+        TrainingError: if training cannot start, go on or diverges.
+    """
+    if options.fit.epochs == 0:
+        yield _untrained(make_goal, checkpoint, options, context)
+        return
+    folder = RunFolder(context.output, context.tables)
+    if not options.run.resume:
+        folder.refuse_earlier(force=context.force)
+    source = require_source(options.data, checkpoint, context, verb)
+    start = _resumed(verb, checkpoint, options, context, folder) if options.run.resume else None
+    if start is None:
+        dense = _completed(decoded(checkpoint, context), source, context)
+        fresh = checkpoint.origin is None or starts_afresh(checkpoint.history)
+        start = Start(dense, fresh=fresh, forms=lossy_forms(checkpoint))
+    _refuse_other_classes(start.checkpoint, source, options)
+    refuse_rate_without_taps(start.checkpoint.model, options.fit.rate_weight)
+    goal = make_goal(start.checkpoint, source, options, context)
+    if start.continues is not None:
+        refuse_other_files(start.continues, goal.others)
+    start = replace(start, others=goal.others)
+    if start.resume is None and checkpoint.origin is not None:
+        start = replace(start, metrics_before=metrics_of(start.checkpoint, source, options, context))
+    folder.begin(context.device, resume=start.resume is not None)
+    context = replace(context, reporter=LoggedReporter(context.reporter, folder))
+    yield from _fit(verb, goal, start, source, options, context, folder)
+
+
+def _fit(
+    verb: str, goal: Goal, start: Start, source: DataSource, options: Any, context: Context, folder: RunFolder
+) -> Iterator[Outcome]:
+    try:
+        if options.run.processes == 1:
+            result = fit_here(start, goal.objective, source, options, context, folder)
+        else:
+            result = fit_in_processes(verb, start, options, context, folder)
+    except KeyboardInterrupt:
+        context.reporter.warn(f"interrupted; {_left(folder, context)}")
+        raise
+    except CctoolError as error:
+        raise type(error)(f"{error}; {_left(folder, context)}") from error
+    if not result.completed:
+        if options.run.nodes == 1 or node_rank() == 0:
+            yield _stopped(len(result.rows), start, source, options, context, folder)
+        return
+    if options.run.nodes > 1 and node_rank() > 0:
+        context.reporter.note("this machine trained along; the first one writes the product")
+        return
+    finished = replace(start.checkpoint, resume=None)
+    finished.model.eval()
+    if options.keep_storage and start.forms:
+        finished = encoded_again(finished, replace(finished, stored=start.forms), context)
+    finished, of_taps = trained_parts(finished, source, options.data, context)
+    after = metrics_of(finished, source, options, context)
+    for log in result.logs:
+        log.finish(after)
+    best = result.best_epoch
+    context.reporter.note(f"best epoch {best} of {options.fit.epochs}; logs in {folder.path}")
+    folder.log(_summary(after))
+    report = TrainReport(len(result.rows), best, start.metrics_before, after, str(folder.path), result.rows)
+    yield Outcome(
+        finished,
+        report,
+        metrics_before=start.metrics_before,
+        metrics_after=after,
+        notes=(*start.notes(keep_storage=options.keep_storage), *of_taps),
+        others=start.others,
+        continues=start.continues,
+    )
+
+
+def _stopped(
+    done: int, start: Start, source: DataSource, options: Any, context: Context, folder: RunFolder
+) -> Outcome:
+    """Hand out the best epoch of a training that was stopped early; a resumed one takes its place."""
+    last = folder.load(folder.last)
+    step = last.history[-1]
+    best = best_of(last.resume, last.model.state_dict()) if last.resume is not None else None
+    if best is not None:
+        last.model.load_state_dict(best.weights)
+    elif last.resume is not None:
+        last.model.load_state_dict(last.model.state_dict() | average_in(last.resume.tensors))
+    epoch = best.epoch if best is not None else done
+    note = f"stopped after epoch {done} of {options.fit.epochs}, with the weights of epoch {epoch}"
+    context.reporter.note(f"{note}; the same command with --resume goes on ({folder.last})")
+    metrics = step.metrics_after if best is None or best.metrics is None else (best.metrics,)
+    product = replace(last, history=last.history[:-1], resume=None)
+    forms = forms_from(last.resume.state.get("storage")) if last.resume is not None else {}
+    if options.keep_storage and forms:
+        product = encoded_again(product, replace(product, stored=forms), context)
+        metrics = metrics_of(product, source, options, context)
+    product, of_taps = trained_parts(product, source, options.data, context)
+    return Outcome(
+        product,
+        TrainReport(done, epoch, step.metrics_before, metrics, str(folder.path)),
+        metrics_before=step.metrics_before,
+        metrics_after=metrics,
+        notes=(*start.notes(keep_storage=options.keep_storage), *of_taps, note),
+        others=step.others,
+        continues=step,
+    )
+
+
+def _untrained(make_goal: MakeGoal, checkpoint: Checkpoint, options: Any, context: Context) -> Outcome:
+    """Hand out the network as it came, measured where there is data."""
+    source = open_source(options.data, checkpoint, context)
+    if source is None:
+        return Outcome(checkpoint, TrainReport(0, None, (), ()), notes=("no epoch was trained",))
+    others = make_goal(checkpoint, source, options, context).others
+    after = metrics_of(checkpoint, source, options, context)
+    before = after if checkpoint.origin is not None else ()
+    return Outcome(
+        replace(checkpoint, spec=checkpoint.spec.model_copy(update={"data": source.reference})),
+        TrainReport(0, None, before, after),
+        metrics_before=before,
+        metrics_after=after,
+        notes=("no epoch was trained",),
+        others=others,
+    )
+
+
+def _completed(checkpoint: Checkpoint, source: DataSource, context: Context) -> Checkpoint:
+    """The checkpoint whose spec remembers the data, its classes and the preprocessing that is used."""
+    spec = checkpoint.spec
+    update: dict[str, Any] = {
+        "data": source.reference,
+        "preprocessing": preprocessing_of(checkpoint, source, context),
+    }
+    if source.classes != spec.classes and len(source.classes) == _width(checkpoint):
+        if spec.classes is not None:
+            context.reporter.warn(
+                f"the classes of {source.reference} take the place of those that the network was made for"
+            )
+        update["classes"] = source.classes
+    return replace(checkpoint, spec=spec.model_copy(update=update))
+
+
+def _resumed(verb: str, checkpoint: Checkpoint, options: Any, context: Context, folder: RunFolder) -> Start:
+    """What ``last.pt`` in the run folder holds, or INPUT itself if that is one."""
+    found = folder.load(folder.last) if folder.last.exists() else checkpoint
+    if found.resume is None or not found.history:
+        raise TrainingError(
+            f"there is nothing to resume: {folder.last} does not exist; leave --resume out to begin"
+        )
+    # A cut keeps the training's state, and its own line of history behind the training's.
+    cut = found.history[-1].verb == "prune"
+    earlier = next((step for step in reversed(found.history) if step.verb != "prune"), found.history[-1])
+    now = recorded(options) | {"runtime": recorded(context.runtime)}
+    refuse_other_options(earlier, verb, now, found.spec.data)
+    epoch = found.resume.state.get("epoch")
+    if not isinstance(epoch, int) or "best" not in found.resume.state:
+        raise CorruptCheckpointError(f"{folder.last} holds a malformed state of training")
+    context.reporter.note(f"going on after epoch {epoch} of {options.fit.epochs}")
+    return Start(
+        replace(found, history=found.history if cut else found.history[:-1], resume=None),
+        fresh=earlier.parent is None or starts_afresh(found.history[: found.history.index(earlier)]),
+        forms=forms_from(found.resume.state.get("storage")),
+        resume=found.resume,
+        continues=None if cut else earlier,
+        metrics_before=found.history[-1].metrics_after if cut else earlier.metrics_before,
+    )
+
+
+def _refuse_other_classes(checkpoint: Checkpoint, source: DataSource, options: Any) -> None:
+    width = _width(checkpoint)
+    if options.fit.loss is None and width is not None and width < len(source.classes):
+        raise DataError(
+            f"{source.reference} has {len(source.classes)} classes, the network tells {width} "
+            "apart: another data set, or another network, is needed"
+        )
+
+
+def _width(checkpoint: Checkpoint) -> int | None:
+    """Number of logits; None where the outputs are none."""
+    logits = trial_output(checkpoint.model, checkpoint.spec.input_shape)
+    return logits.shape[1] if logits.dim() == 2 else None
+
+
+def _left(folder: RunFolder, context: Context) -> str:
+    """Write the best epoch so far, and say what is left of a training that broke off."""
+    if not folder.last.exists():
+        return "no epoch was completed"
+    last = folder.load(folder.last)
+    if last.resume is None:
+        return "nothing can be resumed"
+    done = last.resume.state["epoch"]
+    text = f"epoch {done} is complete in {folder.last}, and the same command with --resume goes on"
+    best = best_of(last.resume, last.model.state_dict())
+    if best is not None:
+        last.model.load_state_dict(best.weights)
+        folder.save(replace(last, resume=None), folder.best)
+        text += f"; the best so far (epoch {best.epoch}) is {folder.best}"
+    return text
+
+
+def _summary(metrics: tuple[Metrics, ...]) -> str:
+    return ", ".join(
+        f"{measured.split} {name} {value:.2f} (n {measured.n})"
+        for measured in metrics
+        for name, value in measured.values.items()
+        if name not in ("loss", "top5")
+    )

@@ -1,0 +1,265 @@
+"""One process's part in a training: batches, validation, logs and the file after each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.file.payload import ResumeState
+from cctool.checkpoint.spec import Metrics, Parent, Step
+from cctool.data.records import DataSource
+from cctool.operations.context import Context, Outcome
+from cctool.operations.keep.codebooks import keeping_codebooks
+from cctool.operations.measuring import preprocessing_of
+from cctool.operations.pipeline import recorded
+from cctool.operations.train.rate_penalty import rate_penalties
+from cctool.operations.train.resume import flat, forms_to
+from cctool.operations.train.run_folder import RunFolder
+from cctool.options.train.fit import FitOptions
+from cctool.options.train.run import RunOptions
+from cctool.training.constraints.base import Constraint
+from cctool.training.constraints.masked_weights import keeping_masks
+from cctool.training.evaluate import evaluate
+from cctool.training.logs.table import Log, write_csv
+from cctool.training.loop.feed import Feed
+from cctool.training.loop.fit import Task, fit
+from cctool.training.loop.processes import Group, group_of, make_fabric
+from cctool.training.objectives import Objective, has_batch_norm
+from cctool.training.resume.progress import EpochRow, Progress
+from cctool.training.user_functions import UserLoss, UserMetric, named_function
+
+__all__ = ["Fitted", "Start", "fit_here", "metrics_of", "open_logs", "user_loss"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training starts or goes on from.
+
+    Attributes:
+        checkpoint: dense, its spec complete, without the line of history that this training will add.
+        fresh: whether the network was never trained before, which decides the default learning rate.
+        forms: how the input stored its tensors, where that was not dense.
+        resume: what an earlier call left.
+        continues: the line of history that it left.
+        metrics_before: of the network that came in.
+        others: further files that were read, by role.
+    """
+
+    checkpoint: Checkpoint
+    fresh: bool
+    forms: Mapping[str, EncodedTensor] = field(default_factory=dict)
+    resume: ResumeState | None = None
+    continues: Step | None = None
+    metrics_before: tuple[Metrics, ...] = ()
+    others: Mapping[str, Parent] = field(default_factory=dict)
+
+    def notes(self, *, keep_storage: bool) -> tuple[str, ...]:
+        """What the history says of stored tensors."""
+        if not self.forms:
+            return ()
+        done = "encoded again" if keep_storage else "left dense"
+        return (f"{len(self.forms)} stored tensors were decoded to float32 for training and {done}",)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How far a training came; its logs are still open."""
+
+    rows: tuple[EpochRow, ...]
+    best_epoch: int | None
+    completed: bool
+    logs: Sequence[Log] = ()
+
+
+def fit_here(
+    start: Start, objective: Objective, source: DataSource, options: Any, context: Context, folder: RunFolder
+) -> Fitted:
+    """Train in this process, which may be one of several."""
+    fit_options: FitOptions = options.fit
+    run: RunOptions = options.run
+    model = start.checkpoint.model
+    fabric = make_fabric(context.device, context.runtime.precision, devices=run.devices, nodes=run.nodes)
+    feed = make_feed(start.checkpoint, source, options, context, fabric)
+    has_validation = feed.has("validation")
+    if not has_validation:
+        context.reporter.note(
+            f"{source.reference} has no validation split: the last epoch counts as the best"
+        )
+    first = int(str(start.resume.state["epoch"])) if start.resume else 0
+    logs = open_logs(options, context, folder, first) if fabric.is_global_zero else ()
+    group = group_of(fabric)
+    try:
+        with rate_penalties(model, fit_options.rate_weight) as penalties:
+            result = fit(
+                Task(
+                    model=model,
+                    batches=feed.training(augment=fit_options.augment),
+                    options=fit_options,
+                    objective=objective,
+                    lr=fit_options.learning_rate(fresh=start.fresh, normalised=has_batch_norm(model)),
+                    fabric=fabric,
+                    validate=(lambda model: _measure(model, feed, "validation", options, context, group))
+                    if has_validation
+                    else None,
+                    user_code=context.user_code,
+                    reporter=context.reporter,
+                    observers=(_Speaker(context, fit_options.epochs), *(log.epoch for log in logs)),
+                    save=_Saver(start, options, context, folder),
+                    resume=start.resume,
+                    stop_after=run.stop_after,
+                    input_shape=start.checkpoint.spec.input_shape,
+                    constraints=(*keeping_masks(model), *_kept_storage(start, options), *penalties),
+                )
+            )
+    except BaseException:
+        for log in logs:
+            log.close()
+        raise
+    if not result.completed:
+        for log in logs:
+            log.close()
+    return Fitted(result.rows, result.best.epoch if result.best else None, result.completed, logs)
+
+
+def _kept_storage(start: Start, options: Any) -> tuple[Constraint, ...]:
+    if not options.keep_storage:
+        return ()
+    return keeping_codebooks(replace(start.checkpoint, stored=start.forms))
+
+
+def make_feed(
+    checkpoint: Checkpoint, source: DataSource, options: Any, context: Context, fabric: Any
+) -> Feed:
+    """Serve the data to this process; without a fabric, to the only one."""
+    return Feed(
+        source,
+        preprocessing_of(checkpoint, source, context),
+        batch_size=options.data.batch_size,
+        device=fabric.device if fabric else context.device,
+        seed=context.runtime.seed,
+        workers=options.data.workers,
+        rank=fabric.global_rank if fabric else 0,
+        world_size=fabric.world_size if fabric else 1,
+    )
+
+
+def metrics_of(
+    checkpoint: Checkpoint, source: DataSource, options: Any, context: Context
+) -> tuple[Metrics, ...]:
+    """Measure a checkpoint on the validation and the test split, where there are."""
+    feed = make_feed(checkpoint, source, options, context, None)
+    model = checkpoint.model.to(context.device)
+    return tuple(
+        _measure(model, feed, split, options, context) for split in ("validation", "test") if feed.has(split)
+    )
+
+
+def _measure(
+    model: nn.Module, feed: Feed, split: str, options: Any, context: Context, group: Group | None = None
+) -> Metrics:
+    return evaluate(
+        model,
+        feed.plain(split),
+        split=split,
+        device=feed.device,
+        precision=str(context.runtime.precision),
+        loss=user_loss(options.fit.loss, context),
+        metric=user_metric(options.fit.metric, context),
+        group=group,
+    )
+
+
+def user_loss(reference: str | None, context: Context) -> UserLoss | None:
+    """Load the user's loss, where one was named."""
+    if reference is None:
+        return None
+    return UserLoss(reference, named_function(reference, context.user_code, "--loss"))
+
+
+def user_metric(reference: str | None, context: Context) -> UserMetric | None:
+    """Load the user's metric, where one was named."""
+    if reference is None:
+        return None
+    return UserMetric(reference, named_function(reference, context.user_code, "--metric"))
+
+
+def open_logs(options: Any, context: Context, folder: RunFolder, first_epoch: int) -> tuple[Log, ...]:
+    """Open the logs that were asked for beside the CSV table."""
+    run: RunOptions = options.run
+    logs: list[Log] = []
+    if run.tensorboard:
+        from cctool.training.logs.tensorboard import TensorBoardLog
+
+        logs.append(TensorBoardLog(folder.path / "tensorboard", first_epoch))
+    if run.mlflow:
+        from cctool.training.logs.mlflow import MlflowLog
+
+        store = Path(run.mlflow_dir) if run.mlflow_dir else folder.path / "mlflow"
+        note = folder.path / "mlflow-run.txt"
+        logs.append(MlflowLog(store, context.output.stem, note, resume=first_epoch > 0))
+    if not first_epoch:
+        for log in logs:
+            log.parameters(flat(recorded(options) | {"runtime": recorded(context.runtime)}))
+    return tuple(logs)
+
+
+class _Speaker:
+    """Says after each epoch how it went."""
+
+    def __init__(self, context: Context, epochs: int) -> None:
+        self._reporter = context.reporter
+        self._epochs = epochs
+
+    def __call__(self, row: EpochRow, model: nn.Module) -> None:
+        parts = [f"loss {row.train['loss']:.4f}"]
+        if "top1" in row.train:
+            parts.append(f"top-1 {row.train['top1']:.2f} %")
+        parts += [
+            f"validation {name} {value:.4g}"
+            for name, value in row.validation.items()
+            if name not in ("top5",)
+        ]
+        parts += [f"lr {row.lr:.3g}", f"{row.batch_ms:.1f} ms a step"]
+        mark = " (best)" if row.best else ""
+        self._reporter.note(f"epoch {row.epoch}/{self._epochs}: {', '.join(parts)}{mark}")
+
+
+class _Saver:
+    """Writes ``last.pt`` and the CSV table after each epoch."""
+
+    def __init__(self, start: Start, options: Any, context: Context, folder: RunFolder) -> None:
+        self._start = start
+        self._options = options
+        self._context = context
+        self._folder = folder
+
+    def __call__(self, model: nn.Module, state: ResumeState, progress: Progress) -> None:
+        start, row = self._start, progress.rows[-1]
+        storage = {"storage": forms_to(start.forms)}
+        after = (
+            (Metrics(split="validation", n=row.validation_n, values=dict(row.validation)),)
+            if row.validation
+            else ()
+        )
+        unfinished = Outcome(
+            replace(
+                start.checkpoint, model=model, resume=ResumeState(state.tensors, {**state.state, **storage})
+            ),
+            None,
+            metrics_before=start.metrics_before,
+            metrics_after=after,
+            notes=start.notes(keep_storage=False),
+            others=start.others,
+            continues=start.continues,
+        )
+        self._folder.save(self._context.stamp(unfinished), self._folder.last)
+        write_csv(progress.rows, self._folder.path / "metrics.csv")
+        every = self._options.run.save_every
+        if every is not None and progress.epoch % every == 0:
+            self._folder.keep_copy(progress.epoch)

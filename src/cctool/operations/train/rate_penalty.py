@@ -1,0 +1,59 @@
+"""The rate of coded feature maps as a part of what training minimises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from cctool.base.errors import UsageError
+from cctool.training.constraints.base import Constraint
+from cctool.transforms.codec.tap_rates import Rates, collecting_rates
+from cctool.transforms.codec.taps import taps_of
+
+__all__ = ["RatePenalty", "rate_penalties", "refuse_rate_without_taps"]
+
+
+class RatePenalty(Constraint):
+    """``weight * bits``, bits being those a value of the maps that the taps coded in this step.
+
+    Args:
+        rates: of the network that is trained.
+        weight: above 0, in units of the loss for a bit a value.
+    """
+
+    name = "rate"
+
+    def __init__(self, rates: Rates, weight: float) -> None:
+        self._rates = rates
+        self._weight = weight
+
+    def penalty(self) -> Tensor | None:
+        """Give the weighted rate, a scalar; None where no map of this step has a gradient."""
+        found = self._rates.per_element()
+        return None if found is None else self._weight * found
+
+
+@contextmanager
+def rate_penalties(model: nn.Module, weight: float) -> Iterator[Sequence[Constraint]]:
+    """Give what a training with ``--rate-weight`` respects besides: nothing where the weight is 0.
+
+    Raises:
+        UsageError: if the network has no taps.
+    """
+    if not weight:
+        yield ()
+        return
+    refuse_rate_without_taps(model, weight)
+    with collecting_rates(model) as rates:
+        yield (RatePenalty(rates, weight),)
+
+
+def refuse_rate_without_taps(model: nn.Module, weight: float) -> None:
+    """Refuse a weight of the rate where nothing is coded. Raises UsageError."""
+    if weight and not taps_of(model):
+        raise UsageError(
+            f"--rate-weight {weight:g}: the network has no coded feature maps; "
+            "`cctool transform --target features` puts codecs behind its modules"
+        )

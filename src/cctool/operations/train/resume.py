@@ -1,0 +1,150 @@
+"""Going on with an interrupted training: what was asked for then, and whether the same is asked for now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
+
+from cctool.base.errors import CheckpointError, TrainingError
+from cctool.checkpoint.checkpoint import open_file
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.spec import Parent, Step
+from cctool.options.train.fit import Schedule
+from cctool.options.transform.choices import Mode
+
+__all__ = [
+    "flat",
+    "forms_from",
+    "forms_to",
+    "last_step",
+    "never_trained",
+    "refuse_other_files",
+    "refuse_other_options",
+    "starts_afresh",
+]
+
+# Neither decides what is computed, only where and how fast.
+_FREE = {"runtime.device", "data.workers"}
+_LENGTH_FREE = {Schedule.CONSTANT.value, Schedule.MULTISTEP.value}
+
+
+def last_step(path: Path) -> Step:
+    """Read the unfinished line of history of a ``last.pt``.
+
+    Raises:
+        CheckpointError: if the file holds no training that can go on.
+    """
+    opened = open_file(path)
+    if opened.payload is None or opened.payload.resume is None or not opened.payload.history.steps:
+        raise CheckpointError(f"{path} holds no training that could go on")
+    return opened.payload.history.steps[-1]
+
+
+def refuse_other_options(earlier: Step, verb: str, now: Mapping[str, JsonValue], data: str | None) -> None:
+    """Refuse to go on under other options than training began with.
+
+    Args:
+        earlier: the unfinished line of history.
+        verb: the command now.
+        now: its options as the history would store them.
+        data: the data set that the checkpoint remembers, which no ``--data`` stands for.
+
+    Raises:
+        TrainingError: naming every difference that matters.
+    """
+    if earlier.verb != verb:
+        raise TrainingError(f"this training was begun by `cctool {earlier.verb}`: go on with that")
+    then_flat, now_flat = flat(earlier.options), flat(now)
+    for options in (then_flat, now_flat):
+        options["data.data"] = options.get("data.data") or data
+    free = set(_FREE)
+    if then_flat.get("fit.schedule") in _LENGTH_FREE:
+        free.add("fit.epochs")
+    different = [
+        f"{name.rpartition('.')[2]} was {then_flat.get(name)}, now {now_flat.get(name)}"
+        for name in sorted(then_flat.keys() | now_flat.keys())
+        if name not in free and then_flat.get(name) != now_flat.get(name)
+    ]
+    if different:
+        raise TrainingError(
+            f"--resume goes on with the same options only: {'; '.join(different)} (--force starts anew)"
+        )
+
+
+def refuse_other_files(earlier: Step, now: Mapping[str, Parent]) -> None:
+    """Refuse to go on with other files, such as a teacher, than training began with.
+
+    Args:
+        earlier: the unfinished line of history.
+        now: the files that were read now, by role.
+
+    Raises:
+        TrainingError: naming the first whose content is another one.
+    """
+    for role, before in earlier.others.items():
+        found = now.get(role)
+        if found is not None and (found.content or found.file) != (before.content or before.file):
+            raise TrainingError(
+                f"--resume goes on with the same files only: the {role} {found.path} is not the one that "
+                "training began with (--force starts anew)"
+            )
+
+
+def never_trained(history: Sequence[Step]) -> bool:
+    """Whether all that a history tells is that a network was built here, and perhaps cut or stored."""
+    epochs = [step.options.get("finetune_epochs") for step in history]
+    epochs += [flat(step.options).get("fit.epochs") for step in history]
+    return bool(history) and history[0].parent is None and not any(epochs)
+
+
+def starts_afresh(history: Sequence[Step]) -> bool:
+    """Whether the next training is a first one, which decides the default learning rate.
+
+    That is so for a network that was never trained, and for one whose layers became fresh basis functions
+    since.
+    """
+    trained = [i for i, step in enumerate(history) if flat(step.options).get("fit.epochs")]
+    since = history[trained[-1] + 1 :] if trained else history
+    return never_trained(history) or any(
+        step.verb == "transform" and flat(step.options).get("weights.mode") == Mode.BASIS.value
+        for step in since
+    )
+
+
+def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested options into one level.
+
+    >>> flat({"fit": {"lr": 0.1}, "seed": 0})
+    {'fit.lr': 0.1, 'seed': 0}
+    """
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def forms_to(stored: Mapping[str, EncodedTensor]) -> dict[str, JsonValue]:
+    """Turn how tensors were stored, without their content, into JSON."""
+    return {
+        name: {
+            "encoding": form.encoding,
+            "shape": list(form.shape),
+            "dtype": form.dtype,
+            "parameters": dict(form.parameters),
+        }
+        for name, form in stored.items()
+    }
+
+
+def forms_from(data: Any) -> dict[str, EncodedTensor]:
+    """Put together again what `forms_to` wrote; the parts are empty."""
+    return {
+        name: EncodedTensor(form["encoding"], tuple(form["shape"]), form["dtype"], {}, form["parameters"])
+        for name, form in (data or {}).items()
+    }

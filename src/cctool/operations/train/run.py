@@ -1,0 +1,52 @@
+"""`cctool train`: train a fresh network, or go on with any checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cctool.base.errors import UsageError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.data.records import DataSource
+from cctool.operations.context import Context, Outcome
+from cctool.operations.train.course import Goal, conduct
+from cctool.operations.train.one_process import user_loss
+from cctool.operations.transform.basis import with_basis
+from cctool.operations.transform.weights import with_coefficients
+from cctool.options.train.run import TrainOptions
+from cctool.options.transform.choices import Mode
+from cctool.options.transform.options import TransformOptions, WeightOptions
+from cctool.training.objectives import Supervised
+
+__all__ = ["goal", "run"]
+
+
+def run(checkpoint: Checkpoint, options: TrainOptions, context: Context) -> Iterator[Outcome]:
+    """Train a checkpoint's network on labels; yields the best epoch by validation.
+
+    Raises:
+        UsageError: if layers of a checkpoint, rather than of a fresh network, are to be swapped.
+        CctoolError: see `conduct`.
+    """
+    # What is resumed brings its swapped layers along.
+    if options.swap and not options.run.resume:
+        checkpoint = _swapped(checkpoint, options, context)
+    yield from conduct("train", goal, checkpoint, options, context)
+
+
+def goal(checkpoint: Checkpoint, source: DataSource, options: TrainOptions, context: Context) -> Goal:
+    """Minimise cross-entropy, or the user's own loss."""
+    return Goal(Supervised(options.fit.label_smoothing, user_loss(options.fit.loss, context)))
+
+
+def _swapped(checkpoint: Checkpoint, options: TrainOptions, context: Context) -> Checkpoint:
+    if checkpoint.origin is not None:
+        raise UsageError(
+            "--swap is for fresh networks (--arch); `cctool transform` changes a checkpoint's layers"
+        )
+    for swap in options.swaps:
+        if swap.mode is Mode.BASIS:
+            checkpoint = with_basis(checkpoint, swap.kernel, (swap.layers,), "--swap")
+        else:
+            wanted = TransformOptions(kernel=swap.kernel, weights=WeightOptions(layers=(swap.layers,)))
+            checkpoint = with_coefficients(checkpoint, wanted, context)
+    return checkpoint

@@ -1,0 +1,169 @@
+"""The folder of one training: what it says, where it is, and what resuming needs.
+
+``NAME.run`` beside the product ``NAME.pt`` holds ``log.txt``, ``command.txt``, ``environment.json``,
+``metrics.csv`` and ``last.pt``; on request ``epoch-NNNN.pt``, ``tensorboard`` and ``mlflow``; ``best.pt``
+where training broke off; and the job and logs of worker processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, TypeVar
+
+import torch
+
+from cctool import __version__
+from cctool.base.errors import CheckpointError
+from cctool.base.runtime import Reporter
+from cctool.checkpoint.checkpoint import Checkpoint, load, save
+from cctool.checkpoint.file.atomic import write_atomically
+from cctool.checkpoint.tables import Tables
+
+__all__ = ["LoggedReporter", "RunFolder"]
+
+T = TypeVar("T")
+
+_OURS = (
+    "log.txt", "command.txt", "environment.json", "metrics.csv", "last.pt", "best.pt", "start.pt",
+    "mlflow-run.txt", "epoch-*.pt", "job*.json", "worker-*.log", "tensorboard", "mlflow",
+)  # fmt: skip
+
+
+class RunFolder:
+    """Paths in the run folder of a product, and what is written there.
+
+    Args:
+        output: path of the product.
+        tables: registries, to write checkpoints with.
+    """
+
+    def __init__(self, output: Path, tables: Tables) -> None:
+        self.path = output.with_name(f"{output.stem}.run")
+        self._tables = tables
+
+    @property
+    def last(self) -> Path:
+        """Checkpoint of the last completed epoch, with everything that resuming needs."""
+        return self.path / "last.pt"
+
+    @property
+    def start(self) -> Path:
+        """What worker processes start from."""
+        return self.path / "start.pt"
+
+    @property
+    def best(self) -> Path:
+        """The best epoch so far, where training broke off."""
+        return self.path / "best.pt"
+
+    def refuse_earlier(self, *, force: bool) -> None:
+        """Refuse to write over the completed epochs of an earlier training.
+
+        Raises:
+            CheckpointError: naming what goes on with it, and what starts anew.
+        """
+        if self.last.exists() and not force:
+            raise CheckpointError(
+                f"{self.path} holds an earlier training; --resume goes on with it, --force starts anew"
+            )
+
+    def begin(self, device: torch.device, *, resume: bool) -> None:
+        """Make the folder, clean unless resuming, and write down command and environment."""
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is a file; the run folder cannot be made there")
+        with self._writing():
+            if not resume:
+                self._clean()
+            self.path.mkdir(exist_ok=True)
+            with (self.path / "command.txt").open("a", encoding="utf-8") as stream:
+                stream.write(f"{shlex.join(sys.argv)}\n")
+            text = json.dumps(_environment(device), indent=2)
+            (self.path / "environment.json").write_text(f"{text}\n", encoding="utf-8")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what the system refuses into an error that names the folder."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"cannot write into {self.path}: {error.strerror or error}") from error
+
+    def _clean(self) -> None:
+        for pattern in _OURS:
+            for found in self.path.glob(pattern):
+                if found.is_dir():
+                    shutil.rmtree(found)
+                else:
+                    found.unlink()
+
+    def log(self, text: str) -> None:
+        """Add a line with the time to ``log.txt``."""
+        if self.path.is_dir():
+            with self._writing(), (self.path / "log.txt").open("a", encoding="utf-8") as stream:
+                stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def save(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Write a checkpoint into the folder, over an earlier one of that name."""
+        save(checkpoint, path, self._tables, overwrite=True)
+
+    def load(self, path: Path) -> Checkpoint:
+        """Read a checkpoint of the folder."""
+        return load(path, self._tables)
+
+    def keep_copy(self, epoch: int) -> None:
+        """Keep ``last.pt`` under the number of its epoch."""
+
+        def copy(stream: IO[bytes]) -> None:
+            with self.last.open("rb") as source:
+                shutil.copyfileobj(source, stream)
+
+        write_atomically(self.path / f"epoch-{epoch:04d}.pt", copy)
+
+
+class LoggedReporter:
+    """Speaks where another reporter speaks, and into ``log.txt``."""
+
+    def __init__(self, reporter: Reporter, folder: RunFolder) -> None:
+        self._reporter = reporter
+        self._folder = folder
+
+    def note(self, text: str) -> None:
+        """Say something worth knowing."""
+        self._folder.log(text)
+        self._reporter.note(text)
+
+    def warn(self, text: str) -> None:
+        """Say something that may be wrong."""
+        self._folder.log(f"warning: {text}")
+        self._reporter.warn(text)
+
+    def progress(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """Pass ``items`` on and show how far it is, where someone looks."""
+        return self._reporter.progress(items, description, total)
+
+
+def _environment(device: torch.device) -> dict[str, object]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "cctool": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "variables": {
+            key: os.environ[key] for key in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES") if key in os.environ
+        },
+    }

@@ -1,0 +1,1 @@
+"""`cctool transform`: weights and layers in transform domains, and codecs for feature maps."""

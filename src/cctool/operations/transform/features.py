@@ -1,0 +1,273 @@
+"""`cctool transform --target features`: put a calibrated codec behind chosen modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from pydantic import ValidationError
+
+from cctool.base.copies import copied
+from cctool.base.errors import UsageError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.spec import Metrics
+from cctool.data.records import DataSource
+from cctool.operations.context import Context, Outcome
+from cctool.operations.data import require_source
+from cctool.operations.examples import example
+from cctool.operations.keep.calibrate import calibration_images, put_taps
+from cctool.operations.measuring import measured, measured_splits
+from cctool.operations.transform.files import refuse_reports, write_reports
+from cctool.operations.transform.quality_search import (
+    SearchReport,
+    SweepPoint,
+    reach_ratio,
+    refuse_sweep,
+    sweep_qualities,
+    write_sweep,
+)
+from cctool.operations.transform.quality_tables import quality_tables, search_notes, tap_tables
+from cctool.options.common import DataOptions
+from cctool.options.transform.choices import Prequantizer
+from cctool.options.transform.options import TransformOptions
+from cctool.transforms.codec.calibrate import choose_orders
+from cctool.transforms.codec.codec import CodecConfig
+from cctool.transforms.codec.figures import NetworkStatistics, TapFigures
+from cctool.transforms.codec.sites import Site, find_sites
+from cctool.transforms.codec.steps import (
+    Table,
+    TableChoice,
+    check_table,
+    default_table,
+    preset_tables,
+    read_tables,
+)
+from cctool.transforms.codec.taps import drop_taps, recording, taps_of, with_taps
+from cctool.transforms.kernels.by_name import check_kernel, is_wavelet
+
+__all__ = ["FeaturesReport", "codec_configs", "measured_with_figures", "run"]
+
+_MUCH = 0.01
+"""Share of clamped values that is worth a note."""
+
+
+@dataclass(frozen=True)
+class FeaturesReport:
+    """What the codecs of one network do.
+
+    Attributes:
+        kernel: of the spatial transform.
+        split: that the taps' figures are of.
+        taps: figures of each, in the order in which they are passed.
+        ratio_8bit: eight bits per value of all maps over all bits, side information included.
+        ratio_float32: likewise for 32 bits per value.
+        metrics_before: of the network that came in.
+        metrics_after: of the coded network.
+        notes: what else is worth knowing.
+        search: how a ratio that was asked for was reached.
+        sweep: the measured qualities, each on each split.
+        written: files beside the product.
+    """
+
+    kernel: str
+    split: str
+    taps: tuple[TapFigures, ...]
+    ratio_8bit: float
+    ratio_float32: float
+    metrics_before: tuple[Metrics, ...]
+    metrics_after: tuple[Metrics, ...]
+    notes: tuple[str, ...]
+    search: SearchReport | None = None
+    sweep: tuple[SweepPoint, ...] = ()
+    written: tuple[str, ...] = ()
+
+    def tables(self) -> Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]:
+        """A row per tap and one for all; and the qualities that were tried."""
+        title = f"feature maps coded with {self.kernel}"
+        return [*tap_tables(self.taps, self.split, title), *quality_tables(self.search, self.sweep)]
+
+
+def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> Iterator[Outcome]:
+    """Calibrate codecs on training images, put them behind modules of a copy, and measure what they do.
+
+    Taps that the network has already are replaced.
+
+    Raises:
+        UsageError: if a kernel, table or pattern is none, or options contradict each other.
+        TransformError: if a module returns no maps.
+        DataError: if there is no data to calibrate on.
+    """
+    check_kernel(options.kernel, klt=True)
+    features = options.features
+    refuse_reports(features, context)
+    if features.sweep:
+        refuse_sweep(context)
+    source = require_source(options.data, checkpoint, context, "--target features")
+    before = measured_splits(checkpoint, source, options.data, context)
+    product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
+    replaced = drop_taps(product.model)
+    images, used = calibration_images(product, source, features.calibration, options.data, context)
+    sites = find_sites(product.model, example(product), features.taps)
+    configs = codec_configs(options, sites, used)
+    product = put_taps(product, sites, configs, images)
+    search = None
+    if features.ratio is not None:
+        search = reach_ratio(product, source, features.ratio, features.calibration, options.data, context)
+        choose_orders(product.model, images)
+        product = replace(product, spec=with_taps(product.spec, product.model))
+    sweep: tuple[SweepPoint, ...] = ()
+    if features.sweep:
+        orders = partial(choose_orders, product.model, images)
+        sweep = sweep_qualities(product, source, options.data, context, orders)
+    after, split, figures = measured_with_figures(product, source, options.data, context)
+    notes = (*_notes(product, figures, options, used, len(replaced)), *search_notes(search))
+    measured_on = f"{source.reference}, {split} split"
+    written = write_reports(figures, features, product, measured_on, before, after, context)
+    if sweep:
+        title = f"{product.spec.architecture} on {source.reference}: {options.kernel}, top-1 against ratio"
+        written += write_sweep(sweep, before, title, context)
+    notes += tuple(f"written: {path}" for path in written)
+    report = FeaturesReport(
+        kernel=options.kernel,
+        split=split,
+        taps=figures,
+        ratio_8bit=_ratio(figures, 8),
+        ratio_float32=_ratio(figures, 32),
+        metrics_before=before,
+        metrics_after=after,
+        notes=notes,
+        search=search,
+        sweep=sweep,
+        written=written,
+    )
+    yield Outcome(product, report, metrics_before=before, metrics_after=after, notes=notes)
+
+
+def codec_configs(options: TransformOptions, sites: Sequence[Site], images: int) -> dict[str, CodecConfig]:
+    """The codec of each site as the options say, before calibration.
+
+    Args:
+        options: of the command.
+        sites: in the order in which they are passed.
+        images: that calibration will see.
+
+    Raises:
+        UsageError: if options contradict each other, or a table does not fit the kernel.
+    """
+    features, kernel = options.features, options.kernel
+    plain = kernel == "identity" and not features.channel_klt
+    tables = None if plain and features.q_table is None else _tables(options)
+    calibrated: list[Any] = [
+        name
+        for name, chosen in (
+            ("k", features.k is None),
+            ("prequantizer", features.prequantizer is Prequantizer.AUTO),
+        )
+        if chosen
+    ]
+    signed = "unsigned" if features.prequantizer is Prequantizer.AUTO else str(features.prequantizer)
+    shift = features.mean_shift
+    shared: dict[str, Any] = {
+        "kernel": kernel,
+        "bits": features.bits,
+        "symbol_bits": features.symbol_bits,
+        "block": features.block,
+        "levels": features.levels,
+        "norm": str(features.norm),
+        "mean_shift": is_wavelet(kernel) if shift is None else shift,
+        "prequantizer": signed,
+        "k": 0 if features.k is None else features.k,
+        "quality": features.quality,
+        "dead_zone": features.dead_zone,
+        "channel_klt": features.channel_klt,
+        "allocated": features.allocate,
+        "images": images,
+    }
+    found = {}
+    for site in sites:
+        table = Table(()) if tables is None else tables.of(site.name, last=site is sites[-1])
+        if features.allocate and not table.scaled and not plain:
+            raise UsageError(f"--allocate chooses the steps that --preset {options.preset} gives")
+        try:
+            found[site.name] = CodecConfig(
+                **shared,
+                table=table.steps,
+                original_units=table.original,
+                calibrated=tuple([*calibrated, "table"] if table.scaled else calibrated),
+            )
+        except ValidationError as error:
+            raise UsageError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from None
+    return found
+
+
+def _tables(options: TransformOptions) -> TableChoice:
+    features, kernel = options.features, options.kernel
+    default = TableChoice(default_table(kernel, features.block, features.levels, features.bits))
+    choice = (
+        preset_tables(options.preset, features.block, features.levels) if features.q_table is None else None
+    )
+    if features.q_table is None:
+        return choice or default
+    found = read_tables(features.q_table)
+    for pattern, steps in found.items():
+        who = f"--q-table {features.q_table}: {pattern}"
+        check_table(steps, kernel, features.block, features.levels, who)
+    return replace(default, patterns={pattern: Table(steps) for pattern, steps in found.items()})
+
+
+def measured_with_figures(
+    checkpoint: Checkpoint, source: DataSource, data: DataOptions, context: Context
+) -> tuple[tuple[Metrics, ...], str, tuple[TapFigures, ...]]:
+    """Measure a coded network, and its taps on the test split or the best that there is.
+
+    Args:
+        checkpoint: with taps.
+        source: opened for the checkpoint.
+        data: batch size and workers.
+        context: device and precision.
+
+    Returns:
+        Metrics, the split of the taps' figures, and these.
+    """
+    splits = [split for split in ("validation", "test") if split in source.loaders]
+    metrics, statistics = [], NetworkStatistics(checkpoint.model)
+    shown = splits[-1] if splits else "train"
+    for split in splits or [shown]:
+        if split == shown:
+            with recording(checkpoint.model, statistics):
+                found = measured(checkpoint, source, data, context, split=split)
+        else:
+            found = measured(checkpoint, source, data, context, split=split)
+        metrics.append(found)
+    return tuple(metrics), shown, statistics.figures()
+
+
+def _ratio(figures: Sequence[TapFigures], bits: int) -> float:
+    return bits * sum(tap.elements for tap in figures) / max(1, sum(tap.bits for tap in figures))
+
+
+def _notes(
+    product: Checkpoint, figures: Sequence[TapFigures], options: TransformOptions, used: int, replaced: int
+) -> tuple[str, ...]:
+    hooks: Mapping[str, Any] = taps_of(product.model)
+    offsets = [name for name, hook in hooks.items() if hook.codec.prequantizer == "offset"]
+    notes = [f"calibrated on {used} training images"]
+    if replaced:
+        notes.append(f"{replaced} taps that were there were replaced")
+    if offsets and options.features.prequantizer is Prequantizer.AUTO:
+        notes.append(f"maps with negative values have an offset: {', '.join(offsets)}")
+    for tap in figures:
+        if tap.clamped_values > _MUCH * tap.elements:
+            share = 100 * tap.clamped_values / tap.elements
+            notes.append(
+                f"{tap.name}: {share:.1f} % of the values lie outside of the integers' range; --prequantizer "
+                "auto gives maps with negative values an offset, --calibration looks at more images"
+            )
+        if tap.clamped_symbols:
+            share = 100 * tap.clamped_symbols / tap.symbols
+            notes.append(
+                f"{tap.name}: {tap.clamped_symbols} coefficients ({share:.2f} %) saturate the symbols' bits"
+            )
+    return tuple(notes)

@@ -1,0 +1,142 @@
+"""Files about coded feature maps that stand beside a product: a workbook, and pictures of histograms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from cctool.analysis.features.bands import bands_of
+from cctool.analysis.features.pictures import draw_histograms
+from cctool.analysis.features.sheets import feature_report
+from cctool.analysis.workbook import check_suffix, write_report
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.file.atomic_folder import folder_atomically, refuse_existing_folder
+from cctool.checkpoint.spec import Metrics
+from cctool.operations.context import Context
+from cctool.operations.inspect.export import refuse_existing
+from cctool.transforms.codec.figures import TapFigures
+
+__all__ = ["file_stems", "refuse_reports", "write_reports"]
+
+_LONGEST_STEM = 120
+
+
+class Wanted(Protocol):
+    """Options of a command that reports on taps."""
+
+    @property
+    def report_file(self) -> str | None: ...
+
+    @property
+    def histograms(self) -> str | None: ...
+
+    @property
+    def zero_bar(self) -> bool: ...
+
+
+def refuse_reports(wanted: Wanted, context: Context) -> None:
+    """Refuse to start work whose report could not be written.
+
+    Raises:
+        UsageError: if the report's suffix is unknown.
+        CheckpointError: if something exists already and may not be replaced.
+    """
+    if wanted.report_file is not None:
+        check_suffix(Path(wanted.report_file))
+        refuse_existing((Path(wanted.report_file),), context)
+    if wanted.histograms is not None:
+        refuse_existing_folder(Path(wanted.histograms), overwrite=context.force, ours=_is_picture)
+
+
+def write_reports(
+    figures: Sequence[TapFigures],
+    wanted: Wanted,
+    checkpoint: Checkpoint,
+    measured_on: str,
+    before: Sequence[Metrics],
+    after: Sequence[Metrics],
+    context: Context,
+) -> tuple[str, ...]:
+    """Write the workbook and the pictures that were asked for.
+
+    Args:
+        figures: of the taps, in the order of the forward pass.
+        wanted: which files.
+        checkpoint: the coded network.
+        measured_on: data and split of the figures.
+        before: accuracy without codecs, where it is known.
+        after: accuracy with them.
+        context: whether files may be replaced.
+
+    Returns:
+        Paths of what was written.
+    """
+    written = []
+    if wanted.report_file is not None:
+        notes = (*_identity(checkpoint, figures, measured_on), *_accuracy(before, after))
+        write_report(feature_report(figures, notes), Path(wanted.report_file), overwrite=context.force)
+        written.append(wanted.report_file)
+    if wanted.histograms is not None:
+        folder = Path(wanted.histograms)
+        with folder_atomically(folder, overwrite=context.force, ours=_is_picture) as temporary:
+            for stem, tap in zip(file_stems([tap.name for tap in figures]), figures, strict=True):
+                title = f"{tap.name}: symbols of {tap.samples:,} maps {'x'.join(map(str, tap.shape))}"
+                picture = draw_histograms(title, bands_of(tap), zero_bar=wanted.zero_bar)
+                (temporary / f"{stem}.png").write_bytes(picture)
+        written.append(wanted.histograms)
+    return tuple(written)
+
+
+def file_stems(names: Sequence[str]) -> list[str]:
+    """Names of files for modules: their own names, with what a file's name should not hold replaced.
+
+    >>> file_stems(["layer1.0", "a/b", "a:b"])
+    ['layer1.0', 'a_b', 'a_b-2']
+    """
+    found: list[str] = []
+    for name in names:
+        kept = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
+        stem = base = kept.strip(".")[:_LONGEST_STEM] or "network"
+        number = 1
+        # Some file systems take upper and lower case for the same.
+        while stem.lower() in [other.lower() for other in found]:
+            number += 1
+            stem = f"{base}-{number}"
+        found.append(stem)
+    return found
+
+
+def _is_picture(name: str) -> bool:
+    return name.endswith(".png")
+
+
+def _identity(
+    checkpoint: Checkpoint, figures: Sequence[TapFigures], measured_on: str
+) -> list[tuple[str, str]]:
+    from cctool import __version__
+
+    arguments = ", ".join(f"{key}={value}" for key, value in checkpoint.spec.arguments.items())
+    samples = max((tap.samples for tap in figures), default=0)
+    notes = [
+        ("Network", f"{checkpoint.spec.architecture}({arguments})"),
+        ("Measured on", f"{measured_on}, n={samples:,}"),
+        ("History", " > ".join(step.verb for step in checkpoint.history) or "none"),
+    ]
+    if checkpoint.origin is not None:
+        notes += [("File", checkpoint.origin.path), ("SHA-256 of the file", checkpoint.origin.file)]
+    return [*notes, ("Written by", f"cctool {__version__}")]
+
+
+def _accuracy(before: Sequence[Metrics], after: Sequence[Metrics]) -> list[tuple[str, str]]:
+    earlier = {metrics.split: metrics.values for metrics in before}
+    return [
+        (
+            f"{name} on {metrics.split} (n={metrics.n:,})",
+            f"{earlier[metrics.split][name]:.4f} without codecs, {value:.4f} with them"
+            if name in earlier.get(metrics.split, {})
+            else f"{value:.4f} with codecs",
+        )
+        for metrics in after
+        for name, value in metrics.values.items()
+    ]

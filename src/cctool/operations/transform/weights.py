@@ -1,0 +1,220 @@
+"""`cctool transform --target weights`: layers whose parameters are coefficients in a transform domain.
+
+select -> plain weight -> coefficients per axis -> corner | mask -> swap edits, mask edits, stored forms
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cctool.base.errors import TransformError, UsageError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.edits.mask import add_masks, mask_name, with_masks
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.operations.context import Context, Outcome
+from cctool.operations.data import open_source
+from cctool.operations.keep.masked_weights import lossy_forms, stored_with_masks
+from cctool.operations.keep.upkeep import recalibrated_parts
+from cctool.operations.measuring import measured_splits
+from cctool.operations.size import stored_bytes
+from cctool.operations.transform.weights_report import (
+    CodedLayerReport,
+    TransformWeightsReport,
+    coded_layer_report,
+    counted,
+    layer_bytes,
+    unshrunk,
+)
+from cctool.options.transform.choices import Select
+from cctool.options.transform.options import TransformOptions, WeightOptions
+from cctool.transforms.kernels import by_name as kernels
+from cctool.transforms.layers.axes import KLT, MAX_KLT_LENGTH, TransformedAxis
+from cctool.transforms.layers.base import with_swaps
+from cctool.transforms.layers.build import coefficient_layer
+from cctool.transforms.layers.coefficients import CoefficientLayer, Coefficients
+from cctool.transforms.layers.keep import chosen
+from cctool.transforms.layers.which import Selected, SkippedLayer, select_layers, transformed_axes
+from cctool.transforms.swap import put_in_place
+
+__all__ = ["run", "with_coefficients"]
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """One layer before and after.
+
+    Attributes:
+        selected: the layer as it was.
+        layer: that takes its place.
+        places: coefficients before any were left out.
+    """
+
+    selected: Selected
+    layer: CoefficientLayer
+    places: int
+
+    @property
+    def name(self) -> str:
+        """Its first name."""
+        return self.selected.names[0]
+
+
+def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> Iterator[Outcome]:
+    """Transform the chosen layers of the network in place.
+
+    Raises:
+        UsageError: if the kernel is unknown, options do not go with it, or a pattern matches nothing.
+        TransformError: if no layer can be transformed.
+    """
+    _check(options)
+    selected, skipped = select_layers(checkpoint.model, options.weights.layers)
+    source = open_source(options.data, checkpoint, context)
+    before = measured_splits(checkpoint, source, options.data, context)
+    sizes = _Sizes.of(checkpoint, selected)
+    coded, untouched = _coded(selected, options, context)
+    skipped = [*skipped, *untouched]
+    if not coded:
+        raise TransformError(f"nothing is left to transform: {'; '.join(counted(skipped))}")
+    notes = [*_notes(checkpoint, coded, options), *counted(skipped)]
+    product = stored_with_masks(_with_layers(checkpoint, coded, options.weights))
+    product, of_taps = recalibrated_parts(product, source, options.data, context)
+    after = measured_splits(product, source, options.data, context)
+    layers = _layer_reports(coded, sizes, product)
+    notes += [*of_taps, *unshrunk(layers)]
+    report = TransformWeightsReport(
+        kernel=options.kernel,
+        layers=layers,
+        skipped=tuple(skipped),
+        bytes_before=sizes.network,
+        bytes_after=stored_bytes(product),
+        metrics_before=before,
+        metrics_after=after,
+        notes=tuple(notes),
+    )
+    yield Outcome(product, report, metrics_before=before, metrics_after=after, notes=tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of a network as it is stored, and of its layers by name."""
+
+    network: int
+    layers: Mapping[str, int]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, selected: Sequence[Selected]) -> _Sizes:
+        stored = stored_with_masks(checkpoint)
+        layers = {item.names[0]: layer_bytes(stored, item.names[0]) for item in selected}
+        return cls(stored_bytes(stored), layers)
+
+
+def _layer_reports(
+    coded: Sequence[_Coded], sizes: _Sizes, product: Checkpoint
+) -> tuple[CodedLayerReport, ...]:
+    return tuple(
+        coded_layer_report(
+            item.name, item.selected.plain, item.layer, item.places, sizes.layers[item.name], product
+        )
+        for item in coded
+    )
+
+
+def with_coefficients(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> Checkpoint:
+    """The checkpoint whose chosen layers are coefficients, changed in place; nothing is measured.
+
+    Raises:
+        UsageError: if the kernel is unknown, options do not go with it, or a pattern matches nothing.
+        TransformError: if no layer can be transformed.
+    """
+    _check(options)
+    selected, skipped = select_layers(checkpoint.model, options.weights.layers)
+    coded, untouched = _coded(selected, options, context)
+    if not coded:
+        raise TransformError(f"nothing is left to transform: {'; '.join(counted([*skipped, *untouched]))}")
+    return _with_layers(checkpoint, coded, options.weights)
+
+
+def _check(options: TransformOptions) -> None:
+    kernel, weights = options.kernel, options.weights
+    kernels.check_kernel(kernel, klt=True)
+    if weights.levels is not None and not kernels.is_wavelet(kernel):
+        raise UsageError(f"--levels {weights.levels}: {kernel} has none; wavelets do")
+    if weights.select is Select.CORNER and kernel == "identity":
+        raise UsageError("--select corner: identity has no frequencies; --select energy keeps the largest")
+
+
+def _coded(
+    selected: Sequence[Selected], options: TransformOptions, context: Context
+) -> tuple[list[_Coded], list[SkippedLayer]]:
+    """Layers of coefficients for the selected ones, and those that have no axis to transform."""
+    weights, coded, untouched = options.weights, [], []
+    for item in context.reporter.progress(selected, "transforming", len(selected)):
+        axes = transformed_axes(
+            item.plain.weight,
+            options.kernel,
+            axes=weights.axes,
+            block=weights.block,
+            levels=weights.levels,
+        )
+        if not axes:
+            where = f"{weights.axes or 'channel and spatial'} axes of size 1"
+            untouched.append(SkippedLayer(item.names[0], f"it has only {where}"))
+            continue
+        reason = _too_long(axes)
+        if reason:
+            untouched.append(SkippedLayer(item.names[0], reason))
+            continue
+        layer = coefficient_layer(item.plain, Coefficients(axes=axes))
+        coded.append(_Coded(item, layer, item.plain.weight.numel()))
+    return coded, untouched
+
+
+def _too_long(axes: Sequence[TransformedAxis]) -> str:
+    lengths = [axis.length for axis in axes if axis.kernel == KLT and axis.length > MAX_KLT_LENGTH]
+    if not lengths:
+        return ""
+    return f"klt of {lengths[0]:,} channels at once takes too long; --block {MAX_KLT_LENGTH // 8} takes fewer"
+
+
+def _with_layers(checkpoint: Checkpoint, coded: Sequence[_Coded], weights: WeightOptions) -> Checkpoint:
+    """Put the layers into the network, mask what does not stay, and say so in the spec."""
+    model = checkpoint.model
+    for item in coded:
+        item.layer.train(item.selected.layer.training)
+        put_in_place(model, item.name, item.layer)
+    masks = chosen({item.name: item.layer for item in coded}, weights)
+    add_masks(model, {f"{name}.coefficients": mask for name, mask in masks.items()})
+    stored = {name: form for name, form in checkpoint.stored.items() if not _belongs(name, coded)}
+    spec = with_masks(with_swaps(checkpoint.spec, model), model)
+    return replace(checkpoint, spec=spec, stored=stored, resume=None)
+
+
+def _belongs(tensor: str, coded: Sequence[_Coded]) -> bool:
+    """Whether a tensor is the weight, or what it is computed from, of a layer that was replaced."""
+    owner, _, leaf = tensor.rpartition(".")
+    return leaf not in ("bias", mask_name("bias")) and any(owner in item.selected.names for item in coded)
+
+
+def _notes(checkpoint: Checkpoint, coded: Sequence[_Coded], options: TransformOptions) -> list[str]:
+    rounded = {k: form for k, form in lossy_forms(checkpoint).items() if _belongs(k, coded)}
+    again = sum(isinstance(item.selected.layer, CoefficientLayer) for item in coded)
+    notes = [
+        f"{n} weights were stored as {form}: what they decode to was transformed; "
+        "`cctool quantize` stores the coefficients so"
+        for form, n in Counter(_inner(form) for form in rounded.values()).items()
+    ]
+    if again:
+        notes.append(f"{again} layers were transformed already: their weights were, anew")
+    if checkpoint.resume is not None:
+        notes.append("the state of the optimizer belongs to the weights, and was dropped")
+    blocked = any(axis.block for item in coded for axis in item.layer.arguments.axes)
+    if options.weights.block is not None and not blocked:
+        notes.append(f"--block {options.weights.block}: no transformed channel axis is longer")
+    return notes
+
+
+def _inner(form: EncodedTensor) -> str:
+    inner = form.parameters.get("inner")
+    return inner if isinstance(inner, str) else form.encoding

@@ -1,0 +1,194 @@
+"""What `cctool transform --target weights` reports of layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.edits.mask import mask_name
+from cctool.checkpoint.spec import Metrics
+from cctool.transforms.codec.taps import tap_buffers
+from cctool.transforms.layers.axes import TransformedAxis
+from cctool.transforms.layers.coefficients import CoefficientLayer
+from cctool.transforms.layers.which import SkippedLayer
+
+__all__ = [
+    "CodedLayerReport",
+    "TransformWeightsReport",
+    "coded_layer_report",
+    "counted",
+    "layer_bytes",
+    "unshrunk",
+]
+
+_AXES = {2: ("out", "in"), 4: ("out", "in", "height", "width")}
+
+
+@dataclass(frozen=True)
+class CodedLayerReport:
+    """What became of one layer.
+
+    Attributes:
+        name: its first name.
+        shape: of its weight.
+        axes: what is transformed, in words.
+        kept: coefficients that stay.
+        places: coefficients that there were, as many as weights.
+        bytes_before: of the weight as it was stored.
+        bytes_after: of all that the weight is now computed from as it is stored, masks and bases included.
+        relative_error: ||w - w'|| / ||w||; None where the weight was zero.
+        sqnr_db: 10 log10(sum w^2 / sum (w - w')^2); None where nothing changed, or the weight was zero.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: str
+    kept: int
+    places: int
+    bytes_before: int
+    bytes_after: int
+    relative_error: float | None
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class TransformWeightsReport:
+    """What one transform did.
+
+    Attributes:
+        kernel: name of the transform.
+        layers: what was transformed.
+        skipped: what was asked for and was not, and why.
+        bytes_before: of all tensors of the network as they were stored.
+        bytes_after: of all tensors as they are stored now.
+        metrics_before: of the network that came in.
+        metrics_after: of the network with the coefficients that are left.
+        notes: what else is worth knowing.
+    """
+
+    kernel: str
+    layers: tuple[CodedLayerReport, ...]
+    skipped: tuple[SkippedLayer, ...]
+    bytes_before: int
+    bytes_after: int
+    metrics_before: tuple[Metrics, ...]
+    metrics_after: tuple[Metrics, ...]
+    notes: tuple[str, ...]
+
+    def tables(self) -> Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]:
+        """(title, columns, rows) of each table that the command shows."""
+        columns = (
+            "layer",
+            "shape",
+            "transformed",
+            "kept",
+            "of",
+            "bytes before",
+            "bytes after",
+            "error",
+            "SQNR dB",
+        )
+        rows: list[tuple[object, ...]] = [
+            (
+                layer.name,
+                "x".join(map(str, layer.shape)),
+                layer.axes,
+                layer.kept,
+                layer.places,
+                layer.bytes_before,
+                layer.bytes_after,
+                layer.relative_error,
+                layer.sqnr_db,
+            )
+            for layer in self.layers
+        ]
+        kept, places = (sum(getattr(layer, name) for layer in self.layers) for name in ("kept", "places"))
+        rows.append(
+            ("network", "", self.kernel, kept, places, self.bytes_before, self.bytes_after, None, None)
+        )
+        return [("", columns, rows)]
+
+
+def coded_layer_report(
+    name: str,
+    before: nn.Linear | nn.Conv2d,
+    layer: CoefficientLayer,
+    places: int,
+    bytes_before: int,
+    product: Checkpoint,
+) -> CodedLayerReport:
+    """Compare a layer with the ordinary one that it took the place of."""
+    mask = layer._buffers.get(mask_name("coefficients"))
+    kept = layer.coefficients.numel() if mask is None else int(mask.sum())
+    error, sqnr = _errors(before.weight, layer.weight)
+    return CodedLayerReport(
+        name=name,
+        shape=tuple(before.weight.shape),
+        axes=", ".join(_described(axis, before.weight.dim()) for axis in layer.arguments.axes),
+        kept=kept,
+        places=places,
+        bytes_before=bytes_before,
+        bytes_after=layer_bytes(product, name),
+        relative_error=error,
+        sqnr_db=sqnr,
+    )
+
+
+def _described(axis: TransformedAxis, dims: int) -> str:
+    block = "" if axis.block is None else f" by {axis.block}"
+    levels = "" if axis.levels is None else f" L{axis.levels}"
+    corner = "" if axis.kept == axis.length else f" first {axis.kept}"
+    return f"{_AXES[dims][axis.dim]}{block}{levels}{corner}"
+
+
+@torch.no_grad()
+def _errors(before: Tensor, after: Tensor) -> tuple[float | None, float | None]:
+    signal = before.detach().cpu().double()
+    energy = float(signal.square().sum())
+    noise = float((signal - after.detach().cpu().double()).square().sum())
+    if not energy:
+        return None, None
+    return math.sqrt(noise / energy), 10 * math.log10(energy / noise) if noise else None
+
+
+def layer_bytes(checkpoint: Checkpoint, name: str) -> int:
+    """Bytes of all that a layer's weight is computed from, as it is stored, each stored tensor once."""
+    parts = {id(part): part for part in _parts(checkpoint, name)}
+    return sum(part.numel() * part.element_size() for part in parts.values())
+
+
+def _parts(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+    of_taps = tap_buffers(checkpoint.model)
+    for leaf, tensor in checkpoint.model.get_submodule(name).state_dict().items():
+        if leaf in ("bias", mask_name("bias")) or f"{name}.{leaf}" in of_taps:
+            continue
+        form = checkpoint.stored.get(f"{name}.{leaf}")
+        yield from [tensor] if form is None else form.parts.values()
+
+
+def unshrunk(layers: Sequence[CodedLayerReport]) -> list[str]:
+    """What the notes say of layers that take more bytes than before."""
+    return [
+        f"{layer.name} does not shrink: {layer.bytes_before:,} -> {layer.bytes_after:,} bytes"
+        for layer in layers
+        if layer.bytes_after > layer.bytes_before
+    ]
+
+
+def counted(skipped: Sequence[SkippedLayer]) -> list[str]:
+    """What the notes say of layers that were left alone, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for item in skipped:
+        reasons.setdefault(item.reason, []).append(item.name)
+    return [
+        f"left alone: {', '.join(names[:3])}{_more(names)} ({reason})" for reason, names in reasons.items()
+    ]
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 3} more" if len(names) > 3 else ""

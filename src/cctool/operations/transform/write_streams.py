@@ -1,0 +1,265 @@
+"""The coded maps of a split as streams of bytes: written to a folder, decoded on the way, or only counted.
+
+What a stream holds, `tap_stream` says; what else stands in the folder, `stream_index`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor, nn
+
+from cctool.base.errors import TransformError
+from cctool.coding.entropy import code_bits
+from cctool.coding.exp_golomb import histogram
+from cctool.coding.stream import Reader, Writer
+from cctool.data.serving.batches import Batch
+from cctool.operations.transform.files import file_stems
+from cctool.operations.transform.stream_index import (
+    SUFFIX,
+    IndexedMaps,
+    IndexedStream,
+    maps_as_bytes,
+    symbols_as_bytes,
+)
+from cctool.transforms.codec.codec import Symbols
+from cctool.transforms.codec.stream import (
+    StreamHeader,
+    decoded_maps,
+    flat_symbols,
+    header_of,
+    pass_of,
+    side_bytes,
+    state_bytes,
+    state_of_stream,
+)
+from cctool.transforms.codec.taps import state_of, taps_of
+
+__all__ = ["Bitstreams", "StreamFigures"]
+
+
+@dataclass(frozen=True)
+class StreamFigures:
+    """Size of one tap's stream.
+
+    Attributes:
+        tap: name of the module.
+        file: its path; None where nothing was written.
+        elements: values of all maps.
+        payload_bits: of the symbols' codewords.
+        side_bits: all others: header, codec, means, block tables, checksums, what fills up last bytes.
+        file_bytes: of the stream, (payload_bits + side_bits) / 8.
+        bits_per_element: of all bits.
+        ratio_8bit: eight bits an element over all bits.
+        ratio_float32: likewise for 32 bits an element.
+    """
+
+    tap: str
+    file: str | None
+    elements: int
+    payload_bits: int
+    side_bits: int
+    file_bytes: int
+    bits_per_element: float
+    ratio_8bit: float
+    ratio_float32: float
+
+
+class _Target:
+    """A file that remembers its last bytes and hashes all of them; without a path it only does that."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._stream = None if path is None else path.open("xb")
+        self.last = b""
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.last += data
+        return len(data) if self._stream is None else self._stream.write(data)
+
+    def take(self) -> bytes:
+        """What was written since it was last taken."""
+        taken, self.last = self.last, b""
+        return taken
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+@dataclass
+class _Hashes:
+    """Running hashes of one pass of all batches."""
+
+    symbols: Any = field(default_factory=hashlib.sha256)
+    maps: Any = field(default_factory=hashlib.sha256)
+    samples: int = 0
+    shape: tuple[int, ...] = ()
+
+
+class _TapStream:
+    """The stream of one tap while it is written."""
+
+    def __init__(self, name: str, model: nn.Module, path: Path | None, file: str | None) -> None:
+        self.name, self.file = name, file
+        self._state, self._shape = state_of(model, name), taps_of(model)[name].shape
+        self._target = _Target(path)
+        self._writer: Writer | None = None
+        self._front = b""
+        self.header: StreamHeader | None = None
+        self.payload_bits = 0
+        self.elements = 0
+        self.passes: list[_Hashes] = []
+        self.pass_now = 0
+
+    def add(self, symbols: Symbols, y: Tensor, *, decode: bool) -> Tensor | None:
+        """Write one pass; decode what was written where that goes on.
+
+        Raises:
+            TransformError: if a pass has maps of another size than the same pass of earlier batches.
+        """
+        if self._writer is None:
+            self._begin(y)
+        assert self._writer is not None
+        assert self.header is not None
+        codec, number = self._state.config, self.pass_now
+        self.pass_now += 1
+        flat = flat_symbols(symbols, signed=codec.signed)
+        self._writer.append(flat, codec.k, signed=codec.signed, side=side_bytes(number, symbols))
+        self.payload_bits += int(code_bits(histogram(flat, signed=codec.signed))[codec.k])
+        self.elements += y.numel()
+        chunk = self._target.take()
+        decoded = self._decoded(chunk, y.device) if decode else None
+        self._hash(number, flat, y if decoded is None else decoded)
+        return decoded
+
+    def _begin(self, y: Tensor) -> None:
+        dtype = str(y.dtype).removeprefix("torch.")
+        self.header = StreamHeader.model_validate(
+            {"tap": self.name, "codec": self._state.config, "shape": self._shape, "dtype": dtype}
+        )
+        self._writer = Writer(cast("BinaryIO", self._target), self.header.model_dump(mode="json"))
+        nothing = torch.zeros(0, dtype=torch.int8)
+        self._writer.append(nothing, 0, signed=True, side=state_bytes(self._state, self._shape))
+        self._front = self._target.take()
+
+    def _decoded(self, chunk: bytes, device: torch.device) -> Tensor:
+        """What the bytes alone say: those of the header and the codec, and those of one chunk."""
+        reader = Reader(io.BytesIO(self._front + chunk))
+        header, chunks = header_of(reader.metadata), iter(reader)
+        state = state_of_stream(header, next(chunks).side, device)
+        found = next(chunks)
+        return decoded_maps(pass_of(found.values, found.side, header).symbols, state, header.dtype)
+
+    def _hash(self, number: int, flat: Tensor, y: Tensor) -> None:
+        if number == len(self.passes):
+            self.passes.append(_Hashes(shape=tuple(y.shape[1:])))
+        hashes = self.passes[number]
+        if hashes.shape != tuple(y.shape[1:]):
+            raise TransformError(
+                f"{self.name}: maps of {list(y.shape[1:])} after maps of {list(hashes.shape)}; a stream "
+                "holds maps of one size"
+            )
+        hashes.samples += y.shape[0]
+        hashes.symbols.update(symbols_as_bytes(flat))
+        hashes.maps.update(maps_as_bytes(y))
+
+    def finish(self) -> IndexedStream | None:
+        """Write the end; None where the tap was never passed."""
+        if self._writer is not None:
+            self._writer.finish()
+        self.close()
+        if self._writer is None:
+            return None
+        return IndexedStream(
+            tap=self.name,
+            file=self.file or "",
+            bytes=self._writer.written,
+            sha256=self._target.sha256.hexdigest(),
+            payload_bits=self.payload_bits,
+            passes=tuple(
+                IndexedMaps(
+                    number=number,
+                    shape=(hashes.samples, hashes.shape[0], hashes.shape[1], hashes.shape[2]),
+                    symbols=hashes.symbols.hexdigest(),
+                    maps=hashes.maps.hexdigest(),
+                )
+                for number, hashes in enumerate(self.passes)
+            ),
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._target.close()
+
+    def figures(self, folder: Path | None) -> StreamFigures:
+        """Sizes, once it is finished."""
+        assert self._writer is not None
+        size = self._writer.written
+        return StreamFigures(
+            tap=self.name,
+            file=None if folder is None or self.file is None else str(folder / self.file),
+            elements=self.elements,
+            payload_bits=self.payload_bits,
+            side_bits=8 * size - self.payload_bits,
+            file_bytes=size,
+            bits_per_element=8 * size / self.elements,
+            ratio_8bit=self.elements / size,
+            ratio_float32=4 * self.elements / size,
+        )
+
+
+class Bitstreams:
+    """A sink for `taps.recording` that writes every pass to the tap's stream.
+
+    Args:
+        model: the network, with its taps.
+        folder: where streams are written; None keeps nothing of them.
+        through: decode each chunk, and let the decoded maps go on.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path | None, *, through: bool) -> None:
+        names = list(taps_of(model))
+        self._through = through
+        self._streams = {
+            name: _TapStream(
+                name,
+                model,
+                None if folder is None else folder / f"{stem}{SUFFIX}",
+                None if folder is None else f"{stem}{SUFFIX}",
+            )
+            for name, stem in zip(names, file_stems(names), strict=True)
+        }
+
+    def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Pass batches on, and count the passes of each anew."""
+        for batch in batches:
+            for stream in self._streams.values():
+                stream.pass_now = 0
+            yield batch
+
+    def __call__(self, name: str, symbols: Symbols, x: Tensor, y: Tensor) -> Tensor | None:
+        """Write one pass of one tap."""
+        return self._streams[name].add(symbols, y, decode=self._through)
+
+    def finish(self, folder: Path | None) -> tuple[tuple[StreamFigures, ...], tuple[IndexedStream, ...]]:
+        """Write the ends of all streams; their sizes, and what stands in an index.
+
+        Args:
+            folder: the name that the streams' folder will have.
+        """
+        finished = [(stream, stream.finish()) for stream in self._streams.values()]
+        passed = [(stream, entry) for stream, entry in finished if entry is not None]
+        return tuple(stream.figures(folder) for stream, _ in passed), tuple(entry for _, entry in passed)
+
+    def close(self) -> None:
+        """Close all files, also where something failed."""
+        for stream in self._streams.values():
+            stream.close()

@@ -1,0 +1,1 @@
+"""Coupling, cutting and verifying."""

@@ -1,0 +1,211 @@
+"""The masked network, computed without a copy of it: tensors are masked as calls take them.
+
+The model runs as it is. Each call gets, in place of the parameters that removed units touch, copies with
+zeros in all that those units own, which are dropped again after the call. Where a call depends on how many
+channels there are (layer norm, attention, a mean over channels), it is computed over those that are kept, as
+the cut network does. In float64 everything is widened as calls take it, without a second copy of the weights.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cctool.graph.channels import ChannelGraph, Statistic
+from cctool.graph.execution import execute, tensors_in, with_tensors
+from cctool.graph.ledger import Kind
+from cctool.pruning.cut.surgery import named_tensors, places_removed, zeroed
+from cctool.pruning.select.order import Selection
+
+Function = Callable[..., Any]
+Places = Mapping[str, Sequence[tuple[int, Tensor]]]
+
+_LARGE = 1 << 22  # elements of a weight
+_READS_ONLY = frozenset(
+    {"shape", "size", "dim", "ndim", "numel", "device", "is_floating_point", "requires_grad"}
+)
+
+
+def active_statistics(graph: ChannelGraph, selection: Selection) -> list[Statistic]:
+    """Calls that depend on the number of channels which this selection changes."""
+    removed = removed_labels(graph, selection)
+    return [s for s in graph.statistics if any(bool(removed[labels].any()) for labels, _ in s.widths)]
+
+
+def removed_labels(graph: ChannelGraph, selection: Selection) -> Tensor:
+    """Which labels go; shape [label_count]."""
+    removed = torch.zeros(graph.label_count, dtype=torch.bool)
+    for family, kept in zip(graph.families, selection.kept, strict=True):
+        removed[family.labels[~kept]] = True
+    return removed
+
+
+class MaskedCalls:
+    """Computes the calls of one forward pass of the masked network; made anew for each pass.
+
+    Args:
+        model: the dense model.
+        graph: its coupled channels.
+        selection: the units that are kept; None keeps all.
+        values: tensors that take the place of the model's own, by name, before they are masked.
+        wide: compute in float64.
+
+    Attributes:
+        without_effect: sums over the kept channels that are those over all, as removed ones are 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph | None = None,
+        selection: Selection | None = None,
+        values: Mapping[str, Tensor] | None = None,
+        wide: bool = False,
+    ) -> None:
+        self.wide = wide
+        self.values = values or {}
+        self.places: Places = {}
+        self.statistics: dict[tuple[str, int], list[Statistic]] = defaultdict(list)
+        if graph is not None and selection is not None:
+            self.places = places_removed(graph, selection)
+            self.kept = ~removed_labels(graph, selection)
+            for statistic in active_statistics(graph, selection):
+                self.statistics[statistic.op, statistic.ordinal].append(statistic)
+        changed = set(self.values) | set(self.places)
+        self.names = {id(tensor): name for name, tensor in reversed(named_tensors(model)) if name in changed}
+        self.ordinals: Counter[str] = Counter()
+        self.without_effect: list[Statistic] = []
+
+    def __call__(
+        self, name: str, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Compute one call."""
+        ordinal = self.ordinals[name]
+        self.ordinals[name] += 1
+        if name in _READS_ONLY:
+            return function(*args, **kwargs)
+        if self.wide and name == "linear" and len(args) > 1 and args[1].numel() > _LARGE:
+            return self._by_rows(function, *args, **kwargs)
+        args = tuple(self._replaced(value) for value in args)
+        kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
+        if self.wide and name == "dtype":
+            return self._replaced(function(*args, **kwargs))
+        for statistic in self.statistics.get((name, ordinal), ()):
+            if statistic.kind in (Kind.KEPT, Kind.SUM):
+                kept = self.kept[statistic.widths[0][0]]
+                result = over_kept(statistic, kept, function, args, kwargs)
+                if statistic.kind is Kind.SUM and _same(result, function(*args, **kwargs)):
+                    self.without_effect.append(statistic)
+                return result
+            args, kwargs = self._scaled(statistic, args, kwargs)
+        result = function(*args, **kwargs)
+        # new constants are widened at once: a later write would else go into a widened copy of them
+        new = self.wide and isinstance(result, Tensor) and result.dtype == torch.float32
+        return result.double() if new and next(tensors_in((args, kwargs)), None) is None else result
+
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = self.names.get(id(value))
+            if name is not None:
+                value = self._masked(name, value)
+            return value.double() if self.wide and value.dtype == torch.float32 else value
+        if self.wide and value is torch.float32:
+            return torch.float64
+        if type(value) in (tuple, list):
+            return type(value)(self._replaced(item) for item in value)
+        return value
+
+    def _by_rows(self, function: Function, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A linear layer some rows at a time: a large weight in float64 would dwarf the network itself."""
+        name = self.names.get(id(weight), "")
+        values = self.values.get(name, weight).detach()
+        pieces = []
+        height = max(1, _LARGE // values.shape[1] // 4)
+        for start in range(0, len(values), height):
+            rows = values[start : start + height].double()
+            for dim, indices in self.places.get(name, ()):
+                if dim == 0:
+                    indices = indices[(indices >= start) & (indices < start + height)] - start
+                rows.index_fill_(dim, indices.to(rows.device), 0)
+            pieces.append(function(self._replaced(x), rows))
+        result = torch.cat(pieces, dim=-1)
+        return result if bias is None else result + self._replaced(bias)
+
+    def _masked(self, name: str, tensor: Tensor) -> Tensor:
+        value = self.values.get(name, tensor).detach()
+        return zeroed(value, self.places[name]) if name in self.places else value
+
+    def _scaled(
+        self, statistic: Statistic, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with its scale, or a factor that was computed from widths, as the kept widths give it."""
+        kept = [(int(self.kept[labels].sum()), labels.numel(), power) for labels, power in statistic.widths]
+        if statistic.kind is Kind.SCALE:
+            return args, {**kwargs, "scale": kept[0][0] ** -0.5}
+        ratio = 1.0
+        for count, size, power in kept:
+            ratio *= (count / size) ** power
+        if isinstance(statistic.place, str):
+            return args, {**kwargs, statistic.place: kwargs[statistic.place] * ratio}
+        changed = list(args)
+        changed[statistic.place] *= ratio
+        return tuple(changed), kwargs
+
+
+def over_kept(
+    statistic: Statistic, kept: Tensor, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """A call computed over the channels that are kept; what it gives for the others is 0.
+
+    Args:
+        statistic: tells the dim of the first tensor that the channels lie in.
+        kept: which of them are kept; shape [channels].
+        function: torch function that was called, with its arguments.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
+    source = next(tensors_in((args, dict(kwargs))))
+    dim, index = int(statistic.place), kept.nonzero().flatten().to(source.device)
+
+    def chosen(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value is not source and statistic.op.startswith("conv"):
+                return value
+            own = dim - (source.ndim - value.ndim) if value is source or statistic.op != "group_norm" else 0
+            return value.index_select(own, index)
+        if isinstance(value, (tuple, list)) and statistic.op in ("layer_norm", "rms_norm"):
+            first = source.ndim - len(value)
+            return [len(index) if first + d == dim else size for d, size in enumerate(value)]
+        return value
+
+    result = function(
+        *(chosen(value) for value in args), **{key: chosen(value) for key, value in kwargs.items()}
+    )
+
+    def spread(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return type(value)(spread(item) for item in value) if isinstance(value, (tuple, list)) else value
+        if value.ndim != source.ndim or value.shape[dim] != len(index):
+            return value
+        shape = [len(kept) if d == dim else size for d, size in enumerate(value.shape)]
+        return value.new_zeros(shape).index_copy_(dim, index, value)
+
+    return spread(result)
+
+
+def _same(kept: Any, plain: Any) -> bool:
+    """Whether sums over the kept channels are those over all, removed ones being 0."""
+    pairs = zip(tensors_in(kept), tensors_in(plain), strict=True)
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max())) for a, b in pairs)
+
+
+def run(model: nn.Module, inputs: Sequence[Tensor], calls: MaskedCalls | None = None) -> list[Tensor]:
+    """Outputs in evaluation mode, every tensor in what the model returns, with calls computed by `calls`."""
+    if calls is not None and calls.wide:
+        inputs = with_tensors(tuple(inputs), lambda v: v.double() if v.dtype == torch.float32 else v)
+    output = execute(model, tuple(inputs), [], substitute=calls)
+    return [value.detach() for value in tensors_in(output)]

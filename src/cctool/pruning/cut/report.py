@@ -1,0 +1,173 @@
+"""What a pruning did and did not do, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cctool.graph.channels import ChannelGraph, Family, Frozen
+from cctool.pruning.cut.surgery import CutPlan
+from cctool.pruning.cut.verify import BATCH_SIZES, Check
+from cctool.pruning.scores.units import Unscored
+from cctool.pruning.select.order import Selection
+
+__all__ = ["FamilyReport", "PruneReport", "ThinResult", "report_of"]
+
+
+@dataclass(frozen=True)
+class FamilyReport:
+    """What became of one family.
+
+    Attributes:
+        name: the module that produces its channels first.
+        units: units before.
+        kept: units after.
+        width: channels of that module in one unit.
+        members: every (tensor, dim) that its units touch.
+        parameters: parameters that its units touch, buffers apart; families overlap in these.
+        removed_to: highest score of the units that went; None where none did or the method has none.
+        kept_from: lowest score of the units that stayed.
+        note: why it lost nothing, "" if it did.
+    """
+
+    name: str
+    units: int
+    kept: int
+    width: int
+    members: tuple[tuple[str, int], ...]
+    parameters: int
+    removed_to: float | None
+    kept_from: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class StatisticReport:
+    """A call whose result depends on how many channels are kept.
+
+    Attributes:
+        op: function that was called.
+        module: module that was executing it, "" for the root.
+        families: names of the families that were cut and that it runs over.
+        reason: how it depends.
+    """
+
+    op: str
+    module: str
+    families: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What a cut did and did not do.
+
+    Attributes:
+        families: every family, in the order of the forward pass.
+        frozen: parameter dims that cannot be cut, with the operation that froze them.
+        parameters_before: number of parameters.
+        parameters_after: number after the cut.
+        error: largest difference of the cut from the masked network, relative to the largest output.
+        statistics: calls that ran over the kept channels in that masked network, too; without any, it was the
+            plainly masked one.
+        precision: the dtype in which that was measured.
+        batch_sizes: batch sizes at which all output shapes were compared.
+        notes: what a user should know besides.
+    """
+
+    families: tuple[FamilyReport, ...]
+    frozen: tuple[Frozen, ...]
+    parameters_before: int
+    parameters_after: int
+    error: float
+    statistics: tuple[StatisticReport, ...]
+    precision: str
+    batch_sizes: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ThinResult:
+    """The plan that was (or would be) carried out, what it came from, and the report."""
+
+    plan: CutPlan
+    report: PruneReport
+    graph: ChannelGraph
+    selection: Selection
+
+
+def report_of(
+    model: nn.Module,
+    graph: ChannelGraph,
+    scores: Sequence[Tensor | Unscored],
+    selection: Selection,
+    plan: CutPlan,
+    outcome: Check,
+    notes: Sequence[str],
+) -> PruneReport:
+    """Put together the report of a planned and verified cut.
+
+    Args:
+        model: before the cut.
+        graph: its coupled channels.
+        scores: of each family.
+        selection: which units stay.
+        plan: what is cut.
+        outcome: how far the cut is from the masked network.
+        notes: what a user should know besides.
+    """
+    parameters = dict(model.named_parameters())
+    after = 0
+    for name, parameter in parameters.items():
+        shape = list(parameter.shape)
+        for cut in plan.tensors.get(name, ()):
+            shape[cut.dim] = cut.keep.numel()
+        after += torch.Size(shape).numel()
+    families = tuple(
+        _family(family, kept, score, parameters, selection)
+        for family, kept, score in zip(graph.families, selection.kept, scores, strict=True)
+    )
+    return PruneReport(
+        families=families,
+        frozen=graph.frozen,
+        parameters_before=sum(p.numel() for p in parameters.values()),
+        parameters_after=after,
+        error=outcome.error,
+        statistics=tuple(
+            StatisticReport(found.op, found.module, found.families, found.reason)
+            for found in outcome.statistics
+        ),
+        precision=outcome.precision,
+        batch_sizes=BATCH_SIZES,
+        notes=tuple(notes),
+    )
+
+
+def _family(
+    family: Family,
+    kept: Tensor,
+    score: Tensor | Unscored,
+    parameters: dict[str, nn.Parameter],
+    selection: Selection,
+) -> FamilyReport:
+    touched = sum(
+        place.indices.numel() * parameters[place.tensor].numel() // parameters[place.tensor].shape[place.dim]
+        for place in family.places
+        if place.tensor in parameters
+    )
+    whole = bool(kept.all())
+    ranked = not whole and isinstance(score, Tensor)
+    return FamilyReport(
+        name=family.name,
+        units=family.units,
+        kept=int(kept.sum()),
+        width=family.width,
+        members=tuple((place.tensor, place.dim) for place in family.places),
+        parameters=touched,
+        removed_to=float(score[~kept].max()) if ranked and isinstance(score, Tensor) else None,
+        kept_from=float(score[kept].min()) if ranked and isinstance(score, Tensor) else None,
+        note=selection.spared.get(family.name, "") if whole else "",
+    )

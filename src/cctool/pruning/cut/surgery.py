@@ -1,0 +1,209 @@
+"""Cutting and masking: a plan as data, and the functions that carry it out.
+
+A plan names, for each tensor, the indices that stay in each dim, and for each module the integer attributes
+that change. The same plan cuts whatever lies beside a parameter: masks, momentum, Adam moments, stored
+integers, per-channel scales (`cut_tensor`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cctool.base.copies import copied
+from cctool.base.errors import PruningError
+from cctool.checkpoint.edits.mask import mask_name, masked_places
+from cctool.graph.channels import ChannelGraph
+from cctool.graph.ledger import Role
+from cctool.pruning.select.order import Selection
+
+Attribute = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Indices of one dim that stay, ascending, of `size` that there were."""
+
+    dim: int
+    keep: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """What stays of each tensor, and the new integer attributes of each module.
+
+    Attributes:
+        tensors: cuts by qualified name of parameters and buffers, every alias of a shared one and the masks
+            of masked ones included.
+        attributes: new values by qualified module name, then attribute name.
+    """
+
+    tensors: Mapping[str, tuple[Cut, ...]]
+    attributes: Mapping[str, Mapping[str, Attribute]]
+
+
+def plan_cut(model: nn.Module, graph: ChannelGraph, selection: Selection) -> CutPlan:
+    """Plan the removal of the units that a selection does not keep."""
+    removed = torch.zeros(graph.label_count, dtype=torch.bool)
+    for family, kept in zip(graph.families, selection.kept, strict=True):
+        removed[family.labels[~kept]] = True
+    cuts: dict[str, list[Cut]] = defaultdict(list)
+    for entry in graph.tensors:
+        gone = removed[entry.labels]
+        if bool(gone.any()):
+            cuts[entry.name].append(Cut(int(entry.key), (~gone).nonzero().flatten(), len(gone)))
+    attributes: dict[str, dict[str, Attribute]] = defaultdict(dict)
+    for entry in graph.attributes:
+        kept_count = int((~removed[entry.labels]).sum())
+        if kept_count != entry.labels.numel():
+            planned = attributes[entry.name]
+            present = planned.get(str(entry.key), getattr(model.get_submodule(entry.name), str(entry.key)))
+            planned[str(entry.key)] = kept_count if entry.index is None else _with_entry(
+                present, entry.index, kept_count
+            )  # fmt: skip
+    return CutPlan(_with_aliases(model, cuts), dict(attributes))
+
+
+def _with_entry(sizes: Attribute, index: int, value: int) -> tuple[int, ...]:
+    """A tuple of sizes (`normalized_shape`) with one of them replaced."""
+    several = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    return (*several[:index], value, *several[index + 1 :])
+
+
+def _with_aliases(model: nn.Module, cuts: Mapping[str, Sequence[Cut]]) -> dict[str, tuple[Cut, ...]]:
+    first: dict[int, str] = {}
+    planned: dict[str, tuple[Cut, ...]] = {}
+    for name, tensor in named_tensors(model):
+        original = first.setdefault(id(tensor), name)
+        if original in cuts:
+            planned[name] = tuple(cuts[original])
+    for place in masked_places(model, remove_duplicate=False):
+        if place.name in planned:
+            planned[mask_name(place.name)] = planned[place.name]
+    return planned
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers by qualified name, shared ones under each of their names."""
+    return [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+
+
+def cut_tensor(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    """What stays of a tensor of the parameter's shape (a gradient, momentum, mask, stored integers).
+
+    Example: `cut_tensor(torch.arange(4.), [Cut(0, torch.tensor([0, 2]), 4)])` is `tensor([0., 2.])`.
+
+    Raises:
+        PruningError: the tensor does not have the size that the plan was made for.
+    """
+    for cut in cuts:
+        if tensor.ndim <= cut.dim or tensor.shape[cut.dim] != cut.size:
+            raise PruningError(
+                f"a tensor of shape {tuple(tensor.shape)} has no dim {cut.dim} of size {cut.size}: "
+                "the plan was made for another model, plan again"
+            )
+        tensor = tensor.index_select(cut.dim, cut.keep.to(tensor.device))
+    return tensor
+
+
+def apply_cut(model: nn.Module, plan: CutPlan) -> None:
+    """Shrink parameters, their gradients, buffers and integer attributes in place.
+
+    Shrunk parameters are new `nn.Parameter` objects: build a new optimizer over them. Tied ones stay tied.
+    """
+    shrunk: dict[int, Tensor] = {}
+    originals = dict(named_tensors(model))
+    for name, cuts in plan.tensors.items():
+        original = originals[name]
+        if id(original) not in shrunk:
+            shrunk[id(original)] = _shrink(original, cuts)
+        _replace(model, name, shrunk[id(original)])
+    _set_attributes(model, plan)
+
+
+def _shrink(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    small = cut_tensor(tensor.detach(), cuts)
+    if not isinstance(tensor, nn.Parameter):
+        return small
+    parameter = nn.Parameter(small, requires_grad=tensor.requires_grad)
+    if tensor.grad is not None:
+        parameter.grad = cut_tensor(tensor.grad, cuts)
+    return parameter
+
+
+def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(tensor, nn.Parameter):
+        setattr(module, attribute, tensor)  # recurrent layers keep a list of their own
+    else:
+        module._buffers[attribute] = tensor
+
+
+def _set_attributes(model: nn.Module, plan: CutPlan) -> None:
+    for name, values in plan.attributes.items():
+        module = model.get_submodule(name)
+        for attribute, value in values.items():
+            present = getattr(module, attribute)
+            setattr(module, attribute, list(value) if isinstance(present, list) else value)  # type: ignore[arg-type]
+
+
+def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | None = None) -> nn.Module:
+    """A copy of a model that shares its tensors, but for those given; attributes follow the plan.
+
+    A shared tensor is given under its first name.
+    """
+    memo: dict[int, object] = {}
+    for name, tensor in named_tensors(model):
+        if id(tensor) in memo:
+            continue
+        given = tensors.get(name)
+        if given is not None and isinstance(tensor, nn.Parameter):
+            given = nn.Parameter(given, requires_grad=False)
+        memo[id(tensor)] = tensor if given is None else given
+    copy = copied(model, memo)
+    if plan is not None:
+        _set_attributes(copy, plan)
+    return copy
+
+
+_KEPT_BY_MASKS = {Role.STATISTIC}
+
+
+def places_removed(graph: ChannelGraph, selection: Selection) -> dict[str, list[tuple[int, Tensor]]]:
+    """For each tensor that removed units touch, (dim, indices) of all that they own there.
+
+    Filters, biases, batch-norm gammas *and betas*, and the weights that read the units: a batch norm whose
+    beta stays would still emit a constant. Running statistics stay, as gamma = 0 makes them irrelevant.
+    """
+    places: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
+    for family, kept in zip(graph.families, selection.kept, strict=True):
+        if not bool(kept.all()):
+            for place in family.places:
+                if place.role not in _KEPT_BY_MASKS:
+                    places[place.tensor].append((place.dim, place.indices[~kept].flatten()))
+    return places
+
+
+def zeroed(tensor: Tensor, places: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """A copy of a tensor with zeros at the given (dim, indices)."""
+    masked = tensor.detach().clone()
+    for dim, indices in places:
+        masked.index_fill_(dim, indices.to(masked.device), 0)
+    return masked
+
+
+@torch.no_grad()
+def mask(model: nn.Module, graph: ChannelGraph, selection: Selection) -> None:
+    """Zero in place all that the removed units touch; shapes stay."""
+    tensors = dict(named_tensors(model))
+    for name, places in places_removed(graph, selection).items():
+        tensors[name].copy_(zeroed(tensors[name], places))

@@ -1,0 +1,361 @@
+"""Is the cut network the masked one? Asked before every cut, on the model's own code.
+
+Widths may be written into code: `x.view(-1, 512)` can even fold a wrong width into the batch without an
+error. So the thinned model runs at two odd batch sizes, every output shape is compared with the dense
+model's, and at the first of them the numbers with those of the masked model. Scales and statistics of norms
+are varied at random first: a fresh network's gammas of 0 and betas of 0 would hide mistakes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf, isnan
+
+import torch
+from torch import Tensor, nn
+
+from cctool.base.errors import PruningError
+from cctool.graph.channels import ChannelGraph, Statistic
+from cctool.graph.execution import with_tensors
+from cctool.graph.ledger import Role
+from cctool.pruning.cut.masked_network import MaskedCalls, active_statistics, run
+from cctool.pruning.cut.surgery import CutPlan, copy_with, cut_tensor, plan_cut
+from cctool.pruning.select.order import Selection
+
+BATCH_SIZES = (3, 5)
+"""Odd, so that a width cannot hide in them; more than 1, which a bare `squeeze()` in user code would drop."""
+TOLERANCE = 1e-5
+"""Largest difference allowed, relative to the largest output of the masked network."""
+SPREAD_TOLERANCE = 1e-3
+"""Largest difference allowed, relative to the spread of the outputs over a batch: one wrong channel among
+thousands makes a hundredth, even where a bias dwarfs the signal and the relative error looks small."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Outcome of one comparison.
+
+    Attributes:
+        error: largest difference between cut and masked, relative to the largest masked output.
+        of_spread: the same relative to the spread of the masked network's outputs over a batch.
+        precision: the dtype in which it was measured.
+        failure: what went wrong, "" if nothing.
+        statistics: calls that ran over the kept channels in the masked network, too; without any, it was the
+            plainly masked one.
+    """
+
+    error: float
+    of_spread: float
+    precision: str
+    failure: str
+    statistics: tuple[Statistic, ...] = ()
+
+
+def probe_inputs(inputs: Sequence[Tensor], batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Inputs of the same kind with another batch size: normal noise, or the given whole numbers repeated."""
+    generator = torch.Generator().manual_seed(seed + batch)
+
+    def made(value: Tensor) -> Tensor:
+        if value.ndim == 0:
+            return value
+        if value.is_floating_point():
+            noise = torch.randn((batch, *value.shape[1:]), generator=generator)
+            return noise.to(value.device, value.dtype)
+        return value[:1].expand(batch, *value.shape[1:])
+
+    return tuple(with_tensors(value, made) for value in inputs)
+
+
+def varied_norms(tensors: Mapping[str, Tensor], graph: ChannelGraph, seed: int = 0) -> dict[str, Tensor]:
+    """Random variations of scales, shifts and running statistics, so that none of them is neutral.
+
+    Args:
+        tensors: parameters and buffers by name.
+        graph: the channels that they belong to.
+        seed: of the variations.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    varied: dict[str, Tensor] = {}
+    roles = {p.tensor: p.role for f in graph.families for p in f.places}
+    for name, tensor in tensors.items():
+        # a head of zeros, as some networks start with, would make every output equal
+        if tensor.ndim > 1 and tensor.is_floating_point() and not bool(tensor.any()):
+            noise = torch.randn(tensor.shape, generator=generator)
+            varied[name] = 0.1 * noise.to(tensor.device, tensor.dtype)
+    for name, role in roles.items():
+        if role not in _VARIED or not tensors[name].is_floating_point():
+            continue
+        tensor = tensors[name].detach()
+        draw = torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+        if role is Role.SHIFT or name.endswith("running_mean"):
+            varied[name] = tensor + 0.2 * (draw - 0.5)
+        elif role is Role.STATISTIC:
+            varied[name] = torch.where(tensor == 0, 1, tensor) * (0.5 + draw)
+        elif role is Role.SCALE:
+            # kept away from 0: in a deep network small gammas drown the signal, and every mistake with it
+            grown = torch.where(tensor < 0, tensor.clamp(max=-0.5), tensor.clamp(min=0.5))
+            varied[name] = grown * (0.5 + draw)
+        elif role is not Role.ELEMENT:
+            varied[name] = torch.where(tensor == 0, 0.2 * (draw - 0.5), tensor * (0.5 + draw))
+        elif float(tensor.abs().max()) < _TOO_SMALL:
+            varied[name] = 0.5 + draw
+    return varied
+
+
+_VARIED = frozenset({Role.SCALE, Role.SHIFT, Role.STATISTIC, Role.NORM, Role.BIAS, Role.ELEMENT})
+_TOO_SMALL = 1e-2  # layer scales that start so would silence their blocks
+
+
+Shapes = list[tuple[int, ...]]
+
+
+def _to_meta(value: Tensor) -> Tensor:
+    return value.to("meta")
+
+
+def _shapes(outputs: Sequence[Tensor]) -> Shapes:
+    return [tuple(value.shape) for value in outputs]
+
+
+def _shapes_at(outputs: Sequence[Tensor], batch: int, other: int) -> Shapes:
+    """The shapes that outputs should have at another batch size, if their first dim is the batch."""
+    return [(other, *shape[1:]) if shape[:1] == (batch,) else shape for shape in _shapes(outputs)]
+
+
+def _wrong_shapes(cut: Shapes, expected: Shapes) -> str:
+    return f"outputs of shape {cut}, not {expected}: a width is written into code"
+
+
+def _compare(masked: list[Tensor], cut: list[Tensor]) -> Check:
+    """Largest difference over the largest output and over the outputs' spread, or what forbids to compare."""
+    dtype = str(masked[0].dtype).removeprefix("torch.") if masked else ""
+    if _shapes(masked) != _shapes(cut):
+        return Check(inf, inf, dtype, _wrong_shapes(_shapes(cut), _shapes(masked)))
+    error = of_spread = 0.0
+    for a, b in zip(masked, cut, strict=True):
+        if a.is_floating_point() and a.numel():
+            difference = float((a - b).abs().max())
+            tiny = torch.finfo(a.dtype).tiny
+            error = max(error, difference / max(float(a.abs().max()), tiny))
+            of_spread = max(of_spread, difference / max(_spread(a), tiny))
+            if isnan(difference):
+                return Check(inf, inf, dtype, "outputs are not finite")
+    return Check(error, of_spread, dtype, "")
+
+
+def _spread(value: Tensor) -> float:
+    """How far an output is spread over the batch: a constant that dwarfs it must hide no mistake."""
+    if not value.is_floating_point() or not value.numel() or not value.ndim:
+        return 0.0
+    return max(float((value - value.mean(dim=0)).abs().max()), _resolution(value))
+
+
+def _resolution(value: Tensor) -> float:
+    steps = 1e5 if value.dtype == torch.float64 else 1e3  # float32 that cannot tell is tried in float64
+    return steps * torch.finfo(value.dtype).eps * float(value.abs().max())
+
+
+def _drowned(value: Tensor) -> bool:
+    """Whether a constant is so large that rounding hides what the inputs change."""
+    counts = value.is_floating_point() and value.ndim > 0 and value.numel() > 0
+    return counts and _spread(value) <= _resolution(value)
+
+
+class Trial:
+    """Comparisons of cut and masked networks of one model, on inputs like the given ones.
+
+    Args:
+        model: the dense model; it is run, and left as it is.
+        graph: its coupled channels.
+        inputs: positional arguments of its forward, on its device.
+
+    Attributes:
+        statistics: calls that the last masked network computed over the kept channels, to an effect.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: Sequence[Tensor]) -> None:
+        self.model, self.graph = model, graph
+        self.tensors = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        self.varied = varied_norms(self.tensors, graph)
+        self.batches = [probe_inputs(inputs, size) for size in BATCH_SIZES]
+        self.statistics: tuple[Statistic, ...] = ()
+
+    def masked_outputs(self, selection: Selection, batch: int = 0, wide: bool = False) -> list[Tensor]:
+        """Outputs of the masked network, its statistics over the channels that are kept."""
+        calls = MaskedCalls(self.model, self.graph, selection, self.varied, wide)
+        outputs = run(self.model, self.batches[batch], calls)
+        active = active_statistics(self.graph, selection)
+        self.statistics = tuple(s for s in active if all(s is not other for other in calls.without_effect))
+        return outputs
+
+    def cut_network(self, plan: CutPlan, device: str | None = None) -> nn.Module:
+        """The thinned network; it shares the tensors that are not cut, or is wholly on another device."""
+        tensors = {**self.tensors, **self.varied}
+        if device is not None:
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        changed = tensors if device is not None else dict(self.varied)
+        cuts = {
+            name: cut_tensor(tensors[name], cuts) for name, cuts in plan.tensors.items() if name in tensors
+        }
+        return copy_with(self.model, changed | cuts, plan)
+
+    def shape_failure(self, plan: CutPlan, masked: list[Tensor]) -> str:
+        """What is wrong with the thinned network's output shapes at the second batch size, "" if nothing.
+
+        Shapes need no numbers: it runs on the meta device, and for good only where that cannot tell.
+        """
+        shapes = _shapes_at(masked, *BATCH_SIZES)
+        try:
+            meta = with_tensors(self.batches[1], _to_meta)
+            if _shapes(run(self.cut_network(plan, "meta"), meta)) == shapes:
+                return ""
+        except Exception:  # no kernel for the meta device, or code that looks at values: run it for good
+            pass
+        try:
+            cut_shapes = _shapes(run(self.cut_network(plan), self.batches[1]))
+        except Exception as error:  # code that holds widths may fail in any way
+            return f"the thinned network raises {_one_line(error)}"
+        if cut_shapes != shapes:
+            shapes = _shapes(run(self.model, self.batches[1]))
+        return "" if cut_shapes == shapes else _wrong_shapes(cut_shapes, shapes)
+
+    def compare(self, selection: Selection, plan: CutPlan) -> Check:
+        """Compare numbers in the model's precision, and in float64 if that cannot tell."""
+        try:
+            expected = self.masked_outputs(selection)
+        except Exception as error:  # the user's code may fail in any way
+            raise PruningError(_does_not_run(error)) from error
+        try:
+            cut = self.cut_network(plan)
+            actual = run(cut, self.batches[0])
+        except Exception as error:  # code that holds widths may fail in any way
+            return Check(inf, inf, "", f"the thinned network raises {_one_line(error)}")
+        outcome = _compare(expected, actual)
+        if outcome.failure:
+            return outcome
+        failure = self.shape_failure(plan, expected)
+        if failure:
+            return Check(inf, inf, outcome.precision, failure)
+        clear = not any(_drowned(value) for value in expected)
+        if clear and outcome.error <= TOLERANCE and outcome.of_spread <= SPREAD_TOLERANCE:
+            return outcome
+        # Neither network lies beside the other one's pass: float64 takes memory enough.
+        del cut
+        return _judge(self._wide(selection, plan) or outcome)
+
+    def _wide(self, selection: Selection, plan: CutPlan) -> Check | None:
+        """The comparison in float64; None for a network whose code insists on another precision."""
+        try:
+            expected = self.masked_outputs(selection, wide=True)
+            cut = self.cut_network(plan)
+            return _compare(expected, run(cut, self.batches[0], MaskedCalls(cut, wide=True)))
+        except Exception:  # a dtype written into the user's code
+            return None
+
+    def raises(self, plan: CutPlan) -> str:
+        """What the thinned network raises on the meta device at either batch size, "" if nothing."""
+        try:
+            cut = self.cut_network(plan, "meta")
+            for batch in self.batches:
+                run(cut, with_tensors(batch, _to_meta))
+        except Exception as error:  # code that holds widths may fail in any way
+            return f"the thinned network raises {_one_line(error)}"
+        return ""
+
+
+def check(
+    model: nn.Module, graph: ChannelGraph, selection: Selection, plan: CutPlan, inputs: Sequence[Tensor]
+) -> Check:
+    """Compare cut and masked network in the model's precision, and in float64 if that cannot tell.
+
+    Raises:
+        PruningError: the model itself, merely masked, fails at one of the batch sizes.
+    """
+    trial = Trial(model, graph, inputs)
+    outcome = trial.compare(selection, plan)
+    return replace(outcome, statistics=trial.statistics)
+
+
+def _does_not_run(error: Exception) -> str:
+    return (
+        f"the network does not run at batch sizes {' and '.join(map(str, BATCH_SIZES))}: {_one_line(error)}"
+    )
+
+
+def _judge(outcome: Check) -> Check:
+    """Where float64 is not to be had, rounding errors of deep networks have to be let pass."""
+    slack = 1 if outcome.precision == "float64" else 100
+    if outcome.failure or (
+        outcome.error <= slack * TOLERANCE and outcome.of_spread <= slack * SPREAD_TOLERANCE
+    ):
+        return outcome
+    failure = f"cut and masked outputs differ by {outcome.of_spread:.2g} of their spread"
+    return replace(outcome, failure=failure)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def blame(numbers: Sequence[int], test: Callable[[Sequence[int]], bool]) -> list[int]:
+    """Families whose cut fails, found by bisection.
+
+    Args:
+        numbers: families whose joint cut fails.
+        test: whether cutting just these families is exact.
+    """
+    if len(numbers) == 1:
+        return list(numbers)
+    half = len(numbers) // 2
+    guilty = [n for part in (numbers[:half], numbers[half:]) if not test(part) for n in blame(part, test)]
+    if guilty:
+        return guilty
+    # each half passes, together they fail: add one family after the other
+    passing = list(numbers[:half])
+    for number in numbers[half:]:
+        if test([*passing, number]):
+            passing.append(number)
+        else:
+            guilty.append(number)
+    return guilty
+
+
+def only(selection: Selection, numbers: Sequence[int]) -> Selection:
+    """The same selection for some families, all units kept in the others."""
+    chosen = set(numbers)
+    kept = tuple(m if n in chosen else torch.ones_like(m) for n, m in enumerate(selection.kept))
+    return Selection(kept, selection.spared)
+
+
+def find_culprits(
+    model: nn.Module, graph: ChannelGraph, selection: Selection, inputs: Sequence[Tensor]
+) -> dict[int, str]:
+    """Families that cannot be cut as selected, with what goes wrong when each is cut alone.
+
+    Bisection asks the meta device where the thinned network raises something there, and compares numbers
+    otherwise.
+    """
+    trial = Trial(model, graph, inputs)
+    failures: dict[tuple[int, ...], str] = {}
+
+    def failure(numbers: Sequence[int], test: Callable[[Selection, CutPlan], str]) -> str:
+        key = tuple(sorted(numbers))
+        if key not in failures:
+            part = only(selection, numbers)
+            failures[key] = test(part, plan_cut(model, graph, part))
+        return failures[key]
+
+    def by_shapes(part: Selection, plan: CutPlan) -> str:
+        return trial.raises(plan)
+
+    def by_numbers(part: Selection, plan: CutPlan) -> str:
+        return trial.compare(part, plan).failure
+
+    cut = [n for n, kept in enumerate(selection.kept) if not bool(kept.all())]
+    test = by_numbers
+    if not trial.raises(plan_cut(model, graph, only(selection, []))) and failure(cut, by_shapes):
+        test = by_shapes
+    failures.clear()
+    guilty = blame(cut, lambda numbers: not failure(numbers, test))
+    return {n: failure([n], test) or "fails together with another family" for n in guilty}

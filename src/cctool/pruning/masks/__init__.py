@@ -1,0 +1,1 @@
+"""Masks of weights: which elements go, and what masks left empty."""

@@ -1,0 +1,235 @@
+"""Units that masks left empty: what can be cut with nothing changing.
+
+A unit is empty if no weight that reads it is other than zero, or if it emits exactly zero and zero is what
+its readers get. The first is read off the weights; the second is read off filters, biases, scales and shifts,
+and whether zero passes on (through a sigmoid it does not) the comparison tells: the cut network must compute
+what the present one does, in float64 where the network's code allows it. What fails keeps its width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cctool.base.errors import PruningError
+from cctool.graph.channels import ChannelGraph, Family, Place, couple
+from cctool.graph.execution import in_mode, tensors_in
+from cctool.graph.ledger import Role
+from cctool.pruning.cut.surgery import CutPlan, copy_with, cut_tensor, named_tensors, plan_cut
+from cctool.pruning.cut.verify import BATCH_SIZES, blame, only, probe_inputs
+from cctool.pruning.select.order import Selection, matching
+
+__all__ = ["Emptied", "find_emptied"]
+
+EXACT = 1e-9
+"""Largest difference allowed in float64, relative to the largest output: sums of fewer terms round apart."""
+_EXACT_NARROW = 1e-5
+_LEVELS = 3
+
+
+@dataclass(frozen=True)
+class Emptied:
+    """Units that can be cut with nothing changing.
+
+    Attributes:
+        graph: the coupled channels.
+        selection: which units stay.
+        plan: what a cut takes from each tensor.
+        error: largest difference of the cut from the present network, relative to the largest output.
+        precision: the dtype in which that was measured; "" where nothing is empty.
+        notes: units that look empty and stay, and why.
+    """
+
+    graph: ChannelGraph
+    selection: Selection
+    plan: CutPlan
+    error: float
+    precision: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Empty:
+    """Units of one family by why they may go; bool [units] each.
+
+    Attributes:
+        unread: every weight that reads them is zero.
+        silent: their filters, biases, scales and shifts are all zero.
+        behind_norm: biases, scales and shifts are zero; a batch norm may silence filters that are not.
+        constant: their first filter is zero, and something behind it is not.
+    """
+
+    unread: Tensor
+    silent: Tensor
+    behind_norm: Tensor
+    constant: Tensor
+
+    def kept(self, level: int) -> Tensor:
+        """What stays at each level of caution, from 0; the first unit where all are empty."""
+        unread_or_silent = self.unread | self.silent
+        levels = (unread_or_silent | self.behind_norm, unread_or_silent, self.unread)
+        kept = ~levels[level] if level < len(levels) else torch.ones_like(self.unread)
+        if not bool(kept.any()):
+            kept[0] = True
+        return kept
+
+
+def find_emptied(
+    model: nn.Module, inputs: Sequence[Tensor], *, exclude: Sequence[str] = (), only: Sequence[str] = ()
+) -> Emptied:
+    """Find the units that can be cut with nothing changing; the model stays as it is.
+
+    Args:
+        model: any module, with masks or zeros of any origin.
+        inputs: positional arguments of its forward, on its device.
+        exclude: glob patterns of parameters, modules or families that keep their width.
+        only: glob patterns; where given, families that match none keep their width.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+        PruningError: the network does not run at the batch sizes of the comparison.
+    """
+    # Statistics over channels change with their number, also where a channel is zero.
+    graph = couple(model, inputs, exact=True)
+    spared = matching(model, graph, exclude)
+    if only:
+        spared |= set(range(len(graph.families))) - matching(model, graph, only)
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(model)}
+    found = [_look_at(family, tensors) for family in graph.families]
+    trial = _Trial(model, inputs)
+    level = [_LEVELS if number in spared else 0 for number in range(len(found))]
+    while True:
+        kept = (empty.kept(n) for empty, n in zip(found, level, strict=True))
+        selection = Selection(tuple(kept), {})
+        plan = plan_cut(model, graph, selection)
+        error, precision = trial.compare(plan) if plan.tensors else (0.0, "")
+        if not plan.tensors or trial.exact(error, precision):
+            break
+        guilty = _guilty(trial, graph, selection)
+        if not guilty:
+            raise PruningError(
+                "cutting what masks left empty changes the outputs, and no family is to blame: does the "
+                "network give other outputs at each call?"
+            )
+        for number in guilty:
+            level[number] += 1
+    notes = [
+        note
+        for number, (family, empty) in enumerate(zip(graph.families, found, strict=True))
+        if number not in spared
+        for note in _notes(family, empty, selection.kept[number])
+    ]
+    return Emptied(graph, selection, plan, error, precision, tuple(notes))
+
+
+def _guilty(trial: _Trial, graph: ChannelGraph, selection: Selection) -> list[int]:
+    """Families whose cut changes outputs."""
+    cut = [n for n, kept in enumerate(selection.kept) if not bool(kept.all())]
+    return blame(cut, lambda numbers: trial.passes(graph, only(selection, numbers)))
+
+
+def _look_at(family: Family, tensors: dict[str, Tensor]) -> _Empty:
+    zero: dict[Role, list[Tensor]] = {}
+    for place in family.places:
+        zero.setdefault(place.role, []).append(_zero(place, tensors[place.tensor]))
+
+    def every(*roles: Role) -> Tensor:
+        rows = [row for role in roles for row in zero.get(role, ())]
+        return torch.stack(rows).all(0) if rows else torch.ones(family.units, dtype=torch.bool)
+
+    none = torch.zeros(family.units, dtype=torch.bool)
+    quiet = every(Role.BIAS, Role.SCALE, Role.SHIFT, Role.NORM, Role.ELEMENT)
+    silent = every(Role.FILTER) & quiet if Role.FILTER in zero else none
+    return _Empty(
+        unread=every(Role.CONSUMER) if Role.CONSUMER in zero else none,
+        silent=silent,
+        behind_norm=quiet if Role.SCALE in zero else none,
+        constant=zero[Role.FILTER][0] & ~silent if Role.FILTER in zero else none,
+    )
+
+
+def _zero(place: Place, tensor: Tensor) -> Tensor:
+    """Which units own nothing but zeros of one tensor; shape [units]."""
+    others = [dim for dim in range(tensor.ndim) if dim != place.dim]
+    used = (tensor != 0).any(others) if others else tensor != 0
+    return ~used.cpu()[place.indices].any(1)
+
+
+def _notes(family: Family, empty: _Empty, kept: Tensor) -> list[str]:
+    least = empty.kept(0)
+    constant, changing = int((least & empty.constant).sum()), int((kept & ~least).sum())
+    notes = []
+    if constant:
+        notes.append(
+            f"{family.name}: {constant} empty filters stay: a bias, a batch norm's shift or another filter "
+            "of the same channels is not zero"
+        )
+    if changing:
+        notes.append(f"{family.name}: {changing} units that look empty stay: cutting them changes outputs")
+    if bool((empty.unread | empty.silent | empty.behind_norm).all()):
+        notes.append(f"{family.name}: all its units are empty, and one must stay")
+    return notes
+
+
+class _Trial:
+    """Compares cut networks with the present one."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
+        self._model = model
+        own = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        batches = [probe_inputs(inputs, size) for size in BATCH_SIZES]
+        self._tensors = {name: _double(tensor) for name, tensor in own.items()}
+        self._batches = [tuple(map(_double, batch)) for batch in batches]
+        try:
+            self._expected = self._outputs(copy_with(model, self._tensors))
+        except Exception:  # a dtype written into the network's code
+            self._tensors, self._batches = own, batches
+            self._expected = self._own_outputs()
+
+    def _own_outputs(self) -> list[Tensor]:
+        try:
+            return self._outputs(self._model)
+        except Exception as error:  # the user's code may fail in any way
+            sizes = " and ".join(map(str, BATCH_SIZES))
+            text = (str(error).splitlines() or [""])[0]
+            raise PruningError(
+                f"the network does not run at batch sizes {sizes}: {type(error).__name__}: {text}"
+            ) from error
+
+    def _outputs(self, model: nn.Module) -> list[Tensor]:
+        with in_mode(model, training=False):
+            return [value for batch in self._batches for value in tensors_in(model(*batch))]
+
+    def compare(self, plan: CutPlan) -> tuple[float, str]:
+        """Largest difference of the cut network, relative to the largest output, and its precision."""
+        cut = {n: cut_tensor(t, plan.tensors.get(n, ())) for n, t in self._tensors.items()}
+        dtype = str(next((v.dtype for v in self._expected if v.is_floating_point()), "")).rpartition(".")[2]
+        try:
+            outputs = self._outputs(copy_with(self._model, cut, plan))
+        except Exception:  # code that holds widths may fail in any way
+            return float("inf"), dtype
+        if [value.shape for value in outputs] != [value.shape for value in self._expected]:
+            return float("inf"), dtype
+        error = 0.0
+        for a, b in zip(self._expected, outputs, strict=True):
+            if a.is_floating_point() and a.numel():
+                difference = float((a - b).abs().max())
+                error = max(error, difference / max(float(a.abs().max()), torch.finfo(a.dtype).tiny))
+                # A NaN compares as False with everything.
+                error = float("inf") if difference != difference else error
+        return error, dtype
+
+    def exact(self, error: float, precision: str) -> bool:
+        """Whether a difference is rounding alone."""
+        return error <= (EXACT if precision == "float64" else _EXACT_NARROW)
+
+    def passes(self, graph: ChannelGraph, selection: Selection) -> bool:
+        """Whether cutting what a selection leaves out changes nothing."""
+        return self.exact(*self.compare(plan_cut(self._model, graph, selection)))
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

@@ -1,0 +1,1 @@
+"""How much a unit or a weight matters."""

@@ -1,0 +1,268 @@
+"""Which units go: the lowest scores first, as many as a rate, a table of rates or a search says.
+
+All ways of saying how much goes walk along one `Order`: every unit that may go, from the first to the last.
+Ties are broken by position within the family (relative to its size, so that equal scores thin all families
+alike), then by the order of the families: exactly k units go, and always the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from cctool.graph.channels import ChannelGraph, Family
+from cctool.graph.ledger import Role
+from cctool.options.patterns import refuse_unmatched
+from cctool.options.prune.options import AUTO_ROUND, PruneOptions, Scope
+from cctool.pruning.scores.units import ScoreContext, Unscored, score_families
+
+__all__ = [
+    "FUZZ",
+    "Candidates",
+    "Order",
+    "Selection",
+    "by_options",
+    "candidates",
+    "grain_of",
+    "matching",
+    "names_of",
+    "order",
+    "select",
+    "select_counts",
+]
+
+FUZZ = 1e-9  # 0.29 * 100 is 28.999999999999996
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which units stay.
+
+    Attributes:
+        kept: for each family of the graph a mask of its units; shape [units], True stays.
+        spared: why a family lost nothing, by its name.
+    """
+
+    kept: tuple[Tensor, ...]
+    spared: Mapping[str, str]
+
+    def removed_units(self) -> int:
+        """How many units go."""
+        return sum(int((~mask).sum()) for mask in self.kept)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The families that may lose units.
+
+    Attributes:
+        scores: one score a unit, by number of the family.
+        least: how many units stay at the least, by number of the family.
+        spared: why each of the other families keeps its width, by name.
+    """
+
+    scores: Mapping[int, Tensor]
+    least: Mapping[int, int]
+    spared: Mapping[str, str]
+
+    @property
+    def units(self) -> int:
+        """Units of all candidates together."""
+        return sum(map(len, self.scores.values()))
+
+
+@dataclass(frozen=True)
+class Order:
+    """Units that may go, from the first to the last.
+
+    Attributes:
+        owners: number of the family that loses a unit at each place of the order; within a family the lowest
+            score goes first.
+        sizes: units of each family.
+    """
+
+    owners: Tensor
+    sizes: Mapping[int, int]
+
+    def counts(self, removed: int) -> dict[int, int]:
+        """Kept units of each family when the first `removed` units of the order go."""
+        lost = torch.bincount(self.owners[:removed], minlength=max(self.sizes, default=0) + 1).tolist()
+        return {number: size - lost[number] for number, size in self.sizes.items()}
+
+
+def names_of(family: Family) -> set[str]:
+    """Names by which a pattern finds a family: its own, its tensors', those of the modules around them.
+
+    A module that only reads the channels is not among them: it keeps its own width anyway.
+    """
+    names = {family.name}
+    for place in family.places:
+        if place.role is not Role.CONSUMER:
+            parts = place.tensor.split(".")
+            names.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return names
+
+
+def matching(model: nn.Module, graph: ChannelGraph, patterns: Sequence[str]) -> set[int]:
+    """Numbers of the families that a glob pattern matches.
+
+    Raises:
+        UsageError: a pattern matches no parameter, module or family of the model.
+    """
+    known = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_modules()}
+    known |= {family.name for family in graph.families}
+    refuse_unmatched(patterns, known, "parameter, module or family")
+    return {
+        number
+        for number, family in enumerate(graph.families)
+        if any(fnmatchcase(name, pattern) for name in names_of(family) for pattern in patterns)
+    }
+
+
+def candidates(
+    model: nn.Module,
+    graph: ChannelGraph,
+    scores: Sequence[Tensor | Unscored],
+    options: PruneOptions,
+    spared: Mapping[str, str] | None = None,
+) -> Candidates:
+    """Find the families that may lose units.
+
+    Args:
+        model: the model, for its names.
+        graph: its coupled channels.
+        scores: what `score_families` found for each family.
+        options: patterns and least widths.
+        spared: families that must stay as they are, by name, with the reason.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+    """
+    reasons = dict(spared or {})
+    excluded = matching(model, graph, options.exclude)
+    chosen = matching(model, graph, options.only) if options.only else set(range(len(graph.families)))
+    found: dict[int, Tensor] = {}
+    least: dict[int, int] = {}
+    for number, (family, score) in enumerate(zip(graph.families, scores, strict=True)):
+        fewest = max(1, math.ceil(options.min_channels / family.width))
+        if family.name in reasons:
+            continue
+        if family.units == 1:
+            reasons[family.name] = "a single unit, and one must stay"
+        elif number in excluded:
+            reasons[family.name] = "excluded"
+        elif number not in chosen:
+            reasons[family.name] = "not among those asked for"
+        elif isinstance(score, Unscored):
+            reasons[family.name] = score.reason
+        elif fewest >= family.units:
+            reasons[family.name] = f"has {family.units * family.width} channels, no more than --min-channels"
+        else:
+            found[number], least[number] = score, fewest
+    return Candidates(found, least, reasons)
+
+
+def order(chosen: Candidates, scope: Scope) -> Order:
+    """Order all units that may go.
+
+    Global: by score, whatever the family. Local: family by family in step, so that the first k units are
+    floor(rate * units) of each family for some rate, as nearly as k allows.
+    """
+    sizes = {number: len(score) for number, score in chosen.scores.items()}
+    if not sizes:
+        return Order(torch.zeros(0, dtype=torch.int64), sizes)
+    orders = {n: _ranked(score)[: len(score) - chosen.least[n]] for n, score in chosen.scores.items()}
+    numbers = torch.tensor(list(orders))
+    owners = torch.repeat_interleave(numbers, torch.tensor([len(ranked) for ranked in orders.values()]))
+    if scope is Scope.LOCAL:
+        # the rate at which a family loses its j-th unit
+        keys = [
+            torch.tensor([j / sizes[n] for j in range(1, len(ranked) + 1)], dtype=torch.float64)
+            for n, ranked in orders.items()
+        ]
+        return Order(owners[torch.sort(torch.cat(keys), stable=True).indices], sizes)
+    values = torch.cat([chosen.scores[n][ranked] for n, ranked in orders.items()])
+    places = torch.cat([ranked / sizes[n] for n, ranked in orders.items()])
+    by_place = torch.sort(places, stable=True).indices
+    return Order(owners[by_place[torch.sort(values[by_place], stable=True).indices]], sizes)
+
+
+def by_options(
+    graph: ChannelGraph,
+    chosen: Candidates,
+    options: PruneOptions,
+    step: int = 1,
+    rates: Mapping[int, float] | None = None,
+) -> dict[int, int]:
+    """Kept units of each candidate as `rate`, `keep` or a table of rates says, before rounding.
+
+    Args:
+        graph: the coupled channels.
+        chosen: families that may lose units.
+        options: rate, keep, scope.
+        step: number of the step, from 1; sets the rate of this step.
+        rates: rate of each family by its number, where a table says so.
+    """
+    sizes = {number: len(score) for number, score in chosen.scores.items()}
+    keep = options.keep_at(step)
+    if keep is not None:
+        widths = {number: graph.families[number].width for number in sizes}
+        return {n: int(size * widths[n] * keep + FUZZ) // widths[n] for n, size in sizes.items()}
+    if rates is not None:
+        reached = {n: options.rate_at(step, rates.get(n, 0.0)) for n in sizes}
+        return {n: size - math.floor(reached[n] * size + FUZZ) for n, size in sizes.items()}
+    rate = options.rate_at(step)
+    if options.effective_scope is Scope.LOCAL:
+        return {number: size - math.floor(rate * size + FUZZ) for number, size in sizes.items()}
+    return order(chosen, Scope.GLOBAL).counts(math.floor(rate * sum(sizes.values()) + FUZZ))
+
+
+def select_counts(
+    graph: ChannelGraph, chosen: Candidates, counts: Mapping[int, int], options: PruneOptions
+) -> Selection:
+    """Keep the best `counts[number]` units of each candidate, rounded up as asked, and all of the others."""
+    kept = []
+    for number, family in enumerate(graph.families):
+        mask = torch.ones(family.units, dtype=torch.bool)
+        score = chosen.scores.get(number)
+        if score is not None:
+            count = _rounded(max(chosen.least[number], counts[number]), family, options)
+            mask[_ranked(score)[: family.units - count]] = False
+        kept.append(mask)
+    return Selection(tuple(kept), chosen.spared)
+
+
+def select(
+    model: nn.Module, graph: ChannelGraph, options: PruneOptions, context: ScoreContext, step: int = 1
+) -> Selection:
+    """Score, find the candidates and keep as many units of each as the options say.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+        PruningError: a score is not finite.
+    """
+    chosen = candidates(model, graph, score_families(graph, options, context), options)
+    return select_counts(graph, chosen, by_options(graph, chosen, options, step), options)
+
+
+def _ranked(score: Tensor) -> Tensor:
+    """Units from the first to go to the last."""
+    return torch.sort(score, stable=True).indices
+
+
+def grain_of(family: Family, options: PruneOptions) -> int:
+    """How many units go at a time, so that the kept width is a multiple of what was asked for."""
+    wanted = options.round_to
+    if wanted is None:
+        wanted = AUTO_ROUND if family.units * family.width >= AUTO_ROUND else 1
+    return wanted // math.gcd(wanted, family.width)
+
+
+def _rounded(count: int, family: Family, options: PruneOptions) -> int:
+    grain = grain_of(family, options)
+    return min(family.units, math.ceil(count / grain) * grain)

@@ -1,0 +1,149 @@
+"""A table of rates, family or layer -> rate, as people write it and as the sensitivity analysis does."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from cctool.base.errors import UsageError
+from cctool.graph.channels import ChannelGraph
+from cctool.pruning.select.order import names_of
+
+__all__ = ["family_rates", "read_rates"]
+
+_NAMES = ("family", "layer", "name", "module", "parameter", "tensor")
+_LARGEST = 16 * 2**20
+
+
+def read_rates(path: str) -> dict[str, float]:
+    """Read a table of rates.
+
+    JSON: ``{"conv1": 0.5}``, or a list of objects. CSV: a header that names the columns. A row's name stands
+    in the first of the columns family, layer, name, module, parameter, tensor that there is, its rate in
+    ``rate``; other columns are passed over, and rows whose rate is empty.
+
+    Args:
+        path: of a ``.csv`` or ``.json`` file.
+
+    Returns:
+        Fraction to remove, in [0, 1), by name.
+
+    Raises:
+        UsageError: the file cannot be read, or a row is malformed; names the row.
+    """
+    file = Path(path)
+    if file.suffix not in (".csv", ".json"):
+        raise UsageError(f"--rates {path}: a .csv or .json file is expected")
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise UsageError(
+                f"--rates {path}: {file.stat().st_size:,} bytes are more than a table of rates has"
+            )
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--rates {path}: {getattr(error, 'strerror', None) or error}") from error
+    rows = _json_rows(text, path) if file.suffix == ".json" else _csv_rows(text, path)
+    rates: dict[str, float] = {}
+    for number, (name, value) in enumerate(rows, start=1):
+        rate = _rate(value)
+        if not name or rate is None:
+            raise UsageError(
+                f"--rates {path}: row {number} ({name or 'without a name'}: {value!r}): a name and a rate in "
+                "[0, 1) are expected"
+            )
+        if rates.get(name, rate) != rate:
+            raise UsageError(f"--rates {path}: {name} has two rates, {rates[name]:g} and {rate:g}")
+        rates[name] = rate
+    if not rates:
+        raise UsageError(f"--rates {path}: holds no rates")
+    return rates
+
+
+def _json_rows(text: str, path: str) -> list[tuple[str, Any]]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--rates {path}: is no JSON ({error})") from None
+    if isinstance(document, Mapping):
+        return [(str(name), value) for name, value in document.items()]
+    if isinstance(document, list) and all(isinstance(row, Mapping) for row in document):
+        return [_row(row) for row in document if row.get("rate") not in (None, "")]
+    raise UsageError(f"--rates {path}: an object of name: rate, or a list of rows, is expected")
+
+
+def _csv_rows(text: str, path: str) -> list[tuple[str, Any]]:
+    try:
+        reader = csv.DictReader(text.splitlines())
+        columns = [column.strip().lower() for column in reader.fieldnames or ()]
+        if "rate" not in columns or not set(columns) & set(_NAMES):
+            raise UsageError(
+                f"--rates {path}: the header must name a column rate and one of {', '.join(_NAMES)}; it is "
+                f"{', '.join(columns) or 'empty'}"
+            )
+        reader.fieldnames = columns
+        return [_row(row) for row in reader if (row.get("rate") or "").strip()]
+    except csv.Error as error:
+        raise UsageError(f"--rates {path}: is no CSV ({error})") from None
+
+
+def _row(row: Mapping[str, Any]) -> tuple[str, Any]:
+    name = next((row[column] for column in _NAMES if row.get(column)), "")
+    return str(name).strip(), row.get("rate")
+
+
+def _rate(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        rate = float(value)
+    except (TypeError, ValueError):
+        return None
+    return rate if 0 <= rate < 1 else None
+
+
+def family_rates(
+    graph: ChannelGraph, rates: Mapping[str, float], path: str
+) -> tuple[dict[int, float], tuple[str, ...]]:
+    """Give each family the rate that the table has for it or for one of its layers.
+
+    Args:
+        graph: the coupled channels.
+        rates: by name of a family, or of a module or tensor that produces its channels.
+        path: of the table, for messages.
+
+    Returns:
+        Rates by number of the family, and notes: families that the table does not name keep their width, and
+        where layers of one family have several rates the smallest counts.
+
+    Raises:
+        UsageError: a name is none of the network's.
+    """
+    known = [names_of(family) for family in graph.families]
+    everything = sorted(set().union(*known)) if known else []
+    found: dict[int, dict[str, float]] = {}
+    for name, rate in rates.items():
+        # the family of this very name, else every family that one of its layers belongs to
+        exact = [number for number, family in enumerate(graph.families) if family.name == name]
+        numbers = exact or [number for number, names in enumerate(known) if name in names]
+        if not numbers:
+            near = get_close_matches(name, everything, n=3, cutoff=0.4)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise UsageError(f"--rates {path}: {name} is no family or layer whose width can be cut{hint}")
+        for number in numbers:
+            found.setdefault(number, {})[name] = rate
+    notes = []
+    for number, given in found.items():
+        if len(set(given.values())) > 1:
+            several = ", ".join(f"{name} {rate:g}" for name, rate in given.items())
+            notes.append(
+                f"{graph.families[number].name}: the smallest of its layers' rates counts ({several})"
+            )
+    silent = [family.name for number, family in enumerate(graph.families) if number not in found]
+    if silent:
+        more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
+        notes.append(f"not named in {path}, so they keep their width: {', '.join(silent[:3])}{more}")
+    return {number: min(given.values()) for number, given in found.items()}, tuple(notes)

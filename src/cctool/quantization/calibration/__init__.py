@@ -1,0 +1,1 @@
+"""Ranges of activations and weights, from images and values."""

@@ -1,0 +1,98 @@
+"""Ranges of activations, found on images that pass through the network in floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from cctool.base.errors import QuantizationError
+from cctool.quantization.calibration.observers import Observer, make_observer
+from cctool.quantization.network.attach import Observing, following_values, quantizers_of
+from cctool.quantization.quantizers.base import Quantizer
+
+__all__ = ["calibrate_activations", "observe"]
+
+
+def observe(
+    model: nn.Module, images: Iterable[Tensor], make: Callable[[str], Observer | None]
+) -> dict[str, Observer]:
+    """Show the activations at all places to observers.
+
+    Args:
+        model: with quantizers, which do nothing meanwhile.
+        images: batches on its device.
+        make: gives the observer of a key; None does not look there.
+
+    Returns:
+        Observers by key, in the order in which the network came to them.
+
+    Raises:
+        QuantizationError: if there are no images.
+    """
+    observers: dict[str, Observer] = {}
+    ignored: set[str] = set()
+
+    def follow(key: str, value: Tensor) -> None:
+        if key in ignored:
+            return
+        if key not in observers:
+            made = make(key)
+            if made is None:
+                ignored.add(key)
+                return
+            observers[key] = made
+        observers[key].observe(value)
+
+    was_training, seen = model.training, 0
+    model.eval()
+    try:
+        with torch.no_grad(), following_values(model, follow):
+            for batch in images:
+                model(batch)
+                seen += len(batch)
+    finally:
+        model.train(was_training)
+    if not seen:
+        raise QuantizationError("there are no images to find ranges on")
+    return observers
+
+
+def observer_of(observing: Observing, quantizer: Quantizer) -> Observer:
+    """An observer for the bits of a quantizer."""
+    config = quantizer.config
+    return make_observer(
+        observing.observer,
+        bits=config.bits - config.reduce_range,
+        symmetric=config.symmetric,
+        percentile=observing.percentile,
+        n_std=observing.deviations,
+    )
+
+
+def calibrate_activations(
+    model: nn.Module, images: Iterable[Tensor], observing: Observing
+) -> Mapping[str, Observer]:
+    """Set the ranges of the uniform quantizers of activations; those that are learnt stay.
+
+    Args:
+        model: with quantizers, changed in place.
+        images: batches on its device.
+        observing: how.
+    """
+    held = quantizers_of(model)
+    assert held is not None
+    chosen = {
+        key: quantizer
+        for key in held.activation_keys
+        if (quantizer := held.quantizer(key)) is not None and quantizer.config.method == "uniform"
+    }
+
+    def make(key: str) -> Observer | None:
+        return observer_of(observing, chosen[key]) if key in chosen else None
+
+    observers = observe(model, images, make)
+    for key, observer in observers.items():
+        chosen[key].set_range(*observer.bounds())
+    return observers

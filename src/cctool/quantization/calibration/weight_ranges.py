@@ -1,0 +1,111 @@
+"""Ranges of weights: all of the weight where bits are many, the least squared error where they are few."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cctool.quantization.quantizers.base import Quantizer
+from cctool.quantization.quantizers.config import QuantizerConfig
+from cctool.quantization.quantizers.grid import extremes, fitted
+
+__all__ = ["fit_weight", "least_squares_range"]
+
+_ENOUGH_BITS = 8
+_FACTORS = tuple(math.exp(math.log(0.01) * step / 99) for step in range(100))
+"""What ranges are multiplied by: from 1 to 0.01 in equal ratios."""
+_FINER = tuple(math.exp(0.004 * step) for step in range(-12, 13) if step)
+"""And the best of these then: as far as to the next ones on both sides, a twelfth as far apart."""
+_MOST_VALUES = 2**22
+_CHUNK = 2**16
+
+
+@torch.no_grad()
+def fit_weight(quantizer: Quantizer, weight: Tensor, fold: Tensor | None = None) -> None:
+    """Set the range of a weight's quantizer.
+
+    With 8 bits or more the range holds the whole weight. With fewer it is that of the least squared error,
+    see `least_squares_range`. Quantizers that learn their step or have fixed levels begin as their method's
+    paper says.
+
+    Args:
+        quantizer: of a weight, changed in place.
+        weight: finite.
+        fold: as `Quantizer.forward` takes it; with one scale for the tensor the error is that of the folded
+            weight.
+    """
+    if quantizer.config.method != "uniform" or quantizer.config.bits >= _ENOUGH_BITS:
+        quantizer.initialise(weight, fold)
+        return
+    quantizer.set_range(*least_squares_range(quantizer.folded(weight, fold), quantizer.config))
+
+
+@torch.no_grad()
+def least_squares_range(x: Tensor, config: QuantizerConfig) -> tuple[Tensor, Tensor]:
+    """The range whose grid has the least sum of squared rounding and clipping errors.
+
+    124 ranges are tried for the tensor, or for each slice along ``config.axis``: the smallest and the largest
+    value times the same factor. With a zero point the two ends are then moved one after the other, as many
+    places each, because the values may be skewed. Of tensors with more than four million values, evenly
+    spaced ones are looked at.
+
+    Args:
+        x: float32 or float64, finite.
+        config: of a uniform quantizer.
+
+    Returns:
+        Lowest and highest value, both () or (C,).
+    """
+    low, high = extremes(x, config.axis)
+    if not x.numel():
+        return low, high
+    rows = x.reshape(1, -1) if config.axis is None else x.movedim(config.axis, 0).reshape(len(low), -1)
+    if rows.numel() > _MOST_VALUES:
+        rows = rows[:, :: -(-rows.numel() // _MOST_VALUES)]
+    step = max(1, _CHUNK // rows.shape[1])
+    ends = low.reshape(-1), high.reshape(-1)
+    parts = []
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        parts.append(_least_squares(rows[part].contiguous(), ends[0][part], ends[1][part], config))
+    least, most = (torch.cat(ends) for ends in zip(*parts, strict=True))
+    return least.reshape(low.shape), most.reshape(high.shape)
+
+
+def _least_squares(
+    rows: Tensor, least: Tensor, most: Tensor, config: QuantizerConfig
+) -> tuple[Tensor, Tensor]:
+    """The range of each row of (C, K), from its extremes, (C,)."""
+    bottom, top = config.limits
+    room = torch.empty_like(rows)
+
+    def error(least: Tensor, most: Tensor) -> Tensor:
+        scale, zero = fitted(least, most, config.limits, symmetric=config.symmetric)
+        scale = scale.clamp(min=torch.finfo(torch.float32).tiny).to(rows.dtype)[:, None]
+        lowest, highest = ((end - zero.to(rows.dtype))[:, None] for end in (bottom, top))
+        torch.div(rows, scale, out=room).round_().clamp_(lowest, highest).mul_(scale).sub_(rows)
+        return room.square_().sum(1)
+
+    both = _best(lambda factor: error(least * factor, most * factor), rows)
+    least, most = least * both, most * both
+    if not config.symmetric:
+        least = least * _best(lambda factor: error(least * factor, most), rows)
+        most = most * _best(lambda factor: error(least, most * factor), rows)
+    return least, most
+
+
+def _best(error: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """For each row the factor of the least error, the first found of several such; (C,)."""
+    best = rows.new_ones(len(rows))
+    least = torch.full_like(best, math.inf)
+    for tried in (_FACTORS, _FINER):
+        begun = torch.ones_like(best) if tried is _FACTORS else best
+        for factor in tried:
+            found = error(begun * factor)
+            better = found < least
+            least = torch.where(better, found, least)
+            best = torch.where(better, begun * factor, best)
+    return best

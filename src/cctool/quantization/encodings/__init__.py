@@ -1,0 +1,1 @@
+"""How tensors are stored in fewer bits: one file an encoding."""

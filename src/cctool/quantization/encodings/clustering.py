@@ -1,0 +1,125 @@
+"""k-means of numbers: the tables of Deep Compression (Han et al. 2016, section 3).
+
+In one dimension the clusters are intervals of the sorted values, bounded half-way between neighbouring
+centres. So Lloyd's two steps take a search for the bounds and differences of running sums, however many the
+values are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cctool.base.errors import QuantizationError
+
+__all__ = ["INITIALISATIONS", "initial_centres", "kmeans", "nearest"]
+
+INITIALISATIONS = ("linear", "density", "random")
+"""Where the centres begin, as Han et al. call it."""
+
+_ITERATIONS = 1000
+
+Numbers = NDArray[np.float64]
+
+
+def kmeans(values: Numbers, entries: int, initialisation: str = "linear", seed: int = 0) -> Numbers:
+    """Centres of clusters of numbers, after Lloyd's algorithm came to rest.
+
+    Args:
+        values: finite, shape (count,), in any order.
+        entries: number of centres, at least 1.
+        initialisation: ``linear``: evenly spaced from the least to the greatest value; ``density``: at the
+            quantiles (i + 1/2) / entries; ``random``: values drawn without replacement (Forgy).
+        seed: of that draw.
+
+    Returns:
+        Centres in ascending order, each nearest to at least one value: ``entries`` of them, or the distinct
+        values where there are no more.
+
+    Raises:
+        QuantizationError: if sums of the values are more than float64 can hold.
+    """
+    points, counts = np.unique(values, return_counts=True)
+    if len(points) <= entries:
+        return points
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = np.concatenate([[0.0], np.cumsum(points * counts)])
+    if not np.isfinite(sums).all():
+        raise QuantizationError("k-means: the sum of the values is larger than float64 can hold")
+    totals = np.concatenate([[0], np.cumsum(counts)])
+    centres = initial_centres(points, counts, entries, initialisation, seed)
+    edges = _edges(points, centres)
+    for _ in range(_ITERATIONS):
+        centres = _means(points, sums, totals, edges, centres)
+        before, edges = edges, _edges(points, centres)
+        if np.array_equal(before, edges) and (np.diff(edges) > 0).all():
+            break
+    edges = np.unique(edges)
+    # Running sums lose digits where values differ much in size; the sums of the clusters themselves do not.
+    found = np.add.reduceat(points * counts, edges[:-1]) / np.diff(totals[edges])
+    return np.unique(_inside(points, edges, found))
+
+
+def nearest(values: Numbers, centres: Numbers) -> NDArray[np.int64]:
+    """Number of the nearest centre for each value; the lower one where two are as near.
+
+    Args:
+        values: any shape.
+        centres: ascending.
+    """
+    found: NDArray[np.int64] = np.searchsorted(_bounds(centres), values, side="left")
+    return found
+
+
+def initial_centres(
+    points: Numbers, counts: NDArray[np.int64], entries: int, initialisation: str, seed: int
+) -> Numbers:
+    """Where `kmeans` begins; ``points`` are distinct and ascending, and occur ``counts`` times."""
+    if initialisation == "linear":
+        evenly: Numbers = np.linspace(points[0], points[-1], entries)
+        return evenly
+    ends = np.cumsum(counts)
+    if initialisation == "density":
+        wanted = (np.arange(entries) + 0.5) / entries * ends[-1]
+        chosen = np.searchsorted(ends, wanted, side="left")
+    elif initialisation == "random":
+        drawn = np.random.default_rng(seed).choice(int(ends[-1]), entries, replace=False)
+        chosen = np.searchsorted(ends, np.sort(drawn), side="right")
+    else:
+        raise QuantizationError(f"k-means begins {', '.join(INITIALISATIONS)}, not {initialisation!r}")
+    found: Numbers = points[chosen]
+    return found
+
+
+def _bounds(centres: Numbers) -> Numbers:
+    return centres[:-1] / 2 + centres[1:] / 2
+
+
+def _edges(points: Numbers, centres: Numbers) -> NDArray[np.int64]:
+    """Cluster i holds the points from edge i up to edge i + 1."""
+    inner = np.searchsorted(points, _bounds(centres), side="right")
+    return np.concatenate([[0], inner, [len(points)]])
+
+
+def _means(
+    points: Numbers, sums: Numbers, totals: NDArray[np.int64], edges: NDArray[np.int64], centres: Numbers
+) -> Numbers:
+    """Means of the clusters; an empty one begins anew at the point that is farthest from its centre."""
+    full = np.diff(edges) > 0
+    sizes = np.where(full, np.diff(totals[edges]), 1)
+    means = np.where(full, np.diff(sums[edges]) / sizes, centres)
+    means[full] = _inside(points, np.append(edges[:-1][full], len(points)), means[full])
+    empty = np.flatnonzero(~full)
+    if not len(empty):
+        return means
+    # The farthest point of an interval is one of its ends.
+    ends = np.concatenate([edges[:-1][full], edges[1:][full] - 1])
+    distances = np.abs(points[ends] - np.tile(means[full], 2))
+    farthest = np.argsort(-distances, kind="stable")[: len(empty)]
+    means[empty[: len(farthest)]] = points[ends[farthest]]
+    return np.sort(means)
+
+
+def _inside(points: Numbers, edges: NDArray[np.int64], means: Numbers) -> Numbers:
+    """Means without what rounding put outside of their clusters."""
+    return np.clip(means, points[edges[:-1]], points[edges[1:] - 1])

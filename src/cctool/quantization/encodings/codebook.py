@@ -1,0 +1,275 @@
+"""Storage as indices of a table: the encoding ``codebook``.
+
+    w' = table[index],    or scale * table[index]
+
+There is a table for the tensor or for each slice of ``axis``, of 1 to 65,536 entries; an index takes as few
+bits as tell the entries apart, and one at least. Indices are packed in C order of the tensor. A table has the
+tensor's type. With scales, one for the tensor or each slice, table and scales are float32, as the products
+are, or float64 for float64 tensors.
+
+How a tensor is encoded is its parameter ``kind``:
+
+``distinct``
+    An entry for each distinct value; more than 2^bits of them are refused.
+``kmeans``
+    At most 2^bits centres of clusters of all values (`clustering.py`); ``init`` and ``seed`` say where they
+    begin.
+``apot``
+    Levels that are sums of ``terms`` powers of two (`powers.py`), with the scale of least squares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from cctool.base.errors import CorruptCheckpointError, QuantizationError
+from cctool.checkpoint.encoding import EncodedTensor, Encoding
+from cctool.quantization.encodings.apot_levels import apot_levels
+from cctool.quantization.encodings.checks import (
+    decoded_dtype,
+    floating_name,
+    part,
+    refuse_nonfinite,
+    require_parts,
+)
+from cctool.quantization.encodings.clustering import INITIALISATIONS, kmeans
+from cctool.quantization.encodings.codebook_tables import (
+    INDICES,
+    SCALES,
+    TABLE,
+    distinct_entries,
+    index_bits,
+    nearest_entries,
+    numbers,
+    scaled_levels,
+    table_dtype,
+)
+from cctool.quantization.encodings.packing import WIDEST, pack_integers
+from cctool.quantization.encodings.partial import (
+    RowEncoding,
+    at,
+    is_axis,
+    picked,
+    row_length,
+    unpacked_row,
+    whole_shape,
+)
+from cctool.quantization.encodings.scale_groups import Groups
+
+__all__ = ["CODEBOOK", "CODEBOOK_ROWS", "Indices", "encode_codebook", "indices_of"]
+
+_NAME = "codebook"
+_KEYS = {
+    "distinct": {"kind", "bits", "axis"},
+    "kmeans": {"kind", "bits", "axis", "init", "seed"},
+    "apot": {"kind", "bits", "axis", "terms"},
+}
+
+
+@dataclass(frozen=True)
+class Indices:
+    """What an encoded tensor holds.
+
+    Attributes:
+        indices: int64 of the tensor's shape.
+        table: of shape (entries,), or (slices, entries).
+        scales: of shape () or (slices,); None where entries are the values.
+    """
+
+    indices: Tensor
+    table: Tensor
+    scales: Tensor | None
+
+
+def encode_codebook(
+    indices: Tensor,
+    table: Tensor,
+    axis: int | None = None,
+    *,
+    scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    parameters: Mapping[str, JsonValue] | None = None,
+) -> EncodedTensor:
+    """Store indices and a table that were found elsewhere; they decode to table[index], bit for bit.
+
+    Args:
+        indices: of an integral type, any shape.
+        table: floating point, finite, of shape (entries,), or (size of ``axis``, entries).
+        axis: dimension whose slices have tables, or scales, of their own.
+        scales: finite, of shape () or (size of ``axis``,); values are then the products with a table of
+            shape (entries,), made in float32, or in float64 for float64 tensors.
+        dtype: of the decoded tensor; that of ``table`` if None, and always without scales.
+        parameters: with which the tensor would be encoded again; ``distinct`` if None.
+
+    Raises:
+        QuantizationError: if shapes or types do not fit, or an index has no entry.
+    """
+    dtype = dtype or table.dtype
+    name = floating_name(torch.empty(0, dtype=dtype), _NAME)
+    shape, entries = tuple(indices.shape), int(table.shape[-1]) if table.dim() else 0
+    if not is_axis(axis, len(shape)) or not 1 <= entries <= 1 << WIDEST:
+        raise QuantizationError(f"{_NAME}: axis {axis!r}, {entries} entries for {len(shape)} dimensions")
+    parts = {TABLE: table.detach().cpu().to(table_dtype(dtype, scaled=scales is not None))}
+    if scales is not None:
+        parts[SCALES] = scales.detach().cpu().to(table_dtype(dtype, scaled=True))
+    for key, given in ((TABLE, table), (SCALES, scales)):
+        if given is not None and not torch.equal(parts[key].double(), given.detach().cpu().double()):
+            raise QuantizationError(f"{_NAME}: {key} of type {given.dtype} lose digits in {parts[key].dtype}")
+    parts = {key: value.contiguous().clone() for key, value in parts.items()}
+    found = indices.detach().cpu()
+    if found.is_floating_point() or (
+        found.numel() and not 0 <= int(found.min()) <= int(found.max()) < entries
+    ):
+        raise QuantizationError(f"{_NAME}: an index is not one of 0..{entries - 1}")
+    parts[INDICES] = pack_integers(found, index_bits(entries))
+    kept = (
+        {"kind": "distinct", "bits": index_bits(entries), "axis": axis} if parameters is None else parameters
+    )
+    _check(kept, len(shape))
+    if kept["axis"] != axis:
+        raise QuantizationError(f"{_NAME}: axis {axis!r}, but {kept['axis']!r} to encode again")
+    encoded = EncodedTensor(_NAME, shape, name, parts, dict(kept))
+    try:
+        _decode_row(encoded, None)
+    except CorruptCheckpointError as error:
+        raise QuantizationError(str(error)) from None
+    return encoded
+
+
+def indices_of(encoded: EncodedTensor) -> Indices:
+    """The indices, the table and the scales of an encoded tensor.
+
+    Raises:
+        CorruptCheckpointError: if the parts contradict the shape.
+    """
+    indices, table, scales = _stored(encoded, None)
+    return Indices(whole_shape(encoded, indices).to(torch.int64), table, scales)
+
+
+def _encode_row(
+    values: Tensor, shape: tuple[int, ...], mask: Tensor | None, parameters: Mapping[str, JsonValue]
+) -> EncodedTensor:
+    dtype = floating_name(values, _NAME)
+    refuse_nonfinite(values, _NAME)
+    axis = _check(parameters, len(shape))
+    bits = int(str(parameters["bits"]))
+    channel = at(Groups(shape, axis).index(), mask)
+    if parameters["kind"] == "apot":
+        levels = apot_levels(bits, int(str(parameters["terms"])))
+        parts = scaled_levels(values, channel, shape, axis, levels)
+    elif parameters["kind"] == "kmeans":
+        centres = kmeans(numbers(values), 1 << bits, str(parameters["init"]), int(str(parameters["seed"])))
+        parts = nearest_entries(values, centres)
+    else:
+        parts = distinct_entries(values, channel, shape, axis, bits)
+    return EncodedTensor(_NAME, shape, dtype, parts, dict(parameters))
+
+
+def _decode_row(encoded: EncodedTensor, mask: Tensor | None) -> Tensor:
+    dtype = decoded_dtype(encoded)
+    indices, table, scales = _stored(encoded, mask)
+    if not indices.numel():
+        return torch.empty(0, dtype=dtype)
+    place = indices.to(torch.int64)
+    channel = at(Groups(encoded.shape, _axis_of(encoded)).index(), mask)
+    if table.dim() > 1:
+        place = place + channel * table.shape[1]
+    values = table.reshape(-1)[place]
+    if scales is not None:
+        values = (values * scales.reshape(-1)[channel]).to(dtype)
+    if not bool(torch.isfinite(values).all()):
+        raise CorruptCheckpointError(f"{_NAME}: values are not finite, or larger than {dtype} can hold")
+    return values
+
+
+def _stored(encoded: EncodedTensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Indices of shape (kept,), the table and the scales, checked."""
+    dtype, axis = decoded_dtype(encoded), _axis_of(encoded)
+    scaled = SCALES in encoded.parts
+    require_parts(encoded, {INDICES, TABLE, SCALES} if scaled else {INDICES, TABLE})
+    slices = () if axis is None else (encoded.shape[axis],)
+    entries = _entries(encoded)
+    single = scaled or axis is None
+    shape = (entries,) if single else (*slices, entries)
+    table = part(encoded, TABLE, table_dtype(dtype, scaled=scaled), shape)
+    scales = part(encoded, SCALES, table_dtype(dtype, scaled=True), slices) if scaled else None
+    indices = unpacked_row(encoded, INDICES, index_bits(entries), row_length(encoded.shape, mask))
+    if indices.numel() and int(indices.max()) >= entries:
+        raise CorruptCheckpointError(f"{_NAME}: an index is not one of 0..{entries - 1}")
+    return indices, table, scales
+
+
+def _entries(encoded: EncodedTensor) -> int:
+    table = encoded.parts.get(TABLE)
+    entries = int(table.shape[-1]) if table is not None and table.dim() else 0
+    if not 1 <= entries <= 1 << WIDEST:
+        raise CorruptCheckpointError(f"{_NAME}: a table of {entries} entries")
+    return entries
+
+
+def _check(parameters: Mapping[str, JsonValue], dims: int) -> int | None:
+    """The axis of well-formed parameters."""
+    kind, bits, axis = parameters.get("kind"), parameters.get("bits"), parameters.get("axis")
+    most = {"distinct": WIDEST, "kmeans": 8, "apot": 8}.get(str(kind), 0)
+    fits = (
+        set(parameters) == _KEYS.get(str(kind), set())
+        and type(bits) is int
+        and (2 if kind == "apot" else 1) <= bits <= most
+    )
+    if fits and kind == "kmeans":
+        seed = parameters["seed"]
+        fits = axis is None and parameters["init"] in INITIALISATIONS and type(seed) is int and seed >= 0
+    if fits and kind == "apot":
+        terms = parameters["terms"]
+        fits = type(terms) is int and type(bits) is int and 1 <= terms < bits
+    if not (fits and is_axis(axis, dims)):
+        raise QuantizationError(f"{_NAME}: {dict(parameters)} of a tensor with {dims} dimensions")
+    return axis
+
+
+def _axis_of(encoded: EncodedTensor) -> int | None:
+    try:
+        return _check(encoded.parameters, len(encoded.shape))
+    except QuantizationError as error:
+        raise CorruptCheckpointError(str(error)) from None
+
+
+def _cut(encoded: EncodedTensor, dim: int, indices: Tensor) -> dict[str, Tensor]:
+    axis = _axis_of(encoded)
+    parts = {name: value for name, value in encoded.parts.items() if name != INDICES}
+    if axis is not None and dim % len(encoded.shape) == axis:
+        # With scales the table is one for all slices.
+        own = SCALES if SCALES in parts else TABLE
+        parts[own] = parts[own].index_select(0, indices)
+    return parts
+
+
+CODEBOOK_ROWS = RowEncoding(
+    _NAME, INDICES, lambda encoded: index_bits(_entries(encoded)), _encode_row, _decode_row, _cut
+)
+
+
+def _encode(tensor: Tensor, parameters: Mapping[str, JsonValue]) -> EncodedTensor:
+    return _encode_row(tensor.detach().cpu().reshape(-1), tuple(tensor.shape), None, parameters)
+
+
+def _decode(encoded: EncodedTensor) -> Tensor:
+    return whole_shape(encoded, _decode_row(encoded, None))
+
+
+def _take(encoded: EncodedTensor, dim: int, indices: Tensor) -> EncodedTensor:
+    indices = indices.cpu()
+    count = math.prod(encoded.shape)
+    place = torch.arange(count).reshape(encoded.shape).index_select(dim, indices)
+    row = picked(CODEBOOK_ROWS, encoded, count, place.reshape(-1))
+    parts = {INDICES: row, **_cut(encoded, dim, indices)}
+    return replace(encoded, shape=tuple(place.shape), parts=parts)
+
+
+CODEBOOK = Encoding(_NAME, _encode, _decode, _take)

@@ -1,0 +1,93 @@
+"""Encodings that can store a part of a tensor: the row of values that a mask leaves of it, in C order.
+
+Which range or table a value of the row belongs to follows from its place in the whole tensor, so that what is
+stored for a channel stays with the channel, whatever the mask took away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from pydantic import JsonValue
+from torch import Tensor
+
+from cctool.base.errors import CorruptCheckpointError
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.quantization.encodings.packing import pack_integers, unpack_integers
+
+__all__ = ["RowEncoding", "at", "is_axis", "picked", "row_length", "unpacked_row", "whole_shape"]
+
+
+@dataclass(frozen=True)
+class RowEncoding:
+    """One such encoding; parts and parameters are those of the encoding of its name.
+
+    Attributes:
+        name: of the encoding.
+        row: name of the part that has an entry for each value.
+        bits: encoded -> width of the entries where they are packed, None where each is an element.
+        encode: (values of shape (kept,), shape of the tensor, mask, parameters) -> encoded, of that shape.
+        decode: (encoded, mask) -> values of shape (kept,), of the encoded type.
+        cut: (encoded, dim, indices) -> the parts beside the row where only these indices of a dimension stay.
+
+    A mask is bool of the tensor's shape, or None where all of it stays.
+    """
+
+    name: str
+    row: str
+    bits: Callable[[EncodedTensor], int | None]
+    encode: Callable[[Tensor, tuple[int, ...], Tensor | None, Mapping[str, JsonValue]], EncodedTensor]
+    decode: Callable[[EncodedTensor, Tensor | None], Tensor]
+    cut: Callable[[EncodedTensor, int, Tensor], Mapping[str, Tensor]]
+
+
+def row_length(shape: tuple[int, ...], mask: Tensor | None) -> int:
+    """Number of values in a row."""
+    return math.prod(shape) if mask is None else int(mask.sum())
+
+
+def at(index: Tensor, mask: Tensor | None) -> Tensor:
+    """What a tensor of the whole shape holds where the row's values lie; shape (kept,)."""
+    return index.reshape(-1) if mask is None else index[mask]
+
+
+def unpacked_row(encoded: EncodedTensor, name: str, bits: int, count: int) -> Tensor:
+    """A packed part, read and checked; shape (count,)."""
+    return unpack_integers(encoded.parts[name], bits, count, f"{encoded.encoding}: the part {name!r}")
+
+
+def picked(rows: RowEncoding, encoded: EncodedTensor, count: int, kept: Tensor) -> Tensor:
+    """The part that has an entry for each value, with some of the entries.
+
+    Args:
+        rows: the encoding.
+        encoded: so stored.
+        count: entries that there are.
+        kept: int64 positions in the row, or bool of shape (count,); what stays.
+    """
+    bits = rows.bits(encoded)
+    if bits is None:
+        return encoded.parts[rows.row].reshape(-1)[kept]
+    return pack_integers(unpacked_row(encoded, rows.row, bits, count)[kept], bits)
+
+
+def is_axis(axis: JsonValue, dims: int) -> TypeGuard[int | None]:
+    """Whether a parameter is None or one of a tensor's dimensions, counted from 0."""
+    return axis is None or (isinstance(axis, int) and not isinstance(axis, bool) and 0 <= axis < dims)
+
+
+def whole_shape(encoded: EncodedTensor, values: Tensor) -> Tensor:
+    """A row of all values in the tensor's shape.
+
+    Raises:
+        CorruptCheckpointError: where sizes next to a 0, which are backed by nothing, overflow.
+    """
+    try:
+        return values.reshape(encoded.shape)
+    except RuntimeError:
+        raise CorruptCheckpointError(
+            f"{encoded.encoding}: shape {list(encoded.shape)} is impossible"
+        ) from None

@@ -1,0 +1,1 @@
+"""Quantized networks as plain arithmetic for exports."""

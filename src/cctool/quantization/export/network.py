@@ -1,0 +1,394 @@
+"""Quantized networks for other programs: their weights as integers, their activations as plain roundings.
+
+The export network is a copy in which each call computes what an integer runtime will. A weight on a uniform
+grid stands there as (n - z) * s, with the batch norm behind it folded into s and into the bias, and the batch
+norm gives its input back; an activation's quantizer is one operator, or a few of arithmetic. Calls are
+followed as for quantizers (`attached.py`), which torch.export traces.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cctool.base.copies import copied
+from cctool.base.marks import drop_companions
+from cctool.checkpoint.edits.mask import masks_of
+from cctool.graph.execution import Watch, following, in_mode, tensors_in
+from cctool.quantization.export.integer_weights import IntegerWeight, from_quantizer
+from cctool.quantization.export.onnx_operator import on_grid
+from cctool.quantization.network.attach import (
+    CallPoint,
+    activation_key,
+    norm_factors,
+    quantizers_of,
+    weight_key,
+)
+from cctool.quantization.network.calls import Flow, Place, flow_of
+from cctool.quantization.network.placement import INPUT_PLACE, Layer, Left, plan_points
+from cctool.quantization.quantizers.grid import Grid, aligned
+
+__all__ = ["ExportNetwork", "export_network", "made_weights", "rounding_network", "with_weights"]
+
+CONTAINER = "exported"
+_HUGE = 2.0**100
+"""Scale of a grid whose only value is 0: whatever is divided by it rounds to 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExportNetwork:
+    """A network as integer runtimes compute it.
+
+    Attributes:
+        model: the network, on the CPU, in evaluation mode.
+        weights: of its calls; the values of each stand in the network bit for bit.
+        left: weights that stay in floating point, and why.
+    """
+
+    model: nn.Module
+    weights: tuple[IntegerWeight, ...]
+    left: tuple[Left, ...]
+
+
+def made_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What the quantizers of a network make of its weights, by qualified name; empty without quantizers.
+
+    Raises:
+        AttributeError: where a quantized weight is no parameter or attribute of its module.
+    """
+    held = quantizers_of(model)
+    if held is None:
+        return {}
+    masks, found = masks_of(model), {}
+    with in_mode(model, training=False):
+        for name, point in held.state.weights.items():
+            quantizer = held.quantizer(weight_key(name))
+            if quantizer is None:
+                continue
+            owner, _, leaf = name.rpartition(".")
+            value = getattr(model.get_submodule(owner), leaf)
+            made = quantizer(value.detach(), _fold(model, point.norm, point.config.axis))
+            found[name] = made * masks[name] if name in masks else made
+    return found
+
+
+def with_weights(model: nn.Module, made: Mapping[str, Tensor]) -> nn.Module:
+    """A copy without quantizers that has other parameters, and shares those that stay.
+
+    Args:
+        model: any network.
+        made: values of parameters, by qualified name.
+    """
+    copy = _sharing(model)
+    drop_companions(copy)
+    known = dict(model.named_parameters(remove_duplicate=False))
+    fresh = {
+        id(known[name]): nn.Parameter(value.detach(), requires_grad=False)
+        for name, value in made.items()
+        if name in known
+    }
+    for module in copy.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in fresh:
+                module._parameters[leaf] = fresh[id(parameter)]
+    return copy
+
+
+def rounding_network(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are the quantized weights, and which rounds activations by arithmetic.
+
+    Args:
+        model: with quantizers, on the CPU; it stays as it is.
+    """
+    copy = with_weights(model, made_weights(model))
+    copy.eval()
+    _follow(copy, _Calls(model, {}, set(), marked=False))
+    return copy
+
+
+def _fold(model: nn.Module, norm: str | None, axis: int | None) -> Tensor | None:
+    return None if norm is None or axis is not None else norm_factors(model.get_submodule(norm))
+
+
+def _sharing(model: nn.Module) -> nn.Module:
+    return copied(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def export_network(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    stored: Mapping[str, IntegerWeight] | None = None,
+) -> ExportNetwork:
+    """Make the export network, in which `on_grid` rounds activations wherever 8 bits hold their integers.
+
+    Args:
+        model: with quantizers or without, its layers ordinary ones, on the CPU; it stays as it is.
+        inputs: positional arguments of its forward.
+        stored: weights that a checkpoint stores as integers, by qualified name.
+    """
+    copy = _sharing(model)
+    drop_companions(copy)
+    copy.eval()
+    flow = flow_of(copy, inputs)
+    builder = _Builder(model, flow, dict(stored or {}))
+    _follow(copy, _Calls(model, builder.settled, builder.norms))
+    return ExportNetwork(copy, tuple(builder.weights), tuple(builder.left))
+
+
+def _follow(copy: nn.Module, run: _Calls) -> None:
+    copy.register_module(CONTAINER, _Holder(run.states))
+    copy.register_forward_pre_hook(run.begin)
+    copy.register_forward_hook(run.end, always_call=True)
+
+
+class _Holder(nn.Module):
+    """What the calls take in place of the network's tensors; as a layer it returns its input."""
+
+    def __init__(self, states: Mapping[str, Tensor | nn.Module]) -> None:
+        super().__init__()
+        for key, state in states.items():
+            if isinstance(state, nn.Module):
+                self._modules[key] = state
+            else:
+                self._buffers[key] = state
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True, eq=False)
+class _Settled:
+    """What one call takes: its weight, and its bias where that is not its own."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class _Builder:
+    """Weights and biases of the calls of an export network."""
+
+    def __init__(self, model: nn.Module, flow: Flow, stored: dict[str, IntegerWeight]) -> None:
+        self.model, self.flow, self.stored = model, flow, stored
+        self.made = made_weights(model)
+        self.weights: list[IntegerWeight] = []
+        self.left: list[Left] = []
+        self.norms: set[Place] = set()
+        self.settled: dict[Place, _Settled] = {}
+        held = quantizers_of(model)
+        self.calls: Mapping[Place, CallPoint] = {} if held is None else held.state.calls
+        for layer in plan_points(flow, "none").layers:
+            found = self._layer(layer)
+            if found is not None:
+                self.settled[layer.place] = found
+        placed = {weight.name for weight in self.weights}
+        self.weights += [weight for name, weight in self.stored.items() if name not in placed]
+
+    def _layer(self, layer: Layer) -> _Settled | None:
+        point = self.calls.get(layer.place)
+        if point is not None and point.weight is not None and point.weight in self.made:
+            made = self.made[point.weight]
+            weight, fold = self._quantized(point.weight, made)
+            if weight is None:
+                self._leave(point.weight, "its levels lie on no uniform grid of 8 bits or fewer")
+                return _Settled(made)
+        elif layer.weight in self.stored:
+            weight, fold = self.stored[layer.weight], None
+            made = weight.values()
+        else:
+            return None
+        return self._folded(layer, weight, fold, made)
+
+    def _leave(self, name: str, reason: str) -> None:
+        if all(left.name != name for left in self.left):
+            self.left.append(Left(name, reason))
+
+    def _quantized(self, name: str, made: Tensor) -> tuple[IntegerWeight | None, Tensor | None]:
+        held = quantizers_of(self.model)
+        quantizer = None if held is None else held.quantizer(weight_key(name))
+        assert held is not None
+        assert quantizer is not None
+        point = held.state.weights[name]
+        fold = _fold(self.model, point.norm, point.config.axis)
+        if fold is not None:
+            fold = torch.where(fold == 0, 1.0, fold)
+        return from_quantizer(name, quantizer, made, fold), fold
+
+    def _folded(self, layer: Layer, weight: IntegerWeight, fold: Tensor | None, made: Tensor) -> _Settled:
+        """Fold the batch norm behind a layer where its output channels lie along one dimension."""
+        norm = None if layer.norm is None else self.model.get_submodule(layer.norm)
+        factors = None if norm is None or layer.axis is None else norm_factors(norm)
+        if factors is not None and layer.axis is not None:
+            # A quotient, which is 1 where both are the same.
+            ratio = factors.double() if fold is None else factors.double() / fold.double()
+            scaled = weight.scaled(ratio, layer.axis)
+            if scaled is not None and norm is not None:
+                self.weights.append(scaled)
+                self.norms.add(self._behind(layer))
+                return _Settled(scaled.values(), self._bias(layer, norm, factors))
+        plain = weight if fold is None else weight.scaled(1 / fold.double(), 0)
+        if plain is None:
+            return _Settled(made)
+        self.weights.append(plain)
+        return _Settled(plain.values())
+
+    def _behind(self, layer: Layer) -> Place:
+        call = self.flow.at(layer.place)
+        assert call is not None
+        return self.flow.calls[call.users[0]].place
+
+    def _bias(self, layer: Layer, norm: nn.Module, factors: Tensor) -> Tensor:
+        """Beta + (b - mean) * gamma / sigma."""
+        call = self.flow.at(layer.place)
+        assert call is not None
+        own = self._tensor(call.tensors.get("bias"))
+        mean, beta = norm._buffers["running_mean"], norm._parameters.get("bias")
+        assert mean is not None
+        shift = -mean.double() if own is None else own.double() - mean.double()
+        found = shift * factors.double()
+        return (found if beta is None else found + beta.detach().double()).float()
+
+    def _tensor(self, name: str | None) -> Tensor | None:
+        if name is None:
+            return None
+        owner, _, leaf = name.rpartition(".")
+        value = getattr(self.model.get_submodule(owner), leaf)
+        assert isinstance(value, Tensor)
+        return value.detach()
+
+
+class _Rounding(nn.Module):
+    """An activation's quantizer: one operator, or arithmetic.
+
+    Args:
+        grid: on which the values lie.
+        marked: whether it is the operator, where 8 bits hold the integers.
+    """
+
+    def __init__(self, grid: Grid, *, marked: bool) -> None:
+        super().__init__()
+        self.low, self.high, self.axis = grid.low, grid.high, grid.axis
+        scale = grid.scale.detach().cpu().float()
+        self.register_buffer("scale", torch.where(scale > 0, scale, _HUGE))
+        self.register_buffer("zero_point", grid.zero_point.detach().cpu().float())
+        byte = (grid.low >= 0 and grid.high <= 255) or (grid.low >= -128 and grid.high <= 127)
+        self.marked = marked and byte and grid.axis is None
+        self.numbers = (1.0, 0)
+        if self.marked:
+            self.numbers = float(self.get_buffer("scale")), int(self.get_buffer("zero_point"))
+
+    def forward(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        work = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        if self.marked:
+            return _as(on_grid(work, *self.numbers, self.low, self.high), x)
+        scale = aligned(self.get_buffer("scale"), x.dim(), self.axis)
+        zero = aligned(self.get_buffer("zero_point"), x.dim(), self.axis)
+        n = ((work / scale).round() + zero).clamp(self.low, self.high)
+        return _as((n - zero) * scale, x)
+
+
+class _Calls:
+    """What the calls of an export network do in one pass, and the hooks that follow it."""
+
+    def __init__(
+        self, model: nn.Module, settled: Mapping[Place, _Settled], norms: set[Place], *, marked: bool = True
+    ) -> None:
+        self.states: dict[str, Tensor | nn.Module] = {}
+        self.norms = norms
+        self.roundings: dict[tuple[Place, str], str] = {}
+        self.settled: dict[Place, tuple[str, str | None]] = {}
+        for number, (place, taken) in enumerate(settled.items()):
+            weight, bias = f"weight_{number}", f"bias_{number}"
+            self.states[weight] = taken.weight
+            if taken.bias is not None:
+                self.states[bias] = taken.bias
+            self.settled[place] = (weight, None if taken.bias is None else bias)
+        for place, slot, grid in _grids(model):
+            key = activation_key(place, slot)
+            self.states[key] = _Rounding(grid, marked=marked)
+            self.roundings[place, slot] = key
+        self._running: list[ExitStack] = []
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._watch = Watch((), {})
+        self._model: nn.Module = nn.Identity()
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...]) -> Any:
+        self._model, self._counts = model, Counter()
+        changed = None
+        if args and (INPUT_PLACE, "output") in self.roundings:
+            changed = (self._rounded(INPUT_PLACE, "output", args[0]), *args[1:])
+        self._watch = Watch((), {module: name for name, module in model.named_modules()}, self._call)
+        stack = ExitStack()
+        stack.enter_context(following(self._watch))
+        stack.enter_context(self._watch)
+        self._running.append(stack)
+        return changed
+
+    def end(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self._running:
+            self._running.pop().close()
+
+    def _call(
+        self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        module = self._watch.modules[-1]
+        place = Place(module, name, self._counts[module, name])
+        if place in self.norms:
+            result = args[0] if args else kwargs["input"]
+        else:
+            given = list(args), dict(kwargs)
+            if (place, "input") in self.roundings:
+                _set(*given, 0, "input", self._rounded(place, "input", _get(*given, 0, "input")))
+            if place in self.settled:
+                self._settle(place, *given)
+            result = function(*given[0], **given[1])
+        result = self._rounded(place, "output", result)
+        if next(tensors_in(result), None) is not None:
+            self._counts[module, name] += 1
+        return result
+
+    def _settle(self, place: Place, args: list[Any], kwargs: dict[str, Any]) -> None:
+        holder = self._model.get_submodule(CONTAINER)
+        weight, bias = self.settled[place]
+        for position, name, key in ((1, "weight", weight), (2, "bias", bias)):
+            if key is not None:
+                value = holder.get_buffer(key)
+                _set(args, kwargs, position, name, _as(value, _get(args, kwargs, 0, "input")))
+
+    def _rounded(self, place: Place, slot: str, value: Any) -> Any:
+        key = self.roundings.get((place, slot))
+        return value if key is None else self._model.get_submodule(CONTAINER)._modules[key](value)  # type: ignore[misc]
+
+
+def _grids(model: nn.Module) -> Iterator[tuple[Place, str, Grid]]:
+    held = quantizers_of(model)
+    for place, point in ({} if held is None else held.state.calls).items():
+        for slot in ("input", "output"):
+            quantizer = None if held is None else held.quantizer(activation_key(place, slot))
+            if getattr(point, slot) is not None and quantizer is not None:
+                grid = quantizer.grid()
+                assert grid is not None, "activations are quantized uniformly"
+                yield place, slot, grid
+
+
+def _as(value: Tensor, other: Tensor) -> Tensor:
+    """The value in another's type. Traced, even a cast to its own type may not be written to afterwards."""
+    return value if value.dtype == other.dtype else value.to(other.dtype)
+
+
+def _get(args: list[Any], kwargs: dict[str, Any], position: int, name: str) -> Any:
+    return kwargs[name] if name in kwargs else args[position]
+
+
+def _set(args: list[Any], kwargs: dict[str, Any], position: int, name: str, value: Any) -> None:
+    if position < len(args):
+        args[position] = value
+    else:
+        kwargs[name] = value

@@ -1,0 +1,54 @@
+"""Activations moved by a share of a step before they are rounded: what rounding makes of small errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cctool.quantization.network.attach import quantizers_of
+from cctool.quantization.quantizers.base import Quantizer
+from cctool.quantization.quantizers.grid import aligned
+
+__all__ = ["shaken"]
+
+
+@contextmanager
+def shaken(model: nn.Module, share: float, generator: torch.Generator) -> Iterator[None]:
+    """Add noise to what each quantizer of an activation takes, uniform within ``share`` of its step.
+
+    Args:
+        model: with quantizers.
+        share: of a step, in both directions.
+        generator: of the noise, on the CPU.
+    """
+    held = quantizers_of(model)
+    keys = () if held is None else held.activation_keys
+    handles = []
+    for key in keys:
+        quantizer = None if held is None else held.quantizer(key)
+        if quantizer is not None:
+            handles.append(quantizer.register_forward_pre_hook(_Noise(share, generator)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Noise:
+    def __init__(self, share: float, generator: torch.Generator) -> None:
+        self.share, self.generator = share, generator
+
+    def __call__(self, quantizer: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        x = args[0]
+        assert isinstance(quantizer, Quantizer)
+        grid = quantizer.grid()
+        if grid is None:
+            return (x,)
+        step = aligned(grid.scale.to(x.device, x.dtype), x.dim(), grid.axis)
+        noise = torch.rand(x.shape, generator=self.generator) * 2 - 1
+        return (x + noise.to(x.device, x.dtype) * step * self.share,)

@@ -1,0 +1,523 @@
+"""Quantizers of a network: how they are attached, and the `quantize` edit that brings them back from a file.
+
+A forward pass of the whole network is followed call by call (`graph/execution.py`): the weights and
+activations that a call takes and what it returns go through the quantizers of its place. No class and no
+method of the network's modules changes, and functional, shared and computed things are quantized like others.
+The quantizers are modules with plain tensors, in a container beside the network's own modules, so they are
+copied, moved, saved and loaded with it. Where parts of the network are called by themselves, they compute in
+floating point.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cctool.base.errors import CorruptCheckpointError, SpecError
+from cctool.base.marks import drop_companions
+from cctool.checkpoint.edits.mask import masks_of
+from cctool.checkpoint.spec import Edit, ModelSpec
+from cctool.checkpoint.tables import EditKind
+from cctool.graph.execution import Watch, following, tensors_in
+from cctool.options.quantize.choices import Observer
+from cctool.quantization.network.calls import Place
+from cctool.quantization.network.placement import INPUT_PLACE
+from cctool.quantization.quantizers.base import Quantizer
+from cctool.quantization.quantizers.config import Brief, QuantizerConfig
+from cctool.quantization.quantizers.make import make_quantizer
+
+__all__ = [
+    "CONTAINER",
+    "QUANTIZE",
+    "CallPoint",
+    "NetworkQuantizers",
+    "Observing",
+    "Quantize",
+    "WeightPoint",
+    "activation_key",
+    "attach",
+    "detach",
+    "following_calls",
+    "following_values",
+    "norm_factors",
+    "only",
+    "quantizers_of",
+    "weight_key",
+    "with_quantizers",
+]
+
+CONTAINER = "quantizers"
+_MAX_CHANNELS = 2**20
+_Name = Annotated[str, Field(max_length=4096)]
+
+Follower = Callable[[str, Tensor], None]
+"""Is shown (key, value) of each tensor before it is quantized."""
+CallFollower = Callable[[Place, Sequence[Any], Mapping[str, Any], Any], None]
+"""Is shown the place of a call, its arguments as it took them, and its result before that is quantized."""
+
+
+class WeightPoint(Brief):
+    """The quantizer of one weight.
+
+    Attributes:
+        config: of the quantizer.
+        channels: how many slices of its axis have a scale; None where there is one scale.
+        norm: module whose batch norm follows: one scale for the whole tensor is that of the weight which the
+            norm is folded into.
+    """
+
+    config: QuantizerConfig
+    channels: Annotated[int, Field(ge=0, le=_MAX_CHANNELS, strict=True)] | None = None
+    norm: _Name | None = None
+
+
+class CallPoint(Brief):
+    """What is quantized at one call.
+
+    Attributes:
+        weight: qualified name of the weight whose quantizer is used; None leaves it.
+        input: quantizer of its first argument.
+        output: quantizer of its result.
+    """
+
+    weight: _Name | None = None
+    input: QuantizerConfig | None = None
+    output: QuantizerConfig | None = None
+
+
+class Observing(Brief):
+    """How ranges of activations were found, so that they can be found again in the same way.
+
+    Attributes:
+        observer: name of it.
+        percentile: of that observer.
+        deviations: of the observer of standard deviations.
+    """
+
+    observer: Observer = Observer.MIN_MAX
+    percentile: float = Field(default=99.99, gt=0, le=100)
+    deviations: float = Field(default=3.0, gt=0, le=1e6)
+
+
+class Quantize(Brief, Edit):
+    """Quantizers of one module: of its weights by their names in it, of its calls by `Place.key`.
+
+    Attributes:
+        fingerprint: of the weights that the activations' ranges were calibrated for; "" where there are none.
+        images: how many images they saw.
+        observing: how they were found; None where they were learnt.
+        method: name of the method, for reports.
+    """
+
+    kind: Literal["quantize"] = "quantize"
+    weights: dict[_Name, WeightPoint] = Field(default={}, max_length=1000)
+    calls: dict[_Name, CallPoint] = Field(default={}, max_length=10_000)
+    fingerprint: str = Field(default="", max_length=128)
+    images: int = Field(default=0, ge=0, strict=True)
+    observing: Observing | None = None
+    method: str = Field(default="", max_length=64)
+
+
+@dataclass
+class _State:
+    """What of a network's quantizers is no tensor.
+
+    Attributes:
+        weights: by qualified name.
+        calls: by place.
+        fingerprint, images, observing, method: see `Quantize`.
+        enabled: keys of the quantizers at work; None is all.
+        follower: is shown values before they are quantized.
+        call_follower: is shown calls where something has a quantizer.
+        bypassed: whether nothing is quantized.
+    """
+
+    weights: dict[str, WeightPoint] = field(default_factory=dict)
+    calls: dict[Place, CallPoint] = field(default_factory=dict)
+    fingerprint: str = ""
+    images: int = 0
+    observing: Observing | None = None
+    method: str = ""
+    enabled: frozenset[str] | None = None
+    follower: Follower | None = None
+    call_follower: CallFollower | None = None
+    bypassed: bool = False
+
+
+def weight_key(name: str) -> str:
+    """Key of the quantizer of a weight.
+
+    >>> weight_key("layer1.0.conv1.weight")
+    'layer1/0/conv1/weight'
+    """
+    return name.replace(".", "/")
+
+
+def activation_key(place: Place, slot: str) -> str:
+    """Key of the quantizer of an activation.
+
+    >>> activation_key(Place("layer1.0", "add", 0), "output")
+    'layer1/0/add#0:output'
+    """
+    return f"{place.module.replace('.', '/')}/{place.key}:{slot}".removeprefix("/")
+
+
+class NetworkQuantizers(nn.Module):
+    """The quantizers of a network by key, and where they act.
+
+    As a layer it returns its input: containers that run all their modules in turn run this one, too.
+    """
+
+    is_companion = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = _State()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the input back."""
+        return x
+
+    def quantizer(self, key: str) -> Quantizer | None:
+        """The quantizer of a key."""
+        found = self._modules.get(key)
+        return found if isinstance(found, Quantizer) else None
+
+    def named(self) -> Iterator[tuple[str, Quantizer]]:
+        """Keys and quantizers: weights first, then activations in the order in which they were attached."""
+        for key, module in self._modules.items():
+            if isinstance(module, Quantizer):
+                yield key, module
+
+    @property
+    def activation_keys(self) -> tuple[str, ...]:
+        """Keys of the activations' quantizers."""
+        return tuple(
+            activation_key(place, slot)
+            for place, point in self.state.calls.items()
+            for slot in ("input", "output")
+            if getattr(point, slot) is not None
+        )
+
+    def take(self, weight: str, indices: Tensor) -> None:
+        """Keep the scales of some channels of a weight.
+
+        Args:
+            weight: its qualified name.
+            indices: int64 (kept,).
+        """
+        quantizer = self.quantizer(weight_key(weight))
+        if quantizer is not None:
+            quantizer.taken(indices)
+            point = self.state.weights[weight]
+            self.state.weights[weight] = point.model_copy(update={"channels": len(indices)})
+
+    def act(self, key: str, value: Any, fold: Tensor | None = None) -> Any:
+        """Show a value to the follower, and quantize it where its quantizer is at work."""
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        state = self.state
+        if state.follower is not None:
+            state.follower(key, value)
+        quantizer = self.quantizer(key)
+        if quantizer is None or state.bypassed or (state.enabled is not None and key not in state.enabled):
+            return value
+        return quantizer(value) if fold is None else quantizer(value, fold)
+
+
+class _Pass:
+    """One forward pass: the watch's substitute."""
+
+    def __init__(self, model: nn.Module, held: NetworkQuantizers) -> None:
+        self.held = held
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.watch = Watch((), {module: name for name, module in model.named_modules()}, self.call)
+        self.model = model
+        self.masks = masks_of(model)
+        self._weights: dict[str, Tensor] = {}
+
+    def call(
+        self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        module = self.watch.modules[-1]
+        result: Any
+        place = Place(module, name, self.counts[module, name])
+        point = self.held.state.calls.get(place)
+        if point is None:
+            result = function(*args, **kwargs)
+        else:
+            args, kwargs = list(args), dict(kwargs)  # type: ignore[assignment]
+            if point.input is not None:
+                self._change(args, kwargs, 0, "input", lambda x: self._activation(place, "input", x))
+            if point.weight is not None:
+                weight = point.weight
+                self._change(args, kwargs, 1, "weight", lambda w: self._weight(weight, w))
+            result = function(*args, **kwargs)
+            if self.held.state.call_follower is not None:
+                self.held.state.call_follower(place, args, kwargs, result)
+            if point.output is not None:
+                result = self._activation(place, "output", result)
+        # What only asks for sizes is not counted: see `flow._Recorder.record`.
+        if next(tensors_in(result), None) is not None:
+            self.counts[module, name] += 1
+        return result
+
+    @staticmethod
+    def _change(args: Any, kwargs: Any, position: int, name: str, change: Callable[[Any], Any]) -> None:
+        if name in kwargs:
+            kwargs[name] = change(kwargs[name])
+        elif position < len(args):
+            args[position] = change(args[position])
+
+    def _activation(self, place: Place, slot: str, value: Any) -> Any:
+        return self.held.act(activation_key(place, slot), value)
+
+    def _weight(self, name: str, value: Any) -> Any:
+        """The quantized weight, made once a pass however many calls take it."""
+        if name not in self._weights:
+            point = self.held.state.weights[name]
+            fold = None
+            if point.norm is not None and point.config.axis is None:
+                fold = norm_factors(self.model.get_submodule(point.norm))
+            found = self.held.act(weight_key(name), value, fold)
+            mask = self.masks.get(name)
+            self._weights[name] = found if mask is None else found * mask
+        return self._weights[name]
+
+
+def norm_factors(norm: nn.Module) -> Tensor | None:
+    """What a batch norm in evaluation mode multiplies each channel by, gamma / sqrt(var + eps); (C,)."""
+    variance, scale = norm._buffers.get("running_var"), norm._parameters.get("weight")
+    if variance is None:
+        return None
+    factors = torch.rsqrt(variance + float(getattr(norm, "eps", 1e-5)))
+    return factors if scale is None else (scale.detach() * factors)
+
+
+class _Begin:
+    """The root's forward pre-hook: from here on calls are followed."""
+
+    is_companion = True
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> Any:
+        held = _held(model)
+        stack, run = ExitStack(), _Pass(model, held)
+        changed = None
+        point = held.state.calls.get(INPUT_PLACE)
+        if point is not None and point.output is not None and args:
+            changed = (held.act(activation_key(INPUT_PLACE, "output"), args[0]), *args[1:])
+        stack.enter_context(following(run.watch))
+        stack.enter_context(run.watch)
+        _RUNNING.setdefault(id(held), []).append(stack)
+        return changed
+
+
+class _End:
+    """The root's forward hook, also when the pass raised."""
+
+    is_companion = True
+
+    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
+        running = _RUNNING.get(id(_held(model)), [])
+        if running:
+            running.pop().close()
+
+
+_RUNNING: dict[int, list[ExitStack]] = {}
+
+
+def _held(model: nn.Module) -> NetworkQuantizers:
+    found = quantizers_of(model)
+    assert found is not None
+    return found
+
+
+def quantizers_of(model: nn.Module) -> NetworkQuantizers | None:
+    """The quantizers of a network; None where it has none."""
+    found = model._modules.get(CONTAINER)
+    return found if isinstance(found, NetworkQuantizers) else None
+
+
+def attach(
+    model: nn.Module, weights: Mapping[str, WeightPoint], calls: Mapping[Place, CallPoint]
+) -> NetworkQuantizers:
+    """Attach quantizers in place, beside those that are there already; one of the same key is replaced.
+
+    Args:
+        model: the whole network.
+        weights: by the weights' qualified names.
+        calls: by place.
+
+    Raises:
+        SpecError: if the network has something else called ``quantizers``, or is scripted.
+    """
+    held = quantizers_of(model)
+    if held is None:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise SpecError("quantize: a scripted network takes no quantizers")
+        if hasattr(model, CONTAINER):
+            raise SpecError(f"quantize: the network has something called {CONTAINER!r} of its own")
+        held = NetworkQuantizers().train(model.training)
+        model.register_module(CONTAINER, held)
+        model.register_forward_pre_hook(_Begin())
+        model.register_forward_hook(_End(), always_call=True)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        device = torch.device("cpu")
+    for name, weight in weights.items():
+        _add(held, weight_key(name), weight.config, device, weight=True, channels=weight.channels)
+        held.state.weights[name] = weight
+    for place, call in calls.items():
+        for slot in ("input", "output"):
+            config = getattr(call, slot)
+            if config is not None:
+                _add(held, activation_key(place, slot), config, device, weight=False, channels=None)
+        held.state.calls[place] = call
+    return held
+
+
+def _add(
+    held: NetworkQuantizers,
+    key: str,
+    config: QuantizerConfig,
+    device: torch.device,
+    *,
+    weight: bool,
+    channels: int | None,
+) -> None:
+    quantizer = make_quantizer(config, weight=weight, channels=channels)
+    held._modules[key] = quantizer.to(device).train(held.training)
+
+
+def detach(model: nn.Module) -> bool:
+    """Take all quantizers off a network, in place; whether there were any."""
+    if quantizers_of(model) is None:
+        return False
+    drop_companions(model)
+    return True
+
+
+@contextmanager
+def following_values(model: nn.Module, follower: Follower, *, quantized: bool = False) -> Iterator[None]:
+    """Show the values at all places to ``follower``; nothing is quantized meanwhile unless ``quantized``."""
+    state = _held(model).state
+    before = state.follower, state.bypassed
+    state.follower, state.bypassed = follower, not quantized
+    try:
+        yield
+    finally:
+        state.follower, state.bypassed = before
+
+
+@contextmanager
+def following_calls(model: nn.Module, follower: CallFollower, *, quantized: bool) -> Iterator[None]:
+    """Show the calls at all places to ``follower``; nothing is quantized meanwhile unless ``quantized``.
+
+    What the follower raises ends the pass and comes out of it.
+    """
+    state = _held(model).state
+    before = state.call_follower, state.bypassed
+    state.call_follower, state.bypassed = follower, not quantized
+    try:
+        yield
+    finally:
+        state.call_follower, state.bypassed = before
+
+
+@contextmanager
+def only(model: nn.Module, keys: Collection[str]) -> Iterator[None]:
+    """Let only some quantizers work."""
+    state = _held(model).state
+    before, state.enabled = state.enabled, frozenset(keys)
+    try:
+        yield
+    finally:
+        state.enabled = before
+
+
+def with_quantizers(spec: ModelSpec, model: nn.Module) -> ModelSpec:
+    """The spec whose quantize edits are those of ``model``, whatever it said of them before."""
+    others = tuple(edit for edit in spec.edits if edit.get("kind") != "quantize")
+    held = quantizers_of(model)
+    if held is None:
+        return spec.model_copy(update={"edits": others})
+    state = held.state
+    whole = Quantize(
+        module="",
+        fingerprint=state.fingerprint,
+        images=state.images,
+        observing=state.observing,
+        method=state.method,
+    )
+    edits: dict[str, Quantize] = {"": whole}
+    for name, weight in state.weights.items():
+        owner, _, leaf = name.rpartition(".")
+        edit = edits.get(owner, Quantize(module=owner))
+        edits[owner] = edit.model_copy(update={"weights": edit.weights | {leaf: weight}})
+    for place, call in state.calls.items():
+        edit = edits.get(place.module, Quantize(module=place.module))
+        edits[place.module] = edit.model_copy(update={"calls": edit.calls | {place.key: call}})
+    return spec.model_copy(update={"edits": others}).with_edits(tuple(edits.values()))
+
+
+def _apply(model: nn.Module, edit: Quantize) -> None:
+    try:
+        model.get_submodule(edit.module)
+    except AttributeError:
+        raise SpecError(f"quantize: the architecture has no module {edit.module!r}") from None
+    prefix = f"{edit.module}." if edit.module else ""
+    weights = {f"{prefix}{leaf}": weight for leaf, weight in edit.weights.items()}
+    for name, weight in weights.items():
+        if weight.norm is not None and _submodule(model, weight.norm) is None:
+            raise SpecError(f"quantize: {name}: the architecture has no module {weight.norm!r}")
+    calls = {_place(edit.module, key): call for key, call in edit.calls.items()}
+    held = attach(model, weights, calls)
+    if not edit.module:
+        held.state.fingerprint, held.state.images = edit.fingerprint, edit.images
+        held.state.observing, held.state.method = edit.observing, edit.method
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    return dict(model.named_modules()).get(name)
+
+
+def _place(module: str, key: str) -> Place:
+    function, _, number = key.rpartition("#")
+    if not (number.isdecimal() and len(number) < 10 and function.isidentifier()):
+        raise SpecError(f"quantize: {module or 'the model'} has no call {key!r}")
+    return Place(module, function, int(number))
+
+
+def _check(model: nn.Module, edit: Quantize) -> None:
+    held = _held(model)
+    prefix = f"{edit.module}." if edit.module else ""
+    for leaf, weight in edit.weights.items():
+        name = f"{prefix}{leaf}"
+        tensor = dict(model.named_parameters(remove_duplicate=False)).get(name)
+        axis = weight.config.axis
+        if tensor is not None and axis is not None:
+            size = tensor.shape[axis] if axis < tensor.dim() else None
+            if size != weight.channels:
+                raise CorruptCheckpointError(
+                    f"{name} has {size} channels, its quantizer {weight.channels} scales"
+                )
+    if not edit.module:
+        for key, quantizer in held.named():
+            _check_state(key, quantizer)
+
+
+def _check_state(key: str, quantizer: Quantizer) -> None:
+    try:
+        quantizer.check()
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(f"{CONTAINER}.{key}: {error}") from None
+
+
+QUANTIZE = EditKind(record=Quantize, apply=_apply, order=15, check=_check)

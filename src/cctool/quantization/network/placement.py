@@ -1,0 +1,361 @@
+"""Where quantizers go: weights of layers, and the activations between them.
+
+Three ways, by what is done with the result. An integer runtime wants every tensor between its kernels
+quantized once, and what it fuses not at all (``all``); LSQ quantizes what each layer takes in (``inputs``);
+DoReFa, PACT and WRPN quantize what a clipping activation puts out (``clips``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from cctool.quantization.network.calls import COMPUTING, INPUT, Call, Flow, Place
+
+__all__ = ["INPUT_PLACE", "Activation", "Layer", "Left", "Points", "Way", "plan_points"]
+
+Way = Literal["all", "inputs", "clips", "none"]
+Slot = Literal["input", "output"]
+
+INPUT_PLACE = Place("", "input", 0)
+"""Place of the network's own input."""
+
+CLIPS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clip"})
+_MOVES = frozenset(
+    [
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "permute",
+        "transpose",
+        "t",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "contiguous",
+        "clone",
+        "detach",
+        "dropout",
+        "dropout2d",
+        "dropout1d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "getitem",
+        "chunk",
+        "split",
+        "tensor_split",
+        "unbind",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "narrow",
+        "select",
+        "pad",
+        "roll",
+        "channel_shuffle",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+        "adaptive_max_pool3d",
+        "type_as",
+        "native_channel_shuffle",
+        "view_as",
+        "reshape_as",
+        "expand_as",
+        "stochastic_depth",
+    ]
+)
+"""Functions whose results hold nothing but values of their argument, and zeros."""
+_INTEGER = COMPUTING | frozenset(
+    [
+        "add",
+        "mul",
+        "cat",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "mean",
+        "sigmoid",
+        "leaky_relu",
+        "softmax",
+        "matmul",
+        "bmm",
+    ]
+)
+"""Functions that integer runtimes have kernels for."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A call with a weight.
+
+    Attributes:
+        place: where it stands.
+        weight: qualified name of its weight.
+        shape: of that weight.
+        axis: dim of the weight that its output channels lie along; None where they lie along none.
+        norm: name of the module whose batch norm takes its result and nothing else does; None without.
+        first: whether the network's input reaches it through no other layer.
+        last: whether its result reaches the network's output through no other layer.
+    """
+
+    place: Place
+    weight: str
+    shape: tuple[int, ...]
+    axis: int | None
+    norm: str | None
+    first: bool
+    last: bool
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A tensor between calls.
+
+    Attributes:
+        place: of the call, or `INPUT_PLACE`.
+        slot: whether it is what the call takes in or what it puts out.
+        takers: layers that take it in, maybe after it was moved around.
+        edge: whether these are first or last layers.
+        clip: whether a clipping activation makes it.
+    """
+
+    place: Place
+    slot: Slot
+    takers: tuple[Place, ...] = ()
+    edge: bool = False
+    clip: bool = False
+
+
+@dataclass(frozen=True)
+class Left:
+    """What stays in floating point, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Points:
+    """Where quantizers go in one network."""
+
+    layers: tuple[Layer, ...]
+    activations: tuple[Activation, ...]
+    left: tuple[Left, ...]
+
+
+def plan_points(flow: Flow, way: Way) -> Points:
+    """Choose places.
+
+    Args:
+        flow: of the network.
+        way: which activations; ``none`` is weights alone.
+    """
+    plan = _Plan(flow)
+    layers = tuple(plan.layers())
+    if way == "none":
+        return Points(layers, (), ())
+    found = {"all": plan.everything, "inputs": plan.inputs, "clips": plan.clips}[way]()
+    lost = {activation.place for activation in found if plan.is_lost(activation)}
+    left = [
+        Left(
+            place.title, f"the network goes on with what {place.function} wrote in place, not with its result"
+        )
+        for place in dict.fromkeys(lost)
+    ]
+    kept = tuple(activation for activation in found if activation.place not in lost)
+    if way == "clips":
+        left += plan.unclipped(kept)
+    return Points(layers, kept, tuple(left))
+
+
+class _Plan:
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self.calls = flow.calls
+        self._before = self._reaching(range(len(self.calls)), lambda call: call.sources)
+        backwards = range(len(self.calls) - 1, -1, -1)
+        self._after = self._reaching(backwards, lambda call: call.users)
+
+    def _reaching(self, order: Collection[int], neighbours: Callable[[Call], Collection[int]]) -> list[bool]:
+        """For each call whether a layer lies on some way to it, seen along ``neighbours``."""
+        found = [False] * len(self.calls)
+        for number in order:
+            found[number] = any(
+                other != INPUT and (found[other] or self._is_layer(self.calls[other]))
+                for other in neighbours(self.calls[number])
+            )
+        return found
+
+    @staticmethod
+    def _is_layer(call: Call) -> bool:
+        return call.weight is not None and not call.constant
+
+    def _layer_numbers(self) -> list[int]:
+        return [number for number, call in enumerate(self.calls) if self._is_layer(call)]
+
+    def layers(self) -> Iterator[Layer]:
+        for number in self._layer_numbers():
+            call = self.calls[number]
+            assert call.weight is not None
+            yield Layer(
+                place=call.place,
+                weight=call.weight,
+                shape=call.weight_shape,
+                axis=_axis(call),
+                norm=self._norm(number),
+                first=not self._before[number],
+                last=not self._after[number],
+            )
+
+    def _norm(self, number: int) -> str | None:
+        """Name of the module whose batch norm is all that takes the result of a call."""
+        users = self.calls[number].users
+        if len(users) != 1 or number in self.flow.outputs:
+            return None
+        user = self.calls[users[0]]
+        statistics = {"running_mean", "running_var"} <= set(user.tensors)
+        if user.place.function != "batch_norm" or not statistics or user.settings.get("training"):
+            return None
+        owners = {name.rpartition(".")[0] for name in user.tensors.values()}
+        return owners.pop() if len(owners) == 1 else None
+
+    def everything(self) -> list[Activation]:
+        found = [self._made(INPUT)] if self._wanted(INPUT) else []
+        for number, call in enumerate(self.calls):
+            if call.shape and not call.constant and self._wanted(number) and not self._absorbed(number):
+                found.append(self._made(number))
+        return found
+
+    def _made(self, number: int) -> Activation:
+        """What a call, or the network's input, puts out."""
+        takers = [taker for taker in self._takers(number) if self._is_layer(taker)]
+        place = INPUT_PLACE if number == INPUT else self.calls[number].place
+        return Activation(
+            place,
+            "output",
+            tuple(dict.fromkeys(taker.place for taker in takers)),
+            edge=bool(takers) and all(self._is_edge(taker) for taker in takers),
+            clip=place.function in CLIPS,
+        )
+
+    def _wanted(self, number: int) -> bool:
+        """Whether an integer kernel makes a result or takes it, if maybe moved around before."""
+        if number != INPUT and self.calls[number].place.function in _MOVES:
+            return False
+        takers = list(self._takers(number))
+        if any(taker.place.function in _INTEGER for taker in takers):
+            return True
+        made = number != INPUT and (
+            self.calls[number].place.function in _INTEGER or self._is_norm_of_layer(number)
+        )
+        # What leaves the network is wanted in floating point.
+        return made and bool(takers)
+
+    def _is_norm_of_layer(self, number: int) -> bool:
+        """Whether a call is the batch norm that the kernel of the layer before it computes."""
+        sources = self.calls[number].sources
+        return (
+            self.calls[number].place.function == "batch_norm"
+            and len(sources) == 1
+            and sources[0] != INPUT
+            and self._is_layer(self.calls[sources[0]])
+            and self._norm(sources[0]) is not None
+        )
+
+    def _takers(self, number: int) -> Iterator[Call]:
+        """Calls that take a result, through those that only move values."""
+        users = self.flow.input_users if number == INPUT else self.calls[number].users
+        for user in users:
+            call = self.calls[user]
+            if call.place.function in _MOVES:
+                yield from self._takers(user)
+            elif call.shape:
+                yield call
+
+    def _absorbed(self, number: int) -> bool:
+        """Whether what follows is computed by the same kernel."""
+        call = self.calls[number]
+        if len(call.users) != 1 or number in self.flow.outputs:
+            return False
+        if self._norm(number) is not None and self._is_layer(call):
+            return True
+        return self.calls[call.users[0]].place.function in CLIPS and call.place.function not in CLIPS
+
+    def _is_edge(self, call: Call) -> bool:
+        number = self.calls.index(call)
+        return not self._before[number] or not self._after[number]
+
+    def inputs(self) -> list[Activation]:
+        return [
+            Activation(call.place, "input", (call.place,), self._is_edge(call), self._clipped(call))
+            for call in (self.calls[number] for number in self._layer_numbers())
+        ]
+
+    def clips(self) -> list[Activation]:
+        found = [
+            replace(self._made(number), edge=False)
+            for number, call in enumerate(self.calls)
+            if call.place.function in CLIPS and call.shape and not call.constant and _from_zero(call)
+        ]
+        edges = [
+            Activation(call.place, "input", (call.place,), edge=True)
+            for call in (self.calls[number] for number in self._layer_numbers())
+            if self._is_edge(call)
+        ]
+        return [*found, *edges]
+
+    def _clipped(self, call: Call) -> bool:
+        """Whether what a layer takes in was clipped, or pooled after it was."""
+        source = call.sources[0] if call.sources else INPUT
+        while source != INPUT:
+            before = self.calls[source]
+            if before.place.function in CLIPS and _from_zero(before):
+                return True
+            moved = before.place.function in _MOVES or "avg_pool" in before.place.function
+            if not (moved or before.place.function == "mean"):
+                return False
+            source = before.sources[0] if before.sources else INPUT
+        return False
+
+    def unclipped(self, activations: Collection[Activation]) -> list[Left]:
+        """Layers that take in what no clipping activation has made."""
+        covered = {activation.place for activation in activations if activation.slot == "input"}
+        return [
+            Left(call.place.title, "takes in activations that no clipping activation made: they stay float")
+            for call in (self.calls[number] for number in self._layer_numbers())
+            if call.place not in covered and not self._clipped(call)
+        ]
+
+    def is_lost(self, activation: Activation) -> bool:
+        call = self.flow.at(activation.place)
+        return call is not None and call.lost and activation.slot == "output"
+
+
+def _axis(call: Call) -> int | None:
+    if not call.place.function.startswith("conv_transpose"):
+        return 0
+    # (in, out / groups): with several groups an output channel is no slice of the weight.
+    groups = call.settings.get("groups", 1)
+    return 1 if groups == 1 else None
+
+
+def _from_zero(call: Call) -> bool:
+    """Whether a clipping function's smallest value is zero."""
+    if call.place.function in ("relu", "relu6"):
+        return True
+    given = call.settings
+    low = next((given[name] for name in ("min_val", "min", "argument1") if name in given), None)
+    if low is None and call.place.function == "hardtanh":
+        low = -1.0
+    return isinstance(low, (int, float)) and low == 0

@@ -1,0 +1,1 @@
+"""Quantizers that act in forward passes: uniform, DoReFa, WRPN, LSQ, PACT."""

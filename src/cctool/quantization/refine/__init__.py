@@ -1,0 +1,1 @@
+"""What makes rounded networks better without training: AdaRound, bias correction, equalization."""

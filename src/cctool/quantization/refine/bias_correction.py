@@ -1,0 +1,182 @@
+"""Bias correction: the mean error that quantization causes in each layer's output is taken out again.
+
+M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section
+4.2 and supplementary material D, where the expected error is measured on images.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cctool.base.errors import QuantizationError
+from cctool.base.runtime import Reporter, Silent
+from cctool.quantization.network.attach import following_calls, norm_factors, quantizers_of
+from cctool.quantization.network.calls import Flow, Place
+from cctool.quantization.network.placement import Layer, Left, plan_points
+
+__all__ = ["BiasReport", "CorrectedLayer", "channel_dim", "correct_biases"]
+
+
+@dataclass(frozen=True)
+class CorrectedLayer:
+    """What was taken out of one layer's output.
+
+    Attributes:
+        layer: its name.
+        into: qualified name of the parameter that was changed.
+        error: root mean square over channels of the mean error before.
+        size: root mean square of the outputs' means over channels in floating point, to compare with.
+    """
+
+    layer: str
+    into: str
+    error: float
+    size: float
+
+
+@dataclass(frozen=True)
+class BiasReport:
+    """What was corrected.
+
+    Attributes:
+        layers: in order of execution.
+        skipped: quantized layers that stay, and why.
+        images: on how many images.
+    """
+
+    layers: tuple[CorrectedLayer, ...]
+    skipped: tuple[Left, ...]
+    images: int
+
+
+class _SeenError(Exception):
+    """Ends a pass whose rest nobody needs."""
+
+
+@torch.no_grad()
+def correct_biases(
+    model: nn.Module,
+    flow: Flow,
+    images: Iterable[Tensor],
+    reporter: Reporter | None = None,
+    *,
+    reference: nn.Module | None = None,
+) -> BiasReport:
+    """Correct the layers that have quantizers, in place and in order of execution.
+
+    The mean over images and places of a layer's output in floating point, less that in the quantized network
+    whose layers before were corrected already, is added to each channel: to the layer's own bias, or through
+    the shift of the batch norm that takes its output. Costs one pass over the images for the floating-point
+    network, and one for each layer, up to that layer.
+
+    Args:
+        model: with quantizers whose ranges are set; it is run in evaluation mode.
+        flow: of the network without quantizers.
+        images: batches on its device, the same each time that they are iterated.
+        reporter: is told how far it is.
+        reference: a copy of ``model``, with its quantizers, that has the parameters of the floating-point
+            network; None where ``model`` has them still. It must have been copied before weights were
+            rounded.
+
+    Raises:
+        QuantizationError: if there are no images.
+    """
+    reporter = reporter or Silent()
+    held = quantizers_of(model)
+    places = held.state.calls if held is not None else {}
+    layers = [layer for layer in plan_points(flow, "none").layers if layer.place in places]
+    reference = reference if reference is not None else model
+    was_training = model.training
+    model.eval()
+    reference.eval()
+    try:
+        expected, seen = _means(reference, images, [layer.place for layer in layers], quantized=False)
+        targets = {layer.place: _target(model, flow, layer) for layer in layers}
+        corrected = []
+        for layer in reporter.progress(layers, "correcting biases", len(layers)):
+            into = targets[layer.place]
+            if isinstance(into, Left):
+                continue
+            found, _ = _means(model, images, [layer.place], quantized=True)
+            error = expected[layer.place] - found[layer.place]
+            parameter = model.get_parameter(into)
+            factors = _factors(model, layer, into)
+            parameter.add_((error if factors is None else error * factors).to(parameter.dtype))
+            corrected.append(
+                CorrectedLayer(layer.place.title, into, _size(error), _size(expected[layer.place]))
+            )
+    finally:
+        model.train(was_training)
+    skipped = tuple(found for found in targets.values() if isinstance(found, Left))
+    return BiasReport(tuple(corrected), skipped, seen)
+
+
+def channel_dim(place: Place, dims: int) -> int:
+    """The dimension of a layer's result that its channels lie along.
+
+    Args:
+        place: of the layer's call.
+        dims: dimensions of its result.
+    """
+    return dims - 1 if place.function == "linear" else dims - 1 - int(place.function[-2])
+
+
+def _means(
+    model: nn.Module, images: Iterable[Tensor], places: Sequence[Place], *, quantized: bool
+) -> tuple[dict[Place, Tensor], int]:
+    """Mean output of each channel at places, float64 (C,), and the number of images."""
+    sums: dict[Place, Tensor] = {}
+    counts: Counter[Place] = Counter()
+
+    def follow(place: Place, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        if place not in places:
+            return
+        rows = result.movedim(channel_dim(place, result.dim()), 0).flatten(1)
+        sums[place] = sums.get(place, 0) + rows.sum(1, dtype=torch.float64)
+        counts[place] += rows.shape[1]
+        if place == places[-1]:
+            raise _SeenError
+
+    seen = 0
+    with following_calls(model, follow, quantized=quantized):
+        for batch in images:
+            with suppress(_SeenError):
+                model(batch)
+            seen += len(batch)
+    if not seen:
+        raise QuantizationError("there are no images to correct biases on")
+    return {place: total / counts[place] for place, total in sums.items()}, seen
+
+
+def _target(model: nn.Module, flow: Flow, layer: Layer) -> str | Left:
+    """Name of the parameter that a constant of a layer's output can be added to."""
+    call = flow.at(layer.place)
+    assert call is not None
+    parameters = dict(model.named_parameters())
+    uses = Counter(name for other in flow.calls for name in other.tensors.values())
+    name = call.tensors.get("bias")
+    if name is None and layer.norm is not None:
+        name = flow.calls[call.users[0]].tensors.get("bias")
+    if name is None or name not in parameters:
+        return Left(layer.place.title, "neither it nor a batch norm behind it has a bias")
+    if uses[name] > 1:
+        return Left(layer.place.title, f"{name} is used {uses[name]} times")
+    return name
+
+
+def _factors(model: nn.Module, layer: Layer, into: str) -> Tensor | None:
+    """What the batch norm between a layer's output and the shift multiplies by; None where there is none."""
+    if layer.norm is None or into.rpartition(".")[0] != layer.norm:
+        return None
+    return norm_factors(model.get_submodule(layer.norm))
+
+
+def _size(values: Tensor) -> float:
+    return float(values.square().mean().sqrt()) if values.numel() else 0.0

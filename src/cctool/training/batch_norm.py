@@ -1,0 +1,70 @@
+"""Estimating batch-norm statistics again, for a network whose weights were changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from cctool.base.errors import DataError
+from cctool.data.serving.batches import Batch
+
+__all__ = ["recalibrate"]
+
+
+def recalibrate(
+    model: nn.Module, batches: Iterable[Batch], n: int, device: torch.device | None = None
+) -> int:
+    """Replace running means and variances by the average over ``n`` images.
+
+    Batch norms alone run in train mode, so dropout and the like stay off. Each batch counts by its number
+    of images, which is the cumulative average of ``momentum=None`` where batches are equal.
+
+    Args:
+        model: changed in place; modes and momenta come back as they were.
+        batches: un-augmented training images (N, C, H, W), normalised; labels are not looked at.
+        n: images to use, at least 1.
+        device: where the network lies; None takes that of its first parameter.
+
+    Returns:
+        How many images were used; 0 if the network has no batch norm with running statistics.
+
+    Raises:
+        DataError: if there are no images.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]
+    if not norms:
+        return 0
+    device = device or next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+    used = 0
+    try:
+        for batch in batches:
+            images = batch.images[: n - used]
+            # A single image has no variance behind a global pooling.
+            if len(images) < 2 and used:
+                break
+            for norm in norms:
+                norm.momentum = len(images) / (used + len(images))
+            with torch.no_grad():
+                model(images.to(device))
+            used += len(images)
+            if used >= n:
+                break
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, training in modes.items():
+            module.training = training
+    if not used:
+        raise DataError("batch-norm statistics cannot be estimated: the training split is empty")
+    return used

@@ -1,0 +1,1 @@
+"""What training must respect besides its loss: penalties, masks, shared entries, frozen statistics."""

@@ -1,0 +1,112 @@
+"""Weights that share the entries of a table keep sharing them: the fine-tuning of Deep Compression."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cctool.base.errors import TrainingError
+from cctool.training.constraints.base import Constraint
+
+__all__ = ["KeepCodebooks", "SharedWeights"]
+
+
+@dataclass(frozen=True)
+class SharedWeights:
+    """Which weights of a parameter are one number.
+
+    Attributes:
+        parameter: what is trained.
+        entries: int64 of its shape: weights with the same number, from 0, are one; those with -1 are on
+            their own.
+    """
+
+    parameter: nn.Parameter
+    entries: Tensor
+
+
+class KeepCodebooks(Constraint):
+    """Averages gradients of weights that share an entry before these are clipped, and weights after a step.
+
+    Han et al. 2016 (section 3.3, figure 3) add these gradients up, which is the gradient of the entry itself.
+    The average is that sum divided by how many weights share the entry: entries then move at the pace of
+    single weights, so that a learning rate for weights fits, and optimizers that divide by the size of
+    gradients, as Adam, make nearly the same steps of both. Which weight has which entry never changes.
+
+    Weights of one entry have the same value, gradient and state of the optimizer, and a step should leave
+    them the same. That is not left to the roundings of vectorised code, nor to an optimizer that mixes
+    weights: they are averaged, as differences to one of them, so that equal values stay what they are.
+
+    Args:
+        shared: parameters; `fit` trains these very objects.
+
+    Raises:
+        TrainingError: if entries have another shape than their parameter.
+    """
+
+    name = "codebooks"
+
+    def __init__(self, shared: Sequence[SharedWeights]) -> None:
+        self._tables = [_Table(one) for one in shared]
+
+    def epoch(self, epoch: int) -> None:
+        """Bring the numbers of the entries to where the parameters are."""
+        for table in self._tables:
+            table.move()
+
+    def gradients(self) -> None:
+        """Average gradients."""
+        for table in self._tables:
+            gradient = table.parameter.grad
+            if gradient is not None:
+                table.average(gradient)
+
+    def weights(self) -> None:
+        """Average weights; called without gradients."""
+        for table in self._tables:
+            table.average(table.parameter, from_first=True)
+
+
+class _Table:
+    """Members of the entries of one parameter; what is on its own has an entry behind the last one."""
+
+    def __init__(self, shared: SharedWeights) -> None:
+        self.parameter = shared.parameter
+        if shared.entries.shape != self.parameter.shape:
+            raise TrainingError(
+                f"entries of shape {list(shared.entries.shape)} for weights of {list(self.parameter.shape)}"
+            )
+        given = shared.entries.reshape(-1)
+        alone = int(given.max()) + 1 if given.numel() else 0
+        index = torch.where(given < 0, alone, given)
+        self.alone = (given < 0).reshape(shared.entries.shape)
+        self.index = index
+        self.sizes = torch.bincount(index, minlength=alone + 1).clamp_(min=1)
+        places = torch.arange(len(index), device=index.device)
+        first = torch.zeros_like(self.sizes)
+        self.first = first.scatter_reduce(0, index, places, "amin", include_self=False)
+
+    def move(self) -> None:
+        """Go to the parameter's device."""
+        device = self.parameter.device
+        self.alone, self.index = self.alone.to(device), self.index.to(device)
+        self.sizes, self.first = self.sizes.to(device), self.first.to(device)
+
+    def average(self, values: Tensor, *, from_first: bool = False) -> None:
+        """Replace values in place by the means of their entries."""
+        flat = values.detach().reshape(-1)
+        if from_first:
+            # Differences of what should be equal need no more digits than they have.
+            base = flat.index_select(0, self.first)
+            means = base + self._means(flat - base.index_select(0, self.index)).to(base.dtype)
+        else:
+            means = self._means(flat.double()).to(flat.dtype)
+        shared = means.index_select(0, self.index).view(values.shape)
+        values.copy_(torch.where(self.alone, values, shared))
+
+    def _means(self, flat: Tensor) -> Tensor:
+        sums = flat.new_zeros(len(self.sizes)).index_add_(0, self.index, flat)
+        return sums / self.sizes

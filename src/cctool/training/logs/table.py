@@ -1,0 +1,82 @@
+"""Where a training writes its figures: a CSV table always, TensorBoard and MLflow on request.
+
+Each log takes one row an epoch and the metrics at the end. A resumed training goes on in the same place.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+from torch import nn
+
+from cctool.checkpoint.file.atomic import write_atomically
+from cctool.checkpoint.spec import Metrics
+from cctool.training.logs.zeros import TOTAL, sparsity
+from cctool.training.resume.progress import EpochRow
+
+__all__ = ["Log", "figures", "write_csv"]
+
+
+class Log(Protocol):
+    """A place for the figures of one training."""
+
+    def parameters(self, values: Mapping[str, object]) -> None:
+        """Write the options, flat, once."""
+
+    def epoch(self, row: EpochRow, model: nn.Module) -> None:
+        """Write the figures of one epoch and look at the weights as they are after it."""
+
+    def finish(self, metrics: Sequence[Metrics]) -> None:
+        """Write the metrics of the finished network and close."""
+
+    def close(self) -> None:
+        """Close without an end, after an interruption or an error."""
+
+
+def figures(row: EpochRow, model: nn.Module) -> dict[str, float]:
+    """All scalars of one epoch by the names that TensorBoard and MLflow show them under."""
+    found = {f"train/{name}": value for name, value in row.train.items()}
+    found |= {f"validation/{name}": value for name, value in row.validation.items()}
+    found |= {"learning_rate": row.lr, "batch_ms": row.batch_ms}
+    for name, share in sparsity(model).items():
+        found["sparsity/total" if name == TOTAL else f"sparsity/weights/{name}"] = share
+    return found
+
+
+def write_csv(rows: Iterable[EpochRow], path: Path) -> None:
+    """Write one line an epoch, whole each time, so that a crash or a resume leaves no half table.
+
+    Columns: epoch, learning_rate, batch_ms, seconds, best, sparsity (percent), then train_n, train_* and
+    validation_n, validation_*.
+    """
+    lines = [_line(row) for row in rows]
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    content = text.getvalue().encode()
+
+    def write(stream: IO[bytes]) -> None:
+        stream.write(content)
+
+    write_atomically(path, write)
+
+
+def _line(row: EpochRow) -> dict[str, object]:
+    return {
+        "epoch": row.epoch,
+        "learning_rate": row.lr,
+        "batch_ms": round(row.batch_ms, 3),
+        "seconds": round(row.seconds, 3),
+        "best": int(row.best),
+        "sparsity": row.sparsity,
+        "train_n": row.n,
+        **{f"train_{name}": value for name, value in row.train.items()},
+        **({"validation_n": row.validation_n} if row.validation else {}),
+        **{f"validation_{name}": value for name, value in row.validation.items()},
+    }

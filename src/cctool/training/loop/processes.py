@@ -1,0 +1,127 @@
+"""The processes that work on one training together, through Lightning Fabric."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from cctool.base.errors import DeviceError
+from cctool.options.common import Precision
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+__all__ = ["Alone", "Group", "Together", "group_of", "make_fabric"]
+
+_PRECISIONS: dict[Precision, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
+    Precision.FULL: "32-true",
+    Precision.BF16: "bf16-mixed",
+    Precision.FP16: "16-mixed",
+}
+
+
+class Group(Protocol):
+    """Puts together what each process has."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all processes, element by element."""
+
+    def concatenate(self, values: Tensor) -> Tensor:
+        """Put the rows of all processes behind each other, however many each has."""
+
+
+class Alone:
+    """A group of one process."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return ``values``."""
+        return values
+
+    def concatenate(self, values: Tensor) -> Tensor:
+        """Return ``values``."""
+        return values
+
+
+class Together:
+    """The processes of a Fabric."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._fabric = fabric
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all processes, element by element."""
+        total = values.to(self._fabric.device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total
+
+    def concatenate(self, values: Tensor) -> Tensor:
+        """Put the rows of all processes behind each other, however many each has."""
+        counts = self.stack(torch.tensor(values.shape[0]))
+        padded = values.new_zeros((int(counts.max()), *values.shape[1:]))
+        padded[: values.shape[0]] = values
+        gathered = self.stack(padded)
+        return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
+
+    def stack(self, values: Tensor) -> Tensor:
+        """Put equally shaped tensors of all processes into a new first dimension, on the CPU."""
+        mine = values.to(self._fabric.device).contiguous()
+        gathered = [torch.empty_like(mine) for _ in range(self._fabric.world_size)]
+        torch.distributed.all_gather(gathered, mine)
+        return torch.stack(gathered).cpu()
+
+
+def group_of(fabric: Fabric) -> Group:
+    """Give the group that ``fabric`` belongs to."""
+    return Together(fabric) if fabric.world_size > 1 else Alone()
+
+
+def make_fabric(
+    device: torch.device, precision: Precision = Precision.FULL, *, devices: int = 1, nodes: int = 1
+) -> Fabric:
+    """Set up this process for training.
+
+    With more than one process in all, each was started already and finds its place in the environment
+    (``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``).
+
+    Args:
+        device: where this process computes; with several on CUDA, each takes the one of its local rank.
+        precision: arithmetic of forward and backward passes.
+        devices: processes on this machine.
+        nodes: machines.
+
+    Raises:
+        DeviceError: if the device cannot compute in this precision.
+    """
+    if precision is Precision.FP16 and device.type != "cuda":
+        raise DeviceError("--precision 16 trains on CUDA devices only; --precision bf16 works here")
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from lightning_fabric.strategies.ddp import DDPStrategy
+
+    talk = logging.getLogger("lightning_fabric.utilities.rank_zero")
+    level = talk.level
+    # It announces the precision that was asked for.
+    talk.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*srun.*command is available")
+            if devices * nodes == 1:
+                chosen: list[int] | int = [device.index or 0] if device.type == "cuda" else 1
+                fabric = Fabric(accelerator=device.type, devices=chosen, precision=_PRECISIONS[precision])
+            else:
+                fabric = Fabric(
+                    accelerator=device.type,
+                    devices=devices,
+                    num_nodes=nodes,
+                    strategy=DDPStrategy(find_unused_parameters=True),
+                    precision=_PRECISIONS[precision],
+                    plugins=[TorchElasticEnvironment()],
+                )
+            fabric.launch()
+    finally:
+        talk.setLevel(level)
+    return fabric

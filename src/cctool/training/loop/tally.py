@@ -1,0 +1,93 @@
+"""Adding up the losses of an epoch, and noticing the first that is no number."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cctool.base.errors import DivergedError, UserCodeError
+from cctool.training.evaluate import count_correct
+from cctool.training.loop.processes import Group
+from cctool.training.objectives import Terms
+
+__all__ = ["Tally"]
+
+
+class Tally:
+    """Sums over the training images of one epoch.
+
+    Values stay on the device for ``every`` steps, so that training does not wait for each of them.
+
+    Args:
+        epoch: from 0.
+        user: reference of the user's loss, to be named where it is no number.
+        every: steps between two looks at the losses.
+    """
+
+    def __init__(self, epoch: int, user: str | None, every: int) -> None:
+        self.n = 0
+        self._epoch = epoch
+        self._user = user
+        self._every = every
+        self._steps = 0
+        self._sums: dict[str, float] = {}
+        self._waiting: list[tuple[int, dict[str, Tensor]]] = []
+
+    def add(self, terms: Terms, labels: Tensor) -> None:
+        """Take in one step.
+
+        Raises:
+            DivergedError: if a loss since the last look was NaN or infinite.
+            UserCodeError: if that was the user's loss.
+        """
+        values = {"loss": terms.loss.detach()}
+        values |= {name: value.detach() for name, value in terms.components.items()}
+        if terms.logits.dim() == 2 and labels.dim() == 1:
+            values["correct"] = count_correct(terms.logits.detach(), labels.to(terms.logits.device), 1)
+        self._waiting.append((labels.shape[0], values))
+        self._steps += 1
+        if len(self._waiting) >= self._every:
+            self._look()
+
+    def finish(self, group: Group, device: torch.device) -> None:
+        """Look at what is left, and add up over all processes."""
+        if self._waiting:
+            self._look()
+        together = torch.tensor([self.n, *self._sums.values()], dtype=torch.float64, device=device)
+        n, *sums = group.sum(together).tolist()
+        self.n = int(n)
+        self._sums = dict(zip(self._sums, sums, strict=True))
+
+    def means(self) -> dict[str, float]:
+        """``loss``, ``top1`` in percent where there are classes, and the loss's components."""
+        means = {name: total / self.n for name, total in self._sums.items() if name != "correct"}
+        if "correct" in self._sums:
+            means["top1"] = 100 * self._sums["correct"] / self.n
+        return means
+
+    def _look(self) -> None:
+        first = self._steps - len(self._waiting)
+        names = list(self._waiting[0][1])
+        # One transfer for all of them.
+        values = torch.stack(
+            [torch.stack([step[name].float() for name in names]) for _, step in self._waiting]
+        )
+        for offset, ((n, _), row) in enumerate(zip(self._waiting, values.tolist(), strict=True)):
+            self._refuse_no_number(row[names.index("loss")], first + offset)
+            self.n += n
+            for name, value in zip(names, row, strict=True):
+                weight = 1 if name == "correct" else n
+                self._sums[name] = self._sums.get(name, 0.0) + weight * value
+        self._waiting.clear()
+
+    def _refuse_no_number(self, loss: float, step: int) -> None:
+        if math.isfinite(loss):
+            return
+        place = f"in epoch {self._epoch + 1}, step {step + 1}"
+        if self._user is not None:
+            raise UserCodeError(f"the loss that {self._user} computes became {loss} {place}")
+        raise DivergedError(
+            f"the loss became {loss} {place}; a smaller --lr, a warm-up or --clip-norm may help"
+        )

@@ -1,0 +1,157 @@
+"""How far a training is, and its way into a `ResumeState` and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cctool.base.errors import CorruptCheckpointError
+from cctool.checkpoint.file.payload import ResumeState
+from cctool.checkpoint.spec import Metrics
+from cctool.training.loop.averaging import WeightAverage
+from cctool.training.resume.state import (
+    flatten,
+    generator_states,
+    restore_generators,
+    restore_optimizer,
+    unflatten,
+)
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+__all__ = ["Best", "EpochRow", "Progress", "best_of", "capture", "restore"]
+
+_BEST = "best/"
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """One epoch in figures.
+
+    Attributes:
+        epoch: from 1.
+        lr: learning rate of its last step.
+        batch_ms: milliseconds a step, data included.
+        seconds: of its training, without validation.
+        n: training images seen by all processes.
+        train: ``loss``, ``top1`` (percent) and the loss's components, means over the training images.
+        validation: metrics of the validation split; empty where it was not evaluated.
+        validation_n: its images.
+        best: whether no epoch before was as good.
+        sparsity: percentage of zeros in all weights after it.
+    """
+
+    epoch: int
+    lr: float
+    batch_ms: float
+    seconds: float
+    n: int
+    train: Mapping[str, float]
+    validation: Mapping[str, float] = field(default_factory=dict)
+    validation_n: int = 0
+    best: bool = False
+    sparsity: float = 0.0
+
+    def as_best(self) -> EpochRow:
+        """Return this row, marked as the best so far."""
+        return replace(self, best=True)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best epoch so far: its number from 1, its metrics and a copy of its weights on the CPU."""
+
+    epoch: int
+    metrics: Metrics | None
+    weights: Mapping[str, Any]
+
+
+@dataclass
+class Progress:
+    """Epochs that are done, a row for each, and the best of them."""
+
+    epoch: int = 0
+    rows: list[EpochRow] = field(default_factory=list)
+    best: Best | None = None
+
+
+def capture(
+    progress: Progress, optimizer: Optimizer, fabric: Fabric, average: WeightAverage | None = None
+) -> ResumeState:
+    """Store everything that the next epoch depends on, besides the weights; called by all processes."""
+    tensors = generator_states(fabric) | ({} if average is None else average.state())
+    best = progress.best
+    state: dict[str, Any] = {
+        "epoch": progress.epoch,
+        "rows": [asdict(row) for row in progress.rows],
+        "optimizer": flatten(optimizer.state_dict(), "optimizer", tensors),
+        "scaler": flatten(fabric.strategy.precision.state_dict(), "scaler", tensors),
+        "best": None,
+    }
+    if best is not None:
+        # Where the last epoch is the best, its weights stand in the file already, unless they are an average.
+        elsewhere = best.epoch != progress.epoch or average is not None
+        metrics = best.metrics.model_dump(mode="json") if best.metrics else None
+        state["best"] = {"epoch": best.epoch, "metrics": metrics, "elsewhere": elsewhere}
+        if elsewhere:
+            tensors |= {f"{_BEST}{name}": value for name, value in best.weights.items()}
+    return ResumeState(tensors=tensors, state=state)
+
+
+def restore(
+    resume: ResumeState, weights: Mapping[str, Any], optimizer: Optimizer, fabric: Fabric
+) -> Progress:
+    """Put everything back that `capture` stored.
+
+    Args:
+        resume: from a file.
+        weights: state dict of the network as it was stored beside it.
+        optimizer: over the same parameters.
+        fabric: of as many processes as before.
+
+    Raises:
+        TrainingError: if it does not fit this training.
+        CorruptCheckpointError: if it is malformed.
+    """
+    try:
+        state: Any = resume.state
+        rows = [EpochRow(**row) for row in state["rows"]]
+        progress = Progress(int(state["epoch"]), rows, best_of(resume, weights))
+        optimizer_state, scaler = state["optimizer"], state["scaler"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(
+            f"the resume state is malformed: {type(error).__name__} {error}"
+        ) from None
+    restore_optimizer(optimizer, optimizer_state, resume.tensors)
+    fabric.strategy.precision.load_state_dict(unflatten(scaler, resume.tensors))
+    restore_generators(resume.tensors, fabric)
+    return progress
+
+
+def best_of(resume: ResumeState, weights: Mapping[str, Any]) -> Best | None:
+    """Give the best epoch that a resume state remembers.
+
+    Args:
+        resume: from a file.
+        weights: state dict of the network as it was stored beside it.
+    """
+    found: Any = resume.state["best"]
+    if found is None:
+        return None
+    metrics = Metrics.model_validate(found["metrics"]) if found["metrics"] else None
+    if found["elsewhere"]:
+        weights = {
+            name.removeprefix(_BEST): value
+            for name, value in resume.tensors.items()
+            if name.startswith(_BEST)
+        }
+    copies = {
+        name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+        for name, value in weights.items()
+    }
+    return Best(int(found["epoch"]), metrics, copies)

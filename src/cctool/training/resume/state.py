@@ -1,0 +1,139 @@
+"""Everything besides the weights that training needs to go on bit for bit, to and from a `ResumeState`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import JsonValue
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cctool.base.errors import CorruptCheckpointError, TrainingError
+from cctool.training.loop.processes import Together
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+__all__ = ["flatten", "generator_states", "restore_generators", "restore_optimizer", "unflatten"]
+
+_TENSOR, _TUPLE, _KEYS = "__tensor__", "__tuple__", "__int_keys__"
+
+
+def flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> JsonValue:
+    """Turn nested containers into JSON, and move their tensors to ``tensors``.
+
+    Args:
+        value: what to take apart.
+        name: how the names of its tensors begin.
+        tensors: gets the tensors.
+
+    Raises:
+        TrainingError: for anything that is not a container, a number, a text or a tensor.
+    """
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().clone()
+        return {_TENSOR: name}
+    if isinstance(value, dict):
+        items = {str(key): flatten(item, f"{name}/{key}", tensors) for key, item in value.items()}
+        return {_KEYS: items} if value and all(isinstance(key, int) for key in value) else items
+    if isinstance(value, (list, tuple)):
+        found: JsonValue = [flatten(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]
+        return {_TUPLE: found} if isinstance(value, tuple) else found
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TrainingError(f"{name} of the training state is a {type(value).__name__}, which cannot be stored")
+
+
+def unflatten(value: JsonValue, tensors: Mapping[str, Tensor]) -> Any:
+    """Put together again what `flatten` took apart."""
+    if isinstance(value, list):
+        return [unflatten(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {_TENSOR}:
+        return tensors[str(value[_TENSOR])]
+    if value.keys() == {_TUPLE}:
+        return tuple(unflatten(value[_TUPLE], tensors))
+    keyed: Any = value.get(_KEYS)
+    if value.keys() == {_KEYS}:
+        return {int(key): unflatten(item, tensors) for key, item in dict(keyed).items()}
+    return {key: unflatten(item, tensors) for key, item in value.items()}
+
+
+def generator_states(fabric: Fabric) -> dict[str, Tensor]:
+    """Give the states of Python's, numpy's and torch's generators, each of shape (processes, ...)."""
+    version, internal, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states = {
+        "python": torch.tensor([version, *internal]),
+        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss]),  # type: ignore[union-attr]
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if fabric.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(fabric.device)
+    if fabric.world_size == 1:
+        return {f"generators/{name}": state[None] for name, state in states.items()}
+    group = Together(fabric)
+    return {f"generators/{name}": group.stack(state) for name, state in states.items()}
+
+
+def restore_generators(tensors: Mapping[str, Tensor], fabric: Fabric) -> None:
+    """Set every generator of this process to its stored state.
+
+    Raises:
+        TrainingError: if another number of processes was at work.
+    """
+    found = {
+        name.removeprefix("generators/"): value for name, value in tensors.items() if "generators/" in name
+    }
+    if not found:
+        raise CorruptCheckpointError("the resume state holds no generator states")
+    processes = len(found["torch"])
+    if processes != fabric.world_size:
+        raise TrainingError(
+            f"{processes} processes trained this, now there are {fabric.world_size}: "
+            "give the same --devices and --nodes"
+        )
+    # torch reads a state from the start of its storage, whatever a view's offset says.
+    mine = {name: value[fabric.global_rank].clone() for name, value in found.items()}
+    version, *internal = mine["python"].tolist()
+    has_gauss, gauss = mine["python_gauss"].tolist()
+    random.setstate((version, tuple(internal), gauss if has_gauss else None))
+    *keys, position, has_cached = mine["numpy"].tolist()
+    cached = float(mine["numpy_gauss"])
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_cached, cached))
+    torch.set_rng_state(mine["torch"])
+    if "cuda" in mine and fabric.device.type == "cuda":
+        torch.cuda.set_rng_state(mine["cuda"], fabric.device)
+
+
+def restore_optimizer(optimizer: Optimizer, state: JsonValue, tensors: Mapping[str, Tensor]) -> None:
+    """Give an optimizer over the same parameters its stored state.
+
+    Raises:
+        TrainingError: if the state is another optimizer's.
+    """
+    try:
+        optimizer.load_state_dict(unflatten(state, tensors))
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise TrainingError(f"the stored optimizer state does not fit this optimizer: {error}") from None
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            _as_laid_out(optimizer.state.get(parameter, {}), parameter)
+
+
+def _as_laid_out(moments: dict[str, Any], parameter: nn.Parameter) -> None:
+    """Lay moments out in memory like their parameter, which the fast multi-tensor kernels ask for."""
+    for name, value in moments.items():
+        if (
+            isinstance(value, Tensor)
+            and value.shape == parameter.shape
+            and value.stride() != parameter.stride()
+        ):
+            moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

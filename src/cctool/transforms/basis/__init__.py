@@ -1,0 +1,1 @@
+"""Layers of basis functions with learned frequencies, real and complex."""

@@ -1,0 +1,295 @@
+"""Layers whose rows are basis functions of trainable frequency: what they share, and the linear one.
+
+A row of the weight is one DCT or DST basis function over the inputs. What is trained and stored is its
+frequency: two numbers a unit with the bias, in place of a weight for each input (the layers of M. Pias'
+thesis, github.com/mir-pias/cnn_compression). Frequencies begin as 0, 1, 2, ...; the parameter holds how far
+training moved them from there (`frequency_offsets`), so that weight decay draws them to where they began, and
+few bits store them well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field, StrictBool, model_validator
+from torch import Tensor, nn
+
+from cctool.checkpoint.edits.mask import drop_masks, mask_name, masks_of
+from cctool.checkpoint.spec import Dimension, Record
+from cctool.transforms.basis.frequencies import real_rows, unit_gradient
+from cctool.transforms.layers.base import Cut, Swap, SwappedLayer
+from cctool.transforms.layers.coefficients import remade
+from cctool.transforms.layers.weight_cache import WeightCache
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["BASIS", "BIAS_STD", "BasisArguments", "BasisLayer", "BasisLinear", "LinearBasis", "init_normal"]
+
+BASIS = "basis"
+"""Name of these layers in the table of swaps."""
+
+_ROWS = ("rows_0", "rows_1")
+_UNIT = 10.0
+BIAS_STD = 0.5
+"""Standard deviation that biases of linear layers begin with."""
+
+
+class BasisArguments(Record):
+    """Arguments of a basis layer in its `swap` edit.
+
+    Attributes:
+        kernel: family of the basis functions.
+        outputs: rows of the layer before anything was cut, of one group of a convolution.
+        inputs: samples of a row before anything was cut.
+        cut: dims of the weight of which something is gone; buffers ``rows_0`` and ``rows_1`` say what stayed.
+        normalize_gradients: whether gradients of frequencies, and of a convolution's coefficients, come back
+            with norm 1, and both are trained in the units of the thesis.
+        ends: whether a dft layer is the last complex one of its network, which puts out |z|.
+    """
+
+    kernel: Literal["dct", "dst", "dft"]
+    outputs: Dimension
+    inputs: Dimension
+    cut: Annotated[tuple[Literal[0, 1], ...], Field(max_length=2)] = ()
+    normalize_gradients: StrictBool = False
+    ends: StrictBool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BasisArguments:
+        if self.kernel == "dft" and self.cut:
+            raise ValueError("layers that compute with complex numbers are not cut")
+        if self.kernel != "dft" and self.ends:
+            raise ValueError(f"a layer of the {self.kernel} is real, and nothing complex ends there")
+        return self
+
+    @property
+    def period(self) -> int:
+        """The D of `frequencies`: rows or samples, whichever are more."""
+        return max(self.outputs, self.inputs)
+
+
+class BasisLayer(SwappedLayer):
+    """What linear and convolutional, real and complex layers share: the axis of the channels.
+
+    Its rows are the output channels, its samples the input channels (of one group).
+
+    Attributes:
+        ordinary: the class whose place it takes.
+        own: names of its parameters beside the bias.
+        per_row: those of them whose first dim are the output channels.
+        arguments: as in the edit.
+        frequency_offsets: (rows,) trained: how far frequencies moved, see `offsets`.
+
+    Buffers ``rows_0``, int32 (rows,), and ``rows_1``, (samples,), say which frequencies and samples are left
+    after channels were cut.
+    """
+
+    ordinary: type[nn.Module]
+    own: tuple[str, ...] = ("frequency_offsets",)
+    per_row: tuple[str, ...] = ("frequency_offsets",)
+    arguments: BasisArguments
+    cache: WeightCache
+    frequency_offsets: nn.Parameter
+    bias: nn.Parameter | None
+
+    def begin(self, arguments: BasisArguments) -> None:
+        """Turn what was made of an ordinary layer into this one, with fresh values.
+
+        Args:
+            arguments: seen to fit the layer.
+        """
+        weight = self._parameters.pop("weight")
+        assert weight is not None
+        self.arguments, self.cache = arguments, WeightCache()
+        if "bias" in masks_of(self):
+            drop_masks(self, ["bias"])
+        self._register(weight)
+        if self._parameters.get("bias") is not None:
+            self.bias = nn.Parameter(weight.new_zeros(weight.shape[0]))
+        # Parameters lie on the meta device while a file is loaded; buffers never do.
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        for dim in arguments.cut:
+            places = torch.arange(weight.shape[dim], dtype=torch.int32, device=device)
+            self.register_buffer(_ROWS[dim], places)
+
+    def _register(self, weight: Tensor) -> None:
+        self.frequency_offsets = nn.Parameter(weight.new_zeros(weight.shape[0]))
+
+    @property
+    def samples(self) -> int:
+        """Inputs of one row."""
+        raise NotImplementedError
+
+    @property
+    def indices(self) -> Tensor:
+        """(rows,) the frequencies that training began with; in a convolution each group begins with 0."""
+        if 0 in self.arguments.cut:
+            rows: Tensor = getattr(self, _ROWS[0])
+            return rows
+        offsets = self.frequency_offsets
+        return torch.arange(len(offsets), device=offsets.device) % self.arguments.outputs
+
+    @property
+    def positions(self) -> Tensor:
+        """(samples,) which samples of the basis functions the inputs meet."""
+        if 1 in self.arguments.cut:
+            rows: Tensor = getattr(self, _ROWS[1])
+            return rows
+        return torch.arange(self.samples, device=self.frequency_offsets.device)
+
+    @property
+    def frequencies(self) -> Tensor:
+        """(rows,) the present frequencies."""
+        return self.indices + self.offsets("frequency_offsets")
+
+    def offsets(self, name: str) -> Tensor:
+        """What training added to frequencies.
+
+        Parameters are in units of 10 frequencies: rates that suit weights would move a frequency by less than
+        1 in a whole training else, and leave the basis what it was.
+        """
+        return self.trained(name) * (1.0 if self.arguments.normalize_gradients else _UNIT)
+
+    def trained(self, name: str) -> Tensor:
+        """A parameter in float32 or float64, its gradient normalised where that was asked for."""
+        tensor: Tensor = getattr(self, name)
+        # Half precision cannot tell one frequency from the next.
+        tensor = tensor if tensor.dtype is torch.float64 else tensor.float()
+        return unit_gradient(tensor) if self.arguments.normalize_gradients else tensor
+
+    def channel_rows(self) -> Tensor:
+        """(rows, samples), each row of norm 1 before samples were cut."""
+        return real_rows(
+            self.arguments.kernel,
+            self.indices,
+            self.offsets("frequency_offsets"),
+            self.positions,
+            size=self.arguments.inputs,
+            period=self.arguments.period,
+        )
+
+    def compute_weight(self) -> Tensor:
+        """Compute the weight in float32 or float64, or their complex kin."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that an ordinary layer would hold, of the parameters' type unless it is complex."""
+        return self.cache.get(self._weight, [*self.parameters(recurse=False), *self.buffers(recurse=False)])
+
+    def _weight(self) -> Tensor:
+        with torch.autocast(self.frequency_offsets.device.type, enabled=False):
+            weight = self.compute_weight()
+        return weight if weight.is_complex() else weight.to(self.frequency_offsets.dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and forget the weight that was computed last."""
+        self.cache.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self.cache.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def swap(self, module: str) -> Swap:
+        """See `SwappedLayer`."""
+        return Swap(module=module, layer=BASIS, arguments=self.arguments.model_dump(mode="json"))
+
+    def plain(self) -> nn.Module | None:
+        """See `SwappedLayer`; the bias is shared."""
+        layer = remade(self, self.ordinary)
+        held = vars(layer)
+        del held["arguments"], held["cache"]
+        for name in self.own:
+            if name in masks_of(layer):
+                drop_masks(layer, [name])
+            del layer._parameters[name]
+        for name in _ROWS:
+            layer._buffers.pop(name, None)
+        weight = nn.Parameter(self.weight.detach().clone(), self.frequency_offsets.requires_grad)
+        layer._parameters = {"weight": weight, **layer._parameters}
+        return layer
+
+    def taken(self, cuts: Mapping[str, Sequence[Cut]]) -> SwappedLayer:
+        """See `SwappedLayer`. Parameters lose rows; buffers name the rows and samples that are left."""
+        layer = remade(self, type(self))
+        layer.cache = WeightCache()
+        for cut in cuts.get("weight", ()):
+            left = (self.indices, self.positions)[cut.dim]
+            layer.register_buffer(_ROWS[cut.dim], left[cut.keep.to(left.device)].to(torch.int32))
+            if cut.dim == 0:
+                for name in self.per_row:
+                    layer._keep(name, cut.keep)
+        for cut in cuts.get("bias", ()):
+            layer._keep("bias", cut.keep)
+        dims = {cut.dim for cut in cuts.get("weight", ())}
+        layer.arguments = self.arguments.model_copy(
+            update={"cut": tuple(sorted({*self.arguments.cut, *dims}))}
+        )
+        layer.fit_attributes(cuts.get("weight", ()))
+        return layer
+
+    def _keep(self, name: str, keep: Tensor) -> None:
+        """Keep some of the rows of a parameter and of its mask."""
+        parameter = self.get_parameter(name)
+        keep = keep.to(parameter.device)
+        kept = nn.Parameter(parameter.detach().index_select(0, keep), parameter.requires_grad)
+        self._parameters[name] = kept
+        mask = self._buffers.get(mask_name(name))
+        if mask is not None:
+            self._buffers[mask_name(name)] = mask.index_select(0, keep)
+
+    def fit_attributes(self, cuts: Sequence[Cut]) -> None:
+        """Set the attributes that hold widths after the weight was cut."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The ordinary layer's, and the kernel."""
+        return f"{super().extra_repr()}, basis={self.arguments.kernel}"
+
+
+def init_normal(parameter: nn.Parameter, std: float) -> None:
+    """Initialise with N(0, std), unless there is nothing to initialise."""
+    # On the meta device this would load a second's worth of torch's compiler.
+    if not parameter.is_meta:
+        nn.init.normal_(parameter, std=std)
+
+
+class LinearBasis(BasisLayer):
+    """What real and complex linear layers share."""
+
+    in_features: int
+    out_features: int
+
+    @property
+    def samples(self) -> int:
+        """Inputs of one row."""
+        return self.in_features
+
+    def fit_attributes(self, cuts: Sequence[Cut]) -> None:
+        """Set the attributes that hold widths after the weight was cut."""
+        for cut in cuts:
+            setattr(self, ("out_features", "in_features")[cut.dim], len(cut.keep))
+
+
+class BasisLinear(LinearBasis, nn.Linear):  # type: ignore[misc,override]
+    """A linear layer of DCT or DST rows: 2 x out_features parameters.
+
+    The bias begins as N(0, 0.5), as in the thesis.
+    """
+
+    ordinary = nn.Linear
+
+    def begin(self, arguments: BasisArguments) -> None:
+        """See `BasisLayer`."""
+        super().begin(arguments)
+        if self.bias is not None:
+            init_normal(self.bias, BIAS_STD)
+
+    def compute_weight(self) -> Tensor:
+        """(out_features, in_features), see `frequencies.real_rows`."""
+        return self.channel_rows()

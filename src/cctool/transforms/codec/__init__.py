@@ -1,0 +1,1 @@
+"""The codec of feature maps: transform, quantizer, taps, calibration, stream."""

@@ -1,0 +1,322 @@
+"""What passes through taps, in figures: gathered batch by batch on the device, read once at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from cctool.coding.entropy import code_bits
+from cctool.coding.symbols import MAX_K, code_lengths, to_unsigned
+from cctool.transforms.codec.codec import CodecConfig, Symbols
+from cctool.transforms.codec.stream import StreamHeader, overhead_bytes, pass_bytes, state_size
+from cctool.transforms.codec.taps import TapHook, taps_of
+from cctool.transforms.kernels.blocks import block_positions
+from cctool.transforms.kernels.by_name import is_wavelet
+
+__all__ = ["BandCounts", "NetworkStatistics", "SymbolCounts", "TapFigures", "TapStatistics"]
+
+
+@dataclass(frozen=True)
+class BandCounts:
+    """How often each symbol occurred in one sub-band.
+
+    Attributes:
+        name: ``LL``, ``LH1`` (finest) and so on for wavelets; for blocks ``0``, ``1``, ..., the anti-diagonal
+            i + j of a block from low to high frequencies; ``all`` without a transform.
+        counts: by unsigned symbol; where symbols are signed these stand for 0, -1, 1, -2, 2, ...
+    """
+
+    name: str
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TapFigures:
+    """One tap on one split.
+
+    Attributes:
+        name: of the module.
+        shape: (C, H, W) of its maps.
+        samples: images; a tap that is passed twice counts each image twice.
+        elements: values of all maps; what rates refer to.
+        symbols: what is coded for them; more where odd sizes are padded.
+        minimum: smallest value.
+        maximum: largest value.
+        mean: of all values.
+        zeros: percent of the values that are 0.
+        zero_symbols: percent of the symbols that are 0, the sparsity in the transform domain.
+        k: order of the code.
+        payload_bits: of all symbols for the orders 0 to 5.
+        best_k: the order with the fewest.
+        side_bits: all other bits of the tap's stream, written a batch a chunk at the tap's own order: header
+            with the steps, range and bases, means, block tables, checksums, and what fills up the last bytes.
+        entropy_bits: zero-order entropy of all symbols together, a bound for codes that take each alone.
+        clamped_values: values that the quantizer before the transform clamped.
+        clamped_symbols: coefficients that the one behind it clamped.
+        sqnr_db: 10 log10 of the map's energy over that of its error; None where there is no error, or no map.
+        signed: whether symbols have a sign.
+        bands: histograms, too long for the JSON of a command.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    samples: int
+    elements: int
+    symbols: int
+    minimum: float
+    maximum: float
+    mean: float
+    zeros: float
+    zero_symbols: float
+    k: int
+    payload_bits: tuple[int, ...]
+    best_k: int
+    side_bits: int
+    entropy_bits: float
+    clamped_values: int
+    clamped_symbols: int
+    sqnr_db: float | None
+    signed: bool
+    bands: tuple[BandCounts, ...] = field(metadata={"json": False})
+
+    @property
+    def bits(self) -> int:
+        """Payload at the tap's own order, and side information."""
+        return self.payload_bits[self.k] + self.side_bits
+
+    @property
+    def bits_per_element(self) -> float:
+        """`bits` per value of the maps."""
+        return self.bits / self.elements
+
+    @property
+    def ratio_8bit(self) -> float:
+        """Eight bits per value over `bits`."""
+        return 8 * self.elements / self.bits
+
+    @property
+    def ratio_float32(self) -> float:
+        """32 bits per value over `bits`."""
+        return 32 * self.elements / self.bits
+
+
+class SymbolCounts:
+    """Counts of symbols, on their device.
+
+    Args:
+        signed: whether symbols have a sign.
+        groups: how many histograms.
+    """
+
+    def __init__(self, signed: bool, groups: int = 1) -> None:
+        self.signed = signed
+        self.groups = groups
+        self._counts: Tensor | None = None
+
+    def add(self, values: Tensor, group: Tensor | None = None) -> None:
+        """Count the symbols of an int32 tensor.
+
+        Args:
+            values: of any shape.
+            group: number of the histogram for each value, int64, broadcast over ``values``; None is the
+                first.
+        """
+        if not values.numel():
+            return
+        symbols = to_unsigned(values) if self.signed else values.long()
+        size = int(symbols.max()) + 1
+        if group is not None:
+            symbols = symbols + group * size
+        found = torch.bincount(symbols.reshape(-1), minlength=self.groups * size).view(self.groups, size)
+        counted = SymbolCounts(self.signed, self.groups)
+        counted._counts = found
+        self.merge(counted)
+
+    def merge(self, other: SymbolCounts) -> None:
+        """Add the counts of another one with as many groups."""
+        if other._counts is None or self._counts is None:
+            self._counts = self._counts if other._counts is None else other._counts
+            return
+        size = max(other._counts.shape[1], self._counts.shape[1])
+        pad = torch.nn.functional.pad
+        self._counts = sum(
+            (pad(counts, (0, size - counts.shape[1])) for counts in (self._counts, other._counts)),
+            start=torch.zeros((), dtype=torch.int64, device=self._counts.device),
+        )
+
+    def pass_of(self) -> tuple[int, Tensor]:
+        """Largest symbol counted, and bits of all in the codes of order 0 to 5, on their device."""
+        assert self._counts is not None
+        return self._counts.shape[1] - 1, code_bits(self._counts.sum(0))
+
+    def table(self) -> Tensor:
+        """Counts (groups, symbols), int64 on the CPU; without trailing zeros."""
+        found = torch.zeros(self.groups, 1, dtype=torch.int64) if self._counts is None else self._counts.cpu()
+        used = found.any(0).nonzero()
+        return found[:, : int(used[-1]) + 1 if len(used) else 1]
+
+    def bits(self) -> tuple[int, ...]:
+        """Bits of all of them in the codes of order 0 to 5."""
+        counts = self.table().sum(0)
+        return tuple(int(counts @ code_lengths(len(counts), k)) for k in range(MAX_K + 1))
+
+    def best_order(self) -> int:
+        """The order with the fewest bits; the smallest of several."""
+        bits = self.bits()
+        return bits.index(min(bits))
+
+    def entropy_bits(self) -> float:
+        """Zero-order entropy of all of them together, times their number."""
+        counts = self.table().sum(0).double()
+        counts = counts[counts > 0]
+        return float((counts * (counts.sum().log2() - counts.log2())).sum())
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What the size of one pass in a stream follows from; bits by order, on their device."""
+
+    samples: int
+    symbols: int
+    largest: int
+    bits: Tensor
+
+
+class TapStatistics:
+    """Running figures of one tap; everything stays on the device until `figures`."""
+
+    def __init__(self, name: str, hook: TapHook) -> None:
+        self.name = name
+        self.codec = hook.codec
+        self.shape = hook.shape
+        self.samples = 0
+        self.elements = 0
+        self._counts = SymbolCounts(hook.codec.signed, len(self._names(_levels_of(hook.codec))))
+        self._low: Tensor | None = None
+        self._high: Tensor | None = None
+        self._sums: Tensor | None = None
+        self._passes: list[_Pass] = []
+        self._dtype = "float32"
+
+    def add(self, symbols: Symbols, x: Tensor, y: Tensor) -> None:
+        """Count one pass: the symbols, the maps and their reconstructions."""
+        x, y = x.detach(), y.detach()
+        self.samples += x.shape[0]
+        self.elements += x.numel()
+        low, high = torch.aminmax(x)
+        self._low = low if self._low is None else torch.minimum(self._low, low)
+        self._high = high if self._high is None else torch.maximum(self._high, high)
+        x = x.float()
+        assert symbols.clamped is not None
+        sums = torch.stack(
+            (
+                x.sum(dtype=torch.float64),
+                (x * x).sum(dtype=torch.float64),
+                (x - y.float()).square_().sum(dtype=torch.float64),
+                torch.count_nonzero(x).double(),
+                *symbols.clamped.double(),
+            )
+        )
+        self._sums = sums if self._sums is None else self._sums + sums
+        counts = SymbolCounts(self._counts.signed, self._counts.groups)
+        for band, group in self._grouped(symbols):
+            counts.add(band, group)
+        self._counts.merge(counts)
+        self._dtype = str(y.dtype).removeprefix("torch.")
+        size = sum(band.numel() for band in symbols.bands)
+        self._passes.append(_Pass(x.shape[0], size, *counts.pass_of()))
+
+    def figures(self) -> TapFigures:
+        """The figures of all passes; waits for the device.
+
+        Raises:
+            ValueError: if nothing was passed.
+        """
+        if self._sums is None or self._low is None or self._high is None:
+            raise ValueError(f"{self.name}: nothing was passed")
+        total, energy, noise, nonzero, values, coefficients = self._sums.tolist()
+        table = self._counts.table()
+        symbols = int(table.sum())
+        names = self._names(_levels_of(self.codec))
+        return TapFigures(
+            name=self.name,
+            shape=self.shape,
+            samples=self.samples,
+            elements=self.elements,
+            symbols=symbols,
+            minimum=float(self._low),
+            maximum=float(self._high),
+            mean=total / self.elements,
+            zeros=100 * (1 - nonzero / self.elements),
+            zero_symbols=100 * int(table[:, 0].sum()) / symbols,
+            k=self.codec.k,
+            payload_bits=self._counts.bits(),
+            best_k=self._counts.best_order(),
+            side_bits=self._side_bits(),
+            entropy_bits=self._counts.entropy_bits(),
+            clamped_values=int(values),
+            clamped_symbols=int(coefficients),
+            sqnr_db=10 * math.log10(energy / noise) if noise and energy else None,
+            signed=self.codec.signed,
+            bands=tuple(
+                BandCounts(name, tuple(row[: int(row.nonzero()[-1]) + 1].tolist()))
+                for name, row in zip(names, table, strict=True)
+                if row.any()
+            ),
+        )
+
+    def _side_bits(self) -> int:
+        header = StreamHeader.model_validate(
+            {"tap": self.name, "codec": self.codec, "shape": self.shape, "dtype": self._dtype}
+        )
+        bits = torch.stack([found.bits[self.codec.k] for found in self._passes]).tolist()
+        size = overhead_bytes(header, state_size(self.codec, self.shape)) + sum(
+            pass_bytes(header, found.symbols, found.largest, payload, found.samples)
+            for found, payload in zip(self._passes, bits, strict=True)
+        )
+        return 8 * size - int(sum(bits))
+
+    def _names(self, levels: int) -> list[str]:
+        if is_wavelet(self.codec.kernel):
+            return [f"{band}{level + 1}" for level in range(levels) for band in ("LH", "HL", "HH")] + ["LL"]
+        if self.codec.kernel == "identity":
+            return ["all"]
+        return [str(diagonal) for diagonal in range(2 * self.codec.block - 1)]
+
+    def _grouped(self, symbols: Symbols) -> list[tuple[Tensor, Tensor | None]]:
+        """Bands with the number of the histogram for each of their values."""
+        device = symbols.bands[0].device
+        if is_wavelet(self.codec.kernel):
+            *details, low = symbols.bands
+            three = torch.arange(3, device=device)[:, None, None]
+            last = torch.tensor(3 * _levels_of(self.codec), device=device)
+            return [*((band, 3 * level + three) for level, band in enumerate(details)), (low, last)]
+        if self.codec.kernel == "identity":
+            return [(symbols.bands[0], None)]
+        place = block_positions(*symbols.shape[2:], self.codec.block)
+        return [(symbols.bands[0], (place.row + place.column).to(device))]
+
+
+def _levels_of(codec: CodecConfig) -> int:
+    return codec.levels if is_wavelet(codec.kernel) else 0
+
+
+class NetworkStatistics:
+    """The statistics of all taps of a network; an instance is a sink for `taps.recording`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.taps: Mapping[str, TapStatistics] = {
+            name: TapStatistics(name, hook) for name, hook in taps_of(model).items()
+        }
+
+    def __call__(self, name: str, symbols: Symbols, x: Tensor, y: Tensor) -> None:
+        """Count one pass of one tap."""
+        self.taps[name].add(symbols, x, y)
+
+    def figures(self) -> tuple[TapFigures, ...]:
+        """The figures of the taps that were passed."""
+        return tuple(tap.figures() for tap in self.taps.values() if tap.samples)

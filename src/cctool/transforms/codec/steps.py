@@ -1,0 +1,277 @@
+"""Steps of the codec's second quantizer: default and published tables, files of tables, and quality.
+
+A table of a block transform is one number (a flat step), 2 * block - 1 numbers (one for each anti-diagonal
+i + j of a block, from low to high frequencies) or block * block (row by row). A table of a wavelet is one
+number or levels + 1: details from the finest to the coarsest, then LL. Smaller blocks at the right and
+bottom edges take the table's top left corner.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cctool.base.errors import UsageError
+from cctool.options.transform.choices import TransformPreset
+from cctool.transforms.kernels.blocks import norm_scale
+from cctool.transforms.kernels.by_name import is_wavelet
+from cctool.transforms.kernels.spatial import block_sizes
+
+__all__ = [
+    "NEVER",
+    "USUAL_SPREAD",
+    "Table",
+    "TableChoice",
+    "allowed_lengths",
+    "block_steps",
+    "check_table",
+    "default_table",
+    "preset_tables",
+    "quality_scale",
+    "read_tables",
+    "wavelet_steps",
+]
+
+NEVER = 1e6
+"""A step that no coefficient reaches, with which the published tables leave bands out."""
+
+USUAL_SPREAD = 8 / 0.6 / 255
+"""Standard deviation of a map's integers, of their largest, that the default table is made for."""
+
+_MAX_FILE = 2**22
+_FINEST = 0.01
+
+
+@dataclass(frozen=True)
+class Table:
+    """Steps of one tap.
+
+    Attributes:
+        steps: see the module's text.
+        original: whether they are in units of the map's own values, not of the integers before the transform.
+        scaled: whether calibration scales them to the spread of the tap's maps; see `default_table`.
+    """
+
+    steps: tuple[float, ...]
+    original: bool = False
+    scaled: bool = False
+
+
+@dataclass(frozen=True)
+class TableChoice:
+    """Tables of a network's taps.
+
+    Attributes:
+        table: of every tap for which none of the others holds.
+        last: of the tap that is passed last.
+        patterns: by glob pattern of the tap's name; the first that matches holds.
+    """
+
+    table: Table
+    last: Table | None = None
+    patterns: Mapping[str, Table] | None = None
+
+    def of(self, name: str, *, last: bool) -> Table:
+        """The table of one tap."""
+        for pattern, table in (self.patterns or {}).items():
+            if fnmatchcase(name, pattern):
+                return table
+        return self.last if last and self.last is not None else self.table
+
+
+def default_table(kernel: str, block: int, levels: int, bits: int) -> Table:
+    """Our own table: steps that grow linearly with frequency, to twice that of the mean.
+
+    Symbols are as wide as they need to be, so the step of the mean is free to be fine. The numbers are for
+    maps whose integers have a standard deviation of `USUAL_SPREAD` of 2^bits - 1, and calibration scales them
+    to the tap's own: from 0.6 to 1.2 standard deviations. The integers depend on a tap's maximum, which says
+    little of how large an error may be: deep layers have few large values among many small ones.
+    """
+    unit = (2**bits - 1) / 255
+    if kernel == "identity":
+        return Table((8 * unit,))
+    count = levels + 1 if is_wavelet(kernel) else 2 * block - 1
+    rising = [8 * unit * (1 + index / max(1, count - 1)) for index in range(count)]
+    return Table(tuple(reversed(rising) if is_wavelet(kernel) else rising), scaled=True)
+
+
+def preset_tables(preset: TransformPreset | None, block: int, levels: int) -> TableChoice | None:
+    """The tables of a published procedure; None for procedures without.
+
+    Source: the code of "feature-compression" as of 2019-05: its inference table, the table that it trained
+    with, and the table of its wavelets, a step of 0.1 in the map's own units. The last tap, which is
+    averaged, keeps the means alone.
+    """
+    highest = 2 * block - 2
+    if preset is TransformPreset.FEATURE_COMPRESSION_DCT:
+        low = (25.0,) * 8 + (50.0,) * 6 + (100.0,)
+        last = (25.0,) + (NEVER,) * highest
+    elif preset is TransformPreset.FEATURE_COMPRESSION_DCT_RETRAIN:
+        low = (150.0,) + (50.0,) * 7 + (100.0,) * 6 + (200.0,)
+        last = (150.0,) + (NEVER,) * highest
+    elif preset is TransformPreset.FEATURE_COMPRESSION_DWT:
+        return TableChoice(Table((0.1,) * (levels + 1), True), Table((NEVER,) * levels + (1.0,), True))
+    else:
+        return None
+    if block != 8:
+        raise UsageError(f"--preset {preset}: its table is of 8 x 8 blocks; --block {block} needs --q-table")
+    return TableChoice(Table(low), Table(last))
+
+
+def quality_scale(quality: float | None) -> float:
+    """Factor of all steps, as the Independent JPEG Group's library has it, but without its rounding.
+
+    50 / quality below 50, 2 - quality / 50 from there on; at 100, where that is 0, the finest factor 0.01.
+
+    >>> quality_scale(50), quality_scale(25), quality_scale(75), quality_scale(100)
+    (1.0, 2.0, 0.5, 0.01)
+    """
+    if quality is None:
+        return 1.0
+    return 50 / quality if quality < 50 else max(2 - quality / 50, _FINEST)
+
+
+def allowed_lengths(kernel: str, block: int, levels: int) -> tuple[int, ...]:
+    """How many numbers a table may have."""
+    if is_wavelet(kernel):
+        return (1, levels + 1)
+    return (1,) if kernel == "identity" else (1, 2 * block - 1, block * block)
+
+
+def check_table(steps: Sequence[float], kernel: str, block: int, levels: int, who: str) -> None:
+    """Refuse a table that no tap of this kernel can take.
+
+    Raises:
+        UsageError: naming ``who`` and what is allowed.
+    """
+    lengths = allowed_lengths(kernel, block, levels)
+    if len(steps) not in lengths:
+        several = " or ".join(map(str, lengths))
+        raise UsageError(f"{who}: {len(steps)} steps; {several} are allowed for --kernel {kernel}")
+    wrong = [step for step in steps if not (math.isfinite(step) and step > 0)]
+    if wrong:
+        raise UsageError(f"{who}: a step of {wrong[0]}; positive numbers are allowed")
+
+
+def read_tables(path: str) -> Mapping[str, tuple[float, ...]]:
+    """Read tables from a file, by the glob pattern of the taps that they are for; ``*`` where none is named.
+
+    Args:
+        path: JSON, a list or ``{"pattern": list}``; or CSV, the numbers of one table (a square of them row by
+            row), or lines that begin with a pattern.
+
+    Raises:
+        UsageError: if it cannot be read, or holds something else.
+    """
+    file = Path(path)
+    try:
+        if file.stat().st_size > _MAX_FILE:
+            raise UsageError(f"--q-table {path}: larger than {_MAX_FILE // 2**20} MiB")
+        text = file.read_text(encoding="utf-8")
+        found = _from_json(json.loads(text)) if file.suffix == ".json" else _from_csv(text)
+    except (OSError, UnicodeDecodeError, ValueError, TypeError, RecursionError) as error:
+        raise UsageError(f"--q-table {path}: {error}") from None
+    if not found:
+        raise UsageError(f"--q-table {path}: no numbers in it")
+    return found
+
+
+def _from_json(document: Any) -> dict[str, tuple[float, ...]]:
+    tables = document if isinstance(document, dict) else {"*": document}
+    return {pattern: tuple(_numbers(value)) for pattern, value in tables.items()}
+
+
+def _numbers(value: Any) -> list[float]:
+    """Numbers of a list, or of a list of rows."""
+    if not isinstance(value, list):
+        raise TypeError("a list of numbers is expected, or patterns with a list each")
+    rows = [item if isinstance(item, list) else [item] for item in value]
+    return [float(item) for row in rows for item in row]
+
+
+def _from_csv(text: str) -> dict[str, tuple[float, ...]]:
+    found: dict[str, list[float]] = {}
+    for line in csv.reader(text.splitlines()):
+        cells = [cell.strip() for cell in line if cell.strip()]
+        if cells:
+            named = not _is_number(cells[0])
+            numbers = found.setdefault(cells[0] if named else "*", [])
+            numbers += [float(cell) for cell in cells[named:]]
+    return {pattern: tuple(numbers) for pattern, numbers in found.items()}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def block_steps(
+    steps: tuple[float, ...], kernel: str, norm: str, block: int, height: int, width: int, device: str
+) -> Tensor:
+    """Steps of the orthonormal coefficients of a map.
+
+    Args:
+        steps: the table.
+        kernel: of the blocks.
+        norm: ``none`` where the table is for coefficients of scipy's ``norm=None``; ``ortho`` else.
+        block: nominal side of a block.
+        height: of the map.
+        width: of the map.
+        device: where they are needed.
+
+    Returns:
+        float64 (H, W); others hold it, too: it must not be changed.
+    """
+    # What is made while a network is traced is no tensor that may outlive the tracing.
+    make = _block_steps if torch.compiler.is_compiling() else _kept_block_steps
+    return make(steps, kernel, norm, block, height, width, device)
+
+
+def _block_steps(
+    steps: tuple[float, ...], kernel: str, norm: str, block: int, height: int, width: int, device: str
+) -> Tensor:
+    tall, wide = block_sizes(height, block), block_sizes(width, block)
+    # A tensor of inference mode could not be used in training later.
+    with torch.inference_mode(False):
+        table = _square(steps, block)
+        tiles = {(h, w): table[:h, :w] for h in set(tall) for w in set(wide)}
+        if norm == "none":
+            tiles = {size: tile / norm_scale(*size, kernel) for size, tile in tiles.items()}
+        return torch.cat([torch.cat([tiles[h, w] for w in wide], 1) for h in tall]).to(device)
+
+
+_kept_block_steps = lru_cache(maxsize=256)(_block_steps)
+
+
+def _square(steps: tuple[float, ...], block: int) -> Tensor:
+    """The steps of a whole block (block, block), float64."""
+    places = [(i, j) for i in range(block) for j in range(block)]
+    if len(steps) == 1:
+        chosen = [steps[0]] * len(places)
+    elif len(steps) == 2 * block - 1:
+        chosen = [steps[i + j] for i, j in places]
+    else:
+        chosen = list(steps)
+    return torch.tensor(chosen, dtype=torch.float64).view(block, block)
+
+
+def wavelet_steps(steps: tuple[float, ...], bands: int) -> tuple[float, ...]:
+    """One step for each band of a pyramid, LL last; small maps have fewer levels, and lack the coarsest.
+
+    >>> wavelet_steps((1.0, 2.0, 3.0, 4.0), 3)
+    (1.0, 2.0, 4.0)
+    """
+    return steps * bands if len(steps) == 1 else (*steps[: bands - 1], steps[-1])

@@ -1,0 +1,145 @@
+"""The codec in training: what it makes of maps, with a gradient, and about how many bits that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cctool.transforms.codec.codec import CodecState, encoding, mix_channels, reconstruct
+from cctool.transforms.codec.rate import soft_bits, soft_bits_slope
+
+__all__ = ["by_coefficients", "simulate", "simulate_rated"]
+
+
+def simulate(x: Tensor, state: CodecState) -> Tensor:
+    """``reconstruct(encode(x))`` with a gradient: straight through both roundings, zero where one clamps.
+
+    The transforms' own gradients are exact, mean and channel transform included.
+
+    Args:
+        x: (N, C, H, W), floating point; it is not written to.
+        state: the codec; its tensors get no gradient.
+
+    Returns:
+        float32 (N, C, H, W).
+    """
+    found: Tensor = _Simulate.apply(x, state, False)[0]
+    return found
+
+
+def simulate_rated(x: Tensor, state: CodecState) -> tuple[Tensor, Tensor]:
+    """`simulate`, and about how many bits the symbols take, with its own gradient.
+
+    Returns:
+        The maps, and a float32 of no dims: the sum of `rate.soft_bits` over all coefficients before they are
+        rounded. The rounding to integers before the transform counts as none; where one clamps, the gradient
+        is zero.
+    """
+    maps, bits = _Simulate.apply(x, state, True)
+    return maps, bits
+
+
+class _Simulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, state: CodecState, rated: bool) -> tuple[Tensor, Tensor]:
+        # Where symbols are as wide as need be, none is clamped.
+        narrow = state.config.symbol_bits is not None
+        made = encoding(x, state, look=True, look_inside=narrow)
+        ctx.state, ctx.size, ctx.narrow = state, made.symbols.shape[2:], narrow and state.config.transforms
+        ctx.bands = [band.shape for band in made.symbols.bands]
+        slopes = []
+        bits = torch.zeros((), device=x.device)
+        if rated:
+            # An estimate needs no float64.
+            scaled = [z.float() for z in made.scaled]
+            bits = torch.stack([soft_bits(z).sum() for z in scaled]).sum()
+            slopes = [
+                (soft_bits_slope(z) / (step * state.grid().step).float()).to(x.dtype)
+                for z, step in zip(scaled, made.steps, strict=True)
+            ]
+        else:
+            ctx.mark_non_differentiable(bits)
+        inside = [item.inside for item in made.rounded if narrow]
+        ctx.save_for_backward(made.integers.inside, *inside, *slopes)
+        return reconstruct(made.symbols, state), bits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, of_bits: Tensor) -> tuple[Tensor, None, None]:
+        outer, *others = ctx.saved_tensors
+        count = len(ctx.bands) if ctx.narrow else 0
+        inside, rates = others[:count], [slope * of_bits for slope in others[count:]]
+        if ctx.state.config.transforms:
+            gradient = _through_transform(gradient, ctx.state, inside, ctx.size, ctx.bands, rates)
+        elif rates:
+            gradient = gradient + rates[0]
+        return gradient * outer, None, None
+
+
+def _through_transform(
+    gradient: Tensor,
+    state: CodecState,
+    inside: Sequence[Tensor],
+    size: tuple[int, int],
+    bands: Sequence[Any],
+    rates: Sequence[Tensor],
+) -> Tensor:
+    """Carry a gradient from the decoded maps back to the maps; steps and scales cancel out.
+
+    ``rates`` are gradients by the coefficients that join there, in units of the maps; empty is none.
+    """
+    spatial, basis = state.spatial(), state.bases.get("channels")
+    turned = mix_channels(gradient, basis)
+    if spatial.orthonormal:
+        coefficients = spatial.forward(turned)
+        back = spatial.inverse(_kept(_joined(coefficients, rates), inside), size)
+    else:
+        coefficients = _adjoint(lambda *c: (spatial.inverse(c, size),), bands, (turned,))
+        coefficients = tuple(_kept(_joined(coefficients, rates), inside))
+        (back,) = _adjoint(lambda x: spatial.forward(x), [gradient.shape], coefficients)
+    back = mix_channels(back, None if basis is None else basis.T)
+    if state.config.mean_shift:
+        # The mean goes around the transform: it gets what the decoder adds, less what the encoder takes.
+        dims, count = (1, 2, 3), gradient[0].numel()
+        back = back + (gradient.sum(dims, keepdim=True) - back.sum(dims, keepdim=True)) / count
+    return back
+
+
+def by_coefficients(gradient: Tensor, state: CodecState) -> tuple[Tensor, ...]:
+    """Carry derivatives by a map's values on to its orthonormal coefficients, in units of these values.
+
+    Args:
+        gradient: (N, C, H, W), derivatives by the decoded maps.
+        state: the codec.
+
+    Returns:
+        A tensor for each band; see `Symbols`.
+    """
+    spatial, turned = state.spatial(), mix_channels(gradient, state.bases.get("channels"))
+    bands = spatial.forward(turned)
+    if spatial.orthonormal:
+        return tuple(bands)
+    size = (gradient.shape[2], gradient.shape[3])
+    return _adjoint(lambda *c: (spatial.inverse(c, size),), [band.shape for band in bands], (turned,))
+
+
+def _joined(bands: Sequence[Tensor], rates: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Sums band by band."""
+    return [band + rate for band, rate in zip(bands, rates, strict=True)] if rates else bands
+
+
+def _kept(bands: Sequence[Tensor], inside: Sequence[Tensor]) -> list[Tensor]:
+    """Bands with zeros where the quantizer clamped; as they are where nobody looked."""
+    return [band * here for band, here in zip(bands, inside, strict=True)] if inside else list(bands)
+
+
+def _adjoint(
+    linear: Callable[..., tuple[Tensor, ...]], shapes: Sequence[Any], gradients: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Apply the transpose of a linear map whose arguments have these shapes."""
+    with torch.enable_grad():
+        points = [gradients[0].new_zeros(shape, requires_grad=True) for shape in shapes]
+        return torch.autograd.grad(linear(*points), points, gradients)

@@ -1,0 +1,1 @@
+"""The transforms themselves: DCT, DST, DFT, Hadamard and wavelets."""

@@ -1,0 +1,155 @@
+"""Feature maps transformed in blocks, smaller ones where a side is no multiple of the block.
+
+Blocks of ``block`` x ``block`` are laid from the top left corner. What remains at the right and at the
+bottom is transformed by the same kernel of the remainder's size, so a 20 x 7 map in blocks of 8 has blocks
+8, 8 and 4 high and 7 wide. As the transform of a block is separable, so is that of a map: along each axis
+it is one matrix with the blocks' matrices on its diagonal. Coefficients lie where their block lies, at the
+place of their frequency; `block_positions` says for coder and decoder alike which frequency that is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import block_diag
+from torch import Tensor
+
+from cctool.transforms.kernels.by_name import kernel_matrix
+from cctool.transforms.kernels.matmul import along, both_axes, constant, full_precision
+
+__all__ = ["BlockPositions", "block_forward", "block_inverse", "block_positions", "norm_scale"]
+
+_DENSE = 64
+"""Largest side that is transformed by one matrix, its blocks on the diagonal."""
+
+
+@dataclass(frozen=True)
+class BlockPositions:
+    """Where each coefficient of a map lies in its block; int64 tensors of shape (H, W) on the CPU.
+
+    Attributes:
+        row: vertical frequency, 0 to the block's height less 1.
+        column: horizontal frequency, 0 to the block's width less 1.
+        height: of the block, smaller than the nominal one in the bottom strip.
+        width: of the block, smaller than the nominal one in the right strip.
+    """
+
+    row: Tensor
+    column: Tensor
+    height: Tensor
+    width: Tensor
+
+
+def block_forward(x: Tensor, kernel: str, block: int = 8, *, levels: int = 1) -> Tensor:
+    """Transform maps block by block; differentiable.
+
+    Args:
+        x: shape (N, C, H, W), floating point.
+        kernel: one of `cctool.transforms.kernels.by_name.KERNELS`; wavelets have square matrices.
+        block: nominal side of a block, at least 1.
+        levels: of a wavelet within a block.
+
+    Returns:
+        Coefficients in the shape of ``x``.
+
+    Raises:
+        TransformError: if ``x`` holds no floating-point numbers.
+    """
+    return _transformed(x, kernel, block, levels, False)
+
+
+def block_inverse(c: Tensor, kernel: str, block: int = 8, *, levels: int = 1) -> Tensor:
+    """Undo `block_forward`."""
+    return _transformed(c, kernel, block, levels, True)
+
+
+def block_positions(height: int, width: int, block: int = 8) -> BlockPositions:
+    """Frequency and block of each coefficient of a map.
+
+    >>> block_positions(3, 3, block=2).column.tolist()
+    [[0, 1, 0], [0, 1, 0], [0, 1, 0]]
+    """
+    (row, tall), (column, wide) = _axis(height, block), _axis(width, block)
+    shape = (height, width)
+    return BlockPositions(
+        row[:, None].expand(shape), column.expand(shape), tall[:, None].expand(shape), wide.expand(shape)
+    )
+
+
+def norm_scale(height: int, width: int, kernel: str) -> Tensor:
+    """How much larger a block's coefficients are without normalisation than orthonormal ones.
+
+    The convention is that of scipy's ``norm=None``: the DCT and the DST carry a factor 2 along each axis,
+    the DFT none. In an 8 x 8 DCT the factors are 16, with one zero frequency 22.63, with two 32. Kernels
+    that have no other normalisation have factors of 1.
+
+    Returns:
+        Shape (height, width), float64.
+    """
+    return torch.outer(_axis_scale(height, kernel), _axis_scale(width, kernel))
+
+
+def _axis(size: int, block: int) -> tuple[Tensor, Tensor]:
+    index = torch.arange(size)
+    whole = size - size % block
+    return index % block, torch.where(index < whole, block, size - whole)
+
+
+def _axis_scale(size: int, kernel: str) -> Tensor:
+    if kernel not in ("dct", "dst", "dft"):
+        return torch.ones(size, dtype=torch.float64)
+    scale = torch.full((size,), math.sqrt(size / 2 if kernel == "dft" else 2 * size), dtype=torch.float64)
+    # Coefficients whose basis function does not oscillate between samples: constant, or alternating.
+    if kernel == "dst":
+        edges = [size - 1]
+    elif kernel == "dft" and size % 2 == 0:
+        edges = [0, size - 1]
+    else:
+        edges = [0]
+    scale[edges] *= math.sqrt(2)
+    return scale
+
+
+def _transformed(x: Tensor, kernel: str, block: int, levels: int, synthesis: bool) -> Tensor:
+    if kernel == "identity":
+        return x.clone()
+    height, width = x.shape[2:]
+    with full_precision(x) as work:
+
+        def matrix(size: int) -> Tensor:
+            return constant(_diagonal, kernel, size, block, levels, synthesis, like=work)
+
+        if max(height, width) <= _DENSE:
+            return both_axes(matrix(height), matrix(width), work).to(x.dtype)
+        for dim, size in ((3, width), (2, height)):
+            whole = size - size % block
+            parts = []
+            if whole:
+                # Blocks on the diagonal of a large matrix would be lost among its zeros.
+                side = _piece(whole, block)
+                pieces = work.narrow(dim, 0, whole).reshape(
+                    *work.shape[:dim], -1, side, *work.shape[dim + 1 :]
+                )
+                parts.append(along(matrix(side), pieces, dim + 1).flatten(dim, dim + 1))
+            if whole < size:
+                parts.append(along(matrix(size - whole), work.narrow(dim, whole, size - whole), dim))
+            work = torch.cat(parts, dim)
+    return work.to(x.dtype)
+
+
+def _piece(whole: int, block: int) -> int:
+    """Largest divisor of ``whole`` that holds whole blocks and is not above `_DENSE`; ``block`` at least."""
+    blocks = whole // block
+    fitting = [part for part in range(1, blocks + 1) if blocks % part == 0 and part * block <= _DENSE]
+    return max(fitting, default=1) * block
+
+
+def _diagonal(kernel: str, size: int, block: int, levels: int, synthesis: bool) -> NDArray[np.float64]:
+    sides = [block] * (size // block) + [size % block] * (size % block > 0)
+    parts = {side: kernel_matrix(kernel, side, levels, True, synthesis) for side in set(sides)}
+    result: NDArray[np.float64] = block_diag(*(parts[side] for side in sides))
+    return result

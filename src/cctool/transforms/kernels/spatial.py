@@ -1,0 +1,142 @@
+"""The spatial transform of a tap's maps, behind one interface.
+
+It has blocks of a fixed kernel or of calibrated bases, a wavelet pyramid, or nothing; all are linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from cctool.transforms.kernels.blocks import block_forward, block_inverse
+from cctool.transforms.kernels.matmul import along, full_precision
+from cctool.transforms.kernels.wavelets import Pyramid, wavedec2, waverec2
+
+__all__ = ["Blocks", "CalibratedBlocks", "Plain", "Spatial", "Wavelet", "block_sizes"]
+
+
+class Spatial(Protocol):
+    """A linear transform of maps."""
+
+    @property
+    def orthonormal(self) -> bool:
+        """Whether the inverse is the transpose, for maps of every size."""
+        ...
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Transform (N, C, H, W) maps into bands."""
+        ...
+
+    def inverse(self, bands: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Undo `forward` for maps of ``size`` (H, W)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """No transform: one band, the map itself."""
+
+    orthonormal = True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The map."""
+        return (x,)
+
+    def inverse(self, bands: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """The map."""
+        return bands[0]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of an orthonormal kernel: one band, coefficients where their block lies.
+
+    Attributes:
+        kernel: ``dct``, ``dst`` or ``dft``.
+        block: nominal side of a block.
+    """
+
+    kernel: str
+    block: int
+    orthonormal = True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Transform every block."""
+        return (block_forward(x, self.kernel, self.block),)
+
+    def inverse(self, bands: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Transform every block back."""
+        return block_inverse(bands[0], self.kernel, self.block)
+
+
+@dataclass(frozen=True)
+class CalibratedBlocks:
+    """Blocks of calibrated orthonormal bases, one for each axis and side of a block.
+
+    Attributes:
+        block: nominal side of a block.
+        bases: (side, side), one row a function: ``rows`` along the width of whole blocks, ``rows_rest`` along
+            that of the right strip, ``columns`` and ``columns_rest`` along heights.
+    """
+
+    block: int
+    bases: Mapping[str, Tensor]
+    orthonormal = True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Transform every block."""
+        with full_precision(x) as work:
+            for axis, dim in (("columns", 2), ("rows", 3)):
+                work = along(self._diagonal(axis, work.shape[dim], work), work, dim)
+        return (work,)
+
+    def inverse(self, bands: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Transform every block back."""
+        with full_precision(bands[0]) as work:
+            for axis, dim in (("columns", 2), ("rows", 3)):
+                work = along(self._diagonal(axis, work.shape[dim], work).T, work, dim)
+        return work
+
+    def _diagonal(self, axis: str, size: int, like: Tensor) -> Tensor:
+        matrix, start = like.new_zeros(size, size), 0
+        for side in block_sizes(size, self.block):
+            basis = self.bases[axis if side == self.block else f"{axis}_rest"]
+            matrix[start : start + side, start : start + side] = basis
+            start += side
+        return matrix
+
+
+@dataclass(frozen=True)
+class Wavelet:
+    """A dyadic pyramid with periodic borders: details (N, C, 3, h, w) from the finest on, then LL.
+
+    Attributes:
+        kernel: name of the wavelet.
+        levels: of the pyramid.
+    """
+
+    kernel: str
+    levels: int
+    orthonormal = False  # biorthogonal ones, and all where a side is odd
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Decompose."""
+        pyramid = wavedec2(x, self.kernel, self.levels)
+        return (*pyramid.details, pyramid.approximation)
+
+    def inverse(self, bands: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Compose again."""
+        return waverec2(Pyramid(bands[-1], bands[:-1]), self.kernel, size)
+
+
+def block_sizes(size: int, block: int) -> tuple[int, ...]:
+    """Sides of the blocks along an axis.
+
+    >>> block_sizes(20, 8)
+    (8, 8, 4)
+    """
+    rest = size % block
+    return (*[block] * (size // block), *([rest] if rest else []))

@@ -1,0 +1,100 @@
+"""Dyadic wavelet decomposition of feature maps, as `pywt.wavedec2` with mode "periodization".
+
+Each level transforms both axes; a side of odd length has its last row or column replicated first, so that
+``ceil(H / 2) x ceil(W / 2)`` coefficients of each of four bands result, and the inverse crops to the size
+that was there. Bands are named by their filters along the width, then the height:
+
+    LH = PyWavelets' cH (horizontal detail), HL = cV, HH = cD
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cctool.transforms.kernels.by_name import max_levels
+from cctool.transforms.kernels.filter_banks import wavelet_matrix
+from cctool.transforms.kernels.matmul import both_axes, constant, full_precision
+
+__all__ = ["Pyramid", "pyramid_levels", "wavedec2", "waverec2"]
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """The bands of a batch of maps.
+
+    Attributes:
+        approximation: LL of the coarsest level, shape (N, C, h, w).
+        details: finest level first, each of shape (N, C, 3, h_j, w_j), the bands LH, HL, HH.
+    """
+
+    approximation: Tensor
+    details: Sequence[Tensor]
+
+
+def pyramid_levels(name: str, height: int, width: int, levels: int) -> int:
+    """How many levels `wavedec2` makes: as many as asked for, until the approximation is one sample.
+
+    >>> pyramid_levels("haar", 7, 4, levels=5)
+    3
+    """
+    return min(levels, max_levels(name, max(height, width)))
+
+
+def wavedec2(x: Tensor, name: str, levels: int) -> Pyramid:
+    """Decompose maps.
+
+    Args:
+        x: shape (N, C, H, W), floating point.
+        name: a wavelet, or ``dwt`` for haar.
+        levels: at least 0; see `pyramid_levels`.
+
+    Raises:
+        TransformError: if ``x`` holds no floating-point numbers.
+    """
+    details = []
+    with full_precision(x) as low:
+        for _ in range(pyramid_levels(name, x.shape[2], x.shape[3], levels)):
+            height, width = low.shape[2:]
+            both = both_axes(_step(name, height, False, low), _step(name, width, False, low), low)
+            top, bottom = both.chunk(2, 2)
+            low, vertical = top.chunk(2, 3)
+            horizontal, diagonal = bottom.chunk(2, 3)
+            details.append(torch.stack((horizontal, vertical, diagonal), 2).to(x.dtype))
+    return Pyramid(low.to(x.dtype), details)
+
+
+def waverec2(pyramid: Pyramid, name: str, size: tuple[int, int]) -> Tensor:
+    """Undo `wavedec2`.
+
+    Args:
+        pyramid: its bands.
+        name: the wavelet.
+        size: H and W of the maps.
+
+    Returns:
+        Shape (N, C, H, W).
+    """
+    sizes = [size]
+    for _ in pyramid.details:
+        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+    with full_precision(pyramid.approximation) as low:
+        for detail, (height, width) in zip(reversed(pyramid.details), reversed(sizes[:-1]), strict=True):
+            horizontal, vertical, diagonal = detail.to(low.dtype).unbind(2)
+            top = torch.cat((low, vertical), 3)
+            both = torch.cat((top, torch.cat((horizontal, diagonal), 3)), 2)
+            low = both_axes(_step(name, height, True, both), _step(name, width, True, both), both)
+    return low.to(pyramid.approximation.dtype)
+
+
+def _step(name: str, size: int, synthesis: bool, like: Tensor) -> Tensor:
+    return constant(_one_level, "haar" if name == "dwt" else name, size, synthesis, like=like)
+
+
+def _one_level(name: str, size: int, synthesis: bool) -> NDArray[np.float64]:
+    return wavelet_matrix(name, size, 1, square=False, synthesis=synthesis)

@@ -1,0 +1,1 @@
+"""Layers whose weights are stored as coefficients or factors."""

@@ -1,0 +1,251 @@
+"""One axis of a weight in a transform domain: what it is made of, and the way there and back.
+
+A weight goes into the domain axis by axis. Of an axis of ``size`` places there are ``kept`` coefficients,
+those of the lowest frequencies; with ``block``, so many of each block of that many places. For the fixed
+kernels (DCT, DST, DFT, wavelets) the basis follows from name and size; that of the KLT is made of the weight
+itself: the eigenvectors of its unfolding's Gram matrix, axis by axis, which is the higher-order SVD (De
+Lathauwer et al. 2000, "A Multilinear Singular Value Decomposition", section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import pywt
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cctool.checkpoint.spec import Dimension, Record
+from cctool.transforms.kernels import by_name as kernels
+
+__all__ = [
+    "KLT",
+    "MAX_KLT_LENGTH",
+    "Segment",
+    "TransformedAxis",
+    "analysed",
+    "basis_matrix",
+    "coefficient_norms",
+    "count",
+    "is_orthonormal",
+    "narrowed",
+    "pieces",
+    "synthesised",
+    "unflattened",
+]
+
+KLT = "klt"
+"""The kernel that is no fixed matrix: Karhunen-Loeve, computed from the weight."""
+
+MAX_KLT_LENGTH = 8192
+"""Longest axis, or block of one, that a KLT is made for; the time grows with the third power."""
+
+_CHUNK = 256
+
+
+class TransformedAxis(Record):
+    """How one axis of a weight is transformed.
+
+    Attributes:
+        dim: of the weight.
+        kernel: name of the transform.
+        size: places of the axis, before any of them were cut.
+        kept: coefficients of each block, lowest frequencies first; a smaller last block keeps the same share.
+        block: places that are transformed together; None is all.
+        levels: of a wavelet.
+        rows: whether a buffer says which of the places are left after channels were cut.
+    """
+
+    dim: Annotated[int, Field(ge=0, le=3, strict=True)]
+    kernel: Annotated[str, Field(min_length=1, max_length=64)]
+    size: Dimension
+    kept: Dimension
+    block: Annotated[int, Field(ge=2, le=2**31 - 1, strict=True)] | None = None
+    levels: Annotated[int, Field(ge=1, le=31, strict=True)] | None = None
+    rows: bool = False
+
+    @property
+    def length(self) -> int:
+        """Places that are transformed together."""
+        return self.size if self.block is None else min(self.block, self.size)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Blocks of one length, side by side.
+
+    Attributes:
+        blocks: how many.
+        length: places of each.
+        kept: coefficients of each.
+    """
+
+    blocks: int
+    length: int
+    kept: int
+
+
+def segments(axis: TransformedAxis) -> tuple[Segment, ...]:
+    """The blocks of an axis: whole ones, and the smaller rest."""
+    whole, rest = divmod(axis.size, axis.length)
+    found = [Segment(whole, axis.length, axis.kept)]
+    if rest:
+        found.append(Segment(1, rest, -(-axis.kept * rest // axis.length)))
+    return tuple(found)
+
+
+def count(axis: TransformedAxis) -> int:
+    """Number of coefficients along an axis."""
+    return sum(segment.blocks * segment.kept for segment in segments(axis))
+
+
+def pieces(axis: TransformedAxis) -> Iterator[tuple[Segment, int, int]]:
+    """Segments with the place and the coefficient that each begins at."""
+    place = coefficient = 0
+    for segment in segments(axis):
+        yield segment, place, coefficient
+        place += segment.blocks * segment.length
+        coefficient += segment.blocks * segment.kept
+
+
+def analysed(x: Tensor, axis: TransformedAxis, basis: Tensor | None = None) -> Tensor:
+    """Coefficients of an axis.
+
+    Args:
+        x: of ``axis.size`` along ``axis.dim``.
+        axis: how it is transformed.
+        basis: of the KLT, of shape (size, kept) as `klt.klt_bases` makes it.
+
+    Returns:
+        Of `count` along that dim.
+    """
+    dim, parts = axis.dim, []
+    for segment, place, _ in pieces(axis):
+        part = x.narrow(dim, place, segment.blocks * segment.length)
+        part = unflattened(part, dim, segment.blocks, segment.length)
+        if basis is not None:
+            part = _multiplied(part, dim, _block_bases(basis, segment, place).transpose(1, 2))
+        else:
+            part = kernels.forward(part, axis.kernel, dim + 1, levels=_levels(axis, segment))
+            part = part.narrow(dim + 1, 0, segment.kept)
+        parts.append(part.flatten(dim, dim + 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def synthesised(
+    c: Tensor, axis: TransformedAxis, basis: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """Weights along an axis, from coefficients; differentiable.
+
+    Args:
+        c: of `count` along ``axis.dim``.
+        axis: how it is transformed.
+        basis: of the KLT, of shape (size, kept).
+        rows: places that are left, of shape (left,), int32; None is all.
+
+    Returns:
+        Of ``axis.size``, or the number of ``rows``, along that dim.
+    """
+    dim, parts = axis.dim, []
+    for segment, place, coefficient in pieces(axis):
+        part = c.narrow(dim, coefficient, segment.blocks * segment.kept)
+        part = unflattened(part, dim, segment.blocks, segment.kept)
+        if basis is not None:
+            part = _multiplied(part, dim, _block_bases(basis, segment, place))
+        else:
+            levels = _levels(axis, segment)
+            part = kernels.inverse(part, axis.kernel, dim + 1, size=segment.length, levels=levels)
+        parts.append(part.flatten(dim, dim + 1))
+    x = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return x if rows is None else x.index_select(dim, rows)
+
+
+def _levels(axis: TransformedAxis, segment: Segment) -> int:
+    if axis.levels is None or not kernels.is_wavelet(axis.kernel):
+        return 1
+    return max(1, min(axis.levels, kernels.max_levels(axis.kernel, segment.length)))
+
+
+def _block_bases(basis: Tensor, segment: Segment, place: int) -> Tensor:
+    """Bases of a segment's blocks, of shape (blocks, length, kept)."""
+    rows = basis.narrow(0, place, segment.blocks * segment.length)
+    return unflattened(rows, 0, segment.blocks, segment.length)[..., : segment.kept]
+
+
+def _multiplied(part: Tensor, dim: int, matrices: Tensor) -> Tensor:
+    """Multiply block b along ``dim`` + 1 by matrix b; (..., blocks, m, ...) and (blocks, n, m)."""
+    moved = part.movedim((dim, dim + 1), (0, 1))
+    product = matrices.to(part.dtype) @ moved.flatten(2)
+    return product.reshape(*product.shape[:2], *moved.shape[2:]).movedim((0, 1), (dim, dim + 1))
+
+
+def unflattened(x: Tensor, dim: int, *sizes: int) -> Tensor:
+    """Split one dim into several."""
+    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+
+
+def narrowed(c: Tensor, axis: TransformedAxis, kept: int) -> tuple[Tensor, TransformedAxis]:
+    """Keep fewer coefficients of each block, those of the lowest frequencies.
+
+    Args:
+        c: of `count` along ``axis.dim``.
+        axis: how it is transformed.
+        kept: of each block, at most ``axis.kept``.
+    """
+    smaller = axis.model_copy(update={"kept": kept})
+    parts = []
+    for (segment, _, coefficient), (left, _, _) in zip(pieces(axis), pieces(smaller), strict=True):
+        part = c.narrow(axis.dim, coefficient, segment.blocks * segment.kept)
+        part = unflattened(part, axis.dim, segment.blocks, segment.kept).narrow(axis.dim + 1, 0, left.kept)
+        parts.append(part.flatten(axis.dim, axis.dim + 1))
+    return torch.cat(parts, axis.dim), smaller
+
+
+def basis_matrix(
+    axis: TransformedAxis, like: Tensor, basis: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """The basis functions of an axis as columns.
+
+    Args:
+        axis: how it is transformed.
+        like: gives type and device.
+        basis: of the KLT.
+        rows: places that are left; None is all.
+
+    Returns:
+        Of shape (places, `count`).
+    """
+    units = torch.eye(count(axis), dtype=like.dtype, device=like.device)
+    return synthesised(units, axis.model_copy(update={"dim": 0}), basis, rows)
+
+
+def is_orthonormal(axis: TransformedAxis) -> bool:
+    """Whether the basis functions are orthogonal and of length 1."""
+    wavelet = "haar" if axis.kernel == "dwt" else axis.kernel
+    return not kernels.is_wavelet(axis.kernel) or bool(pywt.Wavelet(wavelet).orthogonal)
+
+
+def coefficient_norms(axis: TransformedAxis) -> Tensor | None:
+    """Norms of the basis functions along an axis: what a coefficient of 1 adds to the weight.
+
+    Returns:
+        Of shape (`count`,), float64, on the CPU; None where all are 1.
+    """
+    if is_orthonormal(axis):
+        return None
+    return torch.cat([_segment_norms(axis, segment).repeat(segment.blocks) for segment in segments(axis)])
+
+
+def _segment_norms(axis: TransformedAxis, segment: Segment) -> Tensor:
+    levels, norms = _levels(axis, segment), []
+    # The whole matrix of a long axis would be large.
+    for start in range(0, segment.kept, _CHUNK):
+        stop = min(start + _CHUNK, segment.kept)
+        units = torch.zeros(stop - start, segment.kept, dtype=torch.float64)
+        units.diagonal(start).fill_(1)
+        functions = kernels.inverse(units, axis.kernel, size=segment.length, levels=levels)
+        norms.append(torch.linalg.vector_norm(functions, dim=1))
+    return torch.cat(norms)

@@ -1,0 +1,129 @@
+"""Making layers of coefficients: from a layer with its weight, or from what a file says of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from cctool.base.errors import CorruptCheckpointError, SpecError
+from cctool.transforms.layers.axes import KLT, TransformedAxis, count
+from cctool.transforms.layers.coefficients import (
+    PARAMETER,
+    CoefficientConv2d,
+    CoefficientLayer,
+    CoefficientLinear,
+    Coefficients,
+    basis_name,
+    remade,
+    rows_name,
+)
+from cctool.transforms.layers.klt import klt_bases
+from cctool.transforms.layers.weight_cache import WeightCache
+
+__all__ = ["build_coefficients", "check_coefficients", "coefficient_layer"]
+
+_CLASSES: dict[type[nn.Module], type[CoefficientLayer]] = {
+    nn.Linear: CoefficientLinear,
+    nn.Conv2d: CoefficientConv2d,
+}
+
+
+def coefficient_layer(layer: nn.Module, arguments: Coefficients) -> CoefficientLayer:
+    """A layer that computes what ``layer`` does, as far as the kept coefficients allow.
+
+    Args:
+        layer: exactly an `nn.Linear` or `nn.Conv2d`; it stays as it is. Where its weight is on the meta
+            device, so are the coefficients.
+        arguments: how its axes are transformed.
+
+    Returns:
+        A layer with coefficients of its own; the bias is shared.
+
+    Raises:
+        SpecError: if the arguments do not fit the layer.
+    """
+    kind = _CLASSES.get(type(layer))
+    if kind is None:
+        raise SpecError(
+            f"swap: coefficients take the place of Linear and Conv2d, not of {type(layer).__name__}"
+        )
+    weight = cast(Tensor, layer.weight)
+    shape = _coefficient_shape(weight, arguments)
+    made = remade(layer, kind)
+    del made._parameters["weight"]
+    made.arguments, made.cache = arguments, WeightCache()
+    made.coefficients = nn.Parameter(
+        torch.empty(shape, dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad
+    )
+    made._parameters = {PARAMETER: made._parameters.pop(PARAMETER), **made._parameters}
+    # Where there are no values yet, or not of all places, a file brings them.
+    known = not weight.is_meta and not any(axis.rows for axis in arguments.axes)
+    bases = klt_bases(weight, arguments.axes) if known else {}
+    for axis in arguments.axes:
+        _register_beside(made, axis, weight, bases.get(axis.dim))
+    if known:
+        made.set_weight(weight.detach())
+    return made
+
+
+def _coefficient_shape(weight: Tensor, arguments: Coefficients) -> list[int]:
+    """Shape of the coefficients, once the arguments are seen to fit and nothing of them is too large."""
+    shape = list(weight.shape)
+    for axis in arguments.axes:
+        if axis.dim >= weight.dim():
+            raise SpecError(f"swap: a weight of shape {list(weight.shape)} has no dim {axis.dim}")
+        there = weight.shape[axis.dim]
+        if axis.size < there or (axis.size > there and not axis.rows):
+            raise SpecError(f"swap: dim {axis.dim} of the weight is {there}, the edit says {axis.size}")
+        shape[axis.dim] = count(axis)
+    reached = list(shape)
+    for axis in arguments.axes:
+        # Nothing is allocated on the meta device; while a file is loaded, this asks its budget.
+        reached[axis.dim] = axis.size
+        torch.empty(reached, device="meta")
+        reached[axis.dim] = weight.shape[axis.dim]
+    return shape
+
+
+def _register_beside(
+    layer: CoefficientLayer, axis: TransformedAxis, weight: Tensor, basis: Tensor | None
+) -> None:
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    if axis.kernel == KLT:
+        if basis is None:
+            basis = torch.zeros(axis.size, axis.kept, dtype=weight.dtype, device=device)
+        layer.register_buffer(basis_name(axis), basis)
+    if axis.rows:
+        left = weight.shape[axis.dim]
+        layer.register_buffer(rows_name(axis), torch.arange(left, dtype=torch.int32, device=device))
+
+
+def build_coefficients(layer: nn.Module, arguments: Mapping[str, Any]) -> CoefficientLayer:
+    """What the swap edit builds; see `SwapKind`."""
+    try:
+        parsed = Coefficients.model_validate(arguments)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = "".join(f"{part}." for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        raise SpecError(f"swap: malformed coefficients: {place} {message}".replace("  ", " ")) from None
+    return coefficient_layer(layer, parsed)
+
+
+def check_coefficients(layer: nn.Module) -> None:
+    """Refuse stored rows that lie outside their axis.
+
+    Raises:
+        CorruptCheckpointError: naming the buffer.
+    """
+    assert isinstance(layer, CoefficientLayer)
+    for axis in layer.arguments.axes:
+        rows = layer._buffers.get(rows_name(axis))
+        if rows is not None and (int(rows.min()) < 0 or int(rows.max()) >= axis.size):
+            raise CorruptCheckpointError(
+                f"{rows_name(axis)} names places that the axis of {axis.size} does not have"
+            )

@@ -1,0 +1,325 @@
+"""Linear and convolution layers whose parameters are transform coefficients of their weight.
+
+    W = S x_1 B_1 x_2 B_2 ...
+
+S are the coefficients, ``x_d`` multiplies along axis d, and the columns of B_d are basis functions
+(`axes.py`); for a linear layer W = B_out S B_in^T. The layers stay `nn.Linear` and `nn.Conv2d` to whoever
+asks; their ``weight`` is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cctool.base.errors import TransformError, UsageError
+from cctool.checkpoint.edits.mask import drop_masks, mask_name, masks_of
+from cctool.checkpoint.spec import Record
+from cctool.transforms.kernels import by_name as kernels
+from cctool.transforms.layers.axes import (
+    KLT,
+    MAX_KLT_LENGTH,
+    TransformedAxis,
+    analysed,
+    count,
+    narrowed,
+    synthesised,
+)
+from cctool.transforms.layers.base import Cut, Swap, SwappedLayer
+from cctool.transforms.layers.factored import Beside, factored, projected, projection_pays
+from cctool.transforms.layers.weight_cache import WeightCache
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = [
+    "COEFFICIENT",
+    "PARAMETER",
+    "CoefficientConv2d",
+    "CoefficientLayer",
+    "CoefficientLinear",
+    "Coefficients",
+    "basis_name",
+    "remade",
+    "rows_name",
+]
+
+COEFFICIENT = "coefficient"
+"""Name of these layers in the table of swaps."""
+
+PARAMETER = "coefficients"
+"""Name of the parameter that holds them."""
+
+
+class Coefficients(Record):
+    """Which axes of a weight are transformed, and how; the arguments of the swap."""
+
+    axes: Annotated[tuple[TransformedAxis, ...], Field(min_length=1, max_length=4)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Coefficients:
+        dims = [axis.dim for axis in self.axes]
+        if len(set(dims)) != len(dims):
+            raise ValueError("an axis is transformed once")
+        for axis in self.axes:
+            try:
+                kernels.check_kernel(axis.kernel, klt=True)
+            except UsageError as error:
+                raise ValueError(str(error)) from None
+            longest = max(axis.length, axis.kept)
+            if axis.kernel == KLT and longest > MAX_KLT_LENGTH:
+                raise ValueError(f"dim {axis.dim}: klt of {longest} places, at most {MAX_KLT_LENGTH}")
+            # The basis of a KLT loses rows with channels that are cut, and keeps its columns.
+            if axis.kept > axis.length and (axis.kernel != KLT or axis.block is not None):
+                raise ValueError(f"dim {axis.dim} keeps {axis.kept} coefficients of {axis.length}")
+        return self
+
+
+class CoefficientLayer(SwappedLayer):
+    """What both kinds of layer share.
+
+    Attributes:
+        coefficients: the parameter; along a transformed axis as many as it has coefficients, along the others
+            the size of the weight.
+        arguments: how the axes are transformed.
+
+    Buffers ``basis_D`` hold the basis of a KLT, of shape (size, kept), and ``rows_D`` the places of axis D
+    that are left after channels were cut, int32.
+    """
+
+    ordinary: type[nn.Module]
+    coefficients: nn.Parameter
+    bias: nn.Parameter | None
+    arguments: Coefficients
+    cache: WeightCache
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, of the ordinary layer's shape; computed anew wherever gradients are recorded."""
+        return self.cache.get(self._synthesised, self._sources())
+
+    def _sources(self) -> list[Tensor]:
+        """What the weight is made of."""
+        beside = (tensor for axis in self.arguments.axes for tensor in self._beside(axis))
+        return [self.coefficients, *(tensor for tensor in beside if tensor is not None)]
+
+    def _beside(self, axis: TransformedAxis) -> Beside:
+        """Basis and rows of an axis."""
+        return self._buffers.get(basis_name(axis)), self._buffers.get(rows_name(axis))
+
+    def _synthesised(self) -> Tensor:
+        stored = self.coefficients
+        half = stored.dtype not in (torch.float32, torch.float64)
+        weight = stored.float() if half else stored
+        # Under autocast the product would lose what the coefficients hold.
+        with torch.autocast(stored.device.type, enabled=False):
+            for axis in self.arguments.axes:
+                weight = synthesised(weight, axis, *self._beside(axis))
+        # Strides as of a fresh tensor: of a 1x1 kernel, contiguous memory can look like channels last, and
+        # oneDNN's gradient of such strided convolutions writes past its memory (`training.fit`).
+        weight = weight.flatten().view(weight.shape)
+        return weight.to(stored.dtype) if half else weight
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """Make coefficients of a weight; what masks took away stays zero, and a KLT keeps its basis.
+
+        Args:
+            weight: of this layer's shape before channels were cut, or of its present shape where none were.
+        """
+        found = weight if weight.dtype == torch.float64 else weight.float()
+        for axis in self.arguments.axes:
+            found = analysed(found, axis, self._buffers.get(basis_name(axis)))
+        self.coefficients.copy_(found)
+        mask = self._buffers.get(mask_name(PARAMETER))
+        if mask is not None:
+            self.coefficients.masked_fill_(mask.logical_not(), 0)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and forget the weight that was computed last."""
+        self.cache.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self.cache.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def reset_parameters(self) -> None:
+        """Initialise as the ordinary layer does."""
+        if any(axis.rows for axis in self.arguments.axes):
+            raise TransformError(
+                "a layer whose channels were cut cannot be initialised in its transform domain"
+            )
+        fresh = self.plain()
+        cast(Any, fresh).reset_parameters()
+        self.set_weight(cast(Tensor, fresh.weight))
+
+    def narrow(self, kept: Sequence[int]) -> None:
+        """Keep fewer coefficients of each block of an axis, those of the lowest frequencies or most energy.
+
+        Args:
+            kept: for each axis in turn, at most what it keeps.
+        """
+        values, mask = self.coefficients.detach(), self._buffers.get(mask_name(PARAMETER))
+        axes = []
+        for axis, fewer in zip(self.arguments.axes, kept, strict=True):
+            values, smaller = narrowed(values, axis, fewer)
+            axes.append(smaller)
+            if mask is not None:
+                mask = self._buffers[mask_name(PARAMETER)] = narrowed(mask, axis, fewer)[0]
+            basis = self._buffers.get(basis_name(axis))
+            if basis is not None:
+                self._buffers[basis_name(axis)] = basis[:, :fewer].clone()
+        self.coefficients = nn.Parameter(values.clone(), requires_grad=self.coefficients.requires_grad)
+        self.arguments = Coefficients(axes=tuple(axes))
+        self.cache.clear()
+
+    def swap(self, module: str) -> Swap:
+        """The edit that makes this layer out of the architecture's."""
+        return Swap(module=module, layer=COEFFICIENT, arguments=self.arguments.model_dump(mode="json"))
+
+    def plain(self) -> nn.Module:
+        """The ordinary layer with the present weight as its parameter; the bias is shared."""
+        layer = remade(self, self.ordinary)
+        held = vars(layer)
+        del held["arguments"], held["cache"]
+        if PARAMETER in masks_of(layer):
+            drop_masks(layer, [PARAMETER])
+        del layer._parameters[PARAMETER]
+        for axis in self.arguments.axes:
+            for name in (basis_name(axis), rows_name(axis)):
+                layer._buffers.pop(name, None)
+        weight = nn.Parameter(self.weight.detach().clone(), requires_grad=self.coefficients.requires_grad)
+        # In the order of the ordinary layer, whose state dict begins with the weight.
+        layer._parameters = {"weight": weight, **layer._parameters}
+        return layer
+
+    def taken(self, cuts: Mapping[str, Sequence[Cut]]) -> CoefficientLayer:
+        """What is left once channels are cut.
+
+        Axes that are not transformed lose coefficients; of the transformed ones all stay, and a buffer says
+        which places are left, or the basis of a KLT loses them.
+        """
+        layer = remade(self, type(self))
+        layer.cache = WeightCache()
+        for cut in cuts.get("weight", ()):
+            layer._take(cut)
+        for cut in cuts.get("bias", ()):
+            assert layer.bias is not None
+            kept = layer.bias.detach().index_select(cut.dim, cut.keep.to(layer.bias.device))
+            layer.bias = nn.Parameter(kept, requires_grad=layer.bias.requires_grad)
+            mask = layer._buffers.get(mask_name("bias"))
+            if mask is not None:
+                layer._buffers[mask_name("bias")] = mask.index_select(cut.dim, cut.keep.to(mask.device))
+        layer._fit_attributes(cuts.get("weight", ()))
+        return layer
+
+    def _take(self, cut: Cut) -> None:
+        axis = next((axis for axis in self.arguments.axes if axis.dim == cut.dim), None)
+        keep = cut.keep.to(self.coefficients.device)
+        if axis is None:
+            kept = self.coefficients.detach().index_select(cut.dim, keep)
+            self.coefficients = nn.Parameter(kept, requires_grad=self.coefficients.requires_grad)
+            mask = self._buffers.get(mask_name(PARAMETER))
+            if mask is not None:
+                self._buffers[mask_name(PARAMETER)] = mask.index_select(cut.dim, keep.to(mask.device))
+            return
+        basis, rows = self._beside(axis)
+        if basis is not None and axis.block is None:
+            self._buffers[basis_name(axis)] = basis.index_select(0, keep)
+            changed = axis.model_copy(update={"size": len(keep)})
+        else:
+            places = torch.arange(axis.size, device=keep.device) if rows is None else rows
+            self._buffers[rows_name(axis)] = places[keep].to(torch.int32)
+            changed = axis.model_copy(update={"rows": True})
+        axes = tuple(changed if item is axis else item for item in self.arguments.axes)
+        self.arguments = Coefficients.model_construct(axes=axes)
+
+    def _fit_attributes(self, cuts: Sequence[Cut]) -> None:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The ordinary layer's, and how many coefficients of which kernels there are."""
+        parts = (f"{axis.dim}: {axis.kernel} {count(axis)} of {axis.size}" for axis in self.arguments.axes)
+        return f"{super().extra_repr()}, coefficients=({', '.join(parts)})"
+
+
+class CoefficientLinear(CoefficientLayer, nn.Linear):  # type: ignore[misc,override]
+    """A linear layer, W = B_out S B_in^T."""
+
+    ordinary = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Map (..., in_features) to (..., out_features)."""
+        shape, axes = (self.out_features, self.in_features), self.arguments.axes
+        batch = input.numel() // self.in_features
+        recorded = torch.is_grad_enabled() and self.coefficients.requires_grad
+        if not recorded or torch.compiler.is_compiling() or not projection_pays(axes, shape, batch):
+            return F.linear(input, self.weight, self.bias)
+        return projected(input, self.coefficients, axes, self._all_beside(), self.bias)
+
+    def factored(self) -> nn.Sequential | None:
+        """Plain linear layers one after the other that compute the same, with fewer numbers than the weight.
+
+        Returns:
+            None where the weight itself has the fewest.
+        """
+        stored, shape = self.coefficients.detach(), (self.out_features, self.in_features)
+        return factored(stored, self.arguments.axes, self._all_beside(), self.bias, shape)
+
+    def _all_beside(self) -> dict[int, Beside]:
+        return {axis.dim: self._beside(axis) for axis in self.arguments.axes}
+
+    def _fit_attributes(self, cuts: Sequence[Cut]) -> None:
+        for cut in cuts:
+            setattr(self, ("out_features", "in_features")[cut.dim], len(cut.keep))
+
+
+class CoefficientConv2d(CoefficientLayer, nn.Conv2d):  # type: ignore[misc,override]
+    """A convolution; its weight's axes are (out, in / groups, height, width)."""
+
+    ordinary = nn.Conv2d
+
+    def _fit_attributes(self, cuts: Sequence[Cut]) -> None:
+        width = self.in_channels // self.groups
+        for cut in cuts:
+            if cut.dim == 0:
+                # A group whose outputs are all gone is gone with its inputs.
+                per_group = self.out_channels // self.groups
+                self.groups = len(torch.unique(cut.keep // per_group))
+                self.out_channels = len(cut.keep)
+            elif cut.dim == 1:
+                width = len(cut.keep)
+        self.in_channels = width * self.groups
+
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
+
+
+def basis_name(axis: TransformedAxis) -> str:
+    """Name of the buffer that holds the basis of a KLT."""
+    return f"basis_{axis.dim}"
+
+
+def rows_name(axis: TransformedAxis) -> str:
+    """Name of the buffer that says which places of an axis are left."""
+    return f"rows_{axis.dim}"
+
+
+def remade(layer: nn.Module, kind: type[_Kind]) -> _Kind:
+    """A module of another class with all that a layer holds: hooks, buffers, marks of masks."""
+    made = kind.__new__(kind)
+    held = dict(vars(layer))
+    containers = {
+        key: value.copy()
+        for key, value in held.items()
+        if key.startswith("_") and isinstance(value, (dict, set))
+    }
+    vars(made).update(held | containers)
+    return made

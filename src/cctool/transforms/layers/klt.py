@@ -1,0 +1,156 @@
+"""The data-driven kernel: bases made of the weight itself, and which of their coefficients are worth a place.
+
+The basis of an axis are the eigenvectors of the Gram matrix of the weight's unfolding along it (the
+higher-order SVD: De Lathauwer et al. 2000, section 3). They lie in the file beside the coefficients, so they
+count in what is kept: a linear layer's coefficients are its singular values, few and useless without their
+vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cctool.transforms.layers.axes import KLT, TransformedAxis, pieces, unflattened
+
+__all__ = ["KltChoice", "klt_bases", "klt_choice", "used"]
+
+
+def klt_bases(weight: Tensor, axes: tuple[TransformedAxis, ...]) -> dict[int, Tensor]:
+    """Orthonormal columns per block of each axis, of most energy first.
+
+    Args:
+        weight: of the axes' sizes.
+        axes: how it is transformed; the basis of each has its ``kept`` columns. Other kernels have none.
+
+    Returns:
+        By dim, of shape (size, kept), of the weight's type; columns that a smaller last block lacks are zero.
+        A weight that is not finite has no eigenvectors, and gets unit vectors.
+    """
+    weight = weight.detach()
+    values = weight.double() if bool(weight.isfinite().all()) else torch.eye(
+        weight.shape[0], weight[0].numel(), dtype=torch.float64, device=weight.device
+    ).view(weight.shape)  # fmt: skip
+    bases: dict[int, Tensor] = {}
+    # A matrix has the singular vectors of its short side in common with the long one.
+    for axis in sorted((axis for axis in axes if axis.kernel == KLT), key=lambda axis: axis.length):
+        flat = values.movedim(axis.dim, 0).flatten(1)
+        other = bases.get(1 - axis.dim) if values.dim() == 2 else None
+        if other is not None and axis.block is None and other.shape[0] == other.shape[1] == flat.shape[1]:
+            bases[axis.dim] = _from_other_side(flat, other)[:, : axis.kept]
+        else:
+            bases[axis.dim] = _eigenvectors(flat, axis)
+    return {dim: basis.to(weight.dtype) for dim, basis in bases.items()}
+
+
+def _from_other_side(x: Tensor, vectors: Tensor) -> Tensor:
+    """All left singular vectors of (n, m), n >= m, from its right ones: what these become is orthogonal."""
+    vectors, _ = torch.linalg.qr(x @ vectors, mode="complete")
+    return _signed(vectors)
+
+
+def _eigenvectors(x: Tensor, axis: TransformedAxis) -> Tensor:
+    """Eigenvectors of each block's Gram matrix; x is the unfolding, of shape (size, rest)."""
+    basis = x.new_zeros(axis.size, axis.kept)
+    for segment, place, _ in pieces(axis):
+        stop = place + segment.blocks * segment.length
+        blocks = unflattened(x[place:stop], 0, segment.blocks, segment.length)
+        vectors = torch.linalg.eigh(blocks @ blocks.transpose(1, 2)).eigenvectors.flip(2)[..., : segment.kept]
+        basis[place:stop, : vectors.shape[2]] = _signed(vectors).flatten(0, 1)
+    return basis
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """Eigenvectors, the columns, have no sign of their own: the largest entry of each is positive."""
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    return torch.where(largest < 0, -vectors, vectors)
+
+
+@dataclass(frozen=True)
+class KltChoice:
+    """What stays of one layer.
+
+    Attributes:
+        kept: for each axis, coefficients of a block, the bases' columns.
+        mask: of the coefficients before they are narrowed so, True stays; None where the whole box does.
+    """
+
+    kept: tuple[int, ...]
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    sizes: Tensor
+    axes: tuple[TransformedAxis, ...]
+
+    def indices(self) -> list[Tensor]:
+        """For each axis, the index within its block of each coefficient; flat."""
+        found = []
+        for axis in self.axes:
+            parts = [torch.arange(s.kept).repeat(s.blocks) for s, _, _ in pieces(axis)]
+            shape = [-1 if dim == axis.dim else 1 for dim in range(self.sizes.dim())]
+            found.append(torch.cat(parts).view(shape).expand(self.sizes.shape).flatten())
+        return found
+
+
+def klt_choice(
+    layers: Mapping[str, tuple[Tensor, tuple[TransformedAxis, ...]]], keep: float, *, box: bool
+) -> dict[str, KltChoice]:
+    """The largest coefficients that fit into a share of the weights' numbers together with their bases.
+
+    Args:
+        layers: magnitudes of all coefficients, on the CPU, and their axes, by layer; they compete.
+        keep: share of the numbers of all weights, in (0, 1).
+        box: keep the whole box of coefficients that the largest ones span, and count it.
+
+    Returns:
+        By layer. One coefficient of each stays, whatever it costs.
+    """
+    found = {name: _Layer(sizes, axes) for name, (sizes, axes) in layers.items()}
+    flat = torch.cat([layer.sizes.flatten() for layer in found.values()])
+    starts, start = {}, 0
+    for name, layer in found.items():
+        starts[name] = start
+        flat[start + int(layer.sizes.argmax())] = math.inf
+        start += layer.sizes.numel()
+    order = flat.argsort(descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+    cost = torch.zeros(len(order), dtype=torch.float64)
+    for name, layer in found.items():
+        ranks = rank[starts[name] : starts[name] + layer.sizes.numel()]
+        cost[ranks.sort().values] = _increments(layer, ranks.argsort(), box)
+    fitting = int((cost.cumsum(0) <= keep * len(flat)).sum())
+    limit = max(fitting, len(found))
+    return {
+        name: _choice(layer, rank[starts[name] : starts[name] + layer.sizes.numel()] < limit, box)
+        for name, layer in found.items()
+    }
+
+
+def _increments(layer: _Layer, order: Tensor, box: bool) -> Tensor:
+    """What each coefficient adds to the numbers that are stored, taken in an order."""
+    columns = [index[order].cummax(0).values.double() + 1 for index in layer.indices()]
+    total = sum((c * axis.size for c, axis in zip(columns, layer.axes, strict=True)), torch.zeros(()))
+    if box:
+        other = layer.sizes.numel() / math.prod(layer.sizes.shape[axis.dim] for axis in layer.axes)
+        blocks = math.prod(layer.sizes.shape[axis.dim] / axis.kept for axis in layer.axes)
+        total = total + torch.stack(columns).prod(0) * blocks * other
+    else:
+        total = total + torch.arange(1, len(order) + 1)
+    return torch.diff(total, prepend=total.new_zeros(1))
+
+
+def _choice(layer: _Layer, mask: Tensor, box: bool) -> KltChoice:
+    kept = tuple(int(index[mask].max()) + 1 for index in layer.indices())
+    return KltChoice(kept, None if box else mask.view(layer.sizes.shape))
+
+
+def used(mask: Tensor, axes: tuple[TransformedAxis, ...]) -> tuple[int, ...]:
+    """For each axis how many columns of the basis a mask's coefficients use."""
+    return _choice(_Layer(mask, axes), mask.flatten(), False).kept
