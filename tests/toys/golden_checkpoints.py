@@ -1,6 +1,6 @@
 """The checkpoints under golden/: one of each kind, which every later version must load.
 
-``python tests/checkpoint/golden_checkpoints.py`` writes those that are not there; a file that exists is a
+``python tests/toys/golden_checkpoints.py`` writes those that are not there; a file that exists is a
 promise and is never written again.
 """
 
