@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cctool.base.copies import copied
+from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint, save
 from cctool.checkpoint.edits.mask import add_masks, with_masks
 from cctool.checkpoint.file.payload import ResumeState

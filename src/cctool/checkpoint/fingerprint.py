@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
-from cctool.base.marks import companion_tensors
+from cctool.base.networks import companion_tensors
 from cctool.checkpoint.file.payload import as_bytes
 
 __all__ = ["fingerprint_of"]

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cctool.base.errors import ExportError
+from cctool.base.networks import device_of, in_mode
 from cctool.formats.records import Agreement
-from cctool.graph.execution import in_mode
 from cctool.quantization.export.noise import shaken
 
 __all__ = ["BATCH_SIZES", "TOLERANCE", "compare", "outputs_of", "random_batches", "require_top1"]
@@ -59,7 +59,7 @@ def outputs_of(model: nn.Module) -> Run:
 
     TF32 is switched off while it runs: its ten bits of mantissa would drown what is looked for.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
 
     def run(inputs: Tensor) -> list[Tensor]:
         with in_mode(model, training=False), _without_tf32():

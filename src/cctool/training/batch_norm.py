@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cctool.base.errors import DataError
+from cctool.base.networks import device_of, in_eval_mode
 from cctool.data.serving.batches import Batch
 
 __all__ = ["recalibrate"]
@@ -40,31 +41,27 @@ def recalibrate(
     ]
     if not norms:
         return 0
-    device = device or next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
+    device = device or device_of(model)
     momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.train()
     used = 0
-    try:
-        for batch in batches:
-            images = batch.images[: n - used]
-            # A single image has no variance behind a global pooling.
-            if len(images) < 2 and used:
-                break
-            for norm in norms:
-                norm.momentum = len(images) / (used + len(images))
-            with torch.no_grad():
+    with in_eval_mode(model), torch.no_grad():
+        for norm in norms:
+            norm.train()
+        try:
+            for batch in batches:
+                images = batch.images[: n - used]
+                # A single image has no variance behind a global pooling.
+                if len(images) < 2 and used:
+                    break
+                for norm in norms:
+                    norm.momentum = len(images) / (used + len(images))
                 model(images.to(device))
-            used += len(images)
-            if used >= n:
-                break
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
+                used += len(images)
+                if used >= n:
+                    break
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
     if not used:
         raise DataError("batch-norm statistics cannot be estimated: the training split is empty")
     return used

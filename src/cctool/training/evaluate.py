@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import DataError
+from cctool.base.networks import device_of, in_eval_mode
 from cctool.base.runtime import autocast
 from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
@@ -18,23 +18,11 @@ from cctool.training.loop.processes import Alone, Group
 from cctool.training.objectives import cross_entropy, main_output
 from cctool.training.user_functions import UserMetric
 
-__all__ = ["LossFunction", "count_correct", "evaluate", "in_eval_mode", "outputs_of", "trial_output"]
+__all__ = ["LossFunction", "count_correct", "evaluate", "outputs_of", "trial_output"]
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 
 _TOP = 5
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch every module to eval mode, and back to the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def trial_output(model: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
@@ -48,7 +36,7 @@ def trial_output(model: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
         ArchitectureError: if it does not run on them.
         TrainingError: if its outputs are none that can be trained on.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with blaming_the_size(input_shape), in_eval_mode(model), torch.no_grad():
         outputs = model(torch.zeros(2, *input_shape, device=device))
     return main_output(outputs)

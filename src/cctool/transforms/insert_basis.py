@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from cctool.base.copies import copied
 from cctool.base.errors import TransformError
-from cctool.graph.execution import canonical_name, in_mode, tensors_in
+from cctool.base.networks import copied, device_of, in_mode
+from cctool.graph.execution import canonical_name, tensors_in
 from cctool.transforms.basis.build import COMPLEX, basis_layer, counterpart
 from cctool.transforms.basis.complex import ComplexBatchNorm, ComplexLayer, ComplexModule
 from cctool.transforms.basis.linear import BasisArguments, BasisLayer
@@ -101,7 +101,7 @@ class _Trial:
                 put_in_place(self.network, name, made)
                 self.counterparts[name] = made
         self._names = {module: name for name, module in self.network.named_modules()}
-        self._inputs = torch.zeros(2, *input_shape, device=_device(model))
+        self._inputs = torch.zeros(2, *input_shape, device=device_of(model))
         self.met: dict[str, set[bool]] = {}
         self.ending: set[str] = set()
 
@@ -201,10 +201,6 @@ def _watched(
 
 def _is_complex(value: Any) -> bool:
     return any(tensor.is_complex() for tensor in tensors_in(value))
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((cast(Tensor, parameter).device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _first_line(error: Exception) -> str:

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from cctool.base.copies import copied
 from cctool.base.errors import QuantizationError
+from cctool.base.networks import copied
 from cctool.quantization.calibration.weight_ranges import fit_weight
 from cctool.quantization.network.attach import CallPoint, WeightPoint, attach, norm_factors, quantizers_of
 from cctool.quantization.network.calls import flow_of

@@ -15,6 +15,7 @@ from pydantic import Field, model_serializer
 from torch import Tensor, nn
 
 from cctool.base.errors import SpecError
+from cctool.base.networks import qualified
 from cctool.checkpoint.edits.mask import mask_buffers
 from cctool.checkpoint.spec import MAX_DIMENSION, Dimension, Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
@@ -81,7 +82,7 @@ def thinned(
         attributes: (module name, attribute) pairs that were changed.
     """
     earlier = [Thin.model_validate(edit) for edit in spec.edits if edit.get("kind") == "thin"]
-    names = [f"{edit.module}.{leaf}" if edit.module else leaf for edit in earlier for leaf in edit.shapes]
+    names = [qualified(edit.module, leaf) for edit in earlier for leaf in edit.shapes]
     pairs = [(edit.module, attribute) for edit in earlier for attribute in edit.attributes]
     # A mask follows its parameter, and is not there yet when thin edits are applied.
     masks = mask_buffers(model)
@@ -94,7 +95,7 @@ def thinned(
 def _kept(earlier: Sequence[Thin], model: nn.Module, cuts: Mapping[str, Sequence[_Cut]]) -> Kept:
     """What is left of the buffers that no file holds, after earlier cuts and this one."""
     kept: Kept = {
-        f"{edit.module}.{leaf}" if edit.module else leaf: {dim: list(indices) for dim, indices in pairs}
+        qualified(edit.module, leaf): {dim: list(indices) for dim, indices in pairs}
         for edit in earlier
         for leaf, pairs in edit.kept.items()
     }

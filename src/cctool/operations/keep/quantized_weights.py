@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from cctool.base.networks import in_eval_mode
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.checkpoint.encoding import EncodedTensor
@@ -129,13 +130,8 @@ def _same(
     quantizer: Quantizer, before: Tensor, after: Tensor, fold: Tensor | None, mask: Tensor | None
 ) -> bool:
     """Whether the network computes with the same numbers after its weight was replaced."""
-    was_training = quantizer.training
-    quantizer.eval()
-    try:
-        with torch.no_grad():
-            old, new = quantizer(before, fold), quantizer(after, fold)
-    finally:
-        quantizer.train(was_training)
+    with torch.no_grad(), in_eval_mode(quantizer):
+        old, new = quantizer(before, fold), quantizer(after, fold)
     if mask is not None:
         old, new = old * mask, new * mask
     return torch.equal(old, new)

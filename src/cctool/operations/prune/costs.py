@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from cctool.analysis.latency import Latency, compare, measure_latency
-from cctool.base.copies import copied
 from cctool.base.errors import ArchitectureError
+from cctool.base.networks import copied, device_of
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.graph import cost
@@ -71,7 +70,7 @@ class Scales:
         after = Costs(size.parameters, size.macs, size.bytes or 0, None)
         if self._dense is None:
             return self._before, replace(after, latency=_timed(checkpoint))
-        device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
+        device = device_of(checkpoint.model)
         try:
             pair = compare([self._dense.to(device), checkpoint.model], checkpoint.spec.input_shape)
         except ArchitectureError:

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from cctool.base.copies import copied
 from cctool.base.errors import PruningError
+from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.graph.channels import Family

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from cctool.base.copies import copied
 from cctool.base.errors import QuantizationError
+from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Parent
 from cctool.data.records import DataSource

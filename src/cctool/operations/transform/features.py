@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cctool.base.copies import copied
 from cctool.base.errors import UsageError
+from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource

@@ -12,6 +12,7 @@ from cctool.analysis.features.pictures import CurvePoint, draw_curve, write_pict
 from cctool.analysis.table import Column, Report, Table
 from cctool.analysis.workbook import write_report
 from cctool.base.errors import DataError, TransformError
+from cctool.base.networks import in_eval_mode
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
@@ -20,7 +21,6 @@ from cctool.operations.context import Context
 from cctool.operations.inspect.export import beside, refuse_existing
 from cctool.operations.measuring import measured, serve
 from cctool.options.common import DataOptions
-from cctool.training.evaluate import in_eval_mode
 from cctool.transforms.codec.figures import NetworkStatistics, TapFigures
 from cctool.transforms.codec.taps import recording, set_quality, taps_of
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cctool.base.copies import copied
 from cctool.base.errors import PruningError
+from cctool.base.networks import copied
 from cctool.checkpoint.edits.mask import mask_name, masked_places
 from cctool.graph.channels import ChannelGraph
 from cctool.graph.ledger import Role

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import DataError, PruningError
+from cctool.base.networks import in_mode
 from cctool.data.serving.batches import Batch
-from cctool.graph.execution import execute, in_mode
+from cctool.graph.execution import execute
 from cctool.options.prune.choices import PruneMethod
 from cctool.pruning.scores.arrivals import Key, Read, ReadApart, Reader
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError
+from cctool.base.networks import in_eval_mode
 from cctool.quantization.calibration.observers import Observer, make_observer
 from cctool.quantization.network.attach import Observing, following_values, quantizers_of
 from cctool.quantization.quantizers.base import Quantizer
@@ -45,15 +46,11 @@ def observe(
             observers[key] = made
         observers[key].observe(value)
 
-    was_training, seen = model.training, 0
-    model.eval()
-    try:
-        with torch.no_grad(), following_values(model, follow):
-            for batch in images:
-                model(batch)
-                seen += len(batch)
-    finally:
-        model.train(was_training)
+    seen = 0
+    with torch.no_grad(), in_eval_mode(model), following_values(model, follow):
+        for batch in images:
+            model(batch)
+            seen += len(batch)
     if not seen:
         raise QuantizationError("there are no images to find ranges on")
     return observers

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cctool.base.copies import copied
-from cctool.base.marks import drop_companions
+from cctool.base.networks import copied, drop_companions, in_mode
 from cctool.checkpoint.edits.mask import masks_of
-from cctool.graph.execution import Watch, following, in_mode, tensors_in
+from cctool.graph.execution import Watch, following, tensors_in
 from cctool.quantization.export.integer_weights import IntegerWeight, from_quantizer
 from cctool.quantization.export.onnx_operator import on_grid
 from cctool.quantization.network.attach import (

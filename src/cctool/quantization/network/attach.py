@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cctool.base.errors import CorruptCheckpointError, SpecError
-from cctool.base.marks import drop_companions
+from cctool.base.networks import device_of, drop_companions
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.checkpoint.spec import Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
@@ -368,7 +368,7 @@ def attach(
         model.register_module(CONTAINER, held)
         model.register_forward_pre_hook(_Begin())
         model.register_forward_hook(_End(), always_call=True)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     if device.type == "meta":
         device = torch.device("cpu")
     for name, weight in weights.items():

@@ -6,16 +6,16 @@ M. Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization",
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cctool.base.copies import copied
 from cctool.base.errors import QuantizationError
+from cctool.base.networks import copied, in_eval_mode
 from cctool.base.runtime import Reporter, Silent
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.quantization.network.attach import (
@@ -124,23 +124,13 @@ def adaround(
     chosen = [_chosen(model, flow, held, layer) for layer in plan_points(flow, "none").layers]
     layers = [found for found in chosen if isinstance(found, Layer)]
     rounded = []
-    with _evaluating(model), _evaluating(reference):
+    with in_eval_mode(model), in_eval_mode(reference):
         for layer in reporter.progress(layers, "learning to round", len(layers)):
             generator = torch.Generator().manual_seed(seed)
             rows = _collected(model, reference, flow, layer, images, seen, generator)
             rounded.append(_rounded(model, flow, held, layer, rows, steps, generator))
     skipped = tuple(found for found in chosen if isinstance(found, Left))
     return AdaRoundReport(tuple(rounded), skipped, seen, steps)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _chosen(model: nn.Module, flow: Flow, held: NetworkQuantizers, layer: Layer) -> Layer | Left | None:

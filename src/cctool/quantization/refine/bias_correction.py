@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError
+from cctool.base.networks import in_eval_mode
 from cctool.base.runtime import Reporter, Silent
 from cctool.quantization.network.attach import following_calls, norm_factors, quantizers_of
 from cctool.quantization.network.calls import Flow, Place
@@ -93,10 +94,7 @@ def correct_biases(
     places = held.state.calls if held is not None else {}
     layers = [layer for layer in plan_points(flow, "none").layers if layer.place in places]
     reference = reference if reference is not None else model
-    was_training = model.training
-    model.eval()
-    reference.eval()
-    try:
+    with in_eval_mode(model), in_eval_mode(reference):
         expected, seen = _means(reference, images, [layer.place for layer in layers], quantized=False)
         targets = {layer.place: _target(model, flow, layer) for layer in layers}
         corrected = []
@@ -112,8 +110,6 @@ def correct_biases(
             corrected.append(
                 CorrectedLayer(layer.place.title, into, _size(error), _size(expected[layer.place]))
             )
-    finally:
-        model.train(was_training)
     skipped = tuple(found for found in targets.values() if isinstance(found, Left))
     return BiasReport(tuple(corrected), skipped, seen)
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import DataError, DivergedError
+from cctool.base.networks import in_mode
 from cctool.base.runtime import Reporter, Silent
 from cctool.checkpoint.file.payload import ResumeState
 from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
-from cctool.graph.execution import in_mode
 from cctool.options.train.fit import FitOptions, MetricMode
 from cctool.training.constraints.base import Constraint
 from cctool.training.constraints.frozen_norm import freeze_statistics

@@ -9,8 +9,7 @@ taps before.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import TransformError
+from cctool.base.networks import in_eval_mode
 from cctool.transforms.codec.allocate import allocated_steps, measure_sensitivity
 from cctool.transforms.codec.codec import CodecConfig, Symbols
 from cctool.transforms.codec.figures import SymbolCounts
@@ -149,7 +149,7 @@ def _allocated(
     }
     if not chosen:
         return taps
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         found = allocated_steps(measure_sensitivity(model, chosen, images), spreads)
     for name, steps in found.items():
         tap = chosen[name]
@@ -265,17 +265,6 @@ def _shown(look: Any) -> Any:
 
 @torch.no_grad()
 def _run(model: nn.Module, images: Batches) -> None:
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         for batch in images:
             model(batch)
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

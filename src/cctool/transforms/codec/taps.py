@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cctool.base.errors import CorruptCheckpointError, SpecError, TransformError
+from cctool.base.networks import device_of, qualified
 from cctool.checkpoint.fingerprint import fingerprint_of
 from cctool.checkpoint.spec import Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
@@ -189,7 +190,7 @@ def tap_buffers(model: nn.Module) -> set[str]:
         hook = tapped.get(id(module))
         if hook is not None:
             leaves = [f"{_PREFIX}{name}" for name in (_RANGE, *basis_shapes(hook.codec, hook.shape))]
-            found |= {f"{prefix}.{leaf}" if prefix else leaf for leaf in leaves}
+            found |= {qualified(prefix, leaf) for leaf in leaves}
     return found
 
 
@@ -200,7 +201,7 @@ def set_taps(model: nn.Module, taps: Mapping[str, CalibratedTap]) -> None:
         SpecError: if there is no such module, or it takes no buffers and hooks.
     """
     for name, tap in taps.items():
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         module = _module(model, name)
         _drop(module)
         tensors = {leaf: tensor.to(device) for leaf, tensor in {_RANGE: tap.bounds, **tap.bases}.items()}
