@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cctool.quantization.network.attach import CallPoint, WeightPoint, attach, following_values, quantizers_of
-from cctool.quantization.network.calls import Place, flow_of
+from cctool.quantization.network.calls import CallSite, flow_of
 from cctool.quantization.network.placement import Way, plan_points
 from cctool.quantization.quantizers.config import QuantizerConfig
 
@@ -93,7 +93,7 @@ def quantized(
 ) -> nn.Module:
     """Quantizers at all places, with the ranges of some images, in place."""
     points = plan_points(flow_of(model, (images(),)), way)
-    calls: dict[Place, dict[str, object]] = {}
+    calls: dict[CallSite, dict[str, object]] = {}
     for layer in points.layers:
         calls.setdefault(layer.place, {})["weight"] = layer.weight
     for place in points.activations:

@@ -31,7 +31,7 @@ from cctool.coding.unpacking import MAX_BITS, unpack
 __all__ = [
     "MAX_BLOCK",
     "MAX_K",
-    "Coded",
+    "CodedIntegers",
     "Histogram",
     "bits_of",
     "block_size",
@@ -51,7 +51,7 @@ _SIDE_BY_SIDE = 64
 
 
 @dataclass(frozen=True)
-class Coded:
+class CodedIntegers:
     """Integers in the sparse exponential-Golomb code.
 
     Attributes:
@@ -82,7 +82,7 @@ def block_size(count: int) -> int:
     return min(max(wanted, _SMALLEST_BLOCK), _LARGEST_BLOCK)
 
 
-def encode(values: Tensor, k: int, *, signed: bool) -> Coded:
+def encode(values: Tensor, k: int, *, signed: bool) -> CodedIntegers:
     """Write integers.
 
     Args:
@@ -104,10 +104,10 @@ def encode(values: Tensor, k: int, *, signed: bool) -> Coded:
         )
     block = block_size(flat.numel())
     payload, bits, block_bits = pack(flat.numpy(), k, signed=signed, block=block)
-    return Coded(payload, bits, block_bits, flat.numel(), block)
+    return CodedIntegers(payload, bits, block_bits, flat.numel(), block)
 
 
-def check_coded(coded: Coded) -> None:
+def check_coded(coded: CodedIntegers) -> None:
     """Refuse a count, block size or table that the payload does not bear out, before anything is allocated.
 
     Raises:
@@ -130,7 +130,7 @@ def check_coded(coded: Coded) -> None:
         raise BitstreamError("the stream's last byte is not filled up with zero bits")
 
 
-def decode(coded: Coded, k: int, *, signed: bool, dtype: torch.dtype) -> Tensor:
+def decode(coded: CodedIntegers, k: int, *, signed: bool, dtype: torch.dtype) -> Tensor:
     """Read integers back.
 
     Args:

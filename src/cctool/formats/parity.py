@@ -89,7 +89,7 @@ def random_batches(
         yield torch.randn((size, *shape), generator=generator)
 
 
-class _Tally:
+class _Differences:
     """What the batches so far say: errors, agreement, and how far each output moves."""
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ def compare(
         ExportError: if shapes differ, values are not finite, or the error exceeds the tolerance.
     """
     reference = outputs_of(model)
-    tally, sizes, worst = _Tally(), set(), (-1.0, torch.empty(0))
+    tally, sizes, worst = _Differences(), set(), (-1.0, torch.empty(0))
     for batch in batches:
         expected, found = reference(batch), candidate(batch.detach().cpu())
         _check_shapes(expected, found, batch, inputs)

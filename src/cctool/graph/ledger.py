@@ -90,7 +90,7 @@ class Kind(str, Enum):
 
 
 @dataclass(frozen=True)
-class Statistic:
+class StatisticEntry:
     """A call whose result depends on how many channels there are.
 
     Attributes:
@@ -164,7 +164,7 @@ class Ledger:
         self.exact = exact
         self.heads = heads
         self.ordinals: Counter[str] = Counter()
-        self.statistics: list[Statistic] = []
+        self.statistics: list[StatisticEntry] = []
         self.equal_widths: list[EqualWidth] = []
         self.modules = dict(model.named_modules())
         self.names = {id(tensor): name for name, tensor in model.named_buffers()}
@@ -311,7 +311,7 @@ class Ledger:
     def statistic(self, kind: Kind, place: int | str, powers: Powers, reason: str) -> None:
         """The result of the open call depends on how many channels there are."""
         ordinal = self.ordinals[self.calls[-1][0]] - 1
-        self.statistics.append(Statistic(self.call, ordinal, kind, place, powers, reason))
+        self.statistics.append(StatisticEntry(self.call, ordinal, kind, place, powers, reason))
 
     # ---- what the ids mean -----------------------------------------------------------------------------
     def tie(self, a: Tensor, b: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cctool.graph.channels import ChannelGraph, Family, Frozen, Labelled, Place, Statistic
 from cctool.graph.ledger import FIXED, INPUT, Freeze, Ledger, Role
-from cctool.graph.ledger import Statistic as Noted
+from cctool.graph.ledger import StatisticEntry as Noted
 
 _ROOTS = {
     FIXED: "coupled to channels of fixed number",

@@ -76,7 +76,7 @@ def count_correct(logits: Tensor, labels: Tensor, top: int) -> Tensor:
     return (best == labels[:, None]).any(1).sum()
 
 
-class _Totals:
+class _EvaluationSums:
     """Sums over the batches of one split, kept on the device so that no step waits for them."""
 
     def __init__(self, device: torch.device, loss: LossFunction, metric: UserMetric | None) -> None:
@@ -145,7 +145,7 @@ def evaluate(
         DataError: if there are no samples, no labels, or labels that the network has no class for.
         UserCodeError: if the user's loss or metric fails.
     """
-    totals = _Totals(device, loss or cross_entropy, metric)
+    totals = _EvaluationSums(device, loss or cross_entropy, metric)
     for outputs, batch in outputs_of(model, batches, device, precision):
         if batch.labels is None:
             raise DataError(f"the {split} split has no labels: only `evaluate --predictions` can use it")

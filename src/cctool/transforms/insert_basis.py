@@ -17,7 +17,7 @@ from cctool.transforms.basis.build import COMPLEX, basis_layer, counterpart
 from cctool.transforms.basis.complex import ComplexBatchNorm, ComplexLayer, ComplexModule
 from cctool.transforms.basis.linear import BasisArguments, BasisLayer
 from cctool.transforms.layers.base import Swap
-from cctool.transforms.layers.which import Selected
+from cctool.transforms.layers.which import SelectedLayer
 from cctool.transforms.swap import put_in_place
 
 __all__ = ["BASIS_KERNELS", "put_basis"]
@@ -28,7 +28,7 @@ BASIS_KERNELS = ("dct", "dst", "dft")
 
 def put_basis(
     model: nn.Module,
-    selected: Sequence[Selected],
+    selected: Sequence[SelectedLayer],
     kernel: str,
     input_shape: tuple[int, int, int],
     *,
@@ -58,7 +58,7 @@ def put_basis(
         layers[item.names[0]] = basis_layer(item.plain, arguments)
     swaps: dict[str, Swap] = {}
     if kernel == "dft":
-        trial = _Trial(model, layers, input_shape)
+        trial = _CounterpartRun(model, layers, input_shape)
         swaps = trial.swaps()
         for name in trial.ending & layers.keys():
             layers[name].arguments = layers[name].arguments.model_copy(update={"ends": True})
@@ -73,7 +73,7 @@ def put_basis(
     return tuple(swaps.values())
 
 
-class _Trial:
+class _CounterpartRun:
     """A copy of a network in which every module that has a counterpart is that, run once.
 
     Counterparts take real values too, so that one run shows which of them are needed.
@@ -138,7 +138,7 @@ class _Trial:
 
     def _run(self, *, training: bool) -> Any:
         stack: list[str] = []
-        calls = _Calls()
+        calls = _LastCall()
         with _watched(self.network, self._names, stack, self._note):
             try:
                 with in_mode(self.network, training=training), torch.no_grad(), calls:
@@ -163,7 +163,7 @@ class _Trial:
             self._last = name
 
 
-class _Calls(TorchFunctionMode):
+class _LastCall(TorchFunctionMode):
     """Remembers the last function called on complex numbers."""
 
     last = "a function"

@@ -25,7 +25,7 @@ from cctool.quantization.network.attach import (
     quantizers_of,
     with_quantizers,
 )
-from cctool.quantization.network.calls import Place
+from cctool.quantization.network.calls import CallSite
 from cctool.quantization.quantizers.config import QuantizerConfig
 from quantizing_toys import ACTIVATION, WEIGHT, Functional, Residual, images, made, quantized
 
@@ -224,7 +224,7 @@ def test_a_network_with_something_of_that_name_is_refused() -> None:
     model = made(Residual)
     model.quantizers = nn.Identity()
     with pytest.raises(SpecError, match="of its own"):
-        attach(model, {}, {Place("", "add", 0): CallPoint(output=ACTIVATION)})
+        attach(model, {}, {CallSite("", "add", 0): CallPoint(output=ACTIVATION)})
 
 
 @pytest.mark.cuda

@@ -7,8 +7,9 @@ pruned checkpoint has it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_serializer
@@ -20,7 +21,7 @@ from cctool.checkpoint.edits.mask import mask_buffers
 from cctool.checkpoint.spec import MAX_DIMENSION, Dimension, Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
 
-__all__ = ["THIN", "Thin", "thin_edits", "thinned"]
+__all__ = ["THIN", "Cut", "Thin", "thin_edits", "thinned"]
 
 _Width = Annotated[int, Field(ge=1, le=MAX_DIMENSION, strict=True)]
 _Index = Annotated[int, Field(ge=0, le=MAX_DIMENSION, strict=True)]
@@ -49,14 +50,13 @@ class Thin(Edit):
         return document if document["kept"] else {k: v for k, v in document.items() if k != "kept"}
 
 
-class _Cut(Protocol):
-    """Indices of one dim that stay, ascending."""
+@dataclass(frozen=True)
+class Cut:
+    """Indices of one dim that stay, ascending, of `size` that there were."""
 
-    @property
-    def dim(self) -> int: ...
-
-    @property
-    def keep(self) -> Tensor: ...
+    dim: int
+    keep: Tensor
+    size: int
 
 
 Kept = dict[str, dict[int, list[int]]]
@@ -66,7 +66,7 @@ Kept = dict[str, dict[int, list[int]]]
 def thinned(
     spec: ModelSpec,
     model: nn.Module,
-    shapes: Iterable[str] | Mapping[str, Sequence[_Cut]],
+    shapes: Iterable[str] | Mapping[str, Sequence[Cut]],
     attributes: Iterable[tuple[str, str]],
 ) -> ModelSpec:
     """Record a cut: the spec whose thin edits describe the present widths of ``model``.
@@ -92,7 +92,7 @@ def thinned(
     return spec.with_edits(thin_edits(model, [*names, *cut], [*pairs, *attributes], kept))
 
 
-def _kept(earlier: Sequence[Thin], model: nn.Module, cuts: Mapping[str, Sequence[_Cut]]) -> Kept:
+def _kept(earlier: Sequence[Thin], model: nn.Module, cuts: Mapping[str, Sequence[Cut]]) -> Kept:
     """What is left of the buffers that no file holds, after earlier cuts and this one."""
     kept: Kept = {
         qualified(edit.module, leaf): {dim: list(indices) for dim, indices in pairs}

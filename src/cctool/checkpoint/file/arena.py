@@ -20,10 +20,10 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.file.payload import DTYPES, as_bytes, canonical
 from cctool.checkpoint.spec import Shape
 
-__all__ = ["ArenaReader", "ArenaWriter", "Entry", "Plain", "unpack"]
+__all__ = ["ArenaReader", "ArenaWriter", "Entry", "PlainEntry", "unpack"]
 
 
-class Plain(BaseModel):
+class PlainEntry(BaseModel):
     """A tensor as it is, in the arena.
 
     Attributes:
@@ -46,7 +46,7 @@ class Entry(BaseModel):
     shape: Shape
     dtype: str
     parameters: dict[str, JsonValue]
-    parts: dict[str, Plain]
+    parts: dict[str, PlainEntry]
 
 
 class ArenaWriter:
@@ -140,7 +140,7 @@ class ArenaReader:
             parts[key] = self._views[place]
         return EncodedTensor(entry.encoding, entry.shape, entry.dtype, parts, entry.parameters)
 
-    def plain(self, name: str, entry: Plain) -> Tensor:
+    def plain(self, name: str, entry: PlainEntry) -> Tensor:
         """A copy of a tensor. All copies together have no more bytes than the arena."""
         view = self._view(entry, name)
         self._copied += view.nbytes
@@ -148,7 +148,7 @@ class ArenaReader:
             raise CorruptCheckpointError(f"{name}: more tensors lie in the arena than it has bytes")
         return view.clone()
 
-    def _view(self, part: Plain, name: str) -> Tensor:
+    def _view(self, part: PlainEntry, name: str) -> Tensor:
         dtype = _dtype(name, part.dtype)
         length = math.prod(part.shape) * dtype.itemsize
         if part.offset % dtype.itemsize or part.offset + length > self._arena.numel():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cctool.base.errors import CorruptCheckpointError
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.file.arena import ArenaReader, ArenaWriter, Entry, Plain
+from cctool.checkpoint.file.arena import ArenaReader, ArenaWriter, Entry, PlainEntry
 from cctool.checkpoint.file.compressed import compressed, inflated
 from cctool.checkpoint.file.payload import Payload, ResumeState, canonical, combined_digest, place
 from cctool.checkpoint.json_records import parse_history, parse_spec
@@ -28,8 +28,8 @@ COMPACT_VERSION = 2
 """Format version of files of this form."""
 _SMALL = 4096
 """Bytes up to which dense tensors lie in the arena."""
-_LINES: TypeAdapter[list[tuple[str, Entry | Plain | str | None]]] = TypeAdapter(
-    list[tuple[str, Entry | Plain | str | None]]
+_LINES: TypeAdapter[list[tuple[str, Entry | PlainEntry | str | None]]] = TypeAdapter(
+    list[tuple[str, Entry | PlainEntry | str | None]]
 )
 
 
@@ -112,7 +112,7 @@ def unpacked(
 
 
 def _tensors(
-    lines: list[tuple[str, Entry | Plain | str | None]], reader: ArenaReader, dense: dict[str, Tensor]
+    lines: list[tuple[str, Entry | PlainEntry | str | None]], reader: ArenaReader, dense: dict[str, Tensor]
 ) -> dict[str, Tensor | EncodedTensor]:
     tensors: dict[str, Tensor | EncodedTensor] = {}
     for name, line in lines:
@@ -120,7 +120,7 @@ def _tensors(
             raise CorruptCheckpointError(f"the index names {name} twice")
         if isinstance(line, Entry):
             tensors[name] = reader.encoded(name, line)
-        elif isinstance(line, Plain):
+        elif isinstance(line, PlainEntry):
             tensors[name] = reader.plain(name, line)
         else:
             held = dense if line is None else tensors

@@ -20,7 +20,7 @@ from cctool.data.places import download_allowed, missing, root_folder
 from cctool.data.records import Augmentation, Crop, DataSource, Split
 from cctool.data.splits import held_out
 
-__all__ = ["CIFAR10", "CIFAR100", "Layout", "open_cifar"]
+__all__ = ["CIFAR10", "CIFAR100", "CifarSet", "open_cifar"]
 
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
@@ -29,7 +29,7 @@ TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", 
 
 
 @dataclass(frozen=True)
-class Layout:
+class CifarSet:
     """Where one of the two sets keeps its images and what is known of it."""
 
     name: str
@@ -45,7 +45,7 @@ class Layout:
     std: tuple[float, float, float]
 
 
-CIFAR10 = Layout(
+CIFAR10 = CifarSet(
     "cifar10",
     "cifar-10-batches-bin",
     tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
@@ -58,7 +58,7 @@ CIFAR10 = Layout(
     (0.4914, 0.4822, 0.4465),
     (0.2470, 0.2435, 0.2616),
 )
-CIFAR100 = Layout(
+CIFAR100 = CifarSet(
     "cifar100",
     "cifar-100-binary",
     ("train.bin",),
@@ -73,7 +73,7 @@ CIFAR100 = Layout(
 )
 
 
-def open_cifar(layout: Layout, reference: str, folder: str) -> DataSource:
+def open_cifar(layout: CifarSet, reference: str, folder: str) -> DataSource:
     """Open CIFAR: the official test set, and the training set less the 5,000 images held out for validation.
 
     The held-out images are the last of a fixed permutation (a tenth, where there are fewer than 50,000).
@@ -112,7 +112,7 @@ def _divided(read: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Split]:
     return {"train": whole.take(kept), "validation": whole.take(held)}
 
 
-def _read_binary(layout: Layout, folder: Path, *, train: bool) -> tuple[Tensor, Tensor]:
+def _read_binary(layout: CifarSet, folder: Path, *, train: bool) -> tuple[Tensor, Tensor]:
     files = layout.train_files if train else layout.test_files
     parts = [_read_file(folder / name, layout) for name in files]
     records = np.concatenate(parts)
@@ -121,7 +121,7 @@ def _read_binary(layout: Layout, folder: Path, *, train: bool) -> tuple[Tensor, 
     return images, labels
 
 
-def _read_file(path: Path, layout: Layout) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+def _read_file(path: Path, layout: CifarSet) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     try:
         content = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
@@ -141,7 +141,7 @@ def _read_file(path: Path, layout: Layout) -> "np.ndarray[Any, np.dtype[np.uint8
     return records
 
 
-def _read_torchvision(layout: Layout, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
+def _read_torchvision(layout: CifarSet, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
     from torchvision import datasets
 
     try:
@@ -157,7 +157,7 @@ def _read_torchvision(layout: Layout, root: Path, *, train: bool) -> tuple[Tenso
     return images, torch.tensor(found.targets, dtype=torch.int64)
 
 
-def _class_names(layout: Layout, folder: Path | None) -> tuple[str, ...]:
+def _class_names(layout: CifarSet, folder: Path | None) -> tuple[str, ...]:
     path = None if folder is None else folder / layout.names_file
     if path is not None and path.is_file():
         names = tuple(path.read_text(encoding="utf-8", errors="replace").split())

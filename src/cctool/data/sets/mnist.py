@@ -18,7 +18,7 @@ from cctool.data.places import download_allowed, missing, root_folder
 from cctool.data.records import Augmentation, Crop, DataSource, Split
 from cctool.data.splits import held_out
 
-__all__ = ["FASHION_MNIST", "MNIST", "Layout", "open_mnist", "read_idx"]
+__all__ = ["FASHION_MNIST", "MNIST", "MnistSet", "open_mnist", "read_idx"]
 
 HELD_OUT = 5000
 IMAGES_MAGIC = 0x00000803
@@ -28,7 +28,7 @@ PARTS = {True: "train", False: "t10k"}
 
 
 @dataclass(frozen=True)
-class Layout:
+class MnistSet:
     """Where one of the two sets keeps its images and what is known of it."""
 
     name: str
@@ -39,7 +39,7 @@ class Layout:
     augmentation: Augmentation
 
 
-MNIST = Layout(
+MNIST = MnistSet(
     "mnist",
     "MNIST",
     tuple(str(digit) for digit in range(CLASSES)),
@@ -47,7 +47,7 @@ MNIST = Layout(
     0.3081,
     Augmentation(crop=Crop.PADDED, padding=2, rotation=10.0),
 )
-FASHION_MNIST = Layout(
+FASHION_MNIST = MnistSet(
     "fashion-mnist",
     "FashionMNIST",
     (
@@ -68,7 +68,7 @@ FASHION_MNIST = Layout(
 )
 
 
-def open_mnist(layout: Layout, reference: str, folder: str) -> DataSource:
+def open_mnist(layout: MnistSet, reference: str, folder: str) -> DataSource:
     """Open MNIST or Fashion-MNIST: the official test set, and the training set less 5,000 held out.
 
     The held-out images are the last of a fixed permutation (a tenth, where there are fewer than 50,000).
@@ -163,7 +163,7 @@ def _divided(read: Callable[..., tuple[Tensor, Tensor]], shape: tuple[int, int, 
     return {"train": whole.take(kept), "validation": whole.take(held)}
 
 
-def _download(layout: Layout, root: Path) -> None:
+def _download(layout: MnistSet, root: Path) -> None:
     from torchvision import datasets
 
     try:

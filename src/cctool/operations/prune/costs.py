@@ -11,6 +11,7 @@ from cctool.analysis.latency import Latency, compare, measure_latency
 from cctool.base.errors import ArchitectureError
 from cctool.base.networks import copied, device_of
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.graph import cost
 from cctool.operations.context import Context
@@ -19,7 +20,7 @@ from cctool.operations.prune.stored_cut import cut_stored
 from cctool.operations.size import measure, stored_bytes
 from cctool.options.prune.options import PruneOptions
 from cctool.options.prune.parts import Quantity
-from cctool.pruning.cut.surgery import Cut, CutPlan, named_tensors
+from cctool.pruning.cut.surgery import CutPlan, named_tensors
 from cctool.pruning.select.targets import sketch
 from cctool.quantization.network.attach import CONTAINER, quantizers_of, weight_key
 from cctool.transforms.layers.base import swapped_layers

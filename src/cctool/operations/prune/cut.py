@@ -18,12 +18,12 @@ from cctool.base.errors import PruningError
 from cctool.base.networks import copied, qualified, some
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import with_masks
-from cctool.checkpoint.edits.thin import thinned
+from cctool.checkpoint.edits.thin import Cut, thinned
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.operations.context import Context
 from cctool.operations.examples import example
 from cctool.operations.prune.stored_cut import cut_stored
-from cctool.pruning.cut.surgery import Cut, CutPlan, apply_cut, named_tensors
+from cctool.pruning.cut.surgery import CutPlan, apply_cut, named_tensors
 from cctool.quantization.network.attach import quantizers_of, with_quantizers
 from cctool.transforms.codec.sites import find_sites
 from cctool.transforms.codec.taps import bypassed, drop_taps, tap_buffers, taps_of, with_taps

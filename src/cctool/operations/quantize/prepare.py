@@ -17,7 +17,7 @@ from cctool.operations.quantize.plan import Plan, attach_plan
 from cctool.operations.quantize.report import ActivationReport
 from cctool.operations.train.finetune import decoded
 from cctool.options.quantize.options import QuantizeOptions
-from cctool.quantization.calibration.observers import Observer
+from cctool.quantization.calibration.observers import RangeObserver
 from cctool.quantization.calibration.run import observe, observer_of
 from cctool.quantization.calibration.weight_ranges import fit_weight
 from cctool.quantization.network.attach import (
@@ -95,7 +95,7 @@ def observing(options: QuantizeOptions) -> Observing:
 class _Watching:
     """An observer, and how low values go."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: RangeObserver) -> None:
         self.observer = observer
         self.low: Tensor | None = None
 
@@ -130,7 +130,7 @@ def calibrated(
     chosen = {activation_key(a.place, a.slot): (a, config) for a, config in planned.activations.items()}
     observers: dict[str, _Watching] = {}
 
-    def make(key: str) -> Observer | None:
+    def make(key: str) -> RangeObserver | None:
         quantizer = held.quantizer(key)
         if key not in chosen or quantizer is None or not quantizer.has_range:
             return None

@@ -17,20 +17,12 @@ from torch import Tensor, nn
 from cctool.base.errors import PruningError
 from cctool.base.networks import copied
 from cctool.checkpoint.edits.mask import mask_name, masked_places
+from cctool.checkpoint.edits.thin import Cut
 from cctool.graph.channels import ChannelGraph
 from cctool.graph.ledger import Role
 from cctool.pruning.select.order import Selection
 
 Attribute = int | tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Indices of one dim that stay, ascending, of `size` that there were."""
-
-    dim: int
-    keep: Tensor
-    size: int
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def _drowned(value: Tensor) -> bool:
     return counts and _spread(value) <= _resolution(value)
 
 
-class Trial:
+class CutComparison:
     """Comparisons of cut and masked networks of one model, on inputs like the given ones.
 
     Args:
@@ -272,7 +272,7 @@ def check(
     Raises:
         PruningError: the model itself, merely masked, fails at one of the batch sizes.
     """
-    trial = Trial(model, graph, inputs)
+    trial = CutComparison(model, graph, inputs)
     outcome = trial.compare(selection, plan)
     return replace(outcome, statistics=trial.statistics)
 
@@ -336,7 +336,7 @@ def find_culprits(
     Bisection asks the meta device where the thinned network raises something there, and compares numbers
     otherwise.
     """
-    trial = Trial(model, graph, inputs)
+    trial = CutComparison(model, graph, inputs)
     failures: dict[tuple[int, ...], str] = {}
 
     def failure(numbers: Sequence[int], test: Callable[[Selection, CutPlan], str]) -> str:

@@ -21,7 +21,7 @@ from cctool.options.prune.options import Granularity, PruneMethod, PruneOptions,
 from cctool.options.prune.parts import Pattern
 from cctool.pruning.cut.behind import followers
 from cctool.pruning.masks.granularity import (
-    Groups,
+    WeightGroups,
     as_filters,
     from_filters,
     groups_of,
@@ -238,7 +238,7 @@ def _kept(
     return {name: groups[name].spread(kept) for name, kept in stay.items()}
 
 
-def _group_worth(item: _Ranked, groups: Groups) -> Tensor:
+def _group_worth(item: _Ranked, groups: WeightGroups) -> Tensor:
     """Worth of each group; -inf where earlier masks took all of it."""
     gone = groups.sums(item.left) == 0
     return groups.sums(item.worth).masked_fill(gone, -math.inf)

@@ -20,7 +20,7 @@ from cctool.base.networks import in_mode
 from cctool.data.serving.batches import Batch
 from cctool.graph.execution import execute
 from cctool.options.prune.choices import PruneMethod
-from cctool.pruning.scores.arrivals import Key, Read, ReadApart, Reader
+from cctool.pruning.scores.arrivals import ArrivalObserver, Key, Read, ReadApart
 
 __all__ = ["Evidence", "LossFn", "gather"]
 
@@ -266,7 +266,7 @@ def _contributed(
 ) -> tuple[tuple[Tensor | None, ...], dict[Key, Tensor]]:
     """Gradients of the parameters, summed over a batch, and contributions, shape [images, indices]."""
     reads: list[Read] = []
-    with ReadApart(Reader(model, reads.append)):
+    with ReadApart(ArrivalObserver(model, reads.append)):
         outputs = execute(_WithGradients(model), (batch.images,), [])
     value = _loss_of(outputs, batch, loss) / copies
     reads = [read for read in reads if read.tensor.requires_grad]
@@ -287,7 +287,9 @@ def _image_first(model: nn.Module, batch: Batch) -> bool:
     try:
         for images in (1, 2, 3):
             reads: list[Read] = []
-            execute(model, (batch.images[:1].repeat(images, 1, 1, 1),), [Reader(model, reads.append)])
+            execute(
+                model, (batch.images[:1].repeat(images, 1, 1, 1),), [ArrivalObserver(model, reads.append)]
+            )
             if any(read.tensor.shape[0] != images or read.dim == 0 for read in reads):
                 return False
     # Code that takes no batch of one: each image is doubled then, which `_runnable` does.
@@ -308,7 +310,7 @@ def _activations(model: nn.Module, batches: Iterable[Batch], method: PruneMethod
             sums.add(read.key, total)
             counts[read.key] = counts.get(read.key, 0) + x.numel() / total.numel() / copies
 
-        execute(model, (part.images,), [Reader(model, add)])
+        execute(model, (part.images,), [ArrivalObserver(model, add)])
         sums.images += len(batch.images)
     means = {key: (value / counts[key]).cpu() for key, value in sums.sums.items()}
     if method is PruneMethod.APOZ:

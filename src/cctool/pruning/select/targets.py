@@ -12,7 +12,7 @@ from cctool.base.errors import PruningError
 from cctool.pruning.cut.surgery import CutPlan, copy_with
 from cctool.pruning.select.order import Order
 
-__all__ = ["Reached", "Trial", "fewest_removed", "sketch"]
+__all__ = ["Reached", "TriedCut", "fewest_removed", "sketch"]
 
 _NEAR = 0.005
 _MOST_OTHERS = 24
@@ -20,7 +20,7 @@ _ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Trial:
+class TriedCut:
     """One network that a search looked at.
 
     Attributes:
@@ -44,9 +44,9 @@ class Reached:
     """
 
     counts: Mapping[int, int]
-    chosen: Trial
-    above: Trial | None
-    trials: tuple[Trial, ...]
+    chosen: TriedCut
+    above: TriedCut | None
+    trials: tuple[TriedCut, ...]
 
 
 def fewest_removed(
@@ -72,13 +72,13 @@ def fewest_removed(
     Raises:
         PruningError: even without all of them it costs more.
     """
-    trials: list[Trial] = []
+    trials: list[TriedCut] = []
 
-    def seen(removed: int, counts: Mapping[int, int]) -> Trial:
-        trials.append(Trial(removed, cost(counts)))
+    def seen(removed: int, counts: Mapping[int, int]) -> TriedCut:
+        trials.append(TriedCut(removed, cost(counts)))
         return trials[-1]
 
-    def look(removed: int) -> Trial:
+    def look(removed: int) -> TriedCut:
         return seen(removed, ordered.counts(removed))
 
     low, high = look(0), None

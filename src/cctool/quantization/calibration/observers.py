@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cctool.base.errors import QuantizationError
-from cctool.options.quantize.choices import Observer as Kind
+from cctool.options.quantize.choices import RangeObserver as Kind
 from cctool.quantization.calibration.histogram import Distribution, Statistics
 from cctool.quantization.calibration.thresholds import (
     Bounds,
@@ -24,10 +24,16 @@ from cctool.quantization.calibration.thresholds import (
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.grid import extremes
 
-__all__ = ["DistributionObserver", "MinMaxObserver", "MovingAverageObserver", "Observer", "make_observer"]
+__all__ = [
+    "DistributionObserver",
+    "MinMaxObserver",
+    "MovingAverageObserver",
+    "RangeObserver",
+    "make_observer",
+]
 
 
-class Observer:
+class RangeObserver:
     """Finds a range.
 
     Attributes:
@@ -59,7 +65,7 @@ class Observer:
     def _observe(self, x: Tensor, finite: Tensor) -> None: ...
 
 
-class MinMaxObserver(Observer):
+class MinMaxObserver(RangeObserver):
     """Smallest and largest value, of the tensor or of each slice along ``axis``."""
 
     def __init__(self, axis: int | None = None) -> None:
@@ -80,7 +86,7 @@ class MinMaxObserver(Observer):
         self._high = high if self._high is None else torch.maximum(self._high, high)
 
 
-class MovingAverageObserver(Observer):
+class MovingAverageObserver(RangeObserver):
     """Exponential moving average of the batches' ranges, without its bias towards 0 at the start.
 
     The result depends on the batches and their order. A batch without a finite value does not count.
@@ -104,7 +110,7 @@ class MovingAverageObserver(Observer):
             self._weight = self.momentum * self._weight + 1 - self.momentum
 
 
-class DistributionObserver(Observer):
+class DistributionObserver(RangeObserver):
     """A range of what a histogram and moments tell; the batches that values come in do not matter."""
 
     def __init__(
@@ -160,7 +166,7 @@ def make_observer(
     percentile: float = 99.99,
     n_std: float = 3.0,
     momentum: float = 0.9,
-) -> Observer:
+) -> RangeObserver:
     """Make an observer.
 
     Args:

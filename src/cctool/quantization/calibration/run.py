@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError
 from cctool.base.networks import in_eval_mode
-from cctool.quantization.calibration.observers import Observer, make_observer
+from cctool.quantization.calibration.observers import RangeObserver, make_observer
 from cctool.quantization.network.attach import Observing, following_values, quantizers_of
 from cctool.quantization.quantizers.base import Quantizer
 
@@ -17,8 +17,8 @@ __all__ = ["calibrate_activations", "observe"]
 
 
 def observe(
-    model: nn.Module, images: Iterable[Tensor], make: Callable[[str], Observer | None]
-) -> dict[str, Observer]:
+    model: nn.Module, images: Iterable[Tensor], make: Callable[[str], RangeObserver | None]
+) -> dict[str, RangeObserver]:
     """Show the activations at all places to observers.
 
     Args:
@@ -32,7 +32,7 @@ def observe(
     Raises:
         QuantizationError: if there are no images.
     """
-    observers: dict[str, Observer] = {}
+    observers: dict[str, RangeObserver] = {}
     ignored: set[str] = set()
 
     def follow(key: str, value: Tensor) -> None:
@@ -56,7 +56,7 @@ def observe(
     return observers
 
 
-def observer_of(observing: Observing, quantizer: Quantizer) -> Observer:
+def observer_of(observing: Observing, quantizer: Quantizer) -> RangeObserver:
     """An observer for the bits of a quantizer."""
     config = quantizer.config
     return make_observer(
@@ -70,7 +70,7 @@ def observer_of(observing: Observing, quantizer: Quantizer) -> Observer:
 
 def calibrate_activations(
     model: nn.Module, images: Iterable[Tensor], observing: Observing
-) -> Mapping[str, Observer]:
+) -> Mapping[str, RangeObserver]:
     """Set the ranges of the uniform quantizers of activations; those that are learnt stay.
 
     Args:
@@ -86,7 +86,7 @@ def calibrate_activations(
         if (quantizer := held.quantizer(key)) is not None and quantizer.config.method == "uniform"
     }
 
-    def make(key: str) -> Observer | None:
+    def make(key: str) -> RangeObserver | None:
         return observer_of(observing, chosen[key]) if key in chosen else None
 
     observers = observe(model, images, make)

@@ -60,7 +60,7 @@ from cctool.quantization.encodings.partial import (
     unpacked_row,
     whole_shape,
 )
-from cctool.quantization.encodings.scale_groups import Groups
+from cctool.quantization.encodings.scale_groups import ScaleGroups
 
 __all__ = ["CODEBOOK", "CODEBOOK_ROWS", "Indices", "encode_codebook", "indices_of"]
 
@@ -159,7 +159,7 @@ def _encode_row(
     refuse_nonfinite(values, _NAME)
     axis = _check(parameters, len(shape))
     bits = int(str(parameters["bits"]))
-    channel = at(Groups(shape, axis).index(), mask)
+    channel = at(ScaleGroups(shape, axis).index(), mask)
     if parameters["kind"] == "apot":
         levels = apot_levels(bits, int(str(parameters["terms"])))
         parts = scaled_levels(values, channel, shape, axis, levels)
@@ -177,7 +177,7 @@ def _decode_row(encoded: EncodedTensor, mask: Tensor | None) -> Tensor:
     if not indices.numel():
         return torch.empty(0, dtype=dtype)
     place = indices.to(torch.int64)
-    channel = at(Groups(encoded.shape, _axis_of(encoded)).index(), mask)
+    channel = at(ScaleGroups(encoded.shape, _axis_of(encoded)).index(), mask)
     if table.dim() > 1:
         place = place + channel * table.shape[1]
     values = table.reshape(-1)[place]

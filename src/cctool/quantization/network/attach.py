@@ -27,7 +27,7 @@ from cctool.checkpoint.spec import Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
 from cctool.graph.execution import Watch, following, tensors_in
 from cctool.options.quantize.choices import Observer
-from cctool.quantization.network.calls import Place
+from cctool.quantization.network.calls import CallSite
 from cctool.quantization.network.placement import INPUT_PLACE
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.config import Brief, QuantizerConfig
@@ -59,7 +59,7 @@ _Name = Annotated[str, Field(max_length=4096)]
 
 Follower = Callable[[str, Tensor], None]
 """Is shown (key, value) of each tensor before it is quantized."""
-CallFollower = Callable[[Place, Sequence[Any], Mapping[str, Any], Any], None]
+CallFollower = Callable[[CallSite, Sequence[Any], Mapping[str, Any], Any], None]
 """Is shown the place of a call, its arguments as it took them, and its result before that is quantized."""
 
 
@@ -107,7 +107,7 @@ class Observing(Brief):
 
 
 class Quantize(Brief, Edit):
-    """Quantizers of one module: of its weights by their names in it, of its calls by `Place.key`.
+    """Quantizers of one module: of its weights by their names in it, of its calls by `CallSite.key`.
 
     Attributes:
         fingerprint: of the weights that the activations' ranges were calibrated for; "" where there are none.
@@ -140,7 +140,7 @@ class _State:
     """
 
     weights: dict[str, WeightPoint] = field(default_factory=dict)
-    calls: dict[Place, CallPoint] = field(default_factory=dict)
+    calls: dict[CallSite, CallPoint] = field(default_factory=dict)
     fingerprint: str = ""
     images: int = 0
     observing: Observing | None = None
@@ -160,7 +160,7 @@ def weight_key(name: str) -> str:
     return name.replace(".", "/")
 
 
-def activation_key(place: Place, slot: str) -> str:
+def activation_key(place: CallSite, slot: str) -> str:
     """Key of the quantizer of an activation.
 
     >>> activation_key(Place("layer1.0", "add", 0), "output")
@@ -232,7 +232,7 @@ class NetworkQuantizers(nn.Module):
         return quantizer(value) if fold is None else quantizer(value, fold)
 
 
-class _Pass:
+class _QuantizedPass:
     """One forward pass: the watch's substitute."""
 
     def __init__(self, model: nn.Module, held: NetworkQuantizers) -> None:
@@ -248,7 +248,7 @@ class _Pass:
     ) -> Any:
         module = self.watch.modules[-1]
         result: Any
-        place = Place(module, name, self.counts[module, name])
+        place = CallSite(module, name, self.counts[module, name])
         point = self.held.state.calls.get(place)
         if point is None:
             result = function(*args, **kwargs)
@@ -276,7 +276,7 @@ class _Pass:
         elif position < len(args):
             args[position] = change(args[position])
 
-    def _activation(self, place: Place, slot: str, value: Any) -> Any:
+    def _activation(self, place: CallSite, slot: str, value: Any) -> Any:
         return self.held.act(activation_key(place, slot), value)
 
     def _weight(self, name: str, value: Any) -> Any:
@@ -308,7 +308,7 @@ class _Begin:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> Any:
         held = _held(model)
-        stack, run = ExitStack(), _Pass(model, held)
+        stack, run = ExitStack(), _QuantizedPass(model, held)
         changed = None
         point = held.state.calls.get(INPUT_PLACE)
         if point is not None and point.output is not None and args:
@@ -346,7 +346,7 @@ def quantizers_of(model: nn.Module) -> NetworkQuantizers | None:
 
 
 def attach(
-    model: nn.Module, weights: Mapping[str, WeightPoint], calls: Mapping[Place, CallPoint]
+    model: nn.Module, weights: Mapping[str, WeightPoint], calls: Mapping[CallSite, CallPoint]
 ) -> NetworkQuantizers:
     """Attach quantizers in place, beside those that are there already; one of the same key is replaced.
 
@@ -488,11 +488,11 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     return dict(model.named_modules()).get(name)
 
 
-def _place(module: str, key: str) -> Place:
+def _place(module: str, key: str) -> CallSite:
     function, _, number = key.rpartition("#")
     if not (number.isdecimal() and len(number) < 10 and function.isidentifier()):
         raise SpecError(f"quantize: {module or 'the model'} has no call {key!r}")
-    return Place(module, function, int(number))
+    return CallSite(module, function, int(number))
 
 
 def _check(model: nn.Module, edit: Quantize) -> None:

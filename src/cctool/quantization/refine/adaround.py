@@ -25,9 +25,9 @@ from cctool.quantization.network.attach import (
     quantizers_of,
     weight_key,
 )
-from cctool.quantization.network.calls import Call, Flow, Place
-from cctool.quantization.network.placement import Layer, Left, plan_points
-from cctool.quantization.refine.im2col import Geometry, geometry_of, outputs_at, rows_at
+from cctool.quantization.network.calls import CallSite, Flow, FlowCall
+from cctool.quantization.network.placement import Left, PlacedLayer, plan_points
+from cctool.quantization.refine.im2col import ConvGeometry, geometry_of, outputs_at, rows_at
 from cctool.quantization.refine.rounding import Rows, WeightRounding, learn
 
 __all__ = ["AdaRoundReport", "RoundedLayer", "adaround"]
@@ -122,7 +122,7 @@ def adaround(
         raise QuantizationError("there are no images to learn a rounding on")
     reference = copied(model) if reference is None else reference
     chosen = [_chosen(model, flow, held, layer) for layer in plan_points(flow, "none").layers]
-    layers = [found for found in chosen if isinstance(found, Layer)]
+    layers = [found for found in chosen if isinstance(found, PlacedLayer)]
     rounded = []
     with in_eval_mode(model), in_eval_mode(reference):
         for layer in reporter.progress(layers, "learning to round", len(layers)):
@@ -133,7 +133,9 @@ def adaround(
     return AdaRoundReport(tuple(rounded), skipped, seen, steps)
 
 
-def _chosen(model: nn.Module, flow: Flow, held: NetworkQuantizers, layer: Layer) -> Layer | Left | None:
+def _chosen(
+    model: nn.Module, flow: Flow, held: NetworkQuantizers, layer: PlacedLayer
+) -> PlacedLayer | Left | None:
     """The layer if its rounding can be learned, or why not; None where it is not quantized."""
     point = held.state.calls.get(layer.place)
     quantizer = held.quantizer(weight_key(layer.weight))
@@ -156,7 +158,7 @@ def _collected(
     model: nn.Module,
     reference: nn.Module,
     flow: Flow,
-    layer: Layer,
+    layer: PlacedLayer,
     images: Iterable[Tensor],
     count: int,
     generator: torch.Generator,
@@ -183,7 +185,7 @@ def _collected(
     return Rows(torch.cat(inputs, 1), torch.cat(targets), geometry)
 
 
-def _row_size(call: Call, geometry: Geometry) -> int:
+def _row_size(call: FlowCall, geometry: ConvGeometry) -> int:
     """Numbers of the input that one place of the output depends on, all groups together."""
     shape = call.weight_shape
     if not geometry.dims:
@@ -192,7 +194,9 @@ def _row_size(call: Call, geometry: Geometry) -> int:
     return size * int(torch.Size(shape[2:]).numel())
 
 
-def _places(y: Tensor, geometry: Geometry, each: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _places(
+    y: Tensor, geometry: ConvGeometry, each: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Numbers of images and of places in them, ``each`` for every image, none twice."""
     size = y[0].numel() // y.shape[1 if geometry.dims else -1]
     if each >= size:
@@ -203,11 +207,11 @@ def _places(y: Tensor, geometry: Geometry, each: int, generator: torch.Generator
     return numbers.reshape(-1), chosen.reshape(-1)
 
 
-def _seen(model: nn.Module, place: Place, batch: Tensor, *, quantized: bool) -> tuple[Tensor, Tensor]:
+def _seen(model: nn.Module, place: CallSite, batch: Tensor, *, quantized: bool) -> tuple[Tensor, Tensor]:
     """What a layer takes in and what it puts out."""
     found: list[tuple[Tensor, Tensor]] = []
 
-    def follow(at: Place, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+    def follow(at: CallSite, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         if at == place:
             # What is passed on may be written to in place afterwards, but not before the pass has ended here.
             found.append((args[0] if args else kwargs["input"], result))
@@ -224,7 +228,7 @@ def _rounded(
     model: nn.Module,
     flow: Flow,
     held: NetworkQuantizers,
-    layer: Layer,
+    layer: PlacedLayer,
     rows: Rows,
     steps: int,
     generator: torch.Generator,
@@ -254,7 +258,7 @@ def _rounded(
 class _After:
     """What the batch norm and the clipping behind a layer make of its outputs, (P, C)."""
 
-    def __init__(self, model: nn.Module, flow: Flow, layer: Layer) -> None:
+    def __init__(self, model: nn.Module, flow: Flow, layer: PlacedLayer) -> None:
         call = flow.at(layer.place)
         assert call is not None
         self.factors: Tensor | None = None
@@ -276,7 +280,7 @@ class _After:
         return y if self.ends is None else y.clamp(*self.ends)
 
 
-def _clip(flow: Flow, call: Call) -> tuple[float | None, float | None] | None:
+def _clip(flow: Flow, call: FlowCall) -> tuple[float | None, float | None] | None:
     """Ends of the clipping that is all that takes a call's result; None without."""
     if len(call.users) != 1 or flow.calls.index(call) in flow.outputs:
         return None

@@ -19,8 +19,8 @@ from cctool.base.errors import QuantizationError
 from cctool.base.networks import in_eval_mode
 from cctool.base.runtime import Reporter, Silent
 from cctool.quantization.network.attach import following_calls, norm_factors, quantizers_of
-from cctool.quantization.network.calls import Flow, Place
-from cctool.quantization.network.placement import Layer, Left, plan_points
+from cctool.quantization.network.calls import CallSite, Flow
+from cctool.quantization.network.placement import Left, PlacedLayer, plan_points
 
 __all__ = ["BiasReport", "CorrectedLayer", "channel_dim", "correct_biases"]
 
@@ -114,7 +114,7 @@ def correct_biases(
     return BiasReport(tuple(corrected), skipped, seen)
 
 
-def channel_dim(place: Place, dims: int) -> int:
+def channel_dim(place: CallSite, dims: int) -> int:
     """The dimension of a layer's result that its channels lie along.
 
     Args:
@@ -125,13 +125,13 @@ def channel_dim(place: Place, dims: int) -> int:
 
 
 def _means(
-    model: nn.Module, images: Iterable[Tensor], places: Sequence[Place], *, quantized: bool
-) -> tuple[dict[Place, Tensor], int]:
+    model: nn.Module, images: Iterable[Tensor], places: Sequence[CallSite], *, quantized: bool
+) -> tuple[dict[CallSite, Tensor], int]:
     """Mean output of each channel at places, float64 (C,), and the number of images."""
-    sums: dict[Place, Tensor] = {}
-    counts: Counter[Place] = Counter()
+    sums: dict[CallSite, Tensor] = {}
+    counts: Counter[CallSite] = Counter()
 
-    def follow(place: Place, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+    def follow(place: CallSite, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         if place not in places:
             return
         rows = result.movedim(channel_dim(place, result.dim()), 0).flatten(1)
@@ -151,7 +151,7 @@ def _means(
     return {place: total / counts[place] for place, total in sums.items()}, seen
 
 
-def _target(model: nn.Module, flow: Flow, layer: Layer) -> str | Left:
+def _target(model: nn.Module, flow: Flow, layer: PlacedLayer) -> str | Left:
     """Name of the parameter that a constant of a layer's output can be added to."""
     call = flow.at(layer.place)
     assert call is not None
@@ -167,7 +167,7 @@ def _target(model: nn.Module, flow: Flow, layer: Layer) -> str | Left:
     return name
 
 
-def _factors(model: nn.Module, layer: Layer, into: str) -> Tensor | None:
+def _factors(model: nn.Module, layer: PlacedLayer, into: str) -> Tensor | None:
     """What the batch norm between a layer's output and the shift multiplies by; None where there is none."""
     if layer.norm is None or into.rpartition(".")[0] != layer.norm:
         return None

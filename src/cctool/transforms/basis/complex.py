@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cctool.base.errors import TransformError
+from cctool.checkpoint.edits.thin import Cut
 from cctool.transforms.basis.conv import ConvolutionBasis
 from cctool.transforms.basis.frequencies import complex_rows
 from cctool.transforms.basis.linear import BIAS_STD, BasisArguments, BasisLayer, LinearBasis, init_normal
-from cctool.transforms.layers.base import Cut, SwappedLayer
+from cctool.transforms.layers.base import SwappedLayer
 from cctool.transforms.layers.coefficients import remade
 
 __all__ = [

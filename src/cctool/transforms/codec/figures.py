@@ -177,7 +177,7 @@ class SymbolCounts:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class _PassSize:
     """What the size of one pass in a stream follows from; bits by order, on their device."""
 
     samples: int
@@ -199,7 +199,7 @@ class TapStatistics:
         self._low: Tensor | None = None
         self._high: Tensor | None = None
         self._sums: Tensor | None = None
-        self._passes: list[_Pass] = []
+        self._passes: list[_PassSize] = []
         self._dtype = "float32"
 
     def add(self, symbols: Symbols, x: Tensor, y: Tensor) -> None:
@@ -228,7 +228,7 @@ class TapStatistics:
         self._counts.merge(counts)
         self._dtype = str(y.dtype).removeprefix("torch.")
         size = sum(band.numel() for band in symbols.bands)
-        self._passes.append(_Pass(x.shape[0], size, *counts.pass_of()))
+        self._passes.append(_PassSize(x.shape[0], size, *counts.pass_of()))
 
     def figures(self) -> TapFigures:
         """The figures of all passes; waits for the device.

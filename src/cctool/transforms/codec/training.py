@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cctool.transforms.codec.codec import CodecState, encoding, mix_channels, reconstruct
+from cctool.transforms.codec.codec import CodecState, encoded_maps, mix_channels, reconstruct
 from cctool.transforms.codec.rate import soft_bits, soft_bits_slope
 
 __all__ = ["by_coefficients", "simulate", "simulate_rated"]
@@ -47,7 +47,7 @@ class _Simulate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, state: CodecState, rated: bool) -> tuple[Tensor, Tensor]:
         # Where symbols are as wide as need be, none is clamped.
         narrow = state.config.symbol_bits is not None
-        made = encoding(x, state, look=True, look_inside=narrow)
+        made = encoded_maps(x, state, look=True, look_inside=narrow)
         ctx.state, ctx.size, ctx.narrow = state, made.symbols.shape[2:], narrow and state.config.transforms
         ctx.bands = [band.shape for band in made.symbols.bands]
         slopes = []

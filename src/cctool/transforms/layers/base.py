@@ -10,11 +10,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import Field, JsonValue
-from torch import Tensor, nn
+from torch import nn
 
+from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.spec import Edit, ModelSpec
 
 __all__ = ["Swap", "SwapKind", "SwappedLayer", "swapped_layers", "with_swaps"]
@@ -31,16 +32,6 @@ class Swap(Edit):
     kind: Literal["swap"] = "swap"
     layer: str
     arguments: dict[str, JsonValue] = Field(default={})
-
-
-class Cut(Protocol):
-    """Indices of one dim that stay, ascending, of ``size`` that there were."""
-
-    @property
-    def dim(self) -> int: ...
-
-    @property
-    def keep(self) -> Tensor: ...
 
 
 class SwappedLayer(nn.Module):

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from cctool.base.errors import TransformError, UsageError
 from cctool.checkpoint.edits.mask import drop_masks, mask_name, masks_of
+from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.spec import Record
 from cctool.transforms.kernels import by_name as kernels
 from cctool.transforms.layers.axes import (
@@ -30,7 +31,7 @@ from cctool.transforms.layers.axes import (
     narrowed,
     synthesised,
 )
-from cctool.transforms.layers.base import Cut, Swap, SwappedLayer
+from cctool.transforms.layers.base import Swap, SwappedLayer
 from cctool.transforms.layers.factored import Beside, factored, projected, projection_pays
 from cctool.transforms.layers.weight_cache import WeightCache
 
