@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cctool.graph.channels import ChannelGraph, Family, Frozen, Labelled, Place, Statistic
-from cctool.graph.ledger import FIXED, INPUT, Freeze, Ledger, Role
-from cctool.graph.ledger import StatisticEntry as Noted
+from cctool.graph.ledger import FIXED, INPUT, Freeze, Ledger, Role, StatisticEntry
+from cctool.graph.records import ChannelGraph, Family, Frozen, Labelled, Place, Statistic
 
 _ROOTS = {
     FIXED: "coupled to channels of fixed number",
@@ -53,7 +52,7 @@ def solve(ledger: Ledger, unused: Sequence[str], note: str) -> ChannelGraph:
     )
 
 
-def _widths(ledger: Ledger, statistic: Noted) -> list[tuple[Ids, float]]:
+def _widths(ledger: Ledger, statistic: StatisticEntry) -> list[tuple[Ids, float]]:
     """Ids of each width that a call depends on, with its exponent; constant attributes are left out."""
     found = []
     for symbol, exponent in statistic.powers.items():

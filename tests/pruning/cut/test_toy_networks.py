@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cctool.base.errors import PruningError
-from cctool.graph.channels import ChannelGraph, couple
+from cctool.graph.channels import couple
+from cctool.graph.records import ChannelGraph
 from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
 from cctool.pruning.cut.planner import thin
 from cctool.pruning.cut.report import PruneReport

@@ -13,8 +13,9 @@ from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
 from cctool.base.errors import PruningError, UsageError
-from cctool.graph.channels import ChannelGraph, Family, Place, couple
+from cctool.graph.channels import couple
 from cctool.graph.ledger import Role
+from cctool.graph.records import ChannelGraph, Family, Place
 from cctool.options.prune.options import Normalize, PruneMethod, PruneOptions, Reduce, Scope
 from cctool.pruning.scores.criteria import lamp
 from cctool.pruning.scores.units import (

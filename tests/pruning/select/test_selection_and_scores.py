@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import PruningError, UsageError
-from cctool.graph.channels import ChannelGraph, couple
+from cctool.graph.channels import couple
+from cctool.graph.records import ChannelGraph
 from cctool.models.registry import build
 from cctool.options.prune.options import (
     PRESETS,

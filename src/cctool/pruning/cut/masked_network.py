@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cctool.graph.channels import ChannelGraph, Statistic
 from cctool.graph.execution import execute, tensors_in, with_tensors
 from cctool.graph.ledger import Kind
+from cctool.graph.records import ChannelGraph, Statistic
 from cctool.pruning.cut.surgery import named_tensors, places_removed, zeroed
 from cctool.pruning.select.order import Selection
 

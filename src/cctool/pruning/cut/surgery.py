@@ -18,8 +18,8 @@ from cctool.base.errors import PruningError
 from cctool.base.networks import copied
 from cctool.checkpoint.edits.mask import mask_name, masked_places
 from cctool.checkpoint.edits.thin import Cut
-from cctool.graph.channels import ChannelGraph
 from cctool.graph.ledger import Role
+from cctool.graph.records import ChannelGraph
 from cctool.pruning.select.order import Selection
 
 Attribute = int | tuple[int, ...]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import PruningError
-from cctool.graph.channels import ChannelGraph, Statistic
 from cctool.graph.execution import with_tensors
 from cctool.graph.ledger import Role
+from cctool.graph.records import ChannelGraph, Statistic
 from cctool.pruning.cut.masked_network import MaskedCalls, active_statistics, run
 from cctool.pruning.cut.surgery import CutPlan, copy_with, cut_tensor, plan_cut
 from cctool.pruning.select.order import Selection

@@ -14,8 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from cctool.base.errors import PruningError, UsageError
 from cctool.checkpoint.edits.mask import masks_of
-from cctool.graph.channels import ChannelGraph, couple
+from cctool.graph.channels import couple
 from cctool.graph.ledger import Role
+from cctool.graph.records import ChannelGraph
 from cctool.options.patterns import refuse_unmatched
 from cctool.options.prune.options import Granularity, PruneMethod, PruneOptions, Scope
 from cctool.options.prune.parts import Pattern

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from cctool.base.errors import PruningError
 from cctool.base.networks import in_mode
-from cctool.graph.channels import ChannelGraph, Family, Place, couple
+from cctool.graph.channels import couple
 from cctool.graph.execution import tensors_in
 from cctool.graph.ledger import Role
+from cctool.graph.records import ChannelGraph, Family, Place
 from cctool.pruning.cut.surgery import CutPlan, copy_with, cut_tensor, named_tensors, plan_cut
 from cctool.pruning.cut.verify import BATCH_SIZES, blame, only, probe_inputs
 from cctool.pruning.select.order import Selection, matching

@@ -15,8 +15,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from cctool.graph.channels import ChannelGraph, Family
 from cctool.graph.ledger import Role
+from cctool.graph.records import ChannelGraph, Family
 from cctool.options.patterns import refuse_unmatched
 from cctool.options.prune.options import AUTO_ROUND, PruneOptions, Scope
 from cctool.pruning.scores.units import ScoreContext, Unscored, score_families

@@ -11,7 +11,7 @@ from typing import Any
 
 from cctool.base.errors import UsageError
 from cctool.base.networks import some
-from cctool.graph.channels import ChannelGraph
+from cctool.graph.records import ChannelGraph
 from cctool.pruning.select.order import names_of
 
 __all__ = ["family_rates", "read_rates"]
