@@ -14,8 +14,8 @@ from cctool.base.runtime import autocast
 from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
 from cctool.graph.execution import blaming_the_size
-from cctool.training.loop.processes import Alone, Group
 from cctool.training.objectives import cross_entropy, main_output
+from cctool.training.processes import Alone, Group
 from cctool.training.user_functions import UserMetric
 
 __all__ = ["LossFunction", "count_correct", "evaluate", "outputs_of", "trial_output"]

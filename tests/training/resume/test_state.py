@@ -9,7 +9,7 @@ import torch
 
 from cctool.base.errors import CorruptCheckpointError, TrainingError
 from cctool.training.logs.zeros import sparsity
-from cctool.training.loop.processes import make_fabric
+from cctool.training.processes import make_fabric
 from cctool.training.resume.state import (
     flatten,
     generator_states,

@@ -19,8 +19,15 @@ from cctool.base.errors import CorruptCheckpointError
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.file.arena import ArenaReader, ArenaWriter, Entry, PlainEntry
 from cctool.checkpoint.file.compressed import compressed, inflated
-from cctool.checkpoint.file.payload import Payload, ResumeState, canonical, combined_digest, place
-from cctool.checkpoint.json_records import parse_history, parse_spec
+from cctool.checkpoint.file.payload import (
+    Payload,
+    ResumeState,
+    canonical,
+    combined_digest,
+    parse_history,
+    parse_spec,
+    place,
+)
 
 __all__ = ["COMPACT_VERSION", "Compact", "packed", "unpacked"]
 

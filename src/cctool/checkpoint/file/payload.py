@@ -1,4 +1,4 @@
-"""What a file holds before any module is built, and the hashes over it."""
+"""What a file holds before any module is built, the hashes over it, and its JSON texts as records."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
-from pydantic import JsonValue
+from pydantic import BaseModel, JsonValue, ValidationError
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from cctool.base.errors import CheckpointError, SpecError
+from cctool.base.errors import CheckpointError, CorruptCheckpointError, SpecError
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.spec import History, ModelSpec
 
 __all__ = [
     "DTYPES",
+    "MemoryPlace",
     "Payload",
-    "Place",
     "ResumeState",
     "as_bytes",
     "canonical",
     "combined_digest",
     "content_hash",
+    "parse_digests",
+    "parse_history",
+    "parse_spec",
     "place",
     "tensor_digests",
 ]
@@ -37,6 +41,9 @@ DTYPES: dict[str, torch.dtype] = {
     )
 }  # fmt: skip
 """Element types that a checkpoint may hold, by name."""
+
+_MAX_TEXT = 64 * 2**20
+_R = TypeVar("_R", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -69,10 +76,10 @@ class Payload:
     digest: str | None = None
 
 
-Place = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
+MemoryPlace = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
 
 
-def place(tensor: Tensor) -> Place:
+def place(tensor: Tensor) -> MemoryPlace:
     """Where a tensor lies in memory, and how: equal for tensors that are tied."""
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
 
@@ -152,3 +159,38 @@ def content_hash(payload: Payload, digests: Mapping[str, str]) -> str:
         }
     )
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse_spec(text: Any) -> ModelSpec:
+    """Validate the JSON text of a spec. Raises SpecError with the first thing that is wrong."""
+    return _parse(ModelSpec, text, "spec")
+
+
+def parse_history(text: Any) -> History:
+    """Validate the JSON text of a history. Raises SpecError with the first thing that is wrong."""
+    return _parse(History, text, "history")
+
+
+def parse_digests(text: Any) -> dict[str, str]:
+    """Validate the JSON text of the digests."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        raise CorruptCheckpointError("the digests are not JSON text") from None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CorruptCheckpointError("the digests are not a table of texts")
+    return found
+
+
+def _parse(record: type[_R], text: Any, what: str) -> _R:
+    if not isinstance(text, str) or len(text) > _MAX_TEXT:
+        raise SpecError(f"the {what} is missing or is not JSON text")
+    try:
+        found = record.model_validate_json(text)
+        # JSON values inside may hold NaN or 1e999, which pydantic lets pass.
+        canonical(found.model_dump(mode="json"))
+        return found
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"])) or what
+        raise SpecError(f"the {what} is malformed at {place}: {problem['msg']}") from None

@@ -16,9 +16,17 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.file.arena import unpack
 from cctool.checkpoint.file.checksum import MARK, ZEROS
 from cctool.checkpoint.file.compact import COMPACT_VERSION, packed, unpacked
-from cctool.checkpoint.file.payload import Payload, Place, as_bytes, canonical, place
+from cctool.checkpoint.file.payload import (
+    MemoryPlace,
+    Payload,
+    as_bytes,
+    canonical,
+    parse_digests,
+    parse_history,
+    parse_spec,
+    place,
+)
 from cctool.checkpoint.file.torch_file import DENSE_VERSION
-from cctool.checkpoint.json_records import parse_digests, parse_history, parse_spec
 
 __all__ = ["read_safetensors", "write_safetensors"]
 
@@ -46,7 +54,7 @@ def write_safetensors(payload: Payload, stream: IO[bytes]) -> None:
         return
     dense: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    seen: dict[Place, str] = {}
+    seen: dict[MemoryPlace, str] = {}
     for name, value in payload.tensors.items():
         assert isinstance(value, Tensor)
         if value.numel() and place(value) in seen:

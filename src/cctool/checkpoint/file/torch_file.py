@@ -28,8 +28,16 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.file.arena import unpack
 from cctool.checkpoint.file.checksum import DIGITS, MARK, ZEROS
 from cctool.checkpoint.file.compact import COMPACT_VERSION, packed, unpacked
-from cctool.checkpoint.file.payload import Payload, Place, ResumeState, canonical, place
-from cctool.checkpoint.json_records import parse_digests, parse_history, parse_spec
+from cctool.checkpoint.file.payload import (
+    MemoryPlace,
+    Payload,
+    ResumeState,
+    canonical,
+    parse_digests,
+    parse_history,
+    parse_spec,
+    place,
+)
 
 __all__ = ["DENSE_VERSION", "load_torch_file", "parse_pt", "write_pt"]
 
@@ -104,7 +112,7 @@ def _alone(tensor: Tensor) -> bool:
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Undo what `_laid_out` put side by side: only tied tensors of a module share storage."""
-    made: dict[Place, Tensor] = {}
+    made: dict[MemoryPlace, Tensor] = {}
     for tensor in tensors.values():
         if place(tensor) not in made:
             made[place(tensor)] = tensor if _alone(tensor) else tensor.clone()
@@ -171,7 +179,7 @@ def _refuse_odd_archive(path: Path) -> None:
 def _refuse_unbacked(path: Path, document: Any) -> None:
     """Refuse tensors whose size no byte of the file stands for: a kilobyte would claim a terabyte."""
     storages: dict[int, int] = {}
-    places: dict[Place, int] = {}
+    places: dict[MemoryPlace, int] = {}
     for tensor in _tensors(document):
         if (
             type(tensor) not in (Tensor, nn.Parameter)

@@ -20,8 +20,7 @@ from cctool.operations.prune.stored_cut import cut_stored
 from cctool.operations.size import measure, stored_bytes
 from cctool.options.prune.options import PruneOptions
 from cctool.options.prune.parts import Quantity
-from cctool.pruning.cut.surgery import CutPlan, named_tensors
-from cctool.pruning.select.targets import sketch
+from cctool.pruning.cut.surgery import CutPlan, named_tensors, sketch
 from cctool.quantization.network.attach import CONTAINER, quantizers_of, weight_key
 from cctool.transforms.layers.base import swapped_layers
 from cctool.transforms.plain import plain_model

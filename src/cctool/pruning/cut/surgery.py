@@ -199,3 +199,19 @@ def mask(model: nn.Module, graph: ChannelGraph, selection: Selection) -> None:
     tensors = dict(named_tensors(model))
     for name, places in places_removed(graph, selection).items():
         tensors[name].copy_(zeroed(tensors[name], places))
+
+
+def sketch(model: nn.Module, plan: CutPlan) -> nn.Module:
+    """A network of the widths that a plan leaves, for counting: its tensors are views of the dense ones.
+
+    It computes nothing of use, but costs no memory.
+    """
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    narrow = {}
+    for name, cuts in plan.tensors.items():
+        if name in tensors:
+            view = tensors[name].detach()
+            for cut in cuts:
+                view = view.narrow(cut.dim, 0, cut.keep.numel())
+            narrow[name] = view
+    return copy_with(model, narrow, plan)

@@ -6,13 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
-
 from cctool.base.errors import PruningError
-from cctool.pruning.cut.surgery import CutPlan, copy_with
 from cctool.pruning.select.order import Order
 
-__all__ = ["Reached", "TriedCut", "fewest_removed", "sketch"]
+__all__ = ["Reached", "TriedCut", "fewest_removed"]
 
 _NEAR = 0.005
 _MOST_OTHERS = 24
@@ -129,19 +126,3 @@ def _others(
         fewer = (math.ceil(before[number] / grain) - 1) * grain
         if fewer >= least[number]:
             yield {**before, number: fewer}
-
-
-def sketch(model: nn.Module, plan: CutPlan) -> nn.Module:
-    """A network of the widths that a plan leaves, for counting: its tensors are views of the dense ones.
-
-    It computes nothing of use, but costs no memory.
-    """
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    narrow = {}
-    for name, cuts in plan.tensors.items():
-        if name in tensors:
-            view = tensors[name].detach()
-            for cut in cuts:
-                view = view.narrow(cut.dim, 0, cut.keep.numel())
-            narrow[name] = view
-    return copy_with(model, narrow, plan)

@@ -22,15 +22,15 @@ from cctool.checkpoint.file.payload import ResumeState
 from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
 from cctool.options.train.fit import FitOptions, MetricMode
+from cctool.training.averaging import WeightAverage
 from cctool.training.constraints.base import Constraint
 from cctool.training.constraints.frozen_norm import freeze_statistics
 from cctool.training.logs.zeros import TOTAL, sparsity
-from cctool.training.loop.averaging import WeightAverage
-from cctool.training.loop.processes import group_of
 from cctool.training.loop.tally import Tally
 from cctool.training.lr_schedules import multiplier
 from cctool.training.objectives import Objective, Terms, gamma_penalty
 from cctool.training.optimizers import make_optimizer
+from cctool.training.processes import group_of
 from cctool.training.resume.progress import Best, EpochRow, Progress, capture, restore
 
 if TYPE_CHECKING:
