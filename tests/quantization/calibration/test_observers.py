@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cctool.base.errors import QuantizationError
-from cctool.options.quantize.choices import RangeObserver as Kind
+from cctool.options.quantize.choices import Observer as Kind
 from cctool.quantization.calibration.observers import RangeObserver, make_observer
 
 BATCHLESS = [kind for kind in Kind if kind is not Kind.MOVING_AVERAGE]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cctool.base.errors import QuantizationError
-from cctool.options.quantize.choices import RangeObserver as Kind
+from cctool.options.quantize.choices import Observer
 from cctool.quantization.calibration.histogram import Distribution, Statistics
 from cctool.quantization.calibration.thresholds import (
     Bounds,
@@ -114,7 +114,7 @@ class DistributionObserver(RangeObserver):
     """A range of what a histogram and moments tell; the batches that values come in do not matter."""
 
     def __init__(
-        self, kind: Kind, config: QuantizerConfig, *, percentile: float = 99.99, n_std: float = 3.0
+        self, kind: Observer, config: QuantizerConfig, *, percentile: float = 99.99, n_std: float = 3.0
     ) -> None:
         super().__init__()
         self.kind, self.config, self.percentile, self.n_std = kind, config, percentile, n_std
@@ -134,20 +134,20 @@ class DistributionObserver(RangeObserver):
 
     def _bounds(self, seen: Distribution) -> Bounds:
         symmetric, limits = self.config.symmetric, self.config.limits
-        if self.kind is Kind.PERCENTILE:
+        if self.kind is Observer.PERCENTILE:
             return percentile_bounds(seen, self.percentile, symmetric=symmetric)
-        if self.kind is Kind.N_STD:
+        if self.kind is Observer.N_STD:
             return n_std_bounds(seen, self.n_std)
-        if self.kind is Kind.MSE:
+        if self.kind is Observer.MSE:
             return mse_bounds(seen, limits, symmetric=symmetric)
         levels = limits[1] - limits[0] + 1
         one_sided = seen.low >= 0 or seen.high <= 0
-        if self.kind is Kind.ENTROPY:
+        if self.kind is Observer.ENTROPY:
             half = limits[1] + 1 if symmetric else levels if one_sided else levels // 2
             return entropy_bounds(seen, half)
         return aciq_bounds(
             seen,
-            "gauss" if self.kind is Kind.ACIQ_GAUSS else "laplace",
+            "gauss" if self.kind is Observer.ACIQ_GAUSS else "laplace",
             self.config.bits - self.config.reduce_range,
             signed=self.config.signed,
             symmetric=symmetric,
@@ -155,7 +155,7 @@ class DistributionObserver(RangeObserver):
 
 
 def make_observer(
-    kind: Kind,
+    kind: Observer,
     *,
     bits: int = 8,
     signed: bool = True,
@@ -191,11 +191,11 @@ def make_observer(
         raise QuantizationError(f"{n_std} standard deviations: a positive number is needed")
     if not 0 <= momentum < 1:
         raise QuantizationError(f"momentum {momentum}: 0 to less than 1 is allowed")
-    if kind is Kind.MIN_MAX:
+    if kind is Observer.MIN_MAX:
         return MinMaxObserver(axis)
     if axis is not None:
         raise QuantizationError(f"{kind} has one range for the tensor; min-max has them along an axis")
-    if kind is Kind.MOVING_AVERAGE:
+    if kind is Observer.MOVING_AVERAGE:
         return MovingAverageObserver(momentum)
     config = QuantizerConfig(
         method="uniform",
