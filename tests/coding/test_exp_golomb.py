@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cctool.base.errors import BitstreamError, TransformError, UsageError
-from cctool.coding.exp_golomb import (
-    CodedIntegers,
-    bits_of,
-    block_size,
-    code_lengths,
-    decode,
-    encode,
-    to_unsigned,
-)
-from seg_reference import bit_string, decoded, encoded
+from cctool.coding.exp_golomb import CodedIntegers, block_size, decode, encode
+from cctool.coding.symbols import code_lengths, to_unsigned
+from seg_reference import bit_string, bits_of, decoded, encoded
 
 SIGNED = [torch.int8, torch.int16, torch.int32]
 

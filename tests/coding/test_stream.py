@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cctool.base.errors import BitstreamError, TransformError
-from cctool.coding.exp_golomb import bits_of, to_unsigned
 from cctool.coding.stream import END_BYTES, MAX_HEADER, Chunk, StreamReader, Writer, chunk_bytes, header_bytes
-from seg_reference import bit_string, encoded
+from cctool.coding.symbols import to_unsigned
+from seg_reference import bit_string, bits_of, encoded
 
 METADATA = {"tap": "layer1.0", "steps": [0.5, 2.0]}
 

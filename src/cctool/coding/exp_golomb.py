@@ -15,34 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cctool.base.errors import BitstreamError, TransformError
-from cctool.coding.histogram import Histogram, histogram
 from cctool.coding.packing import pack
 from cctool.coding.symbols import (
-    MAX_K,
-    bits_of,
     check_k,
-    code_lengths,
     symbol_limit,
-    to_signed,
-    to_unsigned,
 )
 from cctool.coding.unpacking import MAX_BITS, unpack
 
-__all__ = [
-    "MAX_BLOCK",
-    "MAX_K",
-    "CodedIntegers",
-    "Histogram",
-    "bits_of",
-    "block_size",
-    "check_coded",
-    "code_lengths",
-    "decode",
-    "encode",
-    "histogram",
-    "to_signed",
-    "to_unsigned",
-]
+__all__ = ["MAX_BLOCK", "CodedIntegers", "block_size", "check_coded", "decode", "encode"]
 
 # A decoder's steps and memory grow with it, whatever the file says.
 MAX_BLOCK = 1 << 12

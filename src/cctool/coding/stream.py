@@ -111,7 +111,7 @@ def chunk_bytes(
     Args:
         shape: of the tensor.
         dtype: of the tensor: int8, uint8, int16 or int32.
-        bits: of all codewords, as `bits_of` or `code_bits` counts them.
+        bits: of all codewords, as `code_bits` counts them.
         k: order of the code, 0 to 5.
         signed: whether the signed code is used.
         side: bytes that go beside it.

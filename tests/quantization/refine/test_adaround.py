@@ -153,9 +153,9 @@ def test_layers_that_cannot_be_rounded_are_named():
     report = adaround(model, flow, [x], steps=5, seed=0)
     assert [(left.name, left.reason) for left in report.skipped] == [("0", "0.weight is used 2 times")] * 2
     assert [layer.layer for layer in report.layers] == ["3"]
-    apot = nn.Sequential(nn.Linear(4, 2))
-    flow = _quantized(apot, x, method="apot")
-    assert "not evenly spaced" in adaround(apot, flow, [x], steps=5, seed=0).skipped[0].reason
+    dorefa = nn.Sequential(nn.Linear(4, 2))
+    flow = _quantized(dorefa, x, method="dorefa")
+    assert "not evenly spaced" in adaround(dorefa, flow, [x], steps=5, seed=0).skipped[0].reason
 
 
 def test_without_images_it_refuses(chain):

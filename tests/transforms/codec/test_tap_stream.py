@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cctool.base.errors import BitstreamError
-from cctool.coding.exp_golomb import bits_of, to_unsigned
 from cctool.coding.stream import END_BYTES, StreamReader, Writer
+from cctool.coding.symbols import to_unsigned
 from cctool.transforms.codec.codec import CodecConfig, CodecState, encode, reconstruct
 from cctool.transforms.codec.stream import (
     StreamHeader,
@@ -27,6 +27,7 @@ from cctool.transforms.codec.stream import (
     state_size,
     symbol_type,
 )
+from seg_reference import bits_of
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "dct": {"kernel": "dct", "table": (3.0,)},

@@ -123,7 +123,7 @@ def _encoded(values: Tensor, quantizer: Quantizer, fold: Tensor | None) -> Encod
 
 
 def _zero_on_grid(quantizer: Quantizer) -> bool:
-    return quantizer.config.method in ("uniform", "lsq", "wrpn", "apot")
+    return quantizer.config.method in ("uniform", "lsq", "wrpn")
 
 
 def _same(

@@ -12,24 +12,22 @@ How a tensor is encoded is its parameter ``kind``:
 ``distinct``
     An entry for each distinct value; more than 2^bits of them are refused.
 ``kmeans``
-    At most 2^bits centres of clusters of all values (`clustering.py`); ``init`` and ``seed`` say where they
+    At most 2^bits centres of clusters of all values (`codebook_fit.py`); ``init`` and ``seed`` say where they
     begin.
 ``apot``
-    Levels that are sums of ``terms`` powers of two (`powers.py`), with the scale of least squares.
+    Levels that are sums of ``terms`` powers of two (`apot_levels.py`), with the scale of least squares.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor
 
 from cctool.base.errors import CorruptCheckpointError, QuantizationError
-from cctool.checkpoint.encoding import EncodedTensor, Encoding
+from cctool.checkpoint.encoding import EncodedTensor
 from cctool.quantization.encodings.apot_levels import apot_levels
 from cctool.quantization.encodings.checks import (
     decoded_dtype,
@@ -38,13 +36,14 @@ from cctool.quantization.encodings.checks import (
     refuse_nonfinite,
     require_parts,
 )
-from cctool.quantization.encodings.clustering import INITIALISATIONS, kmeans
-from cctool.quantization.encodings.codebook_tables import (
+from cctool.quantization.encodings.codebook_fit import (
     INDICES,
+    INITIALISATIONS,
     SCALES,
     TABLE,
     distinct_entries,
     index_bits,
+    kmeans,
     nearest_entries,
     numbers,
     scaled_levels,
@@ -54,15 +53,14 @@ from cctool.quantization.encodings.packing import WIDEST, pack_integers
 from cctool.quantization.encodings.partial import (
     RowEncoding,
     at,
+    encoding_of,
     is_axis,
-    picked,
     row_length,
     unpacked_row,
-    whole_shape,
 )
 from cctool.quantization.encodings.scale_groups import ScaleGroups
 
-__all__ = ["CODEBOOK", "CODEBOOK_ROWS", "Indices", "encode_codebook", "indices_of"]
+__all__ = ["CODEBOOK", "CODEBOOK_ROWS", "encode_codebook"]
 
 _NAME = "codebook"
 _KEYS = {
@@ -70,21 +68,6 @@ _KEYS = {
     "kmeans": {"kind", "bits", "axis", "init", "seed"},
     "apot": {"kind", "bits", "axis", "terms"},
 }
-
-
-@dataclass(frozen=True)
-class Indices:
-    """What an encoded tensor holds.
-
-    Attributes:
-        indices: int64 of the tensor's shape.
-        table: of shape (entries,), or (slices, entries).
-        scales: of shape () or (slices,); None where entries are the values.
-    """
-
-    indices: Tensor
-    table: Tensor
-    scales: Tensor | None
 
 
 def encode_codebook(
@@ -140,16 +123,6 @@ def encode_codebook(
     except CorruptCheckpointError as error:
         raise QuantizationError(str(error)) from None
     return encoded
-
-
-def indices_of(encoded: EncodedTensor) -> Indices:
-    """The indices, the table and the scales of an encoded tensor.
-
-    Raises:
-        CorruptCheckpointError: if the parts contradict the shape.
-    """
-    indices, table, scales = _stored(encoded, None)
-    return Indices(whole_shape(encoded, indices).to(torch.int64), table, scales)
 
 
 def _encode_row(
@@ -253,23 +226,4 @@ def _cut(encoded: EncodedTensor, dim: int, indices: Tensor) -> dict[str, Tensor]
 CODEBOOK_ROWS = RowEncoding(
     _NAME, INDICES, lambda encoded: index_bits(_entries(encoded)), _encode_row, _decode_row, _cut
 )
-
-
-def _encode(tensor: Tensor, parameters: Mapping[str, JsonValue]) -> EncodedTensor:
-    return _encode_row(tensor.detach().cpu().reshape(-1), tuple(tensor.shape), None, parameters)
-
-
-def _decode(encoded: EncodedTensor) -> Tensor:
-    return whole_shape(encoded, _decode_row(encoded, None))
-
-
-def _take(encoded: EncodedTensor, dim: int, indices: Tensor) -> EncodedTensor:
-    indices = indices.cpu()
-    count = math.prod(encoded.shape)
-    place = torch.arange(count).reshape(encoded.shape).index_select(dim, indices)
-    row = picked(CODEBOOK_ROWS, encoded, count, place.reshape(-1))
-    parts = {INDICES: row, **_cut(encoded, dim, indices)}
-    return replace(encoded, shape=tuple(place.shape), parts=parts)
-
-
-CODEBOOK = Encoding(_NAME, _encode, _decode, _take)
+CODEBOOK = encoding_of(CODEBOOK_ROWS)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from cctool.base.errors import CorruptCheckpointError, QuantizationError
-from cctool.checkpoint.encoding import EncodedTensor, Encoding
+from cctool.checkpoint.encoding import EncodedTensor
 from cctool.quantization.encodings.checks import (
     decoded_dtype,
     floating_name,
@@ -40,8 +40,8 @@ from cctool.quantization.encodings.packing import pack_integers
 from cctool.quantization.encodings.partial import (
     RowEncoding,
     at,
+    encoding_of,
     is_axis,
-    picked,
     row_length,
     unpacked_row,
     whole_shape,
@@ -325,23 +325,4 @@ def _bits(encoded: EncodedTensor) -> int:
 
 
 INTN_ROWS = RowEncoding(_NAME, _INTEGERS, _bits, _encode_row, _decode_row, _cut)
-
-
-def _encode(tensor: Tensor, parameters: Mapping[str, JsonValue]) -> EncodedTensor:
-    return _encode_row(tensor.detach().cpu().reshape(-1), tuple(tensor.shape), None, parameters)
-
-
-def _decode(encoded: EncodedTensor) -> Tensor:
-    return whole_shape(encoded, _decode_row(encoded, None))
-
-
-def _take(encoded: EncodedTensor, dim: int, indices: Tensor) -> EncodedTensor:
-    indices = indices.cpu()
-    count = math.prod(encoded.shape)
-    place = torch.arange(count).reshape(encoded.shape).index_select(dim, indices)
-    row = picked(INTN_ROWS, encoded, count, place.reshape(-1))
-    parts = {_INTEGERS: row, **_cut(encoded, dim, indices)}
-    return replace(encoded, shape=tuple(place.shape), parts=parts)
-
-
-INTN = Encoding(_NAME, _encode, _decode, _take)
+INTN = encoding_of(INTN_ROWS)

@@ -6,11 +6,10 @@ from cctool.base.errors import QuantizationError
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.dorefa_wrpn import DorefaWeightQuantizer, FixedQuantizer
-from cctool.quantization.quantizers.lsq_pact import ApotQuantizer, LsqQuantizer, PactQuantizer
+from cctool.quantization.quantizers.lsq_pact import LsqQuantizer, PactQuantizer
 from cctool.quantization.quantizers.uniform import MovingUniformQuantizer, UniformQuantizer
 
 __all__ = [
-    "ApotQuantizer",
     "DorefaWeightQuantizer",
     "FixedQuantizer",
     "LsqQuantizer",
@@ -27,7 +26,6 @@ _WEIGHTS: dict[str, type[Quantizer]] = {
     "dorefa": DorefaWeightQuantizer,
     "pact": DorefaWeightQuantizer,
     "wrpn": FixedQuantizer,
-    "apot": ApotQuantizer,
 }
 _ACTIVATIONS: dict[str, type[Quantizer]] = {
     "uniform": UniformQuantizer,
