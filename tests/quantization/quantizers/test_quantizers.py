@@ -324,7 +324,6 @@ def test_nan_stays_nan() -> None:
 @pytest.mark.parametrize(
     ("config", "weight", "channels", "reason"),
     [
-        ({"method": "apot", "bits": 4}, False, None, "does not quantize activations"),
         ({"method": "dorefa", "bits": 4, "signed": False}, True, None, "set signed=True"),
         ({"method": "pact", "bits": 4}, False, None, "set signed=False"),
         ({"method": "uniform", "bits": 4, "axis": 0}, True, None, "axis 0 with None channels"),

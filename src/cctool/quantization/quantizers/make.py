@@ -45,12 +45,10 @@ def make_quantizer(config: QuantizerConfig, *, weight: bool, channels: int | Non
         channels: size of the tensor along ``config.axis``; None exactly where that is None.
 
     Raises:
-        QuantizationError: if the method does not quantize this, or channels and axis do not go together.
+        QuantizationError: if the method has the other sign for this, or channels and axis do not go together.
     """
     kind = "weights" if weight else "activations"
-    method = (_WEIGHTS if weight else _ACTIVATIONS).get(config.method)
-    if method is None:
-        raise QuantizationError(f"{config.method} does not quantize {kind}")
+    method = (_WEIGHTS if weight else _ACTIVATIONS)[config.method]
     if config.method in ("dorefa", "pact", "wrpn") and config.signed != weight:
         sign = "signed" if weight else "unsigned"
         raise QuantizationError(f"{config.method} quantizes {kind} {sign}: set signed={weight}")

@@ -20,9 +20,8 @@ from cctool.checkpoint.edits.mask import drop_masks, mask_name, masks_of
 from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.spec import Dimension, Record
 from cctool.transforms.basis.frequencies import real_rows, unit_gradient
-from cctool.transforms.layers.base import Swap, SwappedLayer
+from cctool.transforms.layers.base import Swap, SwappedLayer, WeightCache
 from cctool.transforms.layers.coefficients import remade
-from cctool.transforms.layers.weight_cache import WeightCache
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, JsonValue
-from torch import nn
+from torch import Tensor, nn
 
+from cctool.base.cache import Cache
 from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.spec import Edit, ModelSpec
+from cctool.graph.execution import hidden
 
-__all__ = ["Swap", "SwapKind", "SwappedLayer", "swapped_layers", "with_swaps"]
+__all__ = ["Swap", "SwapKind", "SwappedLayer", "WeightCache", "swapped_layers", "with_swaps"]
 
 
 class Swap(Edit):
@@ -32,6 +34,26 @@ class Swap(Edit):
     kind: Literal["swap"] = "swap"
     layer: str
     arguments: dict[str, JsonValue] = Field(default={})
+
+
+class WeightCache(Cache[Tensor]):
+    """Holds a computed weight.
+
+    Args:
+        keeps: whether a weight is kept at all; whoever follows where tensors come from must see it made.
+    """
+
+    def __init__(self, *, keeps: bool = True) -> None:
+        self._keeps = keeps
+        super().__init__()
+
+    def get(self, compute: Callable[[], Tensor], sources: Sequence[Tensor]) -> Tensor:
+        """See `Cache`; making a weight is hidden from whoever watches the network's calls."""
+        if not self._keeps:
+            return compute()
+        # How a weight is made is no business of whoever counts or quantizes the layer's own calls.
+        with hidden():
+            return super().get(compute, sources)
 
 
 class SwappedLayer(nn.Module):

@@ -31,9 +31,8 @@ from cctool.transforms.layers.axes import (
     narrowed,
     synthesised,
 )
-from cctool.transforms.layers.base import Swap, SwappedLayer
+from cctool.transforms.layers.base import Swap, SwappedLayer, WeightCache
 from cctool.transforms.layers.factored import Beside, factored, projected, projection_pays
-from cctool.transforms.layers.weight_cache import WeightCache
 
 if TYPE_CHECKING:
     from typing_extensions import Self
