@@ -9,7 +9,7 @@ import safetensors
 import torch
 
 from cctool.checkpoint.checkpoint import load, save
-from cctool.checkpoint.file.compressed import inflated
+from cctool.checkpoint.file.compact import inflated
 from checkpoint_toys import TABLES
 from golden_checkpoints import EXPECTED, FOLDER, KINDS, expected_logits
 

@@ -16,8 +16,7 @@ from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint, save
 from cctool.checkpoint.edits.mask import add_masks, with_masks
 from cctool.checkpoint.edits.thin import Cut
-from cctool.checkpoint.file.payload import ResumeState
-from cctool.checkpoint.fingerprint import fingerprint_of
+from cctool.checkpoint.file.payload import ResumeState, fingerprint_of
 from cctool.operations.keep.quantized_weights import settled
 from cctool.operations.quantize.plan import attach_plan, plan
 from cctool.options.common import DataOptions

@@ -11,7 +11,7 @@ from cctool.base.errors import DataError
 from cctool.base.networks import device_of, in_eval_mode
 from cctool.data.serving.batches import Batch
 
-__all__ = ["recalibrate"]
+__all__ = ["freeze_statistics", "recalibrate"]
 
 
 def recalibrate(
@@ -65,3 +65,17 @@ def recalibrate(
     if not used:
         raise DataError("batch-norm statistics cannot be estimated: the training split is empty")
     return used
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Take batch norm out of training mode: it normalises by its running statistics, and these stay.
+
+    Its scales and shifts are trained as before. Statistics of maps with noise in them, a codec's or a coarse
+    quantizer's, are those of signal and noise together; a network that is normalised by them loses signal.
+
+    Args:
+        model: in training mode; its batch norms with running statistics go to eval mode.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.eval()

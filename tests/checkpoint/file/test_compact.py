@@ -15,7 +15,7 @@ import torch
 from cctool.base.errors import CctoolError, CheckpointError, CorruptCheckpointError
 from cctool.checkpoint.checkpoint import Checkpoint, load, open_file, save
 from cctool.checkpoint.file import torch_file
-from cctool.checkpoint.file.compressed import compressed, inflated
+from cctool.checkpoint.file.compact import compressed, inflated
 from cctool.checkpoint.file.payload import canonical
 from cctool.quantization.encodings.intn import encode_integers
 from checkpoint_toys import TABLES, assert_same_tensors, make, masked, quantized

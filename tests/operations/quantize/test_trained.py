@@ -15,7 +15,7 @@ from cctool.options.prune.parts import TeacherOptions
 from cctool.options.quantize.choices import Edges, QuantizeMethod
 from cctool.options.train.fit import DecayScope
 from cctool.quantization.network.attach import detach, quantizers_of
-from cctool.training.constraints.pact_levels import ClippingDecay
+from cctool.training.constraints.penalties import ClippingDecay
 from cctool.training.optimizers import parameter_groups
 from procedure_toys import context, saved
 from quantized_toys import network, outcome, quantized, report

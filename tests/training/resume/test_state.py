@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cctool.base.errors import CorruptCheckpointError, TrainingError
-from cctool.training.logs.zeros import sparsity
+from cctool.training.logs.table import sparsity
 from cctool.training.processes import make_fabric
 from cctool.training.resume.state import (
     flatten,

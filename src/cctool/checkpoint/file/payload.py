@@ -1,19 +1,20 @@
-"""What a file holds before any module is built, the hashes over it, and its JSON texts as records."""
+"""What a file holds before any module is built, hashes over it, and its JSON texts as records."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, JsonValue, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cctool.base.errors import CheckpointError, CorruptCheckpointError, SpecError
+from cctool.base.networks import companion_tensors
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.spec import History, ModelSpec
 
@@ -26,6 +27,7 @@ __all__ = [
     "canonical",
     "combined_digest",
     "content_hash",
+    "fingerprint_of",
     "parse_digests",
     "parse_history",
     "parse_spec",
@@ -194,3 +196,19 @@ def _parse(record: type[_R], text: Any, what: str) -> _R:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"])) or what
         raise SpecError(f"the {what} is malformed at {place}: {problem['msg']}") from None
+
+
+def fingerprint_of(model: nn.Module, without: Collection[str] = ()) -> str:
+    """SHA-256 over a network's tensors and their names.
+
+    Args:
+        model: any network; its companions are left out.
+        without: names in the state dict that are left out, too.
+    """
+    ours = {*without, *companion_tensors(model)}
+    hashed = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and name not in ours:
+            hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            hashed.update(as_bytes(tensor))
+    return hashed.hexdigest()

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cctool.base.errors import CctoolError, DataError
 from cctool.data.records import Augmentation, Split
-from cctool.data.seeds import derive, generator
+from cctool.data.serving.augment import derive, generator
 
 __all__ = ["stream_batches"]
 

@@ -5,9 +5,8 @@ except by torchvision, which checks the MD5 of each file first.
 """
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ from torch import Tensor
 
 from cctool.base.errors import DataError
 from cctool.data.places import download_allowed, missing, root_folder
-from cctool.data.records import Augmentation, Crop, DataSource, Split
-from cctool.data.splits import held_out
+from cctool.data.records import Augmentation, Crop, DataSource
+from cctool.data.splits import official_loaders
 
 __all__ = ["CIFAR10", "CIFAR100", "CifarSet", "open_cifar"]
 
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
-HELD_OUT = 5000
 TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -74,9 +72,7 @@ CIFAR100 = CifarSet(
 
 
 def open_cifar(layout: CifarSet, reference: str, folder: str) -> DataSource:
-    """Open CIFAR: the official test set, and the training set less the 5,000 images held out for validation.
-
-    The held-out images are the last of a fixed permutation (a tenth, where there are fewer than 50,000).
+    """Open CIFAR, divided as `official_loaders` says.
 
     Raises:
         DataError: neither layout is there; the message says which files belong where.
@@ -88,7 +84,6 @@ def open_cifar(layout: CifarSet, reference: str, folder: str) -> DataSource:
         wanted = f"{layout.train_files[0]} and the other files of {layout.folder}"
         raise missing(reference, wanted, places, downloadable=True)
     read = partial(_read_binary, layout, binary) if binary else partial(_read_torchvision, layout, root)
-    training = cache(partial(_divided, read))
     return DataSource(
         name=layout.name,
         reference=reference,
@@ -97,19 +92,8 @@ def open_cifar(layout: CifarSet, reference: str, folder: str) -> DataSource:
         mean=layout.mean,
         std=layout.std,
         augmentation=Augmentation(crop=Crop.PADDED, padding=4, flip=True),
-        loaders={
-            "train": lambda: training()["train"],
-            "validation": lambda: training()["validation"],
-            "test": lambda: Split("test", SHAPE, *read(train=False)),
-        },
+        loaders=official_loaders(read, SHAPE),
     )
-
-
-def _divided(read: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Split]:
-    images, labels = read(train=True)
-    whole = Split("train", SHAPE, images, labels)
-    kept, held = held_out(len(whole), HELD_OUT if len(whole) >= 10 * HELD_OUT else len(whole) // 10)
-    return {"train": whole.take(kept), "validation": whole.take(held)}
 
 
 def _read_binary(layout: CifarSet, folder: Path, *, train: bool) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.fingerprint import fingerprint_of
+from cctool.checkpoint.file.payload import fingerprint_of
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.operations.keep.calibrate import calibration_images

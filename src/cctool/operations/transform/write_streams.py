@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import TransformError
-from cctool.coding.entropy import code_bits
-from cctool.coding.histogram import histogram
+from cctool.coding.histogram import code_bits, histogram
 from cctool.coding.stream import StreamReader, Writer
 from cctool.data.serving.batches import Batch
 from cctool.operations.transform.files import file_stems

@@ -11,14 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from cctool.checkpoint.file.atomic import write_atomically
 from cctool.checkpoint.spec import Metrics
-from cctool.training.logs.zeros import TOTAL, sparsity
 from cctool.training.resume.progress import EpochRow
 
-__all__ = ["Log", "figures", "write_csv"]
+__all__ = ["TOTAL", "Log", "figures", "sparsity", "write_csv"]
 
 
 class Log(Protocol):
@@ -80,3 +79,23 @@ def _line(row: EpochRow) -> dict[str, object]:
         **({"validation_n": row.validation_n} if row.validation else {}),
         **{f"validation_{name}": value for name, value in row.validation.items()},
     }
+
+
+TOTAL = "total"
+"""Key of the whole network in what `sparsity` returns."""
+
+
+def sparsity(model: nn.Module) -> Mapping[str, float]:
+    """Percentage of exact zeros in each weight of at least two dimensions, and in all of them (``total``).
+
+    Biases and normalisation are left out; tied weights count once.
+    """
+    weights = {name: value for name, value in model.named_parameters() if value.dim() >= 2}
+    zeros = {name: _zeros(value) for name, value in weights.items()}
+    elements = sum(value.numel() for value in weights.values())
+    shares = {name: 100 * zeros[name] / value.numel() for name, value in weights.items() if value.numel()}
+    return shares | {TOTAL: 100 * sum(zeros.values()) / elements if elements else 0.0}
+
+
+def _zeros(value: Tensor) -> int:
+    return int(value.numel() - value.detach().count_nonzero())

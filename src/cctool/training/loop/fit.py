@@ -23,9 +23,9 @@ from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
 from cctool.options.train.fit import FitOptions, MetricMode
 from cctool.training.averaging import WeightAverage
+from cctool.training.batch_norm import freeze_statistics
 from cctool.training.constraints.base import Constraint
-from cctool.training.constraints.frozen_norm import freeze_statistics
-from cctool.training.logs.zeros import TOTAL, sparsity
+from cctool.training.logs.table import TOTAL, sparsity
 from cctool.training.loop.tally import Tally
 from cctool.training.lr_schedules import multiplier
 from cctool.training.objectives import Objective, Terms, gamma_penalty

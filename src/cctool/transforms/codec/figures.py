@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from cctool.coding.entropy import code_bits
+from cctool.coding.histogram import code_bits
 from cctool.coding.symbols import MAX_K, code_lengths, to_unsigned
 from cctool.transforms.codec.codec import CodecConfig, Symbols
 from cctool.transforms.codec.stream import StreamHeader, overhead_bytes, pass_bytes, state_size

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cctool.base.errors import CorruptCheckpointError, SpecError, TransformError
 from cctool.base.networks import device_of, qualified
-from cctool.checkpoint.fingerprint import fingerprint_of
+from cctool.checkpoint.file.payload import fingerprint_of
 from cctool.checkpoint.spec import Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
 from cctool.graph.execution import hidden

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cctool.base.errors import CorruptCheckpointError, SpecError
 from cctool.transforms.layers.axes import KLT, TransformedAxis, count
-from cctool.transforms.layers.base import WeightCache
+from cctool.transforms.layers.base import WeightCache, remade
 from cctool.transforms.layers.coefficients import (
     PARAMETER,
     CoefficientConv2d,
@@ -19,7 +19,6 @@ from cctool.transforms.layers.coefficients import (
     CoefficientLinear,
     Coefficients,
     basis_name,
-    remade,
     rows_name,
 )
 from cctool.transforms.layers.klt import klt_bases
