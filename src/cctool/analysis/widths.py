@@ -6,10 +6,10 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from cctool.base.errors import CctoolError, UsageError
-from cctool.checkpoint.file.atomic import write_atomically
+from cctool.base.errors import UsageError
+from cctool.checkpoint.file.atomic import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,15 +54,7 @@ def write_widths(widths: Sequence[WidthBar], path: Path, title: str, *, overwrit
     """
     check_picture_suffix(path)
     picture = draw_widths(widths, title, path.suffix.lower()[1:])
-
-    def write(stream: IO[bytes]) -> None:
-        stream.write(picture)
-
-    def check(temporary: Path) -> None:
-        if temporary.read_bytes() != picture:
-            raise CctoolError(f"{path}: reading back gave other bytes than were written")
-
-    write_atomically(path, write, check, overwrite=overwrite)
+    write_bytes(path, picture, overwrite=overwrite)
 
 
 def check_picture_suffix(path: Path) -> None:

@@ -7,12 +7,13 @@ weights) sets them aside without knowing what they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "MARK",
@@ -26,6 +27,7 @@ __all__ = [
     "in_eval_mode",
     "in_mode",
     "qualified",
+    "removing",
     "some",
 ]
 
@@ -59,6 +61,16 @@ def some(names: Sequence[str]) -> str:
     ('a, b', 'a, b, c and 2 more')
     """
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Take hooks off again at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

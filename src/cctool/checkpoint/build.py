@@ -55,11 +55,7 @@ def instantiate(spec: ModelSpec, tables: Tables, tensors: Mapping[str, Tensor | 
     for meta in (True, False):
         budget.restart()
         try:
-            with (
-                torch.random.fork_rng(devices=[]),
-                BoundedFactories(budget),
-                registering(budget, meta=meta),
-            ):
+            with torch.random.fork_rng(devices=[]), BoundedFactories(budget), registering(budget, meta=meta):
                 model = _apply_edits(tables.build(spec.architecture, spec.arguments), spec, tables)
         except Exception:
             if budget.exceeded:

@@ -16,10 +16,7 @@ from torch import Tensor
 
 from cctool.base.errors import BitstreamError, TransformError
 from cctool.coding.packing import pack
-from cctool.coding.symbols import (
-    check_k,
-    symbol_limit,
-)
+from cctool.coding.symbols import check_k, symbol_limit
 from cctool.coding.unpacking import MAX_BITS, unpack
 
 __all__ = ["MAX_BLOCK", "CodedIntegers", "block_size", "check_coded", "decode", "encode"]

@@ -122,10 +122,8 @@ def entropy_bits(counts: Tensor) -> float:
     >>> entropy_bits(torch.tensor([2, 1, 1]))
     6.0
     """
-    seen = counts.double()
-    share = seen / seen.sum().clamp_(min=1)
-    # x log x is 0 at 0.
-    return float(-(torch.special.xlogy(seen, share)).sum() / torch.log(seen.new_tensor(2.0))) + 0.0
+    seen = counts[counts > 0].double()
+    return float((seen * (seen.sum().log2() - seen.log2())).sum())
 
 
 def code_bits(counts: Tensor) -> Tensor:

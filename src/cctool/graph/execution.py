@@ -25,7 +25,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from cctool.base.errors import ArchitectureError, CctoolError
-from cctool.base.networks import in_mode
+from cctool.base.networks import in_mode, removing
 from cctool.graph.widths import as_float
 
 SCRIPT_MODULE = "script_module"
@@ -126,7 +126,7 @@ def _transparent(function: Any) -> Callable[..., Any]:
 
 # Python functions that hide the operations that they are made of; they are run with the mode on.
 _COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.multi_head_attention_forward: _transparent(F.multi_head_attention_forward),
+    F.multi_head_attention_forward: _transparent(F.multi_head_attention_forward)
 }
 
 
@@ -286,8 +286,5 @@ def following(watch: Watch) -> Iterator[None]:
         register_module_forward_pre_hook(watch.enter),
         register_module_forward_hook(watch.leave, always_call=True),
     ]
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,4 +1,4 @@
-"""Estimating batch-norm statistics again, for a network whose weights were changed."""
+"""Batch norm: statistics estimated again for changed weights, or left as they are in training."""
 
 from __future__ import annotations
 

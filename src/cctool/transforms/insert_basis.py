@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cctool.base.errors import TransformError
-from cctool.base.networks import copied, device_of, in_mode
+from cctool.base.networks import copied, device_of, in_mode, removing
 from cctool.graph.execution import canonical_name, tensors_in
 from cctool.transforms.basis.build import COMPLEX, basis_layer, counterpart
 from cctool.transforms.basis.complex import ComplexBatchNorm, ComplexLayer, ComplexModule
@@ -192,11 +192,8 @@ def _watched(
     handles = []
     for module in names:
         handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_complex(value: Any) -> bool:

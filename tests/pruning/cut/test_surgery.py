@@ -8,9 +8,10 @@ from cctool.base.errors import PruningError
 from cctool.checkpoint.edits.thin import Cut
 from cctool.graph.channels import couple
 from cctool.options.prune.options import PruneMethod, PruneOptions
-from cctool.pruning.cut.surgery import CutPlan, apply_cut, cut_tensor, mask, plan_cut
+from cctool.pruning.cut.surgery import CutPlan, apply_cut, cut_tensor, plan_cut
 from cctool.pruning.scores.units import score_context
 from cctool.pruning.select.order import Candidates, Selection, select_counts
+from pruning_toys import mask
 
 
 def net() -> nn.Sequential:
@@ -109,8 +110,8 @@ def test_cuda_plans_and_cuts_as_the_cpu_does(method: PruneMethod) -> None:
     import copy
 
     from cctool.models.registry import build
-    from cctool.pruning.cut.planner import thin
     from cctool.pruning.scores.units import SCORES
+    from pruning_toys import thin
 
     torch.manual_seed(0)
     model = build("resnet20", {})

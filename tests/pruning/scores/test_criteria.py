@@ -26,8 +26,8 @@ from cctool.pruning.scores.units import (
     score_context,
     score_families,
 )
-from cctool.pruning.select.order import select
 from criteria_toys import Chain, Residual
+from pruning_toys import select
 
 X = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 WEIGHTS_ALONE = [

@@ -110,10 +110,7 @@ def _kept(earlier: Sequence[Thin], model: nn.Module, cuts: Mapping[str, Sequence
 
 
 def thin_edits(
-    model: nn.Module,
-    shapes: Iterable[str],
-    attributes: Iterable[tuple[str, str]],
-    kept: Kept | None = None,
+    model: nn.Module, shapes: Iterable[str], attributes: Iterable[tuple[str, str]], kept: Kept | None = None
 ) -> tuple[Thin, ...]:
     """Describe the present widths of a thinned model.
 

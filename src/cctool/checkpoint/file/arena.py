@@ -105,11 +105,7 @@ def _hash(tensor: Tensor) -> bytes:
 
 
 def _line(tensor: Tensor, offset: int) -> dict[str, Any]:
-    return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "offset": offset,
-    }
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "offset": offset}
 
 
 class ArenaReader:

@@ -44,7 +44,6 @@ __all__ = ["DENSE_VERSION", "load_torch_file", "parse_pt", "write_pt"]
 DENSE_VERSION = 1
 """Format version of files whose tensors are all dense, and of older ones with encoded tensors."""
 _CHUNK = 1 << 20
-_PLAIN = (Tensor, nn.Parameter)
 _MAX_OVERLAP = 4
 _SMALL = 4096
 """Bytes up to which tensors share a storage in the file."""

@@ -82,10 +82,7 @@ def _with_aliases(model: nn.Module, cuts: Mapping[str, Sequence[Cut]]) -> dict[s
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and buffers by qualified name, shared ones under each of their names."""
-    return [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
 def cut_tensor(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
@@ -191,14 +188,6 @@ def zeroed(tensor: Tensor, places: Sequence[tuple[int, Tensor]]) -> Tensor:
     for dim, indices in places:
         masked.index_fill_(dim, indices.to(masked.device), 0)
     return masked
-
-
-@torch.no_grad()
-def mask(model: nn.Module, graph: ChannelGraph, selection: Selection) -> None:
-    """Zero in place all that the removed units touch; shapes stay."""
-    tensors = dict(named_tensors(model))
-    for name, places in places_removed(graph, selection).items():
-        tensors[name].copy_(zeroed(tensors[name], places))
 
 
 def sketch(model: nn.Module, plan: CutPlan) -> nn.Module:

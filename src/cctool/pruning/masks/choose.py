@@ -211,12 +211,7 @@ def _squared(options: PruneOptions) -> bool:
 
 
 def _kept(
-    ranked: Sequence[_Ranked],
-    options: PruneOptions,
-    rates: Mapping[str, float],
-    step: int,
-    *,
-    together: bool,
+    ranked: Sequence[_Ranked], options: PruneOptions, rates: Mapping[str, float], step: int, *, together: bool
 ) -> dict[str, Tensor]:
     """What stays of each weight, [O, I, K]."""
     if options.granularity is Granularity.NM:

@@ -120,9 +120,7 @@ def _sharing(model: nn.Module) -> nn.Module:
 
 
 def export_network(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    stored: Mapping[str, IntegerWeight] | None = None,
+    model: nn.Module, inputs: tuple[Tensor, ...], stored: Mapping[str, IntegerWeight] | None = None
 ) -> ExportNetwork:
     """Make the export network, in which `on_grid` rounds activations wherever 8 bits hold their integers.
 

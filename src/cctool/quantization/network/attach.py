@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -37,6 +37,7 @@ __all__ = [
     "CONTAINER",
     "QUANTIZE",
     "CallPoint",
+    "EndOfPassError",
     "NetworkQuantizers",
     "Observing",
     "Quantize",
@@ -163,7 +164,7 @@ def weight_key(name: str) -> str:
 def activation_key(place: CallSite, slot: str) -> str:
     """Key of the quantizer of an activation.
 
-    >>> activation_key(Place("layer1.0", "add", 0), "output")
+    >>> activation_key(CallSite("layer1.0", "add", 0), "output")
     'layer1/0/add#0:output'
     """
     return f"{place.module.replace('.', '/')}/{place.key}:{slot}".removeprefix("/")
@@ -405,41 +406,41 @@ def detach(model: nn.Module) -> bool:
 
 
 @contextmanager
-def following_values(model: nn.Module, follower: Follower, *, quantized: bool = False) -> Iterator[None]:
-    """Show the values at all places to ``follower``; nothing is quantized meanwhile unless ``quantized``."""
-    state = _held(model).state
-    before = state.follower, state.bypassed
-    state.follower, state.bypassed = follower, not quantized
+def _changed(model: nn.Module, **changes: object) -> Iterator[None]:
+    """Change attributes of the state for a while."""
+    state = vars(_held(model).state)
+    before = {name: state[name] for name in changes}
+    state.update(changes)
     try:
         yield
     finally:
-        state.follower, state.bypassed = before
+        state.update(before)
 
 
-@contextmanager
-def following_calls(model: nn.Module, follower: CallFollower, *, quantized: bool) -> Iterator[None]:
+def following_values(
+    model: nn.Module, follower: Follower, *, quantized: bool = False
+) -> AbstractContextManager[None]:
+    """Show the values at all places to ``follower``; nothing is quantized meanwhile unless ``quantized``."""
+    return _changed(model, follower=follower, bypassed=not quantized)
+
+
+class EndOfPassError(Exception):
+    """What a follower of calls raises to end a pass whose rest nobody needs."""
+
+
+def following_calls(
+    model: nn.Module, follower: CallFollower, *, quantized: bool
+) -> AbstractContextManager[None]:
     """Show the calls at all places to ``follower``; nothing is quantized meanwhile unless ``quantized``.
 
-    What the follower raises ends the pass and comes out of it.
+    What the follower raises, as `EndOfPassError`, ends the pass and comes out of it.
     """
-    state = _held(model).state
-    before = state.call_follower, state.bypassed
-    state.call_follower, state.bypassed = follower, not quantized
-    try:
-        yield
-    finally:
-        state.call_follower, state.bypassed = before
+    return _changed(model, call_follower=follower, bypassed=not quantized)
 
 
-@contextmanager
-def only(model: nn.Module, keys: Collection[str]) -> Iterator[None]:
+def only(model: nn.Module, keys: Collection[str]) -> AbstractContextManager[None]:
     """Let only some quantizers work."""
-    state = _held(model).state
-    before, state.enabled = state.enabled, frozenset(keys)
-    try:
-        yield
-    finally:
-        state.enabled = before
+    return _changed(model, enabled=frozenset(keys))
 
 
 def with_quantizers(spec: ModelSpec, model: nn.Module) -> ModelSpec:

@@ -19,6 +19,7 @@ from cctool.base.networks import copied, in_eval_mode
 from cctool.base.runtime import Reporter, Silent
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.quantization.network.attach import (
+    EndOfPassError,
     NetworkQuantizers,
     following_calls,
     norm_factors,
@@ -74,10 +75,6 @@ class AdaRoundReport:
     skipped: tuple[Left, ...]
     images: int
     steps: int
-
-
-class _SeenError(Exception):
-    """Ends a pass whose rest nobody needs."""
 
 
 def adaround(
@@ -215,9 +212,9 @@ def _seen(model: nn.Module, place: CallSite, batch: Tensor, *, quantized: bool) 
         if at == place:
             # What is passed on may be written to in place afterwards, but not before the pass has ended here.
             found.append((args[0] if args else kwargs["input"], result))
-            raise _SeenError
+            raise EndOfPassError
 
-    with following_calls(model, follow, quantized=quantized), suppress(_SeenError):
+    with following_calls(model, follow, quantized=quantized), suppress(EndOfPassError):
         model(batch)
     if not found:
         raise QuantizationError(f"{place.title} was not called on calibration images")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cctool.base.errors import QuantizationError
 from cctool.base.networks import in_eval_mode
 from cctool.base.runtime import Reporter, Silent
-from cctool.quantization.network.attach import following_calls, norm_factors, quantizers_of
+from cctool.quantization.network.attach import EndOfPassError, following_calls, norm_factors, quantizers_of
 from cctool.quantization.network.calls import CallSite, Flow
 from cctool.quantization.network.placement import Left, PlacedLayer, plan_points
 
@@ -55,10 +55,6 @@ class BiasReport:
     layers: tuple[CorrectedLayer, ...]
     skipped: tuple[Left, ...]
     images: int
-
-
-class _SeenError(Exception):
-    """Ends a pass whose rest nobody needs."""
 
 
 @torch.no_grad()
@@ -138,12 +134,12 @@ def _means(
         sums[place] = sums.get(place, 0) + rows.sum(1, dtype=torch.float64)
         counts[place] += rows.shape[1]
         if place == places[-1]:
-            raise _SeenError
+            raise EndOfPassError
 
     seen = 0
     with following_calls(model, follow, quantized=quantized):
         for batch in images:
-            with suppress(_SeenError):
+            with suppress(EndOfPassError):
                 model(batch)
             seen += len(batch)
     if not seen:

@@ -1,4 +1,4 @@
-"""Penalties that drive whole units towards zero before they are cut.
+"""Penalties in training: those that drive whole units towards zero before they are cut, and PACT's.
 
 What a unit is, is handed in as plain data: nothing here knows how channels were found to go together.
 """

@@ -9,11 +9,11 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from cctool.checkpoint.file.atomic import write_atomically
+from cctool.checkpoint.file.atomic import write_bytes
 from cctool.checkpoint.spec import Metrics
 from cctool.training.resume.progress import EpochRow
 
@@ -58,12 +58,7 @@ def write_csv(rows: Iterable[EpochRow], path: Path) -> None:
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    content = text.getvalue().encode()
-
-    def write(stream: IO[bytes]) -> None:
-        stream.write(content)
-
-    write_atomically(path, write)
+    write_bytes(path, text.getvalue().encode())
 
 
 def _line(row: EpochRow) -> dict[str, object]:

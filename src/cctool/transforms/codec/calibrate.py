@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import TransformError
-from cctool.base.networks import in_eval_mode
+from cctool.base.networks import in_eval_mode, removing
 from cctool.transforms.codec.allocate import allocated_steps, measure_sensitivity
 from cctool.transforms.codec.codec import CodecConfig, Symbols
 from cctool.transforms.codec.figures import SymbolCounts
@@ -248,12 +248,8 @@ def choose_orders(model: nn.Module, images: Batches) -> None:
 def _pass(model: nn.Module, looks: Mapping[str, Any], images: Batches) -> None:
     """Run the network without codecs and show each module's output to its function."""
     handles = [model.get_submodule(name).register_forward_hook(_shown(look)) for name, look in looks.items()]
-    try:
-        with bypassed(model):
-            _run(model, images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removing(handles), bypassed(model):
+        _run(model, images)
 
 
 def _shown(look: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import TransformError, UsageError
-from cctool.base.networks import qualified
+from cctool.base.networks import qualified, removing
 from cctool.graph.execution import Event, execute
 from cctool.options.transform.options import BLOCKS
 
@@ -63,11 +63,8 @@ def find_sites(model: nn.Module, inputs: Sequence[Tensor], taps: Sequence[str]) 
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)
     ]
-    try:
+    with removing(handles):
         execute(model, inputs, [watch])
-    finally:
-        for handle in handles:
-            handle.remove()
     wanted = _wanted(model, taps, additions)
     for name in sorted(wanted):
         _refuse_unmapped(name, outputs.get(name))
