@@ -25,8 +25,7 @@ from cctool.models.registry import build
 from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
 from cctool.pruning.cut.planner import plan_thinning
 from cctool.pruning.cut.surgery import apply_cut, plan_cut
-from cctool.pruning.scores.criteria import score_families
-from cctool.pruning.scores.units import score_context
+from cctool.pruning.scores.units import score_context, score_families
 from cctool.pruning.select.order import by_options, candidates, select_counts
 
 SEED = 0

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
+from cctool.pruning.cut.planner import thin
 from cctool.pruning.cut.report import PruneReport
-from pruning_toys import thin
 
 HALF = PruneOptions(method=PruneMethod.L2, rate=0.5, scope=Scope.LOCAL)
 TOLERANCE = 1e-9  # of the spread over the batch, in float64

@@ -21,8 +21,8 @@ from cctool.operations.context import Context
 from cctool.operations.registries import tables
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.prune.options import PruneMethod, PruneOptions
+from cctool.pruning.cut.planner import thin
 from cctool.pruning.cut.report import ThinResult
-from pruning_toys import thin
 
 DIGITS = DataOptions(data="digits", batch_size=32)
 ARGUMENTS = {"in_channels": 1, "base": 4}

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cctool.graph.records import ChannelGraph
 from cctool.options.prune.options import PruneOptions
-from cctool.pruning.cut.planner import ThinResult, plan_thinning
-from cctool.pruning.cut.surgery import apply_cut, named_tensors, places_removed, zeroed
+from cctool.pruning.cut.surgery import named_tensors, places_removed, zeroed
 from cctool.pruning.scores.criteria import ScoreContext
 from cctool.pruning.scores.units import score_families
 from cctool.pruning.select.order import Selection, by_options, candidates, select_counts
-
-
-def thin(model: nn.Module, inputs: Sequence[Tensor], options: PruneOptions, **settings: Any) -> ThinResult:
-    """Prune a model in place; arguments as of `plan_thinning`."""
-    result = plan_thinning(model, inputs, options, **settings)
-    apply_cut(model, result.plan)
-    return result
 
 
 @torch.no_grad()

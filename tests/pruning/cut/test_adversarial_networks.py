@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from cctool.base.networks import copied
 from cctool.checkpoint.build import assemble
 from cctool.graph.channels import couple
-from cctool.pruning.cut.planner import plan_thinning
+from cctool.pruning.cut.planner import plan_thinning, thin
 from cctool.pruning.cut.verify import TOLERANCE
 from hook_oracle import HALF, check_exact, count, distinct, run
-from pruning_toys import thin
 
 Forward = Callable[..., Any]
 

@@ -15,10 +15,10 @@ from torchvision.models import convnext, maxvit, swin_transformer, vision_transf
 
 from cctool.graph.channels import couple
 from cctool.options.prune.options import AttentionUnit
+from cctool.pruning.cut.planner import thin
 from cctool.pruning.cut.report import PruneReport
 from hook_oracle import HALF, TOLERANCE, distinct
 from masking_oracle import outputs, relative
-from pruning_toys import thin
 from statistics_oracle import masked
 
 IMAGE = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cctool.pruning.cut.planner import thin
 from hook_oracle import HALF, check_exact, count, difference, distinct, run
-from pruning_toys import thin
 
 IMAGE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

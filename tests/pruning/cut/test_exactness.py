@@ -14,11 +14,11 @@ from cctool.graph.channels import couple
 from cctool.models.registry import build, input_shape
 from cctool.options.prune.choices import NEEDS_DATA
 from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
-from cctool.pruning.cut.planner import plan_thinning
+from cctool.pruning.cut.planner import plan_thinning, thin
 from cctool.pruning.cut.surgery import CutPlan, apply_cut, plan_cut
 from cctool.pruning.scores.units import score_context
 from masking_oracle import lost_channels, outputs, randomise, relative, zeroed
-from pruning_toys import mask, select, thin
+from pruning_toys import mask, select
 
 SMALL = ["lenet", "resnet20", "preact_resnet20", "densenet40", "mobilenet_student", "vgg11"]
 LARGE = ["resnet32", "resnet44", "resnet56", "resnet110", "vgg16", "vgg19", "alexnet"]

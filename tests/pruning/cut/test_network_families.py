@@ -23,8 +23,8 @@ from cctool.operations.prune import run as prune
 from cctool.operations.registries import tables
 from cctool.options.common import ModelOptions, RuntimeOptions
 from cctool.options.inspect.analyze import AnalyzeOptions
+from cctool.pruning.cut.planner import thin
 from hook_oracle import HALF, count, difference, distinct, lost_channels, masked, run, tensors_of
-from pruning_toys import thin
 
 needs_timm = pytest.mark.skipif(
     listing()[-1].summary.endswith("not installed"), reason="timm is an extra of cctool"

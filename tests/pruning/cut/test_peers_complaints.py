@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from cctool.base.errors import PruningError
 from cctool.options.prune.options import PruneMethod, Scope
-from cctool.pruning.cut.planner import plan_thinning
+from cctool.pruning.cut.planner import plan_thinning, thin
 from cctool.pruning.cut.surgery import apply_cut, cut_tensor
 from hook_oracle import HALF, check_exact, count, difference, distinct, lost_channels, masked, run
-from pruning_toys import thin
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ODDS = 1e-9  # of the spread over the batch, in float64

@@ -110,8 +110,8 @@ def test_cuda_plans_and_cuts_as_the_cpu_does(method: PruneMethod) -> None:
     import copy
 
     from cctool.models.registry import build
+    from cctool.pruning.cut.planner import thin
     from cctool.pruning.scores.units import SCORES
-    from pruning_toys import thin
 
     torch.manual_seed(0)
     model = build("resnet20", {})

@@ -7,9 +7,9 @@ import torch
 from torchvision import models
 
 from cctool.models.registry import build
+from cctool.pruning.cut.planner import thin
 from hook_oracle import HALF, distinct
 from masking_oracle import outputs, relative
-from pruning_toys import thin
 from statistics_oracle import masked
 
 SIZES = {"swin_v2_t": 64, "maxvit_t": 224, "inception_v3": 96}

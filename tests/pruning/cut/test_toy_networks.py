@@ -14,9 +14,10 @@ from cctool.base.errors import PruningError
 from cctool.graph.channels import couple
 from cctool.graph.records import ChannelGraph
 from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
+from cctool.pruning.cut.planner import thin
 from cctool.pruning.cut.report import PruneReport
 from masking_oracle import lost_channels, outputs, randomise, relative, zeroed
-from pruning_toys import mask, thin
+from pruning_toys import mask
 
 HALF = PruneOptions(method=PruneMethod.L2, rate=0.5, scope=Scope.LOCAL)
 EXACT = replace(HALF, exact=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cctool.base.errors import PruningError
 from cctool.graph import rules
 from cctool.graph.channels import couple
-from pruning_toys import thin
+from cctool.pruning.cut.planner import thin
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -20,10 +20,10 @@ from cctool.options.prune.options import (
     StepMode,
     preset_options,
 )
-from cctool.pruning.cut.planner import plan_thinning
+from cctool.pruning.cut.planner import plan_thinning, thin
 from cctool.pruning.scores.units import SCORES, Unscored, score_context
 from cctool.pruning.select.order import Selection
-from pruning_toys import select, thin
+from pruning_toys import select
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -12,14 +12,14 @@ from cctool.graph.execution import with_tensors
 from cctool.graph.records import ChannelGraph
 from cctool.options.prune.options import AttentionUnit, PruneOptions
 from cctool.pruning.cut.report import ThinResult, report_of
-from cctool.pruning.cut.surgery import CutPlan, plan_cut
+from cctool.pruning.cut.surgery import CutPlan, apply_cut, plan_cut
 from cctool.pruning.cut.verify import Check, check, find_culprits
 from cctool.pruning.scores.evidence import Evidence
 from cctool.pruning.scores.units import score_context, score_families
 from cctool.pruning.select.order import Candidates, Selection, by_options, candidates, select_counts
 from cctool.pruning.select.rates import family_rates, read_rates
 
-__all__ = ["Counts", "Planner", "ThinResult", "plan_thinning"]
+__all__ = ["Counts", "Planner", "ThinResult", "plan_thinning", "thin"]
 
 Counts = Callable[[Candidates], Mapping[int, int]]
 """Says how many units each candidate keeps, by number of the family, before rounding."""
@@ -150,6 +150,21 @@ def plan_thinning(
     """
     planner = Planner(model, inputs, options, seed=seed, evidence=evidence)
     return planner.verified(planner.by_options(step))
+
+
+def thin(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    options: PruneOptions,
+    *,
+    step: int = 1,
+    seed: int = 0,
+    evidence: Evidence | None = None,
+) -> ThinResult:
+    """Prune a model in place; arguments and errors as `plan_thinning`."""
+    result = plan_thinning(model, inputs, options, step=step, seed=seed, evidence=evidence)
+    apply_cut(model, result.plan)
+    return result
 
 
 def _coupled(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool, heads: bool) -> ChannelGraph:
