@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from cctool.base.errors import ExportError
 from cctool.formats.parity import compare, outputs_of, random_batches, require_top1
 from cctool.formats.records import Agreement
-from cctool.quantization.network.attach import CallPoint, activation_key, attach
+from cctool.quantization.network.attach import attach
 from cctool.quantization.network.placement import INPUT_PLACE
+from cctool.quantization.network.points import CallPoint, activation_key
 from cctool.quantization.quantizers.config import QuantizerConfig
 
 

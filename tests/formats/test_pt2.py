@@ -15,8 +15,9 @@ from cctool.formats import pt2
 from cctool.formats.pt2 import DESCRIPTION, write_pt2
 from cctool.formats.records import ExportRequest, Samples
 from cctool.quantization.export.network import rounding_network
-from cctool.quantization.network.attach import CallPoint, WeightPoint, attach
+from cctool.quantization.network.attach import attach
 from cctool.quantization.network.calls import CallSite
+from cctool.quantization.network.points import CallPoint, WeightPoint
 from cctool.quantization.quantizers.config import QuantizerConfig
 
 SHAPE = (3, 8, 8)

@@ -22,7 +22,9 @@ from cctool.operations.quantize.plan import attach_plan, plan
 from cctool.options.common import DataOptions
 from cctool.options.quantize.options import QuantizeMethod, QuantizeOptions
 from cctool.quantization.encodings.masked import Inner
-from cctool.quantization.network.attach import Observing, quantizers_of, with_quantizers
+from cctool.quantization.network.attach import quantizers_of
+from cctool.quantization.network.edit import with_quantizers
+from cctool.quantization.network.points import Observing
 from cctool.transforms.basis.build import basis_layer
 from cctool.transforms.basis.linear import BasisArguments
 from cctool.transforms.codec.codec import CodecConfig

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.quantization.network.attach import CallPoint, WeightPoint, attach, following_values, quantizers_of
+from cctool.quantization.network.attach import attach, following_values, quantizers_of
 from cctool.quantization.network.calls import CallSite, flow_of
 from cctool.quantization.network.placement import Way, plan_points
+from cctool.quantization.network.points import CallPoint, WeightPoint
 from cctool.quantization.quantizers.config import QuantizerConfig
 
 WEIGHT = QuantizerConfig(method="uniform", bits=8, narrow=True, axis=0)

@@ -10,7 +10,8 @@ from torch import nn
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.quantization.encodings.masked import inner_form
-from cctool.quantization.network.attach import CONTAINER, activation_key, quantizers_of, weight_key
+from cctool.quantization.network.attach import CONTAINER, quantizers_of
+from cctool.quantization.network.points import activation_key, weight_key
 
 __all__ = ["BitWidths", "owners_of_quantizers", "precisions"]
 

@@ -14,9 +14,10 @@ from cctool.quantization.export.network import (
     with_weights,
 )
 from cctool.quantization.export.noise import shaken
-from cctool.quantization.network.attach import CallPoint, WeightPoint, attach, following_values, weight_key
+from cctool.quantization.network.attach import attach, following_values
 from cctool.quantization.network.calls import flow_of
 from cctool.quantization.network.placement import plan_points
+from cctool.quantization.network.points import CallPoint, WeightPoint, weight_key
 from cctool.quantization.quantizers.config import QuantizerConfig
 
 SHAPE = (3, 8, 8)

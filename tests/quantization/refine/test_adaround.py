@@ -6,9 +6,10 @@ from cctool.base.errors import QuantizationError
 from cctool.base.networks import copied
 from cctool.checkpoint.edits.mask import add_masks
 from cctool.quantization.calibration.weight_ranges import fit_weight
-from cctool.quantization.network.attach import CallPoint, WeightPoint, attach, norm_factors, weight_key
+from cctool.quantization.network.attach import attach, norm_factors
 from cctool.quantization.network.calls import flow_of
 from cctool.quantization.network.placement import plan_points
+from cctool.quantization.network.points import CallPoint, WeightPoint, weight_key
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.refine.adaround import adaround
 

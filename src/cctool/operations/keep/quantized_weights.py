@@ -21,7 +21,8 @@ from cctool.checkpoint.tables import Tables
 from cctool.operations.keep.masked_weights import stored_with_masks
 from cctool.quantization.encodings.codebook import encode_codebook
 from cctool.quantization.encodings.intn import encode_integers
-from cctool.quantization.network.attach import WeightPoint, norm_factors, quantizers_of, weight_key
+from cctool.quantization.network.attach import norm_factors, quantizers_of
+from cctool.quantization.network.points import WeightPoint, weight_key
 from cctool.quantization.quantizers.base import Quantizer
 
 __all__ = ["as_stored", "quantized_weights", "settled"]

@@ -21,7 +21,8 @@ from cctool.operations.size import measure, stored_bytes
 from cctool.options.prune.options import PruneOptions
 from cctool.options.prune.parts import Quantity
 from cctool.pruning.cut.surgery import CutPlan, named_tensors, sketch
-from cctool.quantization.network.attach import CONTAINER, quantizers_of, weight_key
+from cctool.quantization.network.attach import CONTAINER, quantizers_of
+from cctool.quantization.network.points import weight_key
 from cctool.transforms.layers.base import swapped_layers
 from cctool.transforms.plain import plain_model
 

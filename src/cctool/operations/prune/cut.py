@@ -24,7 +24,8 @@ from cctool.operations.context import Context
 from cctool.operations.examples import example
 from cctool.operations.prune.stored_cut import cut_stored
 from cctool.pruning.cut.surgery import CutPlan, apply_cut, named_tensors
-from cctool.quantization.network.attach import quantizers_of, with_quantizers
+from cctool.quantization.network.attach import quantizers_of
+from cctool.quantization.network.edit import with_quantizers
 from cctool.transforms.codec.sites import find_sites
 from cctool.transforms.codec.taps import bypassed, drop_taps, tap_buffers, taps_of, with_taps
 from cctool.transforms.layers.base import SwappedLayer, swapped_layers, with_swaps

@@ -16,9 +16,10 @@ from cctool.options.patterns import refuse_unmatched
 from cctool.options.quantize.choices import CLIPPING, Edges, QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.quantize.parts import LayerBits
-from cctool.quantization.network.attach import CallPoint, WeightPoint, attach
+from cctool.quantization.network.attach import attach
 from cctool.quantization.network.calls import CallSite, Flow, flow_of
 from cctool.quantization.network.placement import Activation, Left, PlacedLayer, Points, Way, plan_points
+from cctool.quantization.network.points import CallPoint, WeightPoint
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.transforms.codec.taps import bypassed
 

@@ -20,17 +20,10 @@ from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.calibration.observers import RangeObserver
 from cctool.quantization.calibration.run import observe, observer_of
 from cctool.quantization.calibration.weight_ranges import fit_weight
-from cctool.quantization.network.attach import (
-    CallPoint,
-    Observing,
-    activation_key,
-    attach,
-    detach,
-    following_values,
-    quantizers_of,
-    with_quantizers,
-)
+from cctool.quantization.network.attach import attach, detach, following_values, quantizers_of
+from cctool.quantization.network.edit import with_quantizers
 from cctool.quantization.network.placement import Activation
+from cctool.quantization.network.points import CallPoint, Observing, activation_key
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.transforms.codec.taps import drop_taps, set_taps, with_taps

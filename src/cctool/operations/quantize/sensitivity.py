@@ -31,15 +31,9 @@ from cctool.operations.quantize.report import SensitivityReport
 from cctool.operations.size import stored_bytes
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.calibration.weight_ranges import fit_weight
-from cctool.quantization.network.attach import (
-    CallPoint,
-    attach,
-    detach,
-    only,
-    quantizers_of,
-    weight_key,
-    with_quantizers,
-)
+from cctool.quantization.network.attach import attach, detach, only, quantizers_of
+from cctool.quantization.network.edit import with_quantizers
+from cctool.quantization.network.points import CallPoint, weight_key
 
 __all__ = ["damage_between", "searched_bits"]
 

@@ -39,11 +39,17 @@ class CutPlan:
     attributes: Mapping[str, Mapping[str, Attribute]]
 
 
-def plan_cut(model: nn.Module, graph: ChannelGraph, selection: Selection) -> CutPlan:
-    """Plan the removal of the units that a selection does not keep."""
+def removed_labels(graph: ChannelGraph, selection: Selection) -> Tensor:
+    """Which labels go; shape [label_count]."""
     removed = torch.zeros(graph.label_count, dtype=torch.bool)
     for family, kept in zip(graph.families, selection.kept, strict=True):
         removed[family.labels[~kept]] = True
+    return removed
+
+
+def plan_cut(model: nn.Module, graph: ChannelGraph, selection: Selection) -> CutPlan:
+    """Plan the removal of the units that a selection does not keep."""
+    removed = removed_labels(graph, selection)
     cuts: dict[str, list[Cut]] = defaultdict(list)
     for entry in graph.tensors:
         gone = removed[entry.labels]

@@ -88,10 +88,10 @@ def gather(
             raise PruningError(f"method {method.value} needs a loss")
         with _differentiable(model) as parameters:
             if method is PruneMethod.HESSIAN:
-                return _squares(model, parameters, taken, loss)
+                return _mean_squares(model, parameters, taken, loss)
             if method is PruneMethod.TAYLOR:
                 return _contributions(model, parameters, taken, loss)
-            return _gradients(model, parameters, taken, loss)
+            return _mean_gradients(model, parameters, taken, loss)
 
 
 def _first(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
@@ -182,30 +182,32 @@ class _Mean:
 
 
 def _gradients(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], part: Batch, copies: int, loss: LossFn
+) -> Iterator[tuple[str, Tensor | None]]:
+    with in_mode(model, training=False), torch.enable_grad():
+        value = _loss_of(model(part.images), part, loss) / copies
+    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    return zip(parameters, found, strict=True)
+
+
+def _mean_gradients(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], batches: Iterable[Batch], loss: LossFn
 ) -> Evidence:
     mean = _Mean()
     for batch in batches:
-        part, copies = _runnable(model, batch)
-        with in_mode(model, training=False), torch.enable_grad():
-            value = _loss_of(model(part.images), part, loss) / copies
-        found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, found, strict=True):
+        for name, gradient in _gradients(model, parameters, *_runnable(model, batch), loss):
             mean.add(name, gradient)
         mean.images += len(batch.images)
     return Evidence(PruneMethod.GRADIENT, mean.images, gradients=mean.means())
 
 
-def _squares(
+def _mean_squares(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], batches: Iterable[Batch], loss: LossFn
 ) -> Evidence:
     mean = _Mean()
     for batch in batches:
         for single, copies in _singly(model, batch):
-            with in_mode(model, training=False), torch.enable_grad():
-                value = _loss_of(model(single.images), single, loss) / copies
-            found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, found, strict=True):
+            for name, gradient in _gradients(model, parameters, single, copies, loss):
                 mean.add(name, None if gradient is None else gradient.square())
             mean.images += 1
     return Evidence(PruneMethod.HESSIAN, mean.images, squares=mean.means())

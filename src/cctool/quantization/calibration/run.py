@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from cctool.base.errors import QuantizationError
 from cctool.base.networks import in_eval_mode
 from cctool.quantization.calibration.observers import RangeObserver, make_observer
-from cctool.quantization.network.attach import Observing, following_values, quantizers_of
+from cctool.quantization.network.attach import following_values, quantizers_of
+from cctool.quantization.network.points import Observing
 from cctool.quantization.quantizers.base import Quantizer
 
 __all__ = ["calibrate_activations", "observe"]

@@ -22,15 +22,10 @@ from cctool.checkpoint.edits.mask import masks_of
 from cctool.graph.execution import Watch, following, tensors_in
 from cctool.quantization.export.integer_weights import IntegerWeight, from_quantizer
 from cctool.quantization.export.onnx_operator import on_grid
-from cctool.quantization.network.attach import (
-    CallPoint,
-    activation_key,
-    norm_factors,
-    quantizers_of,
-    weight_key,
-)
+from cctool.quantization.network.attach import norm_factors, quantizers_of
 from cctool.quantization.network.calls import CallSite, Flow, flow_of
 from cctool.quantization.network.placement import INPUT_PLACE, Left, PlacedLayer, plan_points
+from cctool.quantization.network.points import CallPoint, activation_key, weight_key
 from cctool.quantization.quantizers.grid import Grid, aligned
 
 __all__ = ["ExportNetwork", "export_network", "made_weights", "rounding_network", "with_weights"]

@@ -1,4 +1,4 @@
-"""Quantizers of a network: how they are attached, and the `quantize` edit that brings them back from a file.
+"""Quantizers of a network: how they are attached, and what they do in a forward pass.
 
 A forward pass of the whole network is followed call by call (`graph/execution.py`): the weights and
 activations that a call takes and what it returns go through the quantizers of its place. No class and no
@@ -14,116 +14,42 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from cctool.base.errors import CorruptCheckpointError, SpecError
+from cctool.base.errors import SpecError
 from cctool.base.networks import device_of, drop_companions
 from cctool.checkpoint.edits.mask import masks_of
-from cctool.checkpoint.spec import Edit, ModelSpec
-from cctool.checkpoint.tables import EditKind
 from cctool.graph.execution import Watch, following, tensors_in
-from cctool.options.quantize.choices import Observer
 from cctool.quantization.network.calls import CallSite
 from cctool.quantization.network.placement import INPUT_PLACE
+from cctool.quantization.network.points import CallPoint, Observing, WeightPoint, activation_key, weight_key
 from cctool.quantization.quantizers.base import Quantizer
-from cctool.quantization.quantizers.config import Brief, QuantizerConfig
+from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.make import make_quantizer
 
 __all__ = [
     "CONTAINER",
-    "QUANTIZE",
-    "CallPoint",
     "EndOfPassError",
     "NetworkQuantizers",
-    "Observing",
-    "Quantize",
-    "WeightPoint",
-    "activation_key",
     "attach",
     "detach",
     "following_calls",
     "following_values",
+    "held_by",
     "norm_factors",
     "only",
     "quantizers_of",
-    "weight_key",
-    "with_quantizers",
 ]
 
 CONTAINER = "quantizers"
-_MAX_CHANNELS = 2**20
-_Name = Annotated[str, Field(max_length=4096)]
 
 Follower = Callable[[str, Tensor], None]
 """Is shown (key, value) of each tensor before it is quantized."""
 CallFollower = Callable[[CallSite, Sequence[Any], Mapping[str, Any], Any], None]
 """Is shown the place of a call, its arguments as it took them, and its result before that is quantized."""
-
-
-class WeightPoint(Brief):
-    """The quantizer of one weight.
-
-    Attributes:
-        config: of the quantizer.
-        channels: how many slices of its axis have a scale; None where there is one scale.
-        norm: module whose batch norm follows: one scale for the whole tensor is that of the weight which the
-            norm is folded into.
-    """
-
-    config: QuantizerConfig
-    channels: Annotated[int, Field(ge=0, le=_MAX_CHANNELS, strict=True)] | None = None
-    norm: _Name | None = None
-
-
-class CallPoint(Brief):
-    """What is quantized at one call.
-
-    Attributes:
-        weight: qualified name of the weight whose quantizer is used; None leaves it.
-        input: quantizer of its first argument.
-        output: quantizer of its result.
-    """
-
-    weight: _Name | None = None
-    input: QuantizerConfig | None = None
-    output: QuantizerConfig | None = None
-
-
-class Observing(Brief):
-    """How ranges of activations were found, so that they can be found again in the same way.
-
-    Attributes:
-        observer: name of it.
-        percentile: of that observer.
-        deviations: of the observer of standard deviations.
-    """
-
-    observer: Observer = Observer.MIN_MAX
-    percentile: float = Field(default=99.99, gt=0, le=100)
-    deviations: float = Field(default=3.0, gt=0, le=1e6)
-
-
-class Quantize(Brief, Edit):
-    """Quantizers of one module: of its weights by their names in it, of its calls by `CallSite.key`.
-
-    Attributes:
-        fingerprint: of the weights that the activations' ranges were calibrated for; "" where there are none.
-        images: how many images they saw.
-        observing: how they were found; None where they were learnt.
-        method: name of the method, for reports.
-    """
-
-    kind: Literal["quantize"] = "quantize"
-    weights: dict[_Name, WeightPoint] = Field(default={}, max_length=1000)
-    calls: dict[_Name, CallPoint] = Field(default={}, max_length=10_000)
-    fingerprint: str = Field(default="", max_length=128)
-    images: int = Field(default=0, ge=0, strict=True)
-    observing: Observing | None = None
-    method: str = Field(default="", max_length=64)
 
 
 @dataclass
@@ -150,24 +76,6 @@ class _State:
     follower: Follower | None = None
     call_follower: CallFollower | None = None
     bypassed: bool = False
-
-
-def weight_key(name: str) -> str:
-    """Key of the quantizer of a weight.
-
-    >>> weight_key("layer1.0.conv1.weight")
-    'layer1/0/conv1/weight'
-    """
-    return name.replace(".", "/")
-
-
-def activation_key(place: CallSite, slot: str) -> str:
-    """Key of the quantizer of an activation.
-
-    >>> activation_key(CallSite("layer1.0", "add", 0), "output")
-    'layer1/0/add#0:output'
-    """
-    return f"{place.module.replace('.', '/')}/{place.key}:{slot}".removeprefix("/")
 
 
 class NetworkQuantizers(nn.Module):
@@ -308,7 +216,7 @@ class _Begin:
     is_companion = True
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> Any:
-        held = _held(model)
+        held = held_by(model)
         stack, run = ExitStack(), _QuantizedPass(model, held)
         changed = None
         point = held.state.calls.get(INPUT_PLACE)
@@ -326,7 +234,7 @@ class _End:
     is_companion = True
 
     def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
-        running = _RUNNING.get(id(_held(model)), [])
+        running = _RUNNING.get(id(held_by(model)), [])
         if running:
             running.pop().close()
 
@@ -334,7 +242,8 @@ class _End:
 _RUNNING: dict[int, list[ExitStack]] = {}
 
 
-def _held(model: nn.Module) -> NetworkQuantizers:
+def held_by(model: nn.Module) -> NetworkQuantizers:
+    """The quantizers of a network that has some."""
     found = quantizers_of(model)
     assert found is not None
     return found
@@ -408,7 +317,7 @@ def detach(model: nn.Module) -> bool:
 @contextmanager
 def _changed(model: nn.Module, **changes: object) -> Iterator[None]:
     """Change attributes of the state for a while."""
-    state = vars(_held(model).state)
+    state = vars(held_by(model).state)
     before = {name: state[name] for name in changes}
     state.update(changes)
     try:
@@ -441,84 +350,3 @@ def following_calls(
 def only(model: nn.Module, keys: Collection[str]) -> AbstractContextManager[None]:
     """Let only some quantizers work."""
     return _changed(model, enabled=frozenset(keys))
-
-
-def with_quantizers(spec: ModelSpec, model: nn.Module) -> ModelSpec:
-    """The spec whose quantize edits are those of ``model``, whatever it said of them before."""
-    others = tuple(edit for edit in spec.edits if edit.get("kind") != "quantize")
-    held = quantizers_of(model)
-    if held is None:
-        return spec.model_copy(update={"edits": others})
-    state = held.state
-    whole = Quantize(
-        module="",
-        fingerprint=state.fingerprint,
-        images=state.images,
-        observing=state.observing,
-        method=state.method,
-    )
-    edits: dict[str, Quantize] = {"": whole}
-    for name, weight in state.weights.items():
-        owner, _, leaf = name.rpartition(".")
-        edit = edits.get(owner, Quantize(module=owner))
-        edits[owner] = edit.model_copy(update={"weights": edit.weights | {leaf: weight}})
-    for place, call in state.calls.items():
-        edit = edits.get(place.module, Quantize(module=place.module))
-        edits[place.module] = edit.model_copy(update={"calls": edit.calls | {place.key: call}})
-    return spec.model_copy(update={"edits": others}).with_edits(tuple(edits.values()))
-
-
-def _apply(model: nn.Module, edit: Quantize) -> None:
-    try:
-        model.get_submodule(edit.module)
-    except AttributeError:
-        raise SpecError(f"quantize: the architecture has no module {edit.module!r}") from None
-    prefix = f"{edit.module}." if edit.module else ""
-    weights = {f"{prefix}{leaf}": weight for leaf, weight in edit.weights.items()}
-    for name, weight in weights.items():
-        if weight.norm is not None and _submodule(model, weight.norm) is None:
-            raise SpecError(f"quantize: {name}: the architecture has no module {weight.norm!r}")
-    calls = {_place(edit.module, key): call for key, call in edit.calls.items()}
-    held = attach(model, weights, calls)
-    if not edit.module:
-        held.state.fingerprint, held.state.images = edit.fingerprint, edit.images
-        held.state.observing, held.state.method = edit.observing, edit.method
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
-    return dict(model.named_modules()).get(name)
-
-
-def _place(module: str, key: str) -> CallSite:
-    function, _, number = key.rpartition("#")
-    if not (number.isdecimal() and len(number) < 10 and function.isidentifier()):
-        raise SpecError(f"quantize: {module or 'the model'} has no call {key!r}")
-    return CallSite(module, function, int(number))
-
-
-def _check(model: nn.Module, edit: Quantize) -> None:
-    held = _held(model)
-    prefix = f"{edit.module}." if edit.module else ""
-    for leaf, weight in edit.weights.items():
-        name = f"{prefix}{leaf}"
-        tensor = dict(model.named_parameters(remove_duplicate=False)).get(name)
-        axis = weight.config.axis
-        if tensor is not None and axis is not None:
-            size = tensor.shape[axis] if axis < tensor.dim() else None
-            if size != weight.channels:
-                raise CorruptCheckpointError(
-                    f"{name} has {size} channels, its quantizer {weight.channels} scales"
-                )
-    if not edit.module:
-        for key, quantizer in held.named():
-            _check_state(key, quantizer)
-
-
-def _check_state(key: str, quantizer: Quantizer) -> None:
-    try:
-        quantizer.check()
-    except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{CONTAINER}.{key}: {error}") from None
-
-
-QUANTIZE = EditKind(record=Quantize, apply=_apply, order=15, check=_check)

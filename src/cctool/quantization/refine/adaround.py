@@ -24,10 +24,10 @@ from cctool.quantization.network.attach import (
     following_calls,
     norm_factors,
     quantizers_of,
-    weight_key,
 )
 from cctool.quantization.network.calls import CallSite, Flow, FlowCall
 from cctool.quantization.network.placement import Left, PlacedLayer, plan_points
+from cctool.quantization.network.points import weight_key
 from cctool.quantization.refine.im2col import ConvGeometry, geometry_of, outputs_at, rows_at
 from cctool.quantization.refine.rounding import Rows, WeightRounding, learn
 
