@@ -33,7 +33,6 @@ class Role(str, Enum):
 
     FILTER = "filter"  # weights that produce the channel
     BIAS = "bias"
-    SUM = "sum"  # it runs over the channels, but those that are 0 count for nothing
     SCALE = "scale"  # batch norm's gamma
     SHIFT = "shift"  # batch norm's beta
     STATISTIC = "statistic"  # running mean and variance

@@ -70,54 +70,33 @@ _KEYS = {
 }
 
 
-def encode_codebook(
-    indices: Tensor,
-    table: Tensor,
-    axis: int | None = None,
-    *,
-    scales: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    parameters: Mapping[str, JsonValue] | None = None,
-) -> EncodedTensor:
+def encode_codebook(indices: Tensor, table: Tensor, axis: int | None = None) -> EncodedTensor:
     """Store indices and a table that were found elsewhere; they decode to table[index], bit for bit.
 
     Args:
         indices: of an integral type, any shape.
         table: floating point, finite, of shape (entries,), or (size of ``axis``, entries).
-        axis: dimension whose slices have tables, or scales, of their own.
-        scales: finite, of shape () or (size of ``axis``,); values are then the products with a table of
-            shape (entries,), made in float32, or in float64 for float64 tensors.
-        dtype: of the decoded tensor; that of ``table`` if None, and always without scales.
-        parameters: with which the tensor would be encoded again; ``distinct`` if None.
+        axis: dimension whose slices have tables of their own.
 
     Raises:
         QuantizationError: if shapes or types do not fit, or an index has no entry.
     """
-    dtype = dtype or table.dtype
-    name = floating_name(torch.empty(0, dtype=dtype), _NAME)
+    name = floating_name(table, _NAME)
     shape, entries = tuple(indices.shape), int(table.shape[-1]) if table.dim() else 0
     if not is_axis(axis, len(shape)) or not 1 <= entries <= 1 << WIDEST:
         raise QuantizationError(f"{_NAME}: axis {axis!r}, {entries} entries for {len(shape)} dimensions")
-    parts = {TABLE: table.detach().cpu().to(table_dtype(dtype, scaled=scales is not None))}
-    if scales is not None:
-        parts[SCALES] = scales.detach().cpu().to(table_dtype(dtype, scaled=True))
-    for key, given in ((TABLE, table), (SCALES, scales)):
-        if given is not None and not torch.equal(parts[key].double(), given.detach().cpu().double()):
-            raise QuantizationError(f"{_NAME}: {key} of type {given.dtype} lose digits in {parts[key].dtype}")
-    parts = {key: value.contiguous().clone() for key, value in parts.items()}
     found = indices.detach().cpu()
     if found.is_floating_point() or (
         found.numel() and not 0 <= int(found.min()) <= int(found.max()) < entries
     ):
         raise QuantizationError(f"{_NAME}: an index is not one of 0..{entries - 1}")
-    parts[INDICES] = pack_integers(found, index_bits(entries))
-    kept = (
-        {"kind": "distinct", "bits": index_bits(entries), "axis": axis} if parameters is None else parameters
-    )
-    _check(kept, len(shape))
-    if kept["axis"] != axis:
-        raise QuantizationError(f"{_NAME}: axis {axis!r}, but {kept['axis']!r} to encode again")
-    encoded = EncodedTensor(_NAME, shape, name, parts, dict(kept))
+    bits = index_bits(entries)
+    parts = {
+        TABLE: table.detach().cpu().contiguous().clone(),
+        INDICES: pack_integers(found, bits),
+    }
+    kept: dict[str, JsonValue] = {"kind": "distinct", "bits": bits, "axis": axis}
+    encoded = EncodedTensor(_NAME, shape, name, parts, kept)
     try:
         _decode_row(encoded, None)
     except CorruptCheckpointError as error:

@@ -7,7 +7,7 @@ So taps are copied, moved, saved and loaded with their module, and a module that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -208,23 +208,14 @@ def set_taps(model: nn.Module, taps: Mapping[str, CalibratedTap]) -> None:
         _register(module, name, TapHook(tap.codec, tap.shape, tap.fingerprint), tensors)
 
 
-def drop_taps(model: nn.Module, names: Collection[str] | None = None) -> dict[str, CalibratedTap]:
-    """Take codecs away, in place.
-
-    Args:
-        model: any network.
-        names: of the modules; None is all.
-
-    Returns:
-        What `set_taps` would put back.
-    """
+def drop_taps(model: nn.Module) -> dict[str, CalibratedTap]:
+    """Take all codecs away, in place, and return what `set_taps` would put back."""
     found = {}
     for name, hook in taps_of(model).items():
-        if names is None or name in names:
-            module = model.get_submodule(name)
-            state = _state(module, hook)
-            found[name] = CalibratedTap(hook.codec, hook.shape, hook.fingerprint, state.bounds, state.bases)
-            _drop(module)
+        module = model.get_submodule(name)
+        state = _state(module, hook)
+        found[name] = CalibratedTap(hook.codec, hook.shape, hook.fingerprint, state.bounds, state.bases)
+        _drop(module)
     return found
 
 
