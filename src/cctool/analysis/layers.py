@@ -160,15 +160,7 @@ def _row(
     sums = held
     for counted in calls:
         cost = counted.cost
-        sums += Totals(
-            macs=cost.macs,
-            effective_macs=round(cost.macs * _density(counted, name, density)),
-            matmul_macs=cost.matmul_macs,
-            norm_ops=cost.norm_ops,
-            activation_ops=cost.activation_ops,
-            pooling_ops=cost.pooling_ops,
-            elementwise_ops=cost.elementwise_ops,
-        )
+        sums += Totals(**vars(cost), effective_macs=round(cost.macs * _density(counted, name, density)))
     described = next((c.call for c in calls if c.cost.macs), calls[0].call if calls else None)
     return LayerRow(
         name=name or ROOT,

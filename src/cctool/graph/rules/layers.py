@@ -91,7 +91,7 @@ def convolution(ledger: Ledger, event: Event) -> None:
     Grouped: position j of every group's inputs goes together, and so do those of its outputs. Depthwise (one
     input channel a group): the group itself goes, with its outputs.
     """
-    weight, bias = argument(event, "weight"), argument(event, "bias")
+    weight = argument(event, "weight")
     groups = int(argument(event, "groups", 1))
     x = argument(event, "input")
     channel_dim = x.ndim - (weight.ndim - 1)
@@ -111,6 +111,12 @@ def convolution(ledger: Ledger, event: Event) -> None:
         sent = ledger.produce(weight, 0, outputs)
         _tie_positions(ledger, sent, groups)
     ledger.bind(weight, 0, sent, Role.FILTER)
+    _send(ledger, event, arriving, sent, channel_dim)
+
+
+def _send(ledger: Ledger, event: Event, arriving: Tensor, sent: Tensor, channel_dim: int) -> None:
+    """Let a convolution's bias and attributes belong to its channels, and pass on what it sends out."""
+    bias = argument(event, "bias")
     if bias is not None:
         ledger.bind(bias, 0, sent, Role.BIAS)
     ledger.count_in(event.module, "in_channels", arriving)
@@ -145,7 +151,7 @@ def _slides_over_channels(ledger: Ledger, event: Event, x: Tensor, channel_dim: 
 
 def transposed_convolution(ledger: Ledger, event: Event) -> None:
     """Transposed convolution: the weight's dim 0 reads, its dim 1 sends out (per group)."""
-    weight, bias = argument(event, "weight"), argument(event, "bias")
+    weight = argument(event, "weight")
     groups = int(argument(event, "groups", 1))
     x = argument(event, "input")
     channel_dim = x.ndim - (weight.ndim - 1)
@@ -161,11 +167,7 @@ def transposed_convolution(ledger: Ledger, event: Event) -> None:
         one_group = ledger.produce(weight, 1, per_group)
         ledger.bind(weight, 1, one_group, Role.FILTER)
         sent = one_group.repeat(groups)
-    if bias is not None:
-        ledger.bind(bias, 0, sent, Role.BIAS)
-    ledger.count_in(event.module, "in_channels", arriving)
-    ledger.count_in(event.module, "out_channels", sent)
-    ledger.set(event.result, along(sent, channel_dim, event.result.shape))
+    _send(ledger, event, arriving, sent, channel_dim)
 
 
 def channel_norm(ledger: Ledger, event: Event) -> None:

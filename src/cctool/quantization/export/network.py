@@ -233,13 +233,11 @@ class _Builder:
 
     def _behind(self, layer: PlacedLayer) -> CallSite:
         call = self.flow.at(layer.place)
-        assert call is not None
         return self.flow.calls[call.users[0]].place
 
     def _bias(self, layer: PlacedLayer, norm: nn.Module, factors: Tensor) -> Tensor:
         """Beta + (b - mean) * gamma / sigma."""
         call = self.flow.at(layer.place)
-        assert call is not None
         own = self._tensor(call.tensors.get("bias"))
         mean, beta = norm._buffers["running_mean"], norm._parameters.get("bias")
         assert mean is not None

@@ -86,9 +86,9 @@ class Flow:
     outputs: tuple[int, ...]
     input_users: tuple[int, ...]
 
-    def at(self, place: CallSite) -> FlowCall | None:
+    def at(self, place: CallSite) -> FlowCall:
         """The call of that place."""
-        return next((call for call in self.calls if call.place == place), None)
+        return {call.place: call for call in self.calls}[place]
 
 
 class _Recorder:

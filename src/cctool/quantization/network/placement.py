@@ -340,8 +340,8 @@ class _Placement:
         ]
 
     def is_lost(self, activation: Activation) -> bool:
-        call = self.flow.at(activation.place)
-        return call is not None and call.lost and activation.slot == "output"
+        lost = any(call.lost for call in self.calls if call.place == activation.place)
+        return lost and activation.slot == "output"
 
 
 def _axis(call: FlowCall) -> int | None:

@@ -139,7 +139,6 @@ def _chosen(
     if point is None or point.weight is None or quantizer is None:
         return None
     call = flow.at(layer.place)
-    assert call is not None
     uses = Counter(name for other in flow.calls for name in other.tensors.values())
     if call.tensors.get("weight") != layer.weight or layer.weight not in dict(model.named_parameters()):
         return Left(layer.place.title, "its weight is computed")
@@ -162,7 +161,6 @@ def _collected(
 ) -> Rows:
     """What a layer takes in, and what it should put out, at sampled places."""
     call = flow.at(layer.place)
-    assert call is not None
     geometry = geometry_of(call)
     width = max(1, _row_size(call, geometry)) * 4
     most = max(1, min(_MOST_ROWS, _MOST_BYTES // width))
@@ -234,7 +232,6 @@ def _rounded(
     quantizer = held.quantizer(weight_key(layer.weight))
     call = flow.at(layer.place)
     assert quantizer is not None
-    assert call is not None
     weight = model.get_parameter(layer.weight)
     norm = model.get_submodule(layer.norm) if layer.norm is not None else None
     fold = norm_factors(norm) if norm is not None and quantizer.config.axis is None else None
@@ -257,7 +254,6 @@ class _After:
 
     def __init__(self, model: nn.Module, flow: Flow, layer: PlacedLayer) -> None:
         call = flow.at(layer.place)
-        assert call is not None
         self.factors: Tensor | None = None
         self.shift: Tensor | None = None
         if layer.norm is not None:

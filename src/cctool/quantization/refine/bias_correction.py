@@ -150,7 +150,6 @@ def _means(
 def _target(model: nn.Module, flow: Flow, layer: PlacedLayer) -> str | Left:
     """Name of the parameter that a constant of a layer's output can be added to."""
     call = flow.at(layer.place)
-    assert call is not None
     parameters = dict(model.named_parameters())
     uses = Counter(name for other in flow.calls for name in other.tensors.values())
     name = call.tensors.get("bias")

@@ -271,7 +271,6 @@ def _connections(model: nn.Module, flow: Flow, layer: PlacedLayer) -> Tensor:
     """A layer's weight, seen as (groups, outputs of a group, inputs of a group, ...)."""
     weight = model.get_parameter(layer.weight)
     call = flow.at(layer.place)
-    assert call is not None
     groups = int(call.settings.get("groups", 1))
     seen = torch.unflatten(weight, 0, (groups, -1))
     return seen.transpose(1, 2) if layer.place.function.startswith("conv_transpose") else seen
@@ -286,7 +285,6 @@ def _multiply(model: nn.Module, flow: Flow, layer: PlacedLayer, factors: Tensor)
 def _divide(model: nn.Module, flow: Flow, layer: PlacedLayer, factors: Tensor) -> None:
     """Divide a layer's output channels, or the batch norm's behind it."""
     call = flow.at(layer.place)
-    assert call is not None
     if layer.norm is not None:
         tensors = flow.calls[call.users[0]].tensors
         for name in ("weight", "bias"):
