@@ -16,7 +16,7 @@ from cctool.base.errors import DataError
 from cctool.data.records import Augmentation, Crop, Padding, Shape
 from cctool.data.serving.augment import RATIO
 
-__all__ = ["EXTENSIONS", "FileStream", "ImageSizes", "Resize", "hold", "measure"]
+__all__ = ["EXTENSIONS", "FileStream", "ImageSizes", "Resize", "hold", "measure_images"]
 
 EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 PIL_MODES = {1: "L", 3: "RGB"}
@@ -126,7 +126,7 @@ class ImageSizes:
     longest: int
 
 
-def measure(folder: Path, files: Sequence[str]) -> ImageSizes:
+def measure_images(folder: Path, files: Sequence[str]) -> ImageSizes:
     """Read the headers of up to 64 files, evenly spread.
 
     Raises:

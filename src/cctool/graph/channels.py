@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cctool.graph.execution import Event, execute, tensors_in, with_tensors
-from cctool.graph.ledger import INPUT, Kind, Ledger, compact, constant
+from cctool.graph.ledger import INPUT, Kind, Ledger, compact, constant_ids
 from cctool.graph.records import ChannelGraph
 from cctool.graph.rules import apply_rule
 from cctool.graph.solution import solve
@@ -58,7 +58,7 @@ def _coupled(
 
 def _carry(ledger: Ledger, inputs: tuple[Tensor, ...], training: bool, widths: bool) -> None:
     for value in tensors_in(inputs):
-        ledger.set(value, constant(INPUT, value.shape))
+        ledger.set(value, constant_ids(INPUT, value.shape))
 
     def observe(event: Event) -> None:
         if event.name in _SILENT_NAMES:

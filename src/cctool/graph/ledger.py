@@ -129,7 +129,7 @@ def compact(ids: Tensor) -> Tensor:
     return ids.as_strided(shape, ids.stride(), ids.storage_offset())
 
 
-def canonical(ids: Tensor) -> Tensor:
+def canonical_ids(ids: Tensor) -> Tensor:
     """The same ids with stride 0 along every dim where they do not differ."""
     small = compact(ids)
     for dim in varying(small):
@@ -221,13 +221,13 @@ class Ledger:
         if id(tensor) not in self._constants and tensor.ndim:
             reason = "an activation of unknown origin (scripted or opaque code) may depend on any channel"
             self.freezes.append(Freeze(torch.arange(INPUT + 1, self.count), self.call, reason))
-            self.set(tensor, constant(FIXED, tensor.shape))
-        return constant(FIXED, tensor.shape)
+            self.set(tensor, constant_ids(FIXED, tensor.shape))
+        return constant_ids(FIXED, tensor.shape)
 
     def _element_ids(self, tensor: Tensor, name: str) -> Tensor:
         if tensor.numel() == 1 or tensor.numel() > _MAXIMUM_ELEMENTS:
             self.pin(name, tensor)
-            return constant(FIXED, tensor.shape)
+            return constant_ids(FIXED, tensor.shape)
         if name not in self.elements:
             shape = tuple(tensor.shape)
             self.elements[name] = Elements(name, shape, self.new(tensor.numel()))
@@ -235,7 +235,7 @@ class Ledger:
                 if (name, dim) in self.bindings:
                     self.freeze(self.elements[name].ids, "a parameter both of a layer and used elementwise")
                     self.freeze(self.bindings[name, dim].ids, "a parameter of a layer also used elementwise")
-        return canonical(self.elements[name].ids.view(tensor.shape))
+        return canonical_ids(self.elements[name].ids.view(tensor.shape))
 
     def turn(self, tensor: Tensor, name: str) -> None:
         """Remember that a tensor is the transpose of a matrix parameter."""
@@ -376,6 +376,6 @@ class Ledger:
             self.bind(tensor, dim, torch.full((size,), FIXED), Role.ELEMENT)
 
 
-def constant(value: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
+def constant_ids(value: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Ids that vary nowhere."""
     return torch.tensor(value).expand(shape)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cctool.base.errors import CorruptCheckpointError
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.file.payload import DTYPES, as_bytes, canonical
+from cctool.checkpoint.file.payload import DTYPES, as_bytes, canonical_json
 from cctool.checkpoint.spec import Shape
 
 __all__ = ["ArenaReader", "ArenaWriter", "Entry", "PlainEntry", "unpack"]
@@ -179,7 +179,7 @@ def unpack(index: str, arena: Tensor) -> dict[str, EncodedTensor]:
     found = {}
     for name, entry in entries.items():
         # Tied tensors have equal entries, and come back as one object.
-        same = canonical(entry.model_dump(mode="json"))
+        same = canonical_json(entry.model_dump(mode="json"))
         if same not in shared:
             shared[same] = reader.encoded(name, entry)
         found[name] = shared[same]

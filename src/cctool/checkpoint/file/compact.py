@@ -24,7 +24,7 @@ from cctool.checkpoint.file.arena import ArenaReader, ArenaWriter, Entry, PlainE
 from cctool.checkpoint.file.payload import (
     Payload,
     ResumeState,
-    canonical,
+    canonical_json,
     combined_digest,
     parse_history,
     parse_spec,
@@ -83,7 +83,7 @@ def packed(payload: Payload) -> Compact:
         "spec": payload.spec.model_dump(mode="json"),
     }
     digest = combined_digest(payload.digests)
-    return Compact(compressed(canonical(text)), writer.finished(), dense, digest)
+    return Compact(compressed(canonical_json(text)), writer.finished(), dense, digest)
 
 
 def _identity(name: str, value: Tensor | EncodedTensor) -> object:
@@ -108,7 +108,7 @@ def unpacked(
     try:
         found = json.loads(inflated(text))
         lines = _LINES.validate_python(found["index"])
-        spec, history = canonical(found["spec"]), canonical(found["history"])
+        spec, history = canonical_json(found["spec"]), canonical_json(found["history"])
     except (ValidationError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"the compressed text is malformed: {type(error).__name__}") from None
     return Payload(

@@ -24,7 +24,7 @@ __all__ = [
     "Payload",
     "ResumeState",
     "as_bytes",
-    "canonical",
+    "canonical_json",
     "combined_digest",
     "content_hash",
     "fingerprint_of",
@@ -115,10 +115,10 @@ def _encoded_digest(owner: str, encoded: EncodedTensor) -> str:
         "parameters": dict(encoded.parameters),
         "parts": {name: _digest(owner, part) for name, part in sorted(encoded.parts.items())},
     }
-    return hashlib.sha256(canonical(head).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(head).encode()).hexdigest()
 
 
-def canonical(value: object) -> str:
+def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text.
 
     Raises:
@@ -138,14 +138,14 @@ def tensor_digests(payload: Payload) -> dict[str, str]:
     }
     if payload.resume is not None:
         digests |= {f"resume/{name}": _digest(name, value) for name, value in payload.resume.tensors.items()}
-        text = canonical(dict(payload.resume.state))
+        text = canonical_json(dict(payload.resume.state))
         digests["resume"] = hashlib.sha256(text.encode()).hexdigest()
     return digests
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
     """SHA-256 over all digests and their names, for files that have no room for each."""
-    return hashlib.sha256(canonical(dict(digests)).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(dict(digests)).encode()).hexdigest()
 
 
 def content_hash(payload: Payload, digests: Mapping[str, str]) -> str:
@@ -153,7 +153,7 @@ def content_hash(payload: Payload, digests: Mapping[str, str]) -> str:
 
     Equal for the same content in ``.pt`` and ``.safetensors``; resume state does not count.
     """
-    text = canonical(
+    text = canonical_json(
         {
             "spec": payload.spec.model_dump(mode="json"),
             "history": payload.history.model_dump(mode="json"),
@@ -190,7 +190,7 @@ def _parse(record: type[_R], text: Any, what: str) -> _R:
     try:
         found = record.model_validate_json(text)
         # JSON values inside may hold NaN or 1e999, which pydantic lets pass.
-        canonical(found.model_dump(mode="json"))
+        canonical_json(found.model_dump(mode="json"))
         return found
     except ValidationError as error:
         problem = error.errors()[0]

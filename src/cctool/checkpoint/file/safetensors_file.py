@@ -20,7 +20,7 @@ from cctool.checkpoint.file.payload import (
     MemoryPlace,
     Payload,
     as_bytes,
-    canonical,
+    canonical_json,
     parse_digests,
     parse_history,
     parse_spec,
@@ -64,11 +64,11 @@ def write_safetensors(payload: Payload, stream: IO[bytes]) -> None:
             dense[name] = value
     metadata = {
         "cctool": str(DENSE_VERSION),
-        "spec": canonical(payload.spec.model_dump(mode="json")),
-        "history": canonical(payload.history.model_dump(mode="json")),
-        "digests": canonical(dict(payload.digests)),
-        "aliases": canonical(aliases),
-        "order": canonical(list(payload.tensors)),
+        "spec": canonical_json(payload.spec.model_dump(mode="json")),
+        "history": canonical_json(payload.history.model_dump(mode="json")),
+        "digests": canonical_json(dict(payload.digests)),
+        "aliases": canonical_json(aliases),
+        "order": canonical_json(list(payload.tensors)),
     }
     _write(dense, metadata | signature, stream)
 
@@ -90,7 +90,7 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], stream: IO[byte
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    text = canonical(header).encode()
+    text = canonical_json(header).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
     digest = hashlib.sha256(head)

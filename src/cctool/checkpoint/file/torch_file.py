@@ -32,7 +32,7 @@ from cctool.checkpoint.file.payload import (
     MemoryPlace,
     Payload,
     ResumeState,
-    canonical,
+    canonical_json,
     parse_digests,
     parse_history,
     parse_spec,
@@ -65,14 +65,14 @@ def write_pt(payload: Payload, stream: IO[bytes]) -> None:
     else:
         document = {
             "cctool": DENSE_VERSION,
-            "spec": canonical(payload.spec.model_dump(mode="json")),
-            "history": canonical(payload.history.model_dump(mode="json")),
-            "digests": canonical(dict(payload.digests)),
+            "spec": canonical_json(payload.spec.model_dump(mode="json")),
+            "history": canonical_json(payload.history.model_dump(mode="json")),
+            "digests": canonical_json(dict(payload.digests)),
             "model": _laid_out({k: v for k, v in payload.tensors.items() if isinstance(v, Tensor)}),
         }
     if payload.resume is not None:
         document["resume"] = {
-            "state": canonical(dict(payload.resume.state)),
+            "state": canonical_json(dict(payload.resume.state)),
             "tensors": _laid_out(payload.resume.tensors),
         }
     # A path would put its temporary name into the archive.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cctool.base.errors import DataError
-from cctool.data.image_files import EXTENSIONS, Resize, measure
+from cctool.data.image_files import EXTENSIONS, Resize, measure_images
 from cctool.data.places import named_folder
 from cctool.data.records import Augmentation, Crop, DataSource, Padding, Shape
 from cctool.data.sets.file_source import FileSet, Presentation, file_source
@@ -41,7 +41,7 @@ def open_folder(reference: str, folder: str, input_shape: Shape | None = None) -
     """
     root = named_folder("folder", folder)
     parts = _parts(root, _by_folder)
-    sizes = measure(root, _first_files(reference, parts))
+    sizes = measure_images(root, _first_files(reference, parts))
     own = (PHOTO_SIZE, PHOTO_SIZE)
     if sizes.common is not None and max(sizes.common) <= SMALL:
         own = sizes.common
@@ -73,7 +73,7 @@ def open_labelled(reference: str, folder: str, input_shape: Shape | None = None)
     """
     root = named_folder("labelled", folder)
     parts = _parts(root, _by_name)
-    sizes = measure(root, _first_files(reference, parts))
+    sizes = measure_images(root, _first_files(reference, parts))
     size = min(LABELLED_SIZE, sizes.longest)
     augmentation = Augmentation(crop=Crop.PADDED, padding_mode=Padding.SYMMETRIC, flip=True, rotation=15.0)
     shape = input_shape or (sizes.channels, size, size)

@@ -32,7 +32,7 @@ from cctool.formats.converting import (
 from cctool.formats.onnx.chains import rounding
 from cctool.formats.onnx.integers import PACKED_OPSET, with_integers
 from cctool.formats.onnx.kernels import SATURATES, kernels_of, saturating_cpu, session_options
-from cctool.formats.parity import Run, outputs_of
+from cctool.formats.parity import Run, runner_of
 from cctool.formats.records import Agreement, ExportRequest, Kernels, Written
 from cctool.graph.execution import blaming_the_size
 
@@ -126,7 +126,7 @@ def _convert(model: nn.Module, request: ExportRequest) -> tuple[Any, tuple[str, 
 
 def _output_names(model: nn.Module, shape: tuple[int, int, int]) -> list[str]:
     with blaming_the_size(shape):
-        found = outputs_of(model)(example(model, 1, shape))
+        found = runner_of(model)(example(model, 1, shape))
     return [OUTPUT, *(f"output{i}" for i in range(1, len(found)))]
 
 

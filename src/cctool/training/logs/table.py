@@ -17,7 +17,7 @@ from cctool.checkpoint.file.atomic import write_bytes
 from cctool.checkpoint.spec import Metrics
 from cctool.training.resume.progress import EpochRow
 
-__all__ = ["TOTAL", "Log", "figures", "sparsity", "write_csv"]
+__all__ = ["TOTAL", "Log", "figures", "weight_sparsity", "write_csv"]
 
 
 class Log(Protocol):
@@ -41,7 +41,7 @@ def figures(row: EpochRow, model: nn.Module) -> dict[str, float]:
     found = {f"train/{name}": value for name, value in row.train.items()}
     found |= {f"validation/{name}": value for name, value in row.validation.items()}
     found |= {"learning_rate": row.lr, "batch_ms": row.batch_ms}
-    for name, share in sparsity(model).items():
+    for name, share in weight_sparsity(model).items():
         found["sparsity/total" if name == TOTAL else f"sparsity/weights/{name}"] = share
     return found
 
@@ -77,10 +77,10 @@ def _line(row: EpochRow) -> dict[str, object]:
 
 
 TOTAL = "total"
-"""Key of the whole network in what `sparsity` returns."""
+"""Key of the whole network in what `weight_sparsity` returns."""
 
 
-def sparsity(model: nn.Module) -> Mapping[str, float]:
+def weight_sparsity(model: nn.Module) -> Mapping[str, float]:
     """Percentage of exact zeros in each weight of at least two dimensions, and in all of them (``total``).
 
     Biases and normalisation are left out; tied weights count once.

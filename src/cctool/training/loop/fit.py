@@ -25,7 +25,7 @@ from cctool.options.train.fit import FitOptions, MetricMode
 from cctool.training.averaging import WeightAverage
 from cctool.training.batch_norm import freeze_statistics
 from cctool.training.constraints.base import Constraint
-from cctool.training.logs.table import TOTAL, sparsity
+from cctool.training.logs.table import TOTAL, weight_sparsity
 from cctool.training.loop.tally import Tally
 from cctool.training.lr_schedules import multiplier
 from cctool.training.objectives import Objective, Terms, gamma_penalty
@@ -172,7 +172,7 @@ class _Loop:
                 train=tally.means(),
                 validation=dict(metrics.values) if metrics else {},
                 validation_n=metrics.n if metrics else 0,
-                sparsity=sparsity(self.bare)[TOTAL],
+                sparsity=weight_sparsity(self.bare)[TOTAL],
             )
             row = self._compared(row, metrics)
         self._record(row)
