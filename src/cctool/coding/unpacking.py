@@ -57,7 +57,7 @@ class _WindowTable:
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class _BlocksApart:
     """Blocks copied apart, each behind the other and followed by zero bits, which are no whole codeword.
 
     A position counts the bits that follow: it is the number of a bit from the end.
@@ -119,7 +119,7 @@ def unpack(
     return values
 
 
-def _spread(words: Words, begin: int, ends: Integers) -> _Blocks:
+def _spread(words: Words, begin: int, ends: Integers) -> _BlocksApart:
     starts = np.concatenate(([begin], ends[:-1]))
     sizes = (ends - starts) // WORD + 2
     tops = np.cumsum(sizes)
@@ -139,7 +139,7 @@ def _spread(words: Words, begin: int, ends: Integers) -> _Blocks:
         rows[1:, 0] = (back[1:] << np.uint64(14) | back[:-1] >> np.uint64(50)) & _MASK
         first = last
     start = WORD * (total - tops + sizes) - 1
-    return _Blocks(halves.reshape(-1), start, start - (ends - starts))
+    return _BlocksApart(halves.reshape(-1), start, start - (ends - starts))
 
 
 def _blocks_apart(words: Words, starts: Integers, ends: Integers, sizes: Integers) -> Words:
@@ -170,7 +170,7 @@ class _Cursors:
         steps: windows that the next round looks at; 0 reads every codeword by arithmetic.
     """
 
-    def __init__(self, source: _Blocks, counts: Integers, table: _WindowTable) -> None:
+    def __init__(self, source: _BlocksApart, counts: Integers, table: _WindowTable) -> None:
         self.halves, self.table = source.halves, table
         self.active = np.arange(len(counts))
         self.at, self.end, self.left = source.start, source.end, counts

@@ -3,7 +3,7 @@
 The export network is a copy in which each call computes what an integer runtime will. A weight on a uniform
 grid stands there as (n - z) * s, with the batch norm behind it folded into s and into the bias, and the batch
 norm gives its input back; an activation's quantizer is one operator, or a few of arithmetic. Calls are
-followed as for quantizers (`attached.py`), which torch.export traces.
+followed as for quantizers (`network/attach.py`), which torch.export traces.
 """
 
 from __future__ import annotations

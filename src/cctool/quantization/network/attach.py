@@ -173,7 +173,7 @@ class _QuantizedPass:
                 self.held.state.call_follower(place, args, kwargs, result)
             if point.output is not None:
                 result = self._activation(place, "output", result)
-        # What only asks for sizes is not counted: see `flow._Recorder.record`.
+        # What only asks for sizes is not counted: see `calls._Recorder.record`.
         if next(tensors_in(result), None) is not None:
             self.counts[module, name] += 1
         return result

@@ -242,7 +242,7 @@ class ComplexBasisLinear(ComplexLayer, LinearBasis, nn.Linear):  # type: ignore[
 class ComplexBasisConv2d(ComplexLayer, ConvolutionBasis, nn.Conv2d):  # type: ignore[misc,override]
     """A convolution of DFT basis functions.
 
-    The formula is that of `basis_conv` with complex rows, and as many parameters: the coefficients are real,
+    The formula is that of `conv.py` with complex rows, and as many parameters: the coefficients are real,
     and so is the bias, which is added to the real part.
     """
 

@@ -22,7 +22,7 @@ from cctool.base.networks import in_eval_mode, removing
 from cctool.transforms.codec.allocate import allocated_steps, measure_sensitivity
 from cctool.transforms.codec.codec import CodecConfig, Symbols
 from cctool.transforms.codec.figures import SymbolCounts
-from cctool.transforms.codec.quantizers import prequantizer_of
+from cctool.transforms.codec.quantizers import prequantizer_levels
 from cctool.transforms.codec.sites import Site
 from cctool.transforms.codec.steps import NEVER, USUAL_SPREAD, default_table
 from cctool.transforms.codec.taps import CalibratedTap, bypassed, recording, taps_of
@@ -153,7 +153,7 @@ def _allocated(
         found = allocated_steps(measure_sensitivity(model, chosen, images), spreads)
     for name, steps in found.items():
         tap = chosen[name]
-        unit = prequantizer_of(tap.bounds, tap.codec.prequantizer, tap.codec.bits).step.cpu()
+        unit = prequantizer_levels(tap.bounds, tap.codec.prequantizer, tap.codec.bits).step.cpu()
         table = tuple((steps / unit).clamp(max=NEVER).tolist())
         taps[name] = replace(tap, codec=tap.codec.model_copy(update={"table": table}))
     return taps
@@ -161,7 +161,7 @@ def _allocated(
 
 def _scaled(config: CodecConfig, bounds: Tensor, spread: float) -> tuple[float, ...]:
     """The default table for maps of this standard deviation; as it is where they never vary."""
-    step = float(prequantizer_of(bounds, config.prequantizer, config.bits).step)
+    step = float(prequantizer_levels(bounds, config.prequantizer, config.bits).step)
     factor = spread / step / (USUAL_SPREAD * (2**config.bits - 1)) or 1.0
     table = default_table(config.kernel, config.block, config.levels, config.bits)
     return tuple(item * factor for item in table.steps)
@@ -217,7 +217,7 @@ def _with_blocks(
 
 
 def _integers(x: Tensor, tap: CalibratedTap) -> Tensor:
-    return prequantizer_of(tap.bounds, tap.codec.prequantizer, tap.codec.bits).to_integers(x).values
+    return prequantizer_levels(tap.bounds, tap.codec.prequantizer, tap.codec.bits).to_integers(x).values
 
 
 def choose_orders(model: nn.Module, images: Batches) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cctool.base.errors import UsageError
 from cctool.checkpoint.spec import Record
-from cctool.transforms.codec.quantizers import Prequantizer, Rounded, prequantizer_of, to_symbols
+from cctool.transforms.codec.quantizers import PrequantizerLevels, Rounded, prequantizer_levels, to_symbols
 from cctool.transforms.codec.steps import block_steps, check_table, quality_scale, wavelet_steps
 from cctool.transforms.kernels.by_name import check_kernel, is_wavelet
 from cctool.transforms.kernels.spatial import Blocks, CalibratedBlocks, NoTransform, Spatial, Wavelet
@@ -143,9 +143,9 @@ class CodecState:
     bounds: Tensor
     bases: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def grid(self) -> Prequantizer:
+    def grid(self) -> PrequantizerLevels:
         """Levels of the quantizer before the transform."""
-        return prequantizer_of(self.bounds, self.config.prequantizer, self.config.bits)
+        return prequantizer_levels(self.bounds, self.config.prequantizer, self.config.bits)
 
     def spatial(self) -> Spatial:
         """The spatial transform."""

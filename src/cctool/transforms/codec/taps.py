@@ -230,7 +230,7 @@ def with_taps(spec: ModelSpec, model: nn.Module) -> ModelSpec:
 
 
 def set_quality(model: nn.Module, quality: float | None) -> None:
-    """Scale the steps of every tap that has steps, in place; see `tables.quality_scale`."""
+    """Scale the steps of every tap that has steps, in place; see `steps.quality_scale`."""
     for hook in taps_of(model).values():
         if hook.codec.transforms:
             hook.codec = hook.codec.model_copy(update={"quality": quality})
