@@ -27,8 +27,8 @@ from bitarray import bitarray, decodetree
 from torch import Tensor
 
 import record
-from cctool.coding.entropy import best_k, entropy_bits
-from cctool.coding.exp_golomb import decode, encode, histogram
+from cctool.coding.exp_golomb import decode, encode
+from cctool.coding.histogram import best_k, entropy_bits, histogram
 
 SEED = 0
 # Scales of Laplacians as feature codecs give: 6.8, 5.8, 2.9 and 1.4 times smaller than 8 bits.

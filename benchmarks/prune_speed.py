@@ -23,10 +23,10 @@ import record
 from cctool.graph.channels import couple
 from cctool.models.registry import build
 from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
-from cctool.pruning.cut.planner import thin
+from cctool.pruning.cut.planner import plan_thinning
 from cctool.pruning.cut.surgery import apply_cut, plan_cut
-from cctool.pruning.scores.units import score_context
-from cctool.pruning.select.order import select
+from cctool.pruning.scores.units import score_context, score_families
+from cctool.pruning.select.order import by_options, candidates, select_counts
 
 SEED = 0
 NETWORKS = ["resnet50", "densenet121", "mobilenet_v2"]
@@ -35,11 +35,13 @@ HALF = PruneOptions(method=PruneMethod.L2, rate=0.5, scope=Scope.LOCAL)
 
 def plan_and_cut(model: nn.Module, x: Tensor) -> None:
     graph = couple(model, (x,))
-    apply_cut(model, plan_cut(model, graph, select(model, graph, HALF, score_context(model))))
+    chosen = candidates(model, graph, score_families(graph, HALF, score_context(model)), HALF)
+    selection = select_counts(graph, chosen, by_options(graph, chosen, HALF), HALF)
+    apply_cut(model, plan_cut(model, graph, selection))
 
 
 def verified(model: nn.Module, x: Tensor) -> None:
-    thin(model, (x,), HALF)
+    apply_cut(model, plan_thinning(model, (x,), HALF).plan)
 
 
 def torch_pruning(model: nn.Module, x: Tensor) -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import record
-from cctool.graph.channels import ChannelGraph, couple
+from cctool.graph.channels import couple
+from cctool.graph.records import ChannelGraph
 from cctool.models.registry import build, input_shape
 
 SEED = 0

@@ -28,8 +28,8 @@ from cctool.models.registry import build
 from cctool.options.train.fit import FitOptions
 from cctool.training.loop.feed import Feed
 from cctool.training.loop.fit import Task, fit
-from cctool.training.loop.processes import make_fabric
 from cctool.training.objectives import Supervised
+from cctool.training.processes import make_fabric
 from cctool.training.resume.progress import EpochRow
 
 SEED, BATCH, LR = 0, 128, 0.1

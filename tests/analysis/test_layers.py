@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cctool.analysis.layers import Layer, LayerTable, Totals, tabulate
+from cctool.analysis.layers import LayerRow, LayerTable, Totals, tabulate
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.spec import ModelSpec
@@ -33,7 +33,7 @@ def table_of(model: nn.Module, shape: tuple[int, int, int] = (3, 16, 16), **chan
     return tabulate(checkpoint, measure(model, shape))
 
 
-def row(table: LayerTable, name: str) -> Layer:
+def row(table: LayerTable, name: str) -> LayerRow:
     return next(layer for layer in table.layers if layer.name == name)
 
 

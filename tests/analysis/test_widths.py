@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cctool.analysis.widths import Width, draw_widths, write_widths
+from cctool.analysis.widths import WidthBar, draw_widths, write_widths
 from cctool.base.errors import CheckpointError, UsageError
 
-WIDTHS = [Width("conv1", 16, 8), Width("layer1.0.conv1", 32, 32, "excluded"), Width("odd $name_{x}", 64, 5)]
+WIDTHS = [
+    WidthBar("conv1", 16, 8),
+    WidthBar("layer1.0.conv1", 32, 32, "excluded"),
+    WidthBar("odd $name_{x}", 64, 5),
+]
 
 
 def blue(path: Path) -> int:
@@ -20,7 +24,7 @@ def blue(path: Path) -> int:
 
 def test_the_more_is_kept_the_longer_the_bars(tmp_path: Path) -> None:
     write_widths(WIDTHS, tmp_path / "a.png", "a")
-    more = [Width("conv1", 16, 15), WIDTHS[1], Width("odd $name_{x}", 64, 60)]
+    more = [WidthBar("conv1", 16, 15), WIDTHS[1], WidthBar("odd $name_{x}", 64, 60)]
     write_widths(more, tmp_path / "b.png", "b")
     assert 0 < blue(tmp_path / "a.png") < 0.7 * blue(tmp_path / "b.png")
 
@@ -33,7 +37,7 @@ def test_equal_widths_give_equal_pictures_of_each_kind() -> None:
 
 
 def test_many_families_and_none_can_be_drawn() -> None:
-    assert draw_widths([Width(f"layer{n}", 2048, 8 + n) for n in range(200)], "many")
+    assert draw_widths([WidthBar(f"layer{n}", 2048, 8 + n) for n in range(200)], "many")
     assert draw_widths([], "none")
 
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from cctool.coding.entropy import best_k, code_bits, entropy_bits
-from cctool.coding.exp_golomb import encode, histogram
+from cctool.coding.exp_golomb import encode
+from cctool.coding.histogram import best_k, code_bits, entropy_bits, histogram
 from seg_reference import codeword
 
 

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cctool.base.errors import BitstreamError, TransformError, UsageError
-from cctool.coding.exp_golomb import Coded, bits_of, block_size, code_lengths, decode, encode, to_unsigned
-from seg_reference import bit_string, decoded, encoded
+from cctool.coding.exp_golomb import CodedIntegers, block_size, decode, encode
+from cctool.coding.symbols import code_lengths, to_unsigned
+from seg_reference import bit_string, bits_of, decoded, encoded
 
 SIGNED = [torch.int8, torch.int16, torch.int32]
 
 
-def assert_round_trip(values: Tensor, k: int, *, signed: bool) -> Coded:
+def assert_round_trip(values: Tensor, k: int, *, signed: bool) -> CodedIntegers:
     coded = encode(values, k, signed=signed)
     assert coded.bits == bits_of(to_unsigned(values) if signed else values, k)
     assert coded.bits == int(coded.block_bits.sum())
@@ -144,7 +145,7 @@ def test_what_cannot_be_coded() -> None:
 
 
 @pytest.fixture
-def sound() -> Coded:
+def sound() -> CodedIntegers:
     generator = torch.Generator().manual_seed(0)
     return encode(torch.randint(-9, 9, (3000,), generator=generator, dtype=torch.int8), 1, signed=True)
 
@@ -153,7 +154,7 @@ def table(*sizes: int) -> np.ndarray:
     return np.array(sizes, dtype=np.uint32)
 
 
-def lies(sound: Coded) -> dict[str, Coded]:
+def lies(sound: CodedIntegers) -> dict[str, CodedIntegers]:
     first, second, third = sound.block_bits.tolist()
     return {
         "more values": replace(sound, count=3001),
@@ -178,12 +179,12 @@ def lies(sound: Coded) -> dict[str, Coded]:
 
 
 @pytest.mark.parametrize("lie", lies(encode(torch.zeros(3000, dtype=torch.int8), 1, signed=True)))
-def test_lies_are_refused(sound: Coded, lie: str) -> None:
+def test_lies_are_refused(sound: CodedIntegers, lie: str) -> None:
     with pytest.raises(BitstreamError):
         decode(lies(sound)[lie], 1, signed=True, dtype=torch.int8)
 
 
-def test_blocks_may_have_any_size(sound: Coded) -> None:
+def test_blocks_may_have_any_size(sound: CodedIntegers) -> None:
     """The format allows other block sizes than this coder chooses."""
     expected = decode(sound, 1, signed=True, dtype=torch.int8)
     single = replace(sound, block=3000, block_bits=table(sound.bits))
@@ -211,7 +212,7 @@ def test_values_beyond_the_type_are_refused() -> None:
 @given(payload=st.binary(max_size=64), count=st.integers(0, 600), k=st.integers(0, 5), signed=st.booleans())
 def test_random_bytes_are_read_rightly_or_refused(payload: bytes, count: int, k: int, signed: bool) -> None:
     bits = 8 * len(payload)
-    coded = Coded(payload, bits, table(bits) if count else table(), count, 1024)
+    coded = CodedIntegers(payload, bits, table(bits) if count else table(), count, 1024)
     try:
         found = decode(coded, k, signed=signed, dtype=torch.int32)
     except BitstreamError:

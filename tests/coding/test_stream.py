@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cctool.base.errors import BitstreamError, TransformError
-from cctool.coding.exp_golomb import bits_of, to_unsigned
-from cctool.coding.stream import END_BYTES, MAX_HEADER, Chunk, Reader, Writer, chunk_bytes, header_bytes
-from seg_reference import bit_string, encoded
+from cctool.coding.stream import END_BYTES, MAX_HEADER, Chunk, StreamReader, Writer, chunk_bytes, header_bytes
+from cctool.coding.symbols import to_unsigned
+from seg_reference import bit_string, bits_of, encoded
 
 METADATA = {"tap": "layer1.0", "steps": [0.5, 2.0]}
 
@@ -34,7 +34,7 @@ def written(*tensors: Tensor, k: int = 1, side: bytes = b"") -> bytes:
 
 
 def chunks(data: bytes) -> list[Chunk]:
-    return list(Reader(io.BytesIO(data)))
+    return list(StreamReader(io.BytesIO(data)))
 
 
 def small() -> Tensor:
@@ -64,7 +64,7 @@ def test_tensors_come_back(k: int) -> None:
         writer.append(tensor, k, signed=tensor.dtype != torch.uint8, side=bytes([number]) * number)
     writer.finish()
     file.seek(0)
-    reader = Reader(file)
+    reader = StreamReader(file)
     assert reader.metadata == METADATA
     found = list(reader)
     assert len(found) == len(TENSORS)
@@ -224,7 +224,7 @@ def test_damage_is_refused(data: st.DataObject) -> None:
 
 
 def test_chunks_are_read_one_by_one() -> None:
-    first = next(iter(Reader(io.BytesIO(written(small(), small())[:-30]))))
+    first = next(iter(StreamReader(io.BytesIO(written(small(), small())[:-30]))))
     assert torch.equal(first.values, small())
 
 

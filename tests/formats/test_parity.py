@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import ExportError
-from cctool.formats.parity import compare, outputs_of, random_batches, require_top1
+from cctool.formats.parity import compare, random_batches, require_top1, runner_of
 from cctool.formats.records import Agreement
-from cctool.quantization.network.attach import CallPoint, activation_key, attach
+from cctool.quantization.network.attach import attach
 from cctool.quantization.network.placement import INPUT_PLACE
+from cctool.quantization.network.points import CallPoint, activation_key
 from cctool.quantization.quantizers.config import QuantizerConfig
 
 
@@ -26,7 +27,7 @@ def inputs() -> Iterator[Tensor]:
 
 def test_the_model_agrees_with_itself() -> None:
     model = net()
-    found = compare(model, outputs_of(model), inputs(), "noise")
+    found = compare(model, runner_of(model), inputs(), "noise")
     assert (found.n, found.batch_sizes, found.max_abs_error, found.top1_agreement) == (18, (1, 5), 0.0, 100.0)
     expected = torch.cat([model(batch).detach() for batch in inputs()])
     assert found.output_range == pytest.approx(float((expected.amax(0) - expected.amin(0)).max()))
@@ -37,7 +38,7 @@ def test_an_error_of_a_thousandth_of_the_range_is_caught(error: float) -> None:
     model = net()
 
     def candidate(batch: Tensor) -> list[Tensor]:
-        return [output + error for output in outputs_of(model)(batch)]
+        return [output + error for output in runner_of(model)(batch)]
 
     with pytest.raises(ExportError, match=r"noise.*top-1 agrees on 100\.0 % of 18"):
         compare(model, candidate, inputs(), "noise")
@@ -49,7 +50,7 @@ def test_an_offset_shared_by_all_inputs_does_not_hide_an_error() -> None:
         model[3].bias += 1000
 
     def candidate(batch: Tensor) -> list[Tensor]:
-        return [output + 0.1 for output in outputs_of(model)(batch)]
+        return [output + 0.1 for output in runner_of(model)(batch)]
 
     with pytest.raises(ExportError, match="off by up to"):
         compare(model, candidate, inputs(), "noise")
@@ -59,7 +60,7 @@ def test_an_error_in_one_batch_size_only_is_caught() -> None:
     model = net()
 
     def candidate(batch: Tensor) -> list[Tensor]:
-        outputs = outputs_of(model)(batch)
+        outputs = runner_of(model)(batch)
         return [output.flip(1) for output in outputs] if len(batch) == 1 else outputs
 
     with pytest.raises(ExportError):
@@ -110,7 +111,7 @@ def test_values_that_are_not_finite_need_permission_and_the_same_place() -> None
     model = net()
     with torch.no_grad():
         model[3].bias[2] = torch.nan
-    same = outputs_of(model)
+    same = runner_of(model)
     with pytest.raises(ExportError, match="allow-nonfinite"):
         compare(model, same, inputs(), "noise")
     assert compare(model, same, inputs(), "noise", allow_nonfinite=True).max_abs_error == 0
@@ -123,7 +124,7 @@ def test_values_that_are_not_finite_need_permission_and_the_same_place() -> None
 def test_no_inputs_are_no_agreement() -> None:
     model = net()
     with pytest.raises(ExportError, match="no inputs"):
-        compare(model, outputs_of(model), iter(()), "an empty split")
+        compare(model, runner_of(model), iter(()), "an empty split")
 
 
 def test_random_inputs_follow_the_seed() -> None:
@@ -136,7 +137,7 @@ def test_running_a_model_leaves_its_mode() -> None:
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout())
     model.train()
     before = model[0].running_mean.clone()
-    outputs_of(model)(torch.randn(3, 4))
+    runner_of(model)(torch.randn(3, 4))
     assert model.training
     assert torch.equal(model[0].running_mean, before)
 
@@ -145,7 +146,7 @@ def test_running_a_model_leaves_its_mode() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_model_on_the_gpu_agrees_with_its_copy_on_the_cpu() -> None:
     model = net()
-    on_cpu = outputs_of(net())
+    on_cpu = runner_of(net())
     found = compare(model.cuda(), on_cpu, inputs(), "noise")
     assert found.max_abs_error <= found.tolerance * found.output_range
 
@@ -163,7 +164,7 @@ class Rounding(nn.Module):
 
 
 def test_a_step_of_a_codec_is_let_pass_where_it_is_told_of() -> None:
-    model, candidate = Rounding(step=0.01), outputs_of(Rounding(shift=1e-5, step=0.01))
+    model, candidate = Rounding(step=0.01), runner_of(Rounding(shift=1e-5, step=0.01))
     with pytest.raises(ExportError, match="off by up to"):
         compare(model, candidate, inputs(), "noise")
     assert compare(model, candidate, inputs(), "noise", coded=True).judged_by_steps
@@ -171,7 +172,7 @@ def test_a_step_of_a_codec_is_let_pass_where_it_is_told_of() -> None:
 
 def test_another_codec_is_caught() -> None:
     with pytest.raises(ExportError, match="off by up to"):
-        compare(Rounding(), outputs_of(Rounding(step=0.2)), inputs(), "noise", coded=True)
+        compare(Rounding(), runner_of(Rounding(step=0.2)), inputs(), "noise", coded=True)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_only_samples_near_a_border_between_steps_are_undecided() -> None:
     batch = torch.tensor([[3.501]] * 20 + [[3.0]] * 20)
 
     def candidate(inputs: Tensor) -> list[Tensor]:
-        found = outputs_of(model)(inputs)
+        found = runner_of(model)(inputs)
         # One step down on a border, one step up in the middle of a step.
         found[0][0, 0], found[0][-1, 0] = 3, 4
         return found

@@ -15,8 +15,9 @@ from cctool.formats import pt2
 from cctool.formats.pt2 import DESCRIPTION, write_pt2
 from cctool.formats.records import ExportRequest, Samples
 from cctool.quantization.export.network import rounding_network
-from cctool.quantization.network.attach import CallPoint, WeightPoint, attach
-from cctool.quantization.network.calls import Place
+from cctool.quantization.network.attach import attach
+from cctool.quantization.network.calls import CallSite
+from cctool.quantization.network.points import CallPoint, WeightPoint
 from cctool.quantization.quantizers.config import QuantizerConfig
 
 SHAPE = (3, 8, 8)
@@ -61,7 +62,7 @@ def quantized() -> nn.Module:
     held = attach(
         model,
         {"conv.weight": WeightPoint(config=weights, channels=6)},
-        {Place("conv", "conv2d", 0): CallPoint(weight="conv.weight", input=activations)},
+        {CallSite("conv", "conv2d", 0): CallPoint(weight="conv.weight", input=activations)},
     )
     held.quantizer("conv/weight").initialise(model.conv.weight)  # type: ignore[union-attr]
     held.quantizer("conv/conv2d#0:input").set_range(torch.tensor(-3.0), torch.tensor(3.0))  # type: ignore[union-attr]

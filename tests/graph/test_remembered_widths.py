@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cctool.graph.channels import ChannelGraph, couple
+from cctool.graph.channels import couple
+from cctool.graph.records import ChannelGraph
 from cctool.graph.widths import Scale, Symbol, Width, as_float, powers_of, remembered
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))

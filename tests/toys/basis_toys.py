@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,6 @@ from cctool.transforms.layers.base import Swap
 from cctool.transforms.layers.which import select_layers
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Cut:
-    dim: int
-    keep: Tensor
-    size: int
 
 
 def arguments(layer: nn.Module, kernel: str = "dct", **options: Any) -> BasisArguments:

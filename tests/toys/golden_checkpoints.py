@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from cctool.base.copies import copied
+from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint, save
 from cctool.checkpoint.edits.mask import add_masks, with_masks
-from cctool.checkpoint.file.payload import ResumeState
-from cctool.checkpoint.fingerprint import fingerprint_of
+from cctool.checkpoint.edits.thin import Cut
+from cctool.checkpoint.file.payload import ResumeState, fingerprint_of
 from cctool.operations.keep.quantized_weights import settled
 from cctool.operations.quantize.plan import attach_plan, plan
 from cctool.options.common import DataOptions
 from cctool.options.quantize.options import QuantizeMethod, QuantizeOptions
-from cctool.pruning.cut.surgery import Cut
 from cctool.quantization.encodings.masked import Inner
-from cctool.quantization.network.attach import Observing, quantizers_of, with_quantizers
+from cctool.quantization.network.attach import quantizers_of
+from cctool.quantization.network.edit import with_quantizers
+from cctool.quantization.network.points import Observing
 from cctool.transforms.basis.build import basis_layer
 from cctool.transforms.basis.linear import BasisArguments
 from cctool.transforms.codec.codec import CodecConfig

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cctool.quantization.network.attach import CallPoint, WeightPoint, attach, following_values, quantizers_of
-from cctool.quantization.network.calls import Place, flow_of
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.quantization.network.attach import attach, following_values, quantizers_of
+from cctool.quantization.network.calls import CallSite, flow_of
 from cctool.quantization.network.placement import Way, plan_points
+from cctool.quantization.network.points import CallPoint, WeightPoint
 from cctool.quantization.quantizers.config import QuantizerConfig
 
 WEIGHT = QuantizerConfig(method="uniform", bits=8, narrow=True, axis=0)
@@ -93,7 +96,7 @@ def quantized(
 ) -> nn.Module:
     """Quantizers at all places, with the ranges of some images, in place."""
     points = plan_points(flow_of(model, (images(),)), way)
-    calls: dict[Place, dict[str, object]] = {}
+    calls: dict[CallSite, dict[str, object]] = {}
     for layer in points.layers:
         calls.setdefault(layer.place, {})["weight"] = layer.weight
     for place in points.activations:
@@ -116,3 +119,12 @@ def quantized(
     with torch.no_grad(), following_values(model, follow):
         model(images(8))
     return model
+
+
+def codebook_indices(encoded: EncodedTensor) -> Tensor:
+    """Indices of a tensor stored as ``codebook``, bit by bit, in its shape."""
+    bits = max(1, (encoded.parts["table"].shape[-1] - 1).bit_length())
+    count = math.prod(encoded.shape)
+    stream = [byte >> place & 1 for byte in encoded.parts["indices"].tolist() for place in range(8)]
+    found = [sum(stream[i * bits + j] << j for j in range(bits)) for i in range(count)]
+    return torch.tensor(found).reshape(encoded.shape)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+from torch import Tensor
+
 
 def symbol(value: int, signed: bool) -> int:
     if not signed:
@@ -50,3 +53,14 @@ def bit_string(payload: bytes, bits: int) -> str:
     assert set(text[bits:]) <= {"0"}
     assert len(text) - bits < 8
     return text[:bits]
+
+
+def bits_of(symbols: Tensor, k: int) -> int:
+    """Bits of all symbols, as the codewords have them."""
+    found, counts = symbols.long().unique(return_counts=True)
+    return sum(len(codeword(u, k)) * count for u, count in zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def to_signed(symbols: Tensor) -> Tensor:
+    """Values that the numbers 0, 1, 2, 3, 4, ... stand for: 0, -1, 1, -2, 2, ..."""
+    return torch.where(symbols % 2 == 1, -(symbols + 1) // 2, symbols // 2)

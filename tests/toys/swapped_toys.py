@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.checkpoint.tables import EditKind, Tables
 from cctool.models import registry
 from cctool.operations.registries import EDITS, tables
 from cctool.pruning.cut.surgery import cut_tensor
-from cctool.transforms.layers.base import Cut, Swap, SwappedLayer, with_swaps
+from cctool.transforms.layers.base import Swap, SwappedLayer, with_swaps
 
 
 class HalfLinear(nn.Linear, SwappedLayer):

@@ -21,6 +21,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from cctool.analysis.layers import ROOT
+from cctool.base.networks import some
 from cctool.graph.cost import Cost, ModelCost
 
 __all__ = ["CrossCheck", "CrossCheckLine", "check_against_thop"]
@@ -188,25 +190,24 @@ def _explain(
     if unseen:
         reasons.append(
             f"{sum(macs[name] for name in unseen):,} MACs are invisible to thop, which hooks modules of "
-            f"known classes only, not functions, raw parameters or attention's projections: {_some(unseen)}"
+            f"known classes only, not functions, raw parameters or attention's projections: {_listed(unseen)}"
         )
     if transposed:
         reasons.append(
             "for transposed convolutions thop multiplies the kernel with the output's size instead of the "
-            f"input's: {_some(transposed)}"
+            f"input's: {_listed(transposed)}"
         )
     if rest:
-        reasons.append("counted differently: " + _some([f"{n} ({macs[n]:,} and {found[n]:,})" for n in rest]))
+        reasons.append("counted differently: " + some([f"{n} ({macs[n]:,} and {found[n]:,})" for n in rest]))
     twice = [
         name
         for name in found
         if name not in macs and isinstance(model.get_submodule(name), (_ConvNd, nn.Linear))
     ]
     if twice:
-        reasons.append(f"thop adds a shared module at every place that holds it: {_some(twice)}")
+        reasons.append(f"thop adds a shared module at every place that holds it: {_listed(twice)}")
     return "; ".join(reasons)
 
 
-def _some(names: list[str], most: int = 3) -> str:
-    shown = ", ".join(name or "(network)" for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+def _listed(names: list[str]) -> str:
+    return some([name or ROOT for name in names])

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cctool.graph.execution import blaming_the_size, in_mode
+from cctool.base.networks import device_of, float_type_of, in_mode
+from cctool.graph.execution import blaming_the_size
 
 __all__ = ["Latency", "compare", "measure_latency"]
 
@@ -68,9 +69,9 @@ def compare(
 
     Arguments and errors as `measure_latency`; `seconds` is for each of the networks.
     """
-    device = next((parameter.device for parameter in models[0].parameters()), torch.device("cpu"))
+    device = device_of(models[0])
     generator = torch.Generator().manual_seed(0)
-    dtype = next((p.dtype for p in models[0].parameters() if p.is_floating_point()), torch.float32)
+    dtype = float_type_of(models[0])
     images = torch.randn(batch, *input_shape, generator=generator).to(device, dtype)
     times: list[list[float]] = [[] for _ in models]
     for turn in range(_WARM_UP + _MOST):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 
 from torch import Tensor, nn
 
-from cctool.analysis.precision import Precision, owners_of_quantizers, precisions
+from cctool.analysis.precision import BitWidths, owners_of_quantizers, precisions
 from cctool.analysis.sparsity import weights
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import masks_of
@@ -21,7 +21,7 @@ from cctool.graph.cost import CountedCall, ModelCost
 from cctool.graph.trace import Call, Shape
 from cctool.transforms.plain import type_of
 
-__all__ = ["Layer", "LayerTable", "Totals", "tabulate"]
+__all__ = ["LayerRow", "LayerTable", "Totals", "tabulate"]
 
 ROOT = "(network)"
 """Name of the row of the outermost module."""
@@ -72,7 +72,7 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerRow:
     """One module.
 
     Attributes:
@@ -95,7 +95,7 @@ class Layer:
     output_shape: Shape | None
     sums: Totals
     sparsity: float | None
-    precision: Precision = field(default_factory=Precision)
+    precision: BitWidths = field(default_factory=BitWidths)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class LayerTable:
         masked: layers with parameters that have a mask.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerRow, ...]
     totals: Totals
     uncounted: Mapping[str, int] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
@@ -155,22 +155,14 @@ def _row(
     calls: tuple[CountedCall, ...],
     held: Totals,
     density: Mapping[str, float],
-    bits: Mapping[str, Precision],
-) -> Layer:
+    bits: Mapping[str, BitWidths],
+) -> LayerRow:
     sums = held
     for counted in calls:
         cost = counted.cost
-        sums += Totals(
-            macs=cost.macs,
-            effective_macs=round(cost.macs * _density(counted, name, density)),
-            matmul_macs=cost.matmul_macs,
-            norm_ops=cost.norm_ops,
-            activation_ops=cost.activation_ops,
-            pooling_ops=cost.pooling_ops,
-            elementwise_ops=cost.elementwise_ops,
-        )
+        sums += Totals(**vars(cost), effective_macs=round(cost.macs * _density(counted, name, density)))
     described = next((c.call for c in calls if c.cost.macs), calls[0].call if calls else None)
-    return Layer(
+    return LayerRow(
         name=name or ROOT,
         type=type_of(module),
         attributes=_settings(described) if described else "",
@@ -179,7 +171,7 @@ def _row(
         output_shape=calls[-1].call.output_shapes[0] if calls else None,
         sums=sums,
         sparsity=sums.sparsity,
-        precision=bits.get(name, Precision()),
+        precision=bits.get(name, BitWidths()),
     )
 
 

@@ -10,16 +10,17 @@ from torch import nn
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.quantization.encodings.masked import inner_form
-from cctool.quantization.network.attach import CONTAINER, activation_key, quantizers_of, weight_key
+from cctool.quantization.network.attach import CONTAINER, quantizers_of
+from cctool.quantization.network.points import activation_key, weight_key
 
-__all__ = ["Precision", "owners_of_quantizers", "precisions"]
+__all__ = ["BitWidths", "owners_of_quantizers", "precisions"]
 
 _FIXED_BITS = {"fp16": 16, "bf16": 16, "affine-u8": 8}
 _MASKED = "masked"
 
 
 @dataclass(frozen=True)
-class Precision:
+class BitWidths:
     """Bits of one layer; None where a value is computed in floating point.
 
     Attributes:
@@ -33,35 +34,35 @@ class Precision:
     input_bits: int | None = None
     output_bits: int | None = None
 
-    def __or__(self, other: Precision) -> Precision:
-        return Precision(
+    def __or__(self, other: BitWidths) -> BitWidths:
+        return BitWidths(
             _most(self.weight_bits, other.weight_bits),
             _most(self.input_bits, other.input_bits),
             _most(self.output_bits, other.output_bits),
         )
 
 
-def precisions(checkpoint: Checkpoint) -> dict[str, Precision]:
+def precisions(checkpoint: Checkpoint) -> dict[str, BitWidths]:
     """Bits by the qualified name of the module, of those where anything has few."""
-    found: dict[str, Precision] = {}
+    found: dict[str, BitWidths] = {}
 
-    def note(module: str, precision: Precision) -> None:
-        found[module] = found.get(module, Precision()) | precision
+    def note(module: str, precision: BitWidths) -> None:
+        found[module] = found.get(module, BitWidths()) | precision
 
     for name, encoded in checkpoint.stored.items():
         bits = _stored_bits(encoded)
         if bits is not None and len(encoded.shape) > 1:
-            note(name.rpartition(".")[0], Precision(weight_bits=bits))
+            note(name.rpartition(".")[0], BitWidths(weight_bits=bits))
     held = quantizers_of(checkpoint.model)
     if held is not None:
         for name, weight in held.state.weights.items():
             module = name.rpartition(".")[0]
-            note(module, Precision(weight_bits=weight.config.effective_bits))
+            note(module, BitWidths(weight_bits=weight.config.effective_bits))
         for place, call in held.state.calls.items():
             if call.input is not None:
-                note(place.module, Precision(input_bits=call.input.bits))
+                note(place.module, BitWidths(input_bits=call.input.bits))
             if call.output is not None:
-                note(place.module, Precision(output_bits=call.output.bits))
+                note(place.module, BitWidths(output_bits=call.output.bits))
     return found
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from cctool.analysis.crosscheck import CrossCheck
-from cctool.analysis.layers import Layer, LayerTable
+from cctool.analysis.layers import LayerRow, LayerTable
 from cctool.analysis.sparsity import NonFinite, TensorSparsity
 from cctool.analysis.table import Cell, Chart, Column, Report, Table, complement, mean_by, total_sum
 
@@ -139,7 +139,7 @@ def _fault(fault: NonFinite) -> str:
     return f"{fault.nan:,} NaN and {fault.infinite:,} infinite of {fault.elements:,} elements"
 
 
-def _layer_row(layer: Layer) -> tuple[Cell, ...]:
+def _layer_row(layer: LayerRow) -> tuple[Cell, ...]:
     sums = layer.sums
     return (
         layer.name,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from cctool.base.networks import qualified
+
 __all__ = ["NonFinite", "TensorSparsity", "nonfinite", "sparsity", "weights"]
 
 
@@ -82,7 +84,7 @@ def weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
             if id(parameter) in seen or not (convolution or parameter.dim() in (2, 4)):
                 continue
             seen.add(id(parameter))
-            yield f"{prefix}.{name}" if prefix else name, parameter, module
+            yield qualified(prefix, name), parameter, module
 
 
 def sparsity(model: nn.Module) -> tuple[TensorSparsity, ...]:

@@ -6,15 +6,15 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from cctool.base.errors import CctoolError, UsageError
-from cctool.checkpoint.file.atomic import write_atomically
+from cctool.base.errors import UsageError
+from cctool.checkpoint.file.atomic import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Width", "check_picture_suffix", "draw_widths", "write_widths"]
+__all__ = ["WidthBar", "check_picture_suffix", "draw_widths", "write_widths"]
 
 _DENSE, _KEPT, _UNTOUCHED = "#d7dde4", "#1f6fb2", "#8a97a6"
 _ROW, _MARGIN, _WIDE = 0.24, 1.5, 9.0
@@ -23,7 +23,7 @@ _TALLEST = 60.0
 
 
 @dataclass(frozen=True)
-class Width:
+class WidthBar:
     """One bar.
 
     Attributes:
@@ -39,7 +39,7 @@ class Width:
     note: str = ""
 
 
-def write_widths(widths: Sequence[Width], path: Path, title: str, *, overwrite: bool = False) -> None:
+def write_widths(widths: Sequence[WidthBar], path: Path, title: str, *, overwrite: bool = False) -> None:
     """Draw the widths and write the picture so that a crash leaves the old file or the new one, whole.
 
     Args:
@@ -54,15 +54,7 @@ def write_widths(widths: Sequence[Width], path: Path, title: str, *, overwrite: 
     """
     check_picture_suffix(path)
     picture = draw_widths(widths, title, path.suffix.lower()[1:])
-
-    def write(stream: IO[bytes]) -> None:
-        stream.write(picture)
-
-    def check(temporary: Path) -> None:
-        if temporary.read_bytes() != picture:
-            raise CctoolError(f"{path}: reading back gave other bytes than were written")
-
-    write_atomically(path, write, check, overwrite=overwrite)
+    write_bytes(path, picture, overwrite=overwrite)
 
 
 def check_picture_suffix(path: Path) -> None:
@@ -75,7 +67,7 @@ def check_picture_suffix(path: Path) -> None:
         raise UsageError(f"{path}: a picture ends in .png, .svg or .pdf, not {path.suffix or 'nothing'}")
 
 
-def draw_widths(widths: Sequence[Width], title: str, kind: str = "png") -> bytes:
+def draw_widths(widths: Sequence[WidthBar], title: str, kind: str = "png") -> bytes:
     """Draw one bar a family, on a logarithmic axis where widths differ much; returns the picture's bytes."""
     # Not pyplot, which would look for a screen and keep the figure.
     from matplotlib import rc_context
@@ -117,7 +109,7 @@ def draw_widths(widths: Sequence[Width], title: str, kind: str = "png") -> bytes
     return stream.getvalue()
 
 
-def _label(axes: Axes, widths: Sequence[Width]) -> None:
+def _label(axes: Axes, widths: Sequence[WidthBar]) -> None:
     largest = max((w.before for w in widths), default=1)
     smallest = min((w.before for w in widths), default=1)
     if largest > 20 * smallest:

@@ -13,11 +13,11 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cctool.analysis.table import Cell, Chart, Report, Table
-from cctool.base.errors import CctoolError, UsageError
-from cctool.checkpoint.file.atomic import write_atomically
+from cctool.base.errors import UsageError
+from cctool.checkpoint.file.atomic import write_bytes
 
 __all__ = ["WRITERS", "check_suffix", "write_report"]
 
@@ -42,15 +42,7 @@ def write_report(report: Report, path: Path, *, overwrite: bool = False) -> None
     """
     check_suffix(path)
     document = WRITERS[path.suffix.lower()](report)
-
-    def write(stream: IO[bytes]) -> None:
-        stream.write(document)
-
-    def check(temporary: Path) -> None:
-        if temporary.read_bytes() != document:
-            raise CctoolError(f"{path}: reading back gave other bytes than were written")
-
-    write_atomically(path, write, check, overwrite=overwrite)
+    write_bytes(path, document, overwrite=overwrite)
 
 
 def check_suffix(path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cctool.base.errors import SpecError
+from cctool.base.networks import qualified, some
 from cctool.checkpoint.budget import TOO_LARGE, BoundedFactories, Budget, registering
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.file.payload import as_bytes, place
@@ -33,7 +34,7 @@ def build_fresh(spec: ModelSpec, tables: Tables) -> nn.Module:
     lazy = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if is_lazy(value)]
     if lazy:
         raise SpecError(
-            f"{spec.architecture} has lazy layers ({_some(lazy)}), and a checkpoint needs sizes that are "
+            f"{spec.architecture} has lazy layers ({some(lazy)}), and a checkpoint needs sizes that are "
             "written down: give the layers theirs"
         )
     return model
@@ -54,11 +55,7 @@ def instantiate(spec: ModelSpec, tables: Tables, tensors: Mapping[str, Tensor | 
     for meta in (True, False):
         budget.restart()
         try:
-            with (
-                torch.random.fork_rng(devices=[]),
-                BoundedFactories(budget),
-                registering(budget, meta=meta),
-            ):
+            with torch.random.fork_rng(devices=[]), BoundedFactories(budget), registering(budget, meta=meta):
                 model = _apply_edits(tables.build(spec.architecture, spec.arguments), spec, tables)
         except Exception:
             if budget.exceeded:
@@ -142,14 +139,14 @@ def assemble(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
-            value = tensors[f"{prefix}.{name}" if prefix else name]
+            value = tensors[qualified(prefix, name)]
             if id(parameter) not in assigned:
                 trains = parameter.requires_grad and value.is_floating_point()
                 assigned[id(parameter)] = nn.Parameter(value, requires_grad=trains)
                 assigned[id(assigned[id(parameter)])] = assigned[id(parameter)]  # for modules met twice
             setattr(module, name, assigned[id(parameter)])  # recurrent layers keep a list of their own
         for name, buffer in list(module._buffers.items()):
-            key = f"{prefix}.{name}" if prefix else name
+            key = qualified(prefix, name)
             if buffer is not None and key in tensors:
                 module._buffers[name] = tensors[key]
     originals.clear()
@@ -169,7 +166,7 @@ def refuse_misfit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> No
     ]
     if missing or unexpected or misshapen:
         parts = [
-            f"{label} {_some(names)}"
+            f"{label} {some(names)}"
             for label, names in (("lacks", missing), ("has unexpected", unexpected), ("has", misshapen))
             if names
         ]
@@ -210,8 +207,3 @@ def _refuse_untied(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise SpecError(
                 f"{name} and {other} are one parameter in the architecture but differ in the file"
             )
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

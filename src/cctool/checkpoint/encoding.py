@@ -1,7 +1,7 @@
 """How one tensor lies in a file: an encoding, its parameters and its parts.
 
 Encodings are a property of the file, apart from the module's edits: the module always computes with the
-decoded tensor. The methods themselves live above (`quantization/storage.py`) and come in by `Tables`.
+decoded tensor. The methods themselves live above (`quantization/encodings/table.py`) and come in by `Tables`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What `checkpoint` must know of the layers above to load a file, passed in as explicit tables.
 
-One composition root (`operations/composition.py`) fills them; the library, the commands and the worker
+One composition root (`operations/registries.py`) fills them; the library, the commands and the worker
 processes all use that one.
 """
 

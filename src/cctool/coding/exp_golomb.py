@@ -15,34 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cctool.base.errors import BitstreamError, TransformError
-from cctool.coding.histogram import Histogram, histogram
 from cctool.coding.packing import pack
-from cctool.coding.symbols import (
-    MAX_K,
-    bits_of,
-    check_k,
-    code_lengths,
-    symbol_limit,
-    to_signed,
-    to_unsigned,
-)
+from cctool.coding.symbols import check_k, symbol_limit
 from cctool.coding.unpacking import MAX_BITS, unpack
 
-__all__ = [
-    "MAX_BLOCK",
-    "MAX_K",
-    "Coded",
-    "Histogram",
-    "bits_of",
-    "block_size",
-    "check_coded",
-    "code_lengths",
-    "decode",
-    "encode",
-    "histogram",
-    "to_signed",
-    "to_unsigned",
-]
+__all__ = ["MAX_BLOCK", "CodedIntegers", "block_size", "check_coded", "decode", "encode"]
 
 # A decoder's steps and memory grow with it, whatever the file says.
 MAX_BLOCK = 1 << 12
@@ -51,7 +28,7 @@ _SIDE_BY_SIDE = 64
 
 
 @dataclass(frozen=True)
-class Coded:
+class CodedIntegers:
     """Integers in the sparse exponential-Golomb code.
 
     Attributes:
@@ -82,7 +59,7 @@ def block_size(count: int) -> int:
     return min(max(wanted, _SMALLEST_BLOCK), _LARGEST_BLOCK)
 
 
-def encode(values: Tensor, k: int, *, signed: bool) -> Coded:
+def encode(values: Tensor, k: int, *, signed: bool) -> CodedIntegers:
     """Write integers.
 
     Args:
@@ -104,10 +81,10 @@ def encode(values: Tensor, k: int, *, signed: bool) -> Coded:
         )
     block = block_size(flat.numel())
     payload, bits, block_bits = pack(flat.numpy(), k, signed=signed, block=block)
-    return Coded(payload, bits, block_bits, flat.numel(), block)
+    return CodedIntegers(payload, bits, block_bits, flat.numel(), block)
 
 
-def check_coded(coded: Coded) -> None:
+def check_coded(coded: CodedIntegers) -> None:
     """Refuse a count, block size or table that the payload does not bear out, before anything is allocated.
 
     Raises:
@@ -130,7 +107,7 @@ def check_coded(coded: Coded) -> None:
         raise BitstreamError("the stream's last byte is not filled up with zero bits")
 
 
-def decode(coded: Coded, k: int, *, signed: bool, dtype: torch.dtype) -> Tensor:
+def decode(coded: CodedIntegers, k: int, *, signed: bool, dtype: torch.dtype) -> Tensor:
     """Read integers back.
 
     Args:

@@ -1,6 +1,6 @@
 """Histograms of symbols, counted where the values are: on a GPU nothing waits for the host.
 
-From a histogram the bits of any order follow without another look at the values (`cctool.coding.entropy`).
+From a histogram the bits of any order follow without another look at the values (`cctool.coding.histogram`).
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from cctool.base.errors import TransformError
-from cctool.coding.symbols import symbol_limit, to_unsigned
+from cctool.coding.symbols import MAX_K, code_lengths, symbol_limit, to_unsigned
 
-__all__ = ["Histogram", "histogram"]
+__all__ = ["Histogram", "best_k", "code_bits", "entropy_bits", "histogram"]
 
 _PIECE = 1 << 21
 # Most symbols are 0, and additions to one place of a GPU's memory wait for each other: each bin has copies.
@@ -109,3 +109,44 @@ def histogram(values: Tensor, *, signed: bool) -> Tensor:
     counted = Histogram(signed=signed)
     counted.add(values)
     return counted.counts
+
+
+def entropy_bits(counts: Tensor) -> float:
+    """Bits that no code of single symbols goes below: n times their zero-order entropy, -sum c log2(c / n).
+
+    Shannon, "A Mathematical Theory of Communication" (1948), theorem 9.
+
+    Args:
+        counts: int64 of shape (bins,), any device.
+
+    >>> entropy_bits(torch.tensor([2, 1, 1]))
+    6.0
+    """
+    seen = counts[counts > 0].double()
+    return float((seen * (seen.sum().log2() - seen.log2())).sum())
+
+
+def code_bits(counts: Tensor) -> Tensor:
+    """Bits of all symbols in the codes of order 0 to 5, int64 of shape (6,) on the histogram's device.
+
+    Args:
+        counts: int64 of shape (bins,): how often symbol 0, 1, ... occurs.
+
+    >>> code_bits(torch.tensor([10, 1, 1])).tolist()
+    [16, 16, 18, 20, 22, 24]
+    """
+    # Products and sums of int64 are exact; CUDA multiplies no matrices of integers.
+    lengths = torch.stack([code_lengths(len(counts), k) for k in range(MAX_K + 1)])
+    return (lengths.to(counts.device) * counts).sum(1)
+
+
+def best_k(counts: Tensor, *, smallest: int = 1) -> int:
+    """Order from ``smallest`` to 5 with the fewest bits, the smaller of equal ones.
+
+    Order 0, which the published tables leave out, takes ``smallest=0``.
+
+    >>> best_k(torch.tensor([10, 1, 1])), best_k(torch.tensor([1, 0, 0, 0, 0, 0, 0, 9]))
+    (1, 3)
+    """
+    bits = code_bits(counts)[smallest:].tolist()
+    return smallest + bits.index(min(bits))

@@ -22,10 +22,10 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from cctool.base.errors import BitstreamError, TransformError
-from cctool.coding.exp_golomb import MAX_BLOCK, Coded, block_size, decode, encode
+from cctool.coding.exp_golomb import MAX_BLOCK, CodedIntegers, block_size, decode, encode
 from cctool.coding.symbols import MAX_K, check_k, code_length, symbol_limit
 
-__all__ = ["END_BYTES", "MAX_HEADER", "Chunk", "Reader", "Writer", "chunk_bytes", "header_bytes"]
+__all__ = ["END_BYTES", "MAX_HEADER", "Chunk", "StreamReader", "Writer", "chunk_bytes", "header_bytes"]
 
 VERSION = 1
 MAX_HEADER = 1 << 20
@@ -111,7 +111,7 @@ def chunk_bytes(
     Args:
         shape: of the tensor.
         dtype: of the tensor: int8, uint8, int16 or int32.
-        bits: of all codewords, as `bits_of` or `code_bits` counts them.
+        bits: of all codewords, as `code_bits` counts them.
         k: order of the code, 0 to 5.
         signed: whether the signed code is used.
         side: bytes that go beside it.
@@ -169,7 +169,7 @@ class Writer:
         self.written += len(data)
 
 
-class Reader:
+class StreamReader:
     """Reads a stream chunk by chunk; no more than one chunk is in memory.
 
     Args:
@@ -225,7 +225,7 @@ class Reader:
         surplus = np.zeros((head.blocks, 4), dtype=np.uint8)
         surplus[:, : head.width] = np.frombuffer(body, np.uint8, table).reshape(-1, head.width)
         sizes = surplus.reshape(-1).view("<u4").astype(np.uint32) + _counts(head)
-        coded = Coded(body[table + side :], head.bits, sizes, head.count, head.block)
+        coded = CodedIntegers(body[table + side :], head.bits, sizes, head.count, head.block)
         values = decode(coded, head.k, signed=head.signed, dtype=head.dtype).reshape(head.shape)
         return Chunk(values, head.k, head.signed, body[table : table + side])
 

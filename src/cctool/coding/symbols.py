@@ -17,23 +17,13 @@ from torch import Tensor
 
 from cctool.base.errors import TransformError, UsageError
 
-__all__ = [
-    "MAX_K",
-    "bits_of",
-    "check_k",
-    "code_length",
-    "code_lengths",
-    "symbol_limit",
-    "to_signed",
-    "to_unsigned",
-]
+__all__ = ["MAX_K", "check_k", "code_length", "code_lengths", "symbol_limit", "to_unsigned"]
 
 MAX_K = 5
 
 # Signed values need a wider type as symbols: -2^(b-1) becomes 2^b - 1.
 _WIDER = {torch.int8: torch.int16, torch.int16: torch.int32, torch.int32: torch.int64}
 _UNSIGNED = {torch.uint8: torch.uint8, **{dtype: dtype for dtype in _WIDER}}
-_PIECE = 1 << 20
 
 
 def check_k(k: int) -> None:
@@ -77,26 +67,17 @@ def to_unsigned(values: Tensor) -> Tensor:
     return torch.where(wide < 0, -2 * wide - 1, 2 * wide)
 
 
-def to_signed(symbols: Tensor) -> Tensor:
-    """Values that symbols of `to_unsigned` stand for, of the symbols' own type and shape.
-
-    Args:
-        symbols: non-negative integers, any shape and device.
-
-    >>> to_signed(torch.tensor([0, 1, 2, 3, 4])).tolist()
-    [0, -1, 1, -2, 2]
-    """
-    # h ^ -1 is -h - 1.
-    return (symbols >> 1) ^ -(symbols & 1)
-
-
 def code_lengths(count: int, k: int) -> Tensor:
     """Bits of the symbols 0, 1, ..., ``count`` - 1 in the code of order ``k``, int64 of shape (count,).
 
     >>> code_lengths(6, 2).tolist()
     [1, 4, 4, 4, 4, 6]
     """
-    return _lengths(torch.arange(count), k)
+    check_k(k)
+    symbols = torch.arange(count)
+    # frexp's exponent is the number of binary digits; float64 holds every symbol exactly.
+    digits = torch.frexp((symbols - 1 + (1 << k)).clamp_(min=1).double()).exponent.long()
+    return torch.where(symbols == 0, 1, 2 * digits - k)
 
 
 def code_length(symbol: int, k: int) -> int:
@@ -107,23 +88,3 @@ def code_length(symbol: int, k: int) -> int:
     """
     check_k(k)
     return 2 * (symbol - 1 + (1 << k)).bit_length() - k if symbol else 1
-
-
-def bits_of(symbols: Tensor, k: int) -> int:
-    """Bits that all of ``symbols`` take in the code of order ``k``, counted on their own device.
-
-    Args:
-        symbols: non-negative integers below 2^32, any shape and device.
-        k: order of the code, 0 to 5.
-    """
-    total = torch.zeros((), dtype=torch.int64, device=symbols.device)
-    for piece in torch.split(symbols.reshape(-1), _PIECE):
-        total += _lengths(piece.long(), k).sum()
-    return int(total)
-
-
-def _lengths(symbols: Tensor, k: int) -> Tensor:
-    check_k(k)
-    # frexp's exponent is the number of binary digits; float64 holds every symbol exactly.
-    digits = torch.frexp((symbols - 1 + (1 << k)).clamp_(min=1).double()).exponent.long()
-    return torch.where(symbols == 0, 1, 2 * digits - k)

@@ -40,7 +40,7 @@ Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class _Table:
+class _WindowTable:
     """What a window of 15 bits holds, by its number; the entry after the last stands for one long codeword.
 
     Attributes:
@@ -57,7 +57,7 @@ class _Table:
 
 
 @dataclass(frozen=True)
-class _Source:
+class _BlocksApart:
     """Blocks copied apart, each behind the other and followed by zero bits, which are no whole codeword.
 
     A position counts the bits that follow: it is the number of a bit from the end.
@@ -110,7 +110,7 @@ def unpack(
         last = int(np.searchsorted(ends, begin + _GROUP_BITS, side="right"))
         last = min(max(last, first + 1), first + _GROUP_BLOCKS)
         source = _spread(words, begin, ends[first:last])
-        progress = _Progress(source, counts[first:last], table)
+        progress = _Cursors(source, counts[first:last], table)
         while len(progress.active):
             progress.advance(k, limit)
         size = int(counts[first:last].sum())
@@ -119,7 +119,7 @@ def unpack(
     return values
 
 
-def _spread(words: Words, begin: int, ends: Integers) -> _Source:
+def _spread(words: Words, begin: int, ends: Integers) -> _BlocksApart:
     starts = np.concatenate(([begin], ends[:-1]))
     sizes = (ends - starts) // WORD + 2
     tops = np.cumsum(sizes)
@@ -139,7 +139,7 @@ def _spread(words: Words, begin: int, ends: Integers) -> _Source:
         rows[1:, 0] = (back[1:] << np.uint64(14) | back[:-1] >> np.uint64(50)) & _MASK
         first = last
     start = WORD * (total - tops + sizes) - 1
-    return _Source(halves.reshape(-1), start, start - (ends - starts))
+    return _BlocksApart(halves.reshape(-1), start, start - (ends - starts))
 
 
 def _blocks_apart(words: Words, starts: Integers, ends: Integers, sizes: Integers) -> Words:
@@ -156,7 +156,7 @@ def _blocks_apart(words: Words, starts: Integers, ends: Integers, sizes: Integer
     return kept
 
 
-class _Progress:
+class _Cursors:
     """Where the blocks of a source are, and what has been read of them.
 
     Attributes:
@@ -170,7 +170,7 @@ class _Progress:
         steps: windows that the next round looks at; 0 reads every codeword by arithmetic.
     """
 
-    def __init__(self, source: _Source, counts: Integers, table: _Table) -> None:
+    def __init__(self, source: _BlocksApart, counts: Integers, table: _WindowTable) -> None:
         self.halves, self.table = source.halves, table
         self.active = np.arange(len(counts))
         self.at, self.end, self.left = source.start, source.end, counts
@@ -268,7 +268,7 @@ def _bits(halves: Integers, at: Integers, count: int) -> Integers:
     return (joined >> (62 - 15 - count + (at & 15))) & ((1 << count) - 1)
 
 
-def _fill(values: Values, progress: _Progress, blocks: int, signed: bool) -> None:
+def _fill(values: Values, progress: _Cursors, blocks: int, signed: bool) -> None:
     """Write what the windows hold, block by block."""
     grid = np.zeros((blocks, progress.rows), dtype=np.uint16)
     row = 0
@@ -307,7 +307,7 @@ def _places(bits: float) -> int:
 
 
 @lru_cache(maxsize=16)
-def _table(k: int, signed: bool, limit: int, places: int) -> _Table:
+def _table(k: int, signed: bool, limit: int, places: int) -> _WindowTable:
     """Decode every window, value by value, all windows at once; symbols above ``limit`` <= 255 are left."""
     size = 1 << _WINDOW
     windows = np.arange(size)
@@ -327,4 +327,4 @@ def _table(k: int, signed: bool, limit: int, places: int) -> _Table:
         bits[:-1][going] += length[going]
         held[:-1][going] += 1
     held[-1], used[-1, 0] = 1, True
-    return _Table(bits, held, values, used)
+    return _WindowTable(bits, held, values, used)

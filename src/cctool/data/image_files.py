@@ -16,7 +16,7 @@ from cctool.base.errors import DataError
 from cctool.data.records import Augmentation, Crop, Padding, Shape
 from cctool.data.serving.augment import RATIO
 
-__all__ = ["EXTENSIONS", "FileStream", "Geometry", "ImageSizes", "hold", "measure"]
+__all__ = ["EXTENSIONS", "FileStream", "ImageSizes", "Resize", "hold", "measure_images"]
 
 EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 PIL_MODES = {1: "L", 3: "RGB"}
@@ -26,7 +26,7 @@ DECODING_THREADS = 4
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Resize:
     """How an image of any size comes to the served size H x W, before the crop.
 
     Attributes:
@@ -61,7 +61,7 @@ class FileStream:
 
     folder: Path
     files: tuple[str, ...]
-    geometry: Geometry
+    geometry: Resize
     padding_mode: Padding = Padding.SYMMETRIC
 
     def __len__(self) -> int:
@@ -126,7 +126,7 @@ class ImageSizes:
     longest: int
 
 
-def measure(folder: Path, files: Sequence[str]) -> ImageSizes:
+def measure_images(folder: Path, files: Sequence[str]) -> ImageSizes:
     """Read the headers of up to 64 files, evenly spread.
 
     Raises:

@@ -50,11 +50,11 @@ def _digits(reference: str, folder: str, input_shape: Shape | None) -> DataSourc
     return open_digits(reference)
 
 
-def _cifar(layout: cifar.Layout, reference: str, folder: str, input_shape: Shape | None) -> DataSource:
+def _cifar(layout: cifar.CifarSet, reference: str, folder: str, input_shape: Shape | None) -> DataSource:
     return cifar.open_cifar(layout, reference, folder)
 
 
-def _mnist(layout: mnist.Layout, reference: str, folder: str, input_shape: Shape | None) -> DataSource:
+def _mnist(layout: mnist.MnistSet, reference: str, folder: str, input_shape: Shape | None) -> DataSource:
     return mnist.open_mnist(layout, reference, folder)
 
 

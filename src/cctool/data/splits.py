@@ -1,15 +1,20 @@
 """Deterministic divisions of a data set: the same files and labels give the same splits, for ever."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
+from torch import Tensor
 
-__all__ = ["held_out", "stratified", "stratified_by_name"]
+from cctool.data.records import Split
+
+__all__ = ["held_out", "official_loaders", "stratified", "stratified_by_name"]
 
 # The legacy generator's stream is frozen by NumPy's policy, so these permutations never change.
 SEED = 20
+HELD_OUT = 5000
 
 
 def held_out(size: int, count: int) -> tuple[list[int], list[int]]:
@@ -24,6 +29,31 @@ def held_out(size: int, count: int) -> tuple[list[int], list[int]]:
     """
     order = np.random.RandomState(SEED).permutation(size)
     return sorted(order[: size - count].tolist()), sorted(order[size - count :].tolist())
+
+
+def official_loaders(
+    read: Callable[..., tuple[Tensor, Tensor]], shape: tuple[int, int, int]
+) -> dict[str, Callable[[], Split]]:
+    """The official test set, and the official training set less 5,000 images held out for validation.
+
+    The held-out images are the last of a fixed permutation (a tenth, where there are fewer than 50,000).
+
+    Args:
+        read: (train=bool) -> images [N, C, H, W] and labels [N] of an official set; that for training once.
+        shape: (C, H, W).
+    """
+
+    @cache
+    def training() -> dict[str, Split]:
+        whole = Split("train", shape, *read(train=True))
+        kept, held = held_out(len(whole), HELD_OUT if len(whole) >= 10 * HELD_OUT else len(whole) // 10)
+        return {"train": whole.take(kept), "validation": whole.take(held)}
+
+    return {
+        "train": lambda: training()["train"],
+        "validation": lambda: training()["validation"],
+        "test": lambda: Split("test", shape, *read(train=False)),
+    }
 
 
 def stratified(labels: Sequence[int], counts: Sequence[int]) -> list[list[int]]:

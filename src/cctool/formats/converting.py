@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool import __version__
+from cctool.base.networks import float_type_of
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.formats.parity import BATCH_SIZES, Run, compare, random_batches, require_top1
 from cctool.formats.records import Agreement, ExportRequest
@@ -50,7 +51,7 @@ def on_cpu(model: nn.Module) -> nn.Module:
 
 def example(model: nn.Module, batch: int, shape: tuple[int, int, int]) -> Tensor:
     """Zeros [batch, C, H, W] of the type of the model's parameters."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = float_type_of(model)
     return torch.zeros((batch, *shape), dtype=dtype)
 
 

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cctool.base.errors import ExportError
+from cctool.base.networks import device_of, in_mode
 from cctool.formats.records import Agreement
-from cctool.graph.execution import in_mode
 from cctool.quantization.export.noise import shaken
 
-__all__ = ["BATCH_SIZES", "TOLERANCE", "compare", "outputs_of", "random_batches", "require_top1"]
+__all__ = ["BATCH_SIZES", "TOLERANCE", "compare", "random_batches", "require_top1", "runner_of"]
 
 TOLERANCE = 1e-5
 """Allowed difference of two float32 programs, as a fraction of the output range; 1e-7 is usual."""
@@ -54,12 +54,12 @@ _FLOAT32 = 5e-7  # of the largest output, four roundings: no float32 program can
 Run = Callable[[Tensor], list[Tensor]]
 
 
-def outputs_of(model: nn.Module) -> Run:
+def runner_of(model: nn.Module) -> Run:
     """Run a model in evaluation mode; all tensors that it returns, on the CPU, in order.
 
     TF32 is switched off while it runs: its ten bits of mantissa would drown what is looked for.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
 
     def run(inputs: Tensor) -> list[Tensor]:
         with in_mode(model, training=False), _without_tf32():
@@ -89,7 +89,7 @@ def random_batches(
         yield torch.randn((size, *shape), generator=generator)
 
 
-class _Tally:
+class _Differences:
     """What the batches so far say: errors, agreement, and how far each output moves."""
 
     def __init__(self) -> None:
@@ -152,8 +152,8 @@ def compare(
     Raises:
         ExportError: if shapes differ, values are not finite, or the error exceeds the tolerance.
     """
-    reference = outputs_of(model)
-    tally, sizes, worst = _Tally(), set(), (-1.0, torch.empty(0))
+    reference = runner_of(model)
+    tally, sizes, worst = _Differences(), set(), (-1.0, torch.empty(0))
     for batch in batches:
         expected, found = reference(batch), candidate(batch.detach().cpu())
         _check_shapes(expected, found, batch, inputs)
@@ -195,18 +195,18 @@ def _is_rounding(model: nn.Module, candidate: Run, batch: Tensor, largest: float
     """Whether the candidate is about as far from the model in float64 as the model in float32 is."""
     exact_model = copy.deepcopy(model).to("cpu", torch.float64)
     try:
-        exact = outputs_of(exact_model)(batch.detach().cpu().double())
+        exact = runner_of(exact_model)(batch.detach().cpu().double())
     except (RuntimeError, TypeError):
         # A network that cannot run in float64 cannot be excused by it.
         return False
-    expected, found = outputs_of(model)(batch), candidate(batch.detach().cpu())
+    expected, found = runner_of(model)(batch), candidate(batch.detach().cpu())
     own, other = _distance(exact, expected), _distance(exact, found)
     return other <= max(_ROUNDING_FACTOR * own, _FLOAT32 * largest)
 
 
 def _is_steps(model: nn.Module, candidate: Run, batch: Tensor) -> bool:
     """Whether the candidate is about as far from the model as inputs are that differ in their sixth digit."""
-    reference, generator = outputs_of(model), torch.Generator().manual_seed(0)
+    reference, generator = runner_of(model), torch.Generator().manual_seed(0)
     expected, found = reference(batch), candidate(batch.detach().cpu())
     plain = batch.detach().cpu()
     moved = 0.0
@@ -218,7 +218,7 @@ def _is_steps(model: nn.Module, candidate: Run, batch: Tensor) -> bool:
 
 def _is_shaken(model: nn.Module, candidate: Run, batch: Tensor) -> bool:
     """Whether the candidate is about as far from the model as a small share of a step moves it."""
-    reference, generator = outputs_of(model), torch.Generator().manual_seed(0)
+    reference, generator = runner_of(model), torch.Generator().manual_seed(0)
     expected, found = reference(batch), candidate(batch.detach().cpu())
     moved = 0.0
     for _ in range(_SHAKES):
@@ -231,7 +231,7 @@ def _undecided(model: nn.Module, samples: Tensor) -> int:
     """On how many samples the model itself chooses another class when a small share of a step moves it."""
     if not len(samples):
         return 0
-    reference, generator = outputs_of(model), torch.Generator().manual_seed(0)
+    reference, generator = runner_of(model), torch.Generator().manual_seed(0)
     chosen = _top1(reference(samples)[0])
     changed = torch.zeros_like(chosen, dtype=torch.bool)
     for _ in range(_SHAKES):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cctool.base.errors import ExportError
+from cctool.base.networks import in_mode
 from cctool.checkpoint.file.atomic import write_atomically
 from cctool.formats.converting import (
     BATCH,
@@ -29,7 +30,7 @@ from cctool.formats.converting import (
 )
 from cctool.formats.parity import Run
 from cctool.formats.records import Agreement, ExportRequest, Written
-from cctool.graph.execution import blaming_the_size, in_mode
+from cctool.graph.execution import blaming_the_size
 
 __all__ = ["DESCRIPTION", "write_pt2"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.quantization.export.integer_weights import IntegerWeight
 
-__all__ = ["Agreement", "ExportRequest", "FloatLayer", "Kernels", "Samples", "Writer", "Written", "named"]
+__all__ = ["Agreement", "ExportRequest", "FloatLayer", "Kernels", "Samples", "Writer", "Written"]
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,3 @@ class Written:
 
 
 Writer = Callable[[ExportRequest], Written]
-
-
-def named(names: Sequence[str]) -> str:
-    """Some names, and how many more there are.
-
-    >>> named(["a", "b"]), named(["a", "b", "c", "d", "e"])
-    ('a, b', 'a, b, c and 2 more')
-    """
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from cctool.graph.execution import Event, execute, tensors_in, with_tensors
-from cctool.graph.ledger import INPUT, Kind, Ledger, Role, compact, constant
+from cctool.graph.ledger import INPUT, Kind, Ledger, compact, constant_ids
+from cctool.graph.records import ChannelGraph
 from cctool.graph.rules import apply_rule
+from cctool.graph.solution import solve
 from cctool.graph.widths import Scale, Width, remembered
 
 # Reading these says nothing about channels; they are most of all calls, so that the pass skips them early.
@@ -26,132 +27,6 @@ _SILENT = """
     element_size data_ptr is_inference is_nested is_mkldnn storage_offset
 """
 _SILENT_NAMES = frozenset(_SILENT.split())
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a family lies in one dim of one tensor.
-
-    Attributes:
-        tensor: qualified name of a parameter or buffer.
-        dim: its dim.
-        indices: row u holds the indices that unit u owns there; shape [units, indices per unit].
-        role: what the tensor is to the unit.
-    """
-
-    tensor: str
-    dim: int
-    indices: Tensor
-    role: Role
-
-
-@dataclass(frozen=True)
-class Family:
-    """Units (channels that go as one) that share their places.
-
-    For `conv1 (3 -> 8), bn1, conv2 (8 -> 5)` there is one family, "conv1", of 8 units with the places
-    conv1.weight dim 0, bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var dim 0, conv2.weight dim 1.
-
-    Attributes:
-        name: the first module that produces the channels.
-        labels: number of each unit in the whole graph; shape [units].
-        places: every place that the units touch.
-    """
-
-    name: str
-    labels: Tensor
-    places: tuple[Place, ...]
-
-    @property
-    def units(self) -> int:
-        """How many units there are."""
-        return self.labels.numel()
-
-    @property
-    def width(self) -> int:
-        """How many channels of its first producer one unit holds."""
-        return self.places[0].indices.shape[1]
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """A parameter's dim of which some indices cannot be cut.
-
-    Attributes:
-        parameter: qualified name of the parameter or buffer.
-        dim: its dim.
-        indices: how many indices are frozen.
-        of: how many there are.
-        op: function that froze them.
-        module: module that was executing it, "" for the root.
-        reason: why.
-    """
-
-    parameter: str
-    dim: int
-    indices: int
-    of: int
-    op: str
-    module: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A tensor's dim, or a module's integer attribute, as labels: index i goes when unit `labels[i]` goes."""
-
-    name: str
-    key: int | str
-    labels: Tensor
-    index: int | None = None
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """A call whose result depends on how many channels are kept.
-
-    The cut network is then not the plainly masked one, but the one whose statistics run over what is kept.
-
-    Attributes:
-        op: function that was called.
-        ordinal: how many calls of that function came before it in the forward pass.
-        module: module that was executing it, "" for the root.
-        kind: how it depends.
-        place: dim of its first tensor that the channels lie in; for a factor its position or keyword.
-        widths: (labels of the channels, exponent) of each width that it depends on.
-        families: names of the families that those channels belong to.
-        reason: what a report says of it.
-    """
-
-    op: str
-    ordinal: int
-    module: str
-    kind: Kind
-    place: int | str
-    widths: tuple[tuple[Tensor, float], ...]
-    families: tuple[str, ...]
-    reason: str
-
-
-@dataclass(frozen=True)
-class ChannelGraph:
-    """All that can be cut, and what cannot.
-
-    Attributes:
-        families: in the order of the forward pass; a family of one unit cannot lose it.
-        frozen: every parameter dim with indices that cannot be cut, and why.
-        tensors: labels of each bound dim of each tensor (`key` is the dim).
-        attributes: labels of the channels that each integer attribute counts (`key` is its name).
-        label_count: labels are below this.
-        statistics: calls that depend on how many channels are kept, in the order of the forward pass.
-    """
-
-    families: tuple[Family, ...]
-    frozen: tuple[Frozen, ...]
-    tensors: tuple[Labelled, ...]
-    attributes: tuple[Labelled, ...]
-    label_count: int = field(default=0)
-    statistics: tuple[Statistic, ...] = ()
 
 
 def couple(
@@ -174,8 +49,6 @@ def couple(
 def _coupled(
     model: nn.Module, inputs: tuple[Tensor, ...], exact: bool, heads: bool, widths: bool
 ) -> ChannelGraph:
-    from cctool.graph.solution import solve
-
     ledger = Ledger(model, exact, heads)
     with remembered(model, ledger, heads) if widths else nullcontext():
         _carry(ledger, inputs, training=False, widths=widths)
@@ -185,7 +58,7 @@ def _coupled(
 
 def _carry(ledger: Ledger, inputs: tuple[Tensor, ...], training: bool, widths: bool) -> None:
     for value in tensors_in(inputs):
-        ledger.set(value, constant(INPUT, value.shape))
+        ledger.set(value, constant_ids(INPUT, value.shape))
 
     def observe(event: Event) -> None:
         if event.name in _SILENT_NAMES:

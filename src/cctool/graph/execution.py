@@ -25,6 +25,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from cctool.base.errors import ArchitectureError, CctoolError
+from cctool.base.networks import in_mode, removing
 from cctool.graph.widths import as_float
 
 SCRIPT_MODULE = "script_module"
@@ -125,7 +126,7 @@ def _transparent(function: Any) -> Callable[..., Any]:
 
 # Python functions that hide the operations that they are made of; they are run with the mode on.
 _COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.multi_head_attention_forward: _transparent(F.multi_head_attention_forward),
+    F.multi_head_attention_forward: _transparent(F.multi_head_attention_forward)
 }
 
 
@@ -254,40 +255,6 @@ def blaming_the_size(input_shape: Sequence[int]) -> Iterator[None]:
         ) from error
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; -1 where nobody counts."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-@contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set a mode, without gradients; flags, buffers and the random state are put back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    random_state = torch.get_rng_state()
-    # some networks count or remember in evaluation mode, too
-    buffers = [(buffer, buffer.clone(), _version(buffer)) for buffer in model.buffers()]
-    tables = [
-        (m._buffers, dict(m._buffers)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)
-    ]
-    try:
-        for module, _ in flags:
-            module.training = training
-        with torch.no_grad():
-            yield
-    finally:
-        for table, earlier in tables:
-            table.update(earlier)
-        with torch.no_grad():
-            for buffer, before, version in buffers:
-                # A backward pass that still needs one would refuse it even where its values stay.
-                # Batch norm writes to its statistics without being counted.
-                if training or _version(buffer) != version or version < 0:
-                    buffer.copy_(before)
-        for module, training in flags:
-            module.training = training
-        torch.set_rng_state(random_state)
-
-
 def execute(
     model: nn.Module,
     inputs: Sequence[Tensor],
@@ -319,8 +286,5 @@ def following(watch: Watch) -> Iterator[None]:
         register_module_forward_pre_hook(watch.enter),
         register_module_forward_hook(watch.leave, always_call=True),
     ]
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

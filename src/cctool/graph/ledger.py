@@ -33,7 +33,6 @@ class Role(str, Enum):
 
     FILTER = "filter"  # weights that produce the channel
     BIAS = "bias"
-    SUM = "sum"  # it runs over the channels, but those that are 0 count for nothing
     SCALE = "scale"  # batch norm's gamma
     SHIFT = "shift"  # batch norm's beta
     STATISTIC = "statistic"  # running mean and variance
@@ -90,7 +89,7 @@ class Kind(str, Enum):
 
 
 @dataclass(frozen=True)
-class Statistic:
+class StatisticEntry:
     """A call whose result depends on how many channels there are.
 
     Attributes:
@@ -130,7 +129,7 @@ def compact(ids: Tensor) -> Tensor:
     return ids.as_strided(shape, ids.stride(), ids.storage_offset())
 
 
-def canonical(ids: Tensor) -> Tensor:
+def canonical_ids(ids: Tensor) -> Tensor:
     """The same ids with stride 0 along every dim where they do not differ."""
     small = compact(ids)
     for dim in varying(small):
@@ -164,7 +163,7 @@ class Ledger:
         self.exact = exact
         self.heads = heads
         self.ordinals: Counter[str] = Counter()
-        self.statistics: list[Statistic] = []
+        self.statistics: list[StatisticEntry] = []
         self.equal_widths: list[EqualWidth] = []
         self.modules = dict(model.named_modules())
         self.names = {id(tensor): name for name, tensor in model.named_buffers()}
@@ -222,13 +221,13 @@ class Ledger:
         if id(tensor) not in self._constants and tensor.ndim:
             reason = "an activation of unknown origin (scripted or opaque code) may depend on any channel"
             self.freezes.append(Freeze(torch.arange(INPUT + 1, self.count), self.call, reason))
-            self.set(tensor, constant(FIXED, tensor.shape))
-        return constant(FIXED, tensor.shape)
+            self.set(tensor, constant_ids(FIXED, tensor.shape))
+        return constant_ids(FIXED, tensor.shape)
 
     def _element_ids(self, tensor: Tensor, name: str) -> Tensor:
         if tensor.numel() == 1 or tensor.numel() > _MAXIMUM_ELEMENTS:
             self.pin(name, tensor)
-            return constant(FIXED, tensor.shape)
+            return constant_ids(FIXED, tensor.shape)
         if name not in self.elements:
             shape = tuple(tensor.shape)
             self.elements[name] = Elements(name, shape, self.new(tensor.numel()))
@@ -236,7 +235,7 @@ class Ledger:
                 if (name, dim) in self.bindings:
                     self.freeze(self.elements[name].ids, "a parameter both of a layer and used elementwise")
                     self.freeze(self.bindings[name, dim].ids, "a parameter of a layer also used elementwise")
-        return canonical(self.elements[name].ids.view(tensor.shape))
+        return canonical_ids(self.elements[name].ids.view(tensor.shape))
 
     def turn(self, tensor: Tensor, name: str) -> None:
         """Remember that a tensor is the transpose of a matrix parameter."""
@@ -311,7 +310,7 @@ class Ledger:
     def statistic(self, kind: Kind, place: int | str, powers: Powers, reason: str) -> None:
         """The result of the open call depends on how many channels there are."""
         ordinal = self.ordinals[self.calls[-1][0]] - 1
-        self.statistics.append(Statistic(self.call, ordinal, kind, place, powers, reason))
+        self.statistics.append(StatisticEntry(self.call, ordinal, kind, place, powers, reason))
 
     # ---- what the ids mean -----------------------------------------------------------------------------
     def tie(self, a: Tensor, b: Tensor) -> None:
@@ -377,6 +376,6 @@ class Ledger:
             self.bind(tensor, dim, torch.full((size,), FIXED), Role.ELEMENT)
 
 
-def constant(value: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
+def constant_ids(value: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Ids that vary nowhere."""
     return torch.tensor(value).expand(shape)

@@ -9,14 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cctool.graph.channels import ChannelGraph, Family, Frozen, Labelled, Place, Statistic
-from cctool.graph.ledger import FIXED, INPUT, Freeze, Ledger, Role
-from cctool.graph.ledger import Statistic as Noted
+from cctool.graph.ledger import FIXED, INPUT, Freeze, Ledger, Role, StatisticEntry
+from cctool.graph.records import ChannelGraph, Family, Frozen, Labelled, Place, Statistic
 
-_ROOTS = {
-    FIXED: "coupled to channels of fixed number",
-    INPUT: "coupled to the model's input channels",
-}
+_ROOTS = {FIXED: "coupled to channels of fixed number", INPUT: "coupled to the model's input channels"}
 _UNUSED = "takes no part in the forward pass"
 
 Ids = NDArray[np.int64]
@@ -53,7 +49,7 @@ def solve(ledger: Ledger, unused: Sequence[str], note: str) -> ChannelGraph:
     )
 
 
-def _widths(ledger: Ledger, statistic: Noted) -> list[tuple[Ids, float]]:
+def _widths(ledger: Ledger, statistic: StatisticEntry) -> list[tuple[Ids, float]]:
     """Ids of each width that a call depends on, with its exponent; constant attributes are left out."""
     found = []
     for symbol, exponent in statistic.powers.items():
@@ -159,10 +155,7 @@ def _components(ledger: Ledger) -> tuple[Ids, Ids, list[Reason]]:
             order.append(np.full(len(chosen), call))
             reasons.append((ledger.calls[call], reason))
     roots = len(reasons)
-    reasons += [
-        (("constant", ""), "no layer produces these channels"),
-        (("input", ""), "the model's input"),
-    ]
+    reasons += [(("constant", ""), "no layer produces these channels"), (("input", ""), "the model's input")]
 
     causes = np.full(int(labels.max()) + 1, -1, dtype=np.int64)
     ids_all, numbers_all = np.concatenate(ids), np.concatenate(numbers).astype(np.int64)

@@ -6,17 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from cctool.models import (
-    alexnet,
-    densenet,
-    lenet,
-    mobilenet,
-    preact_resnet,
-    resnet,
-    timm_models,
-    torchvision_models,
-    vgg,
-)
+from cctool.models import alexnet, densenet, lenet, mobilenet, resnet, timm_models, torchvision_models, vgg
 
 __all__ = ["ARCHITECTURES", "COLLECTIONS", "Architecture", "Collected", "Shape"]
 
@@ -77,9 +67,7 @@ _OWN = (
     Architecture("resnet44", resnet.resnet44, CIFAR_SHAPE, "ResNet for CIFAR, 44 layers"),
     Architecture("resnet56", resnet.resnet56, CIFAR_SHAPE, "ResNet for CIFAR, 56 layers"),
     Architecture("resnet110", resnet.resnet110, CIFAR_SHAPE, "ResNet for CIFAR, 110 layers"),
-    Architecture(
-        "preact_resnet20", preact_resnet.preact_resnet20, CIFAR_SHAPE, "Pre-activation ResNet, 20 layers"
-    ),
+    Architecture("preact_resnet20", resnet.preact_resnet20, CIFAR_SHAPE, "Pre-activation ResNet, 20 layers"),
     Architecture("vgg11", vgg.vgg11, CIFAR_SHAPE, "VGG-11 with batch norm for CIFAR", 32),
     Architecture("vgg16", vgg.vgg16, CIFAR_SHAPE, "VGG-16 with batch norm for CIFAR", 32),
     Architecture("vgg19", vgg.vgg19, CIFAR_SHAPE, "VGG-19 with batch norm for CIFAR", 32),

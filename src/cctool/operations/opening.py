@@ -17,8 +17,8 @@ from cctool.base.errors import ArchitectureError, CheckpointError, SpecError, Us
 from cctool.base.runtime import Reporter
 from cctool.checkpoint.build import build_fresh, instantiate
 from cctool.checkpoint.checkpoint import Checkpoint, Opened, build, open_file
+from cctool.checkpoint.file.payload import parse_spec
 from cctool.checkpoint.foreign import match_names
-from cctool.checkpoint.json_records import parse_spec
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.checkpoint.tables import Tables
 from cctool.models import registry

@@ -25,7 +25,7 @@ from cctool.operations.keep.quantized_weights import as_stored
 from cctool.operations.opening import open_checkpoint
 from cctool.options.common import ModelOptions
 from cctool.quantization.encodings.table import ENCODINGS
-from cctool.quantization.network.attach import QUANTIZE
+from cctool.quantization.network.edit import QUANTIZE
 from cctool.transforms.codec.taps import TAP
 from cctool.transforms.swap import SWAP
 

@@ -1,4 +1,4 @@
-"""Estimating batch-norm statistics again, for a network whose weights were changed."""
+"""Batch norm: statistics estimated again for changed weights, or left as they are in training."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from cctool.base.errors import DataError
+from cctool.base.networks import device_of, in_eval_mode
 from cctool.data.serving.batches import Batch
 
-__all__ = ["recalibrate"]
+__all__ = ["freeze_statistics", "recalibrate"]
 
 
 def recalibrate(
@@ -40,31 +41,41 @@ def recalibrate(
     ]
     if not norms:
         return 0
-    device = device or next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
+    device = device or device_of(model)
     momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.train()
     used = 0
-    try:
-        for batch in batches:
-            images = batch.images[: n - used]
-            # A single image has no variance behind a global pooling.
-            if len(images) < 2 and used:
-                break
-            for norm in norms:
-                norm.momentum = len(images) / (used + len(images))
-            with torch.no_grad():
+    with in_eval_mode(model), torch.no_grad():
+        for norm in norms:
+            norm.train()
+        try:
+            for batch in batches:
+                images = batch.images[: n - used]
+                # A single image has no variance behind a global pooling.
+                if len(images) < 2 and used:
+                    break
+                for norm in norms:
+                    norm.momentum = len(images) / (used + len(images))
                 model(images.to(device))
-            used += len(images)
-            if used >= n:
-                break
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
+                used += len(images)
+                if used >= n:
+                    break
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
     if not used:
         raise DataError("batch-norm statistics cannot be estimated: the training split is empty")
     return used
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Take batch norm out of training mode: it normalises by its running statistics, and these stay.
+
+    Its scales and shifts are trained as before. Statistics of maps with noise in them, a codec's or a coarse
+    quantizer's, are those of signal and noise together; a network that is normalised by them loses signal.
+
+    Args:
+        model: in training mode; its batch norms with running statistics go to eval mode.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.eval()

@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import DataError
+from cctool.base.networks import device_of, in_eval_mode
 from cctool.base.runtime import autocast
 from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
 from cctool.graph.execution import blaming_the_size
-from cctool.training.loop.processes import Alone, Group
 from cctool.training.objectives import cross_entropy, main_output
+from cctool.training.processes import Alone, Group
 from cctool.training.user_functions import UserMetric
 
-__all__ = ["LossFunction", "count_correct", "evaluate", "in_eval_mode", "outputs_of", "trial_output"]
+__all__ = ["LossFunction", "count_correct", "evaluate", "outputs_of", "trial_output"]
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 
 _TOP = 5
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch every module to eval mode, and back to the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def trial_output(model: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
@@ -48,7 +36,7 @@ def trial_output(model: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
         ArchitectureError: if it does not run on them.
         TrainingError: if its outputs are none that can be trained on.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with blaming_the_size(input_shape), in_eval_mode(model), torch.no_grad():
         outputs = model(torch.zeros(2, *input_shape, device=device))
     return main_output(outputs)
@@ -88,7 +76,7 @@ def count_correct(logits: Tensor, labels: Tensor, top: int) -> Tensor:
     return (best == labels[:, None]).any(1).sum()
 
 
-class _Totals:
+class _EvaluationSums:
     """Sums over the batches of one split, kept on the device so that no step waits for them."""
 
     def __init__(self, device: torch.device, loss: LossFunction, metric: UserMetric | None) -> None:
@@ -157,7 +145,7 @@ def evaluate(
         DataError: if there are no samples, no labels, or labels that the network has no class for.
         UserCodeError: if the user's loss or metric fails.
     """
-    totals = _Totals(device, loss or cross_entropy, metric)
+    totals = _EvaluationSums(device, loss or cross_entropy, metric)
     for outputs, batch in outputs_of(model, batches, device, precision):
         if batch.labels is None:
             raise DataError(f"the {split} split has no labels: only `evaluate --predictions` can use it")

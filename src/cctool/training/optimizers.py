@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from cctool.base import user_code
 from cctool.base.errors import TrainingError, UserCodeError
-from cctool.base.marks import companion_parameters
+from cctool.base.networks import companion_parameters
 from cctool.options.train.fit import DecayScope, FitOptions, OptimizerName
 from cctool.training.user_functions import named_function
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from cctool.base.copies import copied
 from cctool.base.errors import TransformError
-from cctool.graph.execution import canonical_name, in_mode, tensors_in
+from cctool.base.networks import copied, device_of, in_mode, removing
+from cctool.graph.execution import canonical_name, tensors_in
 from cctool.transforms.basis.build import COMPLEX, basis_layer, counterpart
 from cctool.transforms.basis.complex import ComplexBatchNorm, ComplexLayer, ComplexModule
 from cctool.transforms.basis.linear import BasisArguments, BasisLayer
 from cctool.transforms.layers.base import Swap
-from cctool.transforms.layers.which import Selected
+from cctool.transforms.layers.which import SelectedLayer
 from cctool.transforms.swap import put_in_place
 
 __all__ = ["BASIS_KERNELS", "put_basis"]
@@ -28,7 +28,7 @@ BASIS_KERNELS = ("dct", "dst", "dft")
 
 def put_basis(
     model: nn.Module,
-    selected: Sequence[Selected],
+    selected: Sequence[SelectedLayer],
     kernel: str,
     input_shape: tuple[int, int, int],
     *,
@@ -58,7 +58,7 @@ def put_basis(
         layers[item.names[0]] = basis_layer(item.plain, arguments)
     swaps: dict[str, Swap] = {}
     if kernel == "dft":
-        trial = _Trial(model, layers, input_shape)
+        trial = _CounterpartRun(model, layers, input_shape)
         swaps = trial.swaps()
         for name in trial.ending & layers.keys():
             layers[name].arguments = layers[name].arguments.model_copy(update={"ends": True})
@@ -73,7 +73,7 @@ def put_basis(
     return tuple(swaps.values())
 
 
-class _Trial:
+class _CounterpartRun:
     """A copy of a network in which every module that has a counterpart is that, run once.
 
     Counterparts take real values too, so that one run shows which of them are needed.
@@ -101,7 +101,7 @@ class _Trial:
                 put_in_place(self.network, name, made)
                 self.counterparts[name] = made
         self._names = {module: name for name, module in self.network.named_modules()}
-        self._inputs = torch.zeros(2, *input_shape, device=_device(model))
+        self._inputs = torch.zeros(2, *input_shape, device=device_of(model))
         self.met: dict[str, set[bool]] = {}
         self.ending: set[str] = set()
 
@@ -138,7 +138,7 @@ class _Trial:
 
     def _run(self, *, training: bool) -> Any:
         stack: list[str] = []
-        calls = _Calls()
+        calls = _LastCall()
         with _watched(self.network, self._names, stack, self._note):
             try:
                 with in_mode(self.network, training=training), torch.no_grad(), calls:
@@ -163,7 +163,7 @@ class _Trial:
             self._last = name
 
 
-class _Calls(TorchFunctionMode):
+class _LastCall(TorchFunctionMode):
     """Remembers the last function called on complex numbers."""
 
     last = "a function"
@@ -192,19 +192,12 @@ def _watched(
     handles = []
     for module in names:
         handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_complex(value: Any) -> bool:
     return any(tensor.is_complex() for tensor in tensors_in(value))
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((cast(Tensor, parameter).device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _first_line(error: Exception) -> str:

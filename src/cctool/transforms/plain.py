@@ -7,12 +7,10 @@ from collections.abc import Collection, Iterator
 from pydantic import JsonValue
 from torch import nn
 
-from cctool.base.copies import copied
-from cctool.base.marks import drop_companions, has_companions
+from cctool.base.networks import copied, drop_companions, has_companions
 from cctool.transforms.codec.export import put_exported
 from cctool.transforms.codec.taps import drop_taps, taps_of
-from cctool.transforms.layers.base import SwappedLayer, swapped_layers
-from cctool.transforms.layers.weight_cache import WeightCache
+from cctool.transforms.layers.base import SwappedLayer, WeightCache, swapped_layers
 
 __all__ = ["exportable", "plain_model", "type_of"]
 

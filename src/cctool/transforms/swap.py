@@ -15,10 +15,7 @@ from cctool.transforms.layers.coefficients import COEFFICIENT
 
 __all__ = ["SWAP", "SWAPS", "put_in_place"]
 
-SWAPS: Mapping[str, SwapKind] = {
-    COEFFICIENT: SwapKind(build_coefficients, check_coefficients),
-    **BASIS_SWAPS,
-}
+SWAPS: Mapping[str, SwapKind] = {COEFFICIENT: SwapKind(build_coefficients, check_coefficients), **BASIS_SWAPS}
 """Kinds of swapped layer by name."""
 
 

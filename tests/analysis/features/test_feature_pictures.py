@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from cctool.analysis.features.bands import Band
-from cctool.analysis.features.pictures import CurvePoint, draw_curve, draw_histograms, write_picture
+from cctool.analysis.features.pictures import CurvePoint, draw_curve, draw_histograms
 from cctool.base.errors import CheckpointError
+from cctool.checkpoint.file.atomic import write_bytes
 
 LAPLACE = Band("DC", tuple(range(-3, 4)), (1, 4, 16, 400, 16, 4, 1))
 
@@ -75,8 +76,8 @@ def test_the_curve_has_a_line_a_split_and_the_uncoded_accuracy() -> None:
 
 
 def test_a_picture_is_not_replaced_unasked(tmp_path: Path) -> None:
-    write_picture(b"one", tmp_path / "a.png")
+    write_bytes(tmp_path / "a.png", b"one", overwrite=False)
     with pytest.raises(CheckpointError, match="exists already"):
-        write_picture(b"two", tmp_path / "a.png")
-    write_picture(b"two", tmp_path / "a.png", overwrite=True)
+        write_bytes(tmp_path / "a.png", b"two", overwrite=False)
+    write_bytes(tmp_path / "a.png", b"two")
     assert (tmp_path / "a.png").read_bytes() == b"two"

@@ -15,8 +15,8 @@ import torch
 from cctool.base.errors import CctoolError, CheckpointError, CorruptCheckpointError
 from cctool.checkpoint.checkpoint import Checkpoint, load, open_file, save
 from cctool.checkpoint.file import torch_file
-from cctool.checkpoint.file.compressed import compressed, inflated
-from cctool.checkpoint.file.payload import canonical
+from cctool.checkpoint.file.compact import compressed, inflated
+from cctool.checkpoint.file.payload import canonical_json
 from cctool.quantization.encodings.intn import encode_integers
 from checkpoint_toys import TABLES, assert_same_tensors, make, masked, quantized
 
@@ -250,13 +250,13 @@ def test_files_of_the_first_format_are_read_as_what_is_written_now(tmp_path: Pat
         tmp_path,
         {
             "cctool": 1,
-            "spec": canonical(text["spec"]),
-            "history": canonical(text["history"]),
-            "digests": canonical(dict(payload.digests)),
+            "spec": canonical_json(text["spec"]),
+            "history": canonical_json(text["history"]),
+            "digests": canonical_json(dict(payload.digests)),
             "model": {k: v for k, v in payload.tensors.items() if k not in encoded},
             "encoded": {
-                "index": canonical(encoded),
-                "order": canonical(list(payload.tensors)),
+                "index": canonical_json(encoded),
+                "order": canonical_json(list(payload.tensors)),
                 "arena": document["arena"],
             },
         },

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cctool.base.errors import CheckpointError, CorruptCheckpointError
-from cctool.checkpoint.file import compressed as module
-from cctool.checkpoint.file.compressed import compressed, inflated
+from cctool.checkpoint.file import compact as module
+from cctool.checkpoint.file.compact import compressed, inflated
 
 TEXTS = ["", "x", "{}", "é\u2028🙂", "abc" * 5000, "".join(map(chr, range(300)))]
 

@@ -18,9 +18,10 @@ from cctool.formats.onnx import write as writer
 from cctool.formats.onnx.write import write_onnx
 from cctool.formats.records import ExportRequest, Samples, Written
 from cctool.quantization.export.network import export_network
-from cctool.quantization.network.attach import CallPoint, WeightPoint, attach, following_values, weight_key
+from cctool.quantization.network.attach import attach, following_values
 from cctool.quantization.network.calls import flow_of
 from cctool.quantization.network.placement import plan_points
+from cctool.quantization.network.points import CallPoint, WeightPoint, weight_key
 from cctool.quantization.quantizers.config import QuantizerConfig
 
 SHAPE = (3, 12, 12)

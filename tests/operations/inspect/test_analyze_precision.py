@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cctool.analysis.layers import Layer, LayerTable
+from cctool.analysis.layers import LayerRow, LayerTable
 from cctool.analysis.sheets import LAYER_COLUMNS, macs_report
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.inspect.analyze import run
@@ -22,7 +22,7 @@ def table(checkpoint: Checkpoint) -> LayerTable:
     return analysis.layers
 
 
-def rows(checkpoint: Checkpoint) -> dict[str, Layer]:
+def rows(checkpoint: Checkpoint) -> dict[str, LayerRow]:
     return {layer.name: layer for layer in table(checkpoint).layers}
 
 

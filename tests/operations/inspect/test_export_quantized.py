@@ -22,16 +22,11 @@ from cctool.quantization.encodings.intn import INTN
 from cctool.quantization.encodings.masked import MASKED
 from cctool.quantization.encodings.uint8 import AFFINE_U8
 from cctool.quantization.export.network import made_weights
-from cctool.quantization.network.attach import (
-    CallPoint,
-    WeightPoint,
-    attach,
-    following_values,
-    weight_key,
-    with_quantizers,
-)
+from cctool.quantization.network.attach import attach, following_values
 from cctool.quantization.network.calls import flow_of
+from cctool.quantization.network.edit import with_quantizers
 from cctool.quantization.network.placement import plan_points
+from cctool.quantization.network.points import CallPoint, WeightPoint, weight_key
 from cctool.quantization.quantizers.config import QuantizerConfig
 
 SPEC = ModelSpec(architecture="lenet", input_shape=(1, 32, 32))

@@ -24,7 +24,7 @@ from cctool.options.common import DataOptions, RuntimeOptions
 from cctool.options.prune.options import Granularity, PruneMethod, PruneOptions
 from cctool.options.train.fit import FitOptions
 from cctool.options.train.run import RunOptions, TrainOptions
-from cctool.quantization.encodings.codebook import CODEBOOK, indices_of
+from cctool.quantization.encodings.codebook import CODEBOOK
 from cctool.quantization.encodings.masked import MASKED, inner_form
 from cctool.quantization.encodings.table import ENCODINGS
 
@@ -257,7 +257,7 @@ def test_tables_of_slices_are_kept_apart() -> None:
         constraint.weights()
     form = codebooks_after(replace(before, stored={}), before)[name]
     assert torch.equal(CODEBOOK.decode(form), weight.detach())
-    assert indices_of(form).table.shape == (len(weight), 4)
+    assert form.parts["table"].shape == (len(weight), 4)
 
 
 def test_masked_zeros_have_no_entry() -> None:

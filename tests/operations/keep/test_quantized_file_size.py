@@ -19,7 +19,8 @@ from cctool.operations.registries import tables
 from cctool.options.common import DataOptions
 from cctool.options.quantize.options import QuantizeMethod, QuantizeOptions
 from cctool.options.quantize.parts import CalibrationOptions
-from cctool.quantization.network.attach import quantizers_of, with_quantizers
+from cctool.quantization.network.attach import quantizers_of
+from cctool.quantization.network.edit import with_quantizers
 
 WEIGHTS = 270_608
 STEP = Step(verb="quantize", options={f"option{i}": f"value{7 * i}" for i in range(40)}, seed=0)

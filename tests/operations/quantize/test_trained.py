@@ -14,12 +14,12 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.options.prune.parts import TeacherOptions
 from cctool.options.quantize.choices import Edges, QuantizeMethod
 from cctool.options.train.fit import DecayScope
-from cctool.quantization.encodings.codebook import indices_of
 from cctool.quantization.network.attach import detach, quantizers_of
-from cctool.training.constraints.pact_levels import ClippingDecay
+from cctool.training.constraints.penalties import ClippingDecay
 from cctool.training.optimizers import parameter_groups
 from procedure_toys import context, saved
 from quantized_toys import network, outcome, quantized, report
+from quantizing_toys import codebook_indices
 
 METHODS = [
     QuantizeMethod.QAT,
@@ -59,7 +59,7 @@ def test_a_product_computes_the_same_after_its_way_through_a_file(
     inner = [form for name, form in loaded.stored.items() if form.encoding == "codebook"]
     assert bool(inner) == (method in (QuantizeMethod.PACT, QuantizeMethod.DOREFA))
     for form in inner:
-        assert indices_of(form).table.shape[-1] <= 2**bits
+        assert form.parts["table"].shape[-1] <= 2**bits
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -151,9 +151,9 @@ def test_codebooks_move_and_keep_who_shares_them() -> None:
     before = outcome(network("lenet"), method=QuantizeMethod.CODEBOOK, weight_bits=3).checkpoint
     after = outcome(network("lenet"), method=QuantizeMethod.CODEBOOK, weight_bits=3, epochs=1, lr=0.05)
     for name, form in before.stored.items():
-        old, new = indices_of(form), indices_of(after.checkpoint.stored[name])
-        assert torch.equal(old.indices, new.indices)
-        assert not torch.equal(old.table, new.table)
+        new = after.checkpoint.stored[name]
+        assert torch.equal(codebook_indices(form), codebook_indices(new))
+        assert not torch.equal(form.parts["table"], new.parts["table"])
 
 
 def test_without_epochs_quantizers_are_only_calibrated() -> None:

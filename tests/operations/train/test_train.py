@@ -30,7 +30,7 @@ from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.train.fit import FitOptions, Schedule, Warmup
 from cctool.options.train.run import RunOptions, TrainOptions, find_resumed
 from cctool.quantization.encodings.uint8 import AFFINE_U8
-from cctool.training.loop.averaging import average_in
+from cctool.training.averaging import average_in
 
 NET = """
 import torch

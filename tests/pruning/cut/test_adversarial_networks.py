@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cctool.base.copies import copied
+from cctool.base.networks import copied
 from cctool.checkpoint.build import assemble
 from cctool.graph.channels import couple
 from cctool.pruning.cut.planner import plan_thinning, thin

@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from cctool.base.errors import PruningError
+from cctool.checkpoint.edits.thin import Cut
 from cctool.graph.channels import couple
 from cctool.models.registry import build, input_shape
 from cctool.options.prune.choices import NEEDS_DATA
 from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
 from cctool.pruning.cut.planner import plan_thinning, thin
-from cctool.pruning.cut.surgery import Cut, CutPlan, apply_cut, mask, plan_cut
+from cctool.pruning.cut.surgery import CutPlan, apply_cut, plan_cut
 from cctool.pruning.scores.units import score_context
-from cctool.pruning.select.order import select
 from masking_oracle import lost_channels, outputs, randomise, relative, zeroed
+from pruning_toys import mask, select
 
 SMALL = ["lenet", "resnet20", "preact_resnet20", "densenet40", "mobilenet_student", "vgg11"]
 LARGE = ["resnet32", "resnet44", "resnet56", "resnet110", "vgg16", "vgg19", "alexnet"]

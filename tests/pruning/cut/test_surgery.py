@@ -5,11 +5,13 @@ import torch
 from torch import nn
 
 from cctool.base.errors import PruningError
+from cctool.checkpoint.edits.thin import Cut
 from cctool.graph.channels import couple
 from cctool.options.prune.options import PruneMethod, PruneOptions
-from cctool.pruning.cut.surgery import Cut, CutPlan, apply_cut, cut_tensor, mask, plan_cut
+from cctool.pruning.cut.surgery import CutPlan, apply_cut, cut_tensor, plan_cut
 from cctool.pruning.scores.units import score_context
 from cctool.pruning.select.order import Candidates, Selection, select_counts
+from pruning_toys import mask
 
 
 def net() -> nn.Sequential:

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cctool.base.errors import PruningError
-from cctool.graph.channels import ChannelGraph, couple
+from cctool.graph.channels import couple
+from cctool.graph.records import ChannelGraph
 from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
 from cctool.pruning.cut.planner import thin
 from cctool.pruning.cut.report import PruneReport
-from cctool.pruning.cut.surgery import mask
 from masking_oracle import lost_channels, outputs, randomise, relative, zeroed
+from pruning_toys import mask
 
 HALF = PruneOptions(method=PruneMethod.L2, rate=0.5, scope=Scope.LOCAL)
 EXACT = replace(HALF, exact=True)
@@ -403,7 +404,7 @@ def test_a_dead_signal_hides_no_mistake() -> None:
     from cctool.pruning.cut.surgery import CutPlan, plan_cut
     from cctool.pruning.cut.verify import check as verify
     from cctool.pruning.scores.units import score_context
-    from cctool.pruning.select.order import select
+    from pruning_toys import select
 
     torch.manual_seed(0)
     model = Net(lambda m, x: head(m, m.b(F.relu(m.a(x)))), a=conv(3, 8), b=conv(8, 6), fc=nn.Linear(6, 4))

@@ -12,9 +12,9 @@ from cctool.graph.channels import couple
 from cctool.pruning.cut import masked_network as masked
 from cctool.pruning.cut.masked_network import MaskedCalls, run
 from cctool.pruning.cut.planner import plan_thinning, thin
-from cctool.pruning.cut.surgery import mask
 from cctool.pruning.select.order import Selection
 from hook_oracle import HALF, distinct
+from pruning_toys import mask
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

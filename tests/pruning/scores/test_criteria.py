@@ -13,8 +13,9 @@ from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
 from cctool.base.errors import PruningError, UsageError
-from cctool.graph.channels import ChannelGraph, Family, Place, couple
+from cctool.graph.channels import couple
 from cctool.graph.ledger import Role
+from cctool.graph.records import ChannelGraph, Family, Place
 from cctool.options.prune.options import Normalize, PruneMethod, PruneOptions, Reduce, Scope
 from cctool.pruning.scores.criteria import lamp
 from cctool.pruning.scores.units import (
@@ -25,8 +26,8 @@ from cctool.pruning.scores.units import (
     score_context,
     score_families,
 )
-from cctool.pruning.select.order import select
 from criteria_toys import Chain, Residual
+from pruning_toys import select
 
 X = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 WEIGHTS_ALONE = [

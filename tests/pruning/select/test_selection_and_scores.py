@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import PruningError, UsageError
-from cctool.graph.channels import ChannelGraph, couple
+from cctool.graph.channels import couple
+from cctool.graph.records import ChannelGraph
 from cctool.models.registry import build
 from cctool.options.prune.options import (
     PRESETS,
@@ -21,7 +22,8 @@ from cctool.options.prune.options import (
 )
 from cctool.pruning.cut.planner import plan_thinning, thin
 from cctool.pruning.scores.units import SCORES, Unscored, score_context
-from cctool.pruning.select.order import Selection, select
+from cctool.pruning.select.order import Selection
+from pruning_toys import select
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -15,9 +15,9 @@ from cctool.graph.cost import measure
 from cctool.models.registry import build
 from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
 from cctool.pruning.cut.planner import Planner
-from cctool.pruning.cut.surgery import apply_cut
+from cctool.pruning.cut.surgery import apply_cut, sketch
 from cctool.pruning.select.order import Candidates, Order, by_options, order
-from cctool.pruning.select.targets import fewest_removed, sketch
+from cctool.pruning.select.targets import fewest_removed
 
 X = (torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)),)
 

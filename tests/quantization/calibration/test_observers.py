@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cctool.base.errors import QuantizationError
 from cctool.options.quantize.choices import Observer as Kind
-from cctool.quantization.calibration.observers import Observer, make_observer
+from cctool.quantization.calibration.observers import RangeObserver, make_observer
 
 BATCHLESS = [kind for kind in Kind if kind is not Kind.MOVING_AVERAGE]
 
@@ -20,7 +20,7 @@ def randoms(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def ends(observer: Observer, *batches: Tensor) -> tuple[float, float]:
+def ends(observer: RangeObserver, *batches: Tensor) -> tuple[float, float]:
     for batch in batches:
         observer.observe(batch)
     low, high = observer.bounds()

@@ -14,18 +14,10 @@ from torch import Tensor, nn
 from cctool.base.errors import CorruptCheckpointError, SpecError
 from cctool.checkpoint.edits.mask import add_masks
 from cctool.checkpoint.spec import ModelSpec
-from cctool.quantization.network.attach import (
-    QUANTIZE,
-    CallPoint,
-    Quantize,
-    attach,
-    detach,
-    following_values,
-    only,
-    quantizers_of,
-    with_quantizers,
-)
-from cctool.quantization.network.calls import Place
+from cctool.quantization.network.attach import attach, detach, following_values, only, quantizers_of
+from cctool.quantization.network.calls import CallSite
+from cctool.quantization.network.edit import QUANTIZE, with_quantizers
+from cctool.quantization.network.points import CallPoint, Quantize
 from cctool.quantization.quantizers.config import QuantizerConfig
 from quantizing_toys import ACTIVATION, WEIGHT, Functional, Residual, images, made, quantized
 
@@ -224,7 +216,7 @@ def test_a_network_with_something_of_that_name_is_refused() -> None:
     model = made(Residual)
     model.quantizers = nn.Identity()
     with pytest.raises(SpecError, match="of its own"):
-        attach(model, {}, {Place("", "add", 0): CallPoint(output=ACTIVATION)})
+        attach(model, {}, {CallSite("", "add", 0): CallPoint(output=ACTIVATION)})
 
 
 @pytest.mark.cuda

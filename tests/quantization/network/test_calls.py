@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cctool.quantization.network.calls import INPUT, Flow, Place, flow_of
+from cctool.quantization.network.calls import INPUT, CallSite, Flow, flow_of
 from quantizing_toys import Functional, Lost, Residual, images, made
 
 
@@ -15,7 +15,7 @@ def flow(build: type[nn.Module]) -> Flow:
 
 def test_a_shared_module_has_a_place_for_each_time_it_is_passed() -> None:
     relus = [call.place for call in flow(Residual).calls if call.place.function == "relu"]
-    assert relus == [Place("relu", "relu", 0), Place("relu", "relu", 1)]
+    assert relus == [CallSite("relu", "relu", 0), CallSite("relu", "relu", 1)]
     convolutions = [call for call in flow(Functional).calls if call.place.module == "twice"]
     assert [call.place.number for call in convolutions] == [0, 1]
     assert {call.weight for call in convolutions} == {"twice.weight"}

@@ -2,13 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from cctool.base.copies import copied
 from cctool.base.errors import QuantizationError
+from cctool.base.networks import copied
 from cctool.checkpoint.edits.mask import add_masks
 from cctool.quantization.calibration.weight_ranges import fit_weight
-from cctool.quantization.network.attach import CallPoint, WeightPoint, attach, norm_factors, weight_key
+from cctool.quantization.network.attach import attach, norm_factors
 from cctool.quantization.network.calls import flow_of
 from cctool.quantization.network.placement import plan_points
+from cctool.quantization.network.points import CallPoint, WeightPoint, weight_key
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.refine.adaround import adaround
 
@@ -153,9 +154,9 @@ def test_layers_that_cannot_be_rounded_are_named():
     report = adaround(model, flow, [x], steps=5, seed=0)
     assert [(left.name, left.reason) for left in report.skipped] == [("0", "0.weight is used 2 times")] * 2
     assert [layer.layer for layer in report.layers] == ["3"]
-    apot = nn.Sequential(nn.Linear(4, 2))
-    flow = _quantized(apot, x, method="apot")
-    assert "not evenly spaced" in adaround(apot, flow, [x], steps=5, seed=0).skipped[0].reason
+    dorefa = nn.Sequential(nn.Linear(4, 2))
+    flow = _quantized(dorefa, x, method="dorefa")
+    assert "not evenly spaced" in adaround(dorefa, flow, [x], steps=5, seed=0).skipped[0].reason
 
 
 def test_without_images_it_refuses(chain):

@@ -2,12 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from cctool.base.copies import copied
 from cctool.base.errors import QuantizationError
+from cctool.base.networks import copied
 from cctool.quantization.calibration.weight_ranges import fit_weight
-from cctool.quantization.network.attach import CallPoint, WeightPoint, attach, norm_factors, quantizers_of
+from cctool.quantization.network.attach import attach, norm_factors, quantizers_of
 from cctool.quantization.network.calls import flow_of
 from cctool.quantization.network.placement import plan_points
+from cctool.quantization.network.points import CallPoint, WeightPoint
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.refine.bias_correction import correct_biases
 

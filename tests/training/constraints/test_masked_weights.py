@@ -14,8 +14,8 @@ from cctool.options.train.fit import FitOptions
 from cctool.training.constraints.base import Constraint
 from cctool.training.constraints.masked_weights import KeepMasks, keeping_masks
 from cctool.training.loop.fit import Task, fit
-from cctool.training.loop.processes import make_fabric
 from cctool.training.objectives import Supervised
+from cctool.training.processes import make_fabric
 from cctool.training.resume.progress import Progress
 from training_toys import feed, network
 

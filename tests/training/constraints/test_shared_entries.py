@@ -14,8 +14,8 @@ from cctool.options.train.fit import FitOptions
 from cctool.training.constraints.masked_weights import keeping_masks
 from cctool.training.constraints.shared_entries import KeepCodebooks, SharedWeights
 from cctool.training.loop.fit import Task, fit
-from cctool.training.loop.processes import make_fabric
 from cctool.training.objectives import Supervised
+from cctool.training.processes import make_fabric
 from training_toys import feed, network
 
 CPU = torch.device("cpu")

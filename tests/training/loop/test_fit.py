@@ -16,8 +16,8 @@ from cctool.data.serving.batches import Batch
 from cctool.options.train.fit import DecayScope, FitOptions, MetricMode, Schedule, Warmup
 from cctool.training.evaluate import evaluate
 from cctool.training.loop.fit import FitResult, Task, fit
-from cctool.training.loop.processes import make_fabric
 from cctool.training.objectives import Supervised, Terms
+from cctool.training.processes import make_fabric
 from cctool.training.resume.progress import EpochRow
 from cctool.training.user_functions import UserLoss
 from training_toys import feed, network

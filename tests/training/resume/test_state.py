@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cctool.base.errors import CorruptCheckpointError, TrainingError
-from cctool.training.logs.zeros import sparsity
-from cctool.training.loop.processes import make_fabric
+from cctool.training.logs.table import weight_sparsity
+from cctool.training.processes import make_fabric
 from cctool.training.resume.state import (
     flatten,
     generator_states,
@@ -91,7 +91,7 @@ def test_sparsity_counts_zeros_of_weights_alone() -> None:
     with torch.no_grad():
         model[0].weight.flatten()[:27] = 0
         model[1].bias.zero_()
-    found = sparsity(model)
+    found = weight_sparsity(model)
     assert found["0.weight"] == pytest.approx(50)
     assert found["total"] == pytest.approx(100 * 27 / (54 + 1152))
     assert set(found) == {"0.weight", "5.weight", "total"}

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from basis_toys import Cut, basis, convolved, filters, numbers, rows, swapped
+from basis_toys import basis, convolved, filters, numbers, rows, swapped
 from cctool.base.errors import SpecError
+from cctool.checkpoint.edits.thin import Cut
 from cctool.models.registry import build
 from cctool.transforms.basis.conv import BasisConv2d
 from cctool.transforms.basis.linear import BasisLinear

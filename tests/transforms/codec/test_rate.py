@@ -8,10 +8,10 @@ from torch import nn
 from cctool.coding.symbols import code_lengths, to_unsigned
 from cctool.transforms.codec.calibrate import calibrate
 from cctool.transforms.codec.codec import CodecConfig
-from cctool.transforms.codec.rate import soft_bits, soft_bits_slope
 from cctool.transforms.codec.sites import Site
 from cctool.transforms.codec.tap_rates import collecting_rates
 from cctool.transforms.codec.taps import set_taps, taps_of
+from cctool.transforms.codec.training import soft_bits, soft_bits_slope
 
 
 def test_it_meets_the_code_of_order_1_and_is_never_above_it() -> None:

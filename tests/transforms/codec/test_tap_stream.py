@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cctool.base.errors import BitstreamError
-from cctool.coding.exp_golomb import bits_of, to_unsigned
-from cctool.coding.stream import END_BYTES, Reader, Writer
+from cctool.coding.stream import END_BYTES, StreamReader, Writer
+from cctool.coding.symbols import to_unsigned
 from cctool.transforms.codec.codec import CodecConfig, CodecState, encode, reconstruct
 from cctool.transforms.codec.stream import (
     StreamHeader,
@@ -27,6 +27,7 @@ from cctool.transforms.codec.stream import (
     state_size,
     symbol_type,
 )
+from seg_reference import bits_of
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "dct": {"kernel": "dct", "table": (3.0,)},
@@ -68,7 +69,7 @@ def test_a_stream_is_as_long_as_stated_and_decodes_to_the_reconstruction(name: s
     assert overhead_bytes(header, len(side)) == len(file.getvalue()) - written
 
     file.seek(0)
-    reader = Reader(file)
+    reader = StreamReader(file)
     again = header_of(reader.metadata)
     first, second = reader
     found = pass_of(second.values, second.side, again)

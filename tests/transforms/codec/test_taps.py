@@ -233,7 +233,7 @@ def test_the_edit_brings_a_tap_back() -> None:
         TAP.check(fresh, edit)
     assert torch.equal(fresh(images()), model(images()))
     assert spec(fresh) == spec(model)
-    drop_taps(model, ["1"])
+    set_taps(model, {"2": drop_taps(model)["2"]})
     assert [edit["module"] for edit in spec(model).edits] == ["2"]
     assert with_taps(spec(fresh), network()).edits == ()
 

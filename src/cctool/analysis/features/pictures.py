@@ -6,17 +6,15 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from cctool.analysis.features.bands import Band, grouped
-from cctool.checkpoint.file.atomic import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["CurvePoint", "draw_curve", "draw_histograms", "write_picture"]
+__all__ = ["CurvePoint", "draw_curve", "draw_histograms"]
 
 _BAR, _ZERO, _LINE, _REFERENCE = "#1f6fb2", "#8a97a6", "#1f6fb2", "#8a97a6"
 _SPLITS = ("#1f6fb2", "#c8641e", "#3f8f4f")
@@ -42,19 +40,6 @@ class CurvePoint:
     quality: float
     ratio: float
     accuracy: float
-
-
-def write_picture(picture: bytes, path: Path, *, overwrite: bool = False) -> None:
-    """Write a picture so that a crash leaves the old file or the new one, whole.
-
-    Raises:
-        CheckpointError: if it exists, or cannot be written.
-    """
-
-    def write(stream: IO[bytes]) -> None:
-        stream.write(picture)
-
-    write_atomically(path, write, overwrite=overwrite)
 
 
 def draw_histograms(title: str, bands: Sequence[Band], *, zero_bar: bool = False) -> bytes:

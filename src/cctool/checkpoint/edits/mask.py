@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cctool.base.errors import CorruptCheckpointError, SpecError
+from cctool.base.networks import qualified
 from cctool.checkpoint.spec import Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
 
@@ -93,7 +94,7 @@ def masked_places(model: nn.Module, *, remove_duplicate: bool = True) -> Iterato
     """
     for prefix, module in model.named_modules(remove_duplicate=remove_duplicate):
         for leaf in getattr(module, _MARK, ()):
-            yield MaskedPlace(f"{prefix}.{leaf}" if prefix else leaf, module, leaf)
+            yield MaskedPlace(qualified(prefix, leaf), module, leaf)
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
@@ -196,7 +197,7 @@ def _apply_mask(model: nn.Module, edit: Mask) -> None:
 def _check_mask(model: nn.Module, edit: Mask) -> None:
     module = model.get_submodule(edit.module)
     for leaf in edit.tensors:
-        place = MaskedPlace(f"{edit.module}.{leaf}" if edit.module else leaf, module, leaf)
+        place = MaskedPlace(qualified(edit.module, leaf), module, leaf)
         if bool((place.parameter.detach() != 0).logical_and_(place.mask.logical_not()).any()):
             raise CorruptCheckpointError(f"{place.name} is not zero where its mask says so")
 

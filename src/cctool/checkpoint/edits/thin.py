@@ -7,19 +7,21 @@ pruned checkpoint has it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_serializer
 from torch import Tensor, nn
 
 from cctool.base.errors import SpecError
+from cctool.base.networks import qualified
 from cctool.checkpoint.edits.mask import mask_buffers
 from cctool.checkpoint.spec import MAX_DIMENSION, Dimension, Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
 
-__all__ = ["THIN", "Thin", "thin_edits", "thinned"]
+__all__ = ["THIN", "Cut", "Thin", "thin_edits", "thinned"]
 
 _Width = Annotated[int, Field(ge=1, le=MAX_DIMENSION, strict=True)]
 _Index = Annotated[int, Field(ge=0, le=MAX_DIMENSION, strict=True)]
@@ -48,14 +50,13 @@ class Thin(Edit):
         return document if document["kept"] else {k: v for k, v in document.items() if k != "kept"}
 
 
-class _Cut(Protocol):
-    """Indices of one dim that stay, ascending."""
+@dataclass(frozen=True)
+class Cut:
+    """Indices of one dim that stay, ascending, of `size` that there were."""
 
-    @property
-    def dim(self) -> int: ...
-
-    @property
-    def keep(self) -> Tensor: ...
+    dim: int
+    keep: Tensor
+    size: int
 
 
 Kept = dict[str, dict[int, list[int]]]
@@ -65,7 +66,7 @@ Kept = dict[str, dict[int, list[int]]]
 def thinned(
     spec: ModelSpec,
     model: nn.Module,
-    shapes: Iterable[str] | Mapping[str, Sequence[_Cut]],
+    shapes: Iterable[str] | Mapping[str, Sequence[Cut]],
     attributes: Iterable[tuple[str, str]],
 ) -> ModelSpec:
     """Record a cut: the spec whose thin edits describe the present widths of ``model``.
@@ -81,7 +82,7 @@ def thinned(
         attributes: (module name, attribute) pairs that were changed.
     """
     earlier = [Thin.model_validate(edit) for edit in spec.edits if edit.get("kind") == "thin"]
-    names = [f"{edit.module}.{leaf}" if edit.module else leaf for edit in earlier for leaf in edit.shapes]
+    names = [qualified(edit.module, leaf) for edit in earlier for leaf in edit.shapes]
     pairs = [(edit.module, attribute) for edit in earlier for attribute in edit.attributes]
     # A mask follows its parameter, and is not there yet when thin edits are applied.
     masks = mask_buffers(model)
@@ -91,10 +92,10 @@ def thinned(
     return spec.with_edits(thin_edits(model, [*names, *cut], [*pairs, *attributes], kept))
 
 
-def _kept(earlier: Sequence[Thin], model: nn.Module, cuts: Mapping[str, Sequence[_Cut]]) -> Kept:
+def _kept(earlier: Sequence[Thin], model: nn.Module, cuts: Mapping[str, Sequence[Cut]]) -> Kept:
     """What is left of the buffers that no file holds, after earlier cuts and this one."""
     kept: Kept = {
-        f"{edit.module}.{leaf}" if edit.module else leaf: {dim: list(indices) for dim, indices in pairs}
+        qualified(edit.module, leaf): {dim: list(indices) for dim, indices in pairs}
         for edit in earlier
         for leaf, pairs in edit.kept.items()
     }
@@ -109,10 +110,7 @@ def _kept(earlier: Sequence[Thin], model: nn.Module, cuts: Mapping[str, Sequence
 
 
 def thin_edits(
-    model: nn.Module,
-    shapes: Iterable[str],
-    attributes: Iterable[tuple[str, str]],
-    kept: Kept | None = None,
+    model: nn.Module, shapes: Iterable[str], attributes: Iterable[tuple[str, str]], kept: Kept | None = None
 ) -> tuple[Thin, ...]:
     """Describe the present widths of a thinned model.
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from cctool.base.errors import CorruptCheckpointError
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.file.payload import DTYPES, as_bytes, canonical
+from cctool.checkpoint.file.payload import DTYPES, as_bytes, canonical_json
 from cctool.checkpoint.spec import Shape
 
-__all__ = ["ArenaReader", "ArenaWriter", "Entry", "Plain", "unpack"]
+__all__ = ["ArenaReader", "ArenaWriter", "Entry", "PlainEntry", "unpack"]
 
 
-class Plain(BaseModel):
+class PlainEntry(BaseModel):
     """A tensor as it is, in the arena.
 
     Attributes:
@@ -46,7 +46,7 @@ class Entry(BaseModel):
     shape: Shape
     dtype: str
     parameters: dict[str, JsonValue]
-    parts: dict[str, Plain]
+    parts: dict[str, PlainEntry]
 
 
 class ArenaWriter:
@@ -105,11 +105,7 @@ def _hash(tensor: Tensor) -> bytes:
 
 
 def _line(tensor: Tensor, offset: int) -> dict[str, Any]:
-    return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "offset": offset,
-    }
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "offset": offset}
 
 
 class ArenaReader:
@@ -140,7 +136,7 @@ class ArenaReader:
             parts[key] = self._views[place]
         return EncodedTensor(entry.encoding, entry.shape, entry.dtype, parts, entry.parameters)
 
-    def plain(self, name: str, entry: Plain) -> Tensor:
+    def plain(self, name: str, entry: PlainEntry) -> Tensor:
         """A copy of a tensor. All copies together have no more bytes than the arena."""
         view = self._view(entry, name)
         self._copied += view.nbytes
@@ -148,7 +144,7 @@ class ArenaReader:
             raise CorruptCheckpointError(f"{name}: more tensors lie in the arena than it has bytes")
         return view.clone()
 
-    def _view(self, part: Plain, name: str) -> Tensor:
+    def _view(self, part: PlainEntry, name: str) -> Tensor:
         dtype = _dtype(name, part.dtype)
         length = math.prod(part.shape) * dtype.itemsize
         if part.offset % dtype.itemsize or part.offset + length > self._arena.numel():
@@ -183,7 +179,7 @@ def unpack(index: str, arena: Tensor) -> dict[str, EncodedTensor]:
     found = {}
     for name, entry in entries.items():
         # Tied tensors have equal entries, and come back as one object.
-        same = canonical(entry.model_dump(mode="json"))
+        same = canonical_json(entry.model_dump(mode="json"))
         if same not in shared:
             shared[same] = reader.encoded(name, entry)
         found[name] = shared[same]

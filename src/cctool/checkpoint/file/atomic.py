@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from cctool.base.errors import CheckpointError
+from cctool.base.errors import CctoolError, CheckpointError
 
 try:
     import fcntl
 except ImportError:  # Windows has no flock; there temporary files stay until they are removed by hand.
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["write_atomically"]
+__all__ = ["write_atomically", "write_bytes"]
 
 _SUFFIX = ".cctool-tmp"
 
@@ -76,6 +76,19 @@ def write_atomically(
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def write_bytes(path: Path, content: bytes, *, overwrite: bool = True) -> None:
+    """Write bytes, see `write_atomically`, and read them back."""
+
+    def write(stream: IO[bytes]) -> None:
+        stream.write(content)
+
+    def check(temporary: Path) -> None:
+        if temporary.read_bytes() != content:
+            raise CctoolError(f"{path}: reading back gave other bytes than were written")
+
+    write_atomically(path, write, check, overwrite=overwrite)
 
 
 def _rename_new(temporary: Path, path: Path) -> None:

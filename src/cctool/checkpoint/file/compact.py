@@ -8,28 +8,37 @@ after compression.
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from cctool.base.errors import CorruptCheckpointError
+from cctool.base.errors import CheckpointError, CorruptCheckpointError
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.file.arena import ArenaReader, ArenaWriter, Entry, Plain
-from cctool.checkpoint.file.compressed import compressed, inflated
-from cctool.checkpoint.file.payload import Payload, ResumeState, canonical, combined_digest, place
-from cctool.checkpoint.json_records import parse_history, parse_spec
+from cctool.checkpoint.file.arena import ArenaReader, ArenaWriter, Entry, PlainEntry
+from cctool.checkpoint.file.payload import (
+    Payload,
+    ResumeState,
+    canonical_json,
+    combined_digest,
+    parse_history,
+    parse_spec,
+    place,
+)
 
-__all__ = ["COMPACT_VERSION", "Compact", "packed", "unpacked"]
+__all__ = ["COMPACT_VERSION", "Compact", "compressed", "inflated", "packed", "unpacked"]
 
 COMPACT_VERSION = 2
 """Format version of files of this form."""
 _SMALL = 4096
 """Bytes up to which dense tensors lie in the arena."""
-_LINES: TypeAdapter[list[tuple[str, Entry | Plain | str | None]]] = TypeAdapter(
-    list[tuple[str, Entry | Plain | str | None]]
+_LINES: TypeAdapter[list[tuple[str, Entry | PlainEntry | str | None]]] = TypeAdapter(
+    list[tuple[str, Entry | PlainEntry | str | None]]
 )
 
 
@@ -74,7 +83,7 @@ def packed(payload: Payload) -> Compact:
         "spec": payload.spec.model_dump(mode="json"),
     }
     digest = combined_digest(payload.digests)
-    return Compact(compressed(canonical(text)), writer.finished(), dense, digest)
+    return Compact(compressed(canonical_json(text)), writer.finished(), dense, digest)
 
 
 def _identity(name: str, value: Tensor | EncodedTensor) -> object:
@@ -99,7 +108,7 @@ def unpacked(
     try:
         found = json.loads(inflated(text))
         lines = _LINES.validate_python(found["index"])
-        spec, history = canonical(found["spec"]), canonical(found["history"])
+        spec, history = canonical_json(found["spec"]), canonical_json(found["history"])
     except (ValidationError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"the compressed text is malformed: {type(error).__name__}") from None
     return Payload(
@@ -112,7 +121,7 @@ def unpacked(
 
 
 def _tensors(
-    lines: list[tuple[str, Entry | Plain | str | None]], reader: ArenaReader, dense: dict[str, Tensor]
+    lines: list[tuple[str, Entry | PlainEntry | str | None]], reader: ArenaReader, dense: dict[str, Tensor]
 ) -> dict[str, Tensor | EncodedTensor]:
     tensors: dict[str, Tensor | EncodedTensor] = {}
     for name, line in lines:
@@ -120,7 +129,7 @@ def _tensors(
             raise CorruptCheckpointError(f"the index names {name} twice")
         if isinstance(line, Entry):
             tensors[name] = reader.encoded(name, line)
-        elif isinstance(line, Plain):
+        elif isinstance(line, PlainEntry):
             tensors[name] = reader.plain(name, line)
         else:
             held = dense if line is None else tensors
@@ -131,3 +140,58 @@ def _tensors(
     if dense:
         raise CorruptCheckpointError(f"the index does not name {', '.join(sorted(dense)[:3])}")
     return tensors
+
+
+_HEAD = struct.Struct("<I")
+_MAX_TEXT = 16 * 2**20
+_MAX_RATIO = 64
+_FREE = 2**20
+"""Bytes of text that a stream of any length may hold."""
+
+
+def compressed(text: str) -> Tensor:
+    """A text as uint8 (bytes,): its length in UTF-8 as 4 bytes, little endian, and a zlib stream (RFC 1950).
+
+    Raises:
+        CheckpointError: if it is longer than 16 MiB.
+    """
+    data = text.encode()
+    if len(data) > _MAX_TEXT:
+        raise CheckpointError(f"spec, history and index are {len(data):,} bytes; {_MAX_TEXT:,} are allowed")
+    stream = zlib.compress(data, 9)
+    if len(data) > _allowed(len(stream)):
+        stream = zlib.compress(data, 0)
+    return torch.frombuffer(bytearray(_HEAD.pack(len(data)) + stream), dtype=torch.uint8)
+
+
+def inflated(stored: Any) -> str:
+    """Read what `compressed` wrote.
+
+    Args:
+        stored: uint8 (bytes,).
+
+    Raises:
+        CorruptCheckpointError: if it is malformed, or claims a length above 16 MiB, or above 1 MiB and 64
+            times its own; that is seen before anything is inflated.
+    """
+    if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.dim() != 1:
+        raise CorruptCheckpointError("the compressed text is not a row of bytes")
+    data = stored.contiguous().numpy().tobytes()
+    if len(data) < _HEAD.size:
+        raise CorruptCheckpointError("the compressed text is cut off")
+    (length,) = _HEAD.unpack_from(data)
+    if length > _allowed(len(data) - _HEAD.size):
+        raise CorruptCheckpointError(f"the compressed text claims {length:,} bytes, more than is allowed")
+    inflater = zlib.decompressobj()
+    try:
+        # One byte more than declared is asked for: 0 would mean no limit, and a longer text is seen.
+        found = inflater.decompress(data[_HEAD.size :], length + 1)
+        if len(found) != length or not inflater.eof or inflater.unused_data:
+            raise CorruptCheckpointError("the compressed text has another length than it declares")
+        return found.decode()
+    except (zlib.error, UnicodeDecodeError):
+        raise CorruptCheckpointError("the compressed text is damaged") from None
+
+
+def _allowed(stream: int) -> int:
+    return min(_MAX_TEXT, max(_FREE, _MAX_RATIO * stream))

@@ -1,30 +1,36 @@
-"""What a file holds before any module is built, and the hashes over it."""
+"""What a file holds before any module is built, hashes over it, and its JSON texts as records."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
-from pydantic import JsonValue
-from torch import Tensor
+from pydantic import BaseModel, JsonValue, ValidationError
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from cctool.base.errors import CheckpointError, SpecError
+from cctool.base.errors import CheckpointError, CorruptCheckpointError, SpecError
+from cctool.base.networks import companion_tensors
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.spec import History, ModelSpec
 
 __all__ = [
     "DTYPES",
+    "MemoryPlace",
     "Payload",
-    "Place",
     "ResumeState",
     "as_bytes",
-    "canonical",
+    "canonical_json",
     "combined_digest",
     "content_hash",
+    "fingerprint_of",
+    "parse_digests",
+    "parse_history",
+    "parse_spec",
     "place",
     "tensor_digests",
 ]
@@ -37,6 +43,9 @@ DTYPES: dict[str, torch.dtype] = {
     )
 }  # fmt: skip
 """Element types that a checkpoint may hold, by name."""
+
+_MAX_TEXT = 64 * 2**20
+_R = TypeVar("_R", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -69,10 +78,10 @@ class Payload:
     digest: str | None = None
 
 
-Place = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
+MemoryPlace = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
 
 
-def place(tensor: Tensor) -> Place:
+def place(tensor: Tensor) -> MemoryPlace:
     """Where a tensor lies in memory, and how: equal for tensors that are tied."""
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
 
@@ -106,10 +115,10 @@ def _encoded_digest(owner: str, encoded: EncodedTensor) -> str:
         "parameters": dict(encoded.parameters),
         "parts": {name: _digest(owner, part) for name, part in sorted(encoded.parts.items())},
     }
-    return hashlib.sha256(canonical(head).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(head).encode()).hexdigest()
 
 
-def canonical(value: object) -> str:
+def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text.
 
     Raises:
@@ -129,14 +138,14 @@ def tensor_digests(payload: Payload) -> dict[str, str]:
     }
     if payload.resume is not None:
         digests |= {f"resume/{name}": _digest(name, value) for name, value in payload.resume.tensors.items()}
-        text = canonical(dict(payload.resume.state))
+        text = canonical_json(dict(payload.resume.state))
         digests["resume"] = hashlib.sha256(text.encode()).hexdigest()
     return digests
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
     """SHA-256 over all digests and their names, for files that have no room for each."""
-    return hashlib.sha256(canonical(dict(digests)).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(dict(digests)).encode()).hexdigest()
 
 
 def content_hash(payload: Payload, digests: Mapping[str, str]) -> str:
@@ -144,7 +153,7 @@ def content_hash(payload: Payload, digests: Mapping[str, str]) -> str:
 
     Equal for the same content in ``.pt`` and ``.safetensors``; resume state does not count.
     """
-    text = canonical(
+    text = canonical_json(
         {
             "spec": payload.spec.model_dump(mode="json"),
             "history": payload.history.model_dump(mode="json"),
@@ -152,3 +161,54 @@ def content_hash(payload: Payload, digests: Mapping[str, str]) -> str:
         }
     )
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse_spec(text: Any) -> ModelSpec:
+    """Validate the JSON text of a spec. Raises SpecError with the first thing that is wrong."""
+    return _parse(ModelSpec, text, "spec")
+
+
+def parse_history(text: Any) -> History:
+    """Validate the JSON text of a history. Raises SpecError with the first thing that is wrong."""
+    return _parse(History, text, "history")
+
+
+def parse_digests(text: Any) -> dict[str, str]:
+    """Validate the JSON text of the digests."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        raise CorruptCheckpointError("the digests are not JSON text") from None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CorruptCheckpointError("the digests are not a table of texts")
+    return found
+
+
+def _parse(record: type[_R], text: Any, what: str) -> _R:
+    if not isinstance(text, str) or len(text) > _MAX_TEXT:
+        raise SpecError(f"the {what} is missing or is not JSON text")
+    try:
+        found = record.model_validate_json(text)
+        # JSON values inside may hold NaN or 1e999, which pydantic lets pass.
+        canonical_json(found.model_dump(mode="json"))
+        return found
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"])) or what
+        raise SpecError(f"the {what} is malformed at {place}: {problem['msg']}") from None
+
+
+def fingerprint_of(model: nn.Module, without: Collection[str] = ()) -> str:
+    """SHA-256 over a network's tensors and their names.
+
+    Args:
+        model: any network; its companions are left out.
+        without: names in the state dict that are left out, too.
+    """
+    ours = {*without, *companion_tensors(model)}
+    hashed = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and name not in ours:
+            hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            hashed.update(as_bytes(tensor))
+    return hashed.hexdigest()

@@ -16,9 +16,17 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.file.arena import unpack
 from cctool.checkpoint.file.checksum import MARK, ZEROS
 from cctool.checkpoint.file.compact import COMPACT_VERSION, packed, unpacked
-from cctool.checkpoint.file.payload import Payload, Place, as_bytes, canonical, place
+from cctool.checkpoint.file.payload import (
+    MemoryPlace,
+    Payload,
+    as_bytes,
+    canonical_json,
+    parse_digests,
+    parse_history,
+    parse_spec,
+    place,
+)
 from cctool.checkpoint.file.torch_file import DENSE_VERSION
-from cctool.checkpoint.json_records import parse_digests, parse_history, parse_spec
 
 __all__ = ["read_safetensors", "write_safetensors"]
 
@@ -46,7 +54,7 @@ def write_safetensors(payload: Payload, stream: IO[bytes]) -> None:
         return
     dense: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    seen: dict[Place, str] = {}
+    seen: dict[MemoryPlace, str] = {}
     for name, value in payload.tensors.items():
         assert isinstance(value, Tensor)
         if value.numel() and place(value) in seen:
@@ -56,11 +64,11 @@ def write_safetensors(payload: Payload, stream: IO[bytes]) -> None:
             dense[name] = value
     metadata = {
         "cctool": str(DENSE_VERSION),
-        "spec": canonical(payload.spec.model_dump(mode="json")),
-        "history": canonical(payload.history.model_dump(mode="json")),
-        "digests": canonical(dict(payload.digests)),
-        "aliases": canonical(aliases),
-        "order": canonical(list(payload.tensors)),
+        "spec": canonical_json(payload.spec.model_dump(mode="json")),
+        "history": canonical_json(payload.history.model_dump(mode="json")),
+        "digests": canonical_json(dict(payload.digests)),
+        "aliases": canonical_json(aliases),
+        "order": canonical_json(list(payload.tensors)),
     }
     _write(dense, metadata | signature, stream)
 
@@ -82,7 +90,7 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], stream: IO[byte
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    text = canonical(header).encode()
+    text = canonical_json(header).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
     digest = hashlib.sha256(head)

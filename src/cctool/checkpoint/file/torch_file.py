@@ -28,15 +28,22 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.file.arena import unpack
 from cctool.checkpoint.file.checksum import DIGITS, MARK, ZEROS
 from cctool.checkpoint.file.compact import COMPACT_VERSION, packed, unpacked
-from cctool.checkpoint.file.payload import Payload, Place, ResumeState, canonical, place
-from cctool.checkpoint.json_records import parse_digests, parse_history, parse_spec
+from cctool.checkpoint.file.payload import (
+    MemoryPlace,
+    Payload,
+    ResumeState,
+    canonical_json,
+    parse_digests,
+    parse_history,
+    parse_spec,
+    place,
+)
 
 __all__ = ["DENSE_VERSION", "load_torch_file", "parse_pt", "write_pt"]
 
 DENSE_VERSION = 1
 """Format version of files whose tensors are all dense, and of older ones with encoded tensors."""
 _CHUNK = 1 << 20
-_PLAIN = (Tensor, nn.Parameter)
 _MAX_OVERLAP = 4
 _SMALL = 4096
 """Bytes up to which tensors share a storage in the file."""
@@ -58,14 +65,14 @@ def write_pt(payload: Payload, stream: IO[bytes]) -> None:
     else:
         document = {
             "cctool": DENSE_VERSION,
-            "spec": canonical(payload.spec.model_dump(mode="json")),
-            "history": canonical(payload.history.model_dump(mode="json")),
-            "digests": canonical(dict(payload.digests)),
+            "spec": canonical_json(payload.spec.model_dump(mode="json")),
+            "history": canonical_json(payload.history.model_dump(mode="json")),
+            "digests": canonical_json(dict(payload.digests)),
             "model": _laid_out({k: v for k, v in payload.tensors.items() if isinstance(v, Tensor)}),
         }
     if payload.resume is not None:
         document["resume"] = {
-            "state": canonical(dict(payload.resume.state)),
+            "state": canonical_json(dict(payload.resume.state)),
             "tensors": _laid_out(payload.resume.tensors),
         }
     # A path would put its temporary name into the archive.
@@ -104,7 +111,7 @@ def _alone(tensor: Tensor) -> bool:
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Undo what `_laid_out` put side by side: only tied tensors of a module share storage."""
-    made: dict[Place, Tensor] = {}
+    made: dict[MemoryPlace, Tensor] = {}
     for tensor in tensors.values():
         if place(tensor) not in made:
             made[place(tensor)] = tensor if _alone(tensor) else tensor.clone()
@@ -171,7 +178,7 @@ def _refuse_odd_archive(path: Path) -> None:
 def _refuse_unbacked(path: Path, document: Any) -> None:
     """Refuse tensors whose size no byte of the file stands for: a kilobyte would claim a terabyte."""
     storages: dict[int, int] = {}
-    places: dict[Place, int] = {}
+    places: dict[MemoryPlace, int] = {}
     for tensor in _tensors(document):
         if (
             type(tensor) not in (Tensor, nn.Parameter)

@@ -4,6 +4,7 @@ The draws of an epoch are made for all images at once, on the CPU, from (seed, e
 image depends neither on the batch it falls in, nor on the device, nor on the number of processes.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -12,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cctool.data.records import Augmentation, Crop, Padding
-from cctool.data.seeds import generator
 
-__all__ = ["Draws", "apply", "draw"]
+__all__ = ["Draws", "apply", "derive", "draw", "generator"]
 
 # Width over height of a resized crop, as the Inception networks were trained (Szegedy et al. 2015).
 RATIO = (3 / 4, 4 / 3)
@@ -140,3 +140,14 @@ def _compose(outer: Tensor, inner: Tensor) -> Tensor:
     linear = outer[:, :, :2] @ inner[:, :, :2]
     shift = outer[:, :, :2] @ inner[:, :, 2:] + outer[:, :, 2:]
     return torch.cat([linear, shift], dim=2)
+
+
+def derive(*parts: int | str) -> int:
+    """A 63-bit seed from numbers and words; different parts give independent streams."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A CPU generator seeded by `derive`; the global generators are left alone."""
+    return torch.Generator().manual_seed(derive(*parts))

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cctool.base.errors import DataError
 from cctool.data.records import Augmentation, Split
-from cctool.data.seeds import generator
 from cctool.data.serving import augment
+from cctool.data.serving.augment import generator
 from cctool.data.serving.convert import convert
 from cctool.data.serving.streaming import stream_batches
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cctool.base.errors import CctoolError, DataError
 from cctool.data.records import Augmentation, Split
-from cctool.data.seeds import derive, generator
+from cctool.data.serving.augment import derive, generator
 
 __all__ = ["stream_batches"]
 
@@ -20,7 +20,7 @@ Read = tuple[Tensor, Tensor | None, Tensor]
 
 
 @dataclass(frozen=True)
-class _Reader(Dataset[Any]):
+class _ImageDataset(Dataset[Any]):
     """What a worker does: read the images of one batch and stack them.
 
     An error comes back as a value: a worker's traceback would otherwise become part of the message.
@@ -71,7 +71,7 @@ def stream_batches(
         DataError: an image is missing or damaged; the message has its path.
         UserCodeError: the user's data set failed.
     """
-    reader = _Reader(split, augmentation, seed, epoch)
+    reader = _ImageDataset(split, augmentation, seed, epoch)
     loader: DataLoader[Any] = DataLoader(
         reader,
         batch_sampler=[part.tolist() for part in parts],

@@ -5,9 +5,8 @@ except by torchvision, which checks the MD5 of each file first.
 """
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,18 @@ from torch import Tensor
 
 from cctool.base.errors import DataError
 from cctool.data.places import download_allowed, missing, root_folder
-from cctool.data.records import Augmentation, Crop, DataSource, Split
-from cctool.data.splits import held_out
+from cctool.data.records import Augmentation, Crop, DataSource
+from cctool.data.splits import official_loaders
 
-__all__ = ["CIFAR10", "CIFAR100", "Layout", "open_cifar"]
+__all__ = ["CIFAR10", "CIFAR100", "CifarSet", "open_cifar"]
 
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
-HELD_OUT = 5000
 TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @dataclass(frozen=True)
-class Layout:
+class CifarSet:
     """Where one of the two sets keeps its images and what is known of it."""
 
     name: str
@@ -45,7 +43,7 @@ class Layout:
     std: tuple[float, float, float]
 
 
-CIFAR10 = Layout(
+CIFAR10 = CifarSet(
     "cifar10",
     "cifar-10-batches-bin",
     tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
@@ -58,7 +56,7 @@ CIFAR10 = Layout(
     (0.4914, 0.4822, 0.4465),
     (0.2470, 0.2435, 0.2616),
 )
-CIFAR100 = Layout(
+CIFAR100 = CifarSet(
     "cifar100",
     "cifar-100-binary",
     ("train.bin",),
@@ -73,10 +71,8 @@ CIFAR100 = Layout(
 )
 
 
-def open_cifar(layout: Layout, reference: str, folder: str) -> DataSource:
-    """Open CIFAR: the official test set, and the training set less the 5,000 images held out for validation.
-
-    The held-out images are the last of a fixed permutation (a tenth, where there are fewer than 50,000).
+def open_cifar(layout: CifarSet, reference: str, folder: str) -> DataSource:
+    """Open CIFAR, divided as `official_loaders` says.
 
     Raises:
         DataError: neither layout is there; the message says which files belong where.
@@ -88,7 +84,6 @@ def open_cifar(layout: Layout, reference: str, folder: str) -> DataSource:
         wanted = f"{layout.train_files[0]} and the other files of {layout.folder}"
         raise missing(reference, wanted, places, downloadable=True)
     read = partial(_read_binary, layout, binary) if binary else partial(_read_torchvision, layout, root)
-    training = cache(partial(_divided, read))
     return DataSource(
         name=layout.name,
         reference=reference,
@@ -97,22 +92,11 @@ def open_cifar(layout: Layout, reference: str, folder: str) -> DataSource:
         mean=layout.mean,
         std=layout.std,
         augmentation=Augmentation(crop=Crop.PADDED, padding=4, flip=True),
-        loaders={
-            "train": lambda: training()["train"],
-            "validation": lambda: training()["validation"],
-            "test": lambda: Split("test", SHAPE, *read(train=False)),
-        },
+        loaders=official_loaders(read, SHAPE),
     )
 
 
-def _divided(read: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Split]:
-    images, labels = read(train=True)
-    whole = Split("train", SHAPE, images, labels)
-    kept, held = held_out(len(whole), HELD_OUT if len(whole) >= 10 * HELD_OUT else len(whole) // 10)
-    return {"train": whole.take(kept), "validation": whole.take(held)}
-
-
-def _read_binary(layout: Layout, folder: Path, *, train: bool) -> tuple[Tensor, Tensor]:
+def _read_binary(layout: CifarSet, folder: Path, *, train: bool) -> tuple[Tensor, Tensor]:
     files = layout.train_files if train else layout.test_files
     parts = [_read_file(folder / name, layout) for name in files]
     records = np.concatenate(parts)
@@ -121,7 +105,7 @@ def _read_binary(layout: Layout, folder: Path, *, train: bool) -> tuple[Tensor, 
     return images, labels
 
 
-def _read_file(path: Path, layout: Layout) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+def _read_file(path: Path, layout: CifarSet) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     try:
         content = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
@@ -141,7 +125,7 @@ def _read_file(path: Path, layout: Layout) -> "np.ndarray[Any, np.dtype[np.uint8
     return records
 
 
-def _read_torchvision(layout: Layout, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
+def _read_torchvision(layout: CifarSet, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
     from torchvision import datasets
 
     try:
@@ -157,7 +141,7 @@ def _read_torchvision(layout: Layout, root: Path, *, train: bool) -> tuple[Tenso
     return images, torch.tensor(found.targets, dtype=torch.int64)
 
 
-def _class_names(layout: Layout, folder: Path | None) -> tuple[str, ...]:
+def _class_names(layout: CifarSet, folder: Path | None) -> tuple[str, ...]:
     path = None if folder is None else folder / layout.names_file
     if path is not None and path.is_file():
         names = tuple(path.read_text(encoding="utf-8", errors="replace").split())

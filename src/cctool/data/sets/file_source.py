@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cctool.base.errors import DataError
-from cctool.data.image_files import FileStream, Geometry, hold
+from cctool.data.image_files import FileStream, Resize, hold
 from cctool.data.records import IMAGENET_MEAN, IMAGENET_STD, Augmentation, DataSource, Shape, Split
 from cctool.data.splits import stratified_by_name
 
@@ -39,7 +39,7 @@ class Presentation:
     """How the files are served: the size, the way there, and whether small images may be held in memory."""
 
     shape: Shape
-    geometry: Geometry
+    geometry: Resize
     augmentation: Augmentation
     may_hold: bool = False
 

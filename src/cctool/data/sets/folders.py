@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cctool.base.errors import DataError
-from cctool.data.image_files import EXTENSIONS, Geometry, measure
+from cctool.data.image_files import EXTENSIONS, Resize, measure_images
 from cctool.data.places import named_folder
 from cctool.data.records import Augmentation, Crop, DataSource, Padding, Shape
 from cctool.data.sets.file_source import FileSet, Presentation, file_source
@@ -21,7 +21,7 @@ ROLES = {
 SMALL = 96
 PHOTO_SIZE = 224
 LABELLED_SIZE = 256
-IMAGENET_GEOMETRY = Geometry(margin=256 / 224)
+IMAGENET_GEOMETRY = Resize(margin=256 / 224)
 PHOTO_AUGMENTATION = Augmentation(crop=Crop.RESIZED, flip=True)
 
 
@@ -41,7 +41,7 @@ def open_folder(reference: str, folder: str, input_shape: Shape | None = None) -
     """
     root = named_folder("folder", folder)
     parts = _parts(root, _by_folder)
-    sizes = measure(root, _first_files(reference, parts))
+    sizes = measure_images(root, _first_files(reference, parts))
     own = (PHOTO_SIZE, PHOTO_SIZE)
     if sizes.common is not None and max(sizes.common) <= SMALL:
         own = sizes.common
@@ -49,7 +49,7 @@ def open_folder(reference: str, folder: str, input_shape: Shape | None = None) -
     if max(shape[1:]) <= SMALL:
         padding = max(1, max(shape[1:]) // 8)
         augmentation = Augmentation(crop=Crop.PADDED, padding=padding, flip=True)
-        presentation = Presentation(shape, Geometry(), augmentation, may_hold=True)
+        presentation = Presentation(shape, Resize(), augmentation, may_hold=True)
     else:
         presentation = Presentation(shape, IMAGENET_GEOMETRY, PHOTO_AUGMENTATION)
     return file_source("folder", reference, root, parts, presentation)
@@ -73,11 +73,11 @@ def open_labelled(reference: str, folder: str, input_shape: Shape | None = None)
     """
     root = named_folder("labelled", folder)
     parts = _parts(root, _by_name)
-    sizes = measure(root, _first_files(reference, parts))
+    sizes = measure_images(root, _first_files(reference, parts))
     size = min(LABELLED_SIZE, sizes.longest)
     augmentation = Augmentation(crop=Crop.PADDED, padding_mode=Padding.SYMMETRIC, flip=True, rotation=15.0)
     shape = input_shape or (sizes.channels, size, size)
-    presentation = Presentation(shape, Geometry(native=size), augmentation)
+    presentation = Presentation(shape, Resize(native=size), augmentation)
     names = {name for part in parts.values() for name in part.names or ()}
     classes = None
     if names and all(name.isdecimal() for name in names):

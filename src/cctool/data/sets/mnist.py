@@ -3,9 +3,8 @@
 import gzip
 import math
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from cctool.base.errors import DataError
 from cctool.data.places import download_allowed, missing, root_folder
-from cctool.data.records import Augmentation, Crop, DataSource, Split
-from cctool.data.splits import held_out
+from cctool.data.records import Augmentation, Crop, DataSource
+from cctool.data.splits import official_loaders
 
-__all__ = ["FASHION_MNIST", "MNIST", "Layout", "open_mnist", "read_idx"]
+__all__ = ["FASHION_MNIST", "MNIST", "MnistSet", "open_mnist", "read_idx"]
 
-HELD_OUT = 5000
 IMAGES_MAGIC = 0x00000803
 LABELS_MAGIC = 0x00000801
 CLASSES = 10
@@ -28,7 +26,7 @@ PARTS = {True: "train", False: "t10k"}
 
 
 @dataclass(frozen=True)
-class Layout:
+class MnistSet:
     """Where one of the two sets keeps its images and what is known of it."""
 
     name: str
@@ -39,7 +37,7 @@ class Layout:
     augmentation: Augmentation
 
 
-MNIST = Layout(
+MNIST = MnistSet(
     "mnist",
     "MNIST",
     tuple(str(digit) for digit in range(CLASSES)),
@@ -47,7 +45,7 @@ MNIST = Layout(
     0.3081,
     Augmentation(crop=Crop.PADDED, padding=2, rotation=10.0),
 )
-FASHION_MNIST = Layout(
+FASHION_MNIST = MnistSet(
     "fashion-mnist",
     "FashionMNIST",
     (
@@ -68,10 +66,8 @@ FASHION_MNIST = Layout(
 )
 
 
-def open_mnist(layout: Layout, reference: str, folder: str) -> DataSource:
-    """Open MNIST or Fashion-MNIST: the official test set, and the training set less 5,000 held out.
-
-    The held-out images are the last of a fixed permutation (a tenth, where there are fewer than 50,000).
+def open_mnist(layout: MnistSet, reference: str, folder: str) -> DataSource:
+    """Open MNIST or Fashion-MNIST, divided as `official_loaders` says.
 
     Raises:
         DataError: the files are not there; the message says where they belong.
@@ -87,7 +83,6 @@ def open_mnist(layout: Layout, reference: str, folder: str) -> DataSource:
     first, _ = _read(place, train=False)
     shape = (1, first.shape[2], first.shape[3])
     read = partial(_read, place)
-    training = cache(partial(_divided, read, shape))
     return DataSource(
         name=layout.name,
         reference=reference,
@@ -96,11 +91,7 @@ def open_mnist(layout: Layout, reference: str, folder: str) -> DataSource:
         mean=(layout.mean,),
         std=(layout.std,),
         augmentation=layout.augmentation,
-        loaders={
-            "train": lambda: training()["train"],
-            "validation": lambda: training()["validation"],
-            "test": lambda: Split("test", shape, *read(train=False)),
-        },
+        loaders=official_loaders(read, shape),
     )
 
 
@@ -156,14 +147,7 @@ def _read(place: Path, *, train: bool) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images.copy()).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))
 
 
-def _divided(read: Callable[..., tuple[Tensor, Tensor]], shape: tuple[int, int, int]) -> dict[str, Split]:
-    images, labels = read(train=True)
-    whole = Split("train", shape, images, labels)
-    kept, held = held_out(len(whole), HELD_OUT if len(whole) >= 10 * HELD_OUT else len(whole) // 10)
-    return {"train": whole.take(kept), "validation": whole.take(held)}
-
-
-def _download(layout: Layout, root: Path) -> None:
+def _download(layout: MnistSet, root: Path) -> None:
     from torchvision import datasets
 
     try:

@@ -24,15 +24,7 @@ from torch import Tensor
 
 from cctool.base import user_code
 from cctool.base.errors import DataError, UserCodeError
-from cctool.data.records import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    SPLITS,
-    Augmentation,
-    DataSource,
-    Shape,
-    Split,
-)
+from cctool.data.records import IMAGENET_MEAN, IMAGENET_STD, SPLITS, Augmentation, DataSource, Shape, Split
 from cctool.data.serving import augment
 from cctool.data.serving.convert import convert
 from cctool.data.splits import held_out

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cctool import __version__
 from cctool.base.errors import ExportError
+from cctool.base.networks import in_mode, some
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.atomic import write_atomically
 from cctool.formats.converting import (
@@ -31,9 +32,9 @@ from cctool.formats.converting import (
 from cctool.formats.onnx.chains import rounding
 from cctool.formats.onnx.integers import PACKED_OPSET, with_integers
 from cctool.formats.onnx.kernels import SATURATES, kernels_of, saturating_cpu, session_options
-from cctool.formats.parity import Run, outputs_of
-from cctool.formats.records import Agreement, ExportRequest, Kernels, Written, named
-from cctool.graph.execution import blaming_the_size, in_mode
+from cctool.formats.parity import Run, runner_of
+from cctool.formats.records import Agreement, ExportRequest, Kernels, Written
+from cctool.graph.execution import blaming_the_size
 
 __all__ = ["write_onnx"]
 
@@ -92,7 +93,7 @@ def _put_integers(document: Any, request: ExportRequest) -> tuple[str, ...]:
     missing = with_integers(document, request.weights, packed=request.packed)
     if not missing:
         return ()
-    return (f"{named(missing)} stay in floating point: torch's exporter computes with other values",)
+    return (f"{some(missing)} stay in floating point: torch's exporter computes with other values",)
 
 
 def _refuse_large(model: nn.Module) -> None:
@@ -125,7 +126,7 @@ def _convert(model: nn.Module, request: ExportRequest) -> tuple[Any, tuple[str, 
 
 def _output_names(model: nn.Module, shape: tuple[int, int, int]) -> list[str]:
     with blaming_the_size(shape):
-        found = outputs_of(model)(example(model, 1, shape))
+        found = runner_of(model)(example(model, 1, shape))
     return [OUTPUT, *(f"output{i}" for i in range(1, len(found)))]
 
 

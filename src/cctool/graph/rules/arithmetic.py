@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cctool.graph.execution import Event, tensors_in
-from cctool.graph.ledger import FIXED, INPUT, Kind, Ledger, compact, constant, varying
-from cctool.graph.rules.layers import along, opaque, runs_over
+from cctool.graph.ledger import FIXED, INPUT, Kind, Ledger, compact, constant_ids, varying
+from cctool.graph.rules.layers import ids_along, opaque, runs_over
 from cctool.graph.widths import Width
 
 
@@ -29,7 +29,7 @@ def unary(ledger: Ledger, event: Event) -> None:
 def fixed(ledger: Ledger, event: Event) -> None:
     """New tensors of a given size."""
     for result in tensors_in(event.result):
-        ledger.set(result, constant(FIXED, result.shape))
+        ledger.set(result, constant_ids(FIXED, result.shape))
 
 
 def uniform(ledger: Ledger, event: Event) -> None:
@@ -47,7 +47,7 @@ def uniform(ledger: Ledger, event: Event) -> None:
     if counted or dim == min(_CHANNELS, result.ndim - 1):
         ids = ledger.new(int(width))
         if ledger.sized(ids, width):
-            ledger.set(result, along(ids, dim, result.shape))
+            ledger.set(result, ids_along(ids, dim, result.shape))
             return
     fixed(ledger, event)
 
@@ -93,14 +93,14 @@ def combine(ledger: Ledger, operands: Sequence[Tensor], shape: torch.Size) -> Te
         else:
             for other in operands:
                 ledger.freeze(other, "operands have their channels in different dims")
-            return constant(FIXED, shape)
+            return constant_ids(FIXED, shape)
     varied = [part for part in parts if part.numel() > 1]
     first = min(varied, key=Tensor.numel)
     for part in parts:
         if part is not first:
             ledger.tie(first, part)
     if any(part.numel() == 1 and int(part.reshape(-1)[0]) <= INPUT for part in parts):
-        return constant(FIXED, shape)
+        return constant_ids(FIXED, shape)
     return first.expand(shape)
 
 
@@ -111,11 +111,11 @@ def _combine_constants(ledger: Ledger, operands: Sequence[Tensor], shape: torch.
         same = all(ids.shape == shape for ids in operands)
         for ids, value in zip(operands, values, strict=True):
             if same and value > INPUT:
-                ledger.tie(constant(channels[0], (1,)), constant(value, (1,)))
+                ledger.tie(constant_ids(channels[0], (1,)), constant_ids(value, (1,)))
             elif not same:
                 ledger.freeze(ids, "a single channel is spread over several")
-        return constant(channels[0] if same else FIXED, shape)
-    return constant(INPUT if INPUT in values else FIXED, shape)
+        return constant_ids(channels[0] if same else FIXED, shape)
+    return constant_ids(INPUT if INPUT in values else FIXED, shape)
 
 
 def spatial(ledger: Ledger, event: Event) -> None:
@@ -163,7 +163,7 @@ def reduction(ledger: Ledger, event: Event) -> None:
         return
     small = compact(ids)
     if any(dim in varying(ids) for dim in dims):
-        small = constant(FIXED, (1,) * ids.ndim)
+        small = constant_ids(FIXED, (1,) * ids.ndim)
     for result in tensors_in(event.result):
         kept = small if result.ndim == ids.ndim else small.reshape(
             [n for d, n in enumerate(small.shape) if d not in dims]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cctool.graph.execution import Event, tensors_in
-from cctool.graph.ledger import FIXED, INPUT, Kind, Ledger, Role, compact, constant, varying
+from cctool.graph.ledger import FIXED, INPUT, Kind, Ledger, Role, compact, constant_ids, varying
 from cctool.graph.trace import argument
 from cctool.graph.widths import Symbol, Width
 
@@ -21,7 +21,7 @@ def vector(ledger: Ledger, ids: Tensor, dim: int) -> Tensor:
     return compact(ids).reshape(-1).expand(ids.shape[dim])
 
 
-def along(ids: Tensor, dim: int, shape: torch.Size) -> Tensor:
+def ids_along(ids: Tensor, dim: int, shape: torch.Size) -> Tensor:
     """A vector of ids laid along one dim of a shape."""
     dim %= len(shape)
     return ids.reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
@@ -67,7 +67,7 @@ def _affine(
     for attribute in ("in_features", "embed_dim", "kdim", "vdim"):
         ledger.count_in(event.module, attribute, arriving)
     ledger.count_in(event.module, "out_features", sent)
-    ledger.set(event.result, along(sent, -1, event.result.shape))
+    ledger.set(event.result, ids_along(sent, -1, event.result.shape))
 
 
 def _tie_positions(ledger: Ledger, ids: Tensor, groups: int) -> Tensor:
@@ -91,7 +91,7 @@ def convolution(ledger: Ledger, event: Event) -> None:
     Grouped: position j of every group's inputs goes together, and so do those of its outputs. Depthwise (one
     input channel a group): the group itself goes, with its outputs.
     """
-    weight, bias = argument(event, "weight"), argument(event, "bias")
+    weight = argument(event, "weight")
     groups = int(argument(event, "groups", 1))
     x = argument(event, "input")
     channel_dim = x.ndim - (weight.ndim - 1)
@@ -104,18 +104,24 @@ def convolution(ledger: Ledger, event: Event) -> None:
         _count_groups(ledger, event, "groups", arriving)
         if outputs == groups and _is_one_filter(ledger, weight):
             ledger.freeze(ledger.of(weight), "it is made the filter of every channel")
-            ledger.set(event.result, along(sent, channel_dim, event.result.shape))
+            ledger.set(event.result, ids_along(sent, channel_dim, event.result.shape))
             return
     else:
         ledger.bind(weight, 1, _tie_positions(ledger, arriving, groups), Role.CONSUMER)
         sent = ledger.produce(weight, 0, outputs)
         _tie_positions(ledger, sent, groups)
     ledger.bind(weight, 0, sent, Role.FILTER)
+    _send(ledger, event, arriving, sent, channel_dim)
+
+
+def _send(ledger: Ledger, event: Event, arriving: Tensor, sent: Tensor, channel_dim: int) -> None:
+    """Let a convolution's bias and attributes belong to its channels, and pass on what it sends out."""
+    bias = argument(event, "bias")
     if bias is not None:
         ledger.bind(bias, 0, sent, Role.BIAS)
     ledger.count_in(event.module, "in_channels", arriving)
     ledger.count_in(event.module, "out_channels", sent)
-    ledger.set(event.result, along(sent, channel_dim, event.result.shape))
+    ledger.set(event.result, ids_along(sent, channel_dim, event.result.shape))
 
 
 def _is_one_filter(ledger: Ledger, weight: Tensor) -> bool:
@@ -145,7 +151,7 @@ def _slides_over_channels(ledger: Ledger, event: Event, x: Tensor, channel_dim: 
 
 def transposed_convolution(ledger: Ledger, event: Event) -> None:
     """Transposed convolution: the weight's dim 0 reads, its dim 1 sends out (per group)."""
-    weight, bias = argument(event, "weight"), argument(event, "bias")
+    weight = argument(event, "weight")
     groups = int(argument(event, "groups", 1))
     x = argument(event, "input")
     channel_dim = x.ndim - (weight.ndim - 1)
@@ -161,11 +167,7 @@ def transposed_convolution(ledger: Ledger, event: Event) -> None:
         one_group = ledger.produce(weight, 1, per_group)
         ledger.bind(weight, 1, one_group, Role.FILTER)
         sent = one_group.repeat(groups)
-    if bias is not None:
-        ledger.bind(bias, 0, sent, Role.BIAS)
-    ledger.count_in(event.module, "in_channels", arriving)
-    ledger.count_in(event.module, "out_channels", sent)
-    ledger.set(event.result, along(sent, channel_dim, event.result.shape))
+    _send(ledger, event, arriving, sent, channel_dim)
 
 
 def channel_norm(ledger: Ledger, event: Event) -> None:
@@ -178,7 +180,7 @@ def channel_norm(ledger: Ledger, event: Event) -> None:
         if tensor is not None:
             ledger.bind(tensor, 0, arriving, role)
     ledger.count_in(event.module, "num_features", arriving)
-    ledger.set(event.result, along(arriving, 1, event.result.shape))
+    ledger.set(event.result, ids_along(arriving, 1, event.result.shape))
 
 
 def group_norm(ledger: Ledger, event: Event) -> None:
@@ -196,7 +198,7 @@ def group_norm(ledger: Ledger, event: Event) -> None:
     ledger.count_in(event.module, "num_channels", arriving)
     if groups > 1:
         _count_groups(ledger, event, "num_groups", pieces[:, 0])
-    ledger.set(event.result, along(arriving, 1, event.result.shape))
+    ledger.set(event.result, ids_along(arriving, 1, event.result.shape))
 
 
 def layer_norm(ledger: Ledger, event: Event) -> None:
@@ -250,7 +252,7 @@ def embedding(ledger: Ledger, event: Event) -> None:
     ledger.bind(weight, 0, torch.full((weight.shape[0],), FIXED), Role.CONSUMER)
     ledger.bind(weight, 1, sent, Role.FILTER)
     ledger.count_in(event.module, "embedding_dim", sent)
-    ledger.set(event.result, along(sent, -1, event.result.shape))
+    ledger.set(event.result, ids_along(sent, -1, event.result.shape))
 
 
 def opaque(ledger: Ledger, event: Event, reason: str) -> None:
@@ -263,4 +265,4 @@ def opaque(ledger: Ledger, event: Event, reason: str) -> None:
             ledger.freeze(ledger.of(tensor), reason)
     for result in tensors_in(event.result):
         if ledger.name(result) is None:
-            ledger.set(result, constant(FIXED, result.shape))
+            ledger.set(result, constant_ids(FIXED, result.shape))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cctool.graph.execution import Event
-from cctool.graph.ledger import FIXED, INPUT, Kind, Ledger, Role, compact, constant, varying
-from cctool.graph.rules.layers import along, matmul_parameter, opaque
+from cctool.graph.ledger import FIXED, INPUT, Kind, Ledger, Role, compact, constant_ids, varying
+from cctool.graph.rules.layers import ids_along, matmul_parameter, opaque
 from cctool.graph.trace import argument
 from cctool.graph.widths import Symbol
 
@@ -91,7 +91,11 @@ def contract(
     for term, ids in arriving:
         for dim, letter in enumerate(term):
             if letter in letters and ids.shape[dim] > 1:
-                own = compact(ids).reshape(-1) if dim in varying(ids) else constant(FIXED, (ids.shape[dim],))
+                own = (
+                    compact(ids).reshape(-1)
+                    if dim in varying(ids)
+                    else constant_ids(FIXED, (ids.shape[dim],))
+                )
                 ledger.tie(letters[letter], own)
     for tensor, term in zip(operands, terms, strict=True):
         if ledger.name(tensor) is not None and not ledger.known(tensor):
@@ -101,9 +105,9 @@ def contract(
         for letter in sent:
             ledger.freeze(letters[letter], f"`{event.name}` sends out channels in several dims")
     if len(sent) == 1:
-        ids = along(letters[sent[0]], output.index(sent[0]), event.result.shape)
+        ids = ids_along(letters[sent[0]], output.index(sent[0]), event.result.shape)
     else:
-        ids = constant(FIXED if len(sent) > 1 else _single(arriving, letters), event.result.shape)
+        ids = constant_ids(FIXED if len(sent) > 1 else _single(arriving, letters), event.result.shape)
     ledger.set(event.result, ids)
 
 
@@ -118,7 +122,7 @@ def _layer(
 ) -> None:
     for dim, letter in enumerate(term):
         if letter in shared:
-            fixed = constant(FIXED, (weight.shape[dim],))
+            fixed = constant_ids(FIXED, (weight.shape[dim],))
             ledger.bind(weight, dim, letters.get(letter, fixed).reshape(-1), Role.CONSUMER)
         elif letter in output:
             letters[letter] = ledger.produce(weight, dim, weight.shape[dim])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cctool.graph.execution import Event, tensors_in
 from cctool.graph.ledger import Ledger, Role, varying
-from cctool.graph.rules.layers import along, opaque, vector
+from cctool.graph.rules.layers import ids_along, opaque, vector
 
 _UNREAD = "packed sequences and projections of recurrent layers"
 
@@ -37,9 +37,9 @@ def recurrent(ledger: Ledger, event: Event) -> None:
         first = number < directions
         _bind(ledger, cell, arriving if first else hidden.repeat(directions), hidden)
     output, *last = tensors_in(event.result)
-    ledger.set(output, along(hidden.repeat(directions), -1, output.shape))
+    ledger.set(output, ids_along(hidden.repeat(directions), -1, output.shape))
     for state in last:
-        ledger.set(state, along(hidden, -1, state.shape))
+        ledger.set(state, ids_along(hidden, -1, state.shape))
 
 
 def cell(ledger: Ledger, event: Event) -> None:
@@ -53,7 +53,7 @@ def cell(ledger: Ledger, event: Event) -> None:
     ledger.count_in(event.module, "input_size", arriving)
     _bind(ledger, weights, arriving, hidden)
     for state in tensors_in(event.result):
-        ledger.set(state, along(hidden, -1, state.shape))
+        ledger.set(state, ids_along(hidden, -1, state.shape))
 
 
 def _hidden(ledger: Ledger, event: Event, cells: Sequence[Sequence[Tensor]], states: object) -> Tensor | None:

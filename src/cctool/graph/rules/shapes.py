@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cctool.graph.execution import Event, tensors_in
-from cctool.graph.ledger import FIXED, INPUT, Ledger, canonical, compact, constant, varying
-from cctool.graph.rules.layers import along, equal_pieces, opaque, vector
+from cctool.graph.ledger import FIXED, INPUT, Ledger, canonical_ids, compact, constant_ids, varying
+from cctool.graph.rules.layers import equal_pieces, ids_along, opaque, vector
 from cctool.graph.trace import argument
 from cctool.graph.widths import Width
 
@@ -36,7 +36,7 @@ def replay(ledger: Ledger, event: Event) -> None:
 def copying(ledger: Ledger, event: Event) -> None:
     """Run the same function on the ids, where it copies: neutral dims must be found again."""
     for result, result_ids in _replayed(ledger, event):
-        ledger.set(result, canonical(result_ids))
+        ledger.set(result, canonical_ids(result_ids))
 
 
 def transposed(ledger: Ledger, event: Event) -> None:
@@ -97,7 +97,7 @@ def view(ledger: Ledger, event: Event) -> None:
     factors = _factors(ids.shape, shape)
     if factors is None:
         ledger.freeze(ids, f"{event.name} mixes dims {tuple(ids.shape)} -> {tuple(shape)}")
-        ledger.set(event.result, constant(FIXED, shape))
+        ledger.set(event.result, constant_ids(FIXED, shape))
         return
     sizes = _sizes(event, len(shape))
     image = ids.ndim == 2 and len(shape) > 3 and ids.shape[0] == shape[0]
@@ -196,9 +196,9 @@ def concatenate(ledger: Ledger, event: Event) -> None:
         return
     ids = torch.cat([s.reshape(-1).expand(t.shape[dim]) for s, t in zip(smalls, tensors, strict=True)])
     if all(small.numel() == 1 for small in smalls) and bool((ids == ids[0]).all()):
-        ledger.set(result, constant(int(ids[0]), result.shape))
+        ledger.set(result, constant_ids(int(ids[0]), result.shape))
     else:
-        ledger.set(result, along(ids, dim, result.shape))
+        ledger.set(result, ids_along(ids, dim, result.shape))
 
 
 def stack(ledger: Ledger, event: Event) -> None:
@@ -226,7 +226,7 @@ def pad(ledger: Ledger, event: Event) -> None:
             continue
         if mode != "constant" or before < 0 or after < 0:
             ledger.freeze(ids, f"padding of channels with mode {mode} or by a negative number")
-            small = constant(FIXED, tuple(1 for _ in ids.shape))
+            small = constant_ids(FIXED, tuple(1 for _ in ids.shape))
             break
         added = [0, 0] * (ids.ndim - 1 - dim) + [before, after]
         small = F.pad(small, added, value=FIXED)
@@ -256,14 +256,14 @@ def pixel_shuffle(ledger: Ledger, event: Event) -> None:
     factor = int(argument(event, "upscale_factor", event.args[1] if len(event.args) > 1 else 1))
     arriving = vector(ledger, ledger.of(event.args[0]), -3)
     first = equal_pieces(ledger, arriving.reshape(-1, factor * factor), 1).reshape(-1)
-    ledger.set(event.result, along(first, -3, event.result.shape))
+    ledger.set(event.result, ids_along(first, -3, event.result.shape))
 
 
 def pixel_unshuffle(ledger: Ledger, event: Event) -> None:
     """C channels become C * r^2, each with r^2 neighbours."""
     arriving = vector(ledger, ledger.of(event.args[0]), -3)
     factor = event.result.shape[-3] // arriving.numel()
-    ledger.set(event.result, along(_repeat(arriving, factor), -3, event.result.shape))
+    ledger.set(event.result, ids_along(_repeat(arriving, factor), -3, event.result.shape))
 
 
 def unfold(ledger: Ledger, event: Event) -> None:
@@ -281,7 +281,7 @@ def unfold(ledger: Ledger, event: Event) -> None:
         return
     arriving = vector(ledger, ledger.of(source), 1)
     factor = event.result.shape[-2] // arriving.numel()
-    ledger.set(event.result, along(_repeat(arriving, factor), -2, event.result.shape))
+    ledger.set(event.result, ids_along(_repeat(arriving, factor), -2, event.result.shape))
 
 
 def channel_shuffle(ledger: Ledger, event: Event) -> None:
@@ -289,7 +289,7 @@ def channel_shuffle(ledger: Ledger, event: Event) -> None:
     groups = int(argument(event, "groups", event.args[1] if len(event.args) > 1 else 1))
     arriving = vector(ledger, ledger.of(event.args[0]), 1)
     first = equal_pieces(ledger, arriving.reshape(groups, -1), 0).reshape(-1)
-    ledger.set(event.result, along(_repeat(first, groups), 1, event.result.shape))
+    ledger.set(event.result, ids_along(_repeat(first, groups), 1, event.result.shape))
 
 
 def _repeat(ids: Tensor, times: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cctool.graph.execution import Event
-from cctool.graph.ledger import FIXED, Ledger, canonical, compact, constant, varying
+from cctool.graph.ledger import FIXED, Ledger, canonical_ids, compact, constant_ids, varying
 from cctool.graph.rules.arithmetic import combine
 from cctool.graph.rules.layers import equal_pieces, opaque
 from cctool.graph.rules.shapes import line, replay
@@ -121,7 +121,7 @@ def setitem(ledger: Ledger, event: Event) -> None:
     elif len(index) == 1 and isinstance(index[0], Tensor) and index[0].shape == target.shape:
         # a mask of its shape: position by position, but a tensor's values would be counted off
         combine(ledger, [ids, ledger.of(index[0])], target.shape)
-        _write(ledger, constant(FIXED, ()), value)
+        _write(ledger, constant_ids(FIXED, ()), value)
     else:
         opaque(ledger, event, "an index tensor says where to write")
 
@@ -223,4 +223,4 @@ def _fancy(ledger: Ledger, event: Event, ids: Tensor, index: tuple[Any, ...]) ->
         if not whole and any(position <= d < position + span for d in varying(ids)):
             ledger.freeze(ids, "channels are picked by an index tensor")
         position += span
-    ledger.set(event.result, canonical(ids[tuple(lists)]))
+    ledger.set(event.result, canonical_ids(ids[tuple(lists)]))

@@ -14,7 +14,7 @@ import torch
 from cctool.base.errors import BitstreamError, UsageError
 from cctool.base.runtime import Reporter, resolve_device
 from cctool.checkpoint.file.atomic_folder import folder_atomically, refuse_existing_folder
-from cctool.coding.stream import Chunk, Reader
+from cctool.coding.stream import Chunk, StreamReader
 from cctool.operations.transform.files import file_stems
 from cctool.operations.transform.stream_index import (
     INDEX,
@@ -138,7 +138,7 @@ def _decode(
     arrays: list[_Array] = []
     try:
         with source.path.open("rb") as stream:
-            reader = Reader(stream)
+            reader = StreamReader(stream)
             header, chunks = header_of(reader.metadata), iter(reader)
             state = state_of_stream(header, _first(chunks).side, device)
             for chunk in chunks:

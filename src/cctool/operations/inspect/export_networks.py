@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from cctool.base.errors import ExportError
+from cctool.base.networks import some
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.formats.records import named
 from cctool.operations.examples import example
 from cctool.operations.prune.cut import plain_checkpoint
 from cctool.options.inspect.export import ExportFormat
@@ -92,7 +92,7 @@ def _stored(checkpoint: Checkpoint) -> tuple[dict[str, IntegerWeight], tuple[str
     if not others:
         return found, ()
     return found, (
-        f"{named(others)} are stored small in a way that ONNX has no integers for: they are written in "
+        f"{some(others)} are stored small in a way that ONNX has no integers for: they are written in "
         "floating point",
     )
 

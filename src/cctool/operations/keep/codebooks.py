@@ -16,7 +16,7 @@ from torch import Tensor
 from cctool.base.errors import QuantizationError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.file.payload import Place, place
+from cctool.checkpoint.file.payload import MemoryPlace, place
 from cctool.operations.keep.masked_weights import encode_under_mask, masks_by_place
 from cctool.quantization.encodings.codebook import CODEBOOK
 from cctool.quantization.encodings.masked import MASKED, Inner, inner_of
@@ -64,7 +64,7 @@ def codebooks_after(checkpoint: Checkpoint, earlier: Checkpoint) -> dict[str, En
     """
     state, masks = checkpoint.model.state_dict(), masks_by_place(checkpoint.model)
     stored: dict[str, EncodedTensor] = {}
-    made: dict[Place, EncodedTensor | None] = {}
+    made: dict[MemoryPlace, EncodedTensor | None] = {}
     for name, inner in _codebooks(earlier.stored).items():
         tensor: Tensor = state[name]
         at = place(tensor)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cctool.base.networks import in_eval_mode, some
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
@@ -77,12 +78,9 @@ def trained_taps(
 
     count = max(hook.codec.images for hook in hooks.values())
     images, _ = calibration_images(checkpoint, source, max(1, count), data, context)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), recording(model, sink):
+    with torch.no_grad(), in_eval_mode(model), recording(model, sink):
         for batch in images:
             model(batch)
-    model.train(was_training)
     worst = sorted(seen.items(), key=lambda item: -item[1].percent())
     outgrown = {name: found for name, found in worst if found.percent() > _TOLERATED}
     now = fingerprint(model)
@@ -105,9 +103,8 @@ def warn_of_stale_taps(checkpoint: Checkpoint, context: Context) -> None:
     """Say which codecs were calibrated for other weights than the network has."""
     stale = stale_taps(checkpoint.model)
     if stale:
-        some = ", ".join(stale[:3]) + (f" and {len(stale) - 3} more" if len(stale) > 3 else "")
         context.reporter.warn(
-            f"{some}: calibrated for other weights than the network has now; "
+            f"{some(stale)}: calibrated for other weights than the network has now; "
             "`cctool transform --target features` calibrates again"
         )
 

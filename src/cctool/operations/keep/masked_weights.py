@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import mask_name, masked_places
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
-from cctool.checkpoint.file.payload import Place, place
+from cctool.checkpoint.file.payload import MemoryPlace, place
 from cctool.quantization.encodings.bitmask import BITS
 from cctool.quantization.encodings.masked import MASKED, encode_masked, inner_of, narrowed, widened
 from cctool.quantization.network.attach import quantizers_of
@@ -25,7 +25,7 @@ _SMALLEST = 512
 """Elements below which a line in the index of encoded tensors costs more than bits save."""
 
 
-def masks_by_place(model: nn.Module) -> dict[Place, Tensor]:
+def masks_by_place(model: nn.Module) -> dict[MemoryPlace, Tensor]:
     """Masks by where their parameters lie in memory, which finds them under every name of a tied one."""
     return {place(masked.parameter.detach()): masked.mask for masked in masked_places(model)}
 
@@ -99,8 +99,8 @@ def _without_idle_bits(checkpoint: Checkpoint) -> dict[str, EncodedTensor]:
     return stored
 
 
-def _names_by_place(model: nn.Module) -> dict[Place, list[str]]:
-    names: dict[Place, list[str]] = {}
+def _names_by_place(model: nn.Module) -> dict[MemoryPlace, list[str]]:
+    names: dict[MemoryPlace, list[str]] = {}
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
             names.setdefault(place(value), []).append(name)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from cctool.base.networks import in_eval_mode
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.checkpoint.encoding import EncodedTensor
@@ -20,7 +21,8 @@ from cctool.checkpoint.tables import Tables
 from cctool.operations.keep.masked_weights import stored_with_masks
 from cctool.quantization.encodings.codebook import encode_codebook
 from cctool.quantization.encodings.intn import encode_integers
-from cctool.quantization.network.attach import WeightPoint, norm_factors, quantizers_of, weight_key
+from cctool.quantization.network.attach import norm_factors, quantizers_of
+from cctool.quantization.network.points import WeightPoint, weight_key
 from cctool.quantization.quantizers.base import Quantizer
 
 __all__ = ["as_stored", "quantized_weights", "settled"]
@@ -122,20 +124,15 @@ def _encoded(values: Tensor, quantizer: Quantizer, fold: Tensor | None) -> Encod
 
 
 def _zero_on_grid(quantizer: Quantizer) -> bool:
-    return quantizer.config.method in ("uniform", "lsq", "wrpn", "apot")
+    return quantizer.config.method in ("uniform", "lsq", "wrpn")
 
 
 def _same(
     quantizer: Quantizer, before: Tensor, after: Tensor, fold: Tensor | None, mask: Tensor | None
 ) -> bool:
     """Whether the network computes with the same numbers after its weight was replaced."""
-    was_training = quantizer.training
-    quantizer.eval()
-    try:
-        with torch.no_grad():
-            old, new = quantizer(before, fold), quantizer(after, fold)
-    finally:
-        quantizer.train(was_training)
+    with torch.no_grad(), in_eval_mode(quantizer):
+        old, new = quantizer(before, fold), quantizer(after, fold)
     if mask is not None:
         old, new = old * mask, new * mask
     return torch.equal(old, new)

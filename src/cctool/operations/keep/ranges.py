@@ -9,14 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.fingerprint import fingerprint_of
+from cctool.checkpoint.file.payload import fingerprint_of
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.quantized_weights import settled
 from cctool.options.common import DataOptions
 from cctool.quantization.calibration.run import calibrate_activations
-from cctool.quantization.network.attach import Observing, quantizers_of, with_quantizers
+from cctool.quantization.network.attach import quantizers_of
+from cctool.quantization.network.edit import with_quantizers
+from cctool.quantization.network.points import Observing
 
 __all__ = ["in_step", "recalibrated_quantizers", "warn_of_stale_ranges"]
 

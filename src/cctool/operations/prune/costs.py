@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from cctool.analysis.latency import Latency, compare, measure_latency
-from cctool.base.copies import copied
 from cctool.base.errors import ArchitectureError
+from cctool.base.networks import copied, device_of
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.graph import cost
 from cctool.operations.context import Context
@@ -20,9 +20,9 @@ from cctool.operations.prune.stored_cut import cut_stored
 from cctool.operations.size import measure, stored_bytes
 from cctool.options.prune.options import PruneOptions
 from cctool.options.prune.parts import Quantity
-from cctool.pruning.cut.surgery import Cut, CutPlan, named_tensors
-from cctool.pruning.select.targets import sketch
-from cctool.quantization.network.attach import CONTAINER, quantizers_of, weight_key
+from cctool.pruning.cut.surgery import CutPlan, named_tensors, sketch
+from cctool.quantization.network.attach import CONTAINER, quantizers_of
+from cctool.quantization.network.points import weight_key
 from cctool.transforms.layers.base import swapped_layers
 from cctool.transforms.plain import plain_model
 
@@ -71,7 +71,7 @@ class Scales:
         after = Costs(size.parameters, size.macs, size.bytes or 0, None)
         if self._dense is None:
             return self._before, replace(after, latency=_timed(checkpoint))
-        device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
+        device = device_of(checkpoint.model)
         try:
             pair = compare([self._dense.to(device), checkpoint.model], checkpoint.spec.input_shape)
         except ArchitectureError:

@@ -14,17 +14,18 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from cctool.base.copies import copied
 from cctool.base.errors import PruningError
+from cctool.base.networks import copied, qualified, some
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import with_masks
-from cctool.checkpoint.edits.thin import thinned
+from cctool.checkpoint.edits.thin import Cut, thinned
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.operations.context import Context
 from cctool.operations.examples import example
 from cctool.operations.prune.stored_cut import cut_stored
-from cctool.pruning.cut.surgery import Cut, CutPlan, apply_cut, named_tensors
-from cctool.quantization.network.attach import quantizers_of, with_quantizers
+from cctool.pruning.cut.surgery import CutPlan, apply_cut, named_tensors
+from cctool.quantization.network.attach import quantizers_of
+from cctool.quantization.network.edit import with_quantizers
 from cctool.transforms.codec.sites import find_sites
 from cctool.transforms.codec.taps import bypassed, drop_taps, tap_buffers, taps_of, with_taps
 from cctool.transforms.layers.base import SwappedLayer, swapped_layers, with_swaps
@@ -227,7 +228,7 @@ def _put_in_place(model: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
 def _owned_by_swapped(model: nn.Module) -> dict[str, str]:
     """Names of tensors that lie in swapped layers, with the name of the layer."""
     return {
-        f"{name}.{leaf}" if name else leaf: name
+        qualified(name, leaf): name
         for name, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, SwappedLayer)
         for leaf in layer.state_dict()
@@ -266,15 +267,14 @@ def _not_smaller(before: Mapping[str, Tensor], model: nn.Module, plan: CutPlan) 
         for name, layer in swapped_layers(model).items()
         if _own(plan, name)
         and all(
-            parameter.shape == before[f"{name}.{leaf}" if name else leaf].shape
+            parameter.shape == before[qualified(name, leaf)].shape
             for leaf, parameter in layer.named_parameters(recurse=False)
             if leaf != "bias"
         )
     ]
     if not whole:
         return []
-    some = ", ".join(whole[:3]) + (f" and {len(whole) - 3} more" if len(whole) > 3 else "")
     return [
-        f"{some} compute fewer channels from as many coefficients: they are transformed along what was cut; "
-        "`cctool transform` again fits fewer to them"
+        f"{some(whole)} compute fewer channels from as many coefficients: they are transformed along what "
+        "was cut; `cctool transform` again fits fewer to them"
     ]

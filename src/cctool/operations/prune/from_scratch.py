@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from cctool.base.errors import PruningError
+from cctool.base.networks import qualified
 from cctool.checkpoint.budget import Register, registering_by
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.thin import Thin
@@ -109,7 +110,7 @@ def _drawn(model: nn.Module, fresh: nn.Module, spec: ModelSpec) -> dict[str, Ten
     wanted: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     norms = ((path, norm) for path, norm in model.named_modules() if isinstance(norm, _NormBase))
     wanted |= {
-        f"{path}.{name}" if path else name: value
+        qualified(path, name): value
         for path, norm in norms
         for name, value in norm.named_buffers(recurse=False)
         # Masks, for one, are no statistics.
@@ -154,7 +155,7 @@ def _built_thin(
         for attribute, value in attributes.get(path, {}).items():
             if attribute in vars(module):
                 setattr(module, attribute, value)
-        return _cut(tensor, shapes.get(f"{path}.{name}" if path else name))
+        return _cut(tensor, shapes.get(qualified(path, name)))
 
     torch.manual_seed(seed)
     with registering_by(_watched(cut)):

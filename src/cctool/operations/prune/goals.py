@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from cctool.base.copies import copied
 from cctool.base.errors import PruningError, UsageError
+from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
@@ -21,7 +21,7 @@ from cctool.pruning.cut.planner import Planner
 from cctool.pruning.cut.report import ThinResult
 from cctool.pruning.cut.surgery import CutPlan
 from cctool.pruning.select.order import Candidates, by_options, grain_of, order
-from cctool.pruning.select.targets import Trial, fewest_removed
+from cctool.pruning.select.targets import TriedCut, fewest_removed
 
 __all__ = ["BudgetReport", "BudgetTrial", "TargetReport", "limit_of", "within_budget", "within_target"]
 
@@ -50,7 +50,7 @@ class TargetReport:
     before: float
     reached: float
     above: float | None
-    trials: tuple[Trial, ...]
+    trials: tuple[TriedCut, ...]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from cctool.base.copies import copied
 from cctool.base.errors import CheckpointError
+from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.records import DataSource

@@ -12,9 +12,8 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec
 from cctool.graph.execution import execute
 from cctool.pruning.cut.planner import Planner
-from cctool.pruning.cut.surgery import plan_cut
+from cctool.pruning.cut.surgery import plan_cut, sketch
 from cctool.pruning.select.order import Selection
-from cctool.pruning.select.targets import sketch
 from cctool.transforms.codec.taps import taps_of
 from cctool.transforms.layers.base import swapped_layers
 

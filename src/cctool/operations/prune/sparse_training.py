@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from cctool.base.copies import copied
 from cctool.base.errors import PruningError
+from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
-from cctool.graph.channels import Family
 from cctool.graph.ledger import Role
+from cctool.graph.records import Family
 from cctool.operations.context import Context
 from cctool.operations.examples import example
 from cctool.operations.measuring import feed_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cctool.analysis.widths import Width, check_picture_suffix, write_widths
+from cctool.analysis.widths import WidthBar, check_picture_suffix, write_widths
 from cctool.operations.context import Context
 from cctool.operations.pipeline import labelled
 from cctool.options.prune.options import PruneOptions
@@ -31,7 +31,7 @@ def picture_path(options: PruneOptions, context: Context, label: str) -> Path | 
 def write_picture(report: PruneReport, path: Path, context: Context) -> None:
     """Draw the widths before and after a cut."""
     widths = [
-        Width(family.name, family.units * family.width, family.kept * family.width, family.note)
+        WidthBar(family.name, family.units * family.width, family.kept * family.width, family.note)
         for family in report.families
     ]
     before, after = report.parameters_before, report.parameters_after

@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cctool.base.copies import copied
 from cctool.base.errors import UsageError
+from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.payload import place
 from cctool.data.records import DataSource
@@ -42,12 +42,9 @@ from cctool.operations.quantize.stored import encoded_directly
 from cctool.operations.size import stored_bytes
 from cctool.options.quantize.choices import Rounding
 from cctool.options.quantize.options import QuantizeOptions
-from cctool.quantization.network.attach import (
-    detach,
-    quantizers_of,
-    weight_key,
-    with_quantizers,
-)
+from cctool.quantization.network.attach import detach, quantizers_of
+from cctool.quantization.network.edit import with_quantizers
+from cctool.quantization.network.points import weight_key
 from cctool.quantization.network.tensors import Skipped
 from cctool.quantization.refine.adaround import adaround
 from cctool.quantization.refine.bias_correction import correct_biases

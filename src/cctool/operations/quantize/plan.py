@@ -16,9 +16,10 @@ from cctool.options.patterns import refuse_unmatched
 from cctool.options.quantize.choices import CLIPPING, Edges, QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.quantize.parts import LayerBits
-from cctool.quantization.network.attach import CallPoint, WeightPoint, attach
-from cctool.quantization.network.calls import Flow, Place, flow_of
-from cctool.quantization.network.placement import Activation, Layer, Left, Points, Way, plan_points
+from cctool.quantization.network.attach import attach
+from cctool.quantization.network.calls import CallSite, Flow, flow_of
+from cctool.quantization.network.placement import Activation, Left, PlacedLayer, Points, Way, plan_points
+from cctool.quantization.network.points import CallPoint, WeightPoint
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.transforms.codec.taps import bypassed
 
@@ -47,9 +48,9 @@ class Plan:
     left: tuple[Left, ...]
 
     @property
-    def layers(self) -> tuple[Layer, ...]:
+    def layers(self) -> tuple[PlacedLayer, ...]:
         """Layers whose weight is quantized, each weight once."""
-        first: dict[str, Layer] = {}
+        first: dict[str, PlacedLayer] = {}
         for layer in self.points.layers:
             if layer.weight in self.weights:
                 first.setdefault(layer.weight, layer)
@@ -100,17 +101,17 @@ def _way(options: QuantizeOptions) -> Way:
     return "inputs" if options.method is QuantizeMethod.LSQ else "all"
 
 
-def _names(layer: Layer) -> tuple[str, ...]:
+def _names(layer: PlacedLayer) -> tuple[str, ...]:
     """What a pattern may call a layer: its module, or its weight."""
     owner = layer.weight.rpartition(".")[0]
     return tuple(dict.fromkeys((layer.place.module, owner, layer.weight)))
 
 
-def _matches(pattern: str, layer: Layer) -> bool:
+def _matches(pattern: str, layer: PlacedLayer) -> bool:
     return any(fnmatchcase(name, pattern) for name in _names(layer))
 
 
-def _override(layer: Layer, options: QuantizeOptions) -> LayerBits | None:
+def _override(layer: PlacedLayer, options: QuantizeOptions) -> LayerBits | None:
     return next((given for given in options.layers if _matches(given.pattern, layer)), None)
 
 
@@ -132,7 +133,7 @@ def _weights(
     return found, left
 
 
-def _unwanted(layer: Layer, options: QuantizeOptions) -> str:
+def _unwanted(layer: PlacedLayer, options: QuantizeOptions) -> str:
     """Why a layer stays in floating point; "" where it does not."""
     given = _override(layer, options)
     if any(_matches(pattern, layer) for pattern in options.exclude):
@@ -146,11 +147,11 @@ def _unwanted(layer: Layer, options: QuantizeOptions) -> str:
     return "its weight has no elements" if 0 in layer.shape else ""
 
 
-def _edge(layer: Layer) -> bool:
+def _edge(layer: PlacedLayer) -> bool:
     return layer.first or layer.last
 
 
-def fixed_bits(layer: Layer, options: QuantizeOptions) -> int | None:
+def fixed_bits(layer: PlacedLayer, options: QuantizeOptions) -> int | None:
     """Bits that options give one layer, by its name or as an edge of the network; None where they do not."""
     given = _override(layer, options)
     if given is not None and given.weights is not None:
@@ -159,7 +160,7 @@ def fixed_bits(layer: Layer, options: QuantizeOptions) -> int | None:
     return _EDGE_BITS if edge else None
 
 
-def _weight_config(layer: Layer, options: QuantizeOptions, searched: int | None) -> QuantizerConfig:
+def _weight_config(layer: PlacedLayer, options: QuantizeOptions, searched: int | None) -> QuantizerConfig:
     given = _override(layer, options)
     method, bits, per_channel = options.method, options.bits, options.channelwise
     uniform = not (method in CLIPPING or method is QuantizeMethod.LSQ)
@@ -243,7 +244,7 @@ def _other_weights(model: nn.Module, layers: Mapping[str, Any]) -> list[Left]:
 
 def attach_plan(model: nn.Module, planned: Plan) -> None:
     """Attach the quantizers of a plan to a network, in place; ranges are not set."""
-    calls: dict[Place, dict[str, Any]] = {}
+    calls: dict[CallSite, dict[str, Any]] = {}
     for layer in planned.points.layers:
         if layer.weight in planned.weights:
             calls.setdefault(layer.place, {})["weight"] = layer.weight

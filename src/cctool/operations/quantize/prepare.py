@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from cctool.base.copies import copied
+from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.context import Context
 from cctool.operations.keep.quantized_weights import quantized_weights
@@ -17,20 +17,13 @@ from cctool.operations.quantize.plan import Plan, attach_plan
 from cctool.operations.quantize.report import ActivationReport
 from cctool.operations.train.finetune import decoded
 from cctool.options.quantize.options import QuantizeOptions
-from cctool.quantization.calibration.observers import Observer
+from cctool.quantization.calibration.observers import RangeObserver
 from cctool.quantization.calibration.run import observe, observer_of
 from cctool.quantization.calibration.weight_ranges import fit_weight
-from cctool.quantization.network.attach import (
-    CallPoint,
-    Observing,
-    activation_key,
-    attach,
-    detach,
-    following_values,
-    quantizers_of,
-    with_quantizers,
-)
+from cctool.quantization.network.attach import attach, detach, following_values, quantizers_of
+from cctool.quantization.network.edit import with_quantizers
 from cctool.quantization.network.placement import Activation
+from cctool.quantization.network.points import CallPoint, Observing, activation_key
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.transforms.codec.taps import drop_taps, set_taps, with_taps
@@ -95,7 +88,7 @@ def observing(options: QuantizeOptions) -> Observing:
 class _Watching:
     """An observer, and how low values go."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: RangeObserver) -> None:
         self.observer = observer
         self.low: Tensor | None = None
 
@@ -130,7 +123,7 @@ def calibrated(
     chosen = {activation_key(a.place, a.slot): (a, config) for a, config in planned.activations.items()}
     observers: dict[str, _Watching] = {}
 
-    def make(key: str) -> Observer | None:
+    def make(key: str) -> RangeObserver | None:
         quantizer = held.quantizer(key)
         if key not in chosen or quantizer is None or not quantizer.has_range:
             return None

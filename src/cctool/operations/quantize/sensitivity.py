@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cctool.base.copies import copied
 from cctool.base.errors import QuantizationError, UsageError
+from cctool.base.networks import copied, in_eval_mode
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.graph.execution import tensors_in
@@ -31,15 +31,9 @@ from cctool.operations.quantize.report import SensitivityReport
 from cctool.operations.size import stored_bytes
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.calibration.weight_ranges import fit_weight
-from cctool.quantization.network.attach import (
-    CallPoint,
-    attach,
-    detach,
-    only,
-    quantizers_of,
-    weight_key,
-    with_quantizers,
-)
+from cctool.quantization.network.attach import attach, detach, only, quantizers_of
+from cctool.quantization.network.edit import with_quantizers
+from cctool.quantization.network.points import CallPoint, weight_key
 
 __all__ = ["damage_between", "searched_bits"]
 
@@ -164,22 +158,20 @@ def _damages(
 ) -> dict[tuple[str, int], float]:
     """Damage by weight and bits; quantizers are attached meanwhile and taken off again."""
     model = product.model
-    was_training = model.training
-    model.eval()
     found: dict[tuple[str, int], float] = {}
     pairs = [(bits, name) for bits in tried for name in names]
     present = 0
-    try:
-        wanted = [_outputs(model, batch).cpu() for batch in images]
-        for bits, name in context.reporter.progress(pairs, "measuring layers", len(pairs)):
-            if bits != present:
-                _attach_weights(model, _plan_of(product, options, names, bits))
-                present = bits
-            with only(model, {weight_key(name)}):
-                found[name, bits] = _mean_damage(model, images, wanted)
-    finally:
-        detach(model)
-        model.train(was_training)
+    with in_eval_mode(model):
+        try:
+            wanted = [_outputs(model, batch).cpu() for batch in images]
+            for bits, name in context.reporter.progress(pairs, "measuring layers", len(pairs)):
+                if bits != present:
+                    _attach_weights(model, _plan_of(product, options, names, bits))
+                    present = bits
+                with only(model, {weight_key(name)}):
+                    found[name, bits] = _mean_damage(model, images, wanted)
+        finally:
+            detach(model)
     return found
 
 

@@ -15,7 +15,7 @@ from cctool.quantization.encodings.codebook import CODEBOOK
 from cctool.quantization.encodings.float16 import BF16, FP16
 from cctool.quantization.encodings.intn import INTN
 from cctool.quantization.encodings.uint8 import AFFINE_U8
-from cctool.quantization.network.tensors import Selected
+from cctool.quantization.network.tensors import SelectedTensor
 
 __all__ = ["METHODS", "Method"]
 
@@ -25,18 +25,18 @@ class Method:
     """An encoding, and its parameters for a tensor: (tensor, options, seed) -> parameters."""
 
     encoding: Encoding
-    parameters: Callable[[Selected, QuantizeOptions, int], dict[str, JsonValue]]
+    parameters: Callable[[SelectedTensor, QuantizeOptions, int], dict[str, JsonValue]]
 
 
-def _none(selected: Selected, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
+def _none(selected: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
     return {}
 
 
-def _axis(selected: Selected, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
+def _axis(selected: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
     return {"axis": selected.channels if options.channelwise else None}
 
 
-def _integers(selected: Selected, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
+def _integers(selected: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
     return {
         "bits": options.bits,
         "symmetric": not options.asymmetric,
@@ -45,11 +45,11 @@ def _integers(selected: Selected, options: QuantizeOptions, seed: int) -> dict[s
     }
 
 
-def _clusters(selected: Selected, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
+def _clusters(selected: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
     return {"kind": "kmeans", "bits": options.bits, "axis": None, "init": str(options.init), "seed": seed}
 
 
-def _powers(selected: Selected, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
+def _powers(selected: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
     axis = selected.channels if options.channelwise else None
     terms = options.terms or default_terms(options.bits)
     return {"kind": "apot", "bits": options.bits, "axis": axis, "terms": terms}

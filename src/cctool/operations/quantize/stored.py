@@ -13,8 +13,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from cctool.base.copies import copied
 from cctool.base.errors import QuantizationError
+from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.file.payload import place
@@ -27,7 +27,7 @@ from cctool.operations.quantize.report import QuantizeReport, TensorReport, coun
 from cctool.operations.quantize.storage_methods import METHODS
 from cctool.operations.size import stored_bytes
 from cctool.options.quantize.options import QuantizeOptions
-from cctool.quantization.network.tensors import Selected, Skipped, select
+from cctool.quantization.network.tensors import SelectedTensor, Skipped, select
 
 __all__ = ["encode_selected", "encoded_directly", "run"]
 
@@ -70,7 +70,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
 def encode_selected(
     product: Checkpoint,
     before: Checkpoint,
-    selected: Sequence[Selected],
+    selected: Sequence[SelectedTensor],
     options: QuantizeOptions,
     context: Context,
 ) -> tuple[Checkpoint, list[TensorReport]]:
@@ -146,7 +146,7 @@ def _refused(name: str, options: QuantizeOptions) -> bool:
 
 
 def _quantized(
-    item: Selected,
+    item: SelectedTensor,
     mask: Tensor | None,
     earlier: EncodedTensor | None,
     options: QuantizeOptions,

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from cctool.base.copies import copied
 from cctool.base.errors import QuantizationError
+from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Parent
 from cctool.data.records import DataSource
@@ -37,7 +37,7 @@ from cctool.options.train.fit import FitOptions
 from cctool.quantization.network.attach import quantizers_of
 from cctool.quantization.network.tensors import select
 from cctool.training.constraints.base import Constraint
-from cctool.training.constraints.pact_levels import ClippingDecay
+from cctool.training.constraints.penalties import ClippingDecay
 from cctool.training.objectives import Objective
 
 __all__ = ["run"]

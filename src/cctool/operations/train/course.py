@@ -22,8 +22,8 @@ from cctool.operations.train.rate_penalty import refuse_rate_without_taps
 from cctool.operations.train.resume import forms_from, refuse_other_files, refuse_other_options, starts_afresh
 from cctool.operations.train.run_folder import LoggedReporter, RunFolder
 from cctool.operations.train.workers import fit_in_processes, node_rank
+from cctool.training.averaging import average_in
 from cctool.training.evaluate import trial_output
-from cctool.training.loop.averaging import average_in
 from cctool.training.objectives import Objective
 from cctool.training.resume.progress import EpochRow, best_of
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.file.payload import Place, place
+from cctool.checkpoint.file.payload import MemoryPlace, place
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
@@ -23,8 +23,8 @@ from cctool.training.constraints.base import Constraint
 from cctool.training.constraints.masked_weights import keeping_masks
 from cctool.training.evaluate import evaluate
 from cctool.training.loop.fit import Task, fit
-from cctool.training.loop.processes import make_fabric
 from cctool.training.objectives import Objective, Supervised, has_batch_norm
+from cctool.training.processes import make_fabric
 
 __all__ = ["decoded", "encoded_again", "finetune"]
 
@@ -115,7 +115,7 @@ def encoded_again(checkpoint: Checkpoint, earlier: Checkpoint, context: Context)
     encodings = context.tables.encodings
     stored: dict[str, EncodedTensor] = {}
     # Tied tensors are encoded once, and stored once.
-    made: dict[Place, EncodedTensor] = {}
+    made: dict[MemoryPlace, EncodedTensor] = {}
     shared = codebooks_after(checkpoint, replace(earlier, stored=lossy_forms(earlier)))
     for name, form in lossy_forms(earlier).items():
         if name in shared:

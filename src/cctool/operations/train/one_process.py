@@ -29,8 +29,8 @@ from cctool.training.evaluate import evaluate
 from cctool.training.logs.table import Log, write_csv
 from cctool.training.loop.feed import Feed
 from cctool.training.loop.fit import Task, fit
-from cctool.training.loop.processes import Group, group_of, make_fabric
 from cctool.training.objectives import Objective, has_batch_norm
+from cctool.training.processes import Group, group_of, make_fabric
 from cctool.training.resume.progress import EpochRow, Progress
 from cctool.training.user_functions import UserLoss, UserMetric, named_function
 

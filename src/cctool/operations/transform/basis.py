@@ -24,7 +24,7 @@ from cctool.operations.transform.weights_report import counted, layer_bytes
 from cctool.options.transform.options import TransformOptions
 from cctool.transforms.insert_basis import BASIS_KERNELS, put_basis
 from cctool.transforms.layers.base import with_swaps
-from cctool.transforms.layers.which import Selected, SkippedLayer, select_layers
+from cctool.transforms.layers.which import SelectedLayer, SkippedLayer, select_layers
 
 __all__ = ["BasisLayerReport", "TransformBasisReport", "run", "with_basis"]
 
@@ -175,14 +175,14 @@ def basis_kernel(name: str, option: str) -> str:
     return name
 
 
-def _refuse_none(selected: Sequence[Selected], skipped: Sequence[SkippedLayer]) -> None:
+def _refuse_none(selected: Sequence[SelectedLayer], skipped: Sequence[SkippedLayer]) -> None:
     if not selected:
         raise TransformError(f"nothing is left to replace: {'; '.join(counted(skipped))}")
 
 
 def _changed(
     checkpoint: Checkpoint,
-    selected: Sequence[Selected],
+    selected: Sequence[SelectedLayer],
     kernel: str,
     *,
     normalize_gradients: bool,
@@ -221,7 +221,7 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _layer_report(
-    item: Selected, product: Checkpoint, bytes_before: int, parameters: int
+    item: SelectedLayer, product: Checkpoint, bytes_before: int, parameters: int
 ) -> BasisLayerReport:
     name = item.names[0]
     layer = product.model.get_submodule(name)

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cctool.base.copies import copied
 from cctool.base.errors import UsageError
+from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
@@ -37,7 +37,7 @@ from cctool.transforms.codec.codec import CodecConfig
 from cctool.transforms.codec.figures import NetworkStatistics, TapFigures
 from cctool.transforms.codec.sites import Site, find_sites
 from cctool.transforms.codec.steps import (
-    Table,
+    StepTable,
     TableChoice,
     check_table,
     default_table,
@@ -187,7 +187,7 @@ def codec_configs(options: TransformOptions, sites: Sequence[Site], images: int)
     }
     found = {}
     for site in sites:
-        table = Table(()) if tables is None else tables.of(site.name, last=site is sites[-1])
+        table = StepTable(()) if tables is None else tables.of(site.name, last=site is sites[-1])
         if features.allocate and not table.scaled and not plain:
             raise UsageError(f"--allocate chooses the steps that --preset {options.preset} gives")
         try:
@@ -214,7 +214,7 @@ def _tables(options: TransformOptions) -> TableChoice:
     for pattern, steps in found.items():
         who = f"--q-table {features.q_table}: {pattern}"
         check_table(steps, kernel, features.block, features.levels, who)
-    return replace(default, patterns={pattern: Table(steps) for pattern, steps in found.items()})
+    return replace(default, patterns={pattern: StepTable(steps) for pattern, steps in found.items()})
 
 
 def measured_with_figures(

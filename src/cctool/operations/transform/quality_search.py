@@ -8,11 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cctool.analysis.features.pictures import CurvePoint, draw_curve, write_picture
+from cctool.analysis.features.pictures import CurvePoint, draw_curve
 from cctool.analysis.table import Column, Report, Table
 from cctool.analysis.workbook import write_report
 from cctool.base.errors import DataError, TransformError
+from cctool.base.networks import in_eval_mode
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.file.atomic import write_bytes
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.data.serving.batches import Batch
@@ -20,7 +22,6 @@ from cctool.operations.context import Context
 from cctool.operations.inspect.export import beside, refuse_existing
 from cctool.operations.measuring import measured, serve
 from cctool.options.common import DataOptions
-from cctool.training.evaluate import in_eval_mode
 from cctool.transforms.codec.figures import NetworkStatistics, TapFigures
 from cctool.transforms.codec.taps import recording, set_quality, taps_of
 
@@ -242,7 +243,7 @@ def write_sweep(
     if not curve:
         return (str(table),)
     uncoded = [(metrics.split, metrics.values["top1"]) for metrics in before if "top1" in metrics.values]
-    write_picture(draw_curve(title, curve, uncoded), picture, overwrite=context.force)
+    write_bytes(picture, draw_curve(title, curve, uncoded), overwrite=context.force)
     return str(table), str(picture)
 
 

@@ -35,7 +35,7 @@ from cctool.transforms.layers.base import with_swaps
 from cctool.transforms.layers.build import coefficient_layer
 from cctool.transforms.layers.coefficients import CoefficientLayer, Coefficients
 from cctool.transforms.layers.keep import chosen
-from cctool.transforms.layers.which import Selected, SkippedLayer, select_layers, transformed_axes
+from cctool.transforms.layers.which import SelectedLayer, SkippedLayer, select_layers, transformed_axes
 from cctool.transforms.swap import put_in_place
 
 __all__ = ["run", "with_coefficients"]
@@ -51,7 +51,7 @@ class _Coded:
         places: coefficients before any were left out.
     """
 
-    selected: Selected
+    selected: SelectedLayer
     layer: CoefficientLayer
     places: int
 
@@ -104,7 +104,7 @@ class _Sizes:
     layers: Mapping[str, int]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, selected: Sequence[Selected]) -> _Sizes:
+    def of(cls, checkpoint: Checkpoint, selected: Sequence[SelectedLayer]) -> _Sizes:
         stored = stored_with_masks(checkpoint)
         layers = {item.names[0]: layer_bytes(stored, item.names[0]) for item in selected}
         return cls(stored_bytes(stored), layers)
@@ -146,7 +146,7 @@ def _check(options: TransformOptions) -> None:
 
 
 def _coded(
-    selected: Sequence[Selected], options: TransformOptions, context: Context
+    selected: Sequence[SelectedLayer], options: TransformOptions, context: Context
 ) -> tuple[list[_Coded], list[SkippedLayer]]:
     """Layers of coefficients for the selected ones, and those that have no axis to transform."""
     weights, coded, untouched = options.weights, [], []

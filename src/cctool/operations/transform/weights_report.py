@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cctool.base.networks import some
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import mask_name
 from cctool.checkpoint.spec import Metrics
@@ -185,10 +186,4 @@ def counted(skipped: Sequence[SkippedLayer]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for item in skipped:
         reasons.setdefault(item.reason, []).append(item.name)
-    return [
-        f"left alone: {', '.join(names[:3])}{_more(names)} ({reason})" for reason, names in reasons.items()
-    ]
-
-
-def _more(names: Sequence[str]) -> str:
-    return f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"left alone: {some(names)} ({reason})" for reason, names in reasons.items()]

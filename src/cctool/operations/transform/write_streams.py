@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import TransformError
-from cctool.coding.entropy import code_bits
-from cctool.coding.exp_golomb import histogram
-from cctool.coding.stream import Reader, Writer
+from cctool.coding.histogram import code_bits, histogram
+from cctool.coding.stream import StreamReader, Writer
 from cctool.data.serving.batches import Batch
 from cctool.operations.transform.files import file_stems
 from cctool.operations.transform.stream_index import (
@@ -152,7 +151,7 @@ class _TapStream:
 
     def _decoded(self, chunk: bytes, device: torch.device) -> Tensor:
         """What the bytes alone say: those of the header and the codec, and those of one chunk."""
-        reader = Reader(io.BytesIO(self._front + chunk))
+        reader = StreamReader(io.BytesIO(self._front + chunk))
         header, chunks = header_of(reader.metadata), iter(reader)
         state = state_of_stream(header, next(chunks).side, device)
         found = next(chunks)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cctool.graph.channels import ChannelGraph, Statistic
 from cctool.graph.execution import execute, tensors_in, with_tensors
 from cctool.graph.ledger import Kind
-from cctool.pruning.cut.surgery import named_tensors, places_removed, zeroed
+from cctool.graph.records import ChannelGraph, Statistic
+from cctool.pruning.cut.surgery import named_tensors, places_removed, removed_labels, zeroed
 from cctool.pruning.select.order import Selection
 
 Function = Callable[..., Any]
@@ -34,14 +34,6 @@ def active_statistics(graph: ChannelGraph, selection: Selection) -> list[Statist
     """Calls that depend on the number of channels which this selection changes."""
     removed = removed_labels(graph, selection)
     return [s for s in graph.statistics if any(bool(removed[labels].any()) for labels, _ in s.widths)]
-
-
-def removed_labels(graph: ChannelGraph, selection: Selection) -> Tensor:
-    """Which labels go; shape [label_count]."""
-    removed = torch.zeros(graph.label_count, dtype=torch.bool)
-    for family, kept in zip(graph.families, selection.kept, strict=True):
-        removed[family.labels[~kept]] = True
-    return removed
 
 
 class MaskedCalls:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 
 from cctool.base.errors import PruningError
-from cctool.graph.channels import ChannelGraph, couple
+from cctool.graph.channels import couple
 from cctool.graph.execution import with_tensors
+from cctool.graph.records import ChannelGraph
 from cctool.options.prune.options import AttentionUnit, PruneOptions
 from cctool.pruning.cut.report import ThinResult, report_of
 from cctool.pruning.cut.surgery import CutPlan, apply_cut, plan_cut

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cctool.graph.channels import ChannelGraph, Family, Frozen
+from cctool.graph.records import ChannelGraph, Family, Frozen
 from cctool.pruning.cut.surgery import CutPlan
 from cctool.pruning.cut.verify import BATCH_SIZES, Check
 from cctool.pruning.scores.units import Unscored

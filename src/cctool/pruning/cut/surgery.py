@@ -14,23 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cctool.base.copies import copied
 from cctool.base.errors import PruningError
+from cctool.base.networks import copied
 from cctool.checkpoint.edits.mask import mask_name, masked_places
-from cctool.graph.channels import ChannelGraph
+from cctool.checkpoint.edits.thin import Cut
 from cctool.graph.ledger import Role
+from cctool.graph.records import ChannelGraph
 from cctool.pruning.select.order import Selection
 
 Attribute = int | tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Indices of one dim that stay, ascending, of `size` that there were."""
-
-    dim: int
-    keep: Tensor
-    size: int
 
 
 @dataclass(frozen=True)
@@ -47,11 +39,17 @@ class CutPlan:
     attributes: Mapping[str, Mapping[str, Attribute]]
 
 
-def plan_cut(model: nn.Module, graph: ChannelGraph, selection: Selection) -> CutPlan:
-    """Plan the removal of the units that a selection does not keep."""
+def removed_labels(graph: ChannelGraph, selection: Selection) -> Tensor:
+    """Which labels go; shape [label_count]."""
     removed = torch.zeros(graph.label_count, dtype=torch.bool)
     for family, kept in zip(graph.families, selection.kept, strict=True):
         removed[family.labels[~kept]] = True
+    return removed
+
+
+def plan_cut(model: nn.Module, graph: ChannelGraph, selection: Selection) -> CutPlan:
+    """Plan the removal of the units that a selection does not keep."""
+    removed = removed_labels(graph, selection)
     cuts: dict[str, list[Cut]] = defaultdict(list)
     for entry in graph.tensors:
         gone = removed[entry.labels]
@@ -90,10 +88,7 @@ def _with_aliases(model: nn.Module, cuts: Mapping[str, Sequence[Cut]]) -> dict[s
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and buffers by qualified name, shared ones under each of their names."""
-    return [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
 def cut_tensor(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
@@ -201,9 +196,17 @@ def zeroed(tensor: Tensor, places: Sequence[tuple[int, Tensor]]) -> Tensor:
     return masked
 
 
-@torch.no_grad()
-def mask(model: nn.Module, graph: ChannelGraph, selection: Selection) -> None:
-    """Zero in place all that the removed units touch; shapes stay."""
-    tensors = dict(named_tensors(model))
-    for name, places in places_removed(graph, selection).items():
-        tensors[name].copy_(zeroed(tensors[name], places))
+def sketch(model: nn.Module, plan: CutPlan) -> nn.Module:
+    """A network of the widths that a plan leaves, for counting: its tensors are views of the dense ones.
+
+    It computes nothing of use, but costs no memory.
+    """
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    narrow = {}
+    for name, cuts in plan.tensors.items():
+        if name in tensors:
+            view = tensors[name].detach()
+            for cut in cuts:
+                view = view.narrow(cut.dim, 0, cut.keep.numel())
+            narrow[name] = view
+    return copy_with(model, narrow, plan)

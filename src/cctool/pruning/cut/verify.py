@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import PruningError
-from cctool.graph.channels import ChannelGraph, Statistic
 from cctool.graph.execution import with_tensors
 from cctool.graph.ledger import Role
+from cctool.graph.records import ChannelGraph, Statistic
 from cctool.pruning.cut.masked_network import MaskedCalls, active_statistics, run
 from cctool.pruning.cut.surgery import CutPlan, copy_with, cut_tensor, plan_cut
 from cctool.pruning.select.order import Selection
@@ -52,9 +52,9 @@ class Check:
     statistics: tuple[Statistic, ...] = ()
 
 
-def probe_inputs(inputs: Sequence[Tensor], batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+def probe_inputs(inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
     """Inputs of the same kind with another batch size: normal noise, or the given whole numbers repeated."""
-    generator = torch.Generator().manual_seed(seed + batch)
+    generator = torch.Generator().manual_seed(batch)
 
     def made(value: Tensor) -> Tensor:
         if value.ndim == 0:
@@ -67,15 +67,14 @@ def probe_inputs(inputs: Sequence[Tensor], batch: int, seed: int = 0) -> tuple[T
     return tuple(with_tensors(value, made) for value in inputs)
 
 
-def varied_norms(tensors: Mapping[str, Tensor], graph: ChannelGraph, seed: int = 0) -> dict[str, Tensor]:
+def varied_norms(tensors: Mapping[str, Tensor], graph: ChannelGraph) -> dict[str, Tensor]:
     """Random variations of scales, shifts and running statistics, so that none of them is neutral.
 
     Args:
         tensors: parameters and buffers by name.
         graph: the channels that they belong to.
-        seed: of the variations.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     varied: dict[str, Tensor] = {}
     roles = {p.tensor: p.role for f in graph.families for p in f.places}
     for name, tensor in tensors.items():
@@ -162,7 +161,7 @@ def _drowned(value: Tensor) -> bool:
     return counts and _spread(value) <= _resolution(value)
 
 
-class Trial:
+class CutComparison:
     """Comparisons of cut and masked networks of one model, on inputs like the given ones.
 
     Args:
@@ -181,10 +180,10 @@ class Trial:
         self.batches = [probe_inputs(inputs, size) for size in BATCH_SIZES]
         self.statistics: tuple[Statistic, ...] = ()
 
-    def masked_outputs(self, selection: Selection, batch: int = 0, wide: bool = False) -> list[Tensor]:
+    def masked_outputs(self, selection: Selection, wide: bool = False) -> list[Tensor]:
         """Outputs of the masked network, its statistics over the channels that are kept."""
         calls = MaskedCalls(self.model, self.graph, selection, self.varied, wide)
-        outputs = run(self.model, self.batches[batch], calls)
+        outputs = run(self.model, self.batches[0], calls)
         active = active_statistics(self.graph, selection)
         self.statistics = tuple(s for s in active if all(s is not other for other in calls.without_effect))
         return outputs
@@ -272,7 +271,7 @@ def check(
     Raises:
         PruningError: the model itself, merely masked, fails at one of the batch sizes.
     """
-    trial = Trial(model, graph, inputs)
+    trial = CutComparison(model, graph, inputs)
     outcome = trial.compare(selection, plan)
     return replace(outcome, statistics=trial.statistics)
 
@@ -336,7 +335,7 @@ def find_culprits(
     Bisection asks the meta device where the thinned network raises something there, and compares numbers
     otherwise.
     """
-    trial = Trial(model, graph, inputs)
+    trial = CutComparison(model, graph, inputs)
     failures: dict[tuple[int, ...], str] = {}
 
     def failure(numbers: Sequence[int], test: Callable[[Selection, CutPlan], str]) -> str:

@@ -14,14 +14,15 @@ from torch.nn.modules.conv import _ConvNd
 
 from cctool.base.errors import PruningError, UsageError
 from cctool.checkpoint.edits.mask import masks_of
-from cctool.graph.channels import ChannelGraph, couple
+from cctool.graph.channels import couple
 from cctool.graph.ledger import Role
+from cctool.graph.records import ChannelGraph
 from cctool.options.patterns import refuse_unmatched
 from cctool.options.prune.options import Granularity, PruneMethod, PruneOptions, Scope
 from cctool.options.prune.parts import Pattern
 from cctool.pruning.cut.behind import followers
 from cctool.pruning.masks.granularity import (
-    Groups,
+    WeightGroups,
     as_filters,
     from_filters,
     groups_of,
@@ -210,12 +211,7 @@ def _squared(options: PruneOptions) -> bool:
 
 
 def _kept(
-    ranked: Sequence[_Ranked],
-    options: PruneOptions,
-    rates: Mapping[str, float],
-    step: int,
-    *,
-    together: bool,
+    ranked: Sequence[_Ranked], options: PruneOptions, rates: Mapping[str, float], step: int, *, together: bool
 ) -> dict[str, Tensor]:
     """What stays of each weight, [O, I, K]."""
     if options.granularity is Granularity.NM:
@@ -238,7 +234,7 @@ def _kept(
     return {name: groups[name].spread(kept) for name, kept in stay.items()}
 
 
-def _group_worth(item: _Ranked, groups: Groups) -> Tensor:
+def _group_worth(item: _Ranked, groups: WeightGroups) -> Tensor:
     """Worth of each group; -inf where earlier masks took all of it."""
     gone = groups.sums(item.left) == 0
     return groups.sums(item.worth).masked_fill(gone, -math.inf)

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import PruningError
-from cctool.graph.channels import ChannelGraph, Family, Place, couple
-from cctool.graph.execution import in_mode, tensors_in
+from cctool.base.networks import in_mode
+from cctool.graph.channels import couple
+from cctool.graph.execution import tensors_in
 from cctool.graph.ledger import Role
+from cctool.graph.records import ChannelGraph, Family, Place
 from cctool.pruning.cut.surgery import CutPlan, copy_with, cut_tensor, named_tensors, plan_cut
 from cctool.pruning.cut.verify import BATCH_SIZES, blame, only, probe_inputs
 from cctool.pruning.select.order import Selection, matching
@@ -99,7 +101,7 @@ def find_emptied(
         spared |= set(range(len(graph.families))) - matching(model, graph, only)
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model)}
     found = [_look_at(family, tensors) for family in graph.families]
-    trial = _Trial(model, inputs)
+    trial = _CutCheck(model, inputs)
     level = [_LEVELS if number in spared else 0 for number in range(len(found))]
     while True:
         kept = (empty.kept(n) for empty, n in zip(found, level, strict=True))
@@ -125,7 +127,7 @@ def find_emptied(
     return Emptied(graph, selection, plan, error, precision, tuple(notes))
 
 
-def _guilty(trial: _Trial, graph: ChannelGraph, selection: Selection) -> list[int]:
+def _guilty(trial: _CutCheck, graph: ChannelGraph, selection: Selection) -> list[int]:
     """Families whose cut changes outputs."""
     cut = [n for n, kept in enumerate(selection.kept) if not bool(kept.all())]
     return blame(cut, lambda numbers: trial.passes(graph, only(selection, numbers)))
@@ -174,7 +176,7 @@ def _notes(family: Family, empty: _Empty, kept: Tensor) -> list[str]:
     return notes
 
 
-class _Trial:
+class _CutCheck:
     """Compares cut networks with the present one."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:

@@ -21,7 +21,7 @@ from cctool.options.prune.options import Granularity
 from cctool.options.prune.parts import Block, Pattern
 
 __all__ = [
-    "Groups",
+    "WeightGroups",
     "as_filters",
     "from_filters",
     "groups_of",
@@ -59,7 +59,7 @@ def from_filters(filters: Tensor, module: nn.Module, shape: Sequence[int]) -> Te
 
 
 @dataclass(frozen=True)
-class Groups:
+class WeightGroups:
     """The groups of one weight [O, I, K] at one granularity.
 
     Attributes:
@@ -109,10 +109,10 @@ class Groups:
         return -(-outputs // self.block.rows), -(-inputs * kernel // self.block.columns)
 
 
-def groups_of(filters: Tensor, granularity: Granularity, block: Block | None = None) -> Groups:
-    """The groups of a weight [O, I, K]; see `Groups`."""
+def groups_of(filters: Tensor, granularity: Granularity, block: Block | None = None) -> WeightGroups:
+    """The groups of a weight [O, I, K]; see `WeightGroups`."""
     outputs, inputs, kernel = filters.shape
-    return Groups((outputs, inputs, kernel), granularity, block or Block())
+    return WeightGroups((outputs, inputs, kernel), granularity, block or Block())
 
 
 def keep_highest(worth: Tensor, rate: float) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from cctool.base.networks import qualified
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.options.prune.options import Granularity, PruneOptions
 from cctool.options.prune.parts import Pattern
@@ -69,7 +70,7 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.dim() >= 2 and id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield f"{prefix}.{leaf}" if prefix else leaf, parameter, module
+                yield qualified(prefix, leaf), parameter, module
 
 
 def is_maskable(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from cctool.graph.execution import Event, canonical_name
 from cctool.graph.trace import argument, tensor_names
 
-__all__ = ["Key", "Read", "ReadApart", "Reader"]
+__all__ = ["ArrivalObserver", "Key", "Read", "ReadApart"]
 
 Key = tuple[str, int]
 """Name of a parameter that reads, and the dim whose indices are the channels: as in a consumer's Place."""
@@ -62,7 +62,7 @@ class Read:
         return sums.reshape(values.shape[0] if by_image else 1, self.groups, size).sum(1)
 
 
-class Reader:
+class ArrivalObserver:
     """Knows the calls that read channels, and shows them: an observer of `graph.execution.execute`.
 
     Args:
@@ -125,7 +125,7 @@ class ReadApart(TorchFunctionMode):
     To be entered outside `execute`. An activation that two layers read has one gradient, the sum over both.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: ArrivalObserver) -> None:
         super().__init__()
         self._reader = reader
 

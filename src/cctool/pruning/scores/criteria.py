@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from cctool.base.errors import PruningError, UsageError
-from cctool.graph.channels import Family, Place
 from cctool.graph.ledger import Role
+from cctool.graph.records import Family, Place
 from cctool.options.prune.choices import PruneMethod
 from cctool.pruning.scores.evidence import Evidence
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import DataError, PruningError
+from cctool.base.networks import in_mode
 from cctool.data.serving.batches import Batch
-from cctool.graph.execution import execute, in_mode
+from cctool.graph.execution import execute
 from cctool.options.prune.choices import PruneMethod
-from cctool.pruning.scores.arrivals import Key, Read, ReadApart, Reader
+from cctool.pruning.scores.arrivals import ArrivalObserver, Key, Read, ReadApart
 
 __all__ = ["Evidence", "LossFn", "gather"]
 
@@ -87,10 +88,10 @@ def gather(
             raise PruningError(f"method {method.value} needs a loss")
         with _differentiable(model) as parameters:
             if method is PruneMethod.HESSIAN:
-                return _squares(model, parameters, taken, loss)
+                return _mean_squares(model, parameters, taken, loss)
             if method is PruneMethod.TAYLOR:
                 return _contributions(model, parameters, taken, loss)
-            return _gradients(model, parameters, taken, loss)
+            return _mean_gradients(model, parameters, taken, loss)
 
 
 def _first(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
@@ -181,30 +182,32 @@ class _Mean:
 
 
 def _gradients(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], part: Batch, copies: int, loss: LossFn
+) -> Iterator[tuple[str, Tensor | None]]:
+    with in_mode(model, training=False), torch.enable_grad():
+        value = _loss_of(model(part.images), part, loss) / copies
+    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    return zip(parameters, found, strict=True)
+
+
+def _mean_gradients(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], batches: Iterable[Batch], loss: LossFn
 ) -> Evidence:
     mean = _Mean()
     for batch in batches:
-        part, copies = _runnable(model, batch)
-        with in_mode(model, training=False), torch.enable_grad():
-            value = _loss_of(model(part.images), part, loss) / copies
-        found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, found, strict=True):
+        for name, gradient in _gradients(model, parameters, *_runnable(model, batch), loss):
             mean.add(name, gradient)
         mean.images += len(batch.images)
     return Evidence(PruneMethod.GRADIENT, mean.images, gradients=mean.means())
 
 
-def _squares(
+def _mean_squares(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], batches: Iterable[Batch], loss: LossFn
 ) -> Evidence:
     mean = _Mean()
     for batch in batches:
         for single, copies in _singly(model, batch):
-            with in_mode(model, training=False), torch.enable_grad():
-                value = _loss_of(model(single.images), single, loss) / copies
-            found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, found, strict=True):
+            for name, gradient in _gradients(model, parameters, single, copies, loss):
                 mean.add(name, None if gradient is None else gradient.square())
             mean.images += 1
     return Evidence(PruneMethod.HESSIAN, mean.images, squares=mean.means())
@@ -265,7 +268,7 @@ def _contributed(
 ) -> tuple[tuple[Tensor | None, ...], dict[Key, Tensor]]:
     """Gradients of the parameters, summed over a batch, and contributions, shape [images, indices]."""
     reads: list[Read] = []
-    with ReadApart(Reader(model, reads.append)):
+    with ReadApart(ArrivalObserver(model, reads.append)):
         outputs = execute(_WithGradients(model), (batch.images,), [])
     value = _loss_of(outputs, batch, loss) / copies
     reads = [read for read in reads if read.tensor.requires_grad]
@@ -286,7 +289,9 @@ def _image_first(model: nn.Module, batch: Batch) -> bool:
     try:
         for images in (1, 2, 3):
             reads: list[Read] = []
-            execute(model, (batch.images[:1].repeat(images, 1, 1, 1),), [Reader(model, reads.append)])
+            execute(
+                model, (batch.images[:1].repeat(images, 1, 1, 1),), [ArrivalObserver(model, reads.append)]
+            )
             if any(read.tensor.shape[0] != images or read.dim == 0 for read in reads):
                 return False
     # Code that takes no batch of one: each image is doubled then, which `_runnable` does.
@@ -307,7 +312,7 @@ def _activations(model: nn.Module, batches: Iterable[Batch], method: PruneMethod
             sums.add(read.key, total)
             counts[read.key] = counts.get(read.key, 0) + x.numel() / total.numel() / copies
 
-        execute(model, (part.images,), [Reader(model, add)])
+        execute(model, (part.images,), [ArrivalObserver(model, add)])
         sums.images += len(batch.images)
     means = {key: (value / counts[key]).cpu() for key, value in sums.sums.items()}
     if method is PruneMethod.APOZ:

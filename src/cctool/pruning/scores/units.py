@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import PruningError
-from cctool.graph.channels import ChannelGraph, Family
+from cctool.graph.records import ChannelGraph, Family
 from cctool.options.prune.options import Normalize, PruneMethod, PruneOptions, Reduce
 from cctool.pruning.scores import criteria
 from cctool.pruning.scores.criteria import RowsFn, ScoreContext, Unscored

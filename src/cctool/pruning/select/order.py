@@ -15,11 +15,11 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from cctool.graph.channels import ChannelGraph, Family
 from cctool.graph.ledger import Role
+from cctool.graph.records import ChannelGraph, Family
 from cctool.options.patterns import refuse_unmatched
 from cctool.options.prune.options import AUTO_ROUND, PruneOptions, Scope
-from cctool.pruning.scores.units import ScoreContext, Unscored, score_families
+from cctool.pruning.scores.units import Unscored
 
 __all__ = [
     "FUZZ",
@@ -32,7 +32,6 @@ __all__ = [
     "matching",
     "names_of",
     "order",
-    "select",
     "select_counts",
 ]
 
@@ -235,19 +234,6 @@ def select_counts(
             mask[_ranked(score)[: family.units - count]] = False
         kept.append(mask)
     return Selection(tuple(kept), chosen.spared)
-
-
-def select(
-    model: nn.Module, graph: ChannelGraph, options: PruneOptions, context: ScoreContext, step: int = 1
-) -> Selection:
-    """Score, find the candidates and keep as many units of each as the options say.
-
-    Raises:
-        UsageError: a pattern matches nothing.
-        PruningError: a score is not finite.
-    """
-    chosen = candidates(model, graph, score_families(graph, options, context), options)
-    return select_counts(graph, chosen, by_options(graph, chosen, options, step), options)
 
 
 def _ranked(score: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cctool.base.errors import UsageError
-from cctool.graph.channels import ChannelGraph
+from cctool.base.networks import some
+from cctool.graph.records import ChannelGraph
 from cctool.pruning.select.order import names_of
 
 __all__ = ["family_rates", "read_rates"]
@@ -144,6 +145,5 @@ def family_rates(
             )
     silent = [family.name for number, family in enumerate(graph.families) if number not in found]
     if silent:
-        more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
-        notes.append(f"not named in {path}, so they keep their width: {', '.join(silent[:3])}{more}")
+        notes.append(f"not named in {path}, so they keep their width: {some(silent)}")
     return {number: min(given.values()) for number, given in found.items()}, tuple(notes)

@@ -6,13 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
-
 from cctool.base.errors import PruningError
-from cctool.pruning.cut.surgery import CutPlan, copy_with
 from cctool.pruning.select.order import Order
 
-__all__ = ["Reached", "Trial", "fewest_removed", "sketch"]
+__all__ = ["Reached", "TriedCut", "fewest_removed"]
 
 _NEAR = 0.005
 _MOST_OTHERS = 24
@@ -20,7 +17,7 @@ _ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Trial:
+class TriedCut:
     """One network that a search looked at.
 
     Attributes:
@@ -44,9 +41,9 @@ class Reached:
     """
 
     counts: Mapping[int, int]
-    chosen: Trial
-    above: Trial | None
-    trials: tuple[Trial, ...]
+    chosen: TriedCut
+    above: TriedCut | None
+    trials: tuple[TriedCut, ...]
 
 
 def fewest_removed(
@@ -72,13 +69,13 @@ def fewest_removed(
     Raises:
         PruningError: even without all of them it costs more.
     """
-    trials: list[Trial] = []
+    trials: list[TriedCut] = []
 
-    def seen(removed: int, counts: Mapping[int, int]) -> Trial:
-        trials.append(Trial(removed, cost(counts)))
+    def seen(removed: int, counts: Mapping[int, int]) -> TriedCut:
+        trials.append(TriedCut(removed, cost(counts)))
         return trials[-1]
 
-    def look(removed: int) -> Trial:
+    def look(removed: int) -> TriedCut:
         return seen(removed, ordered.counts(removed))
 
     low, high = look(0), None
@@ -129,19 +126,3 @@ def _others(
         fewer = (math.ceil(before[number] / grain) - 1) * grain
         if fewer >= least[number]:
             yield {**before, number: fewer}
-
-
-def sketch(model: nn.Module, plan: CutPlan) -> nn.Module:
-    """A network of the widths that a plan leaves, for counting: its tensors are views of the dense ones.
-
-    It computes nothing of use, but costs no memory.
-    """
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    narrow = {}
-    for name, cuts in plan.tensors.items():
-        if name in tensors:
-            view = tensors[name].detach()
-            for cut in cuts:
-                view = view.narrow(cut.dim, 0, cut.keep.numel())
-            narrow[name] = view
-    return copy_with(model, narrow, plan)

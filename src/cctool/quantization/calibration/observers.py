@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cctool.base.errors import QuantizationError
-from cctool.options.quantize.choices import Observer as Kind
+from cctool.options.quantize.choices import Observer
 from cctool.quantization.calibration.histogram import Distribution, Statistics
 from cctool.quantization.calibration.thresholds import (
     Bounds,
@@ -24,10 +24,16 @@ from cctool.quantization.calibration.thresholds import (
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.grid import extremes
 
-__all__ = ["DistributionObserver", "MinMaxObserver", "MovingAverageObserver", "Observer", "make_observer"]
+__all__ = [
+    "DistributionObserver",
+    "MinMaxObserver",
+    "MovingAverageObserver",
+    "RangeObserver",
+    "make_observer",
+]
 
 
-class Observer:
+class RangeObserver:
     """Finds a range.
 
     Attributes:
@@ -59,7 +65,7 @@ class Observer:
     def _observe(self, x: Tensor, finite: Tensor) -> None: ...
 
 
-class MinMaxObserver(Observer):
+class MinMaxObserver(RangeObserver):
     """Smallest and largest value, of the tensor or of each slice along ``axis``."""
 
     def __init__(self, axis: int | None = None) -> None:
@@ -80,7 +86,7 @@ class MinMaxObserver(Observer):
         self._high = high if self._high is None else torch.maximum(self._high, high)
 
 
-class MovingAverageObserver(Observer):
+class MovingAverageObserver(RangeObserver):
     """Exponential moving average of the batches' ranges, without its bias towards 0 at the start.
 
     The result depends on the batches and their order. A batch without a finite value does not count.
@@ -104,11 +110,11 @@ class MovingAverageObserver(Observer):
             self._weight = self.momentum * self._weight + 1 - self.momentum
 
 
-class DistributionObserver(Observer):
+class DistributionObserver(RangeObserver):
     """A range of what a histogram and moments tell; the batches that values come in do not matter."""
 
     def __init__(
-        self, kind: Kind, config: QuantizerConfig, *, percentile: float = 99.99, n_std: float = 3.0
+        self, kind: Observer, config: QuantizerConfig, *, percentile: float = 99.99, n_std: float = 3.0
     ) -> None:
         super().__init__()
         self.kind, self.config, self.percentile, self.n_std = kind, config, percentile, n_std
@@ -128,20 +134,20 @@ class DistributionObserver(Observer):
 
     def _bounds(self, seen: Distribution) -> Bounds:
         symmetric, limits = self.config.symmetric, self.config.limits
-        if self.kind is Kind.PERCENTILE:
+        if self.kind is Observer.PERCENTILE:
             return percentile_bounds(seen, self.percentile, symmetric=symmetric)
-        if self.kind is Kind.N_STD:
+        if self.kind is Observer.N_STD:
             return n_std_bounds(seen, self.n_std)
-        if self.kind is Kind.MSE:
+        if self.kind is Observer.MSE:
             return mse_bounds(seen, limits, symmetric=symmetric)
         levels = limits[1] - limits[0] + 1
         one_sided = seen.low >= 0 or seen.high <= 0
-        if self.kind is Kind.ENTROPY:
+        if self.kind is Observer.ENTROPY:
             half = limits[1] + 1 if symmetric else levels if one_sided else levels // 2
             return entropy_bounds(seen, half)
         return aciq_bounds(
             seen,
-            "gauss" if self.kind is Kind.ACIQ_GAUSS else "laplace",
+            "gauss" if self.kind is Observer.ACIQ_GAUSS else "laplace",
             self.config.bits - self.config.reduce_range,
             signed=self.config.signed,
             symmetric=symmetric,
@@ -149,7 +155,7 @@ class DistributionObserver(Observer):
 
 
 def make_observer(
-    kind: Kind,
+    kind: Observer,
     *,
     bits: int = 8,
     signed: bool = True,
@@ -160,7 +166,7 @@ def make_observer(
     percentile: float = 99.99,
     n_std: float = 3.0,
     momentum: float = 0.9,
-) -> Observer:
+) -> RangeObserver:
     """Make an observer.
 
     Args:
@@ -185,11 +191,11 @@ def make_observer(
         raise QuantizationError(f"{n_std} standard deviations: a positive number is needed")
     if not 0 <= momentum < 1:
         raise QuantizationError(f"momentum {momentum}: 0 to less than 1 is allowed")
-    if kind is Kind.MIN_MAX:
+    if kind is Observer.MIN_MAX:
         return MinMaxObserver(axis)
     if axis is not None:
         raise QuantizationError(f"{kind} has one range for the tensor; min-max has them along an axis")
-    if kind is Kind.MOVING_AVERAGE:
+    if kind is Observer.MOVING_AVERAGE:
         return MovingAverageObserver(momentum)
     config = QuantizerConfig(
         method="uniform",

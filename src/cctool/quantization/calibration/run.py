@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError
-from cctool.quantization.calibration.observers import Observer, make_observer
-from cctool.quantization.network.attach import Observing, following_values, quantizers_of
+from cctool.base.networks import in_eval_mode
+from cctool.quantization.calibration.observers import RangeObserver, make_observer
+from cctool.quantization.network.attach import following_values, quantizers_of
+from cctool.quantization.network.points import Observing
 from cctool.quantization.quantizers.base import Quantizer
 
 __all__ = ["calibrate_activations", "observe"]
 
 
 def observe(
-    model: nn.Module, images: Iterable[Tensor], make: Callable[[str], Observer | None]
-) -> dict[str, Observer]:
+    model: nn.Module, images: Iterable[Tensor], make: Callable[[str], RangeObserver | None]
+) -> dict[str, RangeObserver]:
     """Show the activations at all places to observers.
 
     Args:
@@ -31,7 +33,7 @@ def observe(
     Raises:
         QuantizationError: if there are no images.
     """
-    observers: dict[str, Observer] = {}
+    observers: dict[str, RangeObserver] = {}
     ignored: set[str] = set()
 
     def follow(key: str, value: Tensor) -> None:
@@ -45,21 +47,17 @@ def observe(
             observers[key] = made
         observers[key].observe(value)
 
-    was_training, seen = model.training, 0
-    model.eval()
-    try:
-        with torch.no_grad(), following_values(model, follow):
-            for batch in images:
-                model(batch)
-                seen += len(batch)
-    finally:
-        model.train(was_training)
+    seen = 0
+    with torch.no_grad(), in_eval_mode(model), following_values(model, follow):
+        for batch in images:
+            model(batch)
+            seen += len(batch)
     if not seen:
         raise QuantizationError("there are no images to find ranges on")
     return observers
 
 
-def observer_of(observing: Observing, quantizer: Quantizer) -> Observer:
+def observer_of(observing: Observing, quantizer: Quantizer) -> RangeObserver:
     """An observer for the bits of a quantizer."""
     config = quantizer.config
     return make_observer(
@@ -73,7 +71,7 @@ def observer_of(observing: Observing, quantizer: Quantizer) -> Observer:
 
 def calibrate_activations(
     model: nn.Module, images: Iterable[Tensor], observing: Observing
-) -> Mapping[str, Observer]:
+) -> Mapping[str, RangeObserver]:
     """Set the ranges of the uniform quantizers of activations; those that are learnt stay.
 
     Args:
@@ -89,7 +87,7 @@ def calibrate_activations(
         if (quantizer := held.quantizer(key)) is not None and quantizer.config.method == "uniform"
     }
 
-    def make(key: str) -> Observer | None:
+    def make(key: str) -> RangeObserver | None:
         return observer_of(observing, chosen[key]) if key in chosen else None
 
     observers = observe(model, images, make)

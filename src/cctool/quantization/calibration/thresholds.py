@@ -177,11 +177,7 @@ def _best(errors: Callable[[Floats], Floats]) -> float:
 
 
 def _errors(
-    seen: Distribution,
-    lows: Floats,
-    highs: Floats,
-    limits: tuple[int, int],
-    symmetric: bool,
+    seen: Distribution, lows: Floats, highs: Floats, limits: tuple[int, int], symmetric: bool
 ) -> Floats:
     """Sums of squared errors of the grids of K ranges."""
     scale, zero = fitted(torch.from_numpy(lows), torch.from_numpy(highs), limits, symmetric=symmetric)

@@ -12,24 +12,22 @@ How a tensor is encoded is its parameter ``kind``:
 ``distinct``
     An entry for each distinct value; more than 2^bits of them are refused.
 ``kmeans``
-    At most 2^bits centres of clusters of all values (`clustering.py`); ``init`` and ``seed`` say where they
+    At most 2^bits centres of clusters of all values (`codebook_fit.py`); ``init`` and ``seed`` say where they
     begin.
 ``apot``
-    Levels that are sums of ``terms`` powers of two (`powers.py`), with the scale of least squares.
+    Levels that are sums of ``terms`` powers of two (`apot_levels.py`), with the scale of least squares.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor
 
 from cctool.base.errors import CorruptCheckpointError, QuantizationError
-from cctool.checkpoint.encoding import EncodedTensor, Encoding
+from cctool.checkpoint.encoding import EncodedTensor
 from cctool.quantization.encodings.apot_levels import apot_levels
 from cctool.quantization.encodings.checks import (
     decoded_dtype,
@@ -38,13 +36,14 @@ from cctool.quantization.encodings.checks import (
     refuse_nonfinite,
     require_parts,
 )
-from cctool.quantization.encodings.clustering import INITIALISATIONS, kmeans
-from cctool.quantization.encodings.codebook_tables import (
+from cctool.quantization.encodings.codebook_fit import (
     INDICES,
+    INITIALISATIONS,
     SCALES,
     TABLE,
     distinct_entries,
     index_bits,
+    kmeans,
     nearest_entries,
     numbers,
     scaled_levels,
@@ -54,15 +53,14 @@ from cctool.quantization.encodings.packing import WIDEST, pack_integers
 from cctool.quantization.encodings.partial import (
     RowEncoding,
     at,
+    encoding_of,
     is_axis,
-    picked,
     row_length,
     unpacked_row,
-    whole_shape,
 )
-from cctool.quantization.encodings.scale_groups import Groups
+from cctool.quantization.encodings.scale_groups import ScaleGroups
 
-__all__ = ["CODEBOOK", "CODEBOOK_ROWS", "Indices", "encode_codebook", "indices_of"]
+__all__ = ["CODEBOOK", "CODEBOOK_ROWS", "encode_codebook"]
 
 _NAME = "codebook"
 _KEYS = {
@@ -72,84 +70,38 @@ _KEYS = {
 }
 
 
-@dataclass(frozen=True)
-class Indices:
-    """What an encoded tensor holds.
-
-    Attributes:
-        indices: int64 of the tensor's shape.
-        table: of shape (entries,), or (slices, entries).
-        scales: of shape () or (slices,); None where entries are the values.
-    """
-
-    indices: Tensor
-    table: Tensor
-    scales: Tensor | None
-
-
-def encode_codebook(
-    indices: Tensor,
-    table: Tensor,
-    axis: int | None = None,
-    *,
-    scales: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    parameters: Mapping[str, JsonValue] | None = None,
-) -> EncodedTensor:
+def encode_codebook(indices: Tensor, table: Tensor, axis: int | None = None) -> EncodedTensor:
     """Store indices and a table that were found elsewhere; they decode to table[index], bit for bit.
 
     Args:
         indices: of an integral type, any shape.
         table: floating point, finite, of shape (entries,), or (size of ``axis``, entries).
-        axis: dimension whose slices have tables, or scales, of their own.
-        scales: finite, of shape () or (size of ``axis``,); values are then the products with a table of
-            shape (entries,), made in float32, or in float64 for float64 tensors.
-        dtype: of the decoded tensor; that of ``table`` if None, and always without scales.
-        parameters: with which the tensor would be encoded again; ``distinct`` if None.
+        axis: dimension whose slices have tables of their own.
 
     Raises:
         QuantizationError: if shapes or types do not fit, or an index has no entry.
     """
-    dtype = dtype or table.dtype
-    name = floating_name(torch.empty(0, dtype=dtype), _NAME)
+    name = floating_name(table, _NAME)
     shape, entries = tuple(indices.shape), int(table.shape[-1]) if table.dim() else 0
     if not is_axis(axis, len(shape)) or not 1 <= entries <= 1 << WIDEST:
         raise QuantizationError(f"{_NAME}: axis {axis!r}, {entries} entries for {len(shape)} dimensions")
-    parts = {TABLE: table.detach().cpu().to(table_dtype(dtype, scaled=scales is not None))}
-    if scales is not None:
-        parts[SCALES] = scales.detach().cpu().to(table_dtype(dtype, scaled=True))
-    for key, given in ((TABLE, table), (SCALES, scales)):
-        if given is not None and not torch.equal(parts[key].double(), given.detach().cpu().double()):
-            raise QuantizationError(f"{_NAME}: {key} of type {given.dtype} lose digits in {parts[key].dtype}")
-    parts = {key: value.contiguous().clone() for key, value in parts.items()}
     found = indices.detach().cpu()
     if found.is_floating_point() or (
         found.numel() and not 0 <= int(found.min()) <= int(found.max()) < entries
     ):
         raise QuantizationError(f"{_NAME}: an index is not one of 0..{entries - 1}")
-    parts[INDICES] = pack_integers(found, index_bits(entries))
-    kept = (
-        {"kind": "distinct", "bits": index_bits(entries), "axis": axis} if parameters is None else parameters
-    )
-    _check(kept, len(shape))
-    if kept["axis"] != axis:
-        raise QuantizationError(f"{_NAME}: axis {axis!r}, but {kept['axis']!r} to encode again")
-    encoded = EncodedTensor(_NAME, shape, name, parts, dict(kept))
+    bits = index_bits(entries)
+    parts = {
+        TABLE: table.detach().cpu().contiguous().clone(),
+        INDICES: pack_integers(found, bits),
+    }
+    kept: dict[str, JsonValue] = {"kind": "distinct", "bits": bits, "axis": axis}
+    encoded = EncodedTensor(_NAME, shape, name, parts, kept)
     try:
         _decode_row(encoded, None)
     except CorruptCheckpointError as error:
         raise QuantizationError(str(error)) from None
     return encoded
-
-
-def indices_of(encoded: EncodedTensor) -> Indices:
-    """The indices, the table and the scales of an encoded tensor.
-
-    Raises:
-        CorruptCheckpointError: if the parts contradict the shape.
-    """
-    indices, table, scales = _stored(encoded, None)
-    return Indices(whole_shape(encoded, indices).to(torch.int64), table, scales)
 
 
 def _encode_row(
@@ -159,7 +111,7 @@ def _encode_row(
     refuse_nonfinite(values, _NAME)
     axis = _check(parameters, len(shape))
     bits = int(str(parameters["bits"]))
-    channel = at(Groups(shape, axis).index(), mask)
+    channel = at(ScaleGroups(shape, axis).index(), mask)
     if parameters["kind"] == "apot":
         levels = apot_levels(bits, int(str(parameters["terms"])))
         parts = scaled_levels(values, channel, shape, axis, levels)
@@ -177,7 +129,7 @@ def _decode_row(encoded: EncodedTensor, mask: Tensor | None) -> Tensor:
     if not indices.numel():
         return torch.empty(0, dtype=dtype)
     place = indices.to(torch.int64)
-    channel = at(Groups(encoded.shape, _axis_of(encoded)).index(), mask)
+    channel = at(ScaleGroups(encoded.shape, _axis_of(encoded)).index(), mask)
     if table.dim() > 1:
         place = place + channel * table.shape[1]
     values = table.reshape(-1)[place]
@@ -253,23 +205,4 @@ def _cut(encoded: EncodedTensor, dim: int, indices: Tensor) -> dict[str, Tensor]
 CODEBOOK_ROWS = RowEncoding(
     _NAME, INDICES, lambda encoded: index_bits(_entries(encoded)), _encode_row, _decode_row, _cut
 )
-
-
-def _encode(tensor: Tensor, parameters: Mapping[str, JsonValue]) -> EncodedTensor:
-    return _encode_row(tensor.detach().cpu().reshape(-1), tuple(tensor.shape), None, parameters)
-
-
-def _decode(encoded: EncodedTensor) -> Tensor:
-    return whole_shape(encoded, _decode_row(encoded, None))
-
-
-def _take(encoded: EncodedTensor, dim: int, indices: Tensor) -> EncodedTensor:
-    indices = indices.cpu()
-    count = math.prod(encoded.shape)
-    place = torch.arange(count).reshape(encoded.shape).index_select(dim, indices)
-    row = picked(CODEBOOK_ROWS, encoded, count, place.reshape(-1))
-    parts = {INDICES: row, **_cut(encoded, dim, indices)}
-    return replace(encoded, shape=tuple(place.shape), parts=parts)
-
-
-CODEBOOK = Encoding(_NAME, _encode, _decode, _take)
+CODEBOOK = encoding_of(CODEBOOK_ROWS)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from cctool.base.errors import CorruptCheckpointError, QuantizationError
-from cctool.checkpoint.encoding import EncodedTensor, Encoding
+from cctool.checkpoint.encoding import EncodedTensor
 from cctool.quantization.encodings.checks import (
     decoded_dtype,
     floating_name,
@@ -40,13 +40,13 @@ from cctool.quantization.encodings.packing import pack_integers
 from cctool.quantization.encodings.partial import (
     RowEncoding,
     at,
+    encoding_of,
     is_axis,
-    picked,
     row_length,
     unpacked_row,
     whole_shape,
 )
-from cctool.quantization.encodings.scale_groups import Groups
+from cctool.quantization.encodings.scale_groups import ScaleGroups
 
 __all__ = ["INTN", "INTN_ROWS", "Integers", "encode_integers", "integers_of"]
 
@@ -128,7 +128,7 @@ def encode_integers(
         {"bits": bits, "symmetric": zero_point is None, "axis": axis, "group": group}, integers.dim()
     )
     shape = tuple(integers.shape)
-    groups = Groups(shape, axis, group)
+    groups = ScaleGroups(shape, axis, group)
     given = scale.detach().cpu()
     scale = given.to(wide)
     if tuple(scale.shape) != groups.ranges or not given.is_floating_point():
@@ -186,7 +186,7 @@ def _encode_row(
     dtype = floating_name(values, _NAME)
     refuse_nonfinite(values, _NAME)
     settings = _settings(parameters, len(shape))
-    groups = Groups(shape, settings.axis, settings.group)
+    groups = ScaleGroups(shape, settings.axis, settings.group)
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
     index = at(groups.index(), mask)
     exact = values.to(torch.float64)
@@ -254,7 +254,7 @@ def _products(encoded: EncodedTensor, mask: Tensor | None) -> Tensor:
 
 
 def _stored(
-    encoded: EncodedTensor, settings: _Settings, groups: Groups, mask: Tensor | None
+    encoded: EncodedTensor, settings: _Settings, groups: ScaleGroups, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Packed integers as uint8 of shape (kept,), scales and zero points; all checked."""
     wide = torch.float64 if decoded_dtype(encoded) == torch.float64 else torch.float32
@@ -289,7 +289,7 @@ def _settings(parameters: Mapping[str, JsonValue], dims: int) -> _Settings:
     return _Settings(bits, bool(symmetric), axis, group)
 
 
-def _stored_settings(encoded: EncodedTensor) -> tuple[_Settings, Groups]:
+def _stored_settings(encoded: EncodedTensor) -> tuple[_Settings, ScaleGroups]:
     """Settings and division of a stored tensor; nothing of the tensor's size is allocated."""
     try:
         settings = _settings(encoded.parameters, len(encoded.shape))
@@ -300,11 +300,11 @@ def _stored_settings(encoded: EncodedTensor) -> tuple[_Settings, Groups]:
     names = {_INTEGERS, _SCALE} if settings.symmetric else {_INTEGERS, _SCALE, _ZERO}
     if _LENGTHS not in encoded.parts:
         require_parts(encoded, names)
-        return settings, Groups(encoded.shape, settings.axis, settings.group)
+        return settings, ScaleGroups(encoded.shape, settings.axis, settings.group)
     require_parts(encoded, {*names, _LENGTHS})
     found = encoded.parts[_LENGTHS]
     lengths = part(encoded, _LENGTHS, torch.int32, (found.numel(),)).to(torch.int64)
-    groups = Groups(encoded.shape, settings.axis, settings.group, lengths)
+    groups = ScaleGroups(encoded.shape, settings.axis, settings.group, lengths)
     if settings.group is None or bool((lengths < 1).any()) or int(lengths.sum()) != math.prod(groups.rest):
         raise CorruptCheckpointError(f"{_NAME}: the lengths of groups do not add up to a slice")
     return settings, groups
@@ -325,23 +325,4 @@ def _bits(encoded: EncodedTensor) -> int:
 
 
 INTN_ROWS = RowEncoding(_NAME, _INTEGERS, _bits, _encode_row, _decode_row, _cut)
-
-
-def _encode(tensor: Tensor, parameters: Mapping[str, JsonValue]) -> EncodedTensor:
-    return _encode_row(tensor.detach().cpu().reshape(-1), tuple(tensor.shape), None, parameters)
-
-
-def _decode(encoded: EncodedTensor) -> Tensor:
-    return whole_shape(encoded, _decode_row(encoded, None))
-
-
-def _take(encoded: EncodedTensor, dim: int, indices: Tensor) -> EncodedTensor:
-    indices = indices.cpu()
-    count = math.prod(encoded.shape)
-    place = torch.arange(count).reshape(encoded.shape).index_select(dim, indices)
-    row = picked(INTN_ROWS, encoded, count, place.reshape(-1))
-    parts = {_INTEGERS: row, **_cut(encoded, dim, indices)}
-    return replace(encoded, shape=tuple(place.shape), parts=parts)
-
-
-INTN = Encoding(_NAME, _encode, _decode, _take)
+INTN = encoding_of(INTN_ROWS)

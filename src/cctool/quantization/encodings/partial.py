@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
+import torch
 from pydantic import JsonValue
 from torch import Tensor
 
 from cctool.base.errors import CorruptCheckpointError
-from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.encoding import EncodedTensor, Encoding
 from cctool.quantization.encodings.packing import pack_integers, unpack_integers
 
-__all__ = ["RowEncoding", "at", "is_axis", "picked", "row_length", "unpacked_row", "whole_shape"]
+__all__ = [
+    "RowEncoding",
+    "at",
+    "encoding_of",
+    "is_axis",
+    "picked",
+    "row_length",
+    "unpacked_row",
+    "whole_shape",
+]
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,26 @@ def picked(rows: RowEncoding, encoded: EncodedTensor, count: int, kept: Tensor) 
     if bits is None:
         return encoded.parts[rows.row].reshape(-1)[kept]
     return pack_integers(unpacked_row(encoded, rows.row, bits, count)[kept], bits)
+
+
+def encoding_of(rows: RowEncoding) -> Encoding:
+    """The encoding of whole tensors that stores them as a row of all their values."""
+
+    def encode(tensor: Tensor, parameters: Mapping[str, JsonValue]) -> EncodedTensor:
+        return rows.encode(tensor.detach().cpu().reshape(-1), tuple(tensor.shape), None, parameters)
+
+    def decode(encoded: EncodedTensor) -> Tensor:
+        return whole_shape(encoded, rows.decode(encoded, None))
+
+    def take(encoded: EncodedTensor, dim: int, indices: Tensor) -> EncodedTensor:
+        indices = indices.cpu()
+        count = math.prod(encoded.shape)
+        place = torch.arange(count).reshape(encoded.shape).index_select(dim, indices)
+        row = picked(rows, encoded, count, place.reshape(-1))
+        parts = {rows.row: row, **rows.cut(encoded, dim, indices)}
+        return replace(encoded, shape=tuple(place.shape), parts=parts)
+
+    return Encoding(rows.name, encode, decode, take)
 
 
 def is_axis(axis: JsonValue, dims: int) -> TypeGuard[int | None]:

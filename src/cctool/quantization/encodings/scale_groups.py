@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Groups"]
+__all__ = ["ScaleGroups"]
 
 
 @dataclass(frozen=True)
-class Groups:
+class ScaleGroups:
     """How a tensor is divided.
 
     Attributes:
@@ -72,7 +72,7 @@ class Groups:
             run = torch.arange(count) // (self.group or 1)
         return run.reshape(self.rest)
 
-    def taken(self, dim: int, indices: Tensor) -> tuple[Groups, Tensor]:
+    def taken(self, dim: int, indices: Tensor) -> tuple[ScaleGroups, Tensor]:
         """What is left where only some indices of a dimension stay.
 
         Returns:
@@ -83,19 +83,19 @@ class Groups:
         shape = (*self.shape[:dim], len(indices), *self.shape[dim + 1 :])
         before = torch.arange(math.prod(self.ranges)).reshape(self.ranges)
         if dim == self.axis:
-            return Groups(shape, self.axis, self.group, self.lengths), before.index_select(0, indices)
+            return ScaleGroups(shape, self.axis, self.group, self.lengths), before.index_select(0, indices)
         if self.runs is None:
-            return Groups(shape, self.axis), before
+            return ScaleGroups(shape, self.axis), before
         within = dim - (self.axis is not None and dim > self.axis)
         run = self._run_of_element().index_select(within, indices).reshape(-1)
         kept, lengths = torch.unique_consecutive(run, return_counts=True)
         # The shape of ranges ends in runs.
-        smaller = Groups(shape, self.axis, self.group, lengths)
+        smaller = ScaleGroups(shape, self.axis, self.group, lengths)
         return smaller._plain_if_regular(), before.index_select(-1, kept)
 
-    def _plain_if_regular(self) -> Groups:
+    def _plain_if_regular(self) -> ScaleGroups:
         """Without lengths where ``group`` says them."""
-        plain = Groups(self.shape, self.axis, self.group)
+        plain = ScaleGroups(self.shape, self.axis, self.group)
         if self.lengths is None or self.group is None or plain.runs != len(self.lengths):
             return self
         regular = bool((self.lengths[:-1] == self.group).all())

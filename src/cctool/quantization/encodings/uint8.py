@@ -26,7 +26,7 @@ from cctool.quantization.encodings.checks import (
     require_parts,
 )
 from cctool.quantization.encodings.partial import RowEncoding, at, is_axis, row_length
-from cctool.quantization.encodings.scale_groups import Groups
+from cctool.quantization.encodings.scale_groups import ScaleGroups
 
 __all__ = ["AFFINE_U8", "AFFINE_U8_ROWS", "from_levels", "min_max", "to_levels"]
 
@@ -133,7 +133,7 @@ def _encode_row(
     if not is_axis(axis, len(shape)):
         raise QuantizationError(f"{_NAME}: axis {axis!r} of a tensor with {len(shape)} dimensions")
     refuse_nonfinite(values, _NAME)
-    groups = Groups(shape, axis)
+    groups = ScaleGroups(shape, axis)
     index, empty = at(groups.index(), mask), values.new_zeros(math.prod(groups.ranges))
     low = empty.scatter_reduce(0, index, values, "amin", include_self=False)
     high = empty.scatter_reduce(0, index, values, "amax", include_self=False)
@@ -148,14 +148,14 @@ def _decode_row(encoded: EncodedTensor, mask: Tensor | None) -> Tensor:
     dtype, axis = decoded_dtype(encoded), _stored_axis(encoded)
     require_parts(encoded, {"levels", "low", "high"})
     levels = part(encoded, "levels", torch.uint8, (row_length(encoded.shape, mask),))
-    groups = Groups(encoded.shape, axis)
+    groups = ScaleGroups(encoded.shape, axis)
     low, high = (part(encoded, name, dtype, groups.ranges).reshape(-1) for name in ("low", "high"))
     index = at(groups.index(), mask)
     return from_levels(levels, low[index], high[index], _TOP).to(dtype)
 
 
 def _cut(encoded: EncodedTensor, dim: int, indices: Tensor) -> dict[str, Tensor]:
-    _, before = Groups(encoded.shape, _stored_axis(encoded)).taken(dim, indices)
+    _, before = ScaleGroups(encoded.shape, _stored_axis(encoded)).taken(dim, indices)
     return {name: encoded.parts[name].reshape(-1)[before] for name in ("low", "high")}
 
 

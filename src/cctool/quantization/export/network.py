@@ -3,7 +3,7 @@
 The export network is a copy in which each call computes what an integer runtime will. A weight on a uniform
 grid stands there as (n - z) * s, with the batch norm behind it folded into s and into the bias, and the batch
 norm gives its input back; an activation's quantizer is one operator, or a few of arithmetic. Calls are
-followed as for quantizers (`attached.py`), which torch.export traces.
+followed as for quantizers (`network/attach.py`), which torch.export traces.
 """
 
 from __future__ import annotations
@@ -17,21 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cctool.base.copies import copied
-from cctool.base.marks import drop_companions
+from cctool.base.networks import copied, drop_companions, in_mode
 from cctool.checkpoint.edits.mask import masks_of
-from cctool.graph.execution import Watch, following, in_mode, tensors_in
+from cctool.graph.execution import Watch, following, tensors_in
 from cctool.quantization.export.integer_weights import IntegerWeight, from_quantizer
 from cctool.quantization.export.onnx_operator import on_grid
-from cctool.quantization.network.attach import (
-    CallPoint,
-    activation_key,
-    norm_factors,
-    quantizers_of,
-    weight_key,
-)
-from cctool.quantization.network.calls import Flow, Place, flow_of
-from cctool.quantization.network.placement import INPUT_PLACE, Layer, Left, plan_points
+from cctool.quantization.network.attach import norm_factors, quantizers_of
+from cctool.quantization.network.calls import CallSite, Flow, flow_of
+from cctool.quantization.network.placement import INPUT_PLACE, Left, PlacedLayer, plan_points
+from cctool.quantization.network.points import CallPoint, activation_key, weight_key
 from cctool.quantization.quantizers.grid import Grid, aligned
 
 __all__ = ["ExportNetwork", "export_network", "made_weights", "rounding_network", "with_weights"]
@@ -108,7 +102,7 @@ def rounding_network(model: nn.Module) -> nn.Module:
     """
     copy = with_weights(model, made_weights(model))
     copy.eval()
-    _follow(copy, _Calls(model, {}, set(), marked=False))
+    _follow(copy, _ExportCalls(model, {}, set(), marked=False))
     return copy
 
 
@@ -121,9 +115,7 @@ def _sharing(model: nn.Module) -> nn.Module:
 
 
 def export_network(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    stored: Mapping[str, IntegerWeight] | None = None,
+    model: nn.Module, inputs: tuple[Tensor, ...], stored: Mapping[str, IntegerWeight] | None = None
 ) -> ExportNetwork:
     """Make the export network, in which `on_grid` rounds activations wherever 8 bits hold their integers.
 
@@ -137,11 +129,11 @@ def export_network(
     copy.eval()
     flow = flow_of(copy, inputs)
     builder = _Builder(model, flow, dict(stored or {}))
-    _follow(copy, _Calls(model, builder.settled, builder.norms))
+    _follow(copy, _ExportCalls(model, builder.settled, builder.norms))
     return ExportNetwork(copy, tuple(builder.weights), tuple(builder.left))
 
 
-def _follow(copy: nn.Module, run: _Calls) -> None:
+def _follow(copy: nn.Module, run: _ExportCalls) -> None:
     copy.register_module(CONTAINER, _Holder(run.states))
     copy.register_forward_pre_hook(run.begin)
     copy.register_forward_hook(run.end, always_call=True)
@@ -178,10 +170,10 @@ class _Builder:
         self.made = made_weights(model)
         self.weights: list[IntegerWeight] = []
         self.left: list[Left] = []
-        self.norms: set[Place] = set()
-        self.settled: dict[Place, _Settled] = {}
+        self.norms: set[CallSite] = set()
+        self.settled: dict[CallSite, _Settled] = {}
         held = quantizers_of(model)
-        self.calls: Mapping[Place, CallPoint] = {} if held is None else held.state.calls
+        self.calls: Mapping[CallSite, CallPoint] = {} if held is None else held.state.calls
         for layer in plan_points(flow, "none").layers:
             found = self._layer(layer)
             if found is not None:
@@ -189,7 +181,7 @@ class _Builder:
         placed = {weight.name for weight in self.weights}
         self.weights += [weight for name, weight in self.stored.items() if name not in placed]
 
-    def _layer(self, layer: Layer) -> _Settled | None:
+    def _layer(self, layer: PlacedLayer) -> _Settled | None:
         point = self.calls.get(layer.place)
         if point is not None and point.weight is not None and point.weight in self.made:
             made = self.made[point.weight]
@@ -219,7 +211,9 @@ class _Builder:
             fold = torch.where(fold == 0, 1.0, fold)
         return from_quantizer(name, quantizer, made, fold), fold
 
-    def _folded(self, layer: Layer, weight: IntegerWeight, fold: Tensor | None, made: Tensor) -> _Settled:
+    def _folded(
+        self, layer: PlacedLayer, weight: IntegerWeight, fold: Tensor | None, made: Tensor
+    ) -> _Settled:
         """Fold the batch norm behind a layer where its output channels lie along one dimension."""
         norm = None if layer.norm is None else self.model.get_submodule(layer.norm)
         factors = None if norm is None or layer.axis is None else norm_factors(norm)
@@ -237,15 +231,13 @@ class _Builder:
         self.weights.append(plain)
         return _Settled(plain.values())
 
-    def _behind(self, layer: Layer) -> Place:
+    def _behind(self, layer: PlacedLayer) -> CallSite:
         call = self.flow.at(layer.place)
-        assert call is not None
         return self.flow.calls[call.users[0]].place
 
-    def _bias(self, layer: Layer, norm: nn.Module, factors: Tensor) -> Tensor:
+    def _bias(self, layer: PlacedLayer, norm: nn.Module, factors: Tensor) -> Tensor:
         """Beta + (b - mean) * gamma / sigma."""
         call = self.flow.at(layer.place)
-        assert call is not None
         own = self._tensor(call.tensors.get("bias"))
         mean, beta = norm._buffers["running_mean"], norm._parameters.get("bias")
         assert mean is not None
@@ -262,7 +254,7 @@ class _Builder:
         return value.detach()
 
 
-class _Rounding(nn.Module):
+class _RoundingModule(nn.Module):
     """An activation's quantizer: one operator, or arithmetic.
 
     Args:
@@ -294,16 +286,21 @@ class _Rounding(nn.Module):
         return _as((n - zero) * scale, x)
 
 
-class _Calls:
+class _ExportCalls:
     """What the calls of an export network do in one pass, and the hooks that follow it."""
 
     def __init__(
-        self, model: nn.Module, settled: Mapping[Place, _Settled], norms: set[Place], *, marked: bool = True
+        self,
+        model: nn.Module,
+        settled: Mapping[CallSite, _Settled],
+        norms: set[CallSite],
+        *,
+        marked: bool = True,
     ) -> None:
         self.states: dict[str, Tensor | nn.Module] = {}
         self.norms = norms
-        self.roundings: dict[tuple[Place, str], str] = {}
-        self.settled: dict[Place, tuple[str, str | None]] = {}
+        self.roundings: dict[tuple[CallSite, str], str] = {}
+        self.settled: dict[CallSite, tuple[str, str | None]] = {}
         for number, (place, taken) in enumerate(settled.items()):
             weight, bias = f"weight_{number}", f"bias_{number}"
             self.states[weight] = taken.weight
@@ -312,7 +309,7 @@ class _Calls:
             self.settled[place] = (weight, None if taken.bias is None else bias)
         for place, slot, grid in _grids(model):
             key = activation_key(place, slot)
-            self.states[key] = _Rounding(grid, marked=marked)
+            self.states[key] = _RoundingModule(grid, marked=marked)
             self.roundings[place, slot] = key
         self._running: list[ExitStack] = []
         self._counts: Counter[tuple[str, str]] = Counter()
@@ -339,7 +336,7 @@ class _Calls:
         self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         module = self._watch.modules[-1]
-        place = Place(module, name, self._counts[module, name])
+        place = CallSite(module, name, self._counts[module, name])
         if place in self.norms:
             result = args[0] if args else kwargs["input"]
         else:
@@ -354,7 +351,7 @@ class _Calls:
             self._counts[module, name] += 1
         return result
 
-    def _settle(self, place: Place, args: list[Any], kwargs: dict[str, Any]) -> None:
+    def _settle(self, place: CallSite, args: list[Any], kwargs: dict[str, Any]) -> None:
         holder = self._model.get_submodule(CONTAINER)
         weight, bias = self.settled[place]
         for position, name, key in ((1, "weight", weight), (2, "bias", bias)):
@@ -362,12 +359,12 @@ class _Calls:
                 value = holder.get_buffer(key)
                 _set(args, kwargs, position, name, _as(value, _get(args, kwargs, 0, "input")))
 
-    def _rounded(self, place: Place, slot: str, value: Any) -> Any:
+    def _rounded(self, place: CallSite, slot: str, value: Any) -> Any:
         key = self.roundings.get((place, slot))
         return value if key is None else self._model.get_submodule(CONTAINER)._modules[key](value)  # type: ignore[misc]
 
 
-def _grids(model: nn.Module) -> Iterator[tuple[Place, str, Grid]]:
+def _grids(model: nn.Module) -> Iterator[tuple[CallSite, str, Grid]]:
     held = quantizers_of(model)
     for place, point in ({} if held is None else held.state.calls).items():
         for slot in ("input", "output"):

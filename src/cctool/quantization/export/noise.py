@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cctool.base.networks import removing
 from cctool.quantization.network.attach import quantizers_of
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.grid import aligned
@@ -32,11 +33,8 @@ def shaken(model: nn.Module, share: float, generator: torch.Generator) -> Iterat
         quantizer = None if held is None else held.quantizer(key)
         if quantizer is not None:
             handles.append(quantizer.register_forward_pre_hook(_Noise(share, generator)))
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Noise:

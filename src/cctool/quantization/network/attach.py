@@ -1,4 +1,4 @@
-"""Quantizers of a network: how they are attached, and the `quantize` edit that brings them back from a file.
+"""Quantizers of a network: how they are attached, and what they do in a forward pass.
 
 A forward pass of the whole network is followed call by call (`graph/execution.py`): the weights and
 activations that a call takes and what it returns go through the quantizers of its place. No class and no
@@ -12,117 +12,44 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from cctool.base.errors import CorruptCheckpointError, SpecError
-from cctool.base.marks import drop_companions
+from cctool.base.errors import SpecError
+from cctool.base.networks import device_of, drop_companions
 from cctool.checkpoint.edits.mask import masks_of
-from cctool.checkpoint.spec import Edit, ModelSpec
-from cctool.checkpoint.tables import EditKind
 from cctool.graph.execution import Watch, following, tensors_in
-from cctool.options.quantize.choices import Observer
-from cctool.quantization.network.calls import Place
+from cctool.quantization.network.calls import CallSite
 from cctool.quantization.network.placement import INPUT_PLACE
+from cctool.quantization.network.points import CallPoint, Observing, WeightPoint, activation_key, weight_key
 from cctool.quantization.quantizers.base import Quantizer
-from cctool.quantization.quantizers.config import Brief, QuantizerConfig
+from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.make import make_quantizer
 
 __all__ = [
     "CONTAINER",
-    "QUANTIZE",
-    "CallPoint",
+    "EndOfPassError",
     "NetworkQuantizers",
-    "Observing",
-    "Quantize",
-    "WeightPoint",
-    "activation_key",
     "attach",
     "detach",
     "following_calls",
     "following_values",
+    "held_by",
     "norm_factors",
     "only",
     "quantizers_of",
-    "weight_key",
-    "with_quantizers",
 ]
 
 CONTAINER = "quantizers"
-_MAX_CHANNELS = 2**20
-_Name = Annotated[str, Field(max_length=4096)]
 
 Follower = Callable[[str, Tensor], None]
 """Is shown (key, value) of each tensor before it is quantized."""
-CallFollower = Callable[[Place, Sequence[Any], Mapping[str, Any], Any], None]
+CallFollower = Callable[[CallSite, Sequence[Any], Mapping[str, Any], Any], None]
 """Is shown the place of a call, its arguments as it took them, and its result before that is quantized."""
-
-
-class WeightPoint(Brief):
-    """The quantizer of one weight.
-
-    Attributes:
-        config: of the quantizer.
-        channels: how many slices of its axis have a scale; None where there is one scale.
-        norm: module whose batch norm follows: one scale for the whole tensor is that of the weight which the
-            norm is folded into.
-    """
-
-    config: QuantizerConfig
-    channels: Annotated[int, Field(ge=0, le=_MAX_CHANNELS, strict=True)] | None = None
-    norm: _Name | None = None
-
-
-class CallPoint(Brief):
-    """What is quantized at one call.
-
-    Attributes:
-        weight: qualified name of the weight whose quantizer is used; None leaves it.
-        input: quantizer of its first argument.
-        output: quantizer of its result.
-    """
-
-    weight: _Name | None = None
-    input: QuantizerConfig | None = None
-    output: QuantizerConfig | None = None
-
-
-class Observing(Brief):
-    """How ranges of activations were found, so that they can be found again in the same way.
-
-    Attributes:
-        observer: name of it.
-        percentile: of that observer.
-        deviations: of the observer of standard deviations.
-    """
-
-    observer: Observer = Observer.MIN_MAX
-    percentile: float = Field(default=99.99, gt=0, le=100)
-    deviations: float = Field(default=3.0, gt=0, le=1e6)
-
-
-class Quantize(Brief, Edit):
-    """Quantizers of one module: of its weights by their names in it, of its calls by `Place.key`.
-
-    Attributes:
-        fingerprint: of the weights that the activations' ranges were calibrated for; "" where there are none.
-        images: how many images they saw.
-        observing: how they were found; None where they were learnt.
-        method: name of the method, for reports.
-    """
-
-    kind: Literal["quantize"] = "quantize"
-    weights: dict[_Name, WeightPoint] = Field(default={}, max_length=1000)
-    calls: dict[_Name, CallPoint] = Field(default={}, max_length=10_000)
-    fingerprint: str = Field(default="", max_length=128)
-    images: int = Field(default=0, ge=0, strict=True)
-    observing: Observing | None = None
-    method: str = Field(default="", max_length=64)
 
 
 @dataclass
@@ -140,7 +67,7 @@ class _State:
     """
 
     weights: dict[str, WeightPoint] = field(default_factory=dict)
-    calls: dict[Place, CallPoint] = field(default_factory=dict)
+    calls: dict[CallSite, CallPoint] = field(default_factory=dict)
     fingerprint: str = ""
     images: int = 0
     observing: Observing | None = None
@@ -149,24 +76,6 @@ class _State:
     follower: Follower | None = None
     call_follower: CallFollower | None = None
     bypassed: bool = False
-
-
-def weight_key(name: str) -> str:
-    """Key of the quantizer of a weight.
-
-    >>> weight_key("layer1.0.conv1.weight")
-    'layer1/0/conv1/weight'
-    """
-    return name.replace(".", "/")
-
-
-def activation_key(place: Place, slot: str) -> str:
-    """Key of the quantizer of an activation.
-
-    >>> activation_key(Place("layer1.0", "add", 0), "output")
-    'layer1/0/add#0:output'
-    """
-    return f"{place.module.replace('.', '/')}/{place.key}:{slot}".removeprefix("/")
 
 
 class NetworkQuantizers(nn.Module):
@@ -232,7 +141,7 @@ class NetworkQuantizers(nn.Module):
         return quantizer(value) if fold is None else quantizer(value, fold)
 
 
-class _Pass:
+class _QuantizedPass:
     """One forward pass: the watch's substitute."""
 
     def __init__(self, model: nn.Module, held: NetworkQuantizers) -> None:
@@ -248,7 +157,7 @@ class _Pass:
     ) -> Any:
         module = self.watch.modules[-1]
         result: Any
-        place = Place(module, name, self.counts[module, name])
+        place = CallSite(module, name, self.counts[module, name])
         point = self.held.state.calls.get(place)
         if point is None:
             result = function(*args, **kwargs)
@@ -264,7 +173,7 @@ class _Pass:
                 self.held.state.call_follower(place, args, kwargs, result)
             if point.output is not None:
                 result = self._activation(place, "output", result)
-        # What only asks for sizes is not counted: see `flow._Recorder.record`.
+        # What only asks for sizes is not counted: see `calls._Recorder.record`.
         if next(tensors_in(result), None) is not None:
             self.counts[module, name] += 1
         return result
@@ -276,7 +185,7 @@ class _Pass:
         elif position < len(args):
             args[position] = change(args[position])
 
-    def _activation(self, place: Place, slot: str, value: Any) -> Any:
+    def _activation(self, place: CallSite, slot: str, value: Any) -> Any:
         return self.held.act(activation_key(place, slot), value)
 
     def _weight(self, name: str, value: Any) -> Any:
@@ -307,8 +216,8 @@ class _Begin:
     is_companion = True
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> Any:
-        held = _held(model)
-        stack, run = ExitStack(), _Pass(model, held)
+        held = held_by(model)
+        stack, run = ExitStack(), _QuantizedPass(model, held)
         changed = None
         point = held.state.calls.get(INPUT_PLACE)
         if point is not None and point.output is not None and args:
@@ -325,7 +234,7 @@ class _End:
     is_companion = True
 
     def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
-        running = _RUNNING.get(id(_held(model)), [])
+        running = _RUNNING.get(id(held_by(model)), [])
         if running:
             running.pop().close()
 
@@ -333,7 +242,8 @@ class _End:
 _RUNNING: dict[int, list[ExitStack]] = {}
 
 
-def _held(model: nn.Module) -> NetworkQuantizers:
+def held_by(model: nn.Module) -> NetworkQuantizers:
+    """The quantizers of a network that has some."""
     found = quantizers_of(model)
     assert found is not None
     return found
@@ -346,7 +256,7 @@ def quantizers_of(model: nn.Module) -> NetworkQuantizers | None:
 
 
 def attach(
-    model: nn.Module, weights: Mapping[str, WeightPoint], calls: Mapping[Place, CallPoint]
+    model: nn.Module, weights: Mapping[str, WeightPoint], calls: Mapping[CallSite, CallPoint]
 ) -> NetworkQuantizers:
     """Attach quantizers in place, beside those that are there already; one of the same key is replaced.
 
@@ -368,7 +278,7 @@ def attach(
         model.register_module(CONTAINER, held)
         model.register_forward_pre_hook(_Begin())
         model.register_forward_hook(_End(), always_call=True)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     if device.type == "meta":
         device = torch.device("cpu")
     for name, weight in weights.items():
@@ -405,119 +315,38 @@ def detach(model: nn.Module) -> bool:
 
 
 @contextmanager
-def following_values(model: nn.Module, follower: Follower, *, quantized: bool = False) -> Iterator[None]:
-    """Show the values at all places to ``follower``; nothing is quantized meanwhile unless ``quantized``."""
-    state = _held(model).state
-    before = state.follower, state.bypassed
-    state.follower, state.bypassed = follower, not quantized
+def _changed(model: nn.Module, **changes: object) -> Iterator[None]:
+    """Change attributes of the state for a while."""
+    state = vars(held_by(model).state)
+    before = {name: state[name] for name in changes}
+    state.update(changes)
     try:
         yield
     finally:
-        state.follower, state.bypassed = before
+        state.update(before)
 
 
-@contextmanager
-def following_calls(model: nn.Module, follower: CallFollower, *, quantized: bool) -> Iterator[None]:
+def following_values(
+    model: nn.Module, follower: Follower, *, quantized: bool = False
+) -> AbstractContextManager[None]:
+    """Show the values at all places to ``follower``; nothing is quantized meanwhile unless ``quantized``."""
+    return _changed(model, follower=follower, bypassed=not quantized)
+
+
+class EndOfPassError(Exception):
+    """What a follower of calls raises to end a pass whose rest nobody needs."""
+
+
+def following_calls(
+    model: nn.Module, follower: CallFollower, *, quantized: bool
+) -> AbstractContextManager[None]:
     """Show the calls at all places to ``follower``; nothing is quantized meanwhile unless ``quantized``.
 
-    What the follower raises ends the pass and comes out of it.
+    What the follower raises, as `EndOfPassError`, ends the pass and comes out of it.
     """
-    state = _held(model).state
-    before = state.call_follower, state.bypassed
-    state.call_follower, state.bypassed = follower, not quantized
-    try:
-        yield
-    finally:
-        state.call_follower, state.bypassed = before
+    return _changed(model, call_follower=follower, bypassed=not quantized)
 
 
-@contextmanager
-def only(model: nn.Module, keys: Collection[str]) -> Iterator[None]:
+def only(model: nn.Module, keys: Collection[str]) -> AbstractContextManager[None]:
     """Let only some quantizers work."""
-    state = _held(model).state
-    before, state.enabled = state.enabled, frozenset(keys)
-    try:
-        yield
-    finally:
-        state.enabled = before
-
-
-def with_quantizers(spec: ModelSpec, model: nn.Module) -> ModelSpec:
-    """The spec whose quantize edits are those of ``model``, whatever it said of them before."""
-    others = tuple(edit for edit in spec.edits if edit.get("kind") != "quantize")
-    held = quantizers_of(model)
-    if held is None:
-        return spec.model_copy(update={"edits": others})
-    state = held.state
-    whole = Quantize(
-        module="",
-        fingerprint=state.fingerprint,
-        images=state.images,
-        observing=state.observing,
-        method=state.method,
-    )
-    edits: dict[str, Quantize] = {"": whole}
-    for name, weight in state.weights.items():
-        owner, _, leaf = name.rpartition(".")
-        edit = edits.get(owner, Quantize(module=owner))
-        edits[owner] = edit.model_copy(update={"weights": edit.weights | {leaf: weight}})
-    for place, call in state.calls.items():
-        edit = edits.get(place.module, Quantize(module=place.module))
-        edits[place.module] = edit.model_copy(update={"calls": edit.calls | {place.key: call}})
-    return spec.model_copy(update={"edits": others}).with_edits(tuple(edits.values()))
-
-
-def _apply(model: nn.Module, edit: Quantize) -> None:
-    try:
-        model.get_submodule(edit.module)
-    except AttributeError:
-        raise SpecError(f"quantize: the architecture has no module {edit.module!r}") from None
-    prefix = f"{edit.module}." if edit.module else ""
-    weights = {f"{prefix}{leaf}": weight for leaf, weight in edit.weights.items()}
-    for name, weight in weights.items():
-        if weight.norm is not None and _submodule(model, weight.norm) is None:
-            raise SpecError(f"quantize: {name}: the architecture has no module {weight.norm!r}")
-    calls = {_place(edit.module, key): call for key, call in edit.calls.items()}
-    held = attach(model, weights, calls)
-    if not edit.module:
-        held.state.fingerprint, held.state.images = edit.fingerprint, edit.images
-        held.state.observing, held.state.method = edit.observing, edit.method
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
-    return dict(model.named_modules()).get(name)
-
-
-def _place(module: str, key: str) -> Place:
-    function, _, number = key.rpartition("#")
-    if not (number.isdecimal() and len(number) < 10 and function.isidentifier()):
-        raise SpecError(f"quantize: {module or 'the model'} has no call {key!r}")
-    return Place(module, function, int(number))
-
-
-def _check(model: nn.Module, edit: Quantize) -> None:
-    held = _held(model)
-    prefix = f"{edit.module}." if edit.module else ""
-    for leaf, weight in edit.weights.items():
-        name = f"{prefix}{leaf}"
-        tensor = dict(model.named_parameters(remove_duplicate=False)).get(name)
-        axis = weight.config.axis
-        if tensor is not None and axis is not None:
-            size = tensor.shape[axis] if axis < tensor.dim() else None
-            if size != weight.channels:
-                raise CorruptCheckpointError(
-                    f"{name} has {size} channels, its quantizer {weight.channels} scales"
-                )
-    if not edit.module:
-        for key, quantizer in held.named():
-            _check_state(key, quantizer)
-
-
-def _check_state(key: str, quantizer: Quantizer) -> None:
-    try:
-        quantizer.check()
-    except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{CONTAINER}.{key}: {error}") from None
-
-
-QUANTIZE = EditKind(record=Quantize, apply=_apply, order=15, check=_check)
+    return _changed(model, enabled=frozenset(keys))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cctool.graph.execution import Event, execute, tensors_in
 from cctool.graph.trace import ARGUMENTS, argument, tensor_names
 
-__all__ = ["COMPUTING", "INPUT", "Call", "Flow", "Place", "flow_of"]
+__all__ = ["COMPUTING", "INPUT", "CallSite", "Flow", "FlowCall", "flow_of"]
 
 COMPUTING = frozenset(
     [*(f"conv{n}d" for n in (1, 2, 3)), *(f"conv_transpose{n}d" for n in (1, 2, 3)), "linear"]
@@ -27,7 +27,7 @@ INPUT = -1
 """Stands for the network's input where calls are named by their number."""
 
 
-class Place(NamedTuple):
+class CallSite(NamedTuple):
     """Where a call stands: ``number`` counts that module's calls of the function in one pass, from 0."""
 
     module: str
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 
 @dataclass
-class Call:
+class FlowCall:
     """One call.
 
     Attributes:
@@ -65,7 +65,7 @@ class Call:
         constant: whether no argument depends on the network's input.
     """
 
-    place: Place
+    place: CallSite
     module_type: str
     sources: tuple[int, ...]
     weight: str | None = None
@@ -82,20 +82,20 @@ class Call:
 class Flow:
     """Calls of one pass in order, and the numbers of those whose results the network returns."""
 
-    calls: tuple[Call, ...]
+    calls: tuple[FlowCall, ...]
     outputs: tuple[int, ...]
     input_users: tuple[int, ...]
 
-    def at(self, place: Place) -> Call | None:
+    def at(self, place: CallSite) -> FlowCall:
         """The call of that place."""
-        return next((call for call in self.calls if call.place == place), None)
+        return {call.place: call for call in self.calls}[place]
 
 
 class _Recorder:
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         self.names = tensor_names(model)
         self.types = {name: type(module).__name__ for name, module in model.named_modules()}
-        self.calls: list[Call] = []
+        self.calls: list[FlowCall] = []
         self.made: dict[int, int] = {id(tensor): INPUT for tensor in inputs}
         self.stale: dict[int, int] = {}
         self.input_users: list[int] = []
@@ -116,7 +116,7 @@ class _Recorder:
     def record(self, event: Event) -> None:
         if getattr(event.function, "__name__", "") == "__set__":
             return
-        place = Place(event.module, event.name, self.counts[event.module, event.name])
+        place = CallSite(event.module, event.name, self.counts[event.module, event.name])
         self.counts[event.module, event.name] += 1
         results = list(tensors_in(event.result))
         if not results:
@@ -132,7 +132,7 @@ class _Recorder:
                 sources.append(stale)
             elif id(tensor) in self.made:
                 sources.append(self.made[id(tensor)])
-        call = Call(
+        call = FlowCall(
             place=place,
             module_type=self.types.get(event.module, ""),
             sources=tuple(sources),

@@ -11,14 +11,14 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cctool.quantization.network.calls import COMPUTING, INPUT, Call, Flow, Place
+from cctool.quantization.network.calls import COMPUTING, INPUT, CallSite, Flow, FlowCall
 
-__all__ = ["INPUT_PLACE", "Activation", "Layer", "Left", "Points", "Way", "plan_points"]
+__all__ = ["INPUT_PLACE", "Activation", "Left", "PlacedLayer", "Points", "Way", "plan_points"]
 
 Way = Literal["all", "inputs", "clips", "none"]
 Slot = Literal["input", "output"]
 
-INPUT_PLACE = Place("", "input", 0)
+INPUT_PLACE = CallSite("", "input", 0)
 """Place of the network's own input."""
 
 CLIPS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clip"})
@@ -96,7 +96,7 @@ _INTEGER = COMPUTING | frozenset(
 
 
 @dataclass(frozen=True)
-class Layer:
+class PlacedLayer:
     """A call with a weight.
 
     Attributes:
@@ -109,7 +109,7 @@ class Layer:
         last: whether its result reaches the network's output through no other layer.
     """
 
-    place: Place
+    place: CallSite
     weight: str
     shape: tuple[int, ...]
     axis: int | None
@@ -130,9 +130,9 @@ class Activation:
         clip: whether a clipping activation makes it.
     """
 
-    place: Place
+    place: CallSite
     slot: Slot
-    takers: tuple[Place, ...] = ()
+    takers: tuple[CallSite, ...] = ()
     edge: bool = False
     clip: bool = False
 
@@ -149,7 +149,7 @@ class Left:
 class Points:
     """Where quantizers go in one network."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[PlacedLayer, ...]
     activations: tuple[Activation, ...]
     left: tuple[Left, ...]
 
@@ -161,7 +161,7 @@ def plan_points(flow: Flow, way: Way) -> Points:
         flow: of the network.
         way: which activations; ``none`` is weights alone.
     """
-    plan = _Plan(flow)
+    plan = _Placement(flow)
     layers = tuple(plan.layers())
     if way == "none":
         return Points(layers, (), ())
@@ -179,7 +179,7 @@ def plan_points(flow: Flow, way: Way) -> Points:
     return Points(layers, kept, tuple(left))
 
 
-class _Plan:
+class _Placement:
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
         self.calls = flow.calls
@@ -187,7 +187,9 @@ class _Plan:
         backwards = range(len(self.calls) - 1, -1, -1)
         self._after = self._reaching(backwards, lambda call: call.users)
 
-    def _reaching(self, order: Collection[int], neighbours: Callable[[Call], Collection[int]]) -> list[bool]:
+    def _reaching(
+        self, order: Collection[int], neighbours: Callable[[FlowCall], Collection[int]]
+    ) -> list[bool]:
         """For each call whether a layer lies on some way to it, seen along ``neighbours``."""
         found = [False] * len(self.calls)
         for number in order:
@@ -198,17 +200,17 @@ class _Plan:
         return found
 
     @staticmethod
-    def _is_layer(call: Call) -> bool:
+    def _is_layer(call: FlowCall) -> bool:
         return call.weight is not None and not call.constant
 
     def _layer_numbers(self) -> list[int]:
         return [number for number, call in enumerate(self.calls) if self._is_layer(call)]
 
-    def layers(self) -> Iterator[Layer]:
+    def layers(self) -> Iterator[PlacedLayer]:
         for number in self._layer_numbers():
             call = self.calls[number]
             assert call.weight is not None
-            yield Layer(
+            yield PlacedLayer(
                 place=call.place,
                 weight=call.weight,
                 shape=call.weight_shape,
@@ -273,7 +275,7 @@ class _Plan:
             and self._norm(sources[0]) is not None
         )
 
-    def _takers(self, number: int) -> Iterator[Call]:
+    def _takers(self, number: int) -> Iterator[FlowCall]:
         """Calls that take a result, through those that only move values."""
         users = self.flow.input_users if number == INPUT else self.calls[number].users
         for user in users:
@@ -292,7 +294,7 @@ class _Plan:
             return True
         return self.calls[call.users[0]].place.function in CLIPS and call.place.function not in CLIPS
 
-    def _is_edge(self, call: Call) -> bool:
+    def _is_edge(self, call: FlowCall) -> bool:
         number = self.calls.index(call)
         return not self._before[number] or not self._after[number]
 
@@ -315,7 +317,7 @@ class _Plan:
         ]
         return [*found, *edges]
 
-    def _clipped(self, call: Call) -> bool:
+    def _clipped(self, call: FlowCall) -> bool:
         """Whether what a layer takes in was clipped, or pooled after it was."""
         source = call.sources[0] if call.sources else INPUT
         while source != INPUT:
@@ -338,11 +340,11 @@ class _Plan:
         ]
 
     def is_lost(self, activation: Activation) -> bool:
-        call = self.flow.at(activation.place)
-        return call is not None and call.lost and activation.slot == "output"
+        lost = any(call.lost for call in self.calls if call.place == activation.place)
+        return lost and activation.slot == "output"
 
 
-def _axis(call: Call) -> int | None:
+def _axis(call: FlowCall) -> int | None:
     if not call.place.function.startswith("conv_transpose"):
         return 0
     # (in, out / groups): with several groups an output channel is no slice of the weight.
@@ -350,7 +352,7 @@ def _axis(call: Call) -> int | None:
     return 1 if groups == 1 else None
 
 
-def _from_zero(call: Call) -> bool:
+def _from_zero(call: FlowCall) -> bool:
     """Whether a clipping function's smallest value is zero."""
     if call.place.function in ("relu", "relu6"):
         return True

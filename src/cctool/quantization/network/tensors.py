@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from cctool.base.errors import UsageError
 from cctool.checkpoint.file.payload import place
 
-__all__ = ["Selected", "Skipped", "select"]
+__all__ = ["SelectedTensor", "Skipped", "select"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
-class Selected:
+class SelectedTensor:
     """A tensor to quantize.
 
     Attributes:
@@ -42,7 +42,7 @@ class Skipped:
 
 def select(
     model: nn.Module, *, include_1d: bool = False, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> tuple[list[Selected], list[Skipped]]:
+) -> tuple[list[SelectedTensor], list[Skipped]]:
     """Choose tensors of the state dict: floating-point parameters of two or more dimensions, by default.
 
     Args:
@@ -80,7 +80,7 @@ def select(
         if reason:
             skipped += [Skipped(name, tuple(tensor.shape), reason) for name in names]
         else:
-            selected.append(Selected(tuple(names), tensor, _channels(model, names[0], tensor)))
+            selected.append(SelectedTensor(tuple(names), tensor, _channels(model, names[0], tensor)))
     return selected, skipped
 
 

@@ -6,11 +6,10 @@ from cctool.base.errors import QuantizationError
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.dorefa_wrpn import DorefaWeightQuantizer, FixedQuantizer
-from cctool.quantization.quantizers.lsq_pact import ApotQuantizer, LsqQuantizer, PactQuantizer
+from cctool.quantization.quantizers.lsq_pact import LsqQuantizer, PactQuantizer
 from cctool.quantization.quantizers.uniform import MovingUniformQuantizer, UniformQuantizer
 
 __all__ = [
-    "ApotQuantizer",
     "DorefaWeightQuantizer",
     "FixedQuantizer",
     "LsqQuantizer",
@@ -27,7 +26,6 @@ _WEIGHTS: dict[str, type[Quantizer]] = {
     "dorefa": DorefaWeightQuantizer,
     "pact": DorefaWeightQuantizer,
     "wrpn": FixedQuantizer,
-    "apot": ApotQuantizer,
 }
 _ACTIVATIONS: dict[str, type[Quantizer]] = {
     "uniform": UniformQuantizer,
@@ -47,12 +45,10 @@ def make_quantizer(config: QuantizerConfig, *, weight: bool, channels: int | Non
         channels: size of the tensor along ``config.axis``; None exactly where that is None.
 
     Raises:
-        QuantizationError: if the method does not quantize this, or channels and axis do not go together.
+        QuantizationError: if the method has the other sign for this, or channels and axis do not go together.
     """
     kind = "weights" if weight else "activations"
-    method = (_WEIGHTS if weight else _ACTIVATIONS).get(config.method)
-    if method is None:
-        raise QuantizationError(f"{config.method} does not quantize {kind}")
+    method = (_WEIGHTS if weight else _ACTIVATIONS)[config.method]
     if config.method in ("dorefa", "pact", "wrpn") and config.signed != weight:
         sign = "signed" if weight else "unsigned"
         raise QuantizationError(f"{config.method} quantizes {kind} {sign}: set signed={weight}")

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from cctool.base.cache import Cache
 from cctool.base.errors import CorruptCheckpointError
 from cctool.quantization.quantizers.base import Quantizer, straight_through, tracked
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.grid import Grid, extremes, fitted
-from cctool.quantization.quantizers.grid_cache import GridCache
 
 __all__ = ["MovingUniformQuantizer", "UniformQuantizer"]
 
@@ -98,7 +98,7 @@ class MovingUniformQuantizer(UniformQuantizer):
 
     def grid(self) -> Grid:
         """The grid of the present range."""
-        return self._cache.get(self._fitted, self.range)
+        return self._cache.get(self._fitted, [self.range])
 
     def check(self) -> None:
         """Refuse ranges that are not finite or upside down, and numbers of batches that are none."""
@@ -118,7 +118,7 @@ class MovingUniformQuantizer(UniformQuantizer):
         return self
 
     def _register_state(self, shape: tuple[int, ...]) -> None:
-        self._cache = GridCache()
+        self._cache: Cache[Grid] = Cache()
         self.register_buffer("range", torch.zeros((*shape, 3)))
 
     def _fitted(self) -> Grid:

@@ -6,28 +6,29 @@ M. Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization",
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cctool.base.copies import copied
 from cctool.base.errors import QuantizationError
+from cctool.base.networks import copied, in_eval_mode
 from cctool.base.runtime import Reporter, Silent
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.quantization.network.attach import (
+    EndOfPassError,
     NetworkQuantizers,
     following_calls,
     norm_factors,
     quantizers_of,
-    weight_key,
 )
-from cctool.quantization.network.calls import Call, Flow, Place
-from cctool.quantization.network.placement import Layer, Left, plan_points
-from cctool.quantization.refine.im2col import Geometry, geometry_of, outputs_at, rows_at
+from cctool.quantization.network.calls import CallSite, Flow, FlowCall
+from cctool.quantization.network.placement import Left, PlacedLayer, plan_points
+from cctool.quantization.network.points import weight_key
+from cctool.quantization.refine.im2col import ConvGeometry, geometry_of, outputs_at, rows_at
 from cctool.quantization.refine.rounding import Rows, WeightRounding, learn
 
 __all__ = ["AdaRoundReport", "RoundedLayer", "adaround"]
@@ -76,10 +77,6 @@ class AdaRoundReport:
     steps: int
 
 
-class _SeenError(Exception):
-    """Ends a pass whose rest nobody needs."""
-
-
 def adaround(
     model: nn.Module,
     flow: Flow,
@@ -122,9 +119,9 @@ def adaround(
         raise QuantizationError("there are no images to learn a rounding on")
     reference = copied(model) if reference is None else reference
     chosen = [_chosen(model, flow, held, layer) for layer in plan_points(flow, "none").layers]
-    layers = [found for found in chosen if isinstance(found, Layer)]
+    layers = [found for found in chosen if isinstance(found, PlacedLayer)]
     rounded = []
-    with _evaluating(model), _evaluating(reference):
+    with in_eval_mode(model), in_eval_mode(reference):
         for layer in reporter.progress(layers, "learning to round", len(layers)):
             generator = torch.Generator().manual_seed(seed)
             rows = _collected(model, reference, flow, layer, images, seen, generator)
@@ -133,24 +130,15 @@ def adaround(
     return AdaRoundReport(tuple(rounded), skipped, seen, steps)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def _chosen(model: nn.Module, flow: Flow, held: NetworkQuantizers, layer: Layer) -> Layer | Left | None:
+def _chosen(
+    model: nn.Module, flow: Flow, held: NetworkQuantizers, layer: PlacedLayer
+) -> PlacedLayer | Left | None:
     """The layer if its rounding can be learned, or why not; None where it is not quantized."""
     point = held.state.calls.get(layer.place)
     quantizer = held.quantizer(weight_key(layer.weight))
     if point is None or point.weight is None or quantizer is None:
         return None
     call = flow.at(layer.place)
-    assert call is not None
     uses = Counter(name for other in flow.calls for name in other.tensors.values())
     if call.tensors.get("weight") != layer.weight or layer.weight not in dict(model.named_parameters()):
         return Left(layer.place.title, "its weight is computed")
@@ -166,14 +154,13 @@ def _collected(
     model: nn.Module,
     reference: nn.Module,
     flow: Flow,
-    layer: Layer,
+    layer: PlacedLayer,
     images: Iterable[Tensor],
     count: int,
     generator: torch.Generator,
 ) -> Rows:
     """What a layer takes in, and what it should put out, at sampled places."""
     call = flow.at(layer.place)
-    assert call is not None
     geometry = geometry_of(call)
     width = max(1, _row_size(call, geometry)) * 4
     most = max(1, min(_MOST_ROWS, _MOST_BYTES // width))
@@ -193,7 +180,7 @@ def _collected(
     return Rows(torch.cat(inputs, 1), torch.cat(targets), geometry)
 
 
-def _row_size(call: Call, geometry: Geometry) -> int:
+def _row_size(call: FlowCall, geometry: ConvGeometry) -> int:
     """Numbers of the input that one place of the output depends on, all groups together."""
     shape = call.weight_shape
     if not geometry.dims:
@@ -202,7 +189,9 @@ def _row_size(call: Call, geometry: Geometry) -> int:
     return size * int(torch.Size(shape[2:]).numel())
 
 
-def _places(y: Tensor, geometry: Geometry, each: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _places(
+    y: Tensor, geometry: ConvGeometry, each: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Numbers of images and of places in them, ``each`` for every image, none twice."""
     size = y[0].numel() // y.shape[1 if geometry.dims else -1]
     if each >= size:
@@ -213,17 +202,17 @@ def _places(y: Tensor, geometry: Geometry, each: int, generator: torch.Generator
     return numbers.reshape(-1), chosen.reshape(-1)
 
 
-def _seen(model: nn.Module, place: Place, batch: Tensor, *, quantized: bool) -> tuple[Tensor, Tensor]:
+def _seen(model: nn.Module, place: CallSite, batch: Tensor, *, quantized: bool) -> tuple[Tensor, Tensor]:
     """What a layer takes in and what it puts out."""
     found: list[tuple[Tensor, Tensor]] = []
 
-    def follow(at: Place, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+    def follow(at: CallSite, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         if at == place:
             # What is passed on may be written to in place afterwards, but not before the pass has ended here.
             found.append((args[0] if args else kwargs["input"], result))
-            raise _SeenError
+            raise EndOfPassError
 
-    with following_calls(model, follow, quantized=quantized), suppress(_SeenError):
+    with following_calls(model, follow, quantized=quantized), suppress(EndOfPassError):
         model(batch)
     if not found:
         raise QuantizationError(f"{place.title} was not called on calibration images")
@@ -234,7 +223,7 @@ def _rounded(
     model: nn.Module,
     flow: Flow,
     held: NetworkQuantizers,
-    layer: Layer,
+    layer: PlacedLayer,
     rows: Rows,
     steps: int,
     generator: torch.Generator,
@@ -243,7 +232,6 @@ def _rounded(
     quantizer = held.quantizer(weight_key(layer.weight))
     call = flow.at(layer.place)
     assert quantizer is not None
-    assert call is not None
     weight = model.get_parameter(layer.weight)
     norm = model.get_submodule(layer.norm) if layer.norm is not None else None
     fold = norm_factors(norm) if norm is not None and quantizer.config.axis is None else None
@@ -264,9 +252,8 @@ def _rounded(
 class _After:
     """What the batch norm and the clipping behind a layer make of its outputs, (P, C)."""
 
-    def __init__(self, model: nn.Module, flow: Flow, layer: Layer) -> None:
+    def __init__(self, model: nn.Module, flow: Flow, layer: PlacedLayer) -> None:
         call = flow.at(layer.place)
-        assert call is not None
         self.factors: Tensor | None = None
         self.shift: Tensor | None = None
         if layer.norm is not None:
@@ -286,7 +273,7 @@ class _After:
         return y if self.ends is None else y.clamp(*self.ends)
 
 
-def _clip(flow: Flow, call: Call) -> tuple[float | None, float | None] | None:
+def _clip(flow: Flow, call: FlowCall) -> tuple[float | None, float | None] | None:
     """Ends of the clipping that is all that takes a call's result; None without."""
     if len(call.users) != 1 or flow.calls.index(call) in flow.outputs:
         return None

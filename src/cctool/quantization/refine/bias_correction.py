@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError
+from cctool.base.networks import in_eval_mode
 from cctool.base.runtime import Reporter, Silent
-from cctool.quantization.network.attach import following_calls, norm_factors, quantizers_of
-from cctool.quantization.network.calls import Flow, Place
-from cctool.quantization.network.placement import Layer, Left, plan_points
+from cctool.quantization.network.attach import EndOfPassError, following_calls, norm_factors, quantizers_of
+from cctool.quantization.network.calls import CallSite, Flow
+from cctool.quantization.network.placement import Left, PlacedLayer, plan_points
 
 __all__ = ["BiasReport", "CorrectedLayer", "channel_dim", "correct_biases"]
 
@@ -56,10 +57,6 @@ class BiasReport:
     images: int
 
 
-class _SeenError(Exception):
-    """Ends a pass whose rest nobody needs."""
-
-
 @torch.no_grad()
 def correct_biases(
     model: nn.Module,
@@ -93,10 +90,7 @@ def correct_biases(
     places = held.state.calls if held is not None else {}
     layers = [layer for layer in plan_points(flow, "none").layers if layer.place in places]
     reference = reference if reference is not None else model
-    was_training = model.training
-    model.eval()
-    reference.eval()
-    try:
+    with in_eval_mode(model), in_eval_mode(reference):
         expected, seen = _means(reference, images, [layer.place for layer in layers], quantized=False)
         targets = {layer.place: _target(model, flow, layer) for layer in layers}
         corrected = []
@@ -112,13 +106,11 @@ def correct_biases(
             corrected.append(
                 CorrectedLayer(layer.place.title, into, _size(error), _size(expected[layer.place]))
             )
-    finally:
-        model.train(was_training)
     skipped = tuple(found for found in targets.values() if isinstance(found, Left))
     return BiasReport(tuple(corrected), skipped, seen)
 
 
-def channel_dim(place: Place, dims: int) -> int:
+def channel_dim(place: CallSite, dims: int) -> int:
     """The dimension of a layer's result that its channels lie along.
 
     Args:
@@ -129,25 +121,25 @@ def channel_dim(place: Place, dims: int) -> int:
 
 
 def _means(
-    model: nn.Module, images: Iterable[Tensor], places: Sequence[Place], *, quantized: bool
-) -> tuple[dict[Place, Tensor], int]:
+    model: nn.Module, images: Iterable[Tensor], places: Sequence[CallSite], *, quantized: bool
+) -> tuple[dict[CallSite, Tensor], int]:
     """Mean output of each channel at places, float64 (C,), and the number of images."""
-    sums: dict[Place, Tensor] = {}
-    counts: Counter[Place] = Counter()
+    sums: dict[CallSite, Tensor] = {}
+    counts: Counter[CallSite] = Counter()
 
-    def follow(place: Place, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+    def follow(place: CallSite, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         if place not in places:
             return
         rows = result.movedim(channel_dim(place, result.dim()), 0).flatten(1)
         sums[place] = sums.get(place, 0) + rows.sum(1, dtype=torch.float64)
         counts[place] += rows.shape[1]
         if place == places[-1]:
-            raise _SeenError
+            raise EndOfPassError
 
     seen = 0
     with following_calls(model, follow, quantized=quantized):
         for batch in images:
-            with suppress(_SeenError):
+            with suppress(EndOfPassError):
                 model(batch)
             seen += len(batch)
     if not seen:
@@ -155,10 +147,9 @@ def _means(
     return {place: total / counts[place] for place, total in sums.items()}, seen
 
 
-def _target(model: nn.Module, flow: Flow, layer: Layer) -> str | Left:
+def _target(model: nn.Module, flow: Flow, layer: PlacedLayer) -> str | Left:
     """Name of the parameter that a constant of a layer's output can be added to."""
     call = flow.at(layer.place)
-    assert call is not None
     parameters = dict(model.named_parameters())
     uses = Counter(name for other in flow.calls for name in other.tensors.values())
     name = call.tensors.get("bias")
@@ -171,7 +162,7 @@ def _target(model: nn.Module, flow: Flow, layer: Layer) -> str | Left:
     return name
 
 
-def _factors(model: nn.Module, layer: Layer, into: str) -> Tensor | None:
+def _factors(model: nn.Module, layer: PlacedLayer, into: str) -> Tensor | None:
     """What the batch norm between a layer's output and the shift multiplies by; None where there is none."""
     if layer.norm is None or into.rpartition(".")[0] != layer.norm:
         return None

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cctool.quantization.network.attach import norm_factors
-from cctool.quantization.network.calls import COMPUTING, Call, Flow
-from cctool.quantization.network.placement import Layer, Left, plan_points
+from cctool.quantization.network.calls import COMPUTING, Flow, FlowCall
+from cctool.quantization.network.placement import Left, PlacedLayer, plan_points
 
 __all__ = ["EqualizeReport", "Pair", "equalize", "find_pairs"]
 
@@ -45,8 +45,8 @@ class Pair:
         repeat: how many input features of the second a channel of the first becomes.
     """
 
-    first: Layer
-    second: Layer
+    first: PlacedLayer
+    second: PlacedLayer
     repeat: int
 
     @property
@@ -137,14 +137,14 @@ class _Finder:
         self.uses = Counter(name for call in flow.calls for name in call.tensors.values())
         self.numbers = {call.place: number for number, call in enumerate(flow.calls)}
 
-    def pair_or_reason(self, layer: Layer) -> Pair | Left | None:
+    def pair_or_reason(self, layer: PlacedLayer) -> Pair | Left | None:
         """The pair that a layer begins, or why there is none; None where nothing follows but the output."""
         try:
             return self._pair(layer)
         except _NoPairError as error:
             return Left(layer.place.title, str(error))
 
-    def _pair(self, layer: Layer) -> Pair | None:
+    def _pair(self, layer: PlacedLayer) -> Pair | None:
         number = self.numbers[layer.place]
         call = self.flow.calls[number]
         if number in self.flow.outputs and not call.users:
@@ -181,7 +181,7 @@ class _Finder:
             raise _NoPairError("its result is used more than once")
         return users[0]
 
-    def _check_first(self, call: Call, layer: Layer) -> None:
+    def _check_first(self, call: FlowCall, layer: PlacedLayer) -> None:
         if len(call.shape) != _dims(call):
             raise _NoPairError("what it puts out has other dimensions than images and channels")
         if len(call.sources) != 1:
@@ -198,7 +198,7 @@ class _Finder:
                     )
                 self._check_tensor(norm, name, layer.norm)
 
-    def _check_tensor(self, call: Call, argument: str, owner: str) -> None:
+    def _check_tensor(self, call: FlowCall, argument: str, owner: str) -> None:
         name = call.tensors.get(argument)
         if name is None or name not in self.parameters:
             raise _NoPairError(f"the {argument} of {owner} is computed")
@@ -206,12 +206,12 @@ class _Finder:
             raise _NoPairError(f"{name} is used {self.uses[name]} times")
 
 
-def _dims(call: Call) -> int:
+def _dims(call: FlowCall) -> int:
     """Dimensions of a layer's result where the first two are images and channels."""
     return 2 if call.place.function == "linear" else 2 + int(call.place.function[-2])
 
 
-def _spread(call: Call, before: Sequence[int]) -> int:
+def _spread(call: FlowCall, before: Sequence[int]) -> int:
     """How many features a channel becomes in a call; an error where its factor does not pass through."""
     name, after = call.place.function, call.shape
     if name in _HOMOGENEOUS and after == before:
@@ -225,7 +225,7 @@ def _spread(call: Call, before: Sequence[int]) -> int:
     raise _NoPairError(f"its result passes through {name}, where f(s x) is not s f(x) for each channel")
 
 
-def _only_places(call: Call, dims: int) -> bool:
+def _only_places(call: FlowCall, dims: int) -> bool:
     """Whether a mean runs over no images and no channels."""
     given = call.settings.get("dim")
     over = given if isinstance(given, (tuple, list)) else [given]
@@ -248,7 +248,7 @@ def _magnitude(factors: Tensor) -> float:
     return float(factors.log().abs().amax()) if factors.numel() else 0.0
 
 
-def _strengths(model: nn.Module, flow: Flow, layer: Layer, repeat: int) -> Tensor:
+def _strengths(model: nn.Module, flow: Flow, layer: PlacedLayer, repeat: int) -> Tensor:
     """Largest magnitudes of a layer's folded weights between channels: (groups, outputs, inputs), float32.
 
     Args:
@@ -267,26 +267,24 @@ def _strengths(model: nn.Module, flow: Flow, layer: Layer, repeat: int) -> Tenso
     return found.float()
 
 
-def _connections(model: nn.Module, flow: Flow, layer: Layer) -> Tensor:
+def _connections(model: nn.Module, flow: Flow, layer: PlacedLayer) -> Tensor:
     """A layer's weight, seen as (groups, outputs of a group, inputs of a group, ...)."""
     weight = model.get_parameter(layer.weight)
     call = flow.at(layer.place)
-    assert call is not None
     groups = int(call.settings.get("groups", 1))
     seen = torch.unflatten(weight, 0, (groups, -1))
     return seen.transpose(1, 2) if layer.place.function.startswith("conv_transpose") else seen
 
 
-def _multiply(model: nn.Module, flow: Flow, layer: Layer, factors: Tensor) -> None:
+def _multiply(model: nn.Module, flow: Flow, layer: PlacedLayer, factors: Tensor) -> None:
     """Multiply a layer's input channels."""
     seen = _connections(model, flow, layer)
     seen.mul_(factors.to(seen.dtype).reshape(len(seen), 1, -1, *[1] * (seen.dim() - 3)))
 
 
-def _divide(model: nn.Module, flow: Flow, layer: Layer, factors: Tensor) -> None:
+def _divide(model: nn.Module, flow: Flow, layer: PlacedLayer, factors: Tensor) -> None:
     """Divide a layer's output channels, or the batch norm's behind it."""
     call = flow.at(layer.place)
-    assert call is not None
     if layer.norm is not None:
         tensors = flow.calls[call.users[0]].tensors
         for name in ("weight", "bias"):

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cctool.quantization.network.calls import Call
+from cctool.quantization.network.calls import FlowCall
 
-__all__ = ["Geometry", "geometry_of", "outputs_at", "rows_at", "weight_rows"]
+__all__ = ["ConvGeometry", "geometry_of", "outputs_at", "rows_at", "weight_rows"]
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ConvGeometry:
     """How a layer's kernel moves; of a linear layer there is no kernel and ``dims`` is 0.
 
     Attributes:
@@ -46,10 +46,10 @@ class Geometry:
     transposed: bool = False
 
 
-def geometry_of(call: Call) -> Geometry:
+def geometry_of(call: FlowCall) -> ConvGeometry:
     """The geometry of a layer's call."""
     if call.place.function == "linear":
-        return Geometry(0)
+        return ConvGeometry(0)
     given, dims = call.settings, int(call.place.function[-2])
     kernel = call.weight_shape[2:]
     stride, dilation = (_each(given.get(name, 1), dims) for name in ("stride", "dilation"))
@@ -61,15 +61,15 @@ def geometry_of(call: Call) -> Geometry:
         before = [r - p for r, p in zip(reach, _each(padding, dims), strict=True)]
         extra = _each(given.get("output_padding", 0), dims)
         sides = tuple((b, b + e) for b, e in zip(before, extra, strict=True))
-        return Geometry(dims, groups, kernel, ones, dilation, sides, stride, transposed=True)
+        return ConvGeometry(dims, groups, kernel, ones, dilation, sides, stride, transposed=True)
     if padding == "same":
         sides = tuple((r // 2, r - r // 2) for r in reach)
     else:
         sides = tuple((p, p) for p in _each(0 if padding == "valid" else padding, dims))
-    return Geometry(dims, groups, kernel, stride, dilation, sides, ones)
+    return ConvGeometry(dims, groups, kernel, stride, dilation, sides, ones)
 
 
-def weight_rows(weight: Tensor, geometry: Geometry) -> Tensor:
+def weight_rows(weight: Tensor, geometry: ConvGeometry) -> Tensor:
     """A weight as (groups, outputs of a group, inputs of a row)."""
     if not geometry.dims:
         return weight[None]
@@ -79,7 +79,7 @@ def weight_rows(weight: Tensor, geometry: Geometry) -> Tensor:
     return seen.flatten(2)
 
 
-def rows_at(x: Tensor, geometry: Geometry, images: Tensor, places: Tensor) -> Tensor:
+def rows_at(x: Tensor, geometry: ConvGeometry, images: Tensor, places: Tensor) -> Tensor:
     """What a layer takes in at places of its output.
 
     Args:
@@ -112,14 +112,14 @@ def rows_at(x: Tensor, geometry: Geometry, images: Tensor, places: Tensor) -> Te
     return torch.unflatten(found, 1, (geometry.groups, -1)).transpose(0, 1).flatten(2)
 
 
-def outputs_at(y: Tensor, geometry: Geometry, images: Tensor, places: Tensor) -> Tensor:
+def outputs_at(y: Tensor, geometry: ConvGeometry, images: Tensor, places: Tensor) -> Tensor:
     """A layer's output at places, (P, C); ``y`` is (N, C, ...), of linear layers (N, ..., C)."""
     if not geometry.dims:
         return y.reshape(len(y), -1, y.shape[-1])[images, places]
     return y.flatten(2)[images, :, places]
 
 
-def _stuffed(x: Tensor, geometry: Geometry) -> Tensor:
+def _stuffed(x: Tensor, geometry: ConvGeometry) -> Tensor:
     if all(step == 1 for step in geometry.stuffing):
         return x
     sizes = [(n - 1) * step + 1 for n, step in zip(x.shape[2:], geometry.stuffing, strict=True)]

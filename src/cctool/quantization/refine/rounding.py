@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cctool.quantization.quantizers.base import Quantizer
-from cctool.quantization.refine.im2col import Geometry, weight_rows
+from cctool.quantization.refine.im2col import ConvGeometry, weight_rows
 
 __all__ = ["Learned", "Rows", "WeightRounding", "learn"]
 
@@ -38,7 +38,7 @@ class Rows:
 
     inputs: Tensor
     outputs: Tensor
-    geometry: Geometry
+    geometry: ConvGeometry
 
     def __len__(self) -> int:
         return len(self.outputs)

@@ -1,4 +1,4 @@
-"""Penalties that drive whole units towards zero before they are cut.
+"""Penalties in training: those that drive whole units towards zero before they are cut, and PACT's.
 
 What a unit is, is handed in as plain data: nothing here knows how channels were found to go together.
 """
@@ -16,7 +16,7 @@ from cctool.base.errors import TrainingError
 from cctool.training.constraints.base import Constraint
 from cctool.training.objectives import absolute_sum
 
-__all__ = ["GroupLasso", "GrowingPenalty", "Part", "ScaleL1", "growing_coefficient"]
+__all__ = ["ClippingDecay", "GroupLasso", "GrowingPenalty", "Part", "ScaleL1", "growing_coefficient"]
 
 
 @dataclass(frozen=True)
@@ -206,3 +206,23 @@ def growing_coefficient(step: int, delta: float, every: int, ceiling: float) -> 
     [0.25, 0.25, 0.5, 0.5, 0.6, 0.6]
     """
     return min(ceiling, delta * (1 + step // every))
+
+
+class ClippingDecay(Constraint):
+    """``strength * sum alpha^2`` over clipping levels (Choi et al. 2018, arXiv 1805.06085, section 3.2).
+
+    Args:
+        levels: the parameters alpha, each of any shape.
+        strength: weight of the sum, from 0 on.
+    """
+
+    name = "alpha_decay"
+
+    def __init__(self, levels: Sequence[nn.Parameter], strength: float) -> None:
+        self._levels, self._strength = list(levels), strength
+
+    def penalty(self) -> Tensor | None:
+        """Give the weighted sum, a scalar; None where there are no levels."""
+        if not self._levels or not self._strength:
+            return None
+        return self._strength * torch.stack([level.square().sum() for level in self._levels]).sum()

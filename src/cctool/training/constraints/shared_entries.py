@@ -50,7 +50,7 @@ class KeepCodebooks(Constraint):
     name = "codebooks"
 
     def __init__(self, shared: Sequence[SharedWeights]) -> None:
-        self._tables = [_Table(one) for one in shared]
+        self._tables = [_EntryTable(one) for one in shared]
 
     def epoch(self, epoch: int) -> None:
         """Bring the numbers of the entries to where the parameters are."""
@@ -70,7 +70,7 @@ class KeepCodebooks(Constraint):
             table.average(table.parameter, from_first=True)
 
 
-class _Table:
+class _EntryTable:
     """Members of the entries of one parameter; what is on its own has an entry behind the last one."""
 
     def __init__(self, shared: SharedWeights) -> None:

@@ -20,11 +20,7 @@ from cctool.training.resume.progress import EpochRow
 __all__ = ["MlflowLog"]
 
 # No figure leaves this machine, and since MLflow 3 its file store must be asked for.
-_SETTINGS = {
-    "MLFLOW_ALLOW_FILE_STORE": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-}
+_SETTINGS = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 _BINS = 30
 _LONGEST_PARAMETER = 500
 

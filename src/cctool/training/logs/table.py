@@ -9,16 +9,15 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
-from cctool.checkpoint.file.atomic import write_atomically
+from cctool.checkpoint.file.atomic import write_bytes
 from cctool.checkpoint.spec import Metrics
-from cctool.training.logs.zeros import TOTAL, sparsity
 from cctool.training.resume.progress import EpochRow
 
-__all__ = ["Log", "figures", "write_csv"]
+__all__ = ["TOTAL", "Log", "figures", "weight_sparsity", "write_csv"]
 
 
 class Log(Protocol):
@@ -42,7 +41,7 @@ def figures(row: EpochRow, model: nn.Module) -> dict[str, float]:
     found = {f"train/{name}": value for name, value in row.train.items()}
     found |= {f"validation/{name}": value for name, value in row.validation.items()}
     found |= {"learning_rate": row.lr, "batch_ms": row.batch_ms}
-    for name, share in sparsity(model).items():
+    for name, share in weight_sparsity(model).items():
         found["sparsity/total" if name == TOTAL else f"sparsity/weights/{name}"] = share
     return found
 
@@ -59,12 +58,7 @@ def write_csv(rows: Iterable[EpochRow], path: Path) -> None:
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    content = text.getvalue().encode()
-
-    def write(stream: IO[bytes]) -> None:
-        stream.write(content)
-
-    write_atomically(path, write)
+    write_bytes(path, text.getvalue().encode())
 
 
 def _line(row: EpochRow) -> dict[str, object]:
@@ -80,3 +74,23 @@ def _line(row: EpochRow) -> dict[str, object]:
         **({"validation_n": row.validation_n} if row.validation else {}),
         **{f"validation_{name}": value for name, value in row.validation.items()},
     }
+
+
+TOTAL = "total"
+"""Key of the whole network in what `weight_sparsity` returns."""
+
+
+def weight_sparsity(model: nn.Module) -> Mapping[str, float]:
+    """Percentage of exact zeros in each weight of at least two dimensions, and in all of them (``total``).
+
+    Biases and normalisation are left out; tied weights count once.
+    """
+    weights = {name: value for name, value in model.named_parameters() if value.dim() >= 2}
+    zeros = {name: _zeros(value) for name, value in weights.items()}
+    elements = sum(value.numel() for value in weights.values())
+    shares = {name: 100 * zeros[name] / value.numel() for name, value in weights.items() if value.numel()}
+    return shares | {TOTAL: 100 * sum(zeros.values()) / elements if elements else 0.0}
+
+
+def _zeros(value: Tensor) -> int:
+    return int(value.numel() - value.detach().count_nonzero())

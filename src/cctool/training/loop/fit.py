@@ -16,21 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import DataError, DivergedError
+from cctool.base.networks import in_mode
 from cctool.base.runtime import Reporter, Silent
 from cctool.checkpoint.file.payload import ResumeState
 from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
-from cctool.graph.execution import in_mode
 from cctool.options.train.fit import FitOptions, MetricMode
+from cctool.training.averaging import WeightAverage
+from cctool.training.batch_norm import freeze_statistics
 from cctool.training.constraints.base import Constraint
-from cctool.training.constraints.frozen_norm import freeze_statistics
-from cctool.training.logs.zeros import TOTAL, sparsity
-from cctool.training.loop.averaging import WeightAverage
-from cctool.training.loop.processes import group_of
+from cctool.training.logs.table import TOTAL, weight_sparsity
 from cctool.training.loop.tally import Tally
 from cctool.training.lr_schedules import multiplier
 from cctool.training.objectives import Objective, Terms, gamma_penalty
 from cctool.training.optimizers import make_optimizer
+from cctool.training.processes import group_of
 from cctool.training.resume.progress import Best, EpochRow, Progress, capture, restore
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class _Loop:
                 train=tally.means(),
                 validation=dict(metrics.values) if metrics else {},
                 validation_n=metrics.n if metrics else 0,
-                sparsity=sparsity(self.bare)[TOTAL],
+                sparsity=weight_sparsity(self.bare)[TOTAL],
             )
             row = self._compared(row, metrics)
         self._record(row)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cctool.base.errors import DivergedError, UserCodeError
 from cctool.training.evaluate import count_correct
-from cctool.training.loop.processes import Group
 from cctool.training.objectives import Terms
+from cctool.training.processes import Group
 
 __all__ = ["Tally"]
 

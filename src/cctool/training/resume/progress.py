@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from cctool.base.errors import CorruptCheckpointError
 from cctool.checkpoint.file.payload import ResumeState
 from cctool.checkpoint.spec import Metrics
-from cctool.training.loop.averaging import WeightAverage
+from cctool.training.averaging import WeightAverage
 from cctool.training.resume.state import (
     flatten,
     generator_states,

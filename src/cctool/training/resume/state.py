@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cctool.base.errors import CorruptCheckpointError, TrainingError
-from cctool.training.loop.processes import Together
+from cctool.training.processes import Together
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

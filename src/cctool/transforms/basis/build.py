@@ -24,8 +24,7 @@ from cctool.transforms.basis.complex import (
 )
 from cctool.transforms.basis.conv import BasisConv2d
 from cctool.transforms.basis.linear import BASIS, BasisArguments, BasisLayer, BasisLinear
-from cctool.transforms.layers.base import SwapKind
-from cctool.transforms.layers.coefficients import remade
+from cctool.transforms.layers.base import SwapKind, remade
 
 __all__ = ["BASIS_SWAPS", "COMPLEX", "ComplexArguments", "basis_layer", "counterpart"]
 

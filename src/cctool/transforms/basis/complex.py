@@ -14,6 +14,7 @@ module here takes real inputs too, as the first complex layer of a network does.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -21,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cctool.base.errors import TransformError
+from cctool.checkpoint.edits.thin import Cut
 from cctool.transforms.basis.conv import ConvolutionBasis
 from cctool.transforms.basis.frequencies import complex_rows
 from cctool.transforms.basis.linear import BIAS_STD, BasisArguments, BasisLayer, LinearBasis, init_normal
-from cctool.transforms.layers.base import Cut, SwappedLayer
-from cctool.transforms.layers.coefficients import remade
+from cctool.transforms.layers.base import SwappedLayer, remade
 
 __all__ = [
     "Cardioid",
@@ -83,66 +84,55 @@ class Cardioid(ComplexModule):
         return self.ended(x * ((1 + cosine) / 2))
 
 
-class ComplexMaxPool2d(ComplexModule):
-    """Max pooling that picks the value of the largest magnitude.
+class _AroundLayer(ComplexModule):
+    """A module for complex values that leaves real ones to an ordinary layer.
 
     Args:
-        layer: the real pooling, `nn.MaxPool2d` or `nn.AdaptiveMaxPool2d`.
+        layer: that layer.
         ends: see `ComplexModule`.
     """
 
     def __init__(self, layer: nn.Module, ends: bool = False) -> None:
         super().__init__(ends)
         self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map complex or real values of any shape that the layer takes."""
+        if not x.is_complex():
+            return self.layer(x)  # type: ignore[no-any-return]
+        return self.ended(self._of_complex(x))
+
+    @abstractmethod
+    def _of_complex(self, x: Tensor) -> Tensor: ...
+
+
+class ComplexMaxPool2d(_AroundLayer):
+    """`nn.MaxPool2d` or `nn.AdaptiveMaxPool2d` that picks the value of the largest magnitude."""
+
+    def __init__(self, layer: nn.Module, ends: bool = False) -> None:
+        super().__init__(layer, ends)
         self.indexing = remade(layer, type(layer))
         self.indexing.return_indices = True  # type: ignore[assignment]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool maps (N, C, H, W) or (C, H, W)."""
-        if not x.is_complex():
-            return self.layer(x)  # type: ignore[no-any-return]
+    def _of_complex(self, x: Tensor) -> Tensor:
         _, places = self.indexing(magnitude(x.detach()))
-        picked = x.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
-        return self.ended(picked)
+        return x.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
 
 
-class ComplexAverage(ComplexModule):
-    """Average pooling of real and imaginary parts; any linear module without parameters will do.
+class ComplexAverage(_AroundLayer):
+    """Average pooling of real and imaginary parts; any linear module without parameters will do."""
 
-    Args:
-        layer: the real module.
-        ends: see `ComplexModule`.
-    """
-
-    def __init__(self, layer: nn.Module, ends: bool = False) -> None:
-        super().__init__(ends)
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool maps (N, C, H, W) or (C, H, W)."""
-        if not x.is_complex():
-            return self.layer(x)  # type: ignore[no-any-return]
-        return self.ended(torch.complex(self.layer(x.real), self.layer(x.imag)))
+    def _of_complex(self, x: Tensor) -> Tensor:
+        return torch.complex(self.layer(x.real), self.layer(x.imag))
 
 
-class ComplexDropout(ComplexModule):
-    """Dropout of whole complex values.
+class ComplexDropout(_AroundLayer):
+    """Dropout of whole complex values, by `nn.Dropout` or its kin for whole channels."""
 
-    Args:
-        layer: `nn.Dropout` or its kin for whole channels.
-        ends: see `ComplexModule`.
-    """
-
-    def __init__(self, layer: nn.Module, ends: bool = False) -> None:
-        super().__init__(ends)
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Drop values of any shape that the real layer takes."""
-        if not x.is_complex():
-            return self.layer(x)  # type: ignore[no-any-return]
+    def _of_complex(self, x: Tensor) -> Tensor:
         # Written into a tensor of its own: the layer may work in place.
-        return self.ended(x * self.layer(torch.ones_like(x.real)))
+        kept: Tensor = self.layer(torch.ones_like(x.real))
+        return x * kept
 
 
 class ComplexBatchNorm(ComplexModule):
@@ -252,7 +242,7 @@ class ComplexBasisLinear(ComplexLayer, LinearBasis, nn.Linear):  # type: ignore[
 class ComplexBasisConv2d(ComplexLayer, ConvolutionBasis, nn.Conv2d):  # type: ignore[misc,override]
     """A convolution of DFT basis functions.
 
-    The formula is that of `basis_conv` with complex rows, and as many parameters: the coefficients are real,
+    The formula is that of `conv.py` with complex rows, and as many parameters: the coefficients are real,
     and so is the bias, which is added to the real part.
     """
 

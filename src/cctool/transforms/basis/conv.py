@@ -20,9 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cctool.checkpoint.edits.thin import Cut
 from cctool.transforms.basis.frequencies import real_rows
 from cctool.transforms.basis.linear import BasisLayer, init_normal
-from cctool.transforms.layers.base import Cut
 
 __all__ = ["BasisConv2d", "ConvolutionBasis"]
 

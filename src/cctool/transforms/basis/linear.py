@@ -9,22 +9,21 @@ few bits store them well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field, StrictBool, model_validator
 from torch import Tensor, nn
 
-from cctool.checkpoint.edits.mask import drop_masks, mask_name, masks_of
+from cctool.checkpoint.edits.mask import drop_masks, masks_of
+from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.spec import Dimension, Record
 from cctool.transforms.basis.frequencies import real_rows, unit_gradient
-from cctool.transforms.layers.base import Cut, Swap, SwappedLayer
-from cctool.transforms.layers.coefficients import remade
-from cctool.transforms.layers.weight_cache import WeightCache
+from cctool.transforms.layers.base import ComputedLayer, SwappedLayer, WeightCache, remade
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 __all__ = ["BASIS", "BIAS_STD", "BasisArguments", "BasisLayer", "BasisLinear", "LinearBasis", "init_normal"]
 
@@ -71,13 +70,12 @@ class BasisArguments(Record):
         return max(self.outputs, self.inputs)
 
 
-class BasisLayer(SwappedLayer):
+class BasisLayer(ComputedLayer):
     """What linear and convolutional, real and complex layers share: the axis of the channels.
 
     Its rows are the output channels, its samples the input channels (of one group).
 
     Attributes:
-        ordinary: the class whose place it takes.
         own: names of its parameters beside the bias.
         per_row: those of them whose first dim are the output channels.
         arguments: as in the edit.
@@ -87,11 +85,10 @@ class BasisLayer(SwappedLayer):
     after channels were cut.
     """
 
-    ordinary: type[nn.Module]
+    kind = BASIS
     own: tuple[str, ...] = ("frequency_offsets",)
     per_row: tuple[str, ...] = ("frequency_offsets",)
     arguments: BasisArguments
-    cache: WeightCache
     frequency_offsets: nn.Parameter
     bias: nn.Parameter | None
 
@@ -185,34 +182,9 @@ class BasisLayer(SwappedLayer):
             weight = self.compute_weight()
         return weight if weight.is_complex() else weight.to(self.frequency_offsets.dtype)
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode, and forget the weight that was computed last."""
-        self.cache.clear()
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        self.cache.clear()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def swap(self, module: str) -> Swap:
-        """See `SwappedLayer`."""
-        return Swap(module=module, layer=BASIS, arguments=self.arguments.model_dump(mode="json"))
-
     def plain(self) -> nn.Module | None:
         """See `SwappedLayer`; the bias is shared."""
-        layer = remade(self, self.ordinary)
-        held = vars(layer)
-        del held["arguments"], held["cache"]
-        for name in self.own:
-            if name in masks_of(layer):
-                drop_masks(layer, [name])
-            del layer._parameters[name]
-        for name in _ROWS:
-            layer._buffers.pop(name, None)
-        weight = nn.Parameter(self.weight.detach().clone(), self.frequency_offsets.requires_grad)
-        layer._parameters = {"weight": weight, **layer._parameters}
-        return layer
+        return self.made_ordinary(self.own, _ROWS)
 
     def taken(self, cuts: Mapping[str, Sequence[Cut]]) -> SwappedLayer:
         """See `SwappedLayer`. Parameters lose rows; buffers name the rows and samples that are left."""
@@ -223,25 +195,15 @@ class BasisLayer(SwappedLayer):
             layer.register_buffer(_ROWS[cut.dim], left[cut.keep.to(left.device)].to(torch.int32))
             if cut.dim == 0:
                 for name in self.per_row:
-                    layer._keep(name, cut.keep)
+                    layer.keep_rows(name, cut.keep)
         for cut in cuts.get("bias", ()):
-            layer._keep("bias", cut.keep)
+            layer.keep_rows("bias", cut.keep)
         dims = {cut.dim for cut in cuts.get("weight", ())}
         layer.arguments = self.arguments.model_copy(
             update={"cut": tuple(sorted({*self.arguments.cut, *dims}))}
         )
         layer.fit_attributes(cuts.get("weight", ()))
         return layer
-
-    def _keep(self, name: str, keep: Tensor) -> None:
-        """Keep some of the rows of a parameter and of its mask."""
-        parameter = self.get_parameter(name)
-        keep = keep.to(parameter.device)
-        kept = nn.Parameter(parameter.detach().index_select(0, keep), parameter.requires_grad)
-        self._parameters[name] = kept
-        mask = self._buffers.get(mask_name(name))
-        if mask is not None:
-            self._buffers[mask_name(name)] = mask.index_select(0, keep)
 
     def fit_attributes(self, cuts: Sequence[Cut]) -> None:
         """Set the attributes that hold widths after the weight was cut."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import TransformError
+from cctool.base.networks import removing
 from cctool.transforms.codec.codec import CodecState
 from cctool.transforms.codec.steps import allowed_lengths
 from cctool.transforms.codec.taps import CalibratedTap, bypassed
@@ -115,12 +116,8 @@ def measure_sensitivity(
         handles = [
             model.get_submodule(name).register_forward_hook(partial(_watched, name, seen)) for name in taps
         ]
-        try:
-            with torch.enable_grad(), bypassed(model):
-                output = _first_tensor(model(batch))
-        finally:
-            for handle in handles:
-                handle.remove()
+        with removing(handles), torch.enable_grad(), bypassed(model):
+            output = _first_tensor(model(batch))
         if output is None or not output.requires_grad:
             raise TransformError("--allocate: the network's outputs do not tell what its maps do to them")
         r = torch.randint(0, 2, output.shape, generator=signs).mul_(2).sub_(1).to(output)

@@ -9,8 +9,7 @@ taps before.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import TransformError
+from cctool.base.networks import in_eval_mode, removing
 from cctool.transforms.codec.allocate import allocated_steps, measure_sensitivity
 from cctool.transforms.codec.codec import CodecConfig, Symbols
 from cctool.transforms.codec.figures import SymbolCounts
-from cctool.transforms.codec.quantizers import grid_of
+from cctool.transforms.codec.quantizers import prequantizer_levels
 from cctool.transforms.codec.sites import Site
 from cctool.transforms.codec.steps import NEVER, USUAL_SPREAD, default_table
 from cctool.transforms.codec.taps import CalibratedTap, bypassed, recording, taps_of
@@ -149,11 +149,11 @@ def _allocated(
     }
     if not chosen:
         return taps
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         found = allocated_steps(measure_sensitivity(model, chosen, images), spreads)
     for name, steps in found.items():
         tap = chosen[name]
-        unit = grid_of(tap.bounds, tap.codec.prequantizer, tap.codec.bits).step.cpu()
+        unit = prequantizer_levels(tap.bounds, tap.codec.prequantizer, tap.codec.bits).step.cpu()
         table = tuple((steps / unit).clamp(max=NEVER).tolist())
         taps[name] = replace(tap, codec=tap.codec.model_copy(update={"table": table}))
     return taps
@@ -161,7 +161,7 @@ def _allocated(
 
 def _scaled(config: CodecConfig, bounds: Tensor, spread: float) -> tuple[float, ...]:
     """The default table for maps of this standard deviation; as it is where they never vary."""
-    step = float(grid_of(bounds, config.prequantizer, config.bits).step)
+    step = float(prequantizer_levels(bounds, config.prequantizer, config.bits).step)
     factor = spread / step / (USUAL_SPREAD * (2**config.bits - 1)) or 1.0
     table = default_table(config.kernel, config.block, config.levels, config.bits)
     return tuple(item * factor for item in table.steps)
@@ -217,7 +217,7 @@ def _with_blocks(
 
 
 def _integers(x: Tensor, tap: CalibratedTap) -> Tensor:
-    return grid_of(tap.bounds, tap.codec.prequantizer, tap.codec.bits).to_integers(x).values
+    return prequantizer_levels(tap.bounds, tap.codec.prequantizer, tap.codec.bits).to_integers(x).values
 
 
 def choose_orders(model: nn.Module, images: Batches) -> None:
@@ -248,12 +248,8 @@ def choose_orders(model: nn.Module, images: Batches) -> None:
 def _pass(model: nn.Module, looks: Mapping[str, Any], images: Batches) -> None:
     """Run the network without codecs and show each module's output to its function."""
     handles = [model.get_submodule(name).register_forward_hook(_shown(look)) for name, look in looks.items()]
-    try:
-        with bypassed(model):
-            _run(model, images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removing(handles), bypassed(model):
+        _run(model, images)
 
 
 def _shown(look: Any) -> Any:
@@ -265,17 +261,6 @@ def _shown(look: Any) -> Any:
 
 @torch.no_grad()
 def _run(model: nn.Module, images: Batches) -> None:
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         for batch in images:
             model(batch)
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -21,18 +21,18 @@ from torch import Tensor
 
 from cctool.base.errors import UsageError
 from cctool.checkpoint.spec import Record
-from cctool.transforms.codec.quantizers import Grid, Rounded, grid_of, to_symbols
+from cctool.transforms.codec.quantizers import PrequantizerLevels, Rounded, prequantizer_levels, to_symbols
 from cctool.transforms.codec.steps import block_steps, check_table, quality_scale, wavelet_steps
 from cctool.transforms.kernels.by_name import check_kernel, is_wavelet
-from cctool.transforms.kernels.spatial import Blocks, CalibratedBlocks, Plain, Spatial, Wavelet
+from cctool.transforms.kernels.spatial import Blocks, CalibratedBlocks, NoTransform, Spatial, Wavelet
 
 __all__ = [
     "CodecConfig",
     "CodecState",
-    "Encoding",
+    "EncodedMaps",
     "Symbols",
     "encode",
-    "encoding",
+    "encoded_maps",
     "mix_channels",
     "reconstruct",
 ]
@@ -143,9 +143,9 @@ class CodecState:
     bounds: Tensor
     bases: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def grid(self) -> Grid:
+    def grid(self) -> PrequantizerLevels:
         """Levels of the quantizer before the transform."""
-        return grid_of(self.bounds, self.config.prequantizer, self.config.bits)
+        return prequantizer_levels(self.bounds, self.config.prequantizer, self.config.bits)
 
     def spatial(self) -> Spatial:
         """The spatial transform."""
@@ -154,7 +154,7 @@ class CodecState:
             return Wavelet(config.kernel, config.levels)
         if config.kernel == "klt":
             return CalibratedBlocks(config.block, self.bases)
-        return Plain() if config.kernel == "identity" else Blocks(config.kernel, config.block)
+        return NoTransform() if config.kernel == "identity" else Blocks(config.kernel, config.block)
 
     def steps(self, size: tuple[int, int], bands: int, device: torch.device) -> list[Tensor]:
         """Steps of the orthonormal coefficients of each band, float64, to be broadcast over it."""
@@ -196,7 +196,7 @@ def encode(x: Tensor, state: CodecState, *, look: bool = True) -> Symbols:
         state: the codec, on the device of ``x``.
         look: count what is clamped.
     """
-    made = encoding(x, state, look=look, look_inside=look)
+    made = encoded_maps(x, state, look=look, look_inside=look)
     if not look:
         return made.symbols
     second = [item.clamped() for item in made.rounded]
@@ -205,7 +205,7 @@ def encode(x: Tensor, state: CodecState, *, look: bool = True) -> Symbols:
 
 
 @dataclass(frozen=True)
-class Encoding:
+class EncodedMaps:
     """The symbols, and how the encoder came to them.
 
     Attributes:
@@ -224,7 +224,7 @@ class Encoding:
 
 
 @torch.no_grad()
-def encoding(x: Tensor, state: CodecState, *, look: bool, look_inside: bool) -> Encoding:
+def encoded_maps(x: Tensor, state: CodecState, *, look: bool, look_inside: bool) -> EncodedMaps:
     """`encode`, with what lies on its way.
 
     Args:
@@ -238,7 +238,7 @@ def encoding(x: Tensor, state: CodecState, *, look: bool, look_inside: bool) -> 
     integers = state.grid().to_integers(x, look=look)
     if not config.transforms:
         alone = Symbols((integers.values.to(torch.int32),), None, shape)
-        return Encoding(alone, integers, [], [integers.values], [torch.ones_like(state.grid().step)])
+        return EncodedMaps(alone, integers, [], [integers.values], [torch.ones_like(state.grid().step)])
     v, means = integers.values, None
     if config.mean_shift:
         means = v.mean((1, 2, 3)).float()
@@ -248,7 +248,7 @@ def encoding(x: Tensor, state: CodecState, *, look: bool, look_inside: bool) -> 
     scaled = [band / step for band, step in zip(coefficients, steps, strict=True)]
     rounded = [to_symbols(band, config.symbol_bits, config.dead_zone, look=look_inside) for band in scaled]
     symbols = Symbols(tuple(item.values for item in rounded), means, shape)
-    return Encoding(symbols, integers, rounded, scaled, steps)
+    return EncodedMaps(symbols, integers, rounded, scaled, steps)
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from cctool.coding.entropy import code_bits
-from cctool.coding.symbols import MAX_K, code_lengths, to_unsigned
+from cctool.coding.histogram import best_k, code_bits, entropy_bits
+from cctool.coding.symbols import to_unsigned
 from cctool.transforms.codec.codec import CodecConfig, Symbols
 from cctool.transforms.codec.stream import StreamHeader, overhead_bytes, pass_bytes, state_size
 from cctool.transforms.codec.taps import TapHook, taps_of
@@ -161,23 +161,19 @@ class SymbolCounts:
 
     def bits(self) -> tuple[int, ...]:
         """Bits of all of them in the codes of order 0 to 5."""
-        counts = self.table().sum(0)
-        return tuple(int(counts @ code_lengths(len(counts), k)) for k in range(MAX_K + 1))
+        return tuple(code_bits(self.table().sum(0)).tolist())
 
     def best_order(self) -> int:
         """The order with the fewest bits; the smallest of several."""
-        bits = self.bits()
-        return bits.index(min(bits))
+        return best_k(self.table().sum(0), smallest=0)
 
     def entropy_bits(self) -> float:
         """Zero-order entropy of all of them together, times their number."""
-        counts = self.table().sum(0).double()
-        counts = counts[counts > 0]
-        return float((counts * (counts.sum().log2() - counts.log2())).sum())
+        return entropy_bits(self.table().sum(0))
 
 
 @dataclass(frozen=True)
-class _Pass:
+class _PassSize:
     """What the size of one pass in a stream follows from; bits by order, on their device."""
 
     samples: int
@@ -199,7 +195,7 @@ class TapStatistics:
         self._low: Tensor | None = None
         self._high: Tensor | None = None
         self._sums: Tensor | None = None
-        self._passes: list[_Pass] = []
+        self._passes: list[_PassSize] = []
         self._dtype = "float32"
 
     def add(self, symbols: Symbols, x: Tensor, y: Tensor) -> None:
@@ -228,7 +224,7 @@ class TapStatistics:
         self._counts.merge(counts)
         self._dtype = str(y.dtype).removeprefix("torch.")
         size = sum(band.numel() for band in symbols.bands)
-        self._passes.append(_Pass(x.shape[0], size, *counts.pass_of()))
+        self._passes.append(_PassSize(x.shape[0], size, *counts.pass_of()))
 
     def figures(self) -> TapFigures:
         """The figures of all passes; waits for the device.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Grid", "Rounded", "grid_of", "symbol_bounds", "to_symbols"]
+__all__ = ["PrequantizerLevels", "Rounded", "prequantizer_levels", "symbol_bounds", "to_symbols"]
 
 _FLOAT_BITS = 24
 
@@ -36,7 +36,7 @@ class Rounded:
 
 
 @dataclass(frozen=True)
-class Grid:
+class PrequantizerLevels:
     """Evenly spaced levels: x = offset + step * v for integers v from ``bottom`` to ``top``.
 
     Attributes:
@@ -71,7 +71,7 @@ class Grid:
         return x if self.offset is None else x.add_(self.offset)
 
 
-def grid_of(bounds: Tensor, prequantizer: str, bits: int) -> Grid:
+def prequantizer_levels(bounds: Tensor, prequantizer: str, bits: int) -> PrequantizerLevels:
     """The levels of the quantizer before the transform.
 
     ``unsigned`` has 0 to 2^bits - 1 for 0 to the maximum; ``offset`` as many for the minimum to the maximum;
@@ -86,10 +86,10 @@ def grid_of(bounds: Tensor, prequantizer: str, bits: int) -> Grid:
     top = 2**bits - 1
     if prequantizer == "signed":
         top = 2 ** (bits - 1) - 1
-        return Grid(None, _positive(torch.maximum(low.abs(), high.abs()) / top), -top, top)
+        return PrequantizerLevels(None, _positive(torch.maximum(low.abs(), high.abs()) / top), -top, top)
     if prequantizer == "offset":
-        return Grid(low, _positive((high - low) / top), 0, top)
-    return Grid(None, _positive(high / top), 0, top)
+        return PrequantizerLevels(low, _positive((high - low) / top), 0, top)
+    return PrequantizerLevels(None, _positive(high / top), 0, top)
 
 
 def _positive(step: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import TransformError, UsageError
+from cctool.base.networks import qualified, removing
 from cctool.graph.execution import Event, execute
 from cctool.options.transform.options import BLOCKS
 
@@ -62,11 +63,8 @@ def find_sites(model: nn.Module, inputs: Sequence[Tensor], taps: Sequence[str]) 
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)
     ]
-    try:
+    with removing(handles):
         execute(model, inputs, [watch])
-    finally:
-        for handle in handles:
-            handle.remove()
     wanted = _wanted(model, taps, additions)
     for name in sorted(wanted):
         _refuse_unmapped(name, outputs.get(name))
@@ -95,9 +93,7 @@ def residual_blocks(model: nn.Module, additions: set[str]) -> list[str]:
         name
         for parent, module in modules.items()
         if isinstance(module, nn.Sequential)
-        for name, part in (
-            (f"{parent}.{key}" if parent else key, part) for key, part in module.named_children()
-        )
+        for name, part in ((qualified(parent, key), part) for key, part in module.named_children())
         if sum(isinstance(layer, nn.Conv2d) for layer in part.modules()) >= _CONVOLUTIONS_OF_A_BLOCK
         and not any(other is not part and _is_stage(other) for other in part.modules())
     ]

@@ -30,7 +30,7 @@ from cctool.transforms.kernels.spatial import block_sizes
 __all__ = [
     "NEVER",
     "USUAL_SPREAD",
-    "Table",
+    "StepTable",
     "TableChoice",
     "allowed_lengths",
     "block_steps",
@@ -53,7 +53,7 @@ _FINEST = 0.01
 
 
 @dataclass(frozen=True)
-class Table:
+class StepTable:
     """Steps of one tap.
 
     Attributes:
@@ -77,11 +77,11 @@ class TableChoice:
         patterns: by glob pattern of the tap's name; the first that matches holds.
     """
 
-    table: Table
-    last: Table | None = None
-    patterns: Mapping[str, Table] | None = None
+    table: StepTable
+    last: StepTable | None = None
+    patterns: Mapping[str, StepTable] | None = None
 
-    def of(self, name: str, *, last: bool) -> Table:
+    def of(self, name: str, *, last: bool) -> StepTable:
         """The table of one tap."""
         for pattern, table in (self.patterns or {}).items():
             if fnmatchcase(name, pattern):
@@ -89,7 +89,7 @@ class TableChoice:
         return self.last if last and self.last is not None else self.table
 
 
-def default_table(kernel: str, block: int, levels: int, bits: int) -> Table:
+def default_table(kernel: str, block: int, levels: int, bits: int) -> StepTable:
     """Our own table: steps that grow linearly with frequency, to twice that of the mean.
 
     Symbols are as wide as they need to be, so the step of the mean is free to be fine. The numbers are for
@@ -99,10 +99,10 @@ def default_table(kernel: str, block: int, levels: int, bits: int) -> Table:
     """
     unit = (2**bits - 1) / 255
     if kernel == "identity":
-        return Table((8 * unit,))
+        return StepTable((8 * unit,))
     count = levels + 1 if is_wavelet(kernel) else 2 * block - 1
     rising = [8 * unit * (1 + index / max(1, count - 1)) for index in range(count)]
-    return Table(tuple(reversed(rising) if is_wavelet(kernel) else rising), scaled=True)
+    return StepTable(tuple(reversed(rising) if is_wavelet(kernel) else rising), scaled=True)
 
 
 def preset_tables(preset: TransformPreset | None, block: int, levels: int) -> TableChoice | None:
@@ -120,12 +120,14 @@ def preset_tables(preset: TransformPreset | None, block: int, levels: int) -> Ta
         low = (150.0,) + (50.0,) * 7 + (100.0,) * 6 + (200.0,)
         last = (150.0,) + (NEVER,) * highest
     elif preset is TransformPreset.FEATURE_COMPRESSION_DWT:
-        return TableChoice(Table((0.1,) * (levels + 1), True), Table((NEVER,) * levels + (1.0,), True))
+        return TableChoice(
+            StepTable((0.1,) * (levels + 1), True), StepTable((NEVER,) * levels + (1.0,), True)
+        )
     else:
         return None
     if block != 8:
         raise UsageError(f"--preset {preset}: its table is of 8 x 8 blocks; --block {block} needs --q-table")
-    return TableChoice(Table(low), Table(last))
+    return TableChoice(StepTable(low), StepTable(last))
 
 
 def quality_scale(quality: float | None) -> float:

@@ -34,7 +34,7 @@ class Rates:
 
 @contextmanager
 def collecting_rates(model: nn.Module) -> Iterator[Rates]:
-    """Let the taps of a network estimate the bits of every pass that has gradients; see `rate.soft_bits`."""
+    """Let the taps of a network estimate the bits of passes that have gradients; see `training.soft_bits`."""
     found, hooks = Rates(), list(taps_of(model).values())
     for hook in hooks:
         hook.rates = found.passes

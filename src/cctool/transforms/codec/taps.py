@@ -7,7 +7,7 @@ So taps are copied, moved, saved and loaded with their module, and a module that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cctool.base.errors import CorruptCheckpointError, SpecError, TransformError
-from cctool.checkpoint.fingerprint import fingerprint_of
+from cctool.base.networks import device_of, qualified
+from cctool.checkpoint.file.payload import fingerprint_of
 from cctool.checkpoint.spec import Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
 from cctool.graph.execution import hidden
@@ -189,7 +190,7 @@ def tap_buffers(model: nn.Module) -> set[str]:
         hook = tapped.get(id(module))
         if hook is not None:
             leaves = [f"{_PREFIX}{name}" for name in (_RANGE, *basis_shapes(hook.codec, hook.shape))]
-            found |= {f"{prefix}.{leaf}" if prefix else leaf for leaf in leaves}
+            found |= {qualified(prefix, leaf) for leaf in leaves}
     return found
 
 
@@ -200,30 +201,21 @@ def set_taps(model: nn.Module, taps: Mapping[str, CalibratedTap]) -> None:
         SpecError: if there is no such module, or it takes no buffers and hooks.
     """
     for name, tap in taps.items():
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         module = _module(model, name)
         _drop(module)
         tensors = {leaf: tensor.to(device) for leaf, tensor in {_RANGE: tap.bounds, **tap.bases}.items()}
         _register(module, name, TapHook(tap.codec, tap.shape, tap.fingerprint), tensors)
 
 
-def drop_taps(model: nn.Module, names: Collection[str] | None = None) -> dict[str, CalibratedTap]:
-    """Take codecs away, in place.
-
-    Args:
-        model: any network.
-        names: of the modules; None is all.
-
-    Returns:
-        What `set_taps` would put back.
-    """
+def drop_taps(model: nn.Module) -> dict[str, CalibratedTap]:
+    """Take all codecs away, in place, and return what `set_taps` would put back."""
     found = {}
     for name, hook in taps_of(model).items():
-        if names is None or name in names:
-            module = model.get_submodule(name)
-            state = _state(module, hook)
-            found[name] = CalibratedTap(hook.codec, hook.shape, hook.fingerprint, state.bounds, state.bases)
-            _drop(module)
+        module = model.get_submodule(name)
+        state = _state(module, hook)
+        found[name] = CalibratedTap(hook.codec, hook.shape, hook.fingerprint, state.bounds, state.bases)
+        _drop(module)
     return found
 
 
@@ -238,7 +230,7 @@ def with_taps(spec: ModelSpec, model: nn.Module) -> ModelSpec:
 
 
 def set_quality(model: nn.Module, quality: float | None) -> None:
-    """Scale the steps of every tap that has steps, in place; see `tables.quality_scale`."""
+    """Scale the steps of every tap that has steps, in place; see `steps.quality_scale`."""
     for hook in taps_of(model).values():
         if hook.codec.transforms:
             hook.codec = hook.codec.model_copy(update={"quality": quality})

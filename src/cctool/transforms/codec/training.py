@@ -1,17 +1,27 @@
-"""The codec in training: what it makes of maps, with a gradient, and about how many bits that takes."""
+"""The codec in training: what it makes of maps, with a gradient, and about how many bits that takes.
+
+The symbol of a coefficient z, in units of its step, is round(z). The sparse exponential-Golomb code of
+order 1 writes a signed symbol s in 1 + 2 ceil(log2(1 + |s|)) bits: 1 for 0, 3 for +-1, 5 for +-2 and +-3.
+Training has a differentiable stand-in without either rounding:
+
+    bits(z) = 1 + 2 log2(1 + |z|)
+
+It meets the code at |z| = 0, 1, 3, 7 and so on. Near 0 it is an L1 norm, the term by which Georgiadis (CVPR
+2019, arXiv 1812.04056) makes maps sparse before they are coded; large coefficients are pulled less.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cctool.transforms.codec.codec import CodecState, encoding, mix_channels, reconstruct
-from cctool.transforms.codec.rate import soft_bits, soft_bits_slope
+from cctool.transforms.codec.codec import CodecState, encoded_maps, mix_channels, reconstruct
 
-__all__ = ["by_coefficients", "simulate", "simulate_rated"]
+__all__ = ["by_coefficients", "simulate", "simulate_rated", "soft_bits", "soft_bits_slope"]
 
 
 def simulate(x: Tensor, state: CodecState) -> Tensor:
@@ -34,7 +44,7 @@ def simulate_rated(x: Tensor, state: CodecState) -> tuple[Tensor, Tensor]:
     """`simulate`, and about how many bits the symbols take, with its own gradient.
 
     Returns:
-        The maps, and a float32 of no dims: the sum of `rate.soft_bits` over all coefficients before they are
+        The maps, and a float32 of no dims: the sum of `soft_bits` over all coefficients before they are
         rounded. The rounding to integers before the transform counts as none; where one clamps, the gradient
         is zero.
     """
@@ -47,7 +57,7 @@ class _Simulate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, state: CodecState, rated: bool) -> tuple[Tensor, Tensor]:
         # Where symbols are as wide as need be, none is clamped.
         narrow = state.config.symbol_bits is not None
-        made = encoding(x, state, look=True, look_inside=narrow)
+        made = encoded_maps(x, state, look=True, look_inside=narrow)
         ctx.state, ctx.size, ctx.narrow = state, made.symbols.shape[2:], narrow and state.config.transforms
         ctx.bands = [band.shape for band in made.symbols.bands]
         slopes = []
@@ -143,3 +153,17 @@ def _adjoint(
     with torch.enable_grad():
         points = [gradients[0].new_zeros(shape, requires_grad=True) for shape in shapes]
         return torch.autograd.grad(linear(*points), points, gradients)
+
+
+def soft_bits(z: Tensor) -> Tensor:
+    """Bits of coefficients in units of their steps; any shape, at least 1 each.
+
+    >>> soft_bits(torch.tensor([0.0, -1.0, 3.0])).tolist()
+    [1.0, 3.0, 5.0]
+    """
+    return 1 + 2 / math.log(2) * torch.log1p(z.abs())
+
+
+def soft_bits_slope(z: Tensor) -> Tensor:
+    """Derivative of `soft_bits`: 2 sign(z) / (ln 2 (1 + |z|)), 0 at 0."""
+    return torch.sign(z) * (2 / math.log(2)) / (1 + z.abs())

@@ -27,15 +27,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-__all__ = [
-    "WAVELETS",
-    "FilterBank",
-    "analyze",
-    "band_sizes",
-    "filter_bank",
-    "synthesize",
-    "wavelet_matrix",
-]
+__all__ = ["WAVELETS", "FilterBank", "analyze", "band_sizes", "filter_bank", "synthesize", "wavelet_matrix"]
 
 WAVELETS: tuple[str, ...] = tuple(name for name in pywt.wavelist(kind="discrete") if name != "dmey")
 """Names of the wavelets. dmey is left out: its filters are cut off, and their inverse is off by 0.2 %."""
@@ -63,10 +55,7 @@ class FilterBank:
 def filter_bank(name: str) -> FilterBank:
     """The filters of one of `WAVELETS`."""
     wavelet = pywt.Wavelet(name)
-    return FilterBank(
-        np.array([wavelet.dec_lo, wavelet.dec_hi]),
-        np.array([wavelet.rec_lo, wavelet.rec_hi]),
-    )
+    return FilterBank(np.array([wavelet.dec_lo, wavelet.dec_hi]), np.array([wavelet.rec_lo, wavelet.rec_hi]))
 
 
 def band_sizes(size: int, levels: int, *, square: bool) -> list[int]:

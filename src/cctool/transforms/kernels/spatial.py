@@ -15,7 +15,7 @@ from cctool.transforms.kernels.blocks import block_forward, block_inverse
 from cctool.transforms.kernels.matmul import along, full_precision
 from cctool.transforms.kernels.wavelets import Pyramid, wavedec2, waverec2
 
-__all__ = ["Blocks", "CalibratedBlocks", "Plain", "Spatial", "Wavelet", "block_sizes"]
+__all__ = ["Blocks", "CalibratedBlocks", "NoTransform", "Spatial", "Wavelet", "block_sizes"]
 
 
 class Spatial(Protocol):
@@ -36,7 +36,7 @@ class Spatial(Protocol):
 
 
 @dataclass(frozen=True)
-class Plain:
+class NoTransform:
     """No transform: one band, the map itself."""
 
     orthonormal = True

@@ -10,14 +10,32 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
-from cctool.checkpoint.spec import Edit, ModelSpec
+from cctool.base.cache import Cache
+from cctool.checkpoint.edits.mask import drop_masks, mask_name, masks_of
+from cctool.checkpoint.edits.thin import Cut
+from cctool.checkpoint.spec import Edit, ModelSpec, Record
+from cctool.graph.execution import hidden
 
-__all__ = ["Swap", "SwapKind", "SwappedLayer", "swapped_layers", "with_swaps"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = [
+    "ComputedLayer",
+    "Swap",
+    "SwapKind",
+    "SwappedLayer",
+    "WeightCache",
+    "remade",
+    "swapped_layers",
+    "with_swaps",
+]
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
 
 
 class Swap(Edit):
@@ -33,14 +51,24 @@ class Swap(Edit):
     arguments: dict[str, JsonValue] = Field(default={})
 
 
-class Cut(Protocol):
-    """Indices of one dim that stay, ascending, of ``size`` that there were."""
+class WeightCache(Cache[Tensor]):
+    """Holds a computed weight.
 
-    @property
-    def dim(self) -> int: ...
+    Args:
+        keeps: whether a weight is kept at all; whoever follows where tensors come from must see it made.
+    """
 
-    @property
-    def keep(self) -> Tensor: ...
+    def __init__(self, *, keeps: bool = True) -> None:
+        self._keeps = keeps
+        super().__init__()
+
+    def get(self, compute: Callable[[], Tensor], sources: Sequence[Tensor]) -> Tensor:
+        """See `Cache`; making a weight is hidden from whoever watches the network's calls."""
+        if not self._keeps:
+            return compute()
+        # How a weight is made is no business of whoever counts or quantizes the layer's own calls.
+        with hidden():
+            return super().get(compute, sources)
 
 
 class SwappedLayer(nn.Module):
@@ -78,6 +106,71 @@ class SwappedLayer(nn.Module):
         """
 
 
+class ComputedLayer(SwappedLayer):
+    """A linear layer or convolution whose weight is computed from parameters of its own, and kept.
+
+    Attributes:
+        ordinary: the class whose place it takes.
+        kind: its name in the table of swaps.
+        arguments: those of the edit.
+        cache: holds the weight.
+    """
+
+    ordinary: type[nn.Module]
+    kind: str
+    arguments: Record
+    cache: WeightCache
+
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The weight that the ordinary layer would hold."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and forget the weight that was computed last."""
+        self.cache.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self.cache.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def swap(self, module: str) -> Swap:
+        """See `SwappedLayer`."""
+        return Swap(module=module, layer=self.kind, arguments=self.arguments.model_dump(mode="json"))
+
+    def made_ordinary(self, parameters: Sequence[str], buffers: Sequence[str]) -> nn.Module:
+        """The ordinary layer with the present weight as its parameter, trained as the first of these are.
+
+        Args:
+            parameters: names of what the weight is made of, which go with their masks.
+            buffers: names of further tensors that go.
+        """
+        layer, trained = remade(self, self.ordinary), self.get_parameter(parameters[0]).requires_grad
+        held = vars(layer)
+        del held["arguments"], held["cache"]
+        for name in parameters:
+            if name in masks_of(layer):
+                drop_masks(layer, [name])
+            del layer._parameters[name]
+        for name in buffers:
+            layer._buffers.pop(name, None)
+        weight = nn.Parameter(self.weight.detach().clone(), requires_grad=trained)
+        # In the order of the ordinary layer, whose state dict begins with the weight.
+        layer._parameters = {"weight": weight, **layer._parameters}
+        return layer
+
+    def keep_rows(self, name: str, keep: Tensor, dim: int = 0) -> None:
+        """Keep some indices of one dim of a parameter and of its mask."""
+        parameter = self.get_parameter(name)
+        kept = parameter.detach().index_select(dim, keep.to(parameter.device))
+        self._parameters[name] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+        mask = self._buffers.get(mask_name(name))
+        if mask is not None:
+            self._buffers[mask_name(name)] = mask.index_select(dim, keep.to(mask.device))
+
+
 @dataclass(frozen=True)
 class SwapKind:
     """One kind of swapped layer.
@@ -110,3 +203,16 @@ def with_swaps(spec: ModelSpec, model: nn.Module) -> ModelSpec:
     )
     edits = tuple(layer.swap(name) for name, layer in layers.items())
     return spec.model_copy(update={"edits": others}).with_edits(edits)
+
+
+def remade(layer: nn.Module, kind: type[_Kind]) -> _Kind:
+    """A module of another class with all that a layer holds: hooks, buffers, marks of masks."""
+    made = kind.__new__(kind)
+    held = dict(vars(layer))
+    containers = {
+        key: value.copy()
+        for key, value in held.items()
+        if key.startswith("_") and isinstance(value, (dict, set))
+    }
+    vars(made).update(held | containers)
+    return made

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cctool.base.errors import CorruptCheckpointError, SpecError
 from cctool.transforms.layers.axes import KLT, TransformedAxis, count
+from cctool.transforms.layers.base import WeightCache, remade
 from cctool.transforms.layers.coefficients import (
     PARAMETER,
     CoefficientConv2d,
@@ -18,11 +19,9 @@ from cctool.transforms.layers.coefficients import (
     CoefficientLinear,
     Coefficients,
     basis_name,
-    remade,
     rows_name,
 )
 from cctool.transforms.layers.klt import klt_bases
-from cctool.transforms.layers.weight_cache import WeightCache
 
 __all__ = ["build_coefficients", "check_coefficients", "coefficient_layer"]
 

@@ -9,8 +9,8 @@ asks; their ``weight`` is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cctool.base.errors import TransformError, UsageError
-from cctool.checkpoint.edits.mask import drop_masks, mask_name, masks_of
+from cctool.checkpoint.edits.mask import mask_name
+from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.spec import Record
 from cctool.transforms.kernels import by_name as kernels
 from cctool.transforms.layers.axes import (
@@ -30,12 +31,11 @@ from cctool.transforms.layers.axes import (
     narrowed,
     synthesised,
 )
-from cctool.transforms.layers.base import Cut, Swap, SwappedLayer
+from cctool.transforms.layers.base import ComputedLayer, WeightCache, remade
 from cctool.transforms.layers.factored import Beside, factored, projected, projection_pays
-from cctool.transforms.layers.weight_cache import WeightCache
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 __all__ = [
     "COEFFICIENT",
@@ -80,7 +80,7 @@ class Coefficients(Record):
         return self
 
 
-class CoefficientLayer(SwappedLayer):
+class CoefficientLayer(ComputedLayer):
     """What both kinds of layer share.
 
     Attributes:
@@ -92,11 +92,10 @@ class CoefficientLayer(SwappedLayer):
     that are left after channels were cut, int32.
     """
 
-    ordinary: type[nn.Module]
+    kind = COEFFICIENT
     coefficients: nn.Parameter
     bias: nn.Parameter | None
     arguments: Coefficients
-    cache: WeightCache
 
     @property
     def weight(self) -> Tensor:
@@ -140,16 +139,6 @@ class CoefficientLayer(SwappedLayer):
         if mask is not None:
             self.coefficients.masked_fill_(mask.logical_not(), 0)
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode, and forget the weight that was computed last."""
-        self.cache.clear()
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        self.cache.clear()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
     def reset_parameters(self) -> None:
         """Initialise as the ordinary layer does."""
         if any(axis.rows for axis in self.arguments.axes):
@@ -180,25 +169,10 @@ class CoefficientLayer(SwappedLayer):
         self.arguments = Coefficients(axes=tuple(axes))
         self.cache.clear()
 
-    def swap(self, module: str) -> Swap:
-        """The edit that makes this layer out of the architecture's."""
-        return Swap(module=module, layer=COEFFICIENT, arguments=self.arguments.model_dump(mode="json"))
-
     def plain(self) -> nn.Module:
         """The ordinary layer with the present weight as its parameter; the bias is shared."""
-        layer = remade(self, self.ordinary)
-        held = vars(layer)
-        del held["arguments"], held["cache"]
-        if PARAMETER in masks_of(layer):
-            drop_masks(layer, [PARAMETER])
-        del layer._parameters[PARAMETER]
-        for axis in self.arguments.axes:
-            for name in (basis_name(axis), rows_name(axis)):
-                layer._buffers.pop(name, None)
-        weight = nn.Parameter(self.weight.detach().clone(), requires_grad=self.coefficients.requires_grad)
-        # In the order of the ordinary layer, whose state dict begins with the weight.
-        layer._parameters = {"weight": weight, **layer._parameters}
-        return layer
+        names = [name for axis in self.arguments.axes for name in (basis_name(axis), rows_name(axis))]
+        return self.made_ordinary([PARAMETER], names)
 
     def taken(self, cuts: Mapping[str, Sequence[Cut]]) -> CoefficientLayer:
         """What is left once channels are cut.
@@ -211,12 +185,7 @@ class CoefficientLayer(SwappedLayer):
         for cut in cuts.get("weight", ()):
             layer._take(cut)
         for cut in cuts.get("bias", ()):
-            assert layer.bias is not None
-            kept = layer.bias.detach().index_select(cut.dim, cut.keep.to(layer.bias.device))
-            layer.bias = nn.Parameter(kept, requires_grad=layer.bias.requires_grad)
-            mask = layer._buffers.get(mask_name("bias"))
-            if mask is not None:
-                layer._buffers[mask_name("bias")] = mask.index_select(cut.dim, cut.keep.to(mask.device))
+            layer.keep_rows("bias", cut.keep)
         layer._fit_attributes(cuts.get("weight", ()))
         return layer
 
@@ -224,11 +193,7 @@ class CoefficientLayer(SwappedLayer):
         axis = next((axis for axis in self.arguments.axes if axis.dim == cut.dim), None)
         keep = cut.keep.to(self.coefficients.device)
         if axis is None:
-            kept = self.coefficients.detach().index_select(cut.dim, keep)
-            self.coefficients = nn.Parameter(kept, requires_grad=self.coefficients.requires_grad)
-            mask = self._buffers.get(mask_name(PARAMETER))
-            if mask is not None:
-                self._buffers[mask_name(PARAMETER)] = mask.index_select(cut.dim, keep.to(mask.device))
+            self.keep_rows(PARAMETER, keep, cut.dim)
             return
         basis, rows = self._beside(axis)
         if basis is not None and axis.block is None:
@@ -299,9 +264,6 @@ class CoefficientConv2d(CoefficientLayer, nn.Conv2d):  # type: ignore[misc,overr
         self.in_channels = width * self.groups
 
 
-_Kind = TypeVar("_Kind", bound=nn.Module)
-
-
 def basis_name(axis: TransformedAxis) -> str:
     """Name of the buffer that holds the basis of a KLT."""
     return f"basis_{axis.dim}"
@@ -310,16 +272,3 @@ def basis_name(axis: TransformedAxis) -> str:
 def rows_name(axis: TransformedAxis) -> str:
     """Name of the buffer that says which places of an axis are left."""
     return f"rows_{axis.dim}"
-
-
-def remade(layer: nn.Module, kind: type[_Kind]) -> _Kind:
-    """A module of another class with all that a layer holds: hooks, buffers, marks of masks."""
-    made = kind.__new__(kind)
-    held = dict(vars(layer))
-    containers = {
-        key: value.copy()
-        for key, value in held.items()
-        if key.startswith("_") and isinstance(value, (dict, set))
-    }
-    vars(made).update(held | containers)
-    return made

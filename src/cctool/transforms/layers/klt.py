@@ -84,7 +84,7 @@ class KltChoice:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _KltLayer:
     sizes: Tensor
     axes: tuple[TransformedAxis, ...]
 
@@ -111,7 +111,7 @@ def klt_choice(
     Returns:
         By layer. One coefficient of each stays, whatever it costs.
     """
-    found = {name: _Layer(sizes, axes) for name, (sizes, axes) in layers.items()}
+    found = {name: _KltLayer(sizes, axes) for name, (sizes, axes) in layers.items()}
     flat = torch.cat([layer.sizes.flatten() for layer in found.values()])
     starts, start = {}, 0
     for name, layer in found.items():
@@ -133,7 +133,7 @@ def klt_choice(
     }
 
 
-def _increments(layer: _Layer, order: Tensor, box: bool) -> Tensor:
+def _increments(layer: _KltLayer, order: Tensor, box: bool) -> Tensor:
     """What each coefficient adds to the numbers that are stored, taken in an order."""
     columns = [index[order].cummax(0).values.double() + 1 for index in layer.indices()]
     total = sum((c * axis.size for c, axis in zip(columns, layer.axes, strict=True)), torch.zeros(()))
@@ -146,11 +146,11 @@ def _increments(layer: _Layer, order: Tensor, box: bool) -> Tensor:
     return torch.diff(total, prepend=total.new_zeros(1))
 
 
-def _choice(layer: _Layer, mask: Tensor, box: bool) -> KltChoice:
+def _choice(layer: _KltLayer, mask: Tensor, box: bool) -> KltChoice:
     kept = tuple(int(index[mask].max()) + 1 for index in layer.indices())
     return KltChoice(kept, None if box else mask.view(layer.sizes.shape))
 
 
 def used(mask: Tensor, axes: tuple[TransformedAxis, ...]) -> tuple[int, ...]:
     """For each axis how many columns of the basis a mask's coefficients use."""
-    return _choice(_Layer(mask, axes), mask.flatten(), False).kept
+    return _choice(_KltLayer(mask, axes), mask.flatten(), False).kept

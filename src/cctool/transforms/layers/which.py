@@ -18,7 +18,7 @@ from cctool.transforms.kernels import by_name as kernels
 from cctool.transforms.layers.axes import TransformedAxis
 from cctool.transforms.layers.base import SwappedLayer
 
-__all__ = ["Selected", "SkippedLayer", "select_layers", "transformed_axes"]
+__all__ = ["SelectedLayer", "SkippedLayer", "select_layers", "transformed_axes"]
 
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "linear": (nn.Linear,),
@@ -30,7 +30,7 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
 
 
 @dataclass(frozen=True)
-class Selected:
+class SelectedLayer:
     """A layer to transform.
 
     Attributes:
@@ -52,7 +52,9 @@ class SkippedLayer:
     reason: str
 
 
-def select_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[list[Selected], list[SkippedLayer]]:
+def select_layers(
+    model: nn.Module, patterns: Sequence[str]
+) -> tuple[list[SelectedLayer], list[SkippedLayer]]:
     """Choose linear layers and convolutions.
 
     Args:
@@ -87,7 +89,7 @@ def select_layers(model: nn.Module, patterns: Sequence[str]) -> tuple[list[Selec
         if reason or not isinstance(plain, (nn.Linear, nn.Conv2d)):
             skipped.append(SkippedLayer(known[0], reason))
         else:
-            selected.append(Selected(tuple(known), layer, plain))
+            selected.append(SelectedLayer(tuple(known), layer, plain))
     return selected, skipped
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from cctool.base.errors import CorruptCheckpointError
 from cctool.options.train.fit import FitOptions
-from cctool.training.loop.averaging import WeightAverage, average_in
+from cctool.training.averaging import WeightAverage, average_in
 from cctool.training.loop.fit import fit
 from cctool.training.resume.progress import EpochRow
 from training_toys import network

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.cluster.vq import kmeans2
 
 from cctool.base.errors import QuantizationError
-from cctool.quantization.encodings.clustering import INITIALISATIONS, initial_centres, kmeans, nearest
+from cctool.quantization.encodings.codebook_fit import INITIALISATIONS, initial_centres, kmeans, nearest
 
 
 def squared_error(values: np.ndarray, centres: np.ndarray) -> float:

@@ -1,0 +1,185 @@
+"""What every package asks of a network: its device, names, modes, copies, and what is attached to it.
+
+Companions are modules and hooks that work in a network without being part of it, such as quantizers. They
+carry a mark, so that whoever must see the network alone (coupling channels, counting, fingerprints of
+weights) sets them aside without knowing what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = [
+    "MARK",
+    "companion_parameters",
+    "companion_tensors",
+    "copied",
+    "device_of",
+    "drop_companions",
+    "float_type_of",
+    "has_companions",
+    "in_eval_mode",
+    "in_mode",
+    "qualified",
+    "removing",
+    "some",
+]
+
+MARK = "is_companion"
+"""Attribute that is true of a companion's module or hook."""
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of a network's first parameter; the CPU where it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def float_type_of(model: nn.Module) -> torch.dtype:
+    """Type of a network's first floating-point parameter; float32 where it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def qualified(module: str, name: str) -> str:
+    """Name in a network of a tensor or module within one of its modules, "" being the network itself.
+
+    >>> qualified("layer1.0", "weight"), qualified("", "weight")
+    ('layer1.0.weight', 'weight')
+    """
+    return f"{module}.{name}" if module else name
+
+
+def some(names: Sequence[str]) -> str:
+    """Three of the names, and how many more there are.
+
+    >>> some(["a", "b"]), some(["a", "b", "c", "d", "e"])
+    ('a, b', 'a, b, c and 2 more')
+    """
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Take hooks off again at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch every module to eval mode, and back to the mode it had."""
+    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        # Modules that keep what they computed drop it in `train`.
+        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Set a mode, without gradients; flags, buffers and the random state are put back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    random_state = torch.get_rng_state()
+    # some networks count or remember in evaluation mode, too
+    buffers = [(buffer, buffer.clone(), _version(buffer)) for buffer in model.buffers()]
+    tables = [
+        (m._buffers, dict(m._buffers)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)
+    ]
+    try:
+        for module, _ in flags:
+            module.training = training
+        with torch.no_grad():
+            yield
+    finally:
+        for table, earlier in tables:
+            table.update(earlier)
+        with torch.no_grad():
+            for buffer, before, version in buffers:
+                # A backward pass that still needs one would refuse it even where its values stay.
+                # Batch norm writes to its statistics without being counted.
+                if training or _version(buffer) != version or version < 0:
+                    buffer.copy_(before)
+        for module, training in flags:
+            module.training = training
+        torch.set_rng_state(random_state)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; -1 where nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def copied(model: nn.Module, memo: Mapping[int, object] | None = None) -> nn.Module:
+    """A deep copy that shares the attributes of modules which cannot be copied (locks, open files).
+
+    Args:
+        model: any module.
+        memo: what takes the place of objects in the copy, by `id`.
+    """
+    known = dict(memo or {})
+    try:
+        return deepcopy(model, dict(known))
+    except Exception:  # attributes of the user's modules may refuse a copy in any way
+        return deepcopy(model, known | _refusing(model, known))
+
+
+def _refusing(model: nn.Module, memo: Mapping[int, object]) -> dict[int, object]:
+    shared: dict[int, object] = {}
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if key not in ("_parameters", "_buffers", "_modules"):
+                try:
+                    deepcopy(value, dict(memo))
+                except Exception:  # see above
+                    shared[id(value)] = value
+    return shared
+
+
+def has_companions(model: nn.Module) -> bool:
+    """Whether modules with the mark stand in a network."""
+    return any(getattr(child, MARK, False) for child in model._modules.values() if child is not None)
+
+
+def drop_companions(model: nn.Module) -> None:
+    """Take a network's companions away, in place."""
+    for key, child in list(model._modules.items()):
+        if getattr(child, MARK, False):
+            del model._modules[key]
+    for number in [n for n, hook in model._forward_pre_hooks.items() if getattr(hook, MARK, False)]:
+        del model._forward_pre_hooks[number]
+    for number in [n for n, hook in model._forward_hooks.items() if getattr(hook, MARK, False)]:
+        del model._forward_hooks[number]
+        model._forward_hooks_always_called.pop(number, None)
+
+
+def companion_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of companions, as learnt steps of quantizers."""
+    return [
+        parameter
+        for child in model._modules.values()
+        if child is not None and getattr(child, MARK, False)
+        for parameter in child.parameters()
+    ]
+
+
+def companion_tensors(model: nn.Module) -> set[str]:
+    """Names in the state dict of tensors that belong to companions."""
+    return {
+        f"{key}.{name}"
+        for key, child in model._modules.items()
+        if child is not None and getattr(child, MARK, False)
+        for name in child.state_dict()
+    }
