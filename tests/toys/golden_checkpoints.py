@@ -17,7 +17,7 @@ from cctool.checkpoint.checkpoint import Checkpoint, save
 from cctool.checkpoint.edits.mask import add_masks, with_masks
 from cctool.checkpoint.file.payload import ResumeState
 from cctool.checkpoint.fingerprint import fingerprint_of
-from cctool.operations.keep.quantized_weights import settled
+from cctool.operations.keep.encode import settled
 from cctool.operations.quantize.plan import attach_plan, plan
 from cctool.options.common import DataOptions
 from cctool.options.quantize.options import QuantizeMethod, QuantizeOptions

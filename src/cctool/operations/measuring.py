@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Preprocessing
 from cctool.data.records import DataSource
@@ -11,7 +13,7 @@ from cctool.options.common import DataOptions
 from cctool.training.evaluate import evaluate
 from cctool.training.loop.feed import Feed
 
-__all__ = ["feed_of", "measured", "measured_splits", "preprocessing_of", "serve"]
+__all__ = ["feed_of", "measured", "measured_splits", "preprocessing_of", "serve", "with_preprocessing"]
 
 
 def preprocessing_of(
@@ -30,6 +32,14 @@ def preprocessing_of(
         f"std {_short(source.std)}; {options} say better"
     )
     return Preprocessing(mean=source.mean, std=source.std)
+
+
+def with_preprocessing(checkpoint: Checkpoint, source: DataSource, context: Context) -> Checkpoint:
+    """The checkpoint whose spec says how its inputs are normalised: trained so, it needs inputs so."""
+    if checkpoint.spec.preprocessing is not None:
+        return checkpoint
+    update = {"preprocessing": preprocessing_of(checkpoint, source, context)}
+    return replace(checkpoint, spec=checkpoint.spec.model_copy(update=update))
 
 
 def _short(values: tuple[float, ...]) -> str:

@@ -27,7 +27,7 @@ from cctool.checkpoint.checkpoint import SUFFIXES, Checkpoint, save
 from cctool.checkpoint.spec import Size, Step
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import describe
-from cctool.operations.keep.quantized_weights import as_stored
+from cctool.operations.keep import events
 from cctool.operations.opening import fresh, open_checkpoint
 from cctool.operations.registries import tables
 from cctool.operations.size import measure
@@ -94,7 +94,7 @@ def write(
     checkpoint.model.to(context.device)
     for outcome in operation(checkpoint, options, context):
         outcome.checkpoint.model.to("cpu")
-        outcome = replace(outcome, checkpoint=as_stored(outcome.checkpoint, context.tables))
+        outcome = replace(outcome, checkpoint=events.stored(outcome.checkpoint, context.tables))
         finished = context.stamp(outcome)
         if not request.allow_nonfinite:
             _refuse_nonfinite(finished, "the result would hold")

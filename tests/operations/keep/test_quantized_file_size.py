@@ -13,7 +13,7 @@ import cctool
 from cctool.checkpoint.checkpoint import Checkpoint, open_file, save
 from cctool.checkpoint.spec import ModelSpec, Step
 from cctool.models import registry
-from cctool.operations.keep.quantized_weights import quantized_weights, settled
+from cctool.operations.keep.encode import quantized_weights, settled
 from cctool.operations.quantize.plan import attach_plan, plan
 from cctool.operations.registries import tables
 from cctool.options.common import DataOptions

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import cctool
 from cctool.base.errors import QuantizationError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint, save
-from cctool.operations.keep.quantized_weights import as_stored
+from cctool.operations.keep.events import stored as as_stored
 from cctool.operations.prune import run as prune
 from cctool.operations.quantize import run as quantize
 from cctool.operations.registries import tables

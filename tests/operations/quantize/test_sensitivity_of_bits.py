@@ -11,7 +11,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.data.registry import open_data
 from cctool.operations.keep.calibrate import calibration_images
-from cctool.operations.keep.quantized_weights import as_stored
+from cctool.operations.keep.events import stored as as_stored
 from cctool.operations.measuring import measured
 from cctool.operations.quantize import run as quantize
 from cctool.operations.quantize.plan import plan

@@ -20,7 +20,7 @@ from cctool.data.serving.batches import Batch
 from cctool.operations.context import Context
 from cctool.operations.data import require_source
 from cctool.operations.inspect.export import refuse_existing
-from cctool.operations.keep.upkeep import warn_of_stale
+from cctool.operations.keep.events import warn_of_stale
 from cctool.operations.measuring import serve
 from cctool.operations.train.one_process import user_loss, user_metric
 from cctool.operations.transform.quality_tables import stream_tables, tap_tables
@@ -84,7 +84,7 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
     source = require_source(options.data, checkpoint, context, "evaluate")
     if checkpoint.spec.classes and source.classes and checkpoint.spec.classes != source.classes:
         context.reporter.warn(f"{source.reference} has other classes than the network was made for")
-    warn_of_stale(checkpoint, context)
+    warn_of_stale(checkpoint, context.reporter)
     split = _split(source, options.split, context)
     has_labels = _has_labels(source.split(split))
     if not has_labels and options.predictions is None and not options.asks_for_taps:

@@ -17,7 +17,7 @@ from cctool.formats.table import FORMATS
 from cctool.operations.context import Context
 from cctool.operations.data import open_source
 from cctool.operations.inspect.export_networks import Converted, bare_checkpoint, converted, quantizer_notes
-from cctool.operations.prune.cut import without_taps
+from cctool.operations.keep import events
 from cctool.options.common import DataOptions
 from cctool.options.inspect.export import DEFAULT_SUFFIXES, ExportFormat, ExportOptions
 from cctool.quantization.network.attach import quantizers_of
@@ -104,9 +104,11 @@ def export(
         _refuse_nonfinite(checkpoint)
     program = kind in _PROGRAMS
     samples = samples_of(checkpoint, data, context) if program else None
+    if program:
+        checkpoint = events.for_programs(checkpoint)
     taps = len(taps_of(checkpoint.model))
     if taps and not (codec and program):
-        checkpoint = without_taps(checkpoint)
+        checkpoint = events.plain_checkpoint(checkpoint, ["tap"])
     made = converted(checkpoint, kind, codec=codec) if program else Converted(None)
     request = ExportRequest(
         checkpoint=checkpoint if program else bare_checkpoint(checkpoint),

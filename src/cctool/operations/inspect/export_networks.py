@@ -12,7 +12,7 @@ from cctool.base.errors import ExportError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.formats.records import named
 from cctool.operations.examples import example
-from cctool.operations.prune.cut import plain_checkpoint
+from cctool.operations.keep.events import plain_checkpoint
 from cctool.options.inspect.export import ExportFormat
 from cctool.quantization.export.integer_weights import IntegerWeight, from_stored
 from cctool.quantization.export.network import export_network, made_weights, rounding_network, with_weights

@@ -20,7 +20,7 @@ from cctool.transforms.codec.codec import CodecConfig
 from cctool.transforms.codec.sites import Site, find_sites
 from cctool.transforms.codec.taps import drop_taps, fingerprint, set_taps, taps_of, with_taps
 
-__all__ = ["calibration_images", "put_taps", "recalibrate_taps"]
+__all__ = ["calibration_images", "put_taps", "recalibrate_taps", "why_no_images"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,13 @@ def calibration_images(
     if not served.samples:
         raise DataError(f"{source.reference} has no training images to calibrate on")
     return _Images(served, count, context), min(count, served.samples)
+
+
+def why_no_images(checkpoint: Checkpoint, source: DataSource | None) -> str:
+    """Why a network cannot be shown training images; "" where it can."""
+    if source is None or "train" not in source.loaders:
+        return "no training images"
+    return "" if checkpoint.spec.preprocessing is not None else "the preprocessing is unknown"
 
 
 def put_taps(

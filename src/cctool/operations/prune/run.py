@@ -20,10 +20,9 @@ from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import open_source, require_source
-from cctool.operations.keep.codebooks import keeping_codebooks
-from cctool.operations.keep.masked_weights import lossy_forms, stored_with_masks
-from cctool.operations.keep.upkeep import recalibrated_parts, trained_parts
-from cctool.operations.measuring import measured_splits, preprocessing_of
+from cctool.operations.keep import events
+from cctool.operations.keep.follower import Followed
+from cctool.operations.measuring import measured_splits, with_preprocessing
 from cctool.operations.pipeline import labelled
 from cctool.operations.prune.costs import Costs, Scales
 from cctool.operations.prune.from_scratch import reinitialised
@@ -34,7 +33,7 @@ from cctool.operations.prune.sparse_training import sparsified
 from cctool.operations.prune.step import Changed, Changer
 from cctool.operations.prune.width_pictures import picture_path, write_picture
 from cctool.operations.train.batch_norm import recalibrated, refuse_unknown_preprocessing
-from cctool.operations.train.finetune import encoded_again, finetune
+from cctool.operations.train.finetune import finetune
 from cctool.operations.train.resume import never_trained
 from cctool.operations.train.teacher import distillation
 from cctool.options.prune.options import Images, PruneOptions, StepMode
@@ -158,11 +157,8 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
         current = _reset(changed, work)
         with bypassed(current.model):
             images = _recalibrate(current, changed, work)
-        current, of_taps = recalibrated_parts(current, work.source, options.data, context)
-        current = stored_with_masks(_finetuned(current, work))
-        if options.finetune_epochs and work.source is not None:
-            current, grown = trained_parts(current, work.source, options.data, context)
-            of_taps += grown
+        current, of_change = events.changed(current, work.source, options.data, context)
+        current, of_training = _finetuned(current, work)
         after = measured_splits(current, work.source, options.data, context)
         _warn_of_collapse(current, after, images, work)
         report = replace(
@@ -181,7 +177,8 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
             notes=(
                 *([f"step {step} of {options.steps}"] if options.steps > 1 else []),
                 *changed.notes,
-                *of_taps,
+                *of_change,
+                *of_training,
             ),
             others=work.others,
         )
@@ -283,11 +280,11 @@ def _recalibrate(checkpoint: Checkpoint, changed: Changed, work: _Run) -> int:
     return used
 
 
-def _finetuned(checkpoint: Checkpoint, work: _Run) -> Checkpoint:
+def _finetuned(checkpoint: Checkpoint, work: _Run) -> Followed:
     options, context, source = work.options, work.context, work.source
     if not options.finetune_epochs or source is None:
-        return checkpoint
-    rounded = replace(checkpoint, stored=lossy_forms(checkpoint))
+        return Followed(checkpoint)
+    forms = events.forms_of(checkpoint) if options.keep_storage else {}
     untrained = work.earlier is not None and never_trained(work.earlier.history)
     trained = finetune(
         checkpoint,
@@ -296,16 +293,11 @@ def _finetuned(checkpoint: Checkpoint, work: _Run) -> Checkpoint:
         options.data,
         context,
         objective=work.objective,
-        constraints=keeping_codebooks(rounded) if options.keep_storage else (),
         fresh=options.from_scratch or untrained,
+        forms=forms,
     )
-    if options.keep_storage:
-        trained = encoded_again(trained, checkpoint, context)
-    if trained.spec.preprocessing is None:
-        # Trained so, it needs inputs so.
-        preprocessing = preprocessing_of(trained, source, context)
-        trained = replace(trained, spec=trained.spec.model_copy(update={"preprocessing": preprocessing}))
-    return trained
+    trained = with_preprocessing(trained, source, context)
+    return events.trained(trained, source, options.data, context, forms)
 
 
 def _warn_of_collapse(checkpoint: Checkpoint, after: tuple[Metrics, ...], images: int, work: _Run) -> None:

@@ -21,8 +21,9 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.graph.execution import tensors_in
 from cctool.operations.context import Context
+from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
-from cctool.operations.keep.quantized_weights import as_stored, quantized_weights
+from cctool.operations.keep.encode import quantized_weights
 from cctool.operations.measuring import measured
 from cctool.operations.quantize.allocate_bits import Assignment, Choice, cheapest, fewest_bytes
 from cctool.operations.quantize.plan import Plan, fixed_bits, plan
@@ -141,7 +142,7 @@ def _sizes(
     for bits in tried:
         trial = replace(product, model=copied(product.model).cpu())
         trial = attached(trial, plan(trial, options, dict.fromkeys(names, bits)))
-        trial = as_stored(trial, context.tables)
+        trial = events.stored(trial, context.tables)
         dense = dict(trial.model.named_parameters(remove_duplicate=False))
         for name in names:
             form = trial.stored.get(name)

@@ -20,8 +20,8 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.file.payload import place
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import open_source
-from cctool.operations.keep.masked_weights import encode_under_mask, masks_by_place, stored_with_masks
-from cctool.operations.keep.upkeep import recalibrated_parts
+from cctool.operations.keep import events
+from cctool.operations.keep.encode import encode_under_mask, masks_by_place
 from cctool.operations.measuring import measured_splits
 from cctool.operations.quantize.report import QuantizeReport, TensorReport, counted, errors_between
 from cctool.operations.quantize.storage_methods import METHODS
@@ -51,9 +51,9 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     # Optimizer state belongs to the values before.
     product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
     product, reports = encode_selected(product, checkpoint, selected, options, context)
-    product, of_taps = recalibrated_parts(product, source, options.data, context)
+    product, followed = events.changed(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
-    notes = (*_storage_notes(checkpoint, product, reports), *counted(skipped), *of_taps)
+    notes = (*_storage_notes(checkpoint, product, reports), *counted(skipped), *followed)
     report = QuantizeReport(
         method=str(options.method),
         tensors=tuple(reports),
@@ -94,7 +94,7 @@ def encode_selected(
         )
         stored |= dict.fromkeys(item.names, encoded)
         reports.append(found)
-    product = stored_with_masks(replace(product, stored=stored))
+    product = replace(product, stored=stored)
     _decode_into(product, [item.names[0] for item in selected], context)
     return product, reports
 

@@ -14,22 +14,22 @@ from torch import nn
 from cctool.base.copies import copied
 from cctool.base.errors import QuantizationError
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.spec import Parent
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import require_source
+from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
-from cctool.operations.keep.codebooks import keeping_codebooks
-from cctool.operations.keep.quantized_weights import as_stored, settled
-from cctool.operations.keep.upkeep import recalibrated_parts, trained_parts
-from cctool.operations.measuring import measured_splits, preprocessing_of
+from cctool.operations.keep.encode import settled
+from cctool.operations.measuring import measured_splits, with_preprocessing
 from cctool.operations.quantize.calibrated import tensor_reports
 from cctool.operations.quantize.plan import Plan, plan
 from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing, reported
 from cctool.operations.quantize.report import QuantizeReport, counted
 from cctool.operations.quantize.stored import encode_selected
 from cctool.operations.size import stored_bytes
-from cctool.operations.train.finetune import encoded_again, finetune
+from cctool.operations.train.finetune import finetune
 from cctool.operations.train.teacher import distillation
 from cctool.options.quantize.choices import QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
@@ -62,7 +62,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     report = replace(
         report,
         bytes_before=stored_bytes(checkpoint),
-        bytes_after=stored_bytes(as_stored(product, context.tables)),
+        bytes_after=stored_bytes(product),
         metrics_before=before,
         metrics_after=after,
     )
@@ -93,15 +93,17 @@ def _quantizers(
     floats = {layer.weight: parameters[layer.weight].detach().cpu().clone() for layer in planned.layers}
     product, used = _attached(product, planned, options, source, context)
     if options.epochs:
-        product = _trained(product, options, source, objective, _constraints(product.model, options), context)
-        product, more = trained_parts(product, source, options.data, context)
-        notes += more
+        product = _trained(product, options, source, objective, context)
     product = settled(replace(product, resume=None), context.tables)
-    product = trained_parts(product, source, options.data, context)[0]
+    # Of weights alone: masks are stored around what quantizers make of them.
+    tensors = tensor_reports(checkpoint, product, floats)
+    product, followed = events.trained(product, source, options.data, context)
+    # What followers say is of a training.
+    notes += followed if options.epochs else ()
     report = _report(options, notes, planned)
     return product, replace(
         report,
-        tensors=tensor_reports(checkpoint, product, floats),
+        tensors=tensors,
         activations=reported(product.model, planned),
         left=planned.left,
         calibrated_on=used,
@@ -128,21 +130,24 @@ def _trained(
     options: QuantizeOptions,
     source: DataSource,
     objective: Objective | None,
-    constraints: tuple[Constraint, ...],
     context: Context,
+    forms: Mapping[str, EncodedTensor] | None = None,
 ) -> Checkpoint:
     tuning = options.tuning
     fit = FitOptions(
         epochs=options.epochs, optimizer=tuning.optimizer, lr=tuning.lr, freeze_norm=tuning.freeze_norm
     )
     trained = finetune(
-        product, source, fit, options.data, context, objective=objective, constraints=constraints
+        product,
+        source,
+        fit,
+        options.data,
+        context,
+        objective=objective,
+        constraints=_constraints(product.model, options),
+        forms=forms,
     )
-    if trained.spec.preprocessing is None:
-        # Trained so, it needs inputs so.
-        preprocessing = preprocessing_of(trained, source, context)
-        trained = replace(trained, spec=trained.spec.model_copy(update={"preprocessing": preprocessing}))
-    return trained
+    return with_preprocessing(trained, source, context)
 
 
 def _constraints(model: nn.Module, options: QuantizeOptions) -> tuple[Constraint, ...]:
@@ -172,12 +177,11 @@ def _codebooks(
         raise QuantizationError(f"nothing is left to quantize: {'; '.join(counted(skipped))}")
     product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
     product, tensors = encode_selected(product, checkpoint, selected, options, context)
-    clustered = product
+    forms = events.forms_of(product)
     product.model.to(context.device)
-    trained = _trained(product, options, source, objective, keeping_codebooks(product), context)
-    trained.model.to("cpu")
-    product = encoded_again(trained, clustered, context)
-    product, notes = recalibrated_parts(product, source, options.data, context)
+    product = _trained(product, options, source, objective, context, forms)
+    product.model.to("cpu")
+    product, notes = events.changed(product, source, options.data, context, forms)
     report = _report(options, [*counted(skipped), *notes], None)
     return product, replace(report, tensors=tuple(tensors), skipped=tuple(skipped))
 
