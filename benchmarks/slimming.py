@@ -28,7 +28,7 @@ from cctool.data.records import DataSource
 from cctool.data.registry import open_data
 from cctool.graph.cost import measure
 from cctool.operations.context import Context
-from cctool.operations.measuring import measured
+from cctool.operations.data import measured
 from cctool.operations.opening import open_checkpoint
 from cctool.operations.prune.sparse_training import sparsified
 from cctool.operations.registries import tables

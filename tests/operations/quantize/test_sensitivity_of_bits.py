@@ -10,9 +10,9 @@ from cctool.base.errors import QuantizationError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.data.registry import open_data
+from cctool.operations.data import measured
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.events import stored as as_stored
-from cctool.operations.measuring import measured
 from cctool.operations.quantize import run as quantize
 from cctool.operations.quantize.plan import plan
 from cctool.operations.quantize.prepare import attached

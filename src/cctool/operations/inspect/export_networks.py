@@ -11,7 +11,7 @@ from torch import nn
 from cctool.base.errors import ExportError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.formats.records import named
-from cctool.operations.examples import example
+from cctool.operations.data import example
 from cctool.operations.keep.events import plain_checkpoint
 from cctool.options.inspect.export import ExportFormat
 from cctool.quantization.export.integer_weights import IntegerWeight, from_stored

@@ -12,8 +12,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.data.serving.batches import Batches
 from cctool.operations.context import Context
-from cctool.operations.examples import example
-from cctool.operations.measuring import feed_of
+from cctool.operations.data import example, feed_of
 from cctool.options.common import DataOptions
 from cctool.transforms.codec.calibrate import calibrate, choose_orders
 from cctool.transforms.codec.codec import CodecConfig

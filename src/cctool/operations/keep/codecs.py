@@ -17,7 +17,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.graph.execution import execute
 from cctool.operations.context import Context
-from cctool.operations.examples import example
+from cctool.operations.data import example
 from cctool.operations.keep.calibrate import calibration_images, recalibrate_taps, why_no_images
 from cctool.operations.keep.follower import Change, Cutting, Followed, Follower, sharing_copy
 from cctool.options.common import DataOptions

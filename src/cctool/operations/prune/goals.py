@@ -11,8 +11,8 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
+from cctool.operations.data import measured
 from cctool.operations.keep.events import cut_model
-from cctool.operations.measuring import measured
 from cctool.operations.prune.costs import counter
 from cctool.operations.train.batch_norm import recalibrated
 from cctool.options.prune.options import Images, PruneOptions, StepMode

@@ -15,7 +15,7 @@ from cctool.base.errors import PruningError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import add_masks, drop_masks, masks_of
 from cctool.operations.context import Context
-from cctool.operations.examples import example
+from cctool.operations.data import example
 from cctool.operations.keep import events
 from cctool.options.prune.options import Granularity, PruneOptions
 from cctool.pruning.cut.report import ThinResult

@@ -19,10 +19,9 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import open_source, require_source
+from cctool.operations.data import measured_splits, open_source, require_source, with_preprocessing
 from cctool.operations.keep import events
 from cctool.operations.keep.follower import Followed
-from cctool.operations.measuring import measured_splits, with_preprocessing
 from cctool.operations.pipeline import labelled
 from cctool.operations.prune.costs import Costs, Scales
 from cctool.operations.prune.from_scratch import reinitialised

@@ -11,7 +11,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
-from cctool.operations.examples import example
+from cctool.operations.data import example
 from cctool.operations.keep import events
 from cctool.operations.prune.goals import BudgetReport, TargetReport, within_budget, within_target
 from cctool.operations.prune.images import evidence_for

@@ -21,11 +21,10 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.payload import place
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import open_source
+from cctool.operations.data import measured_splits, open_source
 from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.encode import in_step, names_by_place, quantized_weights, settled
-from cctool.operations.measuring import measured_splits
 from cctool.operations.quantize.plan import Plan, plan
 from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing
 from cctool.operations.quantize.report import (

@@ -21,10 +21,10 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.graph.execution import tensors_in
 from cctool.operations.context import Context
+from cctool.operations.data import measured
 from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.encode import quantized_weights
-from cctool.operations.measuring import measured
 from cctool.operations.quantize.allocate_bits import Assignment, Choice, cheapest, fewest_bytes
 from cctool.operations.quantize.plan import Plan, fixed_bits, plan
 from cctool.operations.quantize.prepare import attached, calibrated, observing

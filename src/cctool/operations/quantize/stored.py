@@ -19,10 +19,9 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.file.payload import place
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import open_source
+from cctool.operations.data import measured_splits, open_source
 from cctool.operations.keep import events
 from cctool.operations.keep.encode import encode_under_mask, masks_by_place
-from cctool.operations.measuring import measured_splits
 from cctool.operations.quantize.report import QuantizeReport, TensorReport, counted, errors_between
 from cctool.operations.quantize.storage_methods import METHODS
 from cctool.operations.size import stored_bytes

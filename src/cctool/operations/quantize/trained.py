@@ -18,11 +18,10 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.spec import Parent
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import require_source
+from cctool.operations.data import measured_splits, require_source, with_preprocessing
 from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.encode import settled
-from cctool.operations.measuring import measured_splits, with_preprocessing
 from cctool.operations.quantize.calibrated import tensor_reports
 from cctool.operations.quantize.plan import Plan, plan
 from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing, reported

@@ -11,9 +11,8 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import open_source, require_source
+from cctool.operations.data import open_source, preprocessing_of, require_source
 from cctool.operations.keep import events
-from cctool.operations.measuring import preprocessing_of
 from cctool.operations.pipeline import recorded
 from cctool.operations.train.one_process import Start, fit_here, metrics_of
 from cctool.operations.train.rate_penalty import refuse_rate_without_taps

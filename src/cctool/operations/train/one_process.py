@@ -15,8 +15,8 @@ from cctool.checkpoint.file.payload import ResumeState
 from cctool.checkpoint.spec import Metrics, Parent, Step
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
+from cctool.operations.data import preprocessing_of
 from cctool.operations.keep import events
-from cctool.operations.measuring import preprocessing_of
 from cctool.operations.pipeline import recorded
 from cctool.operations.train.rate_penalty import rate_penalties
 from cctool.operations.train.resume import flat, forms_to

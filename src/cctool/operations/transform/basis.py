@@ -14,9 +14,8 @@ from cctool.base.errors import TransformError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import open_source
+from cctool.operations.data import measured_splits, open_source
 from cctool.operations.keep import events
-from cctool.operations.measuring import measured_splits
 from cctool.operations.size import stored_bytes
 from cctool.operations.transform.weights_report import counted, layer_bytes
 from cctool.options.transform.options import TransformOptions

@@ -15,10 +15,8 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import require_source
-from cctool.operations.examples import example
+from cctool.operations.data import example, measured, measured_splits, require_source
 from cctool.operations.keep.calibrate import calibration_images, put_taps
-from cctool.operations.measuring import measured, measured_splits
 from cctool.operations.transform.files import refuse_reports, write_reports
 from cctool.operations.transform.quality_search import (
     SearchReport,

@@ -17,8 +17,8 @@ from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.data.serving.batches import Batch
 from cctool.operations.context import Context
+from cctool.operations.data import measured, serve
 from cctool.operations.inspect.export import beside, refuse_existing
-from cctool.operations.measuring import measured, serve
 from cctool.options.common import DataOptions
 from cctool.training.evaluate import in_eval_mode
 from cctool.transforms.codec.figures import NetworkStatistics, TapFigures

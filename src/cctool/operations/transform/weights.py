@@ -15,9 +15,8 @@ from cctool.checkpoint.edits.mask import add_masks, mask_name
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.tables import Tables
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import open_source
+from cctool.operations.data import measured_splits, open_source
 from cctool.operations.keep import events
-from cctool.operations.measuring import measured_splits
 from cctool.operations.size import stored_bytes
 from cctool.operations.transform.weights_report import (
     CodedLayerReport,
