@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from cctool.base.errors import CheckpointError
 from cctool.base.runtime import Reporter
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent, Step
 from cctool.checkpoint.tables import Tables
 from cctool.options.common import ModelOptions, RuntimeOptions
 
-__all__ = ["Context", "Outcome"]
+__all__ = ["Context", "Outcome", "beside", "refuse_existing"]
 
 
 @dataclass(frozen=True)
@@ -70,3 +71,23 @@ class Context:
     output: Path
     force: bool
     stamp: Callable[[Outcome], Checkpoint]
+
+
+def beside(source: Path, suffix: str) -> Path:
+    """Replace the suffix of the input's name, as in `student.pt` -> `student.onnx`."""
+    return source.with_name(f"{source.stem}{suffix}")
+
+
+def refuse_existing(paths: tuple[Path, ...], context: Context) -> None:
+    """Refuse to start work whose result could not be written.
+
+    Raises:
+        CheckpointError: if a path exists and may not be replaced, or its folder does not exist.
+    """
+    for path in paths:
+        if path.exists() and not context.force:
+            raise CheckpointError(f"{path} exists already; --force replaces it")
+        if path.exists() and path.samefile(context.output):
+            raise CheckpointError(f"{path} is the input itself; name another file")
+        if not path.parent.is_dir():
+            raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")

@@ -377,7 +377,7 @@ def test_the_order_of_the_table_is_the_documented_one() -> None:
         ("PackedTensors", "Quantizers"),
         ("Quantizers", "Codecs"),
         ("Codecs", "Ranges"),
-        ("Coefficients", "Codecs"),
+        ("SwappedLayers", "Codecs"),
     ]
     assert all(order.index(one) < order.index(other) for one, other in before)
     assert order[-1] == "Masks"

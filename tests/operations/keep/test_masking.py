@@ -31,9 +31,9 @@ from cctool.operations.prune.masks import emptied_cut, mask_channels, mask_weigh
 from cctool.operations.quantize import run as quantize
 from cctool.operations.registries import tables
 from cctool.operations.size import stored_bytes
-from cctool.operations.train import distill
 from cctool.operations.train import run as train
 from cctool.operations.train.finetune import finetune
+from cctool.operations.train.run import distill
 from cctool.options.common import DataOptions, RuntimeOptions
 from cctool.options.inspect.analyze import AnalyzeOptions
 from cctool.options.inspect.export import ExportFormat, ExportOptions
@@ -160,7 +160,7 @@ def test_resumed_training_and_distilling_keep_masks(tmp_path: Path) -> None:
         assert_masked(found, before)
         assert found.stored.keys() == before.stored.keys()
     options = DistillOptions(teacher=str(tmp_path / "m.pt"), fit=FitOptions(epochs=1), data=DIGITS)
-    assert_masked(load(run("distill", distill.run, source, options), tables()), before)
+    assert_masked(load(run("distill", distill, source, options), tables()), before)
 
 
 @pytest.mark.slow

@@ -17,9 +17,8 @@ from cctool.checkpoint.file.atomic import write_atomically
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import SPLITS, DataSource, Split
 from cctool.data.serving.batches import Batch
-from cctool.operations.context import Context
+from cctool.operations.context import Context, refuse_existing
 from cctool.operations.data import require_source, serve
-from cctool.operations.inspect.export import refuse_existing
 from cctool.operations.keep.events import warn_of_stale
 from cctool.operations.train.one_process import user_loss, user_metric
 from cctool.operations.transform.quality_tables import stream_tables, tap_tables

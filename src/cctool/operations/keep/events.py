@@ -18,13 +18,12 @@ from cctool.checkpoint.tables import EditKind, Tables
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.operations.keep.codecs import Codecs
-from cctool.operations.keep.coefficients import Coefficients
 from cctool.operations.keep.follower import Change, Cutting, Followed, Follower, sharing_copy
+from cctool.operations.keep.layers import SwappedLayers, Widths
 from cctool.operations.keep.masks import Masks
 from cctool.operations.keep.optimizer_state import OptimizerState
 from cctool.operations.keep.packed import PackedTensors
 from cctool.operations.keep.quantizers import Quantizers, Ranges
-from cctool.operations.keep.widths import Widths
 from cctool.options.common import DataOptions
 from cctool.pruning.cut.planner import Planner
 from cctool.pruning.cut.surgery import CutPlan, apply_cut, named_tensors
@@ -54,7 +53,7 @@ FOLLOWERS: tuple[Follower, ...] = (
     OptimizerState(),
     # Weights are stored again before anything is fitted to their values, by codebooks and few bits ...
     PackedTensors(),
-    Coefficients(),
+    SwappedLayers(),
     # ... and by the integers of quantizers: codecs and ranges are calibrated for these values.
     Quantizers(),
     # Codecs before ranges: quantizers of activations see the maps that codecs give.

@@ -34,6 +34,7 @@ from cctool.operations.quantize.report import (
     TensorReport,
     counted,
     errors_between,
+    in_floating_point,
 )
 from cctool.operations.quantize.sensitivity import searched_bits
 from cctool.operations.quantize.stored import encoded_directly
@@ -102,7 +103,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         bytes_after=stored_bytes(product),
         metrics_before=before,
         metrics_after=after,
-        notes=(*notes, *_of_layers(planned), *counted(list(skipped)), *followed),
+        notes=(*notes, *in_floating_point(planned.left), *counted(list(skipped)), *followed),
         activations=activations,
         left=planned.left,
         calibrated_on=images,
@@ -253,10 +254,3 @@ def _weights_alone(
     product = replace(product, spec=with_quantizers(product.spec, product.model))
     left = {f"{item.name}" for item in planned.left}
     return encoded_directly(product, before, options, context, done=taken & parameters, left=left)
-
-
-def _of_layers(planned: Plan) -> list[str]:
-    counts: dict[str, int] = {}
-    for item in planned.left:
-        counts[item.reason] = counts.get(item.reason, 0) + 1
-    return [f"left in floating point: {n} ({reason})" for reason, n in counts.items()]

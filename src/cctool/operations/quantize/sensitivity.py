@@ -25,7 +25,7 @@ from cctool.operations.data import measured
 from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.encode import quantized_weights
-from cctool.operations.quantize.allocate_bits import Assignment, Choice, cheapest, fewest_bytes
+from cctool.operations.quantize.allocate_bits import Assignment, LayerChoice, cheapest, fewest_bytes
 from cctool.operations.quantize.plan import Plan, fixed_bits, plan
 from cctool.operations.quantize.prepare import attached, calibrated, observing
 from cctool.operations.quantize.report import SensitivityReport
@@ -87,7 +87,9 @@ def searched_bits(
     images, used = _images(product, options, source, context)
     damages = _damages(product, options, names, tried, images, context)
     choices = [
-        Choice(name, bits, damages[name, bits], sizes.weights[name, bits]) for name in names for bits in tried
+        LayerChoice(name, bits, damages[name, bits], sizes.weights[name, bits])
+        for name in names
+        for bits in tried
     ]
     notes = [f"damages of {len(names)} layers were measured on {used:,} training images"]
     if options.target is not None:
@@ -218,7 +220,7 @@ def _mean_damage(model: nn.Module, images: Iterable[Tensor], wanted: Iterable[Te
 
 
 def _within_target(
-    choices: Sequence[Choice], sizes: _Sizes, product: Checkpoint, options: QuantizeOptions
+    choices: Sequence[LayerChoice], sizes: _Sizes, product: Checkpoint, options: QuantizeOptions
 ) -> tuple[Assignment, list[str]]:
     target = options.target
     assert target is not None
@@ -233,7 +235,7 @@ def _within_target(
 
 
 def _within_drop(
-    choices: Sequence[Choice],
+    choices: Sequence[LayerChoice],
     product: Checkpoint,
     options: QuantizeOptions,
     source: DataSource,

@@ -25,7 +25,7 @@ from cctool.operations.keep.encode import settled
 from cctool.operations.quantize.calibrated import tensor_reports
 from cctool.operations.quantize.plan import Plan, plan
 from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing, reported
-from cctool.operations.quantize.report import QuantizeReport, counted
+from cctool.operations.quantize.report import QuantizeReport, counted, in_floating_point
 from cctool.operations.quantize.stored import encode_selected
 from cctool.operations.size import stored_bytes
 from cctool.operations.train.finetune import finetune
@@ -186,10 +186,7 @@ def _codebooks(
 
 
 def _report(options: QuantizeOptions, notes: list[str], planned: Plan | None) -> QuantizeReport:
-    counts: dict[str, int] = {}
-    for item in () if planned is None else planned.left:
-        counts[item.reason] = counts.get(item.reason, 0) + 1
-    left = [f"left in floating point: {n} ({reason})" for reason, n in counts.items()]
+    left = () if planned is None else planned.left
     return QuantizeReport(
         method=str(options.method),
         tensors=(),
@@ -198,5 +195,5 @@ def _report(options: QuantizeOptions, notes: list[str], planned: Plan | None) ->
         bytes_after=0,
         metrics_before=(),
         metrics_after=(),
-        notes=(*notes, *left),
+        notes=(*notes, *in_floating_point(left)),
     )

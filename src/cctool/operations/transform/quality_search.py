@@ -16,9 +16,8 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.data.serving.batches import Batch
-from cctool.operations.context import Context
+from cctool.operations.context import Context, beside, refuse_existing
 from cctool.operations.data import measured, serve
-from cctool.operations.inspect.export import beside, refuse_existing
 from cctool.options.common import DataOptions
 from cctool.training.evaluate import in_eval_mode
 from cctool.transforms.codec.figures import NetworkStatistics, TapFigures
@@ -26,9 +25,9 @@ from cctool.transforms.codec.taps import recording, set_quality, taps_of
 
 __all__ = [
     "QUALITIES",
+    "QualityTrial",
     "SearchReport",
     "SweepPoint",
-    "Trial",
     "reach_ratio",
     "refuse_sweep",
     "search_quality",
@@ -45,7 +44,7 @@ _NARROW = 0.05
 
 
 @dataclass(frozen=True)
-class Trial:
+class QualityTrial:
     """One quality that was tried.
 
     Attributes:
@@ -72,10 +71,10 @@ class SearchReport:
     """
 
     asked: float
-    found: Trial
+    found: QualityTrial
     split: str
     n: int
-    trials: tuple[Trial, ...]
+    trials: tuple[QualityTrial, ...]
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,9 @@ class SweepPoint:
     loss: float
 
 
-def search_quality(ratio: float, measure: Callable[[float], Trial]) -> tuple[Trial, tuple[Trial, ...]]:
+def search_quality(
+    ratio: float, measure: Callable[[float], QualityTrial]
+) -> tuple[QualityTrial, tuple[QualityTrial, ...]]:
     """Find the best quality whose ratio is at least ``ratio``.
 
     The ratio falls as the quality rises, so qualities are bisected, until one exceeds the ratio by less than
@@ -171,14 +172,14 @@ def reach_ratio(
 
     open_orders = {name for name, hook in taps_of(model).items() if "k" in hook.codec.calibrated}
 
-    def measure(quality: float) -> Trial:
+    def measure(quality: float) -> QualityTrial:
         set_quality(model, quality)
         statistics = NetworkStatistics(model)
         with recording(model, statistics), in_eval_mode(model):
             for images in _first(serve(checkpoint, source, split, data, context), count):
                 model(images)
         bits, elements = _bits(statistics.figures(), open_orders)
-        return Trial(quality, 8 * elements / bits, bits / elements)
+        return QualityTrial(quality, 8 * elements / bits, bits / elements)
 
     found, trials = search_quality(ratio, measure)
     set_quality(model, found.quality)

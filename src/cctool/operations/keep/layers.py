@@ -1,4 +1,4 @@
-"""Layers of ours in the place of an architecture's: they are cut by themselves, and planned on ordinary ones.
+"""Widths of layers, and layers of ours in the place of an architecture's, which are cut by themselves.
 
 Channels are coupled, scored and compared on the plain network, in which ordinary layers stand for swapped
 ones and no codec is at work. What was planned there is carried out on the network itself: ordinary tensors
@@ -15,6 +15,7 @@ from torch import nn
 from cctool.base.errors import PruningError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import with_masks
+from cctool.checkpoint.edits.thin import THIN, thinned
 from cctool.checkpoint.spec import ModelSpec
 from cctool.operations.keep.follower import Cutting, Followed, Follower, own_cuts
 from cctool.pruning.cut.planner import Planner
@@ -23,10 +24,25 @@ from cctool.transforms.layers.base import SwappedLayer, swapped_layers, with_swa
 from cctool.transforms.plain import plain_model
 from cctool.transforms.swap import SWAP
 
-__all__ = ["Coefficients"]
+__all__ = ["SwappedLayers", "Widths"]
 
 
-class Coefficients(Follower):
+class Widths(Follower):
+    """Final shapes of tensors, and integer attributes of modules."""
+
+    kind = "thin"
+    edit = THIN
+    in_programs = True
+
+    def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
+        """Write them into the spec."""
+        plan = cutting.plan
+        attributes = [(module, name) for module, values in plan.attributes.items() for name in values]
+        spec = thinned(checkpoint.spec, checkpoint.model, plan.tensors, attributes)
+        return Followed(replace(checkpoint, spec=spec))
+
+
+class SwappedLayers(Follower):
     """Swapped layers: coefficients in a transform domain, basis functions, complex numbers."""
 
     kind = "swap"
