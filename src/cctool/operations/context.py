@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent, Step
 from cctool.checkpoint.tables import Tables
 from cctool.options.common import ModelOptions, RuntimeOptions
+
+if TYPE_CHECKING:
+    from cctool.data.records import DataSource
 
 __all__ = ["Context", "Outcome", "beside", "refuse_existing"]
 
@@ -60,6 +63,7 @@ class Context:
         force: whether existing files may be replaced.
         stamp: (checkpoint, outcome) -> checkpoint with the line of history that the pipeline would add;
             for files that are written before the operation ends.
+        opened: the data set that the command line names, opened before there was a network for it.
     """
 
     device: torch.device
@@ -71,6 +75,7 @@ class Context:
     output: Path
     force: bool
     stamp: Callable[[Outcome], Checkpoint]
+    opened: DataSource | None = None
 
 
 def beside(source: Path, suffix: str) -> Path:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cctool.base.errors import DataError, UsageError
+from cctool.base.user_code import looks_like_user_code
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Preprocessing
 from cctool.data.serving.batches import Batches
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
     from cctool.data.records import DataSource
 
 __all__ = [
-    "describe",
+    "described",
     "example",
     "feed_of",
     "measured",
     "measured_splits",
+    "open_first",
     "open_source",
     "preprocessing_of",
     "require_source",
@@ -36,18 +38,13 @@ __all__ = [
 ]
 
 
-def describe(options: DataOptions, model: ModelOptions, named: frozenset[str]) -> DataShape:
-    """Say what a data set wants of a fresh network."""
-    from cctool.data.registry import open_data
+def open_first(options: DataOptions, model: ModelOptions, named: frozenset[str]) -> DataSource:
+    """Open the data set that the command line names, before there is a network for it."""
+    return _open(options, str(options.data), named, model.input_shape)
 
-    source = open_data(
-        str(options.data),
-        val_data=options.val_data,
-        test_data=options.test_data,
-        user_code=named,
-        input_shape=model.input_shape,
-        limit=options.limit,
-    )
+
+def described(source: DataSource) -> DataShape:
+    """Say what a data set wants of a fresh network."""
     return DataShape(source.shape, source.classes, Preprocessing(mean=source.mean, std=source.std))
 
 
@@ -56,8 +53,6 @@ def open_source(options: DataOptions, checkpoint: Checkpoint, context: Context) 
 
     A data set that is only remembered and cannot be opened is a warning; one that was named is an error.
     """
-    from cctool.data.registry import open_data
-
     remembered = options.data is None
     reference = checkpoint.spec.data if remembered else options.data
     if reference is None:
@@ -68,13 +63,8 @@ def open_source(options: DataOptions, checkpoint: Checkpoint, context: Context) 
     if remembered:
         context.reporter.note(f"data: {reference}, the checkpoint's last (--data names another)")
     try:
-        source = open_data(
-            reference,
-            val_data=options.val_data,
-            test_data=options.test_data,
-            user_code=context.user_code,
-            input_shape=checkpoint.spec.input_shape,
-            limit=options.limit,
+        source = _opened_first(options, checkpoint, context) or _open(
+            options, reference, context.user_code, checkpoint.spec.input_shape
         )
     except DataError as error:
         if not remembered:
@@ -86,6 +76,32 @@ def open_source(options: DataOptions, checkpoint: Checkpoint, context: Context) 
     for note in source.notes:
         context.reporter.note(f"data: {note}")
     return source
+
+
+def _open(
+    options: DataOptions, reference: str, named: frozenset[str], input_shape: tuple[int, int, int] | None
+) -> DataSource:
+    from cctool.data.registry import open_data
+
+    return open_data(
+        reference,
+        val_data=options.val_data,
+        test_data=options.test_data,
+        user_code=named,
+        input_shape=input_shape,
+        limit=options.limit,
+    )
+
+
+def _opened_first(options: DataOptions, checkpoint: Checkpoint, context: Context) -> DataSource | None:
+    """What `open_first` has opened, where opening it for the checkpoint would give the same."""
+    found = context.opened
+    if found is None or (found.reference, found.limit) != (options.data, options.limit):
+        return None
+    # Other sets beside it are served in a shape of their own; a user's function may give others each time.
+    if options.val_data or options.test_data or looks_like_user_code(found.reference):
+        return None
+    return found if found.shape == checkpoint.spec.input_shape else None
 
 
 def require_source(options: DataOptions, checkpoint: Checkpoint, context: Context, why: str) -> DataSource:
