@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,10 @@ from cctool.options.common import ModelOptions, RuntimeOptions
 if TYPE_CHECKING:
     from cctool.data.records import DataSource
 
-__all__ = ["Context", "Outcome", "beside", "refuse_existing"]
+__all__ = ["Context", "Outcome", "ShownTables", "beside", "refuse_existing"]
+
+ShownTables = Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]
+"""Title, columns and rows of each table that a command shows of its report."""
 
 
 @dataclass(frozen=True)

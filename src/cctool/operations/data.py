@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from cctool.base.errors import DataError, UsageError
 from cctool.base.user_code import looks_like_user_code
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Preprocessing
-from cctool.data.serving.batches import Batches
+from cctool.data.serving.batches import Batch, Batches
 from cctool.graph.execution import blaming_the_size, in_mode
 from cctool.operations.context import Context
 from cctool.operations.opening import DataShape
@@ -21,12 +22,15 @@ from cctool.training.evaluate import evaluate
 from cctool.training.loop.feed import Feed
 
 if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
     from cctool.data.records import DataSource
 
 __all__ = [
     "described",
     "example",
     "feed_of",
+    "first_images",
     "measured",
     "measured_splits",
     "open_first",
@@ -157,6 +161,7 @@ def feed_of(
     context: Context,
     *,
     preprocessing: Preprocessing | None = None,
+    fabric: Fabric | None = None,
 ) -> Feed:
     """Serve a data set to a checkpoint's network.
 
@@ -166,15 +171,27 @@ def feed_of(
         options: batch size and workers.
         context: device and seed.
         preprocessing: where the caller has asked for it already.
+        fabric: of the processes that share the data; None where there is only this one.
     """
     return Feed(
         source,
         preprocessing or preprocessing_of(checkpoint, source, context),
         batch_size=options.batch_size,
-        device=context.device,
+        device=context.device if fabric is None else fabric.device,
         seed=context.runtime.seed,
         workers=options.workers,
+        rank=0 if fabric is None else fabric.global_rank,
+        world_size=1 if fabric is None else fabric.world_size,
     )
+
+
+def first_images(batches: Iterable[Batch], count: int) -> Iterator[Tensor]:
+    """The first ``count`` images of batches."""
+    for batch in batches:
+        yield batch.images[:count]
+        count -= len(batch.images)
+        if count <= 0:
+            return
 
 
 def serve(

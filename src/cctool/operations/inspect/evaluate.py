@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -17,7 +17,7 @@ from cctool.checkpoint.file.atomic import write_atomically
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import SPLITS, DataSource, Split
 from cctool.data.serving.batches import Batch
-from cctool.operations.context import Context, refuse_existing
+from cctool.operations.context import Context, ShownTables, refuse_existing
 from cctool.operations.data import require_source, serve
 from cctool.operations.keep.events import warn_of_stale
 from cctool.operations.train.one_process import user_loss, user_metric
@@ -63,7 +63,7 @@ class EvaluateReport:
         """Everything that was written."""
         return (*([] if self.predictions is None else [self.predictions]), *self.written)
 
-    def tables(self) -> Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]:
+    def tables(self) -> ShownTables:
         """Title, columns and rows of the tables about taps."""
         return [*tap_tables(self.taps, self.split), *stream_tables(self.streams)]
 

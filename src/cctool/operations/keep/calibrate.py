@@ -12,7 +12,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.data.serving.batches import Batches
 from cctool.operations.context import Context
-from cctool.operations.data import example, feed_of
+from cctool.operations.data import example, feed_of, first_images
 from cctool.options.common import DataOptions
 from cctool.transforms.codec.calibrate import calibrate, choose_orders
 from cctool.transforms.codec.codec import CodecConfig
@@ -31,13 +31,9 @@ class _Images:
     context: Context
 
     def __iter__(self) -> Iterator[Tensor]:
-        left = self.count
         steps = min(len(self.batches), -(-self.count // max(1, len(self.batches.parts[0]))))
-        for batch in self.context.reporter.progress(self.batches, "calibrating", steps):
-            yield batch.images[:left]
-            left -= len(batch.images)
-            if left <= 0:
-                return
+        shown = self.context.reporter.progress(self.batches, "calibrating", steps)
+        return first_images(shown, self.count)
 
 
 def calibration_images(

@@ -61,17 +61,8 @@ def step_report(
     changed: Changed, step: int, options: PruneOptions, before: Costs, after: Costs
 ) -> StepReport:
     """What a step did, before anything is measured."""
-    return StepReport(
-        step=step,
-        steps=options.steps,
-        cut=changed.cut,
-        masks=changed.masks,
-        emptied=changed.emptied,
-        target=changed.target,
-        budget=changed.budget,
-        before=before,
-        after=after,
-    )
+    goals = changed.target, changed.budget
+    return StepReport(step, options.steps, changed.cut, changed.masks, changed.emptied, *goals, before, after)
 
 
 def pictured(report: StepReport, options: PruneOptions, context: Context, label: str) -> StepReport:

@@ -6,14 +6,14 @@ select -> basis layers -> trial run with complex numbers (dft) -> swap edits
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from torch import nn
 
 from cctool.base.errors import TransformError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
-from cctool.operations.context import Context, Outcome
+from cctool.operations.context import Context, Outcome, ShownTables
 from cctool.operations.data import measured_splits, open_source
 from cctool.operations.keep import events
 from cctool.operations.size import stored_bytes
@@ -79,19 +79,11 @@ class TransformBasisReport:
     metrics_after: tuple[Metrics, ...]
     notes: tuple[str, ...]
 
-    def tables(self) -> Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]:
-        """(title, columns, rows) of each table that the command shows."""
+    def tables(self) -> ShownTables:
+        """A row a layer and one for the network."""
         columns = ("layer", "now", "shape", "parameters", "after", "bytes", "after")
         rows: list[tuple[object, ...]] = [
-            (
-                layer.name,
-                layer.layer,
-                "x".join(map(str, layer.shape)),
-                layer.parameters_before,
-                layer.parameters_after,
-                layer.bytes_before,
-                layer.bytes_after,
-            )
+            (layer.name, layer.layer, "x".join(map(str, layer.shape)), *astuple(layer)[3:])
             for layer in self.layers
         ]
         sizes = (self.parameters_before, self.parameters_after, self.bytes_before, self.bytes_after)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
 
 from cctool.analysis.features.pictures import CurvePoint, draw_curve, write_picture
 from cctool.analysis.table import Column, Report, Table
@@ -15,9 +13,8 @@ from cctool.base.errors import DataError, TransformError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
-from cctool.data.serving.batches import Batch
 from cctool.operations.context import Context, beside, refuse_existing
-from cctool.operations.data import measured, serve
+from cctool.operations.data import first_images, measured, serve
 from cctool.options.common import DataOptions
 from cctool.training.evaluate import in_eval_mode
 from cctool.transforms.codec.figures import NetworkStatistics, TapFigures
@@ -176,7 +173,7 @@ def reach_ratio(
         set_quality(model, quality)
         statistics = NetworkStatistics(model)
         with recording(model, statistics), in_eval_mode(model):
-            for images in _first(serve(checkpoint, source, split, data, context), count):
+            for images in first_images(serve(checkpoint, source, split, data, context), count):
                 model(images)
         bits, elements = _bits(statistics.figures(), open_orders)
         return QualityTrial(quality, 8 * elements / bits, bits / elements)
@@ -262,14 +259,6 @@ _SWEEP_COLUMNS = {
 
 def _sweep_files(context: Context) -> tuple[Path, Path]:
     return beside(context.output, ".sweep.csv"), beside(context.output, ".sweep.png")
-
-
-def _first(batches: Iterable[Batch], count: int) -> Iterator[Tensor]:
-    for batch in batches:
-        yield batch.images[:count]
-        count -= len(batch.images)
-        if count <= 0:
-            return
 
 
 def _bits(figures: Sequence[TapFigures], open_orders: Collection[str]) -> tuple[int, int]:
