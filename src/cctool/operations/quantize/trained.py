@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -53,17 +54,16 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     source = require_source(options.data, checkpoint, context, "quantize")
     before = measured_splits(checkpoint, source, options.data, context)
     objective, others = _objective(checkpoint, options, source, context)
-    if options.method is QuantizeMethod.CODEBOOK:
-        product, report = _codebooks(checkpoint, options, source, objective, context)
-    else:
-        product, report = _quantizers(checkpoint, options, source, objective, context)
+    make = _codebooks if options.method is QuantizeMethod.CODEBOOK else _quantizers
+    product, found = make(checkpoint, options, source, objective, context)
     after = measured_splits(product, source, options.data, context)
-    report = replace(
-        report,
+    report = QuantizeReport(
+        method=str(options.method),
         bytes_before=stored_bytes(checkpoint),
         bytes_after=stored_bytes(product),
         metrics_before=before,
         metrics_after=after,
+        **found,
     )
     yield Outcome(
         product, report, metrics_before=before, metrics_after=after, notes=report.notes, others=others
@@ -84,7 +84,7 @@ def _quantizers(
     source: DataSource,
     objective: Objective | None,
     context: Context,
-) -> tuple[Checkpoint, QuantizeReport]:
+) -> tuple[Checkpoint, dict[str, Any]]:
     product, notes = in_floats(checkpoint, context, ordinary=True)
     product.model.to(context.device)
     planned = plan(product, options)
@@ -99,14 +99,14 @@ def _quantizers(
     product, followed = events.trained(product, source, options.data, context)
     # What followers say is of a training.
     notes += followed if options.epochs else ()
-    report = _report(options, notes, planned)
-    return product, replace(
-        report,
-        tensors=tensors,
-        activations=reported(product.model, planned),
-        left=planned.left,
-        calibrated_on=used,
-    )
+    return product, {
+        "tensors": tensors,
+        "skipped": (),
+        "notes": (*notes, *in_floating_point(planned.left)),
+        "activations": reported(product.model, planned),
+        "left": planned.left,
+        "calibrated_on": used,
+    }
 
 
 def _attached(
@@ -168,7 +168,7 @@ def _codebooks(
     source: DataSource,
     objective: Objective | None,
     context: Context,
-) -> tuple[Checkpoint, QuantizeReport]:
+) -> tuple[Checkpoint, dict[str, Any]]:
     selected, skipped = select(
         checkpoint.model, include_1d=options.include_1d, include=options.include, exclude=options.exclude
     )
@@ -181,19 +181,5 @@ def _codebooks(
     product = _trained(product, options, source, objective, context, forms)
     product.model.to("cpu")
     product, notes = events.changed(product, source, options.data, context, forms)
-    report = _report(options, [*counted(skipped), *notes], None)
-    return product, replace(report, tensors=tuple(tensors), skipped=tuple(skipped))
-
-
-def _report(options: QuantizeOptions, notes: list[str], planned: Plan | None) -> QuantizeReport:
-    left = () if planned is None else planned.left
-    return QuantizeReport(
-        method=str(options.method),
-        tensors=(),
-        skipped=(),
-        bytes_before=0,
-        bytes_after=0,
-        metrics_before=(),
-        metrics_after=(),
-        notes=(*notes, *in_floating_point(left)),
-    )
+    found = {"tensors": tuple(tensors), "skipped": tuple(skipped), "notes": (*counted(skipped), *notes)}
+    return product, found
