@@ -36,9 +36,8 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.data.registry import open_data
 from cctool.operations.context import Context
-from cctool.operations.examples import example
+from cctool.operations.data import example, measured
 from cctool.operations.keep.calibrate import calibration_images, put_taps
-from cctool.operations.measuring import measured
 from cctool.operations.opening import open_checkpoint
 from cctool.operations.registries import tables
 from cctool.operations.train.finetune import finetune

@@ -29,17 +29,17 @@ from cctool.base.runtime import Silent, resolve_device, seed_everything
 from cctool.checkpoint.checkpoint import Checkpoint, save
 from cctool.data.registry import open_data
 from cctool.operations.context import Context
+from cctool.operations.data import measured, serve
 from cctool.operations.inspect import export
 from cctool.operations.keep.calibrate import calibration_images
-from cctool.operations.keep.quantized_weights import as_stored
-from cctool.operations.measuring import measured, serve
+from cctool.operations.keep.events import stored as as_stored
 from cctool.operations.opening import open_checkpoint
 from cctool.operations.quantize import run as quantize
 from cctool.operations.registries import tables
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.inspect.export import ExportFormat
-from cctool.options.quantize.choices import Rounding
-from cctool.options.quantize.options import QuantizeMethod, QuantizeOptions
+from cctool.options.quantize.choices import QuantizeMethod, Rounding
+from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.quantize.parts import CalibrationOptions
 from onnx_int8 import Reader
 

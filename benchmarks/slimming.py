@@ -28,13 +28,14 @@ from cctool.data.records import DataSource
 from cctool.data.registry import open_data
 from cctool.graph.cost import measure
 from cctool.operations.context import Context
-from cctool.operations.measuring import measured
+from cctool.operations.data import measured
 from cctool.operations.opening import open_checkpoint
 from cctool.operations.prune.sparse_training import sparsified
 from cctool.operations.registries import tables
 from cctool.operations.train.finetune import finetune
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
-from cctool.options.prune.options import PruneMethod, PruneOptions
+from cctool.options.prune.choices import PruneMethod
+from cctool.options.prune.options import PruneOptions
 from cctool.options.prune.parts import Sparsifier, SparsifyOptions
 from cctool.options.train.fit import FitOptions
 from cctool.pruning.cut.planner import plan_thinning, thin

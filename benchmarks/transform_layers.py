@@ -29,7 +29,7 @@ from cctool.base.runtime import Silent, resolve_device, seed_everything
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.registry import open_data
 from cctool.operations.context import Context
-from cctool.operations.measuring import measured
+from cctool.operations.data import measured
 from cctool.operations.opening import DataShape, fresh
 from cctool.operations.registries import tables
 from cctool.operations.size import stored_bytes

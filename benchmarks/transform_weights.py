@@ -32,8 +32,8 @@ from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.data.registry import open_data
 from cctool.models.registry import build
 from cctool.operations.context import Context
-from cctool.operations.keep.masked_weights import stored_with_masks
-from cctool.operations.measuring import measured
+from cctool.operations.data import measured
+from cctool.operations.keep.masks import stored_with_masks
 from cctool.operations.registries import load, tables
 from cctool.operations.size import stored_bytes
 from cctool.operations.train.finetune import finetune

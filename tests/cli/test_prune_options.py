@@ -10,19 +10,18 @@ from typer.testing import CliRunner
 from cctool.cli.main import app
 from cctool.operations.prune import run as prune
 from cctool.options.common import DataOptions, ModelOptions
-from cctool.options.prune.options import (
+from cctool.options.prune.choices import (
     AttentionUnit,
     Granularity,
     Growth,
     Images,
     Normalize,
     PruneMethod,
-    PruneOptions,
-    PrunePreset,
     Reduce,
     Scope,
     StepMode,
 )
+from cctool.options.prune.options import PruneOptions, PrunePreset
 from cctool.options.prune.parts import (
     Block,
     Pattern,

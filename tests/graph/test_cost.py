@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cctool.base.errors import ArchitectureError
-from cctool.graph.cost import Cost, measure
-from cctool.graph.cost_rules import FREE, RULES
+from cctool.graph.cost import measure
+from cctool.graph.cost_rules import FREE, RULES, Cost
 
 
 def cost_of(model: nn.Module, *shape: int) -> Cost:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cctool.base.errors import ArchitectureError
-from cctool.models.registry import COLLECTIONS, build, defaults, input_shape, listing
+from cctool.models.architectures import COLLECTIONS
+from cctool.models.registry import build, defaults, input_shape, listing
 from cctool.models.torchvision_models import allowed_arguments, classifiers, segmentation_networks
 
 HAS_TIMM = not listing()[-1].summary.endswith("not installed")

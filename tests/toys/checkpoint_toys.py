@@ -15,7 +15,7 @@ from cctool.checkpoint.edits.mask import add_masks, mask_name, with_masks
 from cctool.checkpoint.edits.thin import thin_edits
 from cctool.checkpoint.spec import ModelSpec, Step
 from cctool.checkpoint.tables import Tables
-from cctool.operations.registries import EDITS
+from cctool.operations.keep.events import edit_kinds
 from cctool.quantization.encodings.masked import Inner, encode_masked
 from cctool.quantization.encodings.table import ENCODINGS
 
@@ -161,7 +161,7 @@ def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-TABLES = Tables(build=_build, edits=EDITS, encodings=ENCODINGS)
+TABLES = Tables(build=_build, edits=edit_kinds(), encodings=ENCODINGS)
 INPUT = torch.linspace(-1, 1, 2 * 36).reshape(2, 1, 6, 6)
 STEP = Step(verb="train", options={"lr": 0.1, "data": None}, seed=3, notes=("änderung",))
 

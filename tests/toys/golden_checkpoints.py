@@ -17,10 +17,11 @@ from cctool.checkpoint.checkpoint import Checkpoint, save
 from cctool.checkpoint.edits.mask import add_masks, with_masks
 from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.file.payload import ResumeState, fingerprint_of
-from cctool.operations.keep.quantized_weights import settled
+from cctool.operations.keep.encode import settled
 from cctool.operations.quantize.plan import attach_plan, plan
 from cctool.options.common import DataOptions
-from cctool.options.quantize.options import QuantizeMethod, QuantizeOptions
+from cctool.options.quantize.choices import QuantizeMethod
+from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.encodings.masked import Inner
 from cctool.quantization.network.attach import quantizers_of
 from cctool.quantization.network.edit import with_quantizers

@@ -12,10 +12,11 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.models import registry
 from cctool.operations.context import Context, Outcome
-from cctool.operations.keep.quantized_weights import as_stored
+from cctool.operations.keep.events import stored as as_stored
 from cctool.operations.quantize import run as quantize
 from cctool.operations.quantize.report import QuantizeReport
-from cctool.options.quantize.options import QuantizeMethod, QuantizeOptions
+from cctool.options.quantize.choices import QuantizeMethod
+from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.quantize.parts import CalibrationOptions, TuningOptions
 from procedure_toys import DIGITS, context
 

@@ -15,7 +15,7 @@ from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.checkpoint.tables import EditKind, Tables
 from cctool.models import registry
-from cctool.operations.registries import EDITS, tables
+from cctool.operations.registries import tables
 from cctool.pruning.cut.surgery import cut_tensor
 from cctool.transforms.layers.base import Swap, SwappedLayer, with_swaps
 
@@ -127,7 +127,7 @@ def _apply(model: nn.Module, edit: Swap) -> None:
 
 def toy_tables() -> Tables:
     """The tables of the commands, whose swap edits are these toys'."""
-    return replace(tables(), edits={**EDITS, "swap": EditKind(record=Swap, apply=_apply, order=5)})
+    return replace(tables(), edits={**tables().edits, "swap": EditKind(record=Swap, apply=_apply, order=5)})
 
 
 def swapped(checkpoint: Checkpoint, *names: str) -> Checkpoint:

@@ -23,7 +23,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from cctool.analysis.layers import ROOT
 from cctool.base.networks import some
-from cctool.graph.cost import Cost, ModelCost
+from cctool.graph.cost import ModelCost
+from cctool.graph.cost_rules import Cost
 
 __all__ = ["CrossCheck", "CrossCheckLine", "check_against_thop"]
 

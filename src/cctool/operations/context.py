@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cctool.base.errors import CheckpointError
 from cctool.base.runtime import Reporter
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent, Step
 from cctool.checkpoint.tables import Tables
 from cctool.options.common import ModelOptions, RuntimeOptions
 
-__all__ = ["Context", "Outcome"]
+if TYPE_CHECKING:
+    from cctool.data.records import DataSource
+
+__all__ = ["Context", "Outcome", "ShownTables", "beside", "refuse_existing"]
+
+ShownTables = Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]
+"""Title, columns and rows of each table that a command shows of its report."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Context:
         force: whether existing files may be replaced.
         stamp: (checkpoint, outcome) -> checkpoint with the line of history that the pipeline would add;
             for files that are written before the operation ends.
+        opened: the data set that the command line names, opened before there was a network for it.
     """
 
     device: torch.device
@@ -70,3 +78,24 @@ class Context:
     output: Path
     force: bool
     stamp: Callable[[Outcome], Checkpoint]
+    opened: DataSource | None = None
+
+
+def beside(source: Path, suffix: str) -> Path:
+    """Replace the suffix of the input's name, as in `student.pt` -> `student.onnx`."""
+    return source.with_name(f"{source.stem}{suffix}")
+
+
+def refuse_existing(paths: tuple[Path, ...], context: Context) -> None:
+    """Refuse to start work whose result could not be written.
+
+    Raises:
+        CheckpointError: if a path exists and may not be replaced, or its folder does not exist.
+    """
+    for path in paths:
+        if path.exists() and not context.force:
+            raise CheckpointError(f"{path} exists already; --force replaces it")
+        if path.exists() and path.samefile(context.output):
+            raise CheckpointError(f"{path} is the input itself; name another file")
+        if not path.parent.is_dir():
+            raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")

@@ -26,8 +26,8 @@ from cctool.base.user_code import looks_like_user_code
 from cctool.checkpoint.checkpoint import SUFFIXES, Checkpoint, save
 from cctool.checkpoint.spec import Size, Step
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import describe
-from cctool.operations.keep.quantized_weights import as_stored
+from cctool.operations.data import described, open_first
+from cctool.operations.keep import events
 from cctool.operations.opening import fresh, open_checkpoint
 from cctool.operations.registries import tables
 from cctool.operations.size import measure
@@ -94,7 +94,7 @@ def write(
     checkpoint.model.to(context.device)
     for outcome in operation(checkpoint, options, context):
         outcome.checkpoint.model.to("cpu")
-        outcome = replace(outcome, checkpoint=as_stored(outcome.checkpoint, context.tables))
+        outcome = replace(outcome, checkpoint=events.stored(outcome.checkpoint, context.tables))
         finished = context.stamp(outcome)
         if not request.allow_nonfinite:
             _refuse_nonfinite(finished, "the result would hold")
@@ -118,14 +118,15 @@ def _prepare(options: Any, request: Request, output: Path) -> tuple[Checkpoint, 
     device = resolve_device(request.runtime.device)
     seed_everything(request.runtime.seed, deterministic=request.runtime.deterministic)
     data = getattr(options, "data", None)
-    described = describe(data, request.model, named) if data is not None and data.data else None
+    opened = open_first(data, request.model, named) if data is not None and data.data else None
+    shape = None if opened is None else described(opened)
     if request.source is None:
-        checkpoint = fresh(request.model, registries, named, described, data.data if data else None)
+        checkpoint = fresh(request.model, registries, named, shape, data.data if data else None)
     else:
         checkpoint = open_checkpoint(
-            Path(request.source), request.model, registries, named, request.reporter, described
+            Path(request.source), request.model, registries, named, request.reporter, shape
         )
-    if described is not None and data is not None:
+    if opened is not None and data is not None:
         # The last data set is remembered; whose classes the outputs are, it cannot say of a foreign network.
         checkpoint = replace(checkpoint, spec=checkpoint.spec.model_copy(update={"data": data.data}))
     context = Context(
@@ -138,6 +139,7 @@ def _prepare(options: Any, request: Request, output: Path) -> tuple[Checkpoint, 
         output=output,
         force=request.force,
         stamp=lambda outcome: outcome.checkpoint,
+        opened=opened,
     )
     return checkpoint, context
 

@@ -17,21 +17,14 @@ from cctool.base.runtime import Silent
 from cctool.base.user_code import looks_like_user_code
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.checkpoint import save as save_checkpoint
-from cctool.checkpoint.edits.mask import MASK
-from cctool.checkpoint.edits.thin import THIN
-from cctool.checkpoint.tables import EditKind, Tables
+from cctool.checkpoint.tables import Tables
 from cctool.models import registry
-from cctool.operations.keep.quantized_weights import as_stored
+from cctool.operations.keep import events
 from cctool.operations.opening import open_checkpoint
 from cctool.options.common import ModelOptions
 from cctool.quantization.encodings.table import ENCODINGS
-from cctool.quantization.network.edit import QUANTIZE
-from cctool.transforms.codec.taps import TAP
-from cctool.transforms.swap import SWAP
 
-__all__ = ["EDITS", "load", "save", "tables"]
-
-EDITS: Mapping[str, EditKind] = {"thin": THIN, "swap": SWAP, "mask": MASK, "tap": TAP, "quantize": QUANTIZE}
+__all__ = ["load", "save", "tables"]
 
 
 def tables(user_code: Collection[str] = ()) -> Tables:
@@ -42,7 +35,7 @@ def tables(user_code: Collection[str] = ()) -> Tables:
     """
     return Tables(
         build=partial(_build, user_code=frozenset(user_code)),
-        edits=EDITS,
+        edits=events.edit_kinds(),
         encodings=ENCODINGS,
     )
 
@@ -77,4 +70,4 @@ def save(checkpoint: Checkpoint, path: Path | str, *, overwrite: bool = False) -
         CheckpointError: if it cannot be written, or exists and ``overwrite`` is false.
     """
     known = tables()
-    save_checkpoint(as_stored(checkpoint, known, settle=False), path, known, overwrite=overwrite)
+    save_checkpoint(events.stored(checkpoint, known, settle=False), path, known, overwrite=overwrite)

@@ -9,8 +9,7 @@ from cctool.analysis.sheets import LAYER_COLUMNS, macs_report
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.inspect.analyze import run
 from cctool.options.inspect.analyze import AnalyzeOptions
-from cctool.options.quantize.choices import Edges
-from cctool.options.quantize.options import QuantizeMethod
+from cctool.options.quantize.choices import Edges, QuantizeMethod
 from cctool.options.quantize.parts import LayerBits
 from procedure_toys import context
 from quantized_toys import network, quantized

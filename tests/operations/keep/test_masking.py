@@ -24,22 +24,24 @@ from cctool.operations import registries as composition
 from cctool.operations.context import Context
 from cctool.operations.data import open_source
 from cctool.operations.inspect import analyze, compare, export
-from cctool.operations.keep.masked_weights import stored_with_masks
+from cctool.operations.keep.masks import stored_with_masks
+from cctool.operations.keep.packed import cut_stored, encoded_again
 from cctool.operations.prune import run as prune
 from cctool.operations.prune.masks import emptied_cut, mask_channels, mask_weights
-from cctool.operations.prune.stored_cut import cut_stored
 from cctool.operations.quantize import run as quantize
 from cctool.operations.registries import tables
 from cctool.operations.size import stored_bytes
-from cctool.operations.train import distill
 from cctool.operations.train import run as train
-from cctool.operations.train.finetune import encoded_again, finetune
+from cctool.operations.train.finetune import finetune
+from cctool.operations.train.run import distill
 from cctool.options.common import DataOptions, RuntimeOptions
 from cctool.options.inspect.analyze import AnalyzeOptions
 from cctool.options.inspect.export import ExportFormat, ExportOptions
-from cctool.options.prune.options import Granularity, PruneMethod, PruneOptions
+from cctool.options.prune.choices import Granularity, PruneMethod
+from cctool.options.prune.options import PruneOptions
 from cctool.options.prune.parts import Block, Pattern
-from cctool.options.quantize.options import QuantizeMethod, QuantizeOptions
+from cctool.options.quantize.choices import QuantizeMethod
+from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.train.distill import DistillOptions
 from cctool.options.train.fit import FitOptions
 from cctool.options.train.run import RunOptions, TrainOptions
@@ -160,7 +162,7 @@ def test_resumed_training_and_distilling_keep_masks(tmp_path: Path) -> None:
         assert_masked(found, before)
         assert found.stored.keys() == before.stored.keys()
     options = DistillOptions(teacher=str(tmp_path / "m.pt"), fit=FitOptions(epochs=1), data=DIGITS)
-    assert_masked(load(run("distill", distill.run, source, options), tables()), before)
+    assert_masked(load(run("distill", distill, source, options), tables()), before)
 
 
 @pytest.mark.slow

@@ -17,11 +17,13 @@ from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.models import registry
 from cctool.operations import pipeline
 from cctool.operations.keep.codebooks import codebooks_after, keeping_codebooks
-from cctool.operations.keep.masked_weights import encode_under_mask, stored_with_masks
+from cctool.operations.keep.encode import encode_under_mask
+from cctool.operations.keep.masks import stored_with_masks
 from cctool.operations.prune import run as prune
 from cctool.operations.train import run as train
 from cctool.options.common import DataOptions, RuntimeOptions
-from cctool.options.prune.options import Granularity, PruneMethod, PruneOptions
+from cctool.options.prune.choices import Granularity, PruneMethod
+from cctool.options.prune.options import PruneOptions
 from cctool.options.train.fit import FitOptions
 from cctool.options.train.run import RunOptions, TrainOptions
 from cctool.quantization.encodings.codebook import CODEBOOK

@@ -13,11 +13,12 @@ import cctool
 from cctool.checkpoint.checkpoint import Checkpoint, open_file, save
 from cctool.checkpoint.spec import ModelSpec, Step
 from cctool.models import registry
-from cctool.operations.keep.quantized_weights import quantized_weights, settled
+from cctool.operations.keep.encode import quantized_weights, settled
 from cctool.operations.quantize.plan import attach_plan, plan
 from cctool.operations.registries import tables
 from cctool.options.common import DataOptions
-from cctool.options.quantize.options import QuantizeMethod, QuantizeOptions
+from cctool.options.quantize.choices import QuantizeMethod
+from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.quantize.parts import CalibrationOptions
 from cctool.quantization.network.attach import quantizers_of
 from cctool.quantization.network.edit import with_quantizers

@@ -18,12 +18,13 @@ from cctool.operations.inspect import evaluate
 from cctool.operations.prune import goals as prune_goals
 from cctool.operations.prune import run as prune
 from cctool.operations.prune.goals import TargetReport
-from cctool.operations.prune.width_pictures import picture_path
+from cctool.operations.prune.report import picture_path
 from cctool.operations.registries import tables
 from cctool.operations.size import measure, stored_bytes
 from cctool.options.common import DataOptions, RuntimeOptions
 from cctool.options.inspect.evaluate import EvaluateOptions, SplitName
-from cctool.options.prune.options import Growth, PruneMethod, PruneOptions, Scope, StepMode
+from cctool.options.prune.choices import Growth, PruneMethod, Scope, StepMode
+from cctool.options.prune.options import PruneOptions
 from cctool.options.prune.parts import Quantity, Target
 
 DIGITS = DataOptions(data="digits", limit=120)

@@ -15,7 +15,8 @@ from cctool.operations import pipeline
 from cctool.operations.prune import run as prune
 from cctool.operations.registries import tables
 from cctool.options.common import DataOptions, RuntimeOptions
-from cctool.options.prune.options import PruneMethod, PruneOptions, StepMode
+from cctool.options.prune.choices import PruneMethod, StepMode
+from cctool.options.prune.options import PruneOptions
 from cctool.options.prune.parts import Sparsifier, SparsifyOptions, TeacherOptions
 
 FEW = DataOptions(data="digits", limit=64, batch_size=32)

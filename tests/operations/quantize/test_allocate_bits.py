@@ -4,7 +4,7 @@ import random
 import pytest
 
 from cctool.base.errors import QuantizationError
-from cctool.operations.quantize.allocate_bits import Choice, cheapest, fewest_bytes, frontier
+from cctool.operations.quantize.allocate_bits import LayerChoice, cheapest, fewest_bytes, frontier
 
 
 def _choices(layers, seed=0, tried=(2, 3, 4, 8)):
@@ -13,7 +13,7 @@ def _choices(layers, seed=0, tried=(2, 3, 4, 8)):
     for layer in range(layers):
         weights, sensitivity = draw.randrange(8, 400), draw.random() ** 4
         found += [
-            Choice(f"l{layer}", bits, sensitivity * draw.random() * 4.0**-bits, 8 + weights * bits // 8)
+            LayerChoice(f"l{layer}", bits, sensitivity * draw.random() * 4.0**-bits, 8 + weights * bits // 8)
             for bits in tried
         ]
     return found

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 import cctool
 from cctool.base.errors import QuantizationError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint, save
-from cctool.operations.keep.quantized_weights import as_stored
+from cctool.operations.keep.events import stored as as_stored
 from cctool.operations.prune import run as prune
 from cctool.operations.quantize import run as quantize
 from cctool.operations.registries import tables
 from cctool.operations.train import run as train
 from cctool.options.common import DataOptions
-from cctool.options.prune.options import PruneMethod, PruneOptions
+from cctool.options.prune.choices import PruneMethod
+from cctool.options.prune.options import PruneOptions
 from cctool.options.quantize.choices import Edges, Observer, QuantizeMethod
 from cctool.options.quantize.parts import LayerBits
 from cctool.options.train.fit import FitOptions

@@ -29,13 +29,8 @@ from cctool.operations.quantize import run as quantize
 from cctool.operations.registries import tables
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.prune.options import PruneOptions
-from cctool.options.quantize.options import (
-    PRESETS,
-    QuantizeMethod,
-    QuantizeOptions,
-    QuantizePreset,
-    preset_options,
-)
+from cctool.options.quantize.choices import QuantizeMethod, QuantizePreset
+from cctool.options.quantize.options import PRESETS, QuantizeOptions, preset_options
 
 DIGITS = DataOptions(data="digits", limit=64, batch_size=32)
 

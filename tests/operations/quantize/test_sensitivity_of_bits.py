@@ -10,17 +10,17 @@ from cctool.base.errors import QuantizationError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.data.registry import open_data
+from cctool.operations.data import measured
 from cctool.operations.keep.calibrate import calibration_images
-from cctool.operations.keep.quantized_weights import as_stored
-from cctool.operations.measuring import measured
+from cctool.operations.keep.events import stored as as_stored
 from cctool.operations.quantize import run as quantize
 from cctool.operations.quantize.plan import plan
 from cctool.operations.quantize.prepare import attached
 from cctool.operations.quantize.sensitivity import damage_between, searched_bits
 from cctool.operations.size import stored_bytes
 from cctool.options.prune.parts import Quantity, Target
-from cctool.options.quantize.choices import Edges, Rounding
-from cctool.options.quantize.options import QuantizeMethod, QuantizeOptions
+from cctool.options.quantize.choices import Edges, QuantizeMethod, Rounding
+from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.quantize.parts import CalibrationOptions, LayerBits
 from cctool.quantization.network.attach import detach, only, quantizers_of
 from procedure_toys import DIGITS, Listening, context, digits, plain_network

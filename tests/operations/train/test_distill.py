@@ -15,7 +15,7 @@ from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.models import registry
 from cctool.operations import pipeline
 from cctool.operations.registries import tables
-from cctool.operations.train import distill
+from cctool.operations.train.run import distill
 from cctool.operations.train.teacher import Teacher
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.train.distill import PRESETS, DistillOptions, DistillPreset
@@ -61,7 +61,7 @@ def distilled(teacher: Path, wanted: pipeline.Request, **changes: Any) -> pipeli
     options = DistillOptions(
         **{"teacher": str(teacher), "fit": FitOptions(epochs=1, lr=0.02), "data": DIGITS, **changes}
     )
-    (product,) = pipeline.write(distill.run, options, wanted)
+    (product,) = pipeline.write(distill, options, wanted)
     return product
 
 
@@ -141,7 +141,7 @@ def test_a_checkpoint_can_be_the_student_and_be_resumed(tmp_path: Path, teacher:
     whole = distilled(teacher, asked(tmp_path, **source), fit=fit)
     halved = asked(tmp_path, "halved.pt", **source)
     stopping = DistillOptions(str(teacher), fit=fit, data=DIGITS, run=RunOptions(stop_after=1))
-    (early,) = pipeline.write(distill.run, stopping, halved)
+    (early,) = pipeline.write(distill, stopping, halved)
     assert early.file != whole.file
     resumed = distilled(teacher, halved, fit=fit, run=RunOptions(resume=True))
     assert resumed.file == whole.file

@@ -11,15 +11,15 @@ from cctool.base.errors import CheckpointError, TransformError, UsageError
 from cctool.checkpoint.checkpoint import load
 from cctool.cli.main import app
 from cctool.operations.registries import tables
-from cctool.operations.transform.quality_search import QUALITIES, Trial, search_quality
+from cctool.operations.transform.quality_search import QUALITIES, QualityTrial, search_quality
 from cctool.options.inspect.evaluate import SplitName
 from cctool.transforms.codec.taps import taps_of
 from coded_toys import TAPS, evaluated, lenet_file, transformed
 
 
-def curve(quality: float) -> Trial:
+def curve(quality: float) -> QualityTrial:
     ratio = 20 / (1 + quality / 10)
-    return Trial(quality, ratio, 8 / ratio)
+    return QualityTrial(quality, ratio, 8 / ratio)
 
 
 @pytest.mark.parametrize("ratio", [2.0, 4.0, 8.0, 15.0])
@@ -43,7 +43,7 @@ def test_what_cannot_be_reached_gives_the_coarsest() -> None:
 
 
 def test_a_staircase_ends_too() -> None:
-    found, tried = search_quality(5, lambda quality: Trial(quality, 10 if quality < 33.3 else 2, 1))
+    found, tried = search_quality(5, lambda quality: QualityTrial(quality, 10 if quality < 33.3 else 2, 1))
     assert found.quality == pytest.approx(33.3, abs=0.06)
     assert len(tried) < 16
 

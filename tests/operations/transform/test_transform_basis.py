@@ -163,8 +163,8 @@ def test_what_belonged_to_the_weights_is_dropped(tmp_path: Path) -> None:
     checkpoint = Checkpoint(model, with_masks(spec, model), stored=stored)
     product = changed(checkpoint, layers=("linear", "features.3"))
     assert isinstance(product.model.get_submodule("classifier.0"), BasisLinear)
-    assert set(product.stored) == {"features.6.weight"}
-    # A masked layer is left alone, and keeps its mask.
+    # A masked layer is left alone, and keeps its mask, which is stored as its file will hold it.
+    assert set(product.stored) == {"features.6.weight", "features.3.weight", "features.3.weight_mask"}
     assert set(masks_of(product.model)) == {"features.0.weight", "features.3.weight"}
     save(product, tmp_path / "m.pt", tables())
     torch.testing.assert_close(logits(load(tmp_path / "m.pt", tables()).model), logits(product.model))

@@ -19,9 +19,9 @@ from cctool.models import registry
 from cctool.operations import pipeline
 from cctool.operations import registries as composition
 from cctool.operations.context import Outcome
+from cctool.operations.data import feed_of
 from cctool.operations.inspect import evaluate
 from cctool.operations.keep.calibrate import recalibrate_taps
-from cctool.operations.measuring import feed_of
 from cctool.operations.registries import tables
 from cctool.operations.train import run as train
 from cctool.operations.transform import run as transform

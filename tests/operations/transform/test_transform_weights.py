@@ -32,7 +32,8 @@ from cctool.operations.transform import run as transform
 from cctool.operations.transform.weights_report import TransformWeightsReport
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.prune.choices import Scope
-from cctool.options.quantize.options import QuantizeMethod, QuantizeOptions
+from cctool.options.quantize.choices import QuantizeMethod
+from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.train.fit import FitOptions
 from cctool.options.train.run import TrainOptions
 from cctool.options.transform.choices import Axes, Select, TransformTarget

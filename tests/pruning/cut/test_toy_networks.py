@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cctool.base.errors import PruningError
 from cctool.graph.channels import couple
 from cctool.graph.records import ChannelGraph
-from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
+from cctool.options.prune.choices import PruneMethod, Scope
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.planner import thin
 from cctool.pruning.cut.report import PruneReport
 from masking_oracle import lost_channels, outputs, randomise, relative, zeroed

@@ -16,16 +16,10 @@ from cctool.base.errors import PruningError, UsageError
 from cctool.graph.channels import couple
 from cctool.graph.ledger import Role
 from cctool.graph.records import ChannelGraph, Family, Place
-from cctool.options.prune.options import Normalize, PruneMethod, PruneOptions, Reduce, Scope
-from cctool.pruning.scores.criteria import lamp
-from cctool.pruning.scores.units import (
-    NORMALIZERS,
-    REDUCTIONS,
-    SCORES,
-    Unscored,
-    score_context,
-    score_families,
-)
+from cctool.options.prune.choices import Normalize, PruneMethod, Reduce, Scope
+from cctool.options.prune.options import PruneOptions
+from cctool.pruning.scores.criteria import Unscored, lamp
+from cctool.pruning.scores.units import NORMALIZERS, REDUCTIONS, SCORES, score_context, score_families
 from criteria_toys import Chain, Residual
 from pruning_toys import select
 

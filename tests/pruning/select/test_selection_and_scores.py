@@ -11,17 +11,11 @@ from cctool.base.errors import PruningError, UsageError
 from cctool.graph.channels import couple
 from cctool.graph.records import ChannelGraph
 from cctool.models.registry import build
-from cctool.options.prune.options import (
-    PRESETS,
-    PruneMethod,
-    PruneOptions,
-    PrunePreset,
-    Scope,
-    StepMode,
-    preset_options,
-)
+from cctool.options.prune.choices import PruneMethod, Scope, StepMode
+from cctool.options.prune.options import PRESETS, PruneOptions, PrunePreset, preset_options
 from cctool.pruning.cut.planner import plan_thinning, thin
-from cctool.pruning.scores.units import SCORES, Unscored, score_context
+from cctool.pruning.scores.criteria import Unscored
+from cctool.pruning.scores.units import SCORES, score_context
 from cctool.pruning.select.order import Selection
 from pruning_toys import select
 

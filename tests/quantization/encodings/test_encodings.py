@@ -12,9 +12,8 @@ from torch import Tensor
 
 from cctool.base.errors import CorruptCheckpointError, QuantizationError
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.operations.quantize.storage_methods import METHODS
-from cctool.options.quantize.choices import TRAINED
-from cctool.options.quantize.options import QuantizeMethod
+from cctool.operations.quantize.stored import METHODS
+from cctool.options.quantize.choices import TRAINED, QuantizeMethod
 from cctool.quantization.encodings.table import ENCODINGS
 from cctool.quantization.encodings.uint8 import from_levels, min_max, to_levels
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from cctool.base.errors import CorruptCheckpointError
+from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.config import QuantizerConfig, QuantizerMethod
-from cctool.quantization.quantizers.make import DorefaWeightQuantizer, Quantizer, make_quantizer
+from cctool.quantization.quantizers.dorefa_wrpn import DorefaWeightQuantizer
+from cctool.quantization.quantizers.make import make_quantizer
 
 
 def weights(method: QuantizerMethod, bits: int) -> Quantizer:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cctool.quantization.quantizers.config import QuantizerConfig, QuantizerMethod
-from cctool.quantization.quantizers.make import LsqQuantizer, PactQuantizer, make_quantizer
+from cctool.quantization.quantizers.lsq_pact import LsqQuantizer, PactQuantizer
+from cctool.quantization.quantizers.make import make_quantizer
 
 
 def made(

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cctool.base.errors import CorruptCheckpointError, QuantizationError
+from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.config import QuantizerConfig
-from cctool.quantization.quantizers.make import Quantizer, make_quantizer
+from cctool.quantization.quantizers.make import make_quantizer
 
 WEIGHTS: list[dict[str, Any]] = [
     {"method": "uniform", "bits": 2},

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cctool.base.errors import CorruptCheckpointError
 from cctool.quantization.quantizers.config import QuantizerConfig
-from cctool.quantization.quantizers.make import MovingUniformQuantizer, UniformQuantizer, make_quantizer
+from cctool.quantization.quantizers.make import make_quantizer
+from cctool.quantization.quantizers.uniform import MovingUniformQuantizer, UniformQuantizer
 
 
 def made(*, weight: bool = True, channels: int | None = None, **settings: Any) -> UniformQuantizer:

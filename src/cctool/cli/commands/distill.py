@@ -131,6 +131,6 @@ def distill(
     model = common.model_options(arch, arg, input_shape, mean, std, spec, trust_pickle)
     invocation = training.invocation("distill", values, model)
 
-    from cctool.operations.train.distill import run
+    from cctool.operations.train.run import distill as run
 
     invocation.write(run, options, training.report, resumes=resume)

@@ -11,20 +11,18 @@ from cctool.cli import common
 from cctool.cli.console import Console
 from cctool.cli.reports.prune import print_plan, say_report
 from cctool.options.common import DataOptions, Precision, RuntimeOptions
-from cctool.options.prune.options import (
+from cctool.options.prune.choices import (
     AttentionUnit,
     Granularity,
     Growth,
     Images,
     Normalize,
     PruneMethod,
-    PruneOptions,
-    PrunePreset,
     Reduce,
     Scope,
     StepMode,
-    preset_options,
 )
+from cctool.options.prune.options import PruneOptions, PrunePreset, preset_options
 from cctool.options.prune.parts import (
     Sparsifier,
     SparsifyOptions,

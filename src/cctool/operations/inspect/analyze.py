@@ -16,8 +16,8 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec, Parent, Step
 from cctool.formats.records import Written
 from cctool.graph.cost import measure
-from cctool.operations.context import Context
-from cctool.operations.inspect.export import beside, export, refuse_existing
+from cctool.operations.context import Context, beside, refuse_existing
+from cctool.operations.inspect.export import export
 from cctool.options.inspect.analyze import AnalyzeOptions, View
 from cctool.options.inspect.export import ExportFormat
 from cctool.transforms.plain import plain_model

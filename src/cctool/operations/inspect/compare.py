@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.operations.context import Context
-from cctool.operations.data import open_source
-from cctool.operations.measuring import measured
+from cctool.operations.data import measured, open_source
 from cctool.operations.size import measure
 from cctool.options.inspect.compare import CompareOptions
 

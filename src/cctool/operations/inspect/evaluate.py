@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -17,11 +17,9 @@ from cctool.checkpoint.file.atomic import write_atomically
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import SPLITS, DataSource, Split
 from cctool.data.serving.batches import Batch
-from cctool.operations.context import Context
-from cctool.operations.data import require_source
-from cctool.operations.inspect.export import refuse_existing
-from cctool.operations.keep.upkeep import warn_of_stale
-from cctool.operations.measuring import serve
+from cctool.operations.context import Context, ShownTables, refuse_existing
+from cctool.operations.data import require_source, serve
+from cctool.operations.keep.events import warn_of_stale
 from cctool.operations.train.one_process import user_loss, user_metric
 from cctool.operations.transform.quality_tables import stream_tables, tap_tables
 from cctool.operations.transform.watch import refuse_unwatched, watched
@@ -65,7 +63,7 @@ class EvaluateReport:
         """Everything that was written."""
         return (*([] if self.predictions is None else [self.predictions]), *self.written)
 
-    def tables(self) -> Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]:
+    def tables(self) -> ShownTables:
         """Title, columns and rows of the tables about taps."""
         return [*tap_tables(self.taps, self.split), *stream_tables(self.streams)]
 
@@ -84,7 +82,7 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
     source = require_source(options.data, checkpoint, context, "evaluate")
     if checkpoint.spec.classes and source.classes and checkpoint.spec.classes != source.classes:
         context.reporter.warn(f"{source.reference} has other classes than the network was made for")
-    warn_of_stale(checkpoint, context)
+    warn_of_stale(checkpoint, context.reporter)
     split = _split(source, options.split, context)
     has_labels = _has_labels(source.split(split))
     if not has_labels and options.predictions is None and not options.asks_for_taps:

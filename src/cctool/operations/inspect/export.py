@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from cctool.analysis.sparsity import nonfinite
-from cctool.base.errors import CheckpointError, ExportError
+from cctool.base.errors import ExportError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.formats.records import ExportRequest, Samples, Written
 from cctool.formats.table import FORMATS
-from cctool.operations.context import Context
+from cctool.operations.context import Context, beside, refuse_existing
 from cctool.operations.data import open_source
 from cctool.operations.inspect.export_networks import Converted, bare_checkpoint, converted, quantizer_notes
-from cctool.operations.prune.cut import without_taps
+from cctool.operations.keep import events
 from cctool.options.common import DataOptions
 from cctool.options.inspect.export import DEFAULT_SUFFIXES, ExportFormat, ExportOptions
 from cctool.quantization.network.attach import quantizers_of
@@ -28,7 +28,7 @@ from cctool.transforms.plain import plain_model
 if TYPE_CHECKING:
     from cctool.data.records import DataSource
 
-__all__ = ["ExportReport", "beside", "export", "refuse_existing", "run", "samples_of"]
+__all__ = ["ExportReport", "export", "run", "samples_of"]
 
 _PROGRAMS = (ExportFormat.ONNX, ExportFormat.PT2)
 
@@ -104,9 +104,11 @@ def export(
         _refuse_nonfinite(checkpoint)
     program = kind in _PROGRAMS
     samples = samples_of(checkpoint, data, context) if program else None
+    if program:
+        checkpoint = events.for_programs(checkpoint)
     taps = len(taps_of(checkpoint.model))
     if taps and not (codec and program):
-        checkpoint = without_taps(checkpoint)
+        checkpoint = events.plain_checkpoint(checkpoint, ["tap"])
     made = converted(checkpoint, kind, codec=codec) if program else Converted(None)
     request = ExportRequest(
         checkpoint=checkpoint if program else bare_checkpoint(checkpoint),
@@ -157,26 +159,6 @@ def _transform_notes(
     elif not codec:
         notes.append("--without-codec: the network has none")
     return tuple(notes)
-
-
-def beside(source: Path, suffix: str) -> Path:
-    """Replace the suffix of the input's name, as in `student.pt` -> `student.onnx`."""
-    return source.with_name(f"{source.stem}{suffix}")
-
-
-def refuse_existing(paths: tuple[Path, ...], context: Context) -> None:
-    """Refuse to start work whose result could not be written.
-
-    Raises:
-        CheckpointError: if a path exists and may not be replaced, or its folder does not exist.
-    """
-    for path in paths:
-        if path.exists() and not context.force:
-            raise CheckpointError(f"{path} exists already; --force replaces it")
-        if path.exists() and path.samefile(context.output):
-            raise CheckpointError(f"{path} is the input itself; name another file")
-        if not path.parent.is_dir():
-            raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
 
 
 def samples_of(checkpoint: Checkpoint, options: DataOptions, context: Context) -> Samples | None:

@@ -11,8 +11,8 @@ from torch import nn
 from cctool.base.errors import ExportError
 from cctool.base.networks import some
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.operations.examples import example
-from cctool.operations.prune.cut import plain_checkpoint
+from cctool.operations.data import example
+from cctool.operations.keep.events import plain_checkpoint
 from cctool.options.inspect.export import ExportFormat
 from cctool.quantization.export.integer_weights import IntegerWeight, from_stored
 from cctool.quantization.export.network import export_network, made_weights, rounding_network, with_weights

@@ -12,15 +12,14 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.data.serving.batches import Batches
 from cctool.operations.context import Context
-from cctool.operations.examples import example
-from cctool.operations.measuring import feed_of
+from cctool.operations.data import example, feed_of, first_images
 from cctool.options.common import DataOptions
 from cctool.transforms.codec.calibrate import calibrate, choose_orders
 from cctool.transforms.codec.codec import CodecConfig
 from cctool.transforms.codec.sites import Site, find_sites
 from cctool.transforms.codec.taps import drop_taps, fingerprint, set_taps, taps_of, with_taps
 
-__all__ = ["calibration_images", "put_taps", "recalibrate_taps"]
+__all__ = ["calibration_images", "put_taps", "recalibrate_taps", "why_no_images"]
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,9 @@ class _Images:
     context: Context
 
     def __iter__(self) -> Iterator[Tensor]:
-        left = self.count
         steps = min(len(self.batches), -(-self.count // max(1, len(self.batches.parts[0]))))
-        for batch in self.context.reporter.progress(self.batches, "calibrating", steps):
-            yield batch.images[:left]
-            left -= len(batch.images)
-            if left <= 0:
-                return
+        shown = self.context.reporter.progress(self.batches, "calibrating", steps)
+        return first_images(shown, self.count)
 
 
 def calibration_images(
@@ -55,6 +50,13 @@ def calibration_images(
     if not served.samples:
         raise DataError(f"{source.reference} has no training images to calibrate on")
     return _Images(served, count, context), min(count, served.samples)
+
+
+def why_no_images(checkpoint: Checkpoint, source: DataSource | None) -> str:
+    """Why a network cannot be shown training images; "" where it can."""
+    if source is None or "train" not in source.loaders:
+        return "no training images"
+    return "" if checkpoint.spec.preprocessing is not None else "the preprocessing is unknown"
 
 
 def put_taps(

@@ -17,7 +17,7 @@ from cctool.base.errors import QuantizationError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.file.payload import MemoryPlace, place
-from cctool.operations.keep.masked_weights import encode_under_mask, masks_by_place
+from cctool.operations.keep.encode import encode_under_mask, masks_by_place
 from cctool.quantization.encodings.codebook import CODEBOOK
 from cctool.quantization.encodings.masked import MASKED, Inner, inner_of
 from cctool.training.constraints.base import Constraint

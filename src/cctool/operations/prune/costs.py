@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from cctool.analysis.latency import Latency, compare, measure_latency
 from cctool.base.errors import ArchitectureError
-from cctool.base.networks import copied, device_of
+from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.edits.thin import Cut
-from cctool.checkpoint.encoding import EncodedTensor
 from cctool.graph import cost
 from cctool.operations.context import Context
-from cctool.operations.prune.cut import forms_after, thin_copy
-from cctool.operations.prune.stored_cut import cut_stored
+from cctool.operations.keep import events
+from cctool.operations.keep.events import thin_copy
+from cctool.operations.keep.follower import sharing_copy
 from cctool.operations.size import measure, stored_bytes
 from cctool.options.prune.options import PruneOptions
 from cctool.options.prune.parts import Quantity
-from cctool.pruning.cut.surgery import CutPlan, named_tensors, sketch
-from cctool.quantization.network.attach import CONTAINER, quantizers_of
-from cctool.quantization.network.points import weight_key
+from cctool.pruning.cut.surgery import CutPlan, sketch
+from cctool.quantization.network.attach import quantizers_of
 from cctool.transforms.layers.base import swapped_layers
 from cctool.transforms.plain import plain_model
 
@@ -71,7 +70,7 @@ class Scales:
         after = Costs(size.parameters, size.macs, size.bytes or 0, None)
         if self._dense is None:
             return self._before, replace(after, latency=_timed(checkpoint))
-        device = device_of(checkpoint.model)
+        device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
         try:
             pair = compare([self._dense.to(device), checkpoint.model], checkpoint.spec.input_shape)
         except ArchitectureError:
@@ -115,49 +114,15 @@ def counter(
             for name, form in checkpoint.stored.items()
             if not dense or options.keep_storage or name in rounded
         }
-        return lambda plan: float(_bytes(checkpoint, stored, plan, context))
+        counted = replace(checkpoint, stored=stored, resume=None)
+        return lambda plan: float(_bytes(counted, plan, context))
     return _latency_counter(checkpoint)
 
 
-def _bytes(
-    checkpoint: Checkpoint, stored: Mapping[str, EncodedTensor], plan: CutPlan, context: Context
-) -> int:
-    if swapped_layers(checkpoint.model):
-        # What these layers store is cut by themselves: the plan says nothing of it.
-        thin = thin_copy(checkpoint.model, plan)
-        tensors = dict(named_tensors(checkpoint.model))
-        forms, _ = forms_after(stored, tensors, thin, plan, context)
-        return stored_bytes(replace(checkpoint, model=thin, stored=forms))
-    seen: set[int] = set()
-    total = 0
-    small, scales = cut_stored(stored, plan, context), _cuts_of_scales(checkpoint, plan)
-    for name, tensor in checkpoint.model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor) or id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        if name in small:
-            for part in small[name].parts.values():
-                if id(part) not in seen:
-                    seen.add(id(part))
-                    total += part.numel() * part.element_size()
-            continue
-        numbers = tensor.numel()
-        of_scales = [c for c in scales.get(name.rpartition(".")[0], ()) if tensor.shape == (c.size,)]
-        for cut in (*plan.tensors.get(name, ()), *of_scales):
-            numbers = numbers // cut.size * cut.keep.numel()
-        total += numbers * tensor.element_size()
-    return total
-
-
-def _cuts_of_scales(checkpoint: Checkpoint, plan: CutPlan) -> dict[str, tuple[Cut, ...]]:
-    """What a plan takes of the tensors of quantizers that have an entry a channel, by the quantizers."""
-    held = quantizers_of(checkpoint.model)
-    return {
-        f"{CONTAINER}.{weight_key(name)}": tuple(
-            cut for cut in plan.tensors.get(name, ()) if cut.dim == point.config.axis
-        )
-        for name, point in ({} if held is None else held.state.weights).items()
-    }
+def _bytes(checkpoint: Checkpoint, plan: CutPlan, context: Context) -> int:
+    """What files hold of a cut copy, which shares all tensors that stay whole."""
+    copy = replace(checkpoint, model=sharing_copy(checkpoint.model))
+    return stored_bytes(events.cut(copy, plan, context).checkpoint)
 
 
 def _latency_counter(checkpoint: Checkpoint) -> Callable[[CutPlan], float]:

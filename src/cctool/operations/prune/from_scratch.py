@@ -36,7 +36,7 @@ from cctool.transforms.swap import put_in_place
 
 __all__ = ["reinitialised"]
 
-Watch = Callable[[nn.Module, str, Tensor], Tensor]
+OnRegister = Callable[[nn.Module, str, Tensor], Tensor]
 """(module, name, tensor that it registers) -> tensor that it gets."""
 
 
@@ -169,7 +169,7 @@ def _cut(tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
     return nn.Parameter(smaller, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else smaller
 
 
-def _watched(watch: Watch) -> Callable[[Register, Register], tuple[Register, Register]]:
+def _watched(watch: OnRegister) -> Callable[[Register, Register], tuple[Register, Register]]:
     """Ask `watch` what stands for each tensor that this thread's modules register, a tied one once."""
 
     def make(register_parameter: Register, register_buffer: Register) -> tuple[Register, Register]:

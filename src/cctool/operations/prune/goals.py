@@ -11,11 +11,12 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
-from cctool.operations.measuring import measured
+from cctool.operations.data import measured
+from cctool.operations.keep.events import cut_model
 from cctool.operations.prune.costs import counter
-from cctool.operations.prune.cut import cut_model
 from cctool.operations.train.batch_norm import recalibrated
-from cctool.options.prune.options import Images, PruneOptions, StepMode
+from cctool.options.prune.choices import Images, StepMode
+from cctool.options.prune.options import PruneOptions
 from cctool.options.prune.parts import Quantity, Target
 from cctool.pruning.cut.planner import Planner
 from cctool.pruning.cut.report import ThinResult

@@ -7,7 +7,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.data.serving.batches import Batches
 from cctool.operations.context import Context
-from cctool.operations.measuring import feed_of
+from cctool.operations.data import feed_of
 from cctool.options.prune.options import PruneOptions
 from cctool.pruning.scores.evidence import Evidence, gather
 from cctool.training.objectives import cross_entropy

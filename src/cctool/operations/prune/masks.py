@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from cctool.base.errors import PruningError
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.edits.mask import add_masks, drop_masks, mask_buffers, masks_of, with_masks
+from cctool.checkpoint.edits.mask import add_masks, drop_masks, masks_of
 from cctool.operations.context import Context
-from cctool.operations.examples import example
-from cctool.operations.keep.masked_weights import stored_with_masks
-from cctool.operations.prune.cut import carried_out, plain_checkpoint
-from cctool.options.prune.options import Granularity, PruneOptions
+from cctool.operations.data import example
+from cctool.operations.keep import events
+from cctool.options.prune.choices import Granularity
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.report import ThinResult
 from cctool.pruning.masks.choose import Saliency, choose_masks, magnitude, unit_masks
 from cctool.pruning.masks.emptied import Emptied, find_emptied
@@ -82,7 +82,7 @@ def mask_weights(
     before = zero_percent(checkpoint.model)
     # Single coefficients may go; whatever looks at more sees the weights that they make.
     single = options.granularity is Granularity.ELEMENT
-    seen = checkpoint if single else plain_checkpoint(checkpoint)
+    seen = checkpoint if single else events.plain_checkpoint(checkpoint)
     apart = _apart(checkpoint.model, options)
     chosen = choose_masks(seen.model, example(seen), options, saliency, step=step, rates=rates, apart=apart)
     earlier = masks_of(checkpoint.model)
@@ -137,17 +137,13 @@ def emptied_cut(
     """
     model = checkpoint.model
     before = sum(parameter.numel() for parameter in model.parameters())
-    plain = plain_checkpoint(checkpoint)
+    plain = events.plain_checkpoint(checkpoint)
     found = find_emptied(plain.model, example(plain), exclude=exclude, only=only)
-    carried = carried_out(checkpoint, found.plan, context)
-    cut = carried.checkpoint
+    # The state of a training with masks does not fit one without.
+    cut, remarks = events.cut(replace(checkpoint, resume=None), found.plan, context)
     idle = tuple(name for name, mask in masks_of(model).items() if bool(mask.all()))
-    masks = mask_buffers(model)
     drop_masks(model, idle)
-    gone = masks - mask_buffers(model)
-    kept = {name: form for name, form in cut.stored.items() if name not in gone}
-    cut = replace(cut, spec=with_masks(cut.spec, model), stored=kept, resume=None)
-    return stored_with_masks(cut), EmptiedReport(
+    return events.masked(cut), EmptiedReport(
         families=_families(found),
         parameters_before=before,
         parameters_after=sum(parameter.numel() for parameter in model.parameters()),
@@ -157,7 +153,7 @@ def emptied_cut(
         notes=(
             *(() if found.plan.tensors else ("no channel is empty: nothing was cut",)),
             *found.notes,
-            *carried.notes,
+            *remarks,
         ),
     )
 
@@ -193,9 +189,8 @@ def _refuse_coefficients(model: nn.Module, found: ThinResult) -> None:
 
 def _with(checkpoint: Checkpoint, masks: Mapping[str, Tensor]) -> Checkpoint:
     add_masks(checkpoint.model, masks)
-    spec = with_masks(checkpoint.spec, checkpoint.model)
     # Optimizer state belongs to the weights before.
-    return stored_with_masks(replace(checkpoint, spec=spec, resume=None))
+    return events.masked(replace(checkpoint, resume=None))
 
 
 def _families(found: Emptied) -> tuple[tuple[str, int, int], ...]:

@@ -19,7 +19,7 @@ from cctool.checkpoint.edits.mask import mask_buffers, zero_masked
 from cctool.checkpoint.spec import ModelSpec
 from cctool.models.registry import is_user_code
 from cctool.operations.context import Context
-from cctool.operations.prune.cut import thin_copy
+from cctool.operations.keep.events import thin_copy
 from cctool.pruning.cut.surgery import CutPlan, cut_tensor, named_tensors
 from cctool.transforms.codec.taps import tap_buffers
 from cctool.transforms.layers.base import swapped_layers

@@ -19,27 +19,24 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import open_source, require_source
-from cctool.operations.keep.codebooks import keeping_codebooks
-from cctool.operations.keep.masked_weights import lossy_forms, stored_with_masks
-from cctool.operations.keep.upkeep import recalibrated_parts, trained_parts
-from cctool.operations.measuring import measured_splits, preprocessing_of
+from cctool.operations.data import measured_splits, open_source, require_source, with_preprocessing
+from cctool.operations.keep import events
+from cctool.operations.keep.follower import Followed
 from cctool.operations.pipeline import labelled
-from cctool.operations.prune.costs import Costs, Scales
+from cctool.operations.prune.costs import Scales
 from cctool.operations.prune.from_scratch import reinitialised
-from cctool.operations.prune.goals import RECALIBRATION, BudgetReport, TargetReport
-from cctool.operations.prune.masks import EmptiedReport, MaskReport
+from cctool.operations.prune.goals import RECALIBRATION
+from cctool.operations.prune.report import StepReport, picture_path, pictured, step_report
 from cctool.operations.prune.rewind import open_earlier, rewound
 from cctool.operations.prune.sparse_training import sparsified
 from cctool.operations.prune.step import Changed, Changer
-from cctool.operations.prune.width_pictures import picture_path, write_picture
 from cctool.operations.train.batch_norm import recalibrated, refuse_unknown_preprocessing
-from cctool.operations.train.finetune import encoded_again, finetune
+from cctool.operations.train.finetune import finetune
 from cctool.operations.train.resume import never_trained
 from cctool.operations.train.teacher import distillation
-from cctool.options.prune.options import Images, PruneOptions, StepMode
+from cctool.options.prune.choices import Images, StepMode
+from cctool.options.prune.options import PruneOptions
 from cctool.options.train.fit import FitOptions
-from cctool.pruning.cut.report import PruneReport
 from cctool.pruning.cut.surgery import CutPlan
 from cctool.training.objectives import Objective
 from cctool.transforms.codec.taps import bypassed
@@ -47,44 +44,6 @@ from cctool.transforms.codec.taps import bypassed
 __all__ = ["StepReport", "plan", "run"]
 
 _COLLAPSE = 0.5  # of the points above chance
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step did.
-
-    Attributes:
-        step: its number, from 1.
-        steps: how many there are.
-        cut: families, frozen places, and how far the cut is from the masked network; None where weights were
-            masked, or empty channels cut.
-        masks: what was masked; None where nothing was.
-        emptied: what was cut because masks had left it empty.
-        target: where the search for a target ended.
-        budget: where the search for a budget ended.
-        before: what the network costs that the command was given.
-        after: what the network costs that came out.
-        recalibrated: images from which batch-norm statistics were estimated again.
-        finetuned: epochs of training.
-        metrics_before: of the source.
-        metrics_after: of the product.
-        picture: path of the picture of widths.
-    """
-
-    step: int
-    steps: int
-    cut: PruneReport | None
-    masks: MaskReport | None
-    emptied: EmptiedReport | None
-    target: TargetReport | None
-    budget: BudgetReport | None
-    before: Costs
-    after: Costs
-    recalibrated: int = 0
-    finetuned: int = 0
-    metrics_before: tuple[Metrics, ...] = ()
-    metrics_after: tuple[Metrics, ...] = ()
-    picture: str | None = None
 
 
 @dataclass
@@ -126,8 +85,8 @@ def plan(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> tup
         context.reporter.note("the plan ranks the network as it is; --sparsify would train it first")
     for step, label in enumerate(_labels(options), start=1):
         changed = changer.changed(replace(start, model=copied(start.model), resume=None), step)
-        report = _report(changed, step, options, *scales.weigh(changed.checkpoint))
-        reports.append(_pictured(report, options, context, label))
+        report = step_report(changed, step, options, *scales.weigh(changed.checkpoint))
+        reports.append(pictured(report, options, context, label))
         start = changed.checkpoint if options.step_mode is StepMode.PROGRESSIVE else checkpoint
     return tuple(reports)
 
@@ -158,15 +117,12 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
         current = _reset(changed, work)
         with bypassed(current.model):
             images = _recalibrate(current, changed, work)
-        current, of_taps = recalibrated_parts(current, work.source, options.data, context)
-        current = stored_with_masks(_finetuned(current, work))
-        if options.finetune_epochs and work.source is not None:
-            current, grown = trained_parts(current, work.source, options.data, context)
-            of_taps += grown
+        current, of_change = events.changed(current, work.source, options.data, context)
+        current, of_training = _finetuned(current, work)
         after = measured_splits(current, work.source, options.data, context)
         _warn_of_collapse(current, after, images, work)
         report = replace(
-            _report(changed, step, options, *work.scales.weigh(current)),
+            step_report(changed, step, options, *work.scales.weigh(current)),
             recalibrated=images,
             finetuned=options.finetune_epochs,
             metrics_before=work.metrics,
@@ -174,14 +130,15 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
         )
         yield Outcome(
             checkpoint=current,
-            report=_pictured(report, options, context, label),
+            report=pictured(report, options, context, label),
             label=label,
             metrics_before=work.metrics,
             metrics_after=after,
             notes=(
                 *([f"step {step} of {options.steps}"] if options.steps > 1 else []),
                 *changed.notes,
-                *of_taps,
+                *of_change,
+                *of_training,
             ),
             others=work.others,
         )
@@ -283,11 +240,11 @@ def _recalibrate(checkpoint: Checkpoint, changed: Changed, work: _Run) -> int:
     return used
 
 
-def _finetuned(checkpoint: Checkpoint, work: _Run) -> Checkpoint:
+def _finetuned(checkpoint: Checkpoint, work: _Run) -> Followed:
     options, context, source = work.options, work.context, work.source
     if not options.finetune_epochs or source is None:
-        return checkpoint
-    rounded = replace(checkpoint, stored=lossy_forms(checkpoint))
+        return Followed(checkpoint)
+    forms = events.forms_of(checkpoint) if options.keep_storage else {}
     untrained = work.earlier is not None and never_trained(work.earlier.history)
     trained = finetune(
         checkpoint,
@@ -296,16 +253,11 @@ def _finetuned(checkpoint: Checkpoint, work: _Run) -> Checkpoint:
         options.data,
         context,
         objective=work.objective,
-        constraints=keeping_codebooks(rounded) if options.keep_storage else (),
         fresh=options.from_scratch or untrained,
+        forms=forms,
     )
-    if options.keep_storage:
-        trained = encoded_again(trained, checkpoint, context)
-    if trained.spec.preprocessing is None:
-        # Trained so, it needs inputs so.
-        preprocessing = preprocessing_of(trained, source, context)
-        trained = replace(trained, spec=trained.spec.model_copy(update={"preprocessing": preprocessing}))
-    return trained
+    trained = with_preprocessing(trained, source, context)
+    return events.trained(trained, source, options.data, context, forms)
 
 
 def _warn_of_collapse(checkpoint: Checkpoint, after: tuple[Metrics, ...], images: int, work: _Run) -> None:
@@ -328,25 +280,3 @@ def _warn_of_collapse(checkpoint: Checkpoint, after: tuple[Metrics, ...], images
             "a smaller --rate or --max-drop would help"
         )
         return
-
-
-def _report(changed: Changed, step: int, options: PruneOptions, before: Costs, after: Costs) -> StepReport:
-    return StepReport(
-        step=step,
-        steps=options.steps,
-        cut=changed.cut,
-        masks=changed.masks,
-        emptied=changed.emptied,
-        target=changed.target,
-        budget=changed.budget,
-        before=before,
-        after=after,
-    )
-
-
-def _pictured(report: StepReport, options: PruneOptions, context: Context, label: str) -> StepReport:
-    path = picture_path(options, context, label)
-    if path is None or report.cut is None:
-        return report
-    write_picture(report.cut, path, context)
-    return replace(report, picture=str(path))

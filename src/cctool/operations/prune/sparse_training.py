@@ -14,9 +14,8 @@ from cctool.data.records import DataSource
 from cctool.graph.ledger import Role
 from cctool.graph.records import Family
 from cctool.operations.context import Context
-from cctool.operations.examples import example
-from cctool.operations.measuring import feed_of
-from cctool.operations.prune.cut import plain_checkpoint
+from cctool.operations.data import example, feed_of
+from cctool.operations.keep.events import plain_checkpoint
 from cctool.operations.train.finetune import finetune
 from cctool.options.prune.options import PruneOptions
 from cctool.options.prune.parts import Sparsifier, SparsifyOptions

@@ -11,17 +11,17 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
-from cctool.operations.examples import example
-from cctool.operations.prune.cut import carried_out, plain_checkpoint
+from cctool.operations.data import example
+from cctool.operations.keep import events
 from cctool.operations.prune.goals import BudgetReport, TargetReport, within_budget, within_target
 from cctool.operations.prune.images import evidence_for
-from cctool.operations.prune.masks import EmptiedReport, MaskReport, emptied_cut, mask_channels, mask_weights
-from cctool.operations.prune.resume_state import cut_resume
-from cctool.operations.prune.spared import frozen_families, refuse_all_complex
-from cctool.options.prune.options import Granularity, PruneOptions, StepMode
+from cctool.operations.prune.masks import EmptiedReport, emptied_cut, mask_channels, mask_weights
+from cctool.options.prune.choices import Granularity, StepMode
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.planner import Planner
 from cctool.pruning.cut.report import PruneReport, ThinResult
 from cctool.pruning.cut.surgery import CutPlan
+from cctool.pruning.masks.report import MaskReport
 from cctool.pruning.scores.weights import weight_saliency
 from cctool.pruning.select.rates import read_rates
 
@@ -110,7 +110,7 @@ class Changer:
     def _planned(
         self, checkpoint: Checkpoint, options: PruneOptions, step: int
     ) -> tuple[ThinResult, TargetReport | None, BudgetReport | None]:
-        context, plain = self._context, plain_checkpoint(checkpoint)
+        context, plain = self._context, events.plain_checkpoint(checkpoint)
         planner = Planner(
             plain.model,
             example(plain),
@@ -118,8 +118,7 @@ class Changer:
             seed=context.runtime.seed,
             evidence=evidence_for(plain, self._source, options, context),
         )
-        planner.spared |= frozen_families(planner, checkpoint)
-        refuse_all_complex(planner)
+        planner.spared |= events.fixed_widths(planner, checkpoint)
         if options.target is not None:
             found, target = within_target(
                 planner, options.target, self._target, checkpoint, options, context, step
@@ -133,14 +132,12 @@ class Changer:
         return planner.verified(planner.by_options(step)), None, None
 
     def _cut(self, checkpoint: Checkpoint, found: ThinResult) -> Changed:
-        """Carry a plan out, write it into the spec, and cut what is stored beside the model's tensors."""
-        resume, left_out = cut_resume(checkpoint, found.plan)
-        cut = carried_out(checkpoint, found.plan, self._context)
-        remarks = (*([left_out] if left_out else []), *cut.notes)
+        """Carry a plan out, and say what could not follow."""
+        cut, remarks = events.cut(checkpoint, found.plan, self._context)
         for remark in remarks:
             self._context.reporter.warn(remark)
         notes = (*found.report.notes, *_frozen_notes(found.report), *remarks)
-        return Changed(replace(cut.checkpoint, resume=resume), found.plan, found.report, notes=notes)
+        return Changed(cut, found.plan, found.report, notes=notes)
 
     def _weights_masked(self, checkpoint: Checkpoint, step: int) -> Changed:
         options, context = self._options, self._context

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from cctool.base.errors import QuantizationError
 
-__all__ = ["Assignment", "Choice", "Trial", "cheapest", "fewest_bytes", "frontier"]
+__all__ = ["Assignment", "LayerChoice", "MeasuredAssignment", "cheapest", "fewest_bytes", "frontier"]
 
 _MOST = 8192
 _Indices = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayerChoice:
     """One layer with so many bits.
 
     Attributes:
@@ -55,7 +55,7 @@ class Assignment:
 
 
 @dataclass(frozen=True)
-class Trial:
+class MeasuredAssignment:
     """An assignment whose accuracy was measured.
 
     Attributes:
@@ -67,7 +67,7 @@ class Trial:
     drop: float
 
 
-def frontier(choices: Sequence[Choice]) -> tuple[Assignment, ...]:
+def frontier(choices: Sequence[LayerChoice]) -> tuple[Assignment, ...]:
     """The assignments that no other beats in both bytes and damage, by bytes.
 
     Where there are more than 8,192 while layers are added, the range of bytes is divided into so many parts
@@ -76,7 +76,7 @@ def frontier(choices: Sequence[Choice]) -> tuple[Assignment, ...]:
     Args:
         choices: at least one for each layer.
     """
-    by_layer: dict[str, list[Choice]] = {}
+    by_layer: dict[str, list[LayerChoice]] = {}
     for choice in choices:
         by_layer.setdefault(choice.layer, []).append(choice)
     sizes, damages = np.zeros(1, dtype=np.int64), np.zeros(1)
@@ -95,7 +95,7 @@ def frontier(choices: Sequence[Choice]) -> tuple[Assignment, ...]:
     )
 
 
-def cheapest(choices: Sequence[Choice], limit: int) -> Assignment:
+def cheapest(choices: Sequence[LayerChoice], limit: int) -> Assignment:
     """The assignment of the least damage that fits.
 
     Args:
@@ -116,8 +116,8 @@ def cheapest(choices: Sequence[Choice], limit: int) -> Assignment:
 
 
 def fewest_bytes(
-    choices: Sequence[Choice], drop: Callable[[Assignment], float], most: float
-) -> tuple[Assignment, tuple[Trial, ...]]:
+    choices: Sequence[LayerChoice], drop: Callable[[Assignment], float], most: float
+) -> tuple[Assignment, tuple[MeasuredAssignment, ...]]:
     """The assignment of the fewest bytes that bisection finds within a measured drop.
 
     The assignments of `frontier` are bisected, from the one with the least damage to the one with the fewest
@@ -136,10 +136,10 @@ def fewest_bytes(
         QuantizationError: if even the least damage loses more.
     """
     found = frontier(choices)
-    trials: list[Trial] = []
+    trials: list[MeasuredAssignment] = []
 
     def within(number: int) -> bool:
-        trials.append(Trial(found[number], drop(found[number])))
+        trials.append(MeasuredAssignment(found[number], drop(found[number])))
         return trials[-1].drop <= most
 
     low, high = 0, len(found) - 1
@@ -175,7 +175,7 @@ def _unbeaten(sizes: NDArray[np.int64], damages: NDArray[np.float64]) -> _Indice
 
 
 def _traced(
-    number: int, history: Sequence[tuple[_Indices, _Indices]], layers: Sequence[Sequence[Choice]]
+    number: int, history: Sequence[tuple[_Indices, _Indices]], layers: Sequence[Sequence[LayerChoice]]
 ) -> dict[str, int]:
     bits: dict[str, int] = {}
     for (before, chosen), several in zip(reversed(history), reversed(layers), strict=True):

@@ -21,12 +21,10 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.payload import place
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import open_source
+from cctool.operations.data import measured_splits, open_source
+from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
-from cctool.operations.keep.quantized_weights import as_stored, quantized_weights, settled
-from cctool.operations.keep.ranges import in_step
-from cctool.operations.keep.upkeep import recalibrated_parts
-from cctool.operations.measuring import measured_splits
+from cctool.operations.keep.encode import in_step, names_by_place, quantized_weights, settled
 from cctool.operations.quantize.plan import Plan, plan
 from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing
 from cctool.operations.quantize.report import (
@@ -36,6 +34,7 @@ from cctool.operations.quantize.report import (
     TensorReport,
     counted,
     errors_between,
+    in_floating_point,
 )
 from cctool.operations.quantize.sensitivity import searched_bits
 from cctool.operations.quantize.stored import encoded_directly
@@ -86,11 +85,11 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         assert held is not None
         held.state.method, held.state.observing = str(options.method), observing(options)
         held.state.images = images
-        product = in_step(product, context)
+        product = in_step(product, context.tables)
     else:
         product, others, skipped = _weights_alone(product, checkpoint, planned, options, context)
         tensors += others
-    product, of_taps = recalibrated_parts(product, source, options.data, context)
+    product, followed = events.changed(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
     notes += _of_ranges(product, options)
     report = QuantizeReport(
@@ -98,10 +97,10 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         tensors=tensors,
         skipped=skipped,
         bytes_before=stored_bytes(checkpoint),
-        bytes_after=stored_bytes(as_stored(product, context.tables)),
+        bytes_after=stored_bytes(product),
         metrics_before=before,
         metrics_after=after,
-        notes=(*notes, *_of_layers(planned), *counted(list(skipped)), *of_taps),
+        notes=(*notes, *in_floating_point(planned.left), *counted(list(skipped)), *followed),
         activations=activations,
         left=planned.left,
         calibrated_on=images,
@@ -219,7 +218,7 @@ def tensor_reports(
         floats: the weights before, by name.
     """
     found = []
-    aliases = _aliases(product)
+    aliases = names_by_place(product.model)
     for name, parameter, quantizer, _ in quantized_weights(product.model):
         form, earlier = product.stored.get(name), before.stored.get(name)
         dense = parameter.numel() * parameter.element_size()
@@ -240,14 +239,6 @@ def tensor_reports(
     return tuple(found)
 
 
-def _aliases(checkpoint: Checkpoint) -> dict[object, list[str]]:
-    names: dict[object, list[str]] = {}
-    for name, value in checkpoint.model.state_dict().items():
-        if isinstance(value, Tensor) and value.numel():
-            names.setdefault(place(value), []).append(name)
-    return names
-
-
 def _weights_alone(
     product: Checkpoint, before: Checkpoint, planned: Plan, options: QuantizeOptions, context: Context
 ) -> tuple[Checkpoint, tuple[TensorReport, ...], tuple[Skipped, ...]]:
@@ -260,10 +251,3 @@ def _weights_alone(
     product = replace(product, spec=with_quantizers(product.spec, product.model))
     left = {f"{item.name}" for item in planned.left}
     return encoded_directly(product, before, options, context, done=taken & parameters, left=left)
-
-
-def _of_layers(planned: Plan) -> list[str]:
-    counts: dict[str, int] = {}
-    for item in planned.left:
-        counts[item.reason] = counts.get(item.reason, 0) + 1
-    return [f"left in floating point: {n} ({reason})" for reason, n in counts.items()]

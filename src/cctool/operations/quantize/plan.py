@@ -11,7 +11,7 @@ from torch import nn
 
 from cctool.base.errors import QuantizationError
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.operations.examples import example
+from cctool.operations.data import example
 from cctool.options.patterns import refuse_unmatched
 from cctool.options.quantize.choices import CLIPPING, Edges, QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.context import Context
-from cctool.operations.keep.quantized_weights import quantized_weights
-from cctool.operations.prune.cut import plain_checkpoint
+from cctool.operations.keep import events
+from cctool.operations.keep.encode import quantized_weights
 from cctool.operations.quantize.plan import Plan, attach_plan
 from cctool.operations.quantize.report import ActivationReport
-from cctool.operations.train.finetune import decoded
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.calibration.observers import RangeObserver
 from cctool.quantization.calibration.run import observe, observer_of
@@ -59,7 +58,7 @@ def in_floats(checkpoint: Checkpoint, context: Context, *, ordinary: bool) -> tu
     swapped = swapped_layers(model)
     if ordinary and swapped:
         taps = drop_taps(model)
-        product = plain_checkpoint(replace(product, model=model))
+        product = events.plain_checkpoint(replace(product, model=model))
         set_taps(product.model, taps)
         product = replace(product, spec=with_taps(product.spec, product.model))
         left = swapped_layers(product.model)
@@ -67,7 +66,7 @@ def in_floats(checkpoint: Checkpoint, context: Context, *, ordinary: bool) -> tu
             f"{len(swapped) - len(left)} layers in a transform domain became ordinary ones: integer kernels "
             "take weights, not coefficients"
         )
-    return decoded(product, context) if product.stored else product, notes
+    return events.decoded(product, context) if product.stored else product, notes
 
 
 def attached(checkpoint: Checkpoint, planned: Plan) -> Checkpoint:

@@ -20,6 +20,7 @@ __all__ = [
     "TensorReport",
     "counted",
     "errors_between",
+    "in_floating_point",
 ]
 
 
@@ -141,3 +142,9 @@ def counted(skipped: Sequence[Skipped]) -> list[str]:
     """A line for each reason why tensors were left alone."""
     counts = Counter(item.reason for item in skipped)
     return [f"left alone: {n} tensors ({reason})" for reason, n in counts.items()]
+
+
+def in_floating_point(left: Sequence[Left]) -> list[str]:
+    """A line for each reason why layers and activations stay in floating point."""
+    counts = Counter(item.reason for item in left)
+    return [f"left in floating point: {n} ({reason})" for reason, n in counts.items()]

@@ -21,10 +21,11 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.graph.execution import tensors_in
 from cctool.operations.context import Context
+from cctool.operations.data import measured
+from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
-from cctool.operations.keep.quantized_weights import as_stored, quantized_weights
-from cctool.operations.measuring import measured
-from cctool.operations.quantize.allocate_bits import Assignment, Choice, cheapest, fewest_bytes
+from cctool.operations.keep.encode import quantized_weights
+from cctool.operations.quantize.allocate_bits import Assignment, LayerChoice, cheapest, fewest_bytes
 from cctool.operations.quantize.plan import Plan, fixed_bits, plan
 from cctool.operations.quantize.prepare import attached, calibrated, observing
 from cctool.operations.quantize.report import SensitivityReport
@@ -80,7 +81,9 @@ def searched_bits(
     images, used = _images(product, options, source, context)
     damages = _damages(product, options, names, tried, images, context)
     choices = [
-        Choice(name, bits, damages[name, bits], sizes.weights[name, bits]) for name in names for bits in tried
+        LayerChoice(name, bits, damages[name, bits], sizes.weights[name, bits])
+        for name in names
+        for bits in tried
     ]
     notes = [f"damages of {len(names)} layers were measured on {used:,} training images"]
     if options.target is not None:
@@ -135,7 +138,7 @@ def _sizes(
     for bits in tried:
         trial = replace(product, model=copied(product.model).cpu())
         trial = attached(trial, plan(trial, options, dict.fromkeys(names, bits)))
-        trial = as_stored(trial, context.tables)
+        trial = events.stored(trial, context.tables)
         dense = dict(trial.model.named_parameters(remove_duplicate=False))
         for name in names:
             form = trial.stored.get(name)
@@ -209,7 +212,7 @@ def _mean_damage(model: nn.Module, images: Iterable[Tensor], wanted: Iterable[Te
 
 
 def _within_target(
-    choices: Sequence[Choice], sizes: _Sizes, product: Checkpoint, options: QuantizeOptions
+    choices: Sequence[LayerChoice], sizes: _Sizes, product: Checkpoint, options: QuantizeOptions
 ) -> tuple[Assignment, list[str]]:
     target = options.target
     assert target is not None
@@ -224,7 +227,7 @@ def _within_target(
 
 
 def _within_drop(
-    choices: Sequence[Choice],
+    choices: Sequence[LayerChoice],
     product: Checkpoint,
     options: QuantizeOptions,
     source: DataSource,

@@ -6,30 +6,80 @@ The numbers come out the same on every device: tensors are encoded on the CPU, w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from cctool.base.errors import QuantizationError
 from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.encoding import EncodedTensor, Encoding
 from cctool.checkpoint.file.payload import place
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import open_source
-from cctool.operations.keep.masked_weights import encode_under_mask, masks_by_place, stored_with_masks
-from cctool.operations.keep.upkeep import recalibrated_parts
-from cctool.operations.measuring import measured_splits
+from cctool.operations.data import measured_splits, open_source
+from cctool.operations.keep import events
+from cctool.operations.keep.encode import encode_under_mask, masks_by_place
 from cctool.operations.quantize.report import QuantizeReport, TensorReport, counted, errors_between
-from cctool.operations.quantize.storage_methods import METHODS
 from cctool.operations.size import stored_bytes
+from cctool.options.quantize.choices import INTEGERS, QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
+from cctool.quantization.encodings.apot_levels import default_terms
+from cctool.quantization.encodings.codebook import CODEBOOK
+from cctool.quantization.encodings.float16 import BF16, FP16
+from cctool.quantization.encodings.intn import INTN
+from cctool.quantization.encodings.uint8 import AFFINE_U8
 from cctool.quantization.network.tensors import SelectedTensor, Skipped, select
 
-__all__ = ["encode_selected", "encoded_directly", "run"]
+__all__ = ["METHODS", "Method", "encode_selected", "encoded_directly", "run"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An encoding, and its parameters for a tensor: (tensor, options, seed) -> parameters."""
+
+    encoding: Encoding
+    parameters: Callable[[SelectedTensor, QuantizeOptions, int], dict[str, JsonValue]]
+
+
+def _none(selected: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
+    return {}
+
+
+def _axis(selected: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
+    return {"axis": selected.channels if options.channelwise else None}
+
+
+def _integers(selected: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
+    return {
+        "bits": options.bits,
+        "symmetric": not options.asymmetric,
+        "axis": selected.channels if options.channelwise else None,
+        "group": options.group,
+    }
+
+
+def _clusters(selected: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
+    return {"kind": "kmeans", "bits": options.bits, "axis": None, "init": str(options.init), "seed": seed}
+
+
+def _powers(selected: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
+    axis = selected.channels if options.channelwise else None
+    terms = options.terms or default_terms(options.bits)
+    return {"kind": "apot", "bits": options.bits, "axis": axis, "terms": terms}
+
+
+METHODS: dict[QuantizeMethod, Method] = {
+    QuantizeMethod.FP16: Method(FP16, _none),
+    QuantizeMethod.BF16: Method(BF16, _none),
+    QuantizeMethod.UINT8: Method(AFFINE_U8, _axis),
+    QuantizeMethod.CODEBOOK: Method(CODEBOOK, _clusters),
+    QuantizeMethod.APOT: Method(CODEBOOK, _powers),
+    **dict.fromkeys(INTEGERS, Method(INTN, _integers)),
+}
 
 
 def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> Iterator[Outcome]:
@@ -51,9 +101,9 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     # Optimizer state belongs to the values before.
     product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
     product, reports = encode_selected(product, checkpoint, selected, options, context)
-    product, of_taps = recalibrated_parts(product, source, options.data, context)
+    product, followed = events.changed(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
-    notes = (*_storage_notes(checkpoint, product, reports), *counted(skipped), *of_taps)
+    notes = (*_storage_notes(checkpoint, product, reports), *counted(skipped), *followed)
     report = QuantizeReport(
         method=str(options.method),
         tensors=tuple(reports),
@@ -94,7 +144,7 @@ def encode_selected(
         )
         stored |= dict.fromkeys(item.names, encoded)
         reports.append(found)
-    product = stored_with_masks(replace(product, stored=stored))
+    product = replace(product, stored=stored)
     _decode_into(product, [item.names[0] for item in selected], context)
     return product, reports
 

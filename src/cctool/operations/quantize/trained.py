@@ -8,28 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from cctool.base.errors import QuantizationError
 from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.spec import Parent
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import require_source
+from cctool.operations.data import measured_splits, require_source, with_preprocessing
+from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
-from cctool.operations.keep.codebooks import keeping_codebooks
-from cctool.operations.keep.quantized_weights import as_stored, settled
-from cctool.operations.keep.upkeep import recalibrated_parts, trained_parts
-from cctool.operations.measuring import measured_splits, preprocessing_of
+from cctool.operations.keep.encode import settled
 from cctool.operations.quantize.calibrated import tensor_reports
 from cctool.operations.quantize.plan import Plan, plan
 from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing, reported
-from cctool.operations.quantize.report import QuantizeReport, counted
+from cctool.operations.quantize.report import QuantizeReport, counted, in_floating_point
 from cctool.operations.quantize.stored import encode_selected
 from cctool.operations.size import stored_bytes
-from cctool.operations.train.finetune import encoded_again, finetune
+from cctool.operations.train.finetune import finetune
 from cctool.operations.train.teacher import distillation
 from cctool.options.quantize.choices import QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
@@ -54,17 +54,16 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     source = require_source(options.data, checkpoint, context, "quantize")
     before = measured_splits(checkpoint, source, options.data, context)
     objective, others = _objective(checkpoint, options, source, context)
-    if options.method is QuantizeMethod.CODEBOOK:
-        product, report = _codebooks(checkpoint, options, source, objective, context)
-    else:
-        product, report = _quantizers(checkpoint, options, source, objective, context)
+    make = _codebooks if options.method is QuantizeMethod.CODEBOOK else _quantizers
+    product, found = make(checkpoint, options, source, objective, context)
     after = measured_splits(product, source, options.data, context)
-    report = replace(
-        report,
+    report = QuantizeReport(
+        method=str(options.method),
         bytes_before=stored_bytes(checkpoint),
-        bytes_after=stored_bytes(as_stored(product, context.tables)),
+        bytes_after=stored_bytes(product),
         metrics_before=before,
         metrics_after=after,
+        **found,
     )
     yield Outcome(
         product, report, metrics_before=before, metrics_after=after, notes=report.notes, others=others
@@ -85,7 +84,7 @@ def _quantizers(
     source: DataSource,
     objective: Objective | None,
     context: Context,
-) -> tuple[Checkpoint, QuantizeReport]:
+) -> tuple[Checkpoint, dict[str, Any]]:
     product, notes = in_floats(checkpoint, context, ordinary=True)
     product.model.to(context.device)
     planned = plan(product, options)
@@ -93,19 +92,21 @@ def _quantizers(
     floats = {layer.weight: parameters[layer.weight].detach().cpu().clone() for layer in planned.layers}
     product, used = _attached(product, planned, options, source, context)
     if options.epochs:
-        product = _trained(product, options, source, objective, _constraints(product.model, options), context)
-        product, more = trained_parts(product, source, options.data, context)
-        notes += more
+        product = _trained(product, options, source, objective, context)
     product = settled(replace(product, resume=None), context.tables)
-    product = trained_parts(product, source, options.data, context)[0]
-    report = _report(options, notes, planned)
-    return product, replace(
-        report,
-        tensors=tensor_reports(checkpoint, product, floats),
-        activations=reported(product.model, planned),
-        left=planned.left,
-        calibrated_on=used,
-    )
+    # Of weights alone: masks are stored around what quantizers make of them.
+    tensors = tensor_reports(checkpoint, product, floats)
+    product, followed = events.trained(product, source, options.data, context)
+    # What followers say is of a training.
+    notes += followed if options.epochs else ()
+    return product, {
+        "tensors": tensors,
+        "skipped": (),
+        "notes": (*notes, *in_floating_point(planned.left)),
+        "activations": reported(product.model, planned),
+        "left": planned.left,
+        "calibrated_on": used,
+    }
 
 
 def _attached(
@@ -128,21 +129,24 @@ def _trained(
     options: QuantizeOptions,
     source: DataSource,
     objective: Objective | None,
-    constraints: tuple[Constraint, ...],
     context: Context,
+    forms: Mapping[str, EncodedTensor] | None = None,
 ) -> Checkpoint:
     tuning = options.tuning
     fit = FitOptions(
         epochs=options.epochs, optimizer=tuning.optimizer, lr=tuning.lr, freeze_norm=tuning.freeze_norm
     )
     trained = finetune(
-        product, source, fit, options.data, context, objective=objective, constraints=constraints
+        product,
+        source,
+        fit,
+        options.data,
+        context,
+        objective=objective,
+        constraints=_constraints(product.model, options),
+        forms=forms,
     )
-    if trained.spec.preprocessing is None:
-        # Trained so, it needs inputs so.
-        preprocessing = preprocessing_of(trained, source, context)
-        trained = replace(trained, spec=trained.spec.model_copy(update={"preprocessing": preprocessing}))
-    return trained
+    return with_preprocessing(trained, source, context)
 
 
 def _constraints(model: nn.Module, options: QuantizeOptions) -> tuple[Constraint, ...]:
@@ -164,7 +168,7 @@ def _codebooks(
     source: DataSource,
     objective: Objective | None,
     context: Context,
-) -> tuple[Checkpoint, QuantizeReport]:
+) -> tuple[Checkpoint, dict[str, Any]]:
     selected, skipped = select(
         checkpoint.model, include_1d=options.include_1d, include=options.include, exclude=options.exclude
     )
@@ -172,28 +176,10 @@ def _codebooks(
         raise QuantizationError(f"nothing is left to quantize: {'; '.join(counted(skipped))}")
     product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
     product, tensors = encode_selected(product, checkpoint, selected, options, context)
-    clustered = product
+    forms = events.forms_of(product)
     product.model.to(context.device)
-    trained = _trained(product, options, source, objective, keeping_codebooks(product), context)
-    trained.model.to("cpu")
-    product = encoded_again(trained, clustered, context)
-    product, notes = recalibrated_parts(product, source, options.data, context)
-    report = _report(options, [*counted(skipped), *notes], None)
-    return product, replace(report, tensors=tuple(tensors), skipped=tuple(skipped))
-
-
-def _report(options: QuantizeOptions, notes: list[str], planned: Plan | None) -> QuantizeReport:
-    counts: dict[str, int] = {}
-    for item in () if planned is None else planned.left:
-        counts[item.reason] = counts.get(item.reason, 0) + 1
-    left = [f"left in floating point: {n} ({reason})" for reason, n in counts.items()]
-    return QuantizeReport(
-        method=str(options.method),
-        tensors=(),
-        skipped=(),
-        bytes_before=0,
-        bytes_after=0,
-        metrics_before=(),
-        metrics_after=(),
-        notes=(*notes, *left),
-    )
+    product = _trained(product, options, source, objective, context, forms)
+    product.model.to("cpu")
+    product, notes = events.changed(product, source, options.data, context, forms)
+    found = {"tensors": tuple(tensors), "skipped": tuple(skipped), "notes": (*counted(skipped), *notes)}
+    return product, found

@@ -6,7 +6,7 @@ from cctool.base.errors import UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
-from cctool.operations.measuring import feed_of
+from cctool.operations.data import feed_of
 from cctool.options.common import DataOptions
 from cctool.training.batch_norm import recalibrate
 

@@ -11,12 +11,9 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import open_source, require_source
-from cctool.operations.keep.masked_weights import lossy_forms
-from cctool.operations.keep.upkeep import trained_parts
-from cctool.operations.measuring import preprocessing_of
+from cctool.operations.data import open_source, preprocessing_of, require_source
+from cctool.operations.keep import events
 from cctool.operations.pipeline import recorded
-from cctool.operations.train.finetune import decoded, encoded_again
 from cctool.operations.train.one_process import Start, fit_here, metrics_of
 from cctool.operations.train.rate_penalty import refuse_rate_without_taps
 from cctool.operations.train.resume import forms_from, refuse_other_files, refuse_other_options, starts_afresh
@@ -92,9 +89,9 @@ def conduct(
     source = require_source(options.data, checkpoint, context, verb)
     start = _resumed(verb, checkpoint, options, context, folder) if options.run.resume else None
     if start is None:
-        dense = _completed(decoded(checkpoint, context), source, context)
+        dense = _completed(events.decoded(checkpoint, context), source, context)
         fresh = checkpoint.origin is None or starts_afresh(checkpoint.history)
-        start = Start(dense, fresh=fresh, forms=lossy_forms(checkpoint))
+        start = Start(dense, fresh=fresh, forms=events.forms_of(checkpoint))
     _refuse_other_classes(start.checkpoint, source, options)
     refuse_rate_without_taps(start.checkpoint.model, options.fit.rate_weight)
     goal = make_goal(start.checkpoint, source, options, context)
@@ -130,9 +127,8 @@ def _fit(
         return
     finished = replace(start.checkpoint, resume=None)
     finished.model.eval()
-    if options.keep_storage and start.forms:
-        finished = encoded_again(finished, replace(finished, stored=start.forms), context)
-    finished, of_taps = trained_parts(finished, source, options.data, context)
+    forms = start.forms if options.keep_storage else {}
+    finished, followed = events.trained(finished, source, options.data, context, forms)
     after = metrics_of(finished, source, options, context)
     for log in result.logs:
         log.finish(after)
@@ -145,7 +141,7 @@ def _fit(
         report,
         metrics_before=start.metrics_before,
         metrics_after=after,
-        notes=(*start.notes(keep_storage=options.keep_storage), *of_taps),
+        notes=(*start.notes(keep_storage=options.keep_storage), *followed),
         others=start.others,
         continues=start.continues,
     )
@@ -167,17 +163,17 @@ def _stopped(
     context.reporter.note(f"{note}; the same command with --resume goes on ({folder.last})")
     metrics = step.metrics_after if best is None or best.metrics is None else (best.metrics,)
     product = replace(last, history=last.history[:-1], resume=None)
-    forms = forms_from(last.resume.state.get("storage")) if last.resume is not None else {}
-    if options.keep_storage and forms:
-        product = encoded_again(product, replace(product, stored=forms), context)
+    keeps = options.keep_storage and last.resume is not None
+    forms = forms_from(last.resume.state.get("storage")) if keeps and last.resume is not None else {}
+    product, followed = events.trained(product, source, options.data, context, forms)
+    if forms:
         metrics = metrics_of(product, source, options, context)
-    product, of_taps = trained_parts(product, source, options.data, context)
     return Outcome(
         product,
         TrainReport(done, epoch, step.metrics_before, metrics, str(folder.path)),
         metrics_before=step.metrics_before,
         metrics_after=metrics,
-        notes=(*start.notes(keep_storage=options.keep_storage), *of_taps, note),
+        notes=(*start.notes(keep_storage=options.keep_storage), *followed, note),
         others=step.others,
         continues=step,
     )

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.file.payload import MemoryPlace, place
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
-from cctool.operations.keep.codebooks import codebooks_after
-from cctool.operations.keep.masked_weights import encode_under_mask, lossy_forms, masks_by_place
-from cctool.operations.measuring import feed_of
+from cctool.operations.data import feed_of
+from cctool.operations.keep import events
 from cctool.operations.train.rate_penalty import rate_penalties
 from cctool.options.common import DataOptions
 from cctool.options.train.fit import FitOptions
 from cctool.training.constraints.base import Constraint
-from cctool.training.constraints.masked_weights import keeping_masks
 from cctool.training.evaluate import evaluate
 from cctool.training.loop.fit import Task, fit
 from cctool.training.objectives import Objective, Supervised, has_batch_norm
 from cctool.training.processes import make_fabric
 
-__all__ = ["decoded", "encoded_again", "finetune"]
+__all__ = ["finetune"]
 
 
 def finetune(
@@ -40,6 +36,7 @@ def finetune(
     constraints: Sequence[Constraint] = (),
     choose_best: bool = True,
     fresh: bool = False,
+    forms: Mapping[str, EncodedTensor] | None = None,
 ) -> Checkpoint:
     """Train a checkpoint's model in place; it ends with the weights of the best epoch by validation.
 
@@ -53,11 +50,12 @@ def finetune(
         constraints: what is respected besides; they hold the parameters of the checkpoint's own model.
         choose_best: whether the best epoch counts; else the last one does, and nothing is validated.
         fresh: whether the weights were never trained, which decides the default learning rate.
+        forms: how tensors will be stored again, which training respects.
 
     Returns:
         The same model, stored dense.
     """
-    trained = decoded(checkpoint, context)
+    trained = events.decoded(checkpoint, context)
     feed = feed_of(checkpoint, source, data, context)
 
     def validate(model: nn.Module) -> Metrics:
@@ -82,51 +80,7 @@ def finetune(
                 user_code=context.user_code,
                 reporter=context.reporter,
                 input_shape=trained.spec.input_shape,
-                constraints=(*keeping_masks(trained.model), *constraints, *penalties),
+                constraints=(*events.constraints_of(trained, forms), *constraints, *penalties),
             )
         )
     return trained
-
-
-def decoded(checkpoint: Checkpoint, context: Context) -> Checkpoint:
-    """The checkpoint with all tensors dense; says so where some were rounded."""
-    rounded = lossy_forms(checkpoint)
-    if rounded:
-        methods = ", ".join(sorted({tensor.encoding for tensor in rounded.values()}))
-        context.reporter.note(
-            f"training works on decoded float32: {len(rounded)} tensors were stored as {methods} "
-            "(--keep-storage stores them so again)"
-        )
-    return replace(checkpoint, stored={})
-
-
-def encoded_again(checkpoint: Checkpoint, earlier: Checkpoint, context: Context) -> Checkpoint:
-    """Store tensors as ``earlier`` stored them; the model gets the values that this leaves.
-
-    Weights that trained with `keeping_codebooks` keep their assignment and are not rounded.
-
-    Args:
-        checkpoint: a trained one, all dense, on any device.
-        earlier: tells each tensor's encoding and its parameters.
-        context: tables.
-    """
-    state = checkpoint.model.state_dict()
-    masks = masks_by_place(checkpoint.model)
-    encodings = context.tables.encodings
-    stored: dict[str, EncodedTensor] = {}
-    # Tied tensors are encoded once, and stored once.
-    made: dict[MemoryPlace, EncodedTensor] = {}
-    shared = codebooks_after(checkpoint, replace(earlier, stored=lossy_forms(earlier)))
-    for name, form in lossy_forms(earlier).items():
-        if name in shared:
-            stored[name] = shared[name]
-            continue
-        tensor: Tensor = state[name]
-        if place(tensor) not in made:
-            encoded = encode_under_mask(
-                tensor.detach().cpu(), masks.get(place(tensor)), encodings[form.encoding], form.parameters
-            )
-            made[place(tensor)] = encoded
-            tensor.copy_(encodings[encoded.encoding].decode(encoded))
-        stored[name] = made[place(tensor)]
-    return replace(checkpoint, stored=stored)

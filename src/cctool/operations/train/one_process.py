@@ -15,16 +15,14 @@ from cctool.checkpoint.file.payload import ResumeState
 from cctool.checkpoint.spec import Metrics, Parent, Step
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.keep.codebooks import keeping_codebooks
-from cctool.operations.measuring import preprocessing_of
+from cctool.operations.data import feed_of
+from cctool.operations.keep import events
 from cctool.operations.pipeline import recorded
 from cctool.operations.train.rate_penalty import rate_penalties
 from cctool.operations.train.resume import flat, forms_to
 from cctool.operations.train.run_folder import RunFolder
 from cctool.options.train.fit import FitOptions
 from cctool.options.train.run import RunOptions
-from cctool.training.constraints.base import Constraint
-from cctool.training.constraints.masked_weights import keeping_masks
 from cctool.training.evaluate import evaluate
 from cctool.training.logs.table import Log, write_csv
 from cctool.training.loop.feed import Feed
@@ -83,9 +81,9 @@ def fit_here(
     """Train in this process, which may be one of several."""
     fit_options: FitOptions = options.fit
     run: RunOptions = options.run
-    model = start.checkpoint.model
+    model, forms = start.checkpoint.model, start.forms if options.keep_storage else {}
     fabric = make_fabric(context.device, context.runtime.precision, devices=run.devices, nodes=run.nodes)
-    feed = make_feed(start.checkpoint, source, options, context, fabric)
+    feed = feed_of(start.checkpoint, source, options.data, context, fabric=fabric)
     has_validation = feed.has("validation")
     if not has_validation:
         context.reporter.note(
@@ -114,7 +112,7 @@ def fit_here(
                     resume=start.resume,
                     stop_after=run.stop_after,
                     input_shape=start.checkpoint.spec.input_shape,
-                    constraints=(*keeping_masks(model), *_kept_storage(start, options), *penalties),
+                    constraints=(*events.constraints_of(start.checkpoint, forms), *penalties),
                 )
             )
     except BaseException:
@@ -127,33 +125,11 @@ def fit_here(
     return Fitted(result.rows, result.best.epoch if result.best else None, result.completed, logs)
 
 
-def _kept_storage(start: Start, options: Any) -> tuple[Constraint, ...]:
-    if not options.keep_storage:
-        return ()
-    return keeping_codebooks(replace(start.checkpoint, stored=start.forms))
-
-
-def make_feed(
-    checkpoint: Checkpoint, source: DataSource, options: Any, context: Context, fabric: Any
-) -> Feed:
-    """Serve the data to this process; without a fabric, to the only one."""
-    return Feed(
-        source,
-        preprocessing_of(checkpoint, source, context),
-        batch_size=options.data.batch_size,
-        device=fabric.device if fabric else context.device,
-        seed=context.runtime.seed,
-        workers=options.data.workers,
-        rank=fabric.global_rank if fabric else 0,
-        world_size=fabric.world_size if fabric else 1,
-    )
-
-
 def metrics_of(
     checkpoint: Checkpoint, source: DataSource, options: Any, context: Context
 ) -> tuple[Metrics, ...]:
     """Measure a checkpoint on the validation and the test split, where there are."""
-    feed = make_feed(checkpoint, source, options, context, None)
+    feed = feed_of(checkpoint, source, options.data, context)
     model = checkpoint.model.to(context.device)
     return tuple(
         _measure(model, feed, split, options, context) for split in ("validation", "test") if feed.has(split)

@@ -1,4 +1,4 @@
-"""`cctool train`: train a fresh network, or go on with any checkpoint."""
+"""`cctool train`: train a fresh network, or go on with any checkpoint; `cctool distill`: by a teacher."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.train.course import Goal, conduct
 from cctool.operations.train.one_process import user_loss
+from cctool.operations.train.teacher import distillation
 from cctool.operations.transform.basis import with_basis
 from cctool.operations.transform.weights import with_coefficients
+from cctool.options.prune.parts import TeacherOptions
+from cctool.options.train.distill import DistillOptions
 from cctool.options.train.run import TrainOptions
 from cctool.options.transform.choices import Mode
 from cctool.options.transform.options import TransformOptions, WeightOptions
 from cctool.training.objectives import Supervised
 
-__all__ = ["goal", "run"]
+__all__ = ["distill", "distill_goal", "goal", "run"]
 
 
 def run(checkpoint: Checkpoint, options: TrainOptions, context: Context) -> Iterator[Outcome]:
@@ -36,6 +39,32 @@ def run(checkpoint: Checkpoint, options: TrainOptions, context: Context) -> Iter
 def goal(checkpoint: Checkpoint, source: DataSource, options: TrainOptions, context: Context) -> Goal:
     """Minimise cross-entropy, or the user's own loss."""
     return Goal(Supervised(options.fit.label_smoothing, user_loss(options.fit.loss, context)))
+
+
+def distill(checkpoint: Checkpoint, options: DistillOptions, context: Context) -> Iterator[Outcome]:
+    """Distil a teacher into a checkpoint's network; yields the best epoch by validation.
+
+    Raises:
+        TrainingError: if teacher and student tell different numbers of classes apart.
+        CctoolError: see `conduct`.
+    """
+    yield from conduct("distill", distill_goal, checkpoint, options, context)
+
+
+def distill_goal(
+    checkpoint: Checkpoint, source: DataSource, options: DistillOptions, context: Context
+) -> Goal:
+    """Load the teacher, and minimise the distance to it and to the labels."""
+    teacher = TeacherOptions(options.teacher, options.teacher_model, options.temperature, options.alpha)
+    objective, others = distillation(
+        checkpoint,
+        source,
+        teacher,
+        context,
+        label_smoothing=options.fit.label_smoothing,
+        loss=user_loss(options.fit.loss, context),
+    )
+    return Goal(objective, others)
 
 
 def _swapped(checkpoint: Checkpoint, options: TrainOptions, context: Context) -> Checkpoint:

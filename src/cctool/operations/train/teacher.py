@@ -16,7 +16,7 @@ from cctool.checkpoint.spec import Parent, Preprocessing
 from cctool.data.records import DataSource
 from cctool.data.serving.convert import convert, convert_statistics
 from cctool.operations.context import Context
-from cctool.operations.measuring import preprocessing_of
+from cctool.operations.data import preprocessing_of
 from cctool.operations.opening import open_checkpoint
 from cctool.options.common import ModelOptions
 from cctool.options.prune.parts import TeacherOptions

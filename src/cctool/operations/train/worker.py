@@ -26,7 +26,6 @@ from cctool.checkpoint.spec import Step
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import require_source
 from cctool.operations.registries import tables
-from cctool.operations.train import distill
 from cctool.operations.train import run as train
 from cctool.operations.train.course import MakeGoal
 from cctool.operations.train.one_process import Start, fit_here
@@ -42,7 +41,7 @@ T = TypeVar("T")
 
 _VERBS: dict[str, tuple[type[Any], MakeGoal]] = {
     "train": (TrainOptions, train.goal),
-    "distill": (DistillOptions, distill.goal),
+    "distill": (DistillOptions, train.distill_goal),
 }
 
 

@@ -6,19 +6,16 @@ select -> basis layers -> trial run with complex numbers (dft) -> swap edits
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from torch import nn
 
 from cctool.base.errors import TransformError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.edits.mask import with_masks
 from cctool.checkpoint.spec import Metrics
-from cctool.operations.context import Context, Outcome
-from cctool.operations.data import open_source
-from cctool.operations.keep.masked_weights import stored_with_masks
-from cctool.operations.keep.upkeep import recalibrated_parts
-from cctool.operations.measuring import measured_splits
+from cctool.operations.context import Context, Outcome, ShownTables
+from cctool.operations.data import measured_splits, open_source
+from cctool.operations.keep import events
 from cctool.operations.size import stored_bytes
 from cctool.operations.transform.weights_report import counted, layer_bytes
 from cctool.options.transform.options import TransformOptions
@@ -82,19 +79,11 @@ class TransformBasisReport:
     metrics_after: tuple[Metrics, ...]
     notes: tuple[str, ...]
 
-    def tables(self) -> Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]:
-        """(title, columns, rows) of each table that the command shows."""
+    def tables(self) -> ShownTables:
+        """A row a layer and one for the network."""
         columns = ("layer", "now", "shape", "parameters", "after", "bytes", "after")
         rows: list[tuple[object, ...]] = [
-            (
-                layer.name,
-                layer.layer,
-                "x".join(map(str, layer.shape)),
-                layer.parameters_before,
-                layer.parameters_after,
-                layer.bytes_before,
-                layer.bytes_after,
-            )
+            (layer.name, layer.layer, "x".join(map(str, layer.shape)), *astuple(layer)[3:])
             for layer in self.layers
         ]
         sizes = (self.parameters_before, self.parameters_after, self.bytes_before, self.bytes_after)
@@ -114,7 +103,7 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     _refuse_none(selected, skipped)
     source = open_source(options.data, checkpoint, context)
     before = measured_splits(checkpoint, source, options.data, context)
-    stored = stored_with_masks(checkpoint)
+    stored = events.stored(checkpoint, context.tables, settle=False)
     bytes_before, parameters_before = stored_bytes(stored), _parameters(checkpoint.model)
     layers_before = {
         item.names[0]: (layer_bytes(stored, item.names[0]), _parameters(item.layer)) for item in selected
@@ -122,13 +111,13 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     product, complex_modules = _changed(
         checkpoint, selected, kernel, normalize_gradients=options.weights.normalize_gradients
     )
-    product, of_taps = recalibrated_parts(product, source, options.data, context)
+    product, followed = events.changed(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
     context.reporter.warn(
         f"the weights of {len(selected)} layers are gone: fresh {kernel} basis functions took their place, "
         "and the network needs training (`cctool train`)"
     )
-    notes = (*_notes(checkpoint, complex_modules), *counted(skipped), *of_taps)
+    notes = (*_notes(checkpoint, complex_modules), *counted(skipped), *followed)
     report = TransformBasisReport(
         kernel=kernel,
         layers=tuple(_layer_report(item, product, *layers_before[item.names[0]]) for item in selected),
@@ -196,11 +185,11 @@ def _changed(
     swaps = put_basis(
         model, selected, kernel, checkpoint.spec.input_shape, normalize_gradients=normalize_gradients
     )
-    spec = with_masks(with_swaps(checkpoint.spec, model).with_edits(swaps), model)
+    spec = with_swaps(checkpoint.spec, model).with_edits(swaps)
     names = {name for item in selected for name in item.names}
     names |= {swap.module for swap in swaps}
     stored = {name: form for name, form in checkpoint.stored.items() if name.rpartition(".")[0] not in names}
-    product = replace(checkpoint, spec=spec, stored=stored, resume=None)
+    product = events.masked(replace(checkpoint, spec=spec, stored=stored, resume=None))
     return product, tuple(swap.module for swap in swaps)
 
 

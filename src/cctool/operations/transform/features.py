@@ -14,11 +14,9 @@ from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
-from cctool.operations.context import Context, Outcome
-from cctool.operations.data import require_source
-from cctool.operations.examples import example
+from cctool.operations.context import Context, Outcome, ShownTables
+from cctool.operations.data import example, measured, measured_splits, require_source
 from cctool.operations.keep.calibrate import calibration_images, put_taps
-from cctool.operations.measuring import measured, measured_splits
 from cctool.operations.transform.files import refuse_reports, write_reports
 from cctool.operations.transform.quality_search import (
     SearchReport,
@@ -83,7 +81,7 @@ class FeaturesReport:
     sweep: tuple[SweepPoint, ...] = ()
     written: tuple[str, ...] = ()
 
-    def tables(self) -> Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]:
+    def tables(self) -> ShownTables:
         """A row per tap and one for all; and the qualities that were tried."""
         title = f"feature maps coded with {self.kernel}"
         return [*tap_tables(self.taps, self.split, title), *quality_tables(self.search, self.sweep)]

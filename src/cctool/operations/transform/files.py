@@ -13,8 +13,7 @@ from cctool.analysis.workbook import check_suffix, write_report
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.atomic_folder import folder_atomically, refuse_existing_folder
 from cctool.checkpoint.spec import Metrics
-from cctool.operations.context import Context
-from cctool.operations.inspect.export import refuse_existing
+from cctool.operations.context import Context, refuse_existing
 from cctool.transforms.codec.figures import TapFigures
 
 __all__ = ["file_stems", "refuse_reports", "write_reports"]

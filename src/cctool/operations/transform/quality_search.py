@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
 
 from cctool.analysis.features.pictures import CurvePoint, draw_curve
 from cctool.analysis.table import Column, Report, Table
@@ -17,19 +15,17 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.atomic import write_bytes
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
-from cctool.data.serving.batches import Batch
-from cctool.operations.context import Context
-from cctool.operations.inspect.export import beside, refuse_existing
-from cctool.operations.measuring import measured, serve
+from cctool.operations.context import Context, beside, refuse_existing
+from cctool.operations.data import first_images, measured, serve
 from cctool.options.common import DataOptions
 from cctool.transforms.codec.figures import NetworkStatistics, TapFigures
 from cctool.transforms.codec.taps import recording, set_quality, taps_of
 
 __all__ = [
     "QUALITIES",
+    "QualityTrial",
     "SearchReport",
     "SweepPoint",
-    "Trial",
     "reach_ratio",
     "refuse_sweep",
     "search_quality",
@@ -46,7 +42,7 @@ _NARROW = 0.05
 
 
 @dataclass(frozen=True)
-class Trial:
+class QualityTrial:
     """One quality that was tried.
 
     Attributes:
@@ -73,10 +69,10 @@ class SearchReport:
     """
 
     asked: float
-    found: Trial
+    found: QualityTrial
     split: str
     n: int
-    trials: tuple[Trial, ...]
+    trials: tuple[QualityTrial, ...]
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,9 @@ class SweepPoint:
     loss: float
 
 
-def search_quality(ratio: float, measure: Callable[[float], Trial]) -> tuple[Trial, tuple[Trial, ...]]:
+def search_quality(
+    ratio: float, measure: Callable[[float], QualityTrial]
+) -> tuple[QualityTrial, tuple[QualityTrial, ...]]:
     """Find the best quality whose ratio is at least ``ratio``.
 
     The ratio falls as the quality rises, so qualities are bisected, until one exceeds the ratio by less than
@@ -172,14 +170,14 @@ def reach_ratio(
 
     open_orders = {name for name, hook in taps_of(model).items() if "k" in hook.codec.calibrated}
 
-    def measure(quality: float) -> Trial:
+    def measure(quality: float) -> QualityTrial:
         set_quality(model, quality)
         statistics = NetworkStatistics(model)
         with recording(model, statistics), in_eval_mode(model):
-            for images in _first(serve(checkpoint, source, split, data, context), count):
+            for images in first_images(serve(checkpoint, source, split, data, context), count):
                 model(images)
         bits, elements = _bits(statistics.figures(), open_orders)
-        return Trial(quality, 8 * elements / bits, bits / elements)
+        return QualityTrial(quality, 8 * elements / bits, bits / elements)
 
     found, trials = search_quality(ratio, measure)
     set_quality(model, found.quality)
@@ -262,14 +260,6 @@ _SWEEP_COLUMNS = {
 
 def _sweep_files(context: Context) -> tuple[Path, Path]:
     return beside(context.output, ".sweep.csv"), beside(context.output, ".sweep.png")
-
-
-def _first(batches: Iterable[Batch], count: int) -> Iterator[Tensor]:
-    for batch in batches:
-        yield batch.images[:count]
-        count -= len(batch.images)
-        if count <= 0:
-            return
 
 
 def _bits(figures: Sequence[TapFigures], open_orders: Collection[str]) -> tuple[int, int]:

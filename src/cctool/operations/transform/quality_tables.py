@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cctool.operations.context import ShownTables
 from cctool.operations.transform.quality_search import SearchReport, SweepPoint
 from cctool.operations.transform.write_streams import StreamFigures
 from cctool.transforms.codec.figures import TapFigures
 
 __all__ = ["quality_tables", "search_notes", "stream_tables", "tap_tables"]
-
-Tables = Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]
 
 _TAPS = (
     "tap", "map", "elements", "zeros %", "zero symbols %", "k", "best k", "bits/element", "vs 8 bit",
@@ -18,28 +17,11 @@ _TAPS = (
 )  # fmt: skip
 
 
-def tap_tables(taps: Sequence[TapFigures], split: str, title: str = "coded feature maps") -> Tables:
+def tap_tables(taps: Sequence[TapFigures], split: str, title: str = "coded feature maps") -> ShownTables:
     """A table with a row a tap and one for all; none without taps."""
     if not taps:
         return []
-    rows: list[Sequence[object]] = [
-        (
-            tap.name,
-            "x".join(map(str, tap.shape)),
-            tap.elements,
-            f"{tap.zeros:.1f}",
-            f"{tap.zero_symbols:.1f}",
-            tap.k,
-            tap.best_k,
-            f"{tap.bits_per_element:.3f}",
-            f"{tap.ratio_8bit:.2f}",
-            f"{tap.ratio_float32:.2f}",
-            None if tap.sqnr_db is None else f"{tap.sqnr_db:.1f}",
-            tap.clamped_values,
-            tap.clamped_symbols,
-        )
-        for tap in taps
-    ]
+    rows: list[Sequence[object]] = [_tap_row(tap) for tap in taps]
     elements, bits = sum(tap.elements for tap in taps), sum(tap.bits for tap in taps)
     ratios = (f"{bits / elements:.3f}", f"{8 * elements / bits:.2f}", f"{32 * elements / bits:.2f}")
     clamped = sum(tap.clamped_values for tap in taps), sum(tap.clamped_symbols for tap in taps)
@@ -47,12 +29,20 @@ def tap_tables(taps: Sequence[TapFigures], split: str, title: str = "coded featu
     return [(f"{title}, {split} split", _TAPS, rows)]
 
 
+def _tap_row(tap: TapFigures) -> Sequence[object]:
+    zeros = f"{tap.zeros:.1f}", f"{tap.zero_symbols:.1f}"
+    ratios = f"{tap.bits_per_element:.3f}", f"{tap.ratio_8bit:.2f}", f"{tap.ratio_float32:.2f}"
+    sqnr = None if tap.sqnr_db is None else f"{tap.sqnr_db:.1f}"
+    orders, clamped = (tap.k, tap.best_k), (tap.clamped_values, tap.clamped_symbols)
+    return tap.name, "x".join(map(str, tap.shape)), tap.elements, *zeros, *orders, *ratios, sqnr, *clamped
+
+
 _STREAMS = (
     "tap", "elements", "payload bits", "side bits", "file bytes", "bits/element", "vs 8 bit", "vs float32",
 )  # fmt: skip
 
 
-def stream_tables(streams: Sequence[StreamFigures]) -> Tables:
+def stream_tables(streams: Sequence[StreamFigures]) -> ShownTables:
     """A table with a row a stream and one for all; none without streams."""
     if not streams:
         return []
@@ -69,7 +59,7 @@ def _stream_row(name: str, elements: int, payload: int, side: int, size: int) ->
     return name, elements, payload, side, size, bits, f"{elements / size:.2f}", f"{4 * elements / size:.2f}"
 
 
-def quality_tables(search: SearchReport | None, sweep: Sequence[SweepPoint]) -> Tables:
+def quality_tables(search: SearchReport | None, sweep: Sequence[SweepPoint]) -> ShownTables:
     """What a search tried, and what a sweep measured."""
     tables: list[tuple[str, Sequence[str], Sequence[Sequence[object]]]] = []
     if search is not None:

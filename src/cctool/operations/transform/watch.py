@@ -23,7 +23,7 @@ from cctool.transforms.codec.codec import Symbols
 from cctool.transforms.codec.figures import NetworkStatistics, TapFigures
 from cctool.transforms.codec.taps import recording, taps_of
 
-__all__ = ["Seen", "Watch", "refuse_unwatched", "watched"]
+__all__ = ["Seen", "TapWatch", "refuse_unwatched", "watched"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def refuse_unwatched(checkpoint: Checkpoint, options: EvaluateOptions, context: 
         refuse_existing_folder(Path(options.bitstream), overwrite=context.force, ours=is_ours)
 
 
-class Watch:
+class TapWatch:
     """Looks at every pass through a tap, once on the way of a split through the network."""
 
     def __init__(
@@ -119,7 +119,7 @@ class Watch:
 @contextlib.contextmanager
 def watched(
     checkpoint: Checkpoint, data: str, split: str, options: EvaluateOptions, context: Context
-) -> Iterator[Watch]:
+) -> Iterator[TapWatch]:
     """Look at all passes through taps within; the folder of streams gets its name at the end.
 
     Args:
@@ -135,7 +135,7 @@ def watched(
             folder = stack.enter_context(
                 folder_atomically(Path(options.bitstream), overwrite=context.force, ours=is_ours)
             )
-        watch = Watch(checkpoint, data, split, options, context, folder)
+        watch = TapWatch(checkpoint, data, split, options, context, folder)
         stack.callback(watch.close)
         stack.enter_context(recording(checkpoint.model, watch))
         yield watch

@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 
 from cctool.base.errors import TransformError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.edits.mask import add_masks, mask_name, with_masks
+from cctool.checkpoint.edits.mask import add_masks, mask_name
 from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.tables import Tables
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import open_source
-from cctool.operations.keep.masked_weights import lossy_forms, stored_with_masks
-from cctool.operations.keep.upkeep import recalibrated_parts
-from cctool.operations.measuring import measured_splits
+from cctool.operations.data import measured_splits, open_source
+from cctool.operations.keep import events
 from cctool.operations.size import stored_bytes
 from cctool.operations.transform.weights_report import (
     CodedLayerReport,
@@ -72,17 +71,17 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     selected, skipped = select_layers(checkpoint.model, options.weights.layers)
     source = open_source(options.data, checkpoint, context)
     before = measured_splits(checkpoint, source, options.data, context)
-    sizes = _Sizes.of(checkpoint, selected)
+    sizes = _Sizes.of(checkpoint, selected, context.tables)
     coded, untouched = _coded(selected, options, context)
     skipped = [*skipped, *untouched]
     if not coded:
         raise TransformError(f"nothing is left to transform: {'; '.join(counted(skipped))}")
     notes = [*_notes(checkpoint, coded, options), *counted(skipped)]
-    product = stored_with_masks(_with_layers(checkpoint, coded, options.weights))
-    product, of_taps = recalibrated_parts(product, source, options.data, context)
+    product = _with_layers(checkpoint, coded, options.weights)
+    product, followed = events.changed(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
     layers = _layer_reports(coded, sizes, product)
-    notes += [*of_taps, *unshrunk(layers)]
+    notes += [*followed, *unshrunk(layers)]
     report = TransformWeightsReport(
         kernel=options.kernel,
         layers=layers,
@@ -104,8 +103,8 @@ class _Sizes:
     layers: Mapping[str, int]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, selected: Sequence[SelectedLayer]) -> _Sizes:
-        stored = stored_with_masks(checkpoint)
+    def of(cls, checkpoint: Checkpoint, selected: Sequence[SelectedLayer], tables: Tables) -> _Sizes:
+        stored = events.stored(checkpoint, tables, settle=False)
         layers = {item.names[0]: layer_bytes(stored, item.names[0]) for item in selected}
         return cls(stored_bytes(stored), layers)
 
@@ -187,8 +186,8 @@ def _with_layers(checkpoint: Checkpoint, coded: Sequence[_Coded], weights: Weigh
     masks = chosen({item.name: item.layer for item in coded}, weights)
     add_masks(model, {f"{name}.coefficients": mask for name, mask in masks.items()})
     stored = {name: form for name, form in checkpoint.stored.items() if not _belongs(name, coded)}
-    spec = with_masks(with_swaps(checkpoint.spec, model), model)
-    return replace(checkpoint, spec=spec, stored=stored, resume=None)
+    spec = with_swaps(checkpoint.spec, model)
+    return events.masked(replace(checkpoint, spec=spec, stored=stored, resume=None))
 
 
 def _belongs(tensor: str, coded: Sequence[_Coded]) -> bool:
@@ -198,7 +197,7 @@ def _belongs(tensor: str, coded: Sequence[_Coded]) -> bool:
 
 
 def _notes(checkpoint: Checkpoint, coded: Sequence[_Coded], options: TransformOptions) -> list[str]:
-    rounded = {k: form for k, form in lossy_forms(checkpoint).items() if _belongs(k, coded)}
+    rounded = {k: form for k, form in events.forms_of(checkpoint).items() if _belongs(k, coded)}
     again = sum(isinstance(item.selected.layer, CoefficientLayer) for item in coded)
     notes = [
         f"{n} weights were stored as {form}: what they decode to was transformed; "

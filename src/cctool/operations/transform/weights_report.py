@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from cctool.base.networks import some
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import mask_name
 from cctool.checkpoint.spec import Metrics
+from cctool.operations.context import ShownTables
 from cctool.transforms.codec.taps import tap_buffers
 from cctool.transforms.layers.axes import TransformedAxis
 from cctool.transforms.layers.coefficients import CoefficientLayer
@@ -81,9 +82,9 @@ class TransformWeightsReport:
     metrics_after: tuple[Metrics, ...]
     notes: tuple[str, ...]
 
-    def tables(self) -> Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]:
-        """(title, columns, rows) of each table that the command shows."""
-        columns = (
+    def tables(self) -> ShownTables:
+        """A row a layer and one for the network."""
+        columns = [
             "layer",
             "shape",
             "transformed",
@@ -93,20 +94,9 @@ class TransformWeightsReport:
             "bytes after",
             "error",
             "SQNR dB",
-        )
+        ]
         rows: list[tuple[object, ...]] = [
-            (
-                layer.name,
-                "x".join(map(str, layer.shape)),
-                layer.axes,
-                layer.kept,
-                layer.places,
-                layer.bytes_before,
-                layer.bytes_after,
-                layer.relative_error,
-                layer.sqnr_db,
-            )
-            for layer in self.layers
+            (layer.name, "x".join(map(str, layer.shape)), *astuple(layer)[2:]) for layer in self.layers
         ]
         kept, places = (sum(getattr(layer, name) for layer in self.layers) for name in ("kept", "places"))
         rows.append(

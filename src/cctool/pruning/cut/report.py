@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cctool.graph.records import ChannelGraph, Family, Frozen
 from cctool.pruning.cut.surgery import CutPlan
 from cctool.pruning.cut.verify import BATCH_SIZES, Check
-from cctool.pruning.scores.units import Unscored
+from cctool.pruning.scores.criteria import Unscored
 from cctool.pruning.select.order import Selection
 
 __all__ = ["FamilyReport", "PruneReport", "ThinResult", "report_of"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.modules.conv import _ConvNd
 
-from cctool.options.prune.options import Granularity
+from cctool.options.prune.choices import Granularity
 from cctool.options.prune.parts import Block, Pattern
 
 __all__ = [

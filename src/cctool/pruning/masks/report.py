@@ -10,7 +10,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from cctool.base.networks import qualified
 from cctool.checkpoint.edits.mask import masks_of
-from cctool.options.prune.options import Granularity, PruneOptions
+from cctool.options.prune.choices import Granularity
+from cctool.options.prune.options import PruneOptions
 from cctool.options.prune.parts import Pattern
 from cctool.pruning.masks.granularity import as_filters, pattern_holds
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from cctool.graph.ledger import Role
 from cctool.graph.records import ChannelGraph, Family
 from cctool.options.patterns import refuse_unmatched
-from cctool.options.prune.options import AUTO_ROUND, PruneOptions, Scope
-from cctool.pruning.scores.units import Unscored
+from cctool.options.prune.choices import Scope
+from cctool.options.prune.options import AUTO_ROUND, PruneOptions
+from cctool.pruning.scores.criteria import Unscored
 
 __all__ = [
     "FUZZ",

@@ -1,60 +1,88 @@
-"""How the weights of quantized networks lie in files: as the integers that their quantizers make of them.
-
-While a network trains its weights are floats that quantizers round in every pass. A product gets the rounded
-values, on which the quantizers act as on the floats, and its file the integers and scales.
-"""
+"""Giving tensors stored forms: under a mask, and on the grid of a quantizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
-from cctool.base.networks import in_eval_mode
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.edits.mask import masks_of
-from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.file.payload import place
+from cctool.checkpoint.edits.mask import masked_places, masks_of
+from cctool.checkpoint.encoding import EncodedTensor, Encoding
+from cctool.checkpoint.file.payload import MemoryPlace, fingerprint_of, place
 from cctool.checkpoint.tables import Tables
-from cctool.operations.keep.masked_weights import stored_with_masks
 from cctool.quantization.encodings.codebook import encode_codebook
 from cctool.quantization.encodings.intn import encode_integers
+from cctool.quantization.encodings.masked import encode_masked, inner_of
 from cctool.quantization.network.attach import norm_factors, quantizers_of
+from cctool.quantization.network.edit import with_quantizers
 from cctool.quantization.network.points import WeightPoint, weight_key
 from cctool.quantization.quantizers.base import Quantizer
 
-__all__ = ["as_stored", "quantized_weights", "settled"]
+__all__ = ["encode_under_mask", "in_step", "masks_by_place", "names_by_place", "quantized_weights", "settled"]
 
 _MOST_BITS = 8
 
 
-def as_stored(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> Checkpoint:
-    """The checkpoint whose quantized and masked weights are stored in as many bits as they need.
+def names_by_place(model: nn.Module) -> dict[MemoryPlace, list[str]]:
+    """Names in the state dict by where tensors lie in memory: those of a tied one together."""
+    names: dict[MemoryPlace, list[str]] = {}
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            names.setdefault(place(value), []).append(name)
+    return names
+
+
+def masks_by_place(model: nn.Module) -> dict[MemoryPlace, Tensor]:
+    """Masks by where their parameters lie in memory, which finds them under every name of a tied one."""
+    return {place(masked.parameter.detach()): masked.mask for masked in masked_places(model)}
+
+
+def encode_under_mask(
+    tensor: Tensor, mask: Tensor | None, encoding: Encoding, parameters: Mapping[str, JsonValue]
+) -> EncodedTensor:
+    """Store a tensor by an encoding; where it has a mask, what that takes away stays exactly zero.
+
+    Args:
+        tensor: on the CPU.
+        mask: of its shape, True stays; None where it has none.
+        encoding: of the whole tensor, or of the values that the mask leaves.
+        parameters: of that encoding, for the whole tensor.
+
+    Raises:
+        QuantizationError: if it cannot be stored so.
+    """
+    if mask is None:
+        return encoding.encode(tensor, parameters)
+    return encode_masked(tensor, mask, inner_of(encoding.name, parameters))
+
+
+def settled(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> Checkpoint:
+    """The checkpoint whose weights with quantizers are stored as the integers that these make of them.
+
+    While a network trains its weights are floats that quantizers round in every pass. What is stored are the
+    rounded values, on which the quantizers act as on the floats.
 
     Args:
         checkpoint: where ``settle``, its quantized weights get the values that are stored.
         tables: to decode what was encoded.
-        settle: whether weights may change; else those stay dense that are not on their grid already.
+        settle: whether weights may change; else those stay as they are stored that are not on their grid.
     """
-    return stored_with_masks(settled(checkpoint, tables, settle=settle))
-
-
-def settled(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> Checkpoint:
-    """As `as_stored`, without a word on masks."""
     model = checkpoint.model
     if quantizers_of(model) is None:
         return checkpoint
     stored = dict(checkpoint.stored)
-    names = _names_by_place(model)
+    names, masks = names_by_place(model), masks_of(model)
     for name, tensor, quantizer, fold in quantized_weights(model):
         values = tensor.detach()
         form = _encoded(values, quantizer, fold)
         if form is None:
             continue
         decoded = tables.encodings[form.encoding].decode(form).to(values.device)
-        mask = masks_of(model).get(name)
+        mask = masks.get(name)
         if mask is not None:
             # Zeros of the mask are stored apart, and need not lie on the grid.
             decoded = decoded * mask
@@ -70,6 +98,16 @@ def settled(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> C
             for alias in names.get(place(tensor.detach()), [name]):
                 stored.pop(alias, None)
     return replace(checkpoint, stored=stored)
+
+
+def in_step(checkpoint: Checkpoint, tables: Tables) -> Checkpoint:
+    """Say that the ranges are those of the weights as they are now, which get the values that are stored."""
+    held = quantizers_of(checkpoint.model)
+    if held is None:
+        return checkpoint
+    checkpoint = settled(checkpoint, tables)
+    held.state.fingerprint = fingerprint_of(checkpoint.model)
+    return replace(checkpoint, spec=with_quantizers(checkpoint.spec, checkpoint.model))
 
 
 def quantized_weights(
@@ -124,23 +162,20 @@ def _encoded(values: Tensor, quantizer: Quantizer, fold: Tensor | None) -> Encod
 
 
 def _zero_on_grid(quantizer: Quantizer) -> bool:
-    return quantizer.config.method in ("uniform", "lsq", "wrpn")
+    return quantizer.config.method in ("uniform", "lsq", "wrpn", "apot")
 
 
 def _same(
     quantizer: Quantizer, before: Tensor, after: Tensor, fold: Tensor | None, mask: Tensor | None
 ) -> bool:
     """Whether the network computes with the same numbers after its weight was replaced."""
-    with torch.no_grad(), in_eval_mode(quantizer):
-        old, new = quantizer(before, fold), quantizer(after, fold)
+    was_training = quantizer.training
+    quantizer.eval()
+    try:
+        with torch.no_grad():
+            old, new = quantizer(before, fold), quantizer(after, fold)
+    finally:
+        quantizer.train(was_training)
     if mask is not None:
         old, new = old * mask, new * mask
     return torch.equal(old, new)
-
-
-def _names_by_place(model: nn.Module) -> dict[object, list[str]]:
-    names: dict[object, list[str]] = {}
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            names.setdefault(place(value), []).append(name)
-    return names

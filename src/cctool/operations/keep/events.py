@@ -1,0 +1,259 @@
+"""What became of the weights, told to everything that must follow them: one table, in one order.
+
+A verb announces what it did (`cut`, `masked`, `changed`, `trained`), the pipeline announces `stored` before
+it writes; neither knows who listens. A new kind of follower is a class and a line in `FOLLOWERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from cctool.base.runtime import Reporter
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.encoding import EncodedTensor
+from cctool.checkpoint.tables import EditKind, Tables
+from cctool.data.records import DataSource
+from cctool.operations.context import Context
+from cctool.operations.keep.codecs import Codecs
+from cctool.operations.keep.follower import Change, Cutting, Followed, Follower, sharing_copy
+from cctool.operations.keep.layers import SwappedLayers, Widths
+from cctool.operations.keep.masks import Masks
+from cctool.operations.keep.optimizer_state import OptimizerState
+from cctool.operations.keep.packed import PackedTensors
+from cctool.operations.keep.quantizers import Quantizers, Ranges
+from cctool.options.common import DataOptions
+from cctool.pruning.cut.planner import Planner
+from cctool.pruning.cut.surgery import CutPlan, apply_cut, named_tensors
+from cctool.training.constraints.base import Constraint
+
+__all__ = [
+    "FOLLOWERS",
+    "changed",
+    "constraints_of",
+    "cut",
+    "cut_model",
+    "decoded",
+    "edit_kinds",
+    "fixed_widths",
+    "for_programs",
+    "forms_of",
+    "masked",
+    "plain_checkpoint",
+    "stored",
+    "thin_copy",
+    "trained",
+    "warn_of_stale",
+]
+
+FOLLOWERS: tuple[Follower, ...] = (
+    Widths(),
+    OptimizerState(),
+    # Weights are stored again before anything is fitted to their values, by codebooks and few bits ...
+    PackedTensors(),
+    SwappedLayers(),
+    # ... and by the integers of quantizers: codecs and ranges are calibrated for these values.
+    Quantizers(),
+    # Codecs before ranges: quantizers of activations see the maps that codecs give.
+    Codecs(),
+    Ranges(),
+    # Last, because a mask takes its zeros out of whatever form the others have given its weight.
+    Masks(),
+)
+"""Every kind, in the order in which each event reaches them."""
+
+
+def edit_kinds() -> dict[str, EditKind]:
+    """Kinds of edit that a spec may name."""
+    return {follower.kind: follower.edit for follower in FOLLOWERS if follower.edit is not None}
+
+
+def cut_model(model: nn.Module, plan: CutPlan) -> None:
+    """Cut a network in place as it was planned on its plain one.
+
+    Raises:
+        TransformError: a swapped layer cannot be cut so.
+        PruningError: a plan touches a layer that has no ordinary counterpart.
+    """
+    done = {name for follower in FOLLOWERS for name in follower.cut(model, plan)}
+    apply_cut(
+        model,
+        CutPlan(
+            {name: cuts for name, cuts in plan.tensors.items() if name.rpartition(".")[0] not in done},
+            {module: values for module, values in plan.attributes.items() if module not in done},
+        ),
+    )
+
+
+def thin_copy(model: nn.Module, plan: CutPlan) -> nn.Module:
+    """A cut copy of a network, as it was planned on its plain one; it shares the tensors that stay whole."""
+    copy = sharing_copy(model)
+    cut_model(copy, plan)
+    return copy
+
+
+def cut(checkpoint: Checkpoint, plan: CutPlan, context: Context) -> Followed:
+    """Cut a checkpoint in place as it was planned on its plain network, with all that belongs to it.
+
+    Args:
+        checkpoint: its model is changed.
+        plan: of the plain network.
+        context: knows the encodings.
+
+    Returns:
+        The checkpoint whose model is the one that was cut, and what could not follow.
+
+    Raises:
+        TransformError: a swapped layer cannot be cut so.
+        PruningError: a plan touches a layer that has no ordinary counterpart.
+    """
+    before = {name: tensor.detach() for name, tensor in named_tensors(checkpoint.model)}
+    cut_model(checkpoint.model, plan)
+    cutting = Cutting(plan, before, context)
+    return _passed_on(checkpoint, lambda follower, found: follower.after_cut(found, cutting))
+
+
+def masked(checkpoint: Checkpoint) -> Checkpoint:
+    """Follow masks that were set on a checkpoint's model, or dropped."""
+    for follower in FOLLOWERS:
+        checkpoint = follower.after_masking(checkpoint)
+    return checkpoint
+
+
+def changed(
+    checkpoint: Checkpoint,
+    source: DataSource | None,
+    data: DataOptions,
+    context: Context,
+    forms: Mapping[str, EncodedTensor] | None = None,
+) -> Followed:
+    """Follow weights that were changed otherwise than by a training.
+
+    Args:
+        checkpoint: its model may be changed in place.
+        source: opened for the checkpoint; None where there are no data.
+        data: batch size and workers.
+        context: device, seed, reporter.
+        forms: how tensors are to be stored again, where they were decoded; see `forms_of`.
+
+    Returns:
+        The checkpoint as its file will be, and what the history should say.
+    """
+    change = Change(source, data, context, forms or {})
+    return _passed_on(checkpoint, lambda follower, found: follower.after_change(found, change))
+
+
+def trained(
+    checkpoint: Checkpoint,
+    source: DataSource,
+    data: DataOptions,
+    context: Context,
+    forms: Mapping[str, EncodedTensor] | None = None,
+) -> Followed:
+    """Follow weights that were trained. Arguments and result as `changed`."""
+    change = Change(source, data, context, forms or {})
+    return _passed_on(checkpoint, lambda follower, found: follower.after_training(found, change))
+
+
+def stored(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> Checkpoint:
+    """The checkpoint whose tensors are stored in as many bits as they need.
+
+    Args:
+        checkpoint: where ``settle``, its quantized weights get the values that are stored.
+        tables: to decode what was encoded.
+        settle: whether weights may change; else those stay dense that are not on their grid already.
+    """
+    for follower in FOLLOWERS:
+        checkpoint = follower.as_stored(checkpoint, tables, settle=settle)
+    return checkpoint
+
+
+def forms_of(checkpoint: Checkpoint) -> dict[str, EncodedTensor]:
+    """Stored forms that a training loses: those of tensors that no follower stores anew by itself."""
+    own = {name for follower in FOLLOWERS for name in follower.own_forms(checkpoint)}
+    return {name: form for name, form in checkpoint.stored.items() if name not in own}
+
+
+def decoded(checkpoint: Checkpoint, context: Context) -> Checkpoint:
+    """The checkpoint with all tensors dense, to be trained; says so where some were rounded."""
+    forms = forms_of(checkpoint)
+    if forms:
+        methods = ", ".join(sorted({form.encoding for form in forms.values()}))
+        context.reporter.note(
+            f"training works on decoded float32: {len(forms)} tensors were stored as {methods} "
+            "(--keep-storage stores them so again)"
+        )
+    return replace(checkpoint, stored={})
+
+
+def constraints_of(
+    checkpoint: Checkpoint, forms: Mapping[str, EncodedTensor] | None = None
+) -> tuple[Constraint, ...]:
+    """What a training must respect.
+
+    Args:
+        checkpoint: that is trained.
+        forms: how its tensors will be stored again.
+    """
+    return tuple(
+        constraint for follower in FOLLOWERS for constraint in follower.constraints(checkpoint, forms or {})
+    )
+
+
+def warn_of_stale(checkpoint: Checkpoint, reporter: Reporter) -> None:
+    """Say what was made for other weights than the network has now."""
+    for follower in FOLLOWERS:
+        text = follower.stale(checkpoint)
+        if text:
+            reporter.warn(text)
+
+
+def plain_checkpoint(checkpoint: Checkpoint, kinds: Collection[str] | None = None) -> Checkpoint:
+    """The checkpoint of ordinary layers and tensors alone, without what follows them.
+
+    Args:
+        checkpoint: stays as it is.
+        kinds: of edits: only these followers are left out.
+
+    Returns:
+        The checkpoint itself where there is nothing to leave out; else one of a network that shares all
+        tensors but the weights of swapped layers.
+    """
+    for follower in FOLLOWERS:
+        if kinds is None or follower.kind in kinds:
+            checkpoint = follower.plain(checkpoint)
+    return checkpoint
+
+
+def for_programs(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without what other programs have no terms for."""
+    for follower in FOLLOWERS:
+        if not follower.in_programs:
+            checkpoint = follower.plain(checkpoint)
+    return checkpoint
+
+
+def fixed_widths(planner: Planner, checkpoint: Checkpoint) -> dict[str, str]:
+    """Families that followers keep at their width, by name, with the reason; the first in the table has its.
+
+    Args:
+        planner: of the plain network.
+        checkpoint: the network itself.
+
+    Raises:
+        PruningError: if nothing else is left to cut.
+    """
+    found: dict[str, str] = {}
+    for follower in reversed(FOLLOWERS):
+        found |= follower.fixed_widths(planner, checkpoint)
+    return found
+
+
+def _passed_on(checkpoint: Checkpoint, event: Callable[[Follower, Checkpoint], Followed]) -> Followed:
+    notes: list[str] = []
+    for follower in FOLLOWERS:
+        checkpoint, more = event(follower, checkpoint)
+        notes += more
+    return Followed(checkpoint, tuple(notes))

@@ -1,0 +1,152 @@
+"""Widths of layers, and layers of ours in the place of an architecture's, which are cut by themselves.
+
+Channels are coupled, scored and compared on the plain network, in which ordinary layers stand for swapped
+ones and no codec is at work. What was planned there is carried out on the network itself: ordinary tensors
+are cut as everywhere, swapped layers by their own `taken`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from cctool.base.errors import PruningError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.edits.mask import with_masks
+from cctool.checkpoint.edits.thin import THIN, thinned
+from cctool.checkpoint.spec import ModelSpec
+from cctool.operations.keep.follower import Cutting, Followed, Follower, own_cuts
+from cctool.pruning.cut.planner import Planner
+from cctool.pruning.cut.surgery import CutPlan
+from cctool.transforms.layers.base import SwappedLayer, swapped_layers, with_swaps
+from cctool.transforms.plain import plain_model
+from cctool.transforms.swap import SWAP
+
+__all__ = ["SwappedLayers", "Widths"]
+
+
+class Widths(Follower):
+    """Final shapes of tensors, and integer attributes of modules."""
+
+    kind = "thin"
+    edit = THIN
+    in_programs = True
+
+    def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
+        """Write them into the spec."""
+        plan = cutting.plan
+        attributes = [(module, name) for module, values in plan.attributes.items() for name in values]
+        spec = thinned(checkpoint.spec, checkpoint.model, plan.tensors, attributes)
+        return Followed(replace(checkpoint, spec=spec))
+
+
+class SwappedLayers(Follower):
+    """Swapped layers: coefficients in a transform domain, basis functions, complex numbers."""
+
+    kind = "swap"
+    edit = SWAP
+    in_programs = True
+
+    def cut(self, model: nn.Module, plan: CutPlan) -> Collection[str]:
+        """Let every layer that is touched cut what it stores.
+
+        Raises:
+            TransformError: a swapped layer cannot be cut so.
+            PruningError: a plan touches a layer that has no ordinary counterpart.
+        """
+        layers = {
+            name: module
+            for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, SwappedLayer)
+        }
+        replaced: dict[int, SwappedLayer] = {}
+        for name, layer in layers.items():
+            cuts = own_cuts(plan, name)
+            unknown = cuts.keys() - {"weight", "bias"}
+            if unknown:
+                raise PruningError(f"{name}.{min(unknown)} cannot be cut: {name} has no ordinary counterpart")
+            if cuts and id(layer) not in replaced:
+                replaced[id(layer)] = layer.taken(cuts).train(layer.training)
+        for module in list(model.modules()):
+            for key, child in module._modules.items():
+                if id(child) in replaced:
+                    module._modules[key] = replaced[id(child)]
+        return layers.keys()
+
+    def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
+        """Say what the layers are now, and which of them store as much as before."""
+        model = checkpoint.model
+        if not swapped_layers(model):
+            return Followed(checkpoint)
+        spec = with_swaps(checkpoint.spec, model)
+        return Followed(replace(checkpoint, spec=spec), _not_smaller(model, cutting))
+
+    def plain(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Ordinary layers take the place of swapped ones; all other tensors are shared.
+
+        The copy that has them has no codecs and no quantizers either.
+        """
+        model = plain_model(checkpoint.model)
+        if model is checkpoint.model:
+            return checkpoint
+        gone = swapped_layers(checkpoint.model).keys() - swapped_layers(model).keys()
+        edits = tuple(
+            edit
+            for edit in checkpoint.spec.edits
+            if edit.get("kind") not in ("tap", "quantize")
+            and not (edit.get("kind") == "swap" and edit.get("module") in gone)
+        )
+        spec = with_masks(checkpoint.spec.model_copy(update={"edits": edits}), model)
+        present = model.state_dict().keys()
+        stored = {name: form for name, form in checkpoint.stored.items() if name in present}
+        return replace(checkpoint, model=model, spec=spec, stored=stored, resume=None)
+
+    def fixed_widths(self, planner: Planner, checkpoint: Checkpoint) -> Mapping[str, str]:
+        """Layers that compute with complex numbers keep their widths; they may be all that there is."""
+        owners, layers = _uncut(planner.model, checkpoint.spec), list(swapped_layers(planner.model))
+        if layers and not planner.graph.families:
+            more = f" and {len(layers) - 1} layers more" if len(layers) > 1 else ""
+            raise PruningError(
+                f"nothing can be cut: {layers[0]}{more} compute with complex numbers, and have no ordinary "
+                "counterpart; prune before the transform"
+            )
+        found: dict[str, str] = {}
+        for family in planner.graph.families:
+            names = (place.tensor for place in family.places)
+            holder = next((owner for name in names for owner in owners if name.startswith(f"{owner}.")), None)
+            if holder is not None:
+                why = "computes with complex numbers, and has no ordinary counterpart"
+                found[family.name] = f"{holder} {why}"
+        return found
+
+
+def _not_smaller(model: nn.Module, cutting: Cutting) -> tuple[str, ...]:
+    """Swapped layers that were cut and store as much as before."""
+    whole = [
+        name
+        for name, layer in swapped_layers(model).items()
+        if own_cuts(cutting.plan, name)
+        and all(
+            parameter.shape == cutting.before[f"{name}.{leaf}" if name else leaf].shape
+            for leaf, parameter in layer.named_parameters(recurse=False)
+            if leaf != "bias"
+        )
+    ]
+    if not whole:
+        return ()
+    some = ", ".join(whole[:3]) + (f" and {len(whole) - 3} more" if len(whole) > 3 else "")
+    return (
+        f"{some} compute fewer channels from as many coefficients: they are transformed along what was cut; "
+        "`cctool transform` again fits fewer to them",
+    )
+
+
+def _uncut(plain: nn.Module, spec: ModelSpec) -> list[str]:
+    """Modules that stay swapped in the plain network, but for those that hold the architecture's tensors."""
+    edits = (str(edit["module"]) for edit in spec.edits if edit.get("kind") == "swap")
+    layers = swapped_layers(plain)
+    return [
+        name for name in edits if name in layers or any(True for _ in plain.get_submodule(name).children())
+    ]

@@ -1,0 +1,119 @@
+"""Quantizers: their scales, the integers that weights lie in files as, and the ranges of activations.
+
+As with codecs of feature maps: commands that change weights without the quantizers at work calibrate ranges
+again where training images are at hand, and say so where none are. A training has them in its loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from torch import nn
+
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.file.payload import fingerprint_of
+from cctool.checkpoint.tables import Tables
+from cctool.operations.keep.calibrate import calibration_images, why_no_images
+from cctool.operations.keep.encode import in_step, settled
+from cctool.operations.keep.follower import Change, Cutting, Followed, Follower
+from cctool.pruning.cut.surgery import CutPlan
+from cctool.quantization.calibration.run import calibrate_activations
+from cctool.quantization.network.attach import quantizers_of
+from cctool.quantization.network.edit import QUANTIZE, with_quantizers
+from cctool.quantization.network.points import Observing
+
+__all__ = ["Quantizers", "Ranges"]
+
+
+class Quantizers(Follower):
+    """Quantizers with their scales, and weights stored as the integers that they make."""
+
+    kind = "quantize"
+    edit = QUANTIZE
+    in_programs = True
+
+    def cut(self, model: nn.Module, plan: CutPlan) -> Collection[str]:
+        """Keep the scales of the channels that stay."""
+        held = quantizers_of(model)
+        for name, point in ({} if held is None else dict(held.state.weights)).items():
+            for cut in plan.tensors.get(name, ()):
+                if held is not None and point.config.axis == cut.dim:
+                    held.take(name, cut.keep)
+        return ()
+
+    def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
+        """Say how many scales there are."""
+        return Followed(replace(checkpoint, spec=with_quantizers(checkpoint.spec, checkpoint.model)))
+
+    def after_training(self, checkpoint: Checkpoint, change: Change) -> Followed:
+        """Give weights the values that are stored."""
+        checkpoint = settled(checkpoint, change.context.tables)
+        return Followed(replace(checkpoint, spec=with_quantizers(checkpoint.spec, checkpoint.model)))
+
+    def as_stored(self, checkpoint: Checkpoint, tables: Tables, *, settle: bool) -> Checkpoint:
+        """Store weights as integers."""
+        return settled(checkpoint, tables, settle=settle)
+
+    def own_forms(self, checkpoint: Checkpoint) -> Collection[str]:
+        """Weights with a quantizer."""
+        held = quantizers_of(checkpoint.model)
+        return () if held is None else held.state.weights.keys()
+
+
+class Ranges(Follower):
+    """Ranges of activations, which belong to the weights that they were found for."""
+
+    in_programs = True
+
+    def after_change(self, checkpoint: Checkpoint, change: Change) -> Followed:
+        """Find ranges again.
+
+        Without training images, or where the preprocessing is unknown, they stay as they are, with a warning.
+        """
+        held = quantizers_of(checkpoint.model)
+        if held is None or not held.activation_keys or not _stale(checkpoint):
+            return Followed(checkpoint)
+        context, count = change.context, len(held.activation_keys)
+        why = why_no_images(checkpoint, change.source)
+        if change.source is None or why:
+            note = (
+                f"{count} ranges of activations stay those of the weights before: {why} to find them on again"
+            )
+            context.reporter.warn(f"{note}; `cctool quantize --data` does")
+            return Followed(checkpoint, (note,))
+        model = checkpoint.model.to(context.device)
+        wanted = max(held.state.images, 1)
+        images, used = calibration_images(checkpoint, change.source, wanted, change.data, context)
+        calibrate_activations(model, images, held.state.observing or Observing())
+        held.state.images = used
+        note = f"the ranges of {count} activations were found again on {used:,} training images"
+        context.reporter.note(note)
+        return Followed(in_step(checkpoint, context.tables), (note,))
+
+    def after_training(self, checkpoint: Checkpoint, change: Change) -> Followed:
+        """Ranges were trained with the weights, and are theirs."""
+        held = quantizers_of(checkpoint.model)
+        if held is None:
+            return Followed(checkpoint)
+        held.state.fingerprint = fingerprint_of(checkpoint.model)
+        spec = checkpoint.spec
+        now = {(edit["kind"], edit["module"]): edit for edit in with_quantizers(spec, checkpoint.model).edits}
+        edits = tuple(now[edit["kind"], edit["module"]] for edit in spec.edits)
+        return Followed(replace(checkpoint, spec=spec.model_copy(update={"edits": edits})))
+
+    def stale(self, checkpoint: Checkpoint) -> str:
+        """Say that ranges were found for other weights than the network has now."""
+        held = quantizers_of(checkpoint.model)
+        if held is None or not held.activation_keys or not _stale(checkpoint):
+            return ""
+        return (
+            f"the ranges of {len(held.activation_keys)} activations were found for other weights than the "
+            "network has now; `cctool quantize` finds them again"
+        )
+
+
+def _stale(checkpoint: Checkpoint) -> bool:
+    """Whether ranges belong to other weights than the network has now."""
+    held = quantizers_of(checkpoint.model)
+    return held is not None and held.state.fingerprint != fingerprint_of(checkpoint.model)
