@@ -45,7 +45,7 @@ from cctool.operations.train.finetune import finetune
 from cctool.operations.train.teacher import distillation
 from cctool.operations.transform.features import codec_configs
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
-from cctool.options.prune.parts import TeacherOptions
+from cctool.options.teacher import TeacherOptions
 from cctool.options.train.fit import FitOptions, Schedule
 from cctool.options.transform.choices import TransformPreset, TransformTarget
 from cctool.options.transform.options import TransformOptions, preset_options

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 import record
 from cctool.graph.channels import couple
 from cctool.models.registry import build
-from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
+from cctool.options.prune.choices import PruneMethod, Scope
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.planner import thin
 from cctool.pruning.cut.surgery import apply_cut, plan_cut
 from cctool.pruning.scores.units import score_context

@@ -33,7 +33,8 @@ import record
 import zoo_oracle
 import zoo_sets
 from cctool.models.registry import build
-from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
+from cctool.options.prune.choices import PruneMethod, Scope
+from cctool.options.prune.options import PruneOptions
 
 SEED = 0
 OURS = ("cctool.operations.registries", "cctool.pruning.cut.planner", "prune_table")

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from golden_checkpoints import EXPECTED, FOLDER, KINDS, expected_logits
 
 from cctool.checkpoint.checkpoint import load, save
 from cctool.checkpoint.file.compressed import inflated
 from checkpoint_toys import TABLES
+from golden_checkpoints import EXPECTED, FOLDER, KINDS, expected_logits
 
 KNOWN = json.loads(EXPECTED.read_text())
 

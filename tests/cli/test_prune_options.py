@@ -10,28 +10,22 @@ from typer.testing import CliRunner
 from cctool.cli.main import app
 from cctool.operations.prune import run as prune
 from cctool.options.common import DataOptions, ModelOptions
-from cctool.options.prune.options import (
+from cctool.options.prune.choices import (
     AttentionUnit,
     Granularity,
     Growth,
     Images,
     Normalize,
     PruneMethod,
-    PruneOptions,
-    PrunePreset,
     Reduce,
     Scope,
+    Sparsifier,
     StepMode,
 )
-from cctool.options.prune.parts import (
-    Block,
-    Pattern,
-    Quantity,
-    Sparsifier,
-    SparsifyOptions,
-    Target,
-    TeacherOptions,
-)
+from cctool.options.prune.options import PruneOptions, PrunePreset, SparsifyOptions
+from cctool.options.prune.patterns import Block, Pattern
+from cctool.options.target import Quantity, Target
+from cctool.options.teacher import TeacherOptions
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +112,7 @@ def test_wrong_lines_are_refused_and_nothing_is_written(net: Path, line: str, me
 
 
 def test_targets_are_read_in_all_their_units() -> None:
-    from cctool.options.prune.parts import Quantity, Target, parse_target
+    from cctool.options.target import Quantity, Target, parse_target
 
     expected = {
         "macs=0.5": Target(Quantity.MACS, 0.5),

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
+from cctool.options.prune.choices import PruneMethod, Scope
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.planner import thin
 from cctool.pruning.cut.report import PruneReport
 

@@ -20,7 +20,8 @@ from cctool.models import registry
 from cctool.operations.context import Context
 from cctool.operations.registries import tables
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
-from cctool.options.prune.options import PruneMethod, PruneOptions
+from cctool.options.prune.choices import PruneMethod
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.planner import thin
 from cctool.pruning.cut.report import ThinResult
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from golden_checkpoints import FOLDER
 
 from cctool.base.errors import CctoolError, CheckpointError, CorruptCheckpointError, SpecError
 from cctool.checkpoint.checkpoint import load, open_file, save
 from cctool.checkpoint.file import torch_file
 from cctool.checkpoint.file.payload import canonical
 from checkpoint_toys import TABLES, make, quantized
+from golden_checkpoints import FOLDER
 
 SUFFIXES = (".pt", ".safetensors")
 

@@ -18,7 +18,8 @@ from cctool.operations.train import run as train
 from cctool.operations.transform import run as transform
 from cctool.options.common import DataOptions
 from cctool.options.inspect.evaluate import EvaluateOptions
-from cctool.options.prune.options import PruneMethod, PruneOptions
+from cctool.options.prune.choices import PruneMethod
+from cctool.options.prune.options import PruneOptions
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.train.fit import FitOptions
 from cctool.options.train.run import TrainOptions

@@ -37,8 +37,9 @@ from cctool.operations.train.finetune import encoded_again, finetune
 from cctool.options.common import DataOptions, RuntimeOptions
 from cctool.options.inspect.analyze import AnalyzeOptions
 from cctool.options.inspect.export import ExportFormat, ExportOptions
-from cctool.options.prune.options import Granularity, PruneMethod, PruneOptions
-from cctool.options.prune.parts import Block, Pattern
+from cctool.options.prune.choices import Granularity, PruneMethod
+from cctool.options.prune.options import PruneOptions
+from cctool.options.prune.patterns import Block, Pattern
 from cctool.options.quantize.options import QuantizeMethod, QuantizeOptions
 from cctool.options.train.distill import DistillOptions
 from cctool.options.train.fit import FitOptions

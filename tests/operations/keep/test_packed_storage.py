@@ -21,7 +21,8 @@ from cctool.operations.keep.masked_weights import encode_under_mask, stored_with
 from cctool.operations.prune import run as prune
 from cctool.operations.train import run as train
 from cctool.options.common import DataOptions, RuntimeOptions
-from cctool.options.prune.options import Granularity, PruneMethod, PruneOptions
+from cctool.options.prune.choices import Granularity, PruneMethod
+from cctool.options.prune.options import PruneOptions
 from cctool.options.train.fit import FitOptions
 from cctool.options.train.run import RunOptions, TrainOptions
 from cctool.quantization.encodings.codebook import CODEBOOK, indices_of

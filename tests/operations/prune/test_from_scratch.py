@@ -18,7 +18,7 @@ from cctool.checkpoint.edits.mask import add_masks
 from cctool.checkpoint.spec import ModelSpec
 from cctool.models import registry
 from cctool.operations.prune.from_scratch import reinitialised
-from cctool.options.prune.options import Scope
+from cctool.options.prune.choices import Scope
 
 
 def network(arch: str, **arguments: Any) -> Checkpoint:

@@ -15,15 +15,8 @@ from cctool.operations import pipeline
 from cctool.operations.prune import run as prune
 from cctool.operations.registries import tables
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
-from cctool.options.prune.options import (
-    Images,
-    PruneMethod,
-    PruneOptions,
-    PrunePreset,
-    Scope,
-    StepMode,
-    preset_options,
-)
+from cctool.options.prune.choices import Images, PruneMethod, Scope, StepMode
+from cctool.options.prune.options import PruneOptions, PrunePreset, preset_options
 
 DIGITS = DataOptions(data="digits", limit=64, batch_size=32)
 

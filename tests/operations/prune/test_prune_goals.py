@@ -23,8 +23,9 @@ from cctool.operations.registries import tables
 from cctool.operations.size import measure, stored_bytes
 from cctool.options.common import DataOptions, RuntimeOptions
 from cctool.options.inspect.evaluate import EvaluateOptions, SplitName
-from cctool.options.prune.options import Growth, PruneMethod, PruneOptions, Scope, StepMode
-from cctool.options.prune.parts import Quantity, Target
+from cctool.options.prune.choices import Growth, PruneMethod, Scope, StepMode
+from cctool.options.prune.options import PruneOptions
+from cctool.options.target import Quantity, Target
 
 DIGITS = DataOptions(data="digits", limit=120)
 FEW = DataOptions(data="digits", limit=32)

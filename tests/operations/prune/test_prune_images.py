@@ -20,8 +20,8 @@ from cctool.operations.context import Context, Outcome
 from cctool.operations.prune.images import evidence_for
 from cctool.operations.registries import tables
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
-from cctool.options.prune.choices import NEEDS_DATA
-from cctool.options.prune.options import PruneMethod, PruneOptions
+from cctool.options.prune.choices import NEEDS_DATA, PruneMethod
+from cctool.options.prune.options import PruneOptions
 
 T = TypeVar("T")
 MEAN, STD = (0.5,), (0.25,)

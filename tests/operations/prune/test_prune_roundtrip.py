@@ -18,7 +18,8 @@ from cctool.operations import pipeline
 from cctool.operations.prune import run as prune
 from cctool.operations.registries import tables
 from cctool.options.common import RuntimeOptions
-from cctool.options.prune.options import PruneMethod, PruneOptions
+from cctool.options.prune.choices import PruneMethod
+from cctool.options.prune.options import PruneOptions
 
 FOREIGN = ("resnet18", "mobilenet_v2", "densenet121", "googlenet")
 # The deeper ones of a family have its shallowest one's rules, and these two of torchvision's take long.

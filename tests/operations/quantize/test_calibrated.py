@@ -20,7 +20,8 @@ from cctool.operations.quantize import run as quantize
 from cctool.operations.registries import tables
 from cctool.operations.train import run as train
 from cctool.options.common import DataOptions
-from cctool.options.prune.options import PruneMethod, PruneOptions
+from cctool.options.prune.choices import PruneMethod
+from cctool.options.prune.options import PruneOptions
 from cctool.options.quantize.choices import Edges, Observer, QuantizeMethod
 from cctool.options.quantize.parts import LayerBits
 from cctool.options.train.fit import FitOptions

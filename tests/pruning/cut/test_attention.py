@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models import convnext, maxvit, swin_transformer, vision_transformer
 
 from cctool.graph.channels import couple
-from cctool.options.prune.options import AttentionUnit
+from cctool.options.prune.choices import AttentionUnit
 from cctool.pruning.cut.planner import thin
 from cctool.pruning.cut.report import PruneReport
 from hook_oracle import HALF, TOLERANCE, distinct

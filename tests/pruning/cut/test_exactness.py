@@ -11,8 +11,8 @@ from torch import nn
 from cctool.base.errors import PruningError
 from cctool.graph.channels import couple
 from cctool.models.registry import build, input_shape
-from cctool.options.prune.choices import NEEDS_DATA
-from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
+from cctool.options.prune.choices import NEEDS_DATA, PruneMethod, Scope
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.planner import plan_thinning, thin
 from cctool.pruning.cut.surgery import Cut, CutPlan, apply_cut, mask, plan_cut
 from cctool.pruning.scores.units import score_context

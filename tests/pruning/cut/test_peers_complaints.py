@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cctool.base.errors import PruningError
-from cctool.options.prune.options import PruneMethod, Scope
+from cctool.options.prune.choices import PruneMethod, Scope
 from cctool.pruning.cut.planner import plan_thinning, thin
 from cctool.pruning.cut.surgery import apply_cut, cut_tensor
 from hook_oracle import HALF, check_exact, count, difference, distinct, lost_channels, masked, run

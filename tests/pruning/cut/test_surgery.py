@@ -6,7 +6,8 @@ from torch import nn
 
 from cctool.base.errors import PruningError
 from cctool.graph.channels import couple
-from cctool.options.prune.options import PruneMethod, PruneOptions
+from cctool.options.prune.choices import PruneMethod
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.surgery import Cut, CutPlan, apply_cut, cut_tensor, mask, plan_cut
 from cctool.pruning.scores.units import score_context
 from cctool.pruning.select.order import Candidates, Selection, select_counts

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cctool.base.errors import PruningError
 from cctool.graph.channels import ChannelGraph, couple
-from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
+from cctool.options.prune.choices import PruneMethod, Scope
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.planner import thin
 from cctool.pruning.cut.report import PruneReport
 from cctool.pruning.cut.surgery import mask

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from cctool.base.errors import PruningError
 from cctool.checkpoint.edits.mask import add_masks, masks_of
 from cctool.models import registry
-from cctool.options.prune.options import Granularity, PruneMethod, PruneOptions
+from cctool.options.prune.choices import Granularity, PruneMethod
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.planner import plan_thinning
 from cctool.pruning.cut.surgery import apply_cut
 from cctool.pruning.masks.choose import choose_masks, unit_masks

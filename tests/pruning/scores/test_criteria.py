@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from cctool.base.errors import PruningError, UsageError
 from cctool.graph.channels import ChannelGraph, Family, Place, couple
 from cctool.graph.ledger import Role
-from cctool.options.prune.options import Normalize, PruneMethod, PruneOptions, Reduce, Scope
+from cctool.options.prune.choices import Normalize, PruneMethod, Reduce, Scope
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.scores.criteria import lamp
 from cctool.pruning.scores.units import (
     NORMALIZERS,

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from cctool.base.errors import PruningError, UsageError
 from cctool.graph.channels import couple
-from cctool.options.prune.choices import NEEDS_DATA
-from cctool.options.prune.options import Normalize, PruneMethod, Reduce
+from cctool.options.prune.choices import NEEDS_DATA, Normalize, PruneMethod, Reduce
 from cctool.pruning.scores.evidence import Evidence, gather
 from cctool.pruning.scores.units import SCORES, Unscored, score_context
 from cctool.pruning.scores.weights import SALIENCIES, weight_saliency

@@ -13,8 +13,7 @@ from cctool.base.errors import DataError, PruningError
 from cctool.data.serving.batches import Batch
 from cctool.graph.channels import couple
 from cctool.graph.ledger import Role
-from cctool.options.prune.choices import NEEDS_DATA
-from cctool.options.prune.options import PruneMethod
+from cctool.options.prune.choices import NEEDS_DATA, PruneMethod
 from cctool.pruning.scores.evidence import Evidence, gather
 from criteria_toys import Chain, Residual, batches, gradient_of, images
 

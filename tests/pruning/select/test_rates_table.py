@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from cctool.base.errors import UsageError
-from cctool.options.prune.options import PruneMethod, PruneOptions
+from cctool.options.prune.choices import PruneMethod
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.planner import Planner
 from cctool.pruning.select.rates import read_rates
 

@@ -10,15 +10,8 @@ from torch import Tensor, nn
 from cctool.base.errors import PruningError, UsageError
 from cctool.graph.channels import ChannelGraph, couple
 from cctool.models.registry import build
-from cctool.options.prune.options import (
-    PRESETS,
-    PruneMethod,
-    PruneOptions,
-    PrunePreset,
-    Scope,
-    StepMode,
-    preset_options,
-)
+from cctool.options.prune.choices import PruneMethod, Scope, StepMode
+from cctool.options.prune.options import PRESETS, PruneOptions, PrunePreset, preset_options
 from cctool.pruning.cut.planner import plan_thinning, thin
 from cctool.pruning.scores.units import SCORES, Unscored, score_context
 from cctool.pruning.select.order import Selection, select

@@ -13,7 +13,8 @@ from cctool.base.errors import PruningError
 from cctool.graph.channels import couple
 from cctool.graph.cost import measure
 from cctool.models.registry import build
-from cctool.options.prune.options import PruneMethod, PruneOptions, Scope
+from cctool.options.prune.choices import PruneMethod, Scope
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.planner import Planner
 from cctool.pruning.cut.surgery import apply_cut
 from cctool.pruning.select.order import Candidates, Order, by_options, order

@@ -1,92 +1,24 @@
-"""`cctool analyze`: the signature of the command, and its tables."""
+"""`cctool analyze`, and its tables."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Optional
+from typing import Any
 
-import typer
-
-from cctool.base.errors import UsageError
-from cctool.cli import common
 from cctool.cli.commands.export import agreement_line
 from cctool.cli.commands.history import SHORT_HEADERS, full_history, short_rows
 from cctool.cli.console import Console
-from cctool.options.common import DataOptions, RuntimeOptions
-from cctool.options.inspect.analyze import AnalyzeOptions, View
+from cctool.cli.frame import Call
+from cctool.options.inspect.analyze import View
 
-_File = Optional[str]  # noqa: UP045
+__all__ = ["analyze"]
 
 
-def analyze(
-    source: common.Source,
-    macs: Annotated[bool, typer.Option("--macs", help="Write STEM.macs.xlsx, a row a layer.")] = False,
-    macs_file: Annotated[
-        _File, typer.Option(metavar="PATH", help="Write it here instead: .xlsx, .csv or .json.")
-    ] = None,
-    sparsity: Annotated[
-        bool, typer.Option("--sparsity", help="Write STEM.sparsity.xlsx, a row a weight.")
-    ] = False,
-    sparsity_file: Annotated[
-        _File, typer.Option(metavar="PATH", help="Write it here instead: .xlsx, .csv or .json.")
-    ] = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write and verify STEM.onnx.")] = False,
-    onnx_file: Annotated[_File, typer.Option(metavar="PATH", help="Write it here instead.")] = None,
-    history: Annotated[
-        bool, typer.Option("--history", help="Print every step in full, and nothing else.")
-    ] = False,
-    spec: Annotated[bool, typer.Option("--spec", help="Print the spec as JSON, and nothing else.")] = False,
-    with_spec: Annotated[
-        _File, typer.Option(metavar="FILE.json", help="Spec to build a bare state dict with.")
-    ] = None,
-    data: common.Data = None,
-    batch_size: common.BatchSize = AnalyzeOptions().data.batch_size,
-    workers: common.Workers = DataOptions.workers,
-    limit: Annotated[int, typer.Option(help="Compare the ONNX file on at most so many samples.")] = 256,
-    arch: common.Arch = None,
-    arg: common.Arg = None,
-    input_shape: common.Input = None,
-    mean: common.Mean = None,
-    std: common.Std = None,
-    trust_pickle: common.TrustPickle = False,
-    device: common.Device = RuntimeOptions.device,
-    seed: common.Seed = RuntimeOptions.seed,
-    force: common.Force = False,
-    as_json: common.Json = False,
-    quiet: common.Quiet = False,
-    debug: common.Debug = False,
-) -> None:
+def analyze(call: Call) -> None:
     """Show what a checkpoint holds and computes, layer by layer, and how it came about.
 
     Example: cctool analyze model.pt --macs --onnx
     """
-    from cctool.operations.inspect.analyze import run
-
-    if history and spec:
-        raise UsageError("--history and --spec each print one thing: give one of them")
-    view = View.HISTORY if history else View.SPEC if spec else View.LAYERS
-    options = AnalyzeOptions(
-        view=view,
-        macs=macs,
-        macs_file=macs_file,
-        sparsity=sparsity,
-        sparsity_file=sparsity_file,
-        onnx=onnx,
-        onnx_file=onnx_file,
-        data=common.data_options(data, None, None, batch_size, workers, limit),
-    )
-    if view is not View.LAYERS and options.writes:
-        raise UsageError(f"--{view} prints one thing and nothing else: write files in a call of their own")
-    console = Console(quiet=quiet, as_json=as_json, debug=debug)
-    invocation = common.Invocation(
-        verb="analyze",
-        console=console,
-        source=source,
-        force=force,
-        model=common.model_options(arch, arg, input_shape, mean, std, with_spec, trust_pickle),
-        runtime=RuntimeOptions(device=device, seed=seed),
-        user_code=(data,),
-    )
-    report = invocation.read(run, options)
+    console, report, view = call.console, call.read(), call.options.view
     for file in report.written:
         console.path(file.path)
     if view is View.SPEC:
@@ -94,7 +26,7 @@ def analyze(
         return
     if view is View.HISTORY:
         console.text(full_history(report.history) or "no history: the file was not written by a command")
-    elif not as_json:
+    elif not console.as_json:
         _show(console, report, talk=bool(report.written))
     console.document(report)
 

@@ -19,7 +19,7 @@ from cctool.operations.prune.cut import forms_after, thin_copy
 from cctool.operations.prune.stored_cut import cut_stored
 from cctool.operations.size import measure, stored_bytes
 from cctool.options.prune.options import PruneOptions
-from cctool.options.prune.parts import Quantity
+from cctool.options.target import Quantity
 from cctool.pruning.cut.surgery import Cut, CutPlan, named_tensors
 from cctool.pruning.select.targets import sketch
 from cctool.quantization.network.attach import CONTAINER, quantizers_of, weight_key

@@ -18,7 +18,8 @@ from cctool.operations.context import Context
 from cctool.operations.examples import example
 from cctool.operations.keep.masked_weights import stored_with_masks
 from cctool.operations.prune.cut import carried_out, plain_checkpoint
-from cctool.options.prune.options import Granularity, PruneOptions
+from cctool.options.prune.choices import Granularity
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.report import ThinResult
 from cctool.pruning.masks.choose import Saliency, choose_masks, magnitude, unit_masks
 from cctool.pruning.masks.emptied import Emptied, find_emptied

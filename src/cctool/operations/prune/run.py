@@ -37,7 +37,8 @@ from cctool.operations.train.batch_norm import recalibrated, refuse_unknown_prep
 from cctool.operations.train.finetune import encoded_again, finetune
 from cctool.operations.train.resume import never_trained
 from cctool.operations.train.teacher import distillation
-from cctool.options.prune.options import Images, PruneOptions, StepMode
+from cctool.options.prune.choices import Images, StepMode
+from cctool.options.prune.options import PruneOptions
 from cctool.options.train.fit import FitOptions
 from cctool.pruning.cut.report import PruneReport
 from cctool.pruning.cut.surgery import CutPlan

@@ -18,7 +18,8 @@ from cctool.operations.prune.images import evidence_for
 from cctool.operations.prune.masks import EmptiedReport, MaskReport, emptied_cut, mask_channels, mask_weights
 from cctool.operations.prune.resume_state import cut_resume
 from cctool.operations.prune.spared import frozen_families, refuse_all_complex
-from cctool.options.prune.options import Granularity, PruneOptions, StepMode
+from cctool.options.prune.choices import Granularity, StepMode
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.planner import Planner
 from cctool.pruning.cut.report import PruneReport, ThinResult
 from cctool.pruning.cut.surgery import CutPlan

@@ -15,13 +15,13 @@ from cctool.operations.data import open_source, require_source
 from cctool.operations.keep.masked_weights import lossy_forms
 from cctool.operations.keep.upkeep import trained_parts
 from cctool.operations.measuring import preprocessing_of
-from cctool.operations.pipeline import recorded
 from cctool.operations.train.finetune import decoded, encoded_again
 from cctool.operations.train.one_process import Start, fit_here, metrics_of
 from cctool.operations.train.rate_penalty import refuse_rate_without_taps
 from cctool.operations.train.resume import forms_from, refuse_other_files, refuse_other_options, starts_afresh
 from cctool.operations.train.run_folder import LoggedReporter, RunFolder
 from cctool.operations.train.workers import fit_in_processes, node_rank
+from cctool.options.fields import recorded
 from cctool.training.evaluate import trial_output
 from cctool.training.loop.averaging import average_in
 from cctool.training.objectives import Objective

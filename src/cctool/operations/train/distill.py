@@ -10,7 +10,7 @@ from cctool.operations.context import Context, Outcome
 from cctool.operations.train.course import Goal, conduct
 from cctool.operations.train.one_process import user_loss
 from cctool.operations.train.teacher import distillation
-from cctool.options.prune.parts import TeacherOptions
+from cctool.options.teacher import TeacherOptions
 from cctool.options.train.distill import DistillOptions
 
 __all__ = ["goal", "run"]

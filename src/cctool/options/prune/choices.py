@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from cctool.options.common import Choice
+from cctool.options.fields import Choice
 
 __all__ = [
     "CHANNELS_ONLY",
+    "GLOBAL",
     "NEEDS_DATA",
     "AttentionUnit",
     "Granularity",
@@ -15,6 +16,7 @@ __all__ = [
     "PruneMethod",
     "Reduce",
     "Scope",
+    "Sparsifier",
     "StepMode",
 ]
 
@@ -36,18 +38,24 @@ class PruneMethod(Choice):
 
 
 NEEDS_DATA = frozenset(
-    {
-        PruneMethod.TAYLOR,
-        PruneMethod.HESSIAN,
-        PruneMethod.GRADIENT,
-        PruneMethod.APOZ,
-        PruneMethod.ACTIVATION,
-    }
+    {PruneMethod.TAYLOR, PruneMethod.HESSIAN, PruneMethod.GRADIENT, PruneMethod.APOZ, PruneMethod.ACTIVATION}
 )
 """Methods that look at training images."""
 
 CHANNELS_ONLY = frozenset({PruneMethod.SLIMMING, PruneMethod.FPGM, PruneMethod.APOZ, PruneMethod.ACTIVATION})
 """Methods that say nothing of single weights."""
+
+
+GLOBAL = frozenset({PruneMethod.SLIMMING, PruneMethod.LAMP, PruneMethod.TAYLOR, PruneMethod.HESSIAN})
+"""Methods whose scores are comparable across the network."""
+
+
+class Sparsifier(Choice):
+    """How training drives units towards zero before they are cut."""
+
+    GAMMA_L1 = "gamma-l1"
+    GROUP_LASSO = "group-lasso"
+    GROWING = "growing"
 
 
 class Scope(Choice):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cctool.base.errors import UsageError
 from cctool.options.common import DataOptions
-from cctool.options.prune.parts import Quantity, Target
+from cctool.options.fields import Idle, Options, assemble, at_least, nested, option
 from cctool.options.quantize.choices import (
     CLIPPING,
     INTEGERS,
@@ -18,9 +19,10 @@ from cctool.options.quantize.choices import (
     QuantizePreset,
     Rounding,
 )
-from cctool.options.quantize.parts import CalibrationOptions, LayerBits, TuningOptions
+from cctool.options.quantize.parts import CalibrationOptions, LayerBits, TuningOptions, parse_layer_bits
+from cctool.options.target import Quantity, Target, parse_target
 
-__all__ = ["PRESETS", "QuantizeMethod", "QuantizeOptions", "QuantizePreset", "preset_options"]
+__all__ = ["PRESETS", "QuantizeMethod", "QuantizeOptions", "QuantizePreset"]
 
 _DEFAULT_BITS: dict[QuantizeMethod, int] = {
     **INTEGERS,
@@ -35,69 +37,96 @@ _DEFAULT_BITS: dict[QuantizeMethod, int] = {
 _FLOATS = frozenset({QuantizeMethod.FP16, QuantizeMethod.BF16})
 _UNIFORM = frozenset({*INTEGERS, QuantizeMethod.QAT})
 _EPOCHS = 10
+_WEIGHTS = "Weights"
+_ACTIVATIONS = "Activations"
+_LAYERS = "Which layers"
+
+
+def _choices(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(piece) for piece in text.split(",")}))
+    except ValueError:
+        raise UsageError(f"--choices {text}: comma-separated bits are expected, as in 2,4,8") from None
 
 
 @dataclass(frozen=True)
-class QuantizeOptions:
-    """Options of one quantization. None means that the default depends on the method.
+class QuantizeOptions(Options):
+    """Options of one quantization. None means that the default depends on the method."""
 
-    Attributes:
-        method: see `QuantizeMethod`.
-        weight_bits: bits of a weight.
-        activation_bits: bits of an activation, of methods that quantize these.
-        weight_only: leave activations in floating point.
-        per_channel: a scale for each output channel instead of one for the tensor.
-        group: a scale for so many neighbouring weights of a channel; stored integers only.
-        asymmetric: integers with a zero point for weights; else 0 is in the middle.
-        rounding: see `Rounding`.
-        rounding_steps: steps of AdaRound for each layer.
-        init: where k-means begins.
-        terms: powers of two that are added up, of ``apot``.
-        edges: what becomes of the first and the last layer.
-        layers: bits of single layers; the first that matches holds.
-        include_1d: take 1-D tensors too: biases, batch norm's scales and running statistics; stored only.
-        include: glob patterns; where given, only tensors or layers that match one are taken. A pattern that
-            is a tensor's whole name takes it whatever it is.
-        exclude: glob patterns of tensors or layers that are left as they are; they win over `include`.
-        calibration: how ranges of activations are found.
-        tuning: training with quantizers in the loop.
-        target: bytes that the weights may take; bits are chosen for each layer.
-        max_drop: percentage points of validation accuracy that may be lost; bits are chosen for each layer.
-        choices: bits to choose from.
-        preset: the published method that these options were taken from; see `preset_options`.
-        data: what the network is calibrated, trained and measured on.
-    """
-
-    method: QuantizeMethod = QuantizeMethod.UINT8
-    weight_bits: int | None = None
-    activation_bits: int | None = None
-    weight_only: bool = False
-    per_channel: bool | None = None
-    group: int | None = None
-    asymmetric: bool = False
-    rounding: Rounding = Rounding.NEAREST
-    rounding_steps: int = 1000
-    init: CodebookInit = CodebookInit.LINEAR
-    terms: int | None = None
-    edges: Edges | None = None
-    layers: tuple[LayerBits, ...] = ()
-    include_1d: bool = False
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
-    tuning: TuningOptions = field(default_factory=TuningOptions)
-    target: Target | None = None
-    max_drop: float | None = None
-    choices: tuple[int, ...] = (2, 4, 8)
-    preset: QuantizePreset | None = None
-    data: DataOptions = field(default_factory=DataOptions)
+    # fmt: off
+    method: QuantizeMethod = option(
+        QuantizeMethod.UINT8, "Stored weights: fp16, bf16, uint8, int2-int7, codebook, apot. Weights and "
+        "activations of an integer runtime: int8. Trained: qat, lsq, pact, dorefa, wrpn.")
+    weight_bits: int | None = option(
+        None, "Bits of a weight.", panel=_WEIGHTS,
+        unset="the method's; codebook 5, apot, lsq, pact, dorefa and wrpn 4, qat 8")
+    activation_bits: int | None = option(
+        None, "Bits of an activation.", panel=_ACTIVATIONS, unset="8; of lsq, pact, dorefa and wrpn 4")
+    weight_only: bool = option(False, "Leave activations in floating point.", panel=_ACTIVATIONS)
+    per_channel: bool | None = option(
+        None, "A scale for each output channel.", "--per-channel/--per-tensor", panel=_WEIGHTS,
+        unset="yes, but for uint8 and lsq")
+    group: int | None = option(
+        None, "A scale for every N neighbouring weights of a channel (stored integers).", "--group-size",
+        metavar="N", panel=_WEIGHTS, bounds=at_least(1))
+    asymmetric: bool = option(
+        False, "Weights with a zero point (intN, qat).", "--asymmetric/--symmetric", panel=_WEIGHTS)
+    rounding: Rounding = option(
+        Rounding.NEAREST, "To the nearest level, or learnt for each layer's output (intN).", panel=_WEIGHTS)
+    rounding_steps: int = option(
+        1000, "Steps of AdaRound for each layer.", panel=_WEIGHTS, bounds=at_least(1),
+        idle=Idle(lambda asked: asked.rounding is Rounding.NEAREST, "there is no --rounding adaround"))
+    init: CodebookInit = option(
+        CodebookInit.LINEAR, "Where the k-means of codebook begins (Han et al. 2016, section 3.2).",
+        panel=_WEIGHTS,
+        idle=Idle(
+            lambda asked: asked.method is not QuantizeMethod.CODEBOOK,
+            lambda asked: f"--method {asked.method} has no codebook",
+        ))
+    terms: int | None = option(
+        None, "Powers of two that apot adds up.", panel=_WEIGHTS, unset="one for every two bits")
+    edges: Edges | None = option(
+        None, "First and last layer, where activations are quantized: 8 bits, as the others, or float.",
+        panel=_LAYERS, unset="8",
+        idle=Idle(
+            lambda asked: not asked.activations,
+            lambda asked: f"--method {asked.method} treats all layers alike; --layer names some",
+        ))
+    layers: tuple[LayerBits, ...] = option(
+        (), "Bits of some layers, as fc=8, layer1.*=w4a8 or conv1=float; the first that matches holds; may "
+        "be repeated.", "--layer", metavar="GLOB=BITS", panel=_LAYERS, repeated=True, parse=parse_layer_bits)
+    include_1d: bool = option(
+        False, "Store 1-D tensors so, too: biases, batch norm's scales and running statistics.",
+        panel=_LAYERS,
+        idle=Idle(lambda asked: asked.activations, "biases stay as they are next to integer kernels"))
+    include: tuple[str, ...] = option(
+        (), "Take no other tensors or layers; a tensor's full name takes it whatever it is; may be repeated.",
+        metavar="GLOB", panel=_LAYERS, repeated=True)
+    exclude: tuple[str, ...] = option(
+        (), "Leave these tensors or layers as they are; wins over --include; may be repeated.",
+        metavar="GLOB", panel=_LAYERS, repeated=True)
+    calibration: CalibrationOptions = nested(CalibrationOptions)
+    tuning: TuningOptions = nested(TuningOptions)
+    target: Target | None = option(
+        None, "Bytes that the weights may take, absolute or of what comes in; chooses bits layer by layer.",
+        metavar="bytes=VALUE", panel=_LAYERS, parse=parse_target)
+    max_drop: float | None = option(
+        None, "Points of validation accuracy that may be lost; chooses bits layer by layer.",
+        metavar="POINTS", panel=_LAYERS)
+    choices: tuple[int, ...] = option(
+        (2, 4, 8), "Bits to choose from, with --target and --max-drop.", metavar="B,B,...", panel=_LAYERS,
+        parse=_choices, shown="2,4,8",
+        idle=Idle(lambda asked: not asked.searches, "nothing is chosen; --target or --max-drop choose"))
+    preset: QuantizePreset | None = option(
+        None, "Set the options as a published method did; options that you give stand.")
+    data: DataOptions = nested(DataOptions)
+    # fmt: on
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_weights()
         self._check_activations()
         self._check_search()
-        if self.rounding_steps < 1:
-            raise UsageError(f"--rounding-steps {self.rounding_steps}: at least one is needed")
         self._check_idle()
         trains = self.method in TRAINED or self.method is QuantizeMethod.CODEBOOK
         if self.epochs and not trains:
@@ -139,13 +168,9 @@ class QuantizeOptions:
                 f"--per-channel sets ranges, which {self.method} does not have for each channel; use it with "
                 "--method uint8, intN, qat, lsq or apot"
             )
-        if self.group is not None:
-            if self.group < 1:
-                raise UsageError(f"--group-size {self.group}: at least one weight is needed")
-            if self.activations or self.method not in INTEGERS:
-                raise UsageError(
-                    "--group-size is for stored integers: --method intN, with int8 --weight-only"
-                )
+        stored = self.method in INTEGERS and not self.activations
+        if self.group is not None and not stored:
+            raise UsageError("--group-size is for stored integers: --method intN, with int8 --weight-only")
         if self.asymmetric and self.method not in _UNIFORM:
             raise UsageError(f"--asymmetric: --method {self.method} has no such choice; intN and qat have")
         if self.rounding is Rounding.ADAROUND and self.method not in INTEGERS:
@@ -186,6 +211,16 @@ class QuantizeOptions:
             raise UsageError("--choices: bits from 2 to 8 are expected, as in 2,4,8")
         if self.group is not None:
             raise UsageError("--group-size cannot be combined with --target or --max-drop")
+
+    @property
+    def observes(self) -> bool:
+        """Whether ranges of activations are found on images, and not learnt or fixed."""
+        return self.activations and self.method not in CLIPPING
+
+    @property
+    def looks_at_images(self) -> bool:
+        """Whether anything is fitted to training images."""
+        return self.activations or self.calibration.bias_correction or self.rounding is Rounding.ADAROUND
 
     @property
     def searches(self) -> bool:
@@ -236,16 +271,20 @@ class QuantizeOptions:
             return self.tuning.epochs
         return _EPOCHS if self.method in TRAINED else 0
 
+    @classmethod
+    def from_given(cls, given: Mapping[str, Any]) -> QuantizeOptions:
+        """Make the options of a call: what is given, then the preset, then the defaults.
 
-PRESETS: dict[QuantizePreset, dict[str, Any]] = {
+        Args:
+            given: keyword -> value.
+        """
+        preset = given.get("preset")
+        return assemble(cls, {**(PRESETS[preset] if preset is not None else {}), **given})
+
+
+PRESETS: Mapping[QuantizePreset, Mapping[str, Any]] = {
     # H.-Y. Lee's ML2020 homework 7: every tensor but single numbers, batch norm's among them, 8-bit min-max
     # over the whole tensor.
-    QuantizePreset.LHY_HW7: {"method": QuantizeMethod.UINT8, "per_channel": False, "include_1d": True},
+    QuantizePreset.LHY_HW7: {"method": QuantizeMethod.UINT8, "per_channel": False, "include_1d": True}
 }
 """The options that each preset sets."""
-
-
-def preset_options(preset: QuantizePreset | None, **given: Any) -> QuantizeOptions:
-    """Make options as a preset sets them, except for those that are given."""
-    chosen = PRESETS[preset] if preset is not None else {}
-    return QuantizeOptions(**(chosen | given), preset=preset)

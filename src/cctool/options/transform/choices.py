@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cctool.options.common import Choice
+from cctool.options.fields import Choice
 
 __all__ = ["Axes", "Mode", "Norm", "Prequantizer", "Select", "TransformPreset", "TransformTarget"]
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from cctool.base.errors import PruningError
 from cctool.graph.channels import ChannelGraph, couple
 from cctool.graph.execution import with_tensors
-from cctool.options.prune.options import AttentionUnit, PruneOptions
+from cctool.options.prune.choices import AttentionUnit
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.report import ThinResult, report_of
 from cctool.pruning.cut.surgery import CutPlan, apply_cut, plan_cut
 from cctool.pruning.cut.verify import Check, check, find_culprits

@@ -17,8 +17,9 @@ from cctool.checkpoint.edits.mask import masks_of
 from cctool.graph.channels import ChannelGraph, couple
 from cctool.graph.ledger import Role
 from cctool.options.patterns import refuse_unmatched
-from cctool.options.prune.options import Granularity, PruneMethod, PruneOptions, Scope
-from cctool.options.prune.parts import Pattern
+from cctool.options.prune.choices import Granularity, PruneMethod, Scope
+from cctool.options.prune.options import PruneOptions
+from cctool.options.prune.patterns import Pattern
 from cctool.pruning.cut.behind import followers
 from cctool.pruning.masks.granularity import (
     Groups,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from cctool.base.errors import PruningError
 from cctool.graph.channels import ChannelGraph, Family
-from cctool.options.prune.options import Normalize, PruneMethod, PruneOptions, Reduce
+from cctool.options.prune.choices import Normalize, PruneMethod, Reduce
+from cctool.options.prune.options import PruneOptions
 from cctool.pruning.scores import criteria
 from cctool.pruning.scores.criteria import RowsFn, ScoreContext, Unscored
 from cctool.pruning.scores.evidence import Evidence
