@@ -34,8 +34,8 @@ from cctool.options.quantize.options import (
     QuantizeMethod,
     QuantizeOptions,
     QuantizePreset,
-    preset_options,
 )
+from option_toys import asked
 
 DIGITS = DataOptions(data="digits", limit=64, batch_size=32)
 
@@ -326,7 +326,7 @@ def test_preset_lhy_hw7_is_the_homework(tmp_path: Path) -> None:
     assert set(PRESETS) == set(QuantizePreset)
     path = source(tmp_path, "mobilenet_student", num_classes=11)
     original = load(path, tables()).model.state_dict()
-    loaded = load(products(path, preset_options(QuantizePreset.LHY_HW7)).path, tables())
+    loaded = load(products(path, asked(QuantizeOptions, QuantizePreset.LHY_HW7)).path, tables())
     found = loaded.model.state_dict()
     for name, weight in original.items():
         assert (name in loaded.stored) == (weight.dim() > 0)
@@ -338,7 +338,7 @@ def test_preset_lhy_hw7_is_the_homework(tmp_path: Path) -> None:
             assert np.array_equal(found[name].numpy(), values.astype(np.float32)), name
         else:
             assert torch.equal(found[name], weight), name
-    given = preset_options(QuantizePreset.LHY_HW7, include_1d=False)
+    given = asked(QuantizeOptions, QuantizePreset.LHY_HW7, include_1d=False)
     assert given.include_1d is False, "what is given stands"
 
 

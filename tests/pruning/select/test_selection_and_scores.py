@@ -11,10 +11,11 @@ from cctool.base.errors import PruningError, UsageError
 from cctool.graph.channels import ChannelGraph, couple
 from cctool.models.registry import build
 from cctool.options.prune.choices import PruneMethod, Scope, StepMode
-from cctool.options.prune.options import PRESETS, PruneOptions, PrunePreset, preset_options
+from cctool.options.prune.options import PRESETS, PruneOptions, PrunePreset
 from cctool.pruning.cut.planner import plan_thinning, thin
 from cctool.pruning.scores.units import SCORES, Unscored, score_context
 from cctool.pruning.select.order import Selection, select
+from option_toys import asked
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -212,7 +213,7 @@ def test_nan_weights_are_refused_by_name(model: Two, graph: ChannelGraph) -> Non
 
 def test_preset_reproduces_the_published_parameter_counts() -> None:
     model = build("mobilenet_student", {"num_classes": 11})
-    options = preset_options(PrunePreset.LHY_HW7)
+    options = asked(PruneOptions, PrunePreset.LHY_HW7)
     assert sum(p.numel() for p in model.parameters()) == 256_779
     sizes = []
     for step in range(1, options.steps + 1):
@@ -230,7 +231,7 @@ def test_preset_ranks_by_the_norm_behind_the_depthwise_convolution() -> None:
     gamma = model.get_submodule("cnn.4.1").weight
     with torch.no_grad():
         gamma.copy_(-torch.rand(128) - 0.5)
-    result = plan_thinning(model, (torch.randn(1, 3, 32, 32),), preset_options(PrunePreset.LHY_HW7))
+    result = plan_thinning(model, (torch.randn(1, 3, 32, 32),), asked(PruneOptions, PrunePreset.LHY_HW7))
     (cut,) = result.plan.tensors["cnn.4.1.weight"]
     assert cut.keep.tolist() == gamma.abs().topk(121).indices.sort().values.tolist()
 

@@ -84,9 +84,11 @@ def _milestones(text: str) -> tuple[int, ...]:
 
 def _rates() -> str:
     """The default learning rates, as help states them."""
-    fresh = ", ".join(f"{name} {rates[0]:g}" for name, rates in OPTIMIZER_DEFAULTS.items())
-    trained = ", ".join(f"{name} {rates[1]:g}" for name, rates in OPTIMIZER_DEFAULTS.items())
-    return f"{fresh} ({_SGD_WITHOUT_NORM:g} without batch norm); of a trained network {trained}"
+    fresh, trained = (
+        ", ".join(f"{name} {rates[index]:g}" for name, rates in OPTIMIZER_DEFAULTS.items()) for index in (0, 1)
+    )
+    fresh = fresh.replace(",", f" ({_SGD_WITHOUT_NORM:g} without batch norm),", 1)
+    return f"{fresh}; of a trained network {trained}"
 
 
 @dataclass(frozen=True)
