@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TextIO, TypeVar
 
-__all__ = ["Console", "plain"]
 
 T = TypeVar("T")
 

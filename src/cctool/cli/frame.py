@@ -16,8 +16,6 @@ from cctool.base.errors import CctoolError, UsageError
 from cctool.cli.console import Console
 from cctool.options.verbs import Frame, Verb
 
-__all__ = ["Call", "guarded", "resolved_source", "show_metrics"]
-
 
 @dataclass(frozen=True)
 class Call:

@@ -11,7 +11,6 @@ from cctool.cli.frame import guarded
 from cctool.cli.signature import command
 from cctool.options.verbs import VERBS
 
-__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="cctool",

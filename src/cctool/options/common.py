@@ -10,21 +10,6 @@ from typing import Any
 from cctool.base.errors import UsageError
 from cctool.options.fields import Choice, Options, at_least, nested, option
 
-__all__ = [
-    "Choice",
-    "DataOptions",
-    "ModelOptions",
-    "OutputOptions",
-    "Precision",
-    "RuntimeOptions",
-    "TalkOptions",
-    "histograms_option",
-    "parse_shape",
-    "parse_values",
-    "report_file_option",
-    "sampled_data",
-    "zero_bar_option",
-]
 
 _NETWORK = "Which network"
 _DATA = "Data"
@@ -123,18 +108,16 @@ class ModelOptions(Options):
     def clashes(self) -> Iterable[tuple[bool, str]]:
         """Preprocessing that is half given, and two names for one network."""
         mean, std = self.mean or (), self.std or ()
+        # fmt: off
         return (
             ((self.mean is None) != (self.std is None), "--mean and --std go together"),
-            (
-                bool(mean and std) and len(mean) != len(std),
-                f"--mean has {len(mean)} values and --std {len(std)}: one per channel each",
-            ),
+            (bool(mean and std) and len(mean) != len(std),
+             f"--mean has {len(mean)} values and --std {len(std)}: one per channel each"),
             (min(std, default=1.0) <= 0, f"--std {self.std}: positive values are needed"),
-            (
-                self.arch is not None and self.spec is not None,
-                "--arch and --spec both name the network: give one",
-            ),
+            (self.arch is not None and self.spec is not None,
+             "--arch and --spec both name the network: give one"),
         )
+        # fmt: on
 
 
 @dataclass(frozen=True)

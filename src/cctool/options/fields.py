@@ -20,22 +20,6 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from cctool.base.errors import UsageError
 
-__all__ = [
-    "Bounds",
-    "Choice",
-    "Idle",
-    "Leaf",
-    "Options",
-    "assemble",
-    "at_least",
-    "between",
-    "idle_problems",
-    "leaves",
-    "nested",
-    "option",
-    "positive",
-    "recorded",
-]
 
 T = TypeVar("T", bound="Options")
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from cctool.base.errors import UsageError
 from cctool.options.fields import Choice
 
-__all__ = ["Quantity", "Target", "parse_target"]
-
 
 class Quantity(Choice):
     """What a target limits."""

@@ -11,18 +11,6 @@ from typing import Any
 from cctool.options.common import ModelOptions
 from cctool.options.fields import Idle, Options, between, nested, option, positive
 
-__all__ = [
-    "TeacherOptions",
-    "alpha_option",
-    "freeze_norm_option",
-    "keep_storage_option",
-    "lr_option",
-    "optimizer_option",
-    "teacher_model",
-    "teacher_option",
-    "temperature_option",
-]
-
 
 def teacher_model() -> Any:
     """How a foreign teacher is named: ``--teacher-arch`` and its siblings."""

@@ -20,8 +20,6 @@ from cctool.options.train.distill import DistillOptions
 from cctool.options.train.run import TrainOptions
 from cctool.options.transform.options import TransformOptions
 
-__all__ = ["VERBS", "Frame", "Input", "Verb"]
-
 
 @dataclass(frozen=True)
 class Frame(Options):

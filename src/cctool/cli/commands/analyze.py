@@ -10,8 +10,6 @@ from cctool.cli.console import Console
 from cctool.cli.frame import Call
 from cctool.options.inspect.analyze import View
 
-__all__ = ["analyze"]
-
 
 def analyze(call: Call) -> None:
     """Show what a checkpoint holds and computes, layer by layer, and how it came about.

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from cctool.cli.frame import Call, resolved_source
 
-__all__ = ["compare"]
-
 
 def compare(call: Call) -> None:
     """Put checkpoints side by side: accuracy, parameters, MACs and bytes.

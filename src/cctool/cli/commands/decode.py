@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from cctool.cli.frame import Call
 
-__all__ = ["decode"]
-
 
 def decode(call: Call) -> None:
     """Decode feature maps that `cctool evaluate --bitstream` wrote, and verify them; no checkpoint is needed.

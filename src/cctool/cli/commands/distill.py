@@ -5,8 +5,6 @@ from __future__ import annotations
 from cctool.cli.commands.train import report, resumed
 from cctool.cli.frame import Call
 
-__all__ = ["distill"]
-
 
 def distill(call: Call) -> None:
     """Train a student on labels and on a teacher's outputs.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from cctool.cli.frame import Call
 
-__all__ = ["evaluate"]
-
 
 def evaluate(call: Call) -> None:
     """Measure a checkpoint on a split of a data set.

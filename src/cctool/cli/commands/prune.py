@@ -8,8 +8,6 @@ from cctool.cli.console import Console
 from cctool.cli.frame import Call, show_metrics
 from cctool.options.prune.choices import Scope
 
-__all__ = ["prune"]
-
 
 def prune(call: Call) -> None:
     """Remove channels physically, or mask weights; what is left computes what the masked network would.

@@ -7,8 +7,6 @@ from typing import Any
 from cctool.cli.console import Console
 from cctool.cli.frame import Call, show_metrics
 
-__all__ = ["quantize"]
-
 
 def quantize(call: Call) -> None:
     """Compute and store in fewer bits: weights alone, or activations too; calibrated or trained.

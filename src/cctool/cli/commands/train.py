@@ -11,8 +11,6 @@ from cctool.cli.console import Console
 from cctool.cli.frame import Call, show_metrics
 from cctool.options.train.run import find_resumed, run_folder_of
 
-__all__ = ["report", "resumed", "train"]
-
 
 def train(call: Call) -> None:
     """Train a fresh network, or continue from any checkpoint; writes the best epoch by validation.

@@ -7,8 +7,6 @@ from typing import Any
 from cctool.cli.console import Console
 from cctool.cli.frame import Call, show_metrics
 
-__all__ = ["transform"]
-
 
 def transform(call: Call) -> None:
     """Put layers or feature maps into a DCT, DST, DFT, wavelet or data-driven domain.

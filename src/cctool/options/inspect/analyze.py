@@ -9,7 +9,6 @@ from pathlib import PurePath
 from cctool.options.common import DataOptions, sampled_data
 from cctool.options.fields import Choice, Options, option
 
-__all__ = ["TABLE_SUFFIXES", "AnalyzeOptions", "View"]
 
 TABLE_SUFFIXES = (".xlsx", ".csv", ".json")
 """Suffixes that a table can be written to."""
@@ -51,6 +50,7 @@ class AnalyzeOptions(Options):
             ("--sparsity-file", self.sparsity_file, TABLE_SUFFIXES),
             ("--onnx-file", self.onnx_file, (".onnx",)),
         )
+        # fmt: off
         return (
             *(
                 (
@@ -60,11 +60,10 @@ class AnalyzeOptions(Options):
                 for flag, path, suffixes in named
             ),
             (self.history and self.spec, "--history and --spec each print one thing: give one of them"),
-            (
-                self.view is not View.LAYERS and self.writes,
-                f"--{self.view} prints one thing and nothing else: write files in a call of their own",
-            ),
+            (self.view is not View.LAYERS and self.writes,
+             f"--{self.view} prints one thing and nothing else: write files in a call of their own"),
         )
+        # fmt: on
 
     @property
     def view(self) -> View:

@@ -8,8 +8,6 @@ from cctool.options.common import DataOptions
 from cctool.options.fields import Options, nested, option
 from cctool.options.inspect.evaluate import SplitName
 
-__all__ = ["CompareOptions"]
-
 
 @dataclass(frozen=True)
 class CompareOptions(Options):

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from cctool.options.fields import Options, option
 
-__all__ = ["DecodeOptions"]
-
 
 @dataclass(frozen=True)
 class DecodeOptions(Options):

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from cctool.options.common import DataOptions, histograms_option, report_file_option, zero_bar_option
 from cctool.options.fields import Choice, Options, nested, option
 
-__all__ = ["EvaluateOptions", "SplitName"]
-
 
 class SplitName(Choice):
     """A part of a data set."""
@@ -50,16 +48,14 @@ class EvaluateOptions(Options):
     def clashes(self) -> Iterable[tuple[bool, str]]:
         """Names that do not fit, and a detail of pictures that are not drawn."""
         predictions = self.predictions or ".csv"
+        # fmt: off
         return (
-            (
-                not predictions.lower().endswith(".csv"),
-                f"--predictions {predictions}: a name that ends in .csv is expected",
-            ),
-            (
-                self.zero_bar and self.histograms is None,
-                "--zero-bar is for --histograms DIR, which is not given",
-            ),
+            (not predictions.lower().endswith(".csv"),
+             f"--predictions {predictions}: a name that ends in .csv is expected"),
+            (self.zero_bar and self.histograms is None,
+             "--zero-bar is for --histograms DIR, which is not given"),
         )
+        # fmt: on
 
     @property
     def asks_for_taps(self) -> bool:

@@ -9,8 +9,6 @@ from cctool.base.errors import UsageError
 from cctool.options.common import DataOptions, sampled_data
 from cctool.options.fields import Choice, Options, option
 
-__all__ = ["DEFAULT_SUFFIXES", "SUFFIXES", "ExportFormat", "ExportOptions"]
-
 
 class ExportFormat(Choice):
     """What is written.

@@ -4,22 +4,6 @@ from __future__ import annotations
 
 from cctool.options.fields import Choice
 
-__all__ = [
-    "CHANNELS_ONLY",
-    "GLOBAL",
-    "NEEDS_DATA",
-    "AttentionUnit",
-    "Granularity",
-    "Growth",
-    "Images",
-    "Normalize",
-    "PruneMethod",
-    "Reduce",
-    "Scope",
-    "Sparsifier",
-    "StepMode",
-]
-
 
 class PruneMethod(Choice):
     """How units are ranked; the lowest go first."""

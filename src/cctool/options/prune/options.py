@@ -34,7 +34,6 @@ from cctool.options.teacher import (
     teacher_option,
 )
 
-__all__ = ["AUTO_ROUND", "PRESETS", "PruneOptions", "PrunePreset", "SparsifyOptions"]
 
 AUTO_ROUND = 8
 """Multiple of channels that ``--round-to auto`` keeps: what vector units of CPUs and tensor cores like."""
@@ -234,66 +233,42 @@ class PruneOptions(Options):
         """Goals, granularities and trainings that exclude each other."""
         given = list(self.goals)
         channels = self.granularity is Granularity.CHANNEL
+        # fmt: off
         return (
-            (
-                not channels and self.method in CHANNELS_ONLY,
-                f"--method {self.method} ranks channels, not the parts of weights that --granularity "
-                f"{self.granularity} masks: l1, l2, lamp, taylor, hessian, gradient and random do",
-            ),
+            (not channels and self.method in CHANNELS_ONLY,
+             f"--method {self.method} ranks channels, not the parts of weights that --granularity "
+             f"{self.granularity} masks: l1, l2, lamp, taylor, hessian, gradient and random do"),
             (len(given) > 1, f"{' and '.join(given)} each say how much goes: give one of them"),
-            (
-                self.keep is not None and self.scope is Scope.GLOBAL,
-                "keep fixes the width of each family, which leaves scope global nothing to do",
-            ),
-            (
-                self.rates is not None and self.scope is Scope.GLOBAL,
-                "--rates fixes the rate of each family, which leaves --scope global nothing to do",
-            ),
-            (
-                not channels and bool(given) and given != ["--rates"],
-                f"{', '.join(given)} with --granularity {self.granularity}: masks of single weights change "
-                "no width; --rate and --rates say how many weights go",
-            ),
-            (
-                not channels and self.mask,
-                f"--granularity {self.granularity} masks anyway; --mask belongs to channels",
-            ),
-            (
-                self.apply_masks and self.rewind is not None,
-                "--apply-masks changes no output, and --rewind all of them: rewind in a command of its own",
-            ),
-            (
-                self.granularity is Granularity.NM and self.rates is not None,
-                "--granularity nm fixes how many weights stay, which leaves --rates nothing to do: --only "
-                "and --exclude choose layers",
-            ),
-            (
-                self.granularity is Granularity.NM and self.steps > 1,
-                "--granularity nm fixes how many weights stay, which leaves --steps nothing to do",
-            ),
-            (
-                not channels and self.sparsify is not None and self.sparsify.method is Sparsifier.GROWING,
-                f"--sparsify growing pushes the channels that go, and --granularity {self.granularity} masks "
-                "weights: gamma-l1 and group-lasso act on all channels",
-            ),
+            (self.keep is not None and self.scope is Scope.GLOBAL,
+             "keep fixes the width of each family, which leaves scope global nothing to do"),
+            (self.rates is not None and self.scope is Scope.GLOBAL,
+             "--rates fixes the rate of each family, which leaves --scope global nothing to do"),
+            (not channels and bool(given) and given != ["--rates"],
+             f"{', '.join(given)} with --granularity {self.granularity}: masks of single weights change no "
+             f"width; --rate and --rates say how many weights go"),
+            (not channels and self.mask,
+             f"--granularity {self.granularity} masks anyway; --mask belongs to channels"),
+            (self.apply_masks and self.rewind is not None,
+             "--apply-masks changes no output, and --rewind all of them: rewind in a command of its own"),
+            (self.granularity is Granularity.NM and self.rates is not None,
+             "--granularity nm fixes how many weights stay, which leaves --rates nothing to do: --only and "
+             "--exclude choose layers"),
+            (self.granularity is Granularity.NM and self.steps > 1,
+             "--granularity nm fixes how many weights stay, which leaves --steps nothing to do"),
+            (not channels and self.sparsify is not None and self.sparsify.method is Sparsifier.GROWING,
+             f"--sparsify growing pushes the channels that go, and --granularity {self.granularity} masks "
+             f"weights: gamma-l1 and group-lasso act on all channels"),
             (self.mask and self.apply_masks, "--mask and --apply-masks are two different commands"),
-            (
-                self.pattern is not None and self.granularity is not Granularity.NM,
-                "--pattern belongs to --granularity nm",
-            ),
-            (
-                self.block is not None and self.granularity is not Granularity.BLOCK,
-                "--block belongs to --granularity block",
-            ),
-            (
-                self.steps > 1 and self.max_drop is not None,
-                "--max-drop finds one rate, with which --steps has nothing to do",
-            ),
-            (
-                self.rewind is not None and self.from_scratch,
-                "--rewind and --from-scratch both set the weights of the thinned network: give one",
-            ),
+            (self.pattern is not None and self.granularity is not Granularity.NM,
+             "--pattern belongs to --granularity nm"),
+            (self.block is not None and self.granularity is not Granularity.BLOCK,
+             "--block belongs to --granularity block"),
+            (self.steps > 1 and self.max_drop is not None,
+             "--max-drop finds one rate, with which --steps has nothing to do"),
+            (self.rewind is not None and self.from_scratch,
+             "--rewind and --from-scratch both set the weights of the thinned network: give one"),
         )
+        # fmt: on
 
     @property
     def goals(self) -> tuple[str, ...]:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from cctool.base.errors import UsageError
 
-__all__ = ["Block", "Pattern", "parse_block", "parse_pattern"]
-
 
 @dataclass(frozen=True)
 class Pattern:

@@ -4,18 +4,6 @@ from __future__ import annotations
 
 from cctool.options.fields import Choice
 
-__all__ = [
-    "CLIPPING",
-    "INTEGERS",
-    "TRAINED",
-    "CodebookInit",
-    "Edges",
-    "Observer",
-    "QuantizeMethod",
-    "QuantizePreset",
-    "Rounding",
-]
-
 
 class QuantizeMethod(Choice):
     """What becomes of the network.

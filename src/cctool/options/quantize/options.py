@@ -22,7 +22,6 @@ from cctool.options.quantize.choices import (
 from cctool.options.quantize.parts import CalibrationOptions, LayerBits, TuningOptions, parse_layer_bits
 from cctool.options.target import Quantity, Target, parse_target
 
-__all__ = ["PRESETS", "QuantizeMethod", "QuantizeOptions", "QuantizePreset"]
 
 _DEFAULT_BITS: dict[QuantizeMethod, int] = {
     **INTEGERS,

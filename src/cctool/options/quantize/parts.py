@@ -16,7 +16,6 @@ from cctool.options.teacher import (
     teacher_option,
 )
 
-__all__ = ["CalibrationOptions", "LayerBits", "TuningOptions", "parse_layer_bits"]
 
 _BITS = range(1, 17)
 _WEIGHTS = "Weights"

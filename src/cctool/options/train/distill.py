@@ -12,8 +12,6 @@ from cctool.options.teacher import alpha_option, keep_storage_option, teacher_mo
 from cctool.options.train.fit import FitOptions, OptimizerName, Schedule
 from cctool.options.train.run import RunOptions, refuse_small_batches
 
-__all__ = ["PRESETS", "DistillOptions", "DistillPreset"]
-
 
 class DistillPreset(Choice):
     """A published procedure, reproduced formula by formula."""

@@ -9,16 +9,6 @@ from cctool.base.errors import UsageError
 from cctool.options.fields import Choice, Options, at_least, between, option, positive
 from cctool.options.teacher import freeze_norm_option
 
-__all__ = [
-    "OPTIMIZER_DEFAULTS",
-    "DecayScope",
-    "FitOptions",
-    "MetricMode",
-    "OptimizerName",
-    "Schedule",
-    "Warmup",
-]
-
 
 class OptimizerName(Choice):
     """Optimizers of our own table; any other name must be a reference to the user's factory."""
@@ -85,7 +75,8 @@ def _milestones(text: str) -> tuple[int, ...]:
 def _rates() -> str:
     """The default learning rates, as help states them."""
     fresh, trained = (
-        ", ".join(f"{name} {rates[index]:g}" for name, rates in OPTIMIZER_DEFAULTS.items()) for index in (0, 1)
+        ", ".join(f"{name} {rates[index]:g}" for name, rates in OPTIMIZER_DEFAULTS.items())
+        for index in (0, 1)
     )
     fresh = fresh.replace(",", f" ({_SGD_WITHOUT_NORM:g} without batch norm),", 1)
     return f"{fresh}; of a trained network {trained}"
@@ -162,26 +153,19 @@ class FitOptions(Options):
         """Options of another optimizer, schedule or loss, and warm-ups that leave no epoch."""
         known = [name.value for name in OptimizerName]
         sgd = self.optimizer == OptimizerName.SGD.value
+        # fmt: off
         return (
-            (
-                any(a >= b for a, b in zip((0, *self.milestones), self.milestones, strict=False)),
-                f"--milestones {','.join(map(str, self.milestones))}: growing epochs above 0 are expected",
-            ),
-            (
-                self.epochs > 0 and self.warmup_length >= self.epochs,
-                f"--warmup-epochs {self.warmup_length}: fewer than the {self.epochs} epochs are allowed",
-            ),
-            (
-                self.optimizer not in known and ":" not in self.optimizer,
-                f"--optimizer {self.optimizer}: {', '.join(known)} or my.py:factory is allowed",
-            ),
+            (any(a >= b for a, b in zip((0, *self.milestones), self.milestones, strict=False)),
+             f"--milestones {','.join(map(str, self.milestones))}: growing epochs above 0 are expected"),
+            (self.epochs > 0 and self.warmup_length >= self.epochs,
+             f"--warmup-epochs {self.warmup_length}: fewer than the {self.epochs} epochs are allowed"),
+            (self.optimizer not in known and ":" not in self.optimizer,
+             f"--optimizer {self.optimizer}: {', '.join(known)} or my.py:factory is allowed"),
             (self.momentum is not None and not sgd, f"--momentum belongs to sgd, not to {self.optimizer}"),
             (self.nesterov and not sgd, f"--nesterov belongs to sgd, not to {self.optimizer}"),
             (self.nesterov and self.momentum == 0, "--nesterov needs a --momentum above 0"),
-            (
-                self.schedule is Schedule.MULTISTEP and not self.milestones,
-                "--lr-schedule multistep needs --milestones, as in --milestones 15,25",
-            ),
+            (self.schedule is Schedule.MULTISTEP and not self.milestones,
+             "--lr-schedule multistep needs --milestones, as in --milestones 15,25"),
             *(
                 (
                     given and self.schedule not in allowed,
@@ -195,19 +179,14 @@ class FitOptions(Options):
                     (self.onecycle_warm is not None, "--onecycle-warm", (Schedule.ONECYCLE,)),
                 )
             ),
-            (
-                self.loss is not None and self.label_smoothing > 0,
-                "--label-smoothing belongs to cross-entropy; your own --loss does its own",
-            ),
-            (
-                self.metric is None and self.metric_mode is MetricMode.MIN,
-                "--metric-mode min belongs to a --metric of your own; top-1 is better when larger",
-            ),
-            (
-                self.warmup is not None and self.warmup_epochs == 0,
-                "--warmup with --warmup-epochs 0 warms nothing up: leave one of them out",
-            ),
+            (self.loss is not None and self.label_smoothing > 0,
+             "--label-smoothing belongs to cross-entropy; your own --loss does its own"),
+            (self.metric is None and self.metric_mode is MetricMode.MIN,
+             "--metric-mode min belongs to a --metric of your own; top-1 is better when larger"),
+            (self.warmup is not None and self.warmup_epochs == 0,
+             "--warmup with --warmup-epochs 0 warms nothing up: leave one of them out"),
         )
+        # fmt: on
 
     @property
     def warmup_length(self) -> int:

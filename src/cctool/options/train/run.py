@@ -14,15 +14,6 @@ from cctool.options.teacher import keep_storage_option
 from cctool.options.train.fit import FitOptions
 from cctool.options.transform.choices import Mode
 
-__all__ = [
-    "LayerSwap",
-    "RunOptions",
-    "TrainOptions",
-    "find_resumed",
-    "parse_swap",
-    "refuse_small_batches",
-    "run_folder_of",
-]
 
 _RUN_FOLDER = "The run folder"
 _MACHINES = "Devices and machines"

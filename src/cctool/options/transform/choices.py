@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from cctool.options.fields import Choice
 
-__all__ = ["Axes", "Mode", "Norm", "Prequantizer", "Select", "TransformPreset", "TransformTarget"]
-
 
 class TransformTarget(Choice):
     """What goes into a transform domain."""

@@ -20,7 +20,6 @@ from cctool.options.transform.choices import (
     TransformTarget,
 )
 
-__all__ = ["BLOCKS", "PRESETS", "FeatureOptions", "TransformOptions", "WeightOptions"]
 
 BLOCKS = "blocks"
 """Stands for every residual block where taps are named."""
@@ -66,31 +65,20 @@ class WeightOptions(Options):
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
         """Ways to choose coefficients that exclude each other, and what basis functions have no use for."""
+        # fmt: off
         return [
-            (
-                self.keep is not None and self.threshold is not None,
-                "--keep and --threshold exclude each other",
-            ),
-            (
-                self.select is Select.CORNER and self.threshold is not None,
-                "--threshold chooses by magnitude; --select corner takes --keep",
-            ),
-            (
-                self.select is Select.CORNER and self.scope is Scope.GLOBAL,
-                "--scope global ranks by energy; --select corner keeps the same share of each layer",
-            ),
-            (
-                self.keep is None and self.select is Select.CORNER,
-                "--select corner: --keep says how large it is",
-            ),
-            (
-                self.keep is None and self.scope is Scope.GLOBAL,
-                "--scope global: --keep says what layers compete for",
-            ),
-            (
-                self.mode is Mode.BASIS and (self.keep is not None or self.threshold is not None),
-                "--keep and --threshold choose coefficients; --mode basis has none",
-            ),
+            (self.keep is not None and self.threshold is not None,
+             "--keep and --threshold exclude each other"),
+            (self.select is Select.CORNER and self.threshold is not None,
+             "--threshold chooses by magnitude; --select corner takes --keep"),
+            (self.select is Select.CORNER and self.scope is Scope.GLOBAL,
+             "--scope global ranks by energy; --select corner keeps the same share of each layer"),
+            (self.keep is None and self.select is Select.CORNER,
+             "--select corner: --keep says how large it is"),
+            (self.keep is None and self.scope is Scope.GLOBAL,
+             "--scope global: --keep says what layers compete for"),
+            (self.mode is Mode.BASIS and (self.keep is not None or self.threshold is not None),
+             "--keep and --threshold choose coefficients; --mode basis has none"),
             *(
                 (self.mode is Mode.BASIS and given, f"{option} is for --mode coefficient")
                 for given, option in (
@@ -101,11 +89,10 @@ class WeightOptions(Options):
                     (self.scope is not Scope.LOCAL, "--scope"),
                 )
             ),
-            (
-                self.normalize_gradients and self.mode is not Mode.BASIS,
-                "--normalize-gradients is for --mode basis",
-            ),
+            (self.normalize_gradients and self.mode is not Mode.BASIS,
+             "--normalize-gradients is for --mode basis"),
         ]
+        # fmt: on
 
 
 def _order(text: str) -> int | None:
@@ -173,15 +160,15 @@ class FeatureOptions(Options):
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
         """Ways to find a quality or steps that exclude each other."""
+        # fmt: off
         return [
             (self.ratio is not None and self.ratio <= 1, f"--target ratio={self.ratio}: above 1 is needed"),
-            (
-                sum((self.quality is not None, self.ratio is not None, self.sweep)) > 1,
-                "--quality, --target ratio and --sweep exclude each other",
-            ),
+            (sum((self.quality is not None, self.ratio is not None, self.sweep)) > 1,
+             "--quality, --target ratio and --sweep exclude each other"),
             (self.allocate and self.q_table is not None, "--allocate chooses the steps that --q-table gives"),
             (self.allocate and self.norm is Norm.NONE, "--allocate: --norm ortho is needed"),
         ]
+        # fmt: on
 
 
 def _target(text: str) -> TransformTarget | float:
