@@ -71,11 +71,11 @@ class Call:
         more = {"begun": self.resumed} if self.resumed else {}
         return self.verb.options_of(self.given, **more)
 
-    def write(self, report: Callable[[Console, Any], None] | None = None, *, resumes: bool = False) -> None:
+    def write(self, told: Callable[[Any], Iterable[Any]], *, resumes: bool = False) -> None:
         """Carry out a verb that writes checkpoints; print the path of each.
 
         Args:
-            report: says on stderr what a product's report holds.
+            told: a product's report -> tables and sentences, which are said on stderr.
             resumes: whether the command continues its own earlier run.
         """
         from cctool.operations import pipeline
@@ -84,8 +84,8 @@ class Call:
         products = []
         with self.console.products_only():
             for product in pipeline.write(self._operation(), options, self.request(resumes=resumes)):
-                if report is not None:
-                    report(self.console, product.report)
+                for item in told(product.report):
+                    self.console.tell(item)
                 self.console.path(product.path)
                 products.append(product)
             self.console.document({"products": products})
@@ -133,16 +133,6 @@ def _is_given(context: typer.Context, name: str) -> bool:
     """Whether an option stands on the command line, rather than at its default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
-
-
-def show_metrics(console: Console, before: Any, after: Any) -> None:
-    """Say what was measured before and after, by split."""
-    earlier = {metrics.split: metrics for metrics in before}
-    for metrics in after:
-        for name, value in metrics.values.items():
-            old = earlier[metrics.split].values.get(name) if metrics.split in earlier else None
-            change = f"{old:.4g} -> " if old is not None else ""
-            console.note(f"{metrics.split} {name} {change}{value:.4g} (n={metrics.n:,})")
 
 
 def resolved_source(source: str) -> str:

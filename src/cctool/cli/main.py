@@ -11,7 +11,6 @@ from cctool.cli.frame import guarded
 from cctool.cli.signature import command
 from cctool.options.verbs import VERBS
 
-
 app = typer.Typer(
     name="cctool",
     help="Compress trained CNNs: each command reads a checkpoint, does one thing and writes a checkpoint.",

@@ -13,7 +13,6 @@ from cctool.cli.frame import Call, guarded
 from cctool.options.fields import Leaf
 from cctool.options.verbs import Input, Verb
 
-
 _CHECKPOINT = "Checkpoint to read; - takes its path from stdin."
 _INPUTS: dict[Input, tuple[Any, Any, str]] = {
     Input.CHECKPOINT: (str, inspect.Parameter.empty, _CHECKPOINT),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from cctool.checkpoint.spec import Metrics, Parent, Step
 from cctool.checkpoint.tables import Tables
 from cctool.options.common import ModelOptions, RuntimeOptions
 
-__all__ = ["Context", "Outcome"]
+__all__ = ["Context", "Outcome", "Told", "metric_lines"]
+
+Told = str | tuple[str, Sequence[str], Sequence[Sequence[object]]]
+"""What a report tells people: a sentence, or title, columns and rows of a table."""
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,13 @@ class Context:
     output: Path
     force: bool
     stamp: Callable[[Outcome], Checkpoint]
+
+
+def metric_lines(before: Sequence[Metrics], after: Sequence[Metrics]) -> Iterator[str]:
+    """One sentence a metric and split: what was measured before and after."""
+    earlier = {metrics.split: metrics for metrics in before}
+    for metrics in after:
+        for name, value in metrics.values.items():
+            old = earlier[metrics.split].values.get(name) if metrics.split in earlier else None
+            change = f"{old:.4g} -> " if old is not None else ""
+            yield f"{metrics.split} {name} {change}{value:.4g} (n={metrics.n:,})"

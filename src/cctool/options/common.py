@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cctool.base.errors import UsageError
-from cctool.options.fields import Choice, Options, at_least, nested, option
+from cctool.options.fields import Choice, Options, at_least, nested, option, section
 
-
-_NETWORK = "Which network"
-_DATA = "Data"
-_RUN = "Where and how to compute"
-_OUTPUT = "Output"
+_network = section("Which network")
+_data = section("Data")
+_run = section("Where and how to compute")
+_output = section("Output")
 
 
 class Precision(Choice):
@@ -30,19 +29,15 @@ class DataOptions(Options):
     """Which data, and how much of it at a time."""
 
     # fmt: off
-    data: str | None = option(
-        None, "Data set: digits, cifar10[:DIR], folder:DIR, my.py:factory, ...", panel=_DATA, runs_code=True,
+    data: str | None = _data(
+        None, "Data set: digits, cifar10[:DIR], folder:DIR, my.py:factory, ...", runs_code=True,
         unset="the checkpoint's last")
-    val_data: str | None = option(
-        None, "Data set that replaces the validation split.", panel=_DATA, runs_code=True)
-    test_data: str | None = option(
-        None, "Data set that replaces the test split.", panel=_DATA, runs_code=True)
-    batch_size: int = option(
-        128, "Samples per step, over all devices together.", panel=_DATA, bounds=at_least(1))
-    workers: int = option(
-        0, "Processes that decode image files; 0 decodes in the main one.", panel=_DATA, bounds=at_least(0))
-    limit: int | None = option(
-        None, "Use at most this many samples of each split.", panel=_DATA, bounds=at_least(1))
+    val_data: str | None = _data(None, "Data set that replaces the validation split.", runs_code=True)
+    test_data: str | None = _data(None, "Data set that replaces the test split.", runs_code=True)
+    batch_size: int = _data(128, "Samples per step, over all devices together.", bounds=at_least(1))
+    workers: int = _data(
+        0, "Processes that decode image files; 0 decodes in the main one.", bounds=at_least(0))
+    limit: int | None = _data(None, "Use at most this many samples of each split.", bounds=at_least(1))
     # fmt: on
 
 
@@ -85,24 +80,22 @@ class ModelOptions(Options):
     """Which network, where the file does not say it."""
 
     # fmt: off
-    arch: str | None = option(
+    arch: str | None = _network(
         None, "Architecture: resnet20, torchvision:NAME, timm:NAME, net.py:factory. See `cctool models`.",
-        panel=_NETWORK, runs_code=True)
-    arguments: tuple[str, ...] = option(
-        (), "Argument of the architecture; may be repeated.", "--arg", metavar="KEY=VALUE", panel=_NETWORK,
-        repeated=True, parse=_argument)
-    input_shape: tuple[int, int, int] | None = option(
-        None, "Size of one input.", "--input", metavar="CxHxW", panel=_NETWORK, parse=parse_shape)
-    mean: tuple[float, ...] | None = option(
+        runs_code=True)
+    arguments: tuple[str, ...] = _network(
+        (), "Argument of the architecture; may be repeated.", "--arg", metavar="KEY=VALUE", repeated=True,
+        parse=_argument)
+    input_shape: tuple[int, int, int] | None = _network(
+        None, "Size of one input.", "--input", metavar="CxHxW", parse=parse_shape)
+    mean: tuple[float, ...] | None = _network(
         None, "Mean that a foreign model's inputs are centred by (image in 0..1).", metavar="M,M,M",
-        panel=_NETWORK, parse=lambda text: parse_values(text, "--mean"))
-    std: tuple[float, ...] | None = option(
+        parse=lambda text: parse_values(text, "--mean"))
+    std: tuple[float, ...] | None = _network(
         None, "Standard deviation that a foreign model's inputs are divided by.", metavar="S,S,S",
-        panel=_NETWORK, parse=lambda text: parse_values(text, "--std"))
-    trust_pickle: bool = option(
-        False, "Let a foreign file run the code that it contains. Dangerous.", panel=_NETWORK)
-    spec: str | None = option(
-        None, "Spec to build a bare state dict with.", metavar="FILE.json", panel=_NETWORK)
+        parse=lambda text: parse_values(text, "--std"))
+    trust_pickle: bool = _network(False, "Let a foreign file run the code that it contains. Dangerous.")
+    spec: str | None = _network(None, "Spec to build a bare state dict with.", metavar="FILE.json")
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
@@ -125,10 +118,10 @@ class RuntimeOptions(Options):
     """Where and how to compute."""
 
     # fmt: off
-    device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=_RUN)
-    precision: Precision = option(Precision.FULL, "Arithmetic of forward and backward.", panel=_RUN)
-    seed: int = option(0, "Seed of every pseudo-random generator.", panel=_RUN)
-    deterministic: bool = option(False, "Refuse operations whose result depends on scheduling.", panel=_RUN)
+    device: str = _run("auto", "auto, cpu, cuda or cuda:N.")
+    precision: Precision = _run(Precision.FULL, "Arithmetic of forward and backward.")
+    seed: int = _run(0, "Seed of every pseudo-random generator.")
+    deterministic: bool = _run(False, "Refuse operations whose result depends on scheduling.")
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
@@ -141,11 +134,10 @@ class OutputOptions(Options):
     """Where the product goes."""
 
     # fmt: off
-    output: str | None = option(
-        None, "Where to write; .pt or .safetensors.", "--output", "-o", panel=_OUTPUT,
-        unset="INPUT's stem and the verb")
-    force: bool = option(False, "Replace existing files.", panel=_OUTPUT)
-    allow_nonfinite: bool = option(False, "Write even NaN or infinite weights.", panel=_OUTPUT)
+    output: str | None = _output(
+        None, "Where to write; .pt or .safetensors.", "--output", "-o", unset="INPUT's stem and the verb")
+    force: bool = _output(False, "Replace existing files.")
+    allow_nonfinite: bool = _output(False, "Write even NaN or infinite weights.")
     # fmt: on
 
 
@@ -154,9 +146,9 @@ class TalkOptions(Options):
     """What a command prints."""
 
     # fmt: off
-    as_json: bool = option(False, "Print one JSON document instead.", "--json", panel=_OUTPUT)
-    quiet: bool = option(False, "Say nothing but warnings and errors.", "--quiet", "-q", panel=_OUTPUT)
-    debug: bool = option(False, "Show the traceback of an error.", panel=_OUTPUT)
+    as_json: bool = _output(False, "Print one JSON document instead.", "--json")
+    quiet: bool = _output(False, "Say nothing but warnings and errors.", "--quiet", "-q")
+    debug: bool = _output(False, "Show the traceback of an error.")
     # fmt: on
 
 

@@ -15,11 +15,11 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
+from functools import partial
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from cctool.base.errors import UsageError
-
 
 T = TypeVar("T", bound="Options")
 
@@ -152,6 +152,11 @@ def option(
     spec = OptionSpec(help, flags, metavar, panel, unset, bounds, parse, shown, repeated, idle, runs_code)
     value = MISSING if default is ... else default
     return field(default=value, metadata={"option": spec, "recorded": recorded})
+
+
+def section(panel: str) -> Callable[..., Any]:
+    """`option` for the options under one heading."""
+    return partial(option, panel=panel)
 
 
 def nested(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cctool.cli.commands.train import report, resumed
+from cctool.cli.commands.train import resumed, told
 from cctool.cli.frame import Call
 
 
@@ -14,4 +14,4 @@ def distill(call: Call) -> None:
     Example: cctool distill --arch mobilenet_student --data digits --teacher teacher.pt
     """
     call = resumed(call)
-    call.write(report, resumes=bool(call.given.get("resume")))
+    call.write(told, resumes=bool(call.given.get("resume")))

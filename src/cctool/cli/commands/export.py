@@ -7,7 +7,6 @@ from typing import Any
 from cctool.cli.console import Console
 from cctool.cli.frame import Call
 
-
 _LISTED = 10
 
 

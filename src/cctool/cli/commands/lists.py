@@ -8,7 +8,6 @@ import typer
 
 from cctool.cli.console import Console
 
-
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 _Family = Annotated[

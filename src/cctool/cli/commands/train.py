@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cctool.cli.console import Console
-from cctool.cli.frame import Call, show_metrics
-from cctool.options.train.run import find_resumed, run_folder_of
+from cctool.cli.frame import Call
 
 
 def train(call: Call) -> None:
@@ -18,18 +16,22 @@ def train(call: Call) -> None:
     Example: cctool train --arch resnet20 --data digits --epochs 20
     """
     call = resumed(call)
-    call.write(report, resumes=bool(call.given.get("resume")))
+    call.write(told, resumes=bool(call.given.get("resume")))
 
 
-def report(console: Console, found: Any) -> None:
-    """Say what was measured before and after."""
-    show_metrics(console, found.metrics_before, found.metrics_after)
+def told(report: Any) -> Any:
+    """What was measured before and after."""
+    from cctool.operations.context import metric_lines
+
+    return metric_lines(report.metrics_before, report.metrics_after)
 
 
 def resumed(call: Call) -> Call:
     """With ``--resume``, point a call to the training that it means; options not given are those of then."""
     if not call.given.get("resume"):
         return call
+    from cctool.operations.train.resume import find_resumed
+
     source, output = find_resumed(call.source, call.output, call.verb.name)
     found = _begun_with(call, source, output)
     told = {
@@ -47,7 +49,7 @@ def resumed(call: Call) -> Call:
 def _begun_with(call: Call, source: str | None, output: str | None) -> Mapping[str, Any]:
     """Options that the training to resume began with; none where its ``last.pt`` cannot be found yet."""
     from cctool.operations.pipeline import default_output
-    from cctool.operations.train.resume import last_step
+    from cctool.operations.train.resume import last_step, run_folder_of
 
     if source == "-":
         return {}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from cctool.cli.console import Console
-from cctool.cli.frame import Call, show_metrics
+from cctool.cli.frame import Call
 
 
 def transform(call: Call) -> None:
@@ -13,13 +13,13 @@ def transform(call: Call) -> None:
 
     Example: cctool transform student.pt --layers linear --keep 0.25
     """
-    call.write(_say_report)
+    call.write(_told)
 
 
-def _say_report(console: Console, report: Any) -> None:
-    """Say what became of layers or feature maps; each report brings its own tables."""
-    for title, columns, rows in report.tables():
-        console.talk_table(title, columns, rows)
-    for note in report.notes:
-        console.note(note)
-    show_metrics(console, report.metrics_before, report.metrics_after)
+def _told(report: Any) -> Iterator[Any]:
+    """What became of layers or feature maps; each report brings its own tables."""
+    from cctool.operations.context import metric_lines
+
+    yield from report.tables()
+    yield from report.notes
+    yield from metric_lines(report.metrics_before, report.metrics_after)

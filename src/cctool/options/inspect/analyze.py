@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from cctool.options.common import DataOptions, sampled_data
-from cctool.options.fields import Choice, Options, option
-
+from cctool.options.fields import Choice, Options, section
 
 TABLE_SUFFIXES = (".xlsx", ".csv", ".json")
 """Suffixes that a table can be written to."""
 
-_FILES = "Files"
-_PRINTED = "What is printed"
+_files = section("Files")
+_printed = section("What is printed")
 
 
 class View(Choice):
@@ -30,16 +29,14 @@ class AnalyzeOptions(Options):
     """Options of one analysis."""
 
     # fmt: off
-    macs: bool = option(False, "Write STEM.macs.xlsx, a row a layer.", panel=_FILES)
-    macs_file: str | None = option(
-        None, "Write it here instead: .xlsx, .csv or .json.", metavar="PATH", panel=_FILES)
-    sparsity: bool = option(False, "Write STEM.sparsity.xlsx, a row a weight.", panel=_FILES)
-    sparsity_file: str | None = option(
-        None, "Write it here instead: .xlsx, .csv or .json.", metavar="PATH", panel=_FILES)
-    onnx: bool = option(False, "Write and verify STEM.onnx.", panel=_FILES)
-    onnx_file: str | None = option(None, "Write it here instead.", metavar="PATH", panel=_FILES)
-    history: bool = option(False, "Print every step in full, and nothing else.", panel=_PRINTED)
-    spec: bool = option(False, "Print the spec as JSON, and nothing else.", panel=_PRINTED)
+    macs: bool = _files(False, "Write STEM.macs.xlsx, a row a layer.")
+    macs_file: str | None = _files(None, "Write it here instead: .xlsx, .csv or .json.", metavar="PATH")
+    sparsity: bool = _files(False, "Write STEM.sparsity.xlsx, a row a weight.")
+    sparsity_file: str | None = _files(None, "Write it here instead: .xlsx, .csv or .json.", metavar="PATH")
+    onnx: bool = _files(False, "Write and verify STEM.onnx.")
+    onnx_file: str | None = _files(None, "Write it here instead.", metavar="PATH")
+    history: bool = _printed(False, "Print every step in full, and nothing else.")
+    spec: bool = _printed(False, "Print the spec as JSON, and nothing else.")
     data: DataOptions = sampled_data("Compare the ONNX file on at most this many samples.")
     # fmt: on
 

@@ -8,7 +8,18 @@ from typing import Any
 
 from cctool.base.errors import UsageError
 from cctool.options.common import DataOptions
-from cctool.options.fields import Choice, Idle, Options, assemble, at_least, between, nested, option, positive
+from cctool.options.fields import (
+    Choice,
+    Idle,
+    Options,
+    assemble,
+    at_least,
+    between,
+    nested,
+    option,
+    positive,
+    section,
+)
 from cctool.options.prune.choices import (
     CHANNELS_ONLY,
     GLOBAL,
@@ -34,15 +45,15 @@ from cctool.options.teacher import (
     teacher_option,
 )
 
-
 AUTO_ROUND = 8
 """Multiple of channels that ``--round-to auto`` keeps: what vector units of CPUs and tensor cores like."""
 
-_RANKING = "What goes first"
-_AMOUNT = "How much goes"
-_SHAPE = "What may go"
+_ranking = section("What goes first")
+_amount = section("How much goes")
+_shape = section("What may go")
 _TRAINING = "Training before and after"
-_REPORT = "Report"
+_training = section(_TRAINING)
+_report = section("Report")
 
 
 class PrunePreset(Choice):
@@ -100,16 +111,15 @@ class PruneOptions(Options):
     """Options of one pruning."""
 
     # fmt: off
-    method: PruneMethod = option(
+    method: PruneMethod = _ranking(
         PruneMethod.SLIMMING, "How units are ranked; the lowest go. taylor, hessian, gradient, apoz and "
-        "activation look at training images. Masks of weights: l1, unless another is given.", panel=_RANKING,
-        idle=_NO_CHOICE)
-    rate: float = option(
+        "activation look at training images. Masks of weights: l1, unless another is given.", idle=_NO_CHOICE)
+    rate: float = _amount(
         0.5, "Fraction of the removable units (or weights) that go; with several steps, reached at the last.",
-        panel=_AMOUNT, bounds=between("[0, 1)"),
+        bounds=between("[0, 1)"),
         idle=Idle(lambda asked: bool(asked.instead_of_rate), lambda asked: asked.instead_of_rate))
-    scope: Scope | None = option(
-        None, "Rank across the network or in each family.", panel=_RANKING,
+    scope: Scope | None = _ranking(
+        None, "Rank across the network or in each family.",
         unset="global for slimming, lamp, taylor and hessian, else local",
         idle=(
             _NO_CHOICE,
@@ -118,11 +128,11 @@ class PruneOptions(Options):
                 "--granularity nm chooses within each group of M",
             ),
         ))
-    reduce: Reduce | None = option(
+    reduce: Reduce | None = _ranking(
         None, "How a unit's scores in its several tensors become one; first: the first tensor's in the pass.",
-        panel=_RANKING, unset="the method's default", idle=(_NO_CHOICE, _MASKS_ONLY))
-    normalize: Normalize | None = option(
-        None, "By what a family's scores are divided before families are compared.", panel=_RANKING,
+        unset="the method's default", idle=(_NO_CHOICE, _MASKS_ONLY))
+    normalize: Normalize | None = _ranking(
+        None, "By what a family's scores are divided before families are compared.",
         unset="the method's default",
         idle=(
             _NO_CHOICE,
@@ -132,56 +142,52 @@ class PruneOptions(Options):
                 "each family's width is fixed, so that families are not compared",
             ),
         ))
-    granularity: Granularity = option(
+    granularity: Granularity = _shape(
         Granularity.CHANNEL, "Cut channels, or mask weights: single ones, N:M, kernels, rows (filters), "
-        "columns, blocks.", panel=_SHAPE)
-    pattern: Pattern | None = option(
-        None, "For --granularity nm: of every M neighbouring inputs N stay.", metavar="N:M", panel=_SHAPE,
-        unset="2:4", parse=parse_pattern)
-    block: Block | None = option(
+        "columns, blocks.")
+    pattern: Pattern | None = _shape(
+        None, "For --granularity nm: of every M neighbouring inputs N stay.", metavar="N:M", unset="2:4",
+        parse=parse_pattern)
+    block: Block | None = _shape(
         None, "For --granularity block: rows (outputs) and columns (inputs) of a block.",
-        metavar="ROWSxCOLUMNS", panel=_SHAPE, unset="4x1", parse=parse_block)
-    mask: bool = option(
-        False, "Only mask the channels that would be cut; --apply-masks cuts them.", panel=_SHAPE)
-    apply_masks: bool = option(False, "Cut what earlier masks left empty, and nothing else.", panel=_AMOUNT)
-    target: Target | None = option(
+        metavar="ROWSxCOLUMNS", unset="4x1", parse=parse_block)
+    mask: bool = _shape(False, "Only mask the channels that would be cut; --apply-masks cuts them.")
+    apply_masks: bool = _amount(False, "Cut what earlier masks left empty, and nothing else.")
+    target: Target | None = _amount(
         None, "What the network may cost: macs=0.5, params=30%, bytes=1.2MB, latency=0.6 (measured). Up to "
-        "1 is a fraction of what comes in.", metavar="QUANTITY=VALUE", panel=_AMOUNT, parse=parse_target)
-    max_drop: float | None = option(
+        "1 is a fraction of what comes in.", metavar="QUANTITY=VALUE", parse=parse_target)
+    max_drop: float | None = _amount(
         None, "Points of validation top-1 that may be lost; finds the largest rate.", metavar="POINTS",
-        panel=_AMOUNT, bounds=at_least(0))
-    rates: str | None = option(
-        None, "Table of rates, family or layer -> rate.", metavar="FILE.csv|.json", panel=_AMOUNT)
-    round_to: int | None = option(
+        bounds=at_least(0))
+    rates: str | None = _amount(None, "Table of rates, family or layer -> rate.", metavar="FILE.csv|.json")
+    round_to: int | None = _shape(
         1, f"Keep widths that are multiples of this, rounded up; auto: of {AUTO_ROUND} where a family is as "
-        f"wide.", metavar="N|auto", panel=_SHAPE, parse=_round, shown="1", bounds=at_least(1),
+        f"wide.", metavar="N|auto", parse=_round, shown="1", bounds=at_least(1),
         idle=(_NO_CHOICE, _MASKS_ONLY))
-    min_channels: int = option(
-        1, "Keep at least this many channels in every family.", panel=_SHAPE, bounds=at_least(1),
+    min_channels: int = _shape(
+        1, "Keep at least this many channels in every family.", bounds=at_least(1),
         idle=(_NO_CHOICE, _MASKS_ONLY))
-    exclude: tuple[str, ...] = option(
+    exclude: tuple[str, ...] = _shape(
         (), "Modules, tensors or families that keep their width; may be repeated.", metavar="GLOB",
-        panel=_SHAPE, repeated=True)
-    only: tuple[str, ...] = option(
-        (), "Touch nothing but these; may be repeated.", metavar="GLOB", panel=_SHAPE, repeated=True)
-    exact: bool = option(
+        repeated=True)
+    only: tuple[str, ...] = _shape(
+        (), "Touch nothing but these; may be repeated.", metavar="GLOB", repeated=True)
+    exact: bool = _shape(
         False, "Keep widths over which statistics run (layer norm, attention): all else is exact.",
-        panel=_SHAPE, idle=(_NO_WIDTHS, _MASKS_ONLY))
-    attention: AttentionUnit = option(
+        idle=(_NO_WIDTHS, _MASKS_ONLY))
+    attention: AttentionUnit = _shape(
         AttentionUnit.POSITIONS, "What goes from attention: equal positions of every head, or whole heads "
-        "where code allows.", panel=_SHAPE, idle=(_NO_WIDTHS, _MASKS_ONLY))
-    keep: float | None = option(
+        "where code allows.", idle=(_NO_WIDTHS, _MASKS_ONLY))
+    keep: float | None = _amount(
         None, "Fraction of each width that a step keeps, truncated: int(width * keep^i) after step i.",
-        panel=_AMOUNT, bounds=between("(0, 1]"))
-    steps: int = option(
-        1, "Prune in this many steps, a checkpoint each.", panel=_TRAINING, bounds=at_least(1),
-        idle=_NO_CHOICE)
-    step_mode: StepMode = option(
-        StepMode.INDEPENDENT, "Each step starts from the source, or from the step before.", panel=_TRAINING,
-        idle=_ONE_STEP)
-    growth: Growth = option(
+        bounds=between("(0, 1]"))
+    steps: int = _training(
+        1, "Prune in this many steps, a checkpoint each.", bounds=at_least(1), idle=_NO_CHOICE)
+    step_mode: StepMode = _training(
+        StepMode.INDEPENDENT, "Each step starts from the source, or from the step before.", idle=_ONE_STEP)
+    growth: Growth = _training(
         Growth.EXPONENTIAL, "How the rate grows from step to step; agp: fast at first (Zhu and Gupta 2017, "
-        "equation 1).", panel=_TRAINING,
+        "equation 1).",
         idle=(
             _ONE_STEP,
             Idle(
@@ -189,44 +195,43 @@ class PruneOptions(Options):
                 "--keep shrinks each width by the same factor at each step",
             ),
         ))
-    finetune_epochs: int = option(
-        0, "Epochs of training after each step, with a new optimizer.", panel=_TRAINING, bounds=at_least(0))
+    finetune_epochs: int = _training(
+        0, "Epochs of training after each step, with a new optimizer.", bounds=at_least(0))
     optimizer: str = optimizer_option("adamw", _UNTRAINED, _TRAINING)
     lr: float | None = lr_option(_UNTUNED, _TRAINING)
-    rewind: str | None = option(
-        None, "Give what is left the weights of this earlier checkpoint.", metavar="CHECKPOINT",
-        panel=_TRAINING)
-    from_scratch: bool = option(
-        False, "Initialise the thinned network anew: the control that pruning has to beat.", panel=_TRAINING)
+    rewind: str | None = _training(
+        None, "Give what is left the weights of this earlier checkpoint.", metavar="CHECKPOINT")
+    from_scratch: bool = _training(
+        False, "Initialise the thinned network anew: the control that pruning has to beat.")
     sparsify: SparsifyOptions | None = nested(
         SparsifyOptions, key="method", panel=_TRAINING, changed={"method": {"idle": (_NO_CHOICE,)}})
     teacher: TeacherOptions | None = teacher_option(_UNTUNED)
     keep_storage: bool = keep_storage_option(_TRAINING, _UNTUNED)
-    recalibrate: int = option(
+    recalibrate: int = _training(
         0, "Estimate batch-norm statistics again from N training images; 0 leaves them.", metavar="N",
-        panel=_TRAINING, bounds=at_least(0))
-    recalibrate_images: Images | None = option(
+        bounds=at_least(0))
+    recalibrate_images: Images | None = _training(
         None, "Take these images as they are, or varied as for training, with whose statistics the network "
-        "learnt.", panel=_TRAINING, unset="plain; for --max-drop whichever suits the dense network better",
+        "learnt.", unset="plain; for --max-drop whichever suits the dense network better",
         idle=Idle(
             lambda asked: asked.recalibrate == 0 and asked.max_drop is None,
             "no statistics are estimated again; --recalibrate says from how many images",
         ))
-    samples: int = option(
-        1024, "Training images that data-driven methods look at.", panel=_RANKING, bounds=at_least(1),
+    samples: int = _ranking(
+        1024, "Training images that data-driven methods look at.", bounds=at_least(1),
         idle=Idle(
             lambda asked: not asked.needs_data, lambda asked: f"--method {asked.method} looks at no images"
         ))
-    plot: bool = option(
-        False, "Draw the kept widths beside the product (.widths.png).", panel=_REPORT, recorded=False,
+    plot: bool = _report(
+        False, "Draw the kept widths beside the product (.widths.png).", recorded=False,
         idle=(_NO_WIDTHS, _MASKS_ONLY))
-    plot_file: str | None = option(
-        None, "Draw them into this file: .png, .svg or .pdf.", metavar="PATH", panel=_REPORT, recorded=False,
+    plot_file: str | None = _report(
+        None, "Draw them into this file: .png, .svg or .pdf.", metavar="PATH", recorded=False,
         idle=(_NO_WIDTHS, _MASKS_ONLY))
     preset: PrunePreset | None = option(
         None, "Set the options as a published method did; options that you give stand.")
     data: DataOptions = nested(DataOptions)
-    dry_run: bool = option(False, "Print the plan and write no checkpoint.", panel=_REPORT, recorded=False)
+    dry_run: bool = _report(False, "Print the plan and write no checkpoint.", recorded=False)
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from cctool.base.errors import UsageError
-from cctool.options.fields import Bounds, Idle, Options, at_least, option, positive
+from cctool.options.fields import Bounds, Idle, Options, at_least, positive, section
 from cctool.options.quantize.choices import INTEGERS, Observer, QuantizeMethod
 from cctool.options.teacher import (
     TeacherOptions,
@@ -16,11 +16,11 @@ from cctool.options.teacher import (
     teacher_option,
 )
 
-
 _BITS = range(1, 17)
-_WEIGHTS = "Weights"
-_ACTIVATIONS = "Activations"
+_weights = section("Weights")
+_activations = section("Activations")
 _TRAINING = "Training"
+_training = section(_TRAINING)
 
 _CALIBRATES_NONE = Idle(
     lambda asked: not asked.observes, lambda asked: f"--method {asked.method} calibrates no activations"
@@ -33,17 +33,16 @@ class CalibrationOptions(Options):
     """How ranges of activations are found, and weights are made fit for few bits."""
 
     # fmt: off
-    images: int = option(
+    images: int = _activations(
         1024, "Training images to find ranges on, without augmentation.", "--calibration", metavar="N",
-        panel=_ACTIVATIONS, bounds=at_least(1),
+        bounds=at_least(1),
         idle=Idle(
             lambda asked: not asked.looks_at_images,
             lambda asked: f"--method {asked.method} looks at no images",
         ))
-    observer: Observer = option(
-        Observer.MIN_MAX, "How ranges are found.", panel=_ACTIVATIONS, idle=_CALIBRATES_NONE)
-    percentile: float = option(
-        99.99, "Of --observer percentile.", panel=_ACTIVATIONS,
+    observer: Observer = _activations(Observer.MIN_MAX, "How ranges are found.", idle=_CALIBRATES_NONE)
+    percentile: float = _activations(
+        99.99, "Of --observer percentile.",
         bounds=Bounds(50, 100, low_open=True, text="above 50 and up to 100 is allowed"),
         idle=(
             _CALIBRATES_NONE,
@@ -52,33 +51,31 @@ class CalibrationOptions(Options):
                 "it is for --observer percentile",
             ),
         ))
-    deviations: float = option(
-        3.0, "Standard deviations of --observer n-std.", panel=_ACTIVATIONS, bounds=positive(),
+    deviations: float = _activations(
+        3.0, "Standard deviations of --observer n-std.", bounds=positive(),
         idle=(
             _CALIBRATES_NONE,
             Idle(
                 lambda asked: asked.calibration.observer is not Observer.N_STD, "it is for --observer n-std"
             ),
         ))
-    symmetric: bool = option(
-        False, "Activations without a zero point, too.", "--symmetric-activations", panel=_ACTIVATIONS,
+    symmetric: bool = _activations(
+        False, "Activations without a zero point, too.", "--symmetric-activations",
         idle=Idle(
             lambda asked: not asked.observes or asked.method is QuantizeMethod.LSQ,
             lambda asked: f"--method {asked.method} has no such choice",
         ))
-    reduce_range: bool | None = option(
+    reduce_range: bool | None = _weights(
         None, "7 of 8 bits for weights: CPUs without VNNI saturate otherwise.", "--reduce-range/--full-range",
-        panel=_WEIGHTS, unset="with quantized activations",
+        unset="with quantized activations",
         idle=Idle(
             lambda asked: not (asked.method in INTEGERS or asked.activations),
             lambda asked: f"--method {asked.method} has no 8-bit integers of weights to reduce",
         ))
-    equalize: bool = option(
-        False, "Equalize channels' ranges across layers before (Nagel et al. 2019, section 4.1; intN).",
-        panel=_WEIGHTS)
-    bias_correction: bool = option(
-        False, "Take the mean error of layers' outputs out of biases (Nagel et al. 2019, section 4.2; intN).",
-        panel=_WEIGHTS)
+    equalize: bool = _weights(
+        False, "Equalize channels' ranges across layers before (Nagel et al. 2019, section 4.1; intN).")
+    bias_correction: bool = _weights(
+        False, "Take the mean error of layers' outputs out of biases (Nagel et al. 2019, section 4.2; intN).")
     # fmt: on
 
 
@@ -87,16 +84,16 @@ class TuningOptions(Options):
     """Training with quantizers in the loop, or of codebooks."""
 
     # fmt: off
-    epochs: int | None = option(
-        None, "Epochs of training with quantizers in the loop.", panel=_TRAINING,
+    epochs: int | None = _training(
+        None, "Epochs of training with quantizers in the loop.",
         unset="10 for methods that are trained, else 0", bounds=at_least(0))
     optimizer: str = optimizer_option("sgd", _UNTRAINED, _TRAINING)
     lr: float | None = lr_option(_UNTRAINED, _TRAINING)
     teacher: TeacherOptions | None = teacher_option(_UNTRAINED)
     freeze_norm: bool = freeze_norm_option(_TRAINING, _UNTRAINED)
-    alpha_decay: float = option(
+    alpha_decay: float = _training(
         2e-4, "Weight of pact's penalty on its clipping levels (Choi et al. 2018, section 3.2).",
-        panel=_TRAINING, bounds=at_least(0),
+        bounds=at_least(0),
         idle=Idle(
             lambda asked: asked.method is not QuantizeMethod.PACT,
             lambda asked: f"--method {asked.method} learns no clipping levels",

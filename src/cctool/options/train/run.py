@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
 from typing import Any
 
 from cctool.base.errors import UsageError
 from cctool.options.common import DataOptions
-from cctool.options.fields import Options, assemble, at_least, nested, option
+from cctool.options.fields import Options, assemble, at_least, nested, option, section
 from cctool.options.teacher import keep_storage_option
 from cctool.options.train.fit import FitOptions
 from cctool.options.transform.choices import Mode
 
-
-_RUN_FOLDER = "The run folder"
-_MACHINES = "Devices and machines"
+_run_folder = section("The run folder")
+_machines = section("Devices and machines")
 
 
 @dataclass(frozen=True)
@@ -28,23 +26,20 @@ class RunOptions(Options):
     """
 
     # fmt: off
-    resume: bool = option(False, "Continue from the run folder's last.pt.", panel=_RUN_FOLDER, recorded=False)
-    stop_after: int | None = option(
+    resume: bool = _run_folder(False, "Continue from the run folder's last.pt.", recorded=False)
+    stop_after: int | None = _run_folder(
         None, "Stop after this many epochs of this call; --resume continues.", metavar="EPOCHS",
-        panel=_RUN_FOLDER, recorded=False, bounds=at_least(1))
-    save_every: int | None = option(
-        None, "Keep epoch-NNNN.pt of every N epochs in the run folder.", metavar="EPOCHS", panel=_RUN_FOLDER,
         recorded=False, bounds=at_least(1))
-    tensorboard: bool = option(False, "Write TensorBoard event files.", panel=_RUN_FOLDER, recorded=False)
-    mlflow: bool = option(
-        False, "Write a run into a local MLflow file store.", panel=_RUN_FOLDER, recorded=False)
-    mlflow_dir: str | None = option(
-        None, "MLflow's file store.", metavar="DIR", panel=_RUN_FOLDER, recorded=False,
-        unset="in the run folder")
-    devices: int = option(1, "Processes on this machine, a device each.", panel=_MACHINES, bounds=at_least(1))
-    nodes: int = option(
-        1, "Machines; set MASTER_ADDR, MASTER_PORT and NODE_RANK on each of them.", panel=_MACHINES,
+    save_every: int | None = _run_folder(
+        None, "Keep epoch-NNNN.pt of every N epochs in the run folder.", metavar="EPOCHS", recorded=False,
         bounds=at_least(1))
+    tensorboard: bool = _run_folder(False, "Write TensorBoard event files.", recorded=False)
+    mlflow: bool = _run_folder(False, "Write a run into a local MLflow file store.", recorded=False)
+    mlflow_dir: str | None = _run_folder(
+        None, "MLflow's file store.", metavar="DIR", recorded=False, unset="in the run folder")
+    devices: int = _machines(1, "Processes on this machine, a device each.", bounds=at_least(1))
+    nodes: int = _machines(
+        1, "Machines; set MASTER_ADDR, MASTER_PORT and NODE_RANK on each of them.", bounds=at_least(1))
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
@@ -141,36 +136,3 @@ def refuse_small_batches(data: DataOptions, run: RunOptions) -> None:
             f"--batch-size {data.batch_size}: it is shared by {run.processes} processes, "
             f"so at least {2 * run.processes} is needed"
         )
-
-
-def run_folder_of(output: str) -> PurePath:
-    """Path of the run folder that belongs to a product.
-
-    >>> str(run_folder_of("out/net.train.pt"))
-    'out/net.train.run'
-    """
-    path = PurePath(output)
-    return path.with_name(f"{path.stem}.run")
-
-
-def find_resumed(source: str | None, output: str | None, verb: str) -> tuple[str | None, str | None]:
-    """Find what ``--resume`` means: input and output of the training to go on with.
-
-    The same command line finds its run folder by its output. A ``last.pt`` in a run folder, or a product
-    whose run folder lies beside it, continues that training and writes its product.
-
-    Args:
-        source: INPUT as it was given.
-        output: ``--output`` as it was given.
-        verb: the command.
-    """
-    if source is None or source == "-":
-        return source, output
-    path = Path(source)
-    expected = output or str(path.with_name(f"{path.stem}.{verb}.pt"))
-    if Path(run_folder_of(expected), "last.pt").exists():
-        return source, output
-    if path.name == "last.pt" and path.parent.suffix == ".run":
-        return source, output or str(path.parent.with_suffix(".pt"))
-    beside = Path(run_folder_of(source), "last.pt")
-    return (str(beside), output or source) if beside.exists() else (source, output)

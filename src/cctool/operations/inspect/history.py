@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-
 SHORT_HEADERS = ("step", "verb", "options", "parameters", "MACs", "bytes", "measured after", "parent")
 
 _LONGEST = 60
