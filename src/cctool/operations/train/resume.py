@@ -16,6 +16,7 @@ from cctool.options.train.fit import Schedule
 from cctool.options.transform.choices import Mode
 
 __all__ = [
+    "find_resumed",
     "flat",
     "forms_from",
     "forms_to",
@@ -23,9 +24,8 @@ __all__ = [
     "never_trained",
     "refuse_other_files",
     "refuse_other_options",
-    "starts_afresh",
-    "find_resumed",
     "run_folder_of",
+    "starts_afresh",
 ]
 
 # Neither decides what is computed, only where and how fast.

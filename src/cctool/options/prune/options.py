@@ -86,24 +86,19 @@ def _round(text: str) -> int | None:
     return int(text)
 
 
-_UNTUNED = Idle(
-    lambda asked: asked.finetune_epochs == 0, "nothing is fine-tuned; --finetune-epochs says for how long"
-)
-_UNTRAINED = Idle(
-    lambda asked: asked.finetune_epochs == 0 and asked.sparsify is None,
-    "nothing is trained; --finetune-epochs says for how long",
-)
-_ONE_STEP = Idle(
-    lambda asked: asked.steps == 1, "a single step has no intermediate rates; --steps says how many there are"
-)
+# fmt: off
+_UNTUNED = Idle(lambda asked: asked.finetune_epochs == 0,
+                "nothing is fine-tuned; --finetune-epochs says for how long")
+_UNTRAINED = Idle(lambda asked: asked.finetune_epochs == 0 and asked.sparsify is None,
+                  "nothing is trained; --finetune-epochs says for how long")
+_ONE_STEP = Idle(lambda asked: asked.steps == 1,
+                 "a single step has no intermediate rates; --steps says how many there are")
 _NO_CHOICE = Idle(lambda asked: asked.apply_masks, "--apply-masks cuts what is empty, and chooses nothing")
-_NO_WIDTHS = Idle(
-    lambda asked: asked.apply_masks, "--apply-masks cuts what changes no output, and plans no widths"
-)
-_MASKS_ONLY = Idle(
-    lambda asked: asked.granularity is not Granularity.CHANNEL,
-    lambda asked: f"--granularity {asked.granularity} changes no width",
-)
+_NO_WIDTHS = Idle(lambda asked: asked.apply_masks,
+                  "--apply-masks cuts what changes no output, and plans no widths")
+_MASKS_ONLY = Idle(lambda asked: asked.granularity is not Granularity.CHANNEL,
+                   lambda asked: f"--granularity {asked.granularity} changes no width")
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -121,27 +116,18 @@ class PruneOptions(Options):
     scope: Scope | None = _ranking(
         None, "Rank across the network or in each family.",
         unset="global for slimming, lamp, taylor and hessian, else local",
-        idle=(
-            _NO_CHOICE,
-            Idle(
-                lambda asked: asked.granularity is Granularity.NM,
-                "--granularity nm chooses within each group of M",
-            ),
-        ))
+        idle=(_NO_CHOICE,
+              Idle(lambda asked: asked.granularity is Granularity.NM,
+                   "--granularity nm chooses within each group of M")))
     reduce: Reduce | None = _ranking(
         None, "How a unit's scores in its several tensors become one; first: the first tensor's in the pass.",
         unset="the method's default", idle=(_NO_CHOICE, _MASKS_ONLY))
     normalize: Normalize | None = _ranking(
         None, "By what a family's scores are divided before families are compared.",
         unset="the method's default",
-        idle=(
-            _NO_CHOICE,
-            _MASKS_ONLY,
-            Idle(
-                lambda asked: asked.keep is not None or asked.rates is not None,
-                "each family's width is fixed, so that families are not compared",
-            ),
-        ))
+        idle=(_NO_CHOICE, _MASKS_ONLY,
+              Idle(lambda asked: asked.keep is not None or asked.rates is not None,
+                   "each family's width is fixed, so that families are not compared")))
     granularity: Granularity = _shape(
         Granularity.CHANNEL, "Cut channels, or mask weights: single ones, N:M, kernels, rows (filters), "
         "columns, blocks.")
@@ -188,13 +174,9 @@ class PruneOptions(Options):
     growth: Growth = _training(
         Growth.EXPONENTIAL, "How the rate grows from step to step; agp: fast at first (Zhu and Gupta 2017, "
         "equation 1).",
-        idle=(
-            _ONE_STEP,
-            Idle(
-                lambda asked: asked.keep is not None,
-                "--keep shrinks each width by the same factor at each step",
-            ),
-        ))
+        idle=(_ONE_STEP,
+              Idle(lambda asked: asked.keep is not None,
+                   "--keep shrinks each width by the same factor at each step")))
     finetune_epochs: int = _training(
         0, "Epochs of training after each step, with a new optimizer.", bounds=at_least(0))
     optimizer: str = optimizer_option("adamw", _UNTRAINED, _TRAINING)
@@ -213,15 +195,12 @@ class PruneOptions(Options):
     recalibrate_images: Images | None = _training(
         None, "Take these images as they are, or varied as for training, with whose statistics the network "
         "learnt.", unset="plain; for --max-drop whichever suits the dense network better",
-        idle=Idle(
-            lambda asked: asked.recalibrate == 0 and asked.max_drop is None,
-            "no statistics are estimated again; --recalibrate says from how many images",
-        ))
+        idle=Idle(lambda asked: asked.recalibrate == 0 and asked.max_drop is None,
+                  "no statistics are estimated again; --recalibrate says from how many images"))
     samples: int = _ranking(
         1024, "Training images that data-driven methods look at.", bounds=at_least(1),
-        idle=Idle(
-            lambda asked: not asked.needs_data, lambda asked: f"--method {asked.method} looks at no images"
-        ))
+        idle=Idle(lambda asked: not asked.needs_data,
+                  lambda asked: f"--method {asked.method} looks at no images"))
     plot: bool = _report(
         False, "Draw the kept widths beside the product (.widths.png).", recorded=False,
         idle=(_NO_WIDTHS, _MASKS_ONLY))

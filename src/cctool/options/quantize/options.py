@@ -75,18 +75,14 @@ class QuantizeOptions(Options):
         idle=Idle(lambda asked: asked.rounding is Rounding.NEAREST, "there is no --rounding adaround"))
     init: CodebookInit = _weights(
         CodebookInit.LINEAR, "Where the k-means of codebook begins (Han et al. 2016, section 3.2).",
-        idle=Idle(
-            lambda asked: asked.method is not QuantizeMethod.CODEBOOK,
-            lambda asked: f"--method {asked.method} has no codebook",
-        ))
+        idle=Idle(lambda asked: asked.method is not QuantizeMethod.CODEBOOK,
+                  lambda asked: f"--method {asked.method} has no codebook"))
     terms: int | None = _weights(None, "Powers of two that apot adds up.", unset="one for every two bits")
     edges: Edges | None = _layers(
         None, "First and last layer, where activations are quantized: 8 bits, as the others, or float.",
         unset="8",
-        idle=Idle(
-            lambda asked: not asked.activations,
-            lambda asked: f"--method {asked.method} treats all layers alike; --layer names some",
-        ))
+        idle=Idle(lambda asked: not asked.activations,
+                  lambda asked: f"--method {asked.method} treats all layers alike; --layer names some"))
     layers: tuple[LayerBits, ...] = _layers(
         (), "Bits of some layers, as fc=8, layer1.*=w4a8 or conv1=float; the first that matches holds; may "
         "be repeated.", "--layer", metavar="GLOB=BITS", repeated=True, parse=parse_layer_bits)
@@ -117,7 +113,7 @@ class QuantizeOptions(Options):
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
-        """What the method has no use for, bits that it does not have, and choices that exclude each other."""
+        """What the method has no use for, bits that it lacks, and choices that exclude each other."""
         method, given = self.method, self.layers
         clipped = method in {*CLIPPING, QuantizeMethod.CODEBOOK}
         fixed = method in _FLOATS or method is QuantizeMethod.UINT8

@@ -36,42 +36,29 @@ class CalibrationOptions(Options):
     images: int = _activations(
         1024, "Training images to find ranges on, without augmentation.", "--calibration", metavar="N",
         bounds=at_least(1),
-        idle=Idle(
-            lambda asked: not asked.looks_at_images,
-            lambda asked: f"--method {asked.method} looks at no images",
-        ))
+        idle=Idle(lambda asked: not asked.looks_at_images,
+                  lambda asked: f"--method {asked.method} looks at no images"))
     observer: Observer = _activations(Observer.MIN_MAX, "How ranges are found.", idle=_CALIBRATES_NONE)
     percentile: float = _activations(
         99.99, "Of --observer percentile.",
         bounds=Bounds(50, 100, low_open=True, text="above 50 and up to 100 is allowed"),
-        idle=(
-            _CALIBRATES_NONE,
-            Idle(
-                lambda asked: asked.calibration.observer is not Observer.PERCENTILE,
-                "it is for --observer percentile",
-            ),
-        ))
+        idle=(_CALIBRATES_NONE,
+              Idle(lambda asked: asked.calibration.observer is not Observer.PERCENTILE,
+                   "it is for --observer percentile")))
     deviations: float = _activations(
         3.0, "Standard deviations of --observer n-std.", bounds=positive(),
-        idle=(
-            _CALIBRATES_NONE,
-            Idle(
-                lambda asked: asked.calibration.observer is not Observer.N_STD, "it is for --observer n-std"
-            ),
-        ))
+        idle=(_CALIBRATES_NONE,
+              Idle(lambda asked: asked.calibration.observer is not Observer.N_STD,
+                   "it is for --observer n-std")))
     symmetric: bool = _activations(
         False, "Activations without a zero point, too.", "--symmetric-activations",
-        idle=Idle(
-            lambda asked: not asked.observes or asked.method is QuantizeMethod.LSQ,
-            lambda asked: f"--method {asked.method} has no such choice",
-        ))
+        idle=Idle(lambda asked: not asked.observes or asked.method is QuantizeMethod.LSQ,
+                  lambda asked: f"--method {asked.method} has no such choice"))
     reduce_range: bool | None = _weights(
         None, "7 of 8 bits for weights: CPUs without VNNI saturate otherwise.", "--reduce-range/--full-range",
         unset="with quantized activations",
-        idle=Idle(
-            lambda asked: not (asked.method in INTEGERS or asked.activations),
-            lambda asked: f"--method {asked.method} has no 8-bit integers of weights to reduce",
-        ))
+        idle=Idle(lambda asked: not (asked.method in INTEGERS or asked.activations),
+                  lambda asked: f"--method {asked.method} has no 8-bit integers of weights to reduce"))
     equalize: bool = _weights(
         False, "Equalize channels' ranges across layers before (Nagel et al. 2019, section 4.1; intN).")
     bias_correction: bool = _weights(
@@ -94,10 +81,8 @@ class TuningOptions(Options):
     alpha_decay: float = _training(
         2e-4, "Weight of pact's penalty on its clipping levels (Choi et al. 2018, section 3.2).",
         bounds=at_least(0),
-        idle=Idle(
-            lambda asked: asked.method is not QuantizeMethod.PACT,
-            lambda asked: f"--method {asked.method} learns no clipping levels",
-        ))
+        idle=Idle(lambda asked: asked.method is not QuantizeMethod.PACT,
+                  lambda asked: f"--method {asked.method} learns no clipping levels"))
     # fmt: on
 
 

@@ -228,30 +228,23 @@ def _split(items: Any) -> tuple[TransformTarget, float | None]:
     return targets[0] if targets else TransformTarget.WEIGHTS, ratios[0] if ratios else None
 
 
+_PUBLISHED = {
+    "target": TransformTarget.FEATURES,
+    "kernel": "dct",
+    "norm": Norm.NONE,
+    "symbol_bits": 8,
+    "mean_shift": False,
+    "prequantizer": Prequantizer.UNSIGNED,
+}
+
 PRESETS: Mapping[TransformPreset, Mapping[str, Any]] = {
-    TransformPreset.FEATURE_COMPRESSION_DCT: {
-        "target": TransformTarget.FEATURES,
-        "kernel": "dct",
-        "norm": Norm.NONE,
-        "symbol_bits": 8,
-        "mean_shift": False,
-        "prequantizer": Prequantizer.UNSIGNED,
-    },
-    TransformPreset.FEATURE_COMPRESSION_DCT_RETRAIN: {
-        "target": TransformTarget.FEATURES,
-        "kernel": "dct",
-        "norm": Norm.NONE,
-        "symbol_bits": 8,
-        "mean_shift": False,
-        "prequantizer": Prequantizer.UNSIGNED,
-    },
+    TransformPreset.FEATURE_COMPRESSION_DCT: _PUBLISHED,
+    TransformPreset.FEATURE_COMPRESSION_DCT_RETRAIN: _PUBLISHED,
     TransformPreset.FEATURE_COMPRESSION_DWT: {
-        "target": TransformTarget.FEATURES,
+        **{name: _PUBLISHED[name] for name in ("target", "symbol_bits", "prequantizer")},
         "kernel": "dwt",
         "levels": 3,
-        "symbol_bits": 8,
         "mean_shift": True,
-        "prequantizer": Prequantizer.UNSIGNED,
     },
     TransformPreset.THESIS_BASIS: {
         "target": TransformTarget.WEIGHTS,

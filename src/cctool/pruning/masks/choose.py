@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from cctool.base.errors import PruningError, UsageError
+from cctool.base.patterns import refuse_unmatched
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.graph.channels import ChannelGraph, couple
 from cctool.graph.ledger import Role
-from cctool.base.patterns import refuse_unmatched
 from cctool.options.prune.choices import Granularity, PruneMethod, Scope
 from cctool.options.prune.options import PruneOptions
 from cctool.options.prune.patterns import Pattern
