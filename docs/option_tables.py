@@ -1,7 +1,7 @@
 """Write the tables of options into the pages: ``python docs/option_tables.py`` after an option was changed.
 
-A page says where: between ``<!-- options: VERB | PANEL -->`` and ``<!-- end of options -->`` stands the table of
-one verb's options under one heading of its help. The tests compare the pages with what this script makes.
+A page says where: between ``<!-- options: VERB | PANEL -->`` and ``<!-- end of options -->`` stands the table
+of one verb's options under one heading of its help. The tests compare the pages with what this script makes.
 """
 
 from __future__ import annotations

@@ -191,9 +191,9 @@ def test_steps_reach_the_rate() -> None:
     [
         ({"rate": 1.0}, "rate 1.0"),
         ({"rate": -0.1}, "rate -0.1"),
-        ({"round_to": 0}, "round_to 0"),
+        ({"round_to": 0}, "--round-to 0"),
         ({"steps": 0}, "steps 0"),
-        ({"finetune_epochs": -1}, "finetune_epochs -1"),
+        ({"finetune_epochs": -1}, "--finetune-epochs -1"),
         ({"recalibrate": -5}, "recalibrate -5"),
         ({"keep": 0.0}, "keep 0.0"),
         ({"keep": 0.5, "scope": Scope.GLOBAL}, "scope global"),

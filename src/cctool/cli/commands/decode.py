@@ -14,7 +14,8 @@ def decode(call: Call) -> None:
 
     console = call.console
     with console.products_only():
-        report = run(call.options, call.frame.runtime, console)
+        options = call.verb.options_of(call.given, sources=call.inputs)
+        report = run(options, call.frame.runtime, console)
     console.talk_table(
         "",
         ("tap", "map", "elements", "bits an element", "file", "maps"),

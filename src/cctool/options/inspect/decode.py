@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cctool.options.fields import Options, option
 
@@ -21,6 +22,16 @@ class DecodeOptions(Options):
     output: str = option(..., "Folder to write the maps to, as .npy.", "--output", "-o", metavar="OUTDIR")
     force: bool = option(False, "Replace the folder, where it holds nothing but earlier maps.")
     # fmt: on
+
+    @classmethod
+    def from_given(cls, given: Mapping[str, Any], sources: tuple[str, ...] = ()) -> DecodeOptions:
+        """Make the options of a call.
+
+        Args:
+            given: keyword -> value.
+            sources: the command's arguments.
+        """
+        return cls(sources, **given)
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
         """Nothing to decode."""

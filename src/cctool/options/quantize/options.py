@@ -132,8 +132,8 @@ class QuantizeOptions(Options):
             (weight is not None and not lowest <= weight <= 8,
              f"--weight-bits {weight}: {lowest} to 8 are allowed with --method {method}"),
             (bool(self.per_channel) and method not in ranged,
-             f"--per-channel sets ranges, which {method} does not have for each channel; use it with --method "
-             "uint8, intN, qat, lsq or apot"),
+             f"--per-channel sets ranges, which {method} does not have for each channel; use it with "
+             "--method uint8, intN, qat, lsq or apot"),
             (grouped and (self.activations or not integers),
              "--group-size is for stored integers: --method intN, with int8 --weight-only"),
             (self.asymmetric and method not in _UNIFORM,
