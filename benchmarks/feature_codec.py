@@ -44,10 +44,10 @@ from cctool.operations.train.finetune import finetune
 from cctool.operations.train.teacher import distillation
 from cctool.operations.transform.features import codec_configs
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
-from cctool.options.prune.parts import TeacherOptions
+from cctool.options.teacher import TeacherOptions
 from cctool.options.train.fit import FitOptions, Schedule
 from cctool.options.transform.choices import TransformPreset, TransformTarget
-from cctool.options.transform.options import TransformOptions, preset_options
+from cctool.options.transform.options import TransformOptions
 from cctool.transforms.codec.figures import NetworkStatistics
 from cctool.transforms.codec.sites import find_sites
 from cctool.transforms.codec.taps import recording, set_quality
@@ -193,12 +193,12 @@ class Run:
 def ours(quality: float, **given: Any) -> TransformOptions:
     """Options of ``cctool transform --target features --mean-shift --quality N``."""
     given = {"calibration": CALIBRATION, "mean_shift": True} | given
-    return preset_options(None, target=TransformTarget.FEATURES, quality=quality, **given)
+    return TransformOptions.from_given({"target": TransformTarget.FEATURES, "quality": quality, **given})
 
 
 def published(preset: TransformPreset) -> TransformOptions:
     """Options of ``--preset``."""
-    return preset_options(preset, calibration=CALIBRATION)
+    return TransformOptions.from_given({"preset": preset, "calibration": CALIBRATION})
 
 
 @dataclass(frozen=True)

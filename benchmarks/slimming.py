@@ -34,9 +34,8 @@ from cctool.operations.prune.sparse_training import sparsified
 from cctool.operations.registries import tables
 from cctool.operations.train.finetune import finetune
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
-from cctool.options.prune.choices import PruneMethod
-from cctool.options.prune.options import PruneOptions
-from cctool.options.prune.parts import Sparsifier, SparsifyOptions
+from cctool.options.prune.choices import PruneMethod, Sparsifier
+from cctool.options.prune.options import PruneOptions, SparsifyOptions
 from cctool.options.train.fit import FitOptions
 from cctool.pruning.cut.planner import plan_thinning, thin
 from cctool.pruning.cut.surgery import apply_cut

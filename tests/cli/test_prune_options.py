@@ -19,18 +19,13 @@ from cctool.options.prune.choices import (
     PruneMethod,
     Reduce,
     Scope,
+    Sparsifier,
     StepMode,
 )
-from cctool.options.prune.options import PruneOptions, PrunePreset
-from cctool.options.prune.parts import (
-    Block,
-    Pattern,
-    Quantity,
-    Sparsifier,
-    SparsifyOptions,
-    Target,
-    TeacherOptions,
-)
+from cctool.options.prune.options import PruneOptions, PrunePreset, SparsifyOptions
+from cctool.options.prune.patterns import Block, Pattern
+from cctool.options.target import Quantity, Target
+from cctool.options.teacher import TeacherOptions
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +59,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--rates none.csv --scope global", "leaves --scope global nothing to do"),
         ("--round-to zero", "a whole number from 1 on, or auto"),
         ("--round-to 0", "a whole number from 1 on, or auto"),
-        ("--min-channels 0", "min_channels 0 is below 1"),
+        ("--min-channels 0", "--min-channels 0: 1 or more is allowed"),
         ("--granularity nm --pattern 4:2", "fewer must stay than there are"),
         ("--granularity nm --steps 2", "leaves --steps nothing to do"),
         ("--granularity nm --scope global", "within each group of M"),
@@ -99,8 +94,8 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--sparsify-epochs 2", "there is no --sparsify"),
         ("--sparsify group-lasso --sparsify-epochs 0", "1 or more is allowed"),
         ("--sparsify group-lasso --sparsify-strength 0", "a positive number is needed"),
-        ("--growth agp", "a single step has no course"),
-        ("--step-mode progressive", "a single step has no course"),
+        ("--growth agp", "a single step has no intermediate rates"),
+        ("--step-mode progressive", "a single step has no intermediate rates"),
         ("--samples 8", "looks at no images"),
         ("--method taylor", "--method taylor needs data"),
         ("--recalibrate-images plain", "--recalibrate says from how many images"),
@@ -117,7 +112,7 @@ def test_wrong_lines_are_refused_and_nothing_is_written(net: Path, line: str, me
 
 
 def test_targets_are_read_in_all_their_units() -> None:
-    from cctool.options.prune.parts import Quantity, Target, parse_target
+    from cctool.options.target import Quantity, Target, parse_target
 
     expected = {
         "macs=0.5": Target(Quantity.MACS, 0.5),
@@ -237,7 +232,7 @@ def test_each_option_reaches_the_operation(net: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(prune, "plan", captured)
     result = CliRunner().invoke(app, ["prune", str(net), "--dry-run", *line.split()])
     assert result.exit_code == 0, result.stderr
-    default = PruneOptions()
+    default = PruneOptions(dry_run=True)
     changed = {
         field.name: getattr(found[0], field.name)
         for field in fields(PruneOptions)
@@ -248,4 +243,4 @@ def test_each_option_reaches_the_operation(net: Path, monkeypatch: pytest.Monkey
 
 def test_no_option_is_left_out_above() -> None:
     read = {name for options in READ.values() for name in options}
-    assert {field.name for field in fields(PruneOptions)} == read
+    assert {field.name for field in fields(PruneOptions)} == read | {"dry_run"}

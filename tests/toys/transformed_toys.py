@@ -10,7 +10,8 @@ from cctool.data.records import DataSource
 from cctool.operations.transform import run as transform
 from cctool.options.common import DataOptions
 from cctool.options.transform.choices import Mode, Select, TransformTarget
-from cctool.options.transform.options import preset_options
+from cctool.options.transform.options import TransformOptions
+from option_toys import asked
 from procedure_toys import DIGITS, context, digits
 
 DATA = replace(DIGITS, limit=48, batch_size=16)
@@ -18,7 +19,7 @@ DATA = replace(DIGITS, limit=48, batch_size=16)
 
 def transformed(checkpoint: Checkpoint, data: DataOptions | None = None, **given: Any) -> Checkpoint:
     """What `cctool transform` makes of a network."""
-    (outcome,) = transform.run(checkpoint, preset_options(None, data=data, **given), context())
+    (outcome,) = transform.run(checkpoint, asked(TransformOptions, data=data, **given), context())
     return outcome.checkpoint
 
 

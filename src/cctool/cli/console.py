@@ -15,8 +15,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TextIO, TypeVar
 
-__all__ = ["Console", "plain"]
-
 T = TypeVar("T")
 
 
@@ -91,6 +89,10 @@ class Console:
         """Show a table on stderr, unless quiet."""
         if not self.quiet:
             _draw(title, headers, rows, sys.stderr)
+
+    def tell(self, item: Any) -> None:
+        """Say a sentence, or show a table of (title, columns, rows), on stderr."""
+        self.note(item) if isinstance(item, str) else self.talk_table(*item)
 
     # -- stdout ---------------------------------------------------------------------------------------
 

@@ -7,9 +7,9 @@ import os
 import typer
 
 from cctool import __version__
-from cctool.cli.common import guarded
-
-__all__ = ["app", "main"]
+from cctool.cli.frame import guarded
+from cctool.cli.signature import command
+from cctool.options.verbs import VERBS
 
 app = typer.Typer(
     name="cctool",
@@ -37,34 +37,24 @@ def _program(
 
 
 def _register() -> None:
+    """Add the commands in the order of help: the verbs, then the lists."""
     from cctool.cli.commands.analyze import analyze
     from cctool.cli.commands.compare import compare
-    from cctool.cli.commands.datasets import datasets
     from cctool.cli.commands.decode import decode
     from cctool.cli.commands.distill import distill
     from cctool.cli.commands.evaluate import evaluate
     from cctool.cli.commands.export import export
-    from cctool.cli.commands.models import models
+    from cctool.cli.commands.lists import datasets, models
     from cctool.cli.commands.prune import prune
     from cctool.cli.commands.quantize import quantize
     from cctool.cli.commands.train import train
     from cctool.cli.commands.transform import transform
 
-    for command in (
-        train,
-        distill,
-        evaluate,
-        prune,
-        quantize,
-        transform,
-        decode,
-        analyze,
-        export,
-        compare,
-        models,
-        datasets,
-    ):
-        app.command()(guarded(command))
+    verbs = (train, distill, evaluate, prune, quantize, transform, decode, analyze, export, compare)
+    for carry_out in verbs:
+        app.command()(command(VERBS[carry_out.__name__], carry_out))
+    for plain in (models, datasets):
+        app.command()(guarded(plain))
 
 
 _register()

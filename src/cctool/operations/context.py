@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,10 @@ from cctool.options.common import ModelOptions, RuntimeOptions
 if TYPE_CHECKING:
     from cctool.data.records import DataSource
 
-__all__ = ["Context", "Outcome", "ShownTables", "beside", "refuse_existing"]
+__all__ = ["Context", "Outcome", "ShownTables", "Told", "beside", "metric_lines", "refuse_existing"]
+
+Told = str | tuple[str, Sequence[str], Sequence[Sequence[object]]]
+"""What a report tells people: a sentence, or title, columns and rows of a table."""
 
 ShownTables = Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]
 """Title, columns and rows of each table that a command shows of its report."""
@@ -99,3 +102,13 @@ def refuse_existing(paths: tuple[Path, ...], context: Context) -> None:
             raise CheckpointError(f"{path} is the input itself; name another file")
         if not path.parent.is_dir():
             raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
+
+
+def metric_lines(before: Sequence[Metrics], after: Sequence[Metrics]) -> Iterator[str]:
+    """One sentence a metric and split: what was measured before and after."""
+    earlier = {metrics.split: metrics for metrics in before}
+    for metrics in after:
+        for name, value in metrics.values.items():
+            old = earlier[metrics.split].values.get(name) if metrics.split in earlier else None
+            change = f"{old:.4g} -> " if old is not None else ""
+            yield f"{metrics.split} {name} {change}{value:.4g} (n={metrics.n:,})"

@@ -8,16 +8,13 @@ outcomes. What it writes beside the product (a run folder, a workbook) is its ow
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from enum import Enum
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import JsonValue
 
 from cctool import __version__
 from cctool.base.errors import CheckpointError, UsageError
@@ -32,8 +29,9 @@ from cctool.operations.opening import fresh, open_checkpoint
 from cctool.operations.registries import tables
 from cctool.operations.size import measure
 from cctool.options.common import ModelOptions, RuntimeOptions
+from cctool.options.fields import recorded
 
-__all__ = ["Product", "Request", "default_output", "labelled", "read", "recorded", "write"]
+__all__ = ["Product", "Request", "default_output", "labelled", "read", "write"]
 
 
 @dataclass(frozen=True)
@@ -185,30 +183,6 @@ def _file_stem(architecture: str) -> str:
     """Name a file after an architecture: ``net.py:make_net`` gives ``make_net``."""
     name = architecture.rpartition(":")[2]
     return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
-
-
-def recorded(options: Any) -> dict[str, JsonValue]:
-    """Turn an options dataclass into what the history stores.
-
-    A field whose metadata says ``recorded=False`` steers one run and not its result, and is left out.
-    """
-
-    def plain(value: Any) -> Any:
-        if is_dataclass(value) and not isinstance(value, type):
-            kept = [item for item in fields(value) if item.metadata.get("recorded", True)]
-            return {item.name: plain(getattr(value, item.name)) for item in kept}
-        if isinstance(value, Enum):
-            return value.value
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        if isinstance(value, dict):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, float) and not math.isfinite(value):
-            return str(value)
-        return value
-
-    result = plain(options)
-    return result if isinstance(result, dict) else {}
 
 
 def _stamped(

@@ -1,29 +1,19 @@
-"""Options that several verbs share: one definition each."""
+"""Options that several verbs share: one dataclass each."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
+from typing import Any
 
 from cctool.base.errors import UsageError
+from cctool.options.fields import Choice, Options, at_least, nested, option, section
 
-__all__ = [
-    "Choice",
-    "DataOptions",
-    "ModelOptions",
-    "Precision",
-    "RuntimeOptions",
-    "parse_shape",
-    "parse_values",
-]
-
-
-class Choice(str, Enum):
-    """An option's allowed values; prints as its value (StrEnum exists from Python 3.11 on only)."""
-
-    def __str__(self) -> str:
-        return str(self.value)
+_network = section("Which network")
+_data = section("Data")
+_run = section("Where and how to compute")
+_output = section("Output")
 
 
 class Precision(Choice):
@@ -35,88 +25,20 @@ class Precision(Choice):
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Which data, and how much of it at a time.
+class DataOptions(Options):
+    """Which data, and how much of it at a time."""
 
-    Attributes:
-        data: reference of a data set such as ``digits`` or ``folder:DIR``; None takes the checkpoint's last.
-        val_data: reference that replaces the validation split.
-        test_data: reference that replaces the test split.
-        batch_size: samples per step, over all devices together.
-        workers: processes that decode files; 0 decodes in the main process.
-        limit: use at most so many samples of each split.
-    """
-
-    data: str | None = None
-    val_data: str | None = None
-    test_data: str | None = None
-    batch_size: int = 128
-    workers: int = 0
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UsageError(f"--batch-size {self.batch_size}: at least 1 is needed")
-        if self.workers < 0:
-            raise UsageError(f"--workers {self.workers}: 0 or more is allowed")
-        if self.limit is not None and self.limit < 1:
-            raise UsageError(f"--limit {self.limit}: at least 1 is needed")
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which network, where the file does not say it.
-
-    Attributes:
-        arch: architecture reference; names user code too.
-        arguments: ``key=value`` arguments of the builder.
-        input_shape: (channels, height, width) of one input.
-        mean: preprocessing of a foreign model, in units of an image scaled to 0..1.
-        std: likewise.
-        trust_pickle: let a foreign file run the code that it contains.
-        spec: path of a JSON spec to build a bare state dict with.
-    """
-
-    arch: str | None = None
-    arguments: tuple[str, ...] = ()
-    input_shape: tuple[int, int, int] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    trust_pickle: bool = False
-    spec: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.mean is None) != (self.std is None):
-            raise UsageError("--mean and --std go together")
-        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
-            raise UsageError(
-                f"--mean has {len(self.mean)} values and --std {len(self.std)}: one per channel each"
-            )
-        if self.std is not None and min(self.std) <= 0:
-            raise UsageError(f"--std {self.std}: positive values are needed")
-        if self.arch is not None and self.spec is not None:
-            raise UsageError("--arch and --spec both name the network: give one")
-
-
-@dataclass(frozen=True)
-class RuntimeOptions:
-    """Where and how to compute.
-
-    Attributes:
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        precision: arithmetic of forward and backward passes.
-        seed: of every pseudo-random generator.
-        deterministic: refuse operations whose result depends on scheduling.
-    """
-
-    device: str = "auto"
-    precision: Precision = Precision.FULL
-    seed: int = 0
-    deterministic: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"--seed {self.seed}: 0 to {2**32 - 1} is allowed")
+    # fmt: off
+    data: str | None = _data(
+        None, "Data set: digits, cifar10[:DIR], folder:DIR, my.py:factory, ...", runs_code=True,
+        unset="the checkpoint's last")
+    val_data: str | None = _data(None, "Data set that replaces the validation split.", runs_code=True)
+    test_data: str | None = _data(None, "Data set that replaces the test split.", runs_code=True)
+    batch_size: int = _data(128, "Samples per step, over all devices together.", bounds=at_least(1))
+    workers: int = _data(
+        0, "Processes that decode image files; 0 decodes in the main one.", bounds=at_least(0))
+    limit: int | None = _data(None, "Use at most this many samples of each split.", bounds=at_least(1))
+    # fmt: on
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -132,7 +54,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def parse_values(text: str, option: str) -> tuple[float, ...]:
+def parse_values(text: str, flag: str) -> tuple[float, ...]:
     """Parse comma-separated numbers.
 
     >>> parse_values(".5,.25", "--mean")
@@ -144,4 +66,115 @@ def parse_values(text: str, option: str) -> tuple[float, ...]:
             raise ValueError
         return values
     except ValueError:
-        raise UsageError(f"{option} {text}: comma-separated numbers are expected, as in .5,.5,.5") from None
+        raise UsageError(f"{flag} {text}: comma-separated numbers are expected, as in .5,.5,.5") from None
+
+
+def _argument(text: str) -> str:
+    if "=" not in text:
+        raise UsageError(f"--arg {text}: key=value is expected, as in num_classes=10")
+    return text
+
+
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """Which network, where the file does not say it."""
+
+    # fmt: off
+    arch: str | None = _network(
+        None, "Architecture: resnet20, torchvision:NAME, timm:NAME, net.py:factory. See `cctool models`.",
+        runs_code=True)
+    arguments: tuple[str, ...] = _network(
+        (), "Argument of the architecture; may be repeated.", "--arg", metavar="KEY=VALUE", repeated=True,
+        parse=_argument)
+    input_shape: tuple[int, int, int] | None = _network(
+        None, "Size of one input.", "--input", metavar="CxHxW", parse=parse_shape)
+    mean: tuple[float, ...] | None = _network(
+        None, "Mean that a foreign model's inputs are centred by (image in 0..1).", metavar="M,M,M",
+        parse=lambda text: parse_values(text, "--mean"))
+    std: tuple[float, ...] | None = _network(
+        None, "Standard deviation that a foreign model's inputs are divided by.", metavar="S,S,S",
+        parse=lambda text: parse_values(text, "--std"))
+    trust_pickle: bool = _network(False, "Let a foreign file run the code that it contains. Dangerous.")
+    spec: str | None = _network(None, "Spec to build a bare state dict with.", metavar="FILE.json")
+    # fmt: on
+
+    def clashes(self) -> Iterable[tuple[bool, str]]:
+        """Preprocessing that is half given, and two names for one network."""
+        mean, std = self.mean or (), self.std or ()
+        # fmt: off
+        return (
+            ((self.mean is None) != (self.std is None), "--mean and --std go together"),
+            (bool(mean and std) and len(mean) != len(std),
+             f"--mean has {len(mean)} values and --std {len(std)}: one per channel each"),
+            (min(std, default=1.0) <= 0, f"--std {self.std}: positive values are needed"),
+            (self.arch is not None and self.spec is not None,
+             "--arch and --spec both name the network: give one"),
+        )
+        # fmt: on
+
+
+@dataclass(frozen=True)
+class RuntimeOptions(Options):
+    """Where and how to compute."""
+
+    # fmt: off
+    device: str = _run("auto", "auto, cpu, cuda or cuda:N.")
+    precision: Precision = _run(Precision.FULL, "Arithmetic of forward and backward.")
+    seed: int = _run(0, "Seed of every pseudo-random generator.")
+    deterministic: bool = _run(False, "Refuse operations whose result depends on scheduling.")
+    # fmt: on
+
+    def clashes(self) -> Iterable[tuple[bool, str]]:
+        """Seeds that numpy does not take."""
+        return ((not 0 <= self.seed < 2**32, f"--seed {self.seed}: 0 to {2**32 - 1} is allowed"),)
+
+
+@dataclass(frozen=True)
+class OutputOptions(Options):
+    """Where the product goes."""
+
+    # fmt: off
+    output: str | None = _output(
+        None, "Where to write; .pt or .safetensors.", "--output", "-o", unset="INPUT's stem and the verb")
+    force: bool = _output(False, "Replace existing files.")
+    allow_nonfinite: bool = _output(False, "Write even NaN or infinite weights.")
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class TalkOptions(Options):
+    """What a command prints."""
+
+    # fmt: off
+    as_json: bool = _output(False, "Print one JSON document instead.", "--json")
+    quiet: bool = _output(False, "Say nothing but warnings and errors.", "--quiet", "-q")
+    debug: bool = _output(False, "Show the traceback of an error.")
+    # fmt: on
+
+
+def report_file_option(panel: str) -> Any:
+    """The table of coded feature maps."""
+    text = "Figures of each tap as a workbook or table."
+    return option(None, text, metavar="FILE.xlsx|.csv|.json", panel=panel, recorded=False)
+
+
+def histograms_option(panel: str) -> Any:
+    """The pictures of coded feature maps."""
+    text = "Folder for PNG histograms of each tap and sub-band."
+    return option(None, text, metavar="DIR", panel=panel, recorded=False)
+
+
+def zero_bar_option(panel: str) -> Any:
+    """The bar of zeros in these pictures, which dwarfs the others."""
+    return option(False, "Draw the bar of zeros in the histograms, too.", panel=panel, recorded=False)
+
+
+def sampled_data(limit: str) -> Any:
+    """Data on which a written model is compared, besides random inputs.
+
+    Args:
+        limit: what help says of ``--limit``.
+    """
+    changed = {"limit": {"help": limit}}
+    few = DataOptions(batch_size=64, limit=256)
+    return nested(DataOptions, few, without=("val_data", "test_data"), changed=changed)

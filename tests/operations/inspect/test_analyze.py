@@ -21,7 +21,7 @@ from cctool.operations import pipeline
 from cctool.operations.inspect.analyze import AnalyzeReport, run
 from cctool.operations.registries import tables
 from cctool.options.common import ModelOptions, RuntimeOptions
-from cctool.options.inspect.analyze import AnalyzeOptions, View
+from cctool.options.inspect.analyze import AnalyzeOptions
 
 LENET_MACS = 28 * 28 * 6 * 25 + 10 * 10 * 16 * 150 + 400 * 120 + 120 * 84 + 84 * 10
 STEP = Step(
@@ -222,9 +222,9 @@ def test_json_is_one_document_with_everything(net: Path) -> None:
 
 
 def test_history_and_spec_count_nothing(net: Path) -> None:
-    for view in (View.HISTORY, View.SPEC):
-        assert analyzed(net, AnalyzeOptions(view=view)).analysis is None
-    assert analyzed(net, AnalyzeOptions(view=View.SPEC, macs=True)).analysis is not None
+    for options in (AnalyzeOptions(history=True), AnalyzeOptions(spec=True)):
+        assert analyzed(net, options).analysis is None
+    assert analyzed(net, AnalyzeOptions(macs=True)).analysis is not None
     assert invoked(net, "--history", "--spec").exit_code == 2
 
 

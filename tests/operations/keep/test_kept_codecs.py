@@ -23,8 +23,9 @@ from cctool.options.prune.options import PruneOptions
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.train.fit import FitOptions
 from cctool.options.train.run import TrainOptions
-from cctool.options.transform.options import preset_options
+from cctool.options.transform.options import TransformOptions
 from cctool.transforms.codec.taps import stale_taps, taps_of
+from option_toys import asked
 from procedure_toys import Listening, context
 from swapped_toys import network
 from transformed_toys import DATA, energy, source, tapped
@@ -101,7 +102,7 @@ def command(verb: str, checkpoint: Checkpoint, where: Context, tmp_path: Any) ->
     if verb == "quantize":
         return next(quantize.run(checkpoint, QuantizeOptions(data=DATA), where))
     if verb == "transform":
-        options = preset_options(None, data=DATA, keep=0.5, layers=(TAP,))
+        options = asked(TransformOptions, data=DATA, keep=0.5, layers=(TAP,))
         return next(transform.run(checkpoint, options, where))
     options = TrainOptions(fit=FitOptions(epochs=1, lr=1e-6), data=DATA)
     return next(train.run(checkpoint, options, replace(where, output=tmp_path / "out.pt")))

@@ -39,7 +39,7 @@ from cctool.options.inspect.analyze import AnalyzeOptions
 from cctool.options.inspect.export import ExportFormat, ExportOptions
 from cctool.options.prune.choices import Granularity, PruneMethod
 from cctool.options.prune.options import PruneOptions
-from cctool.options.prune.parts import Block, Pattern
+from cctool.options.prune.patterns import Block, Pattern
 from cctool.options.quantize.choices import QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.train.distill import DistillOptions

@@ -26,7 +26,7 @@ from cctool.options.common import DataOptions
 from cctool.options.inspect.analyze import AnalyzeOptions
 from cctool.options.prune.choices import Granularity, PruneMethod
 from cctool.options.prune.options import PruneOptions
-from cctool.options.prune.parts import parse_target
+from cctool.options.target import parse_target
 from cctool.pruning.cut.planner import plan_thinning
 from cctool.pruning.cut.surgery import apply_cut
 from procedure_toys import Listening, context

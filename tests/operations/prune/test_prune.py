@@ -16,7 +16,8 @@ from cctool.operations.prune import run as prune
 from cctool.operations.registries import tables
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.prune.choices import Images, PruneMethod, Scope, StepMode
-from cctool.options.prune.options import PruneOptions, PrunePreset, preset_options
+from cctool.options.prune.options import PruneOptions, PrunePreset
+from option_toys import asked
 
 DIGITS = DataOptions(data="digits", limit=64, batch_size=32)
 
@@ -128,7 +129,7 @@ def test_the_homework_preset_gives_its_published_counts(tmp_path: Path) -> None:
     arguments = {"num_classes": 11}
     spec = ModelSpec(architecture="mobilenet_student", arguments=arguments, input_shape=(3, 64, 64))
     save(Checkpoint(registry.build("mobilenet_student", arguments), spec), tmp_path / "s.pt", tables())
-    options = preset_options(PrunePreset.LHY_HW7, finetune_epochs=0)
+    options = asked(PruneOptions, PrunePreset.LHY_HW7, finetune_epochs=0)
     products = list(pipeline.write(prune.run, options, pipeline.Request("prune", str(tmp_path / "s.pt"))))
     counts = [parameters(load(product.path, tables())) for product in products]
     assert counts == [236_066, 217_850, 200_354, 185_091, 171_606]

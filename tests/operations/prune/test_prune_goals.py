@@ -25,7 +25,7 @@ from cctool.options.common import DataOptions, RuntimeOptions
 from cctool.options.inspect.evaluate import EvaluateOptions, SplitName
 from cctool.options.prune.choices import Growth, PruneMethod, Scope, StepMode
 from cctool.options.prune.options import PruneOptions
-from cctool.options.prune.parts import Quantity, Target
+from cctool.options.target import Quantity, Target
 
 DIGITS = DataOptions(data="digits", limit=120)
 FEW = DataOptions(data="digits", limit=32)

@@ -15,9 +15,9 @@ from cctool.operations import pipeline
 from cctool.operations.prune import run as prune
 from cctool.operations.registries import tables
 from cctool.options.common import DataOptions, RuntimeOptions
-from cctool.options.prune.choices import PruneMethod, StepMode
-from cctool.options.prune.options import PruneOptions
-from cctool.options.prune.parts import Sparsifier, SparsifyOptions, TeacherOptions
+from cctool.options.prune.choices import PruneMethod, Sparsifier, StepMode
+from cctool.options.prune.options import PruneOptions, SparsifyOptions
+from cctool.options.teacher import TeacherOptions
 
 FEW = DataOptions(data="digits", limit=64, batch_size=32)
 

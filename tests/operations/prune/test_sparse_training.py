@@ -14,9 +14,8 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.prune import sparse_training as sparsifying
 from cctool.operations.prune.sparse_training import sparsified
 from cctool.operations.train.finetune import finetune
-from cctool.options.prune.choices import PruneMethod, Scope
-from cctool.options.prune.options import PruneOptions
-from cctool.options.prune.parts import Sparsifier, SparsifyOptions
+from cctool.options.prune.choices import PruneMethod, Scope, Sparsifier
+from cctool.options.prune.options import PruneOptions, SparsifyOptions
 from cctool.options.train.fit import FitOptions
 from cctool.pruning.cut.planner import plan_thinning
 from cctool.training.constraints.penalties import GroupLasso, GrowingPenalty, ScaleL1

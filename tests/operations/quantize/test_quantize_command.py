@@ -30,7 +30,8 @@ from cctool.operations.registries import tables
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.prune.options import PruneOptions
 from cctool.options.quantize.choices import QuantizeMethod, QuantizePreset
-from cctool.options.quantize.options import PRESETS, QuantizeOptions, preset_options
+from cctool.options.quantize.options import PRESETS, QuantizeOptions
+from option_toys import asked
 
 DIGITS = DataOptions(data="digits", limit=64, batch_size=32)
 
@@ -321,7 +322,7 @@ def test_preset_lhy_hw7_is_the_homework(tmp_path: Path) -> None:
     assert set(PRESETS) == set(QuantizePreset)
     path = source(tmp_path, "mobilenet_student", num_classes=11)
     original = load(path, tables()).model.state_dict()
-    loaded = load(products(path, preset_options(QuantizePreset.LHY_HW7)).path, tables())
+    loaded = load(products(path, asked(QuantizeOptions, QuantizePreset.LHY_HW7)).path, tables())
     found = loaded.model.state_dict()
     for name, weight in original.items():
         assert (name in loaded.stored) == (weight.dim() > 0)
@@ -333,7 +334,7 @@ def test_preset_lhy_hw7_is_the_homework(tmp_path: Path) -> None:
             assert np.array_equal(found[name].numpy(), values.astype(np.float32)), name
         else:
             assert torch.equal(found[name], weight), name
-    given = preset_options(QuantizePreset.LHY_HW7, include_1d=False)
+    given = asked(QuantizeOptions, QuantizePreset.LHY_HW7, include_1d=False)
     assert given.include_1d is False, "what is given stands"
 
 

@@ -18,10 +18,10 @@ from cctool.operations.quantize.plan import plan
 from cctool.operations.quantize.prepare import attached
 from cctool.operations.quantize.sensitivity import damage_between, searched_bits
 from cctool.operations.size import stored_bytes
-from cctool.options.prune.parts import Quantity, Target
 from cctool.options.quantize.choices import Edges, QuantizeMethod, Rounding
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.quantize.parts import CalibrationOptions, LayerBits
+from cctool.options.target import Quantity, Target
 from cctool.quantization.network.attach import detach, only, quantizers_of
 from procedure_toys import DIGITS, Listening, context, digits, plain_network
 

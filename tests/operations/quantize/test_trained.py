@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import cctool
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.options.prune.parts import TeacherOptions
 from cctool.options.quantize.choices import Edges, QuantizeMethod
+from cctool.options.teacher import TeacherOptions
 from cctool.options.train.fit import DecayScope
 from cctool.quantization.network.attach import detach, quantizers_of
 from cctool.training.constraints.penalties import ClippingDecay

@@ -17,7 +17,7 @@ from cctool.operations.registries import tables
 from cctool.operations.train.finetune import finetune
 from cctool.operations.train.teacher import distillation
 from cctool.options.common import ModelOptions
-from cctool.options.prune.parts import TeacherOptions
+from cctool.options.teacher import TeacherOptions
 from cctool.options.train.fit import FitOptions
 
 

@@ -26,9 +26,10 @@ from cctool.checkpoint.checkpoint import Checkpoint, load, save
 from cctool.operations import pipeline
 from cctool.operations.registries import tables
 from cctool.operations.train import run as train
+from cctool.operations.train.resume import find_resumed
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.train.fit import FitOptions, Schedule, Warmup
-from cctool.options.train.run import RunOptions, TrainOptions, find_resumed
+from cctool.options.train.run import RunOptions, TrainOptions
 from cctool.quantization.encodings.uint8 import AFFINE_U8
 from cctool.training.averaging import average_in
 

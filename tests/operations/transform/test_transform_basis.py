@@ -26,12 +26,13 @@ from cctool.operations.transform.basis import TransformBasisReport
 from cctool.options.train.fit import OPTIMIZER_DEFAULTS, FitOptions, OptimizerName
 from cctool.options.train.run import TrainOptions, parse_swap
 from cctool.options.transform.choices import Axes, Mode, Select, TransformPreset
-from cctool.options.transform.options import TransformOptions, WeightOptions, preset_options
+from cctool.options.transform.options import TransformOptions, WeightOptions
 from cctool.quantization.encodings.uint8 import AFFINE_U8
 from cctool.transforms.basis.complex import ComplexBasisConv2d, ComplexBasisLinear, ComplexBatchNorm
 from cctool.transforms.basis.linear import BasisLayer, BasisLinear
 from cctool.transforms.layers.base import with_swaps
 from cctool.transforms.layers.coefficients import CoefficientConv2d
+from option_toys import asked
 from procedure_toys import Listening, context, plain_checkpoint
 
 QUICK = ("--data", "digits", "--limit", "64", "--batch-size", "32", "--quiet", "--device", "cpu")
@@ -140,7 +141,7 @@ def test_options_of_coefficients_are_refused(given: dict[str, Any]) -> None:
 
 
 def test_the_preset_of_the_thesis() -> None:
-    options = preset_options(TransformPreset.THESIS_BASIS, kernel="dst")
+    options = asked(TransformOptions, TransformPreset.THESIS_BASIS, kernel="dst")
     assert options.weights.mode is Mode.BASIS
     assert options.weights.normalize_gradients
     (outcome,) = transform.run(plain_checkpoint(), options, context())

@@ -30,9 +30,10 @@ from cctool.options.inspect.evaluate import EvaluateOptions, SplitName
 from cctool.options.train.fit import FitOptions
 from cctool.options.train.run import TrainOptions
 from cctool.options.transform.choices import Norm, Prequantizer, TransformPreset, TransformTarget
-from cctool.options.transform.options import FeatureOptions, TransformOptions, preset_options
+from cctool.options.transform.options import FeatureOptions, TransformOptions
 from cctool.transforms.codec.steps import NEVER
 from cctool.transforms.codec.taps import bypassed, drop_taps, recording, stale_taps, state_of, taps_of
+from option_toys import asked
 from procedure_toys import Listening, context, digits
 
 DIGITS = DataOptions(data="digits", limit=64, batch_size=32)
@@ -264,7 +265,7 @@ def test_allocated_steps_go_where_they_matter_and_are_found_again(tmp_path: Path
 
 
 def test_presets_with_tables_of_their_own_take_no_allocation() -> None:
-    chosen = preset_options(TransformPreset.FEATURE_COMPRESSION_DWT, data=DIGITS, allocate=True)
+    chosen = asked(TransformOptions, TransformPreset.FEATURE_COMPRESSION_DWT, data=DIGITS, allocate=True)
     with pytest.raises(UsageError, match="--allocate chooses the steps that --preset"):
         next(transform.run(built(), chosen, context()))
     for other in ({"norm": Norm.NONE}, {"q_table": "t.csv"}):
@@ -362,7 +363,7 @@ def test_a_table_that_is_not_there() -> None:
 
 @pytest.mark.parametrize("preset", [preset for preset in TransformPreset if preset != "thesis-basis"])
 def test_presets_have_the_published_tables(preset: TransformPreset) -> None:
-    made = preset_options(preset, data=DIGITS, calibration=32)
+    made = asked(TransformOptions, preset, data=DIGITS, calibration=32)
     (outcome,) = transform.run(built(), made, context())
     found = codecs(outcome)
     first, last = found["layer1.0"], found["layer3.2"]
@@ -382,7 +383,7 @@ def test_presets_have_the_published_tables(preset: TransformPreset) -> None:
 
 
 def test_the_published_inference_table_saturates_and_ours_does_not() -> None:
-    made = preset_options(TransformPreset.FEATURE_COMPRESSION_DCT, data=DIGITS, calibration=32)
+    made = asked(TransformOptions, TransformPreset.FEATURE_COMPRESSION_DCT, data=DIGITS, calibration=32)
     (published,) = transform.run(built(), made, context())
     assert sum(tap.clamped_symbols for tap in published.report.taps) > 0
     assert any("saturate" in note for note in published.notes)

@@ -24,9 +24,8 @@ from cctool.operations.registries import tables
 from cctool.operations.size import measure
 from cctool.options.common import DataOptions
 from cctool.options.inspect.export import ExportFormat, ExportOptions
-from cctool.options.prune.choices import PruneMethod
-from cctool.options.prune.options import PruneOptions
-from cctool.options.prune.parts import Sparsifier, SparsifyOptions
+from cctool.options.prune.choices import PruneMethod, Sparsifier
+from cctool.options.prune.options import PruneOptions, SparsifyOptions
 from cctool.pruning.cut.planner import plan_thinning
 from cctool.pruning.cut.surgery import apply_cut
 from cctool.transforms.codec.taps import taps_of

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cctool.base.errors import PruningError, UsageError
 from cctool.options.prune.choices import Granularity, PruneMethod, Scope, StepMode
 from cctool.options.prune.options import PruneOptions
-from cctool.options.prune.parts import Block, Pattern
+from cctool.options.prune.patterns import Block, Pattern
 from cctool.pruning.masks.choose import choose_masks
 from cctool.pruning.masks.granularity import (
     as_filters,

@@ -12,11 +12,12 @@ from cctool.graph.channels import couple
 from cctool.graph.records import ChannelGraph
 from cctool.models.registry import build
 from cctool.options.prune.choices import PruneMethod, Scope, StepMode
-from cctool.options.prune.options import PRESETS, PruneOptions, PrunePreset, preset_options
+from cctool.options.prune.options import PRESETS, PruneOptions, PrunePreset
 from cctool.pruning.cut.planner import plan_thinning, thin
 from cctool.pruning.scores.criteria import Unscored
 from cctool.pruning.scores.units import SCORES, score_context
 from cctool.pruning.select.order import Selection
+from option_toys import asked
 from pruning_toys import select
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -193,9 +194,9 @@ def test_steps_reach_the_rate() -> None:
     [
         ({"rate": 1.0}, "rate 1.0"),
         ({"rate": -0.1}, "rate -0.1"),
-        ({"round_to": 0}, "round_to 0"),
+        ({"round_to": 0}, "--round-to 0"),
         ({"steps": 0}, "steps 0"),
-        ({"finetune_epochs": -1}, "finetune_epochs -1"),
+        ({"finetune_epochs": -1}, "--finetune-epochs -1"),
         ({"recalibrate": -5}, "recalibrate -5"),
         ({"keep": 0.0}, "keep 0.0"),
         ({"keep": 0.5, "scope": Scope.GLOBAL}, "scope global"),
@@ -215,7 +216,7 @@ def test_nan_weights_are_refused_by_name(model: Two, graph: ChannelGraph) -> Non
 
 def test_preset_reproduces_the_published_parameter_counts() -> None:
     model = build("mobilenet_student", {"num_classes": 11})
-    options = preset_options(PrunePreset.LHY_HW7)
+    options = asked(PruneOptions, PrunePreset.LHY_HW7)
     assert sum(p.numel() for p in model.parameters()) == 256_779
     sizes = []
     for step in range(1, options.steps + 1):
@@ -233,7 +234,7 @@ def test_preset_ranks_by_the_norm_behind_the_depthwise_convolution() -> None:
     gamma = model.get_submodule("cnn.4.1").weight
     with torch.no_grad():
         gamma.copy_(-torch.rand(128) - 0.5)
-    result = plan_thinning(model, (torch.randn(1, 3, 32, 32),), preset_options(PrunePreset.LHY_HW7))
+    result = plan_thinning(model, (torch.randn(1, 3, 32, 32),), asked(PruneOptions, PrunePreset.LHY_HW7))
     (cut,) = result.plan.tensors["cnn.4.1.weight"]
     assert cut.keep.tolist() == gamma.abs().topk(121).indices.sort().values.tolist()
 

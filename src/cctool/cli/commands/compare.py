@@ -1,56 +1,21 @@
-"""`cctool compare`: the signature of the command, and its table."""
+"""`cctool compare`, and its table."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from cctool.cli import common
-from cctool.cli.console import Console
-from cctool.options.common import DataOptions, Precision, RuntimeOptions
-from cctool.options.inspect.compare import CompareOptions
-from cctool.options.inspect.evaluate import SplitName
+from cctool.cli.frame import Call, resolved_source
 
 
-def compare(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Checkpoints to put side by side.")],
-    split: Annotated[SplitName, typer.Option(help="Samples to measure accuracy on.")] = CompareOptions.split,
-    data: common.Data = None,
-    test_data: common.TestData = None,
-    batch_size: common.BatchSize = DataOptions.batch_size,
-    workers: common.Workers = DataOptions.workers,
-    limit: common.Limit = None,
-    arch: common.Arch = None,
-    device: common.Device = RuntimeOptions.device,
-    precision: common.PrecisionOption = Precision.FULL,
-    as_json: common.Json = False,
-    quiet: common.Quiet = False,
-    debug: common.Debug = False,
-) -> None:
+def compare(call: Call) -> None:
     """Put checkpoints side by side: accuracy, parameters, MACs and bytes.
 
     Example: cctool compare teacher.pt student.pt pruned.pt
     """
-    from cctool.operations.inspect.compare import run
-
-    console = Console(quiet=quiet, as_json=as_json, debug=debug)
-    options = CompareOptions(split, common.data_options(data, None, test_data, batch_size, workers, limit))
-    rows = []
-    for file in map(common.resolved_source, files):
-        invocation = common.Invocation(
-            verb="compare",
-            console=console,
-            source=file,
-            model=common.model_options(arch=arch),
-            runtime=RuntimeOptions(device=device, precision=precision),
-            user_code=(data, test_data),
-        )
-        report = invocation.read(run, options)
-        rows.append((file, Path(file).stat().st_size, report))
+    found = [(file, call.read(file)) for file in map(resolved_source, call.inputs)]
+    rows = [(file, Path(file).stat().st_size, report) for file, report in found]
     first_bytes = rows[0][1]
-    console.table(
+    call.console.table(
         "",
         ("file", "steps", "top-1 %", "n", "parameters", "MACs", "bytes", "smaller"),
         [
@@ -67,4 +32,4 @@ def compare(
             for file, size, report in rows
         ],
     )
-    console.document([{"file": file, "bytes": size, "report": report} for file, size, report in rows])
+    call.console.document([{"file": file, "bytes": size, "report": report} for file, size, report in rows])

@@ -1,44 +1,21 @@
-"""`cctool decode`: the signature of the command, and its table."""
+"""`cctool decode`, and its table."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from cctool.cli import common
-from cctool.cli.console import Console
-from cctool.options.common import RuntimeOptions
-from cctool.options.inspect.decode import DecodeOptions
+from cctool.cli.frame import Call
 
 
-def decode(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="DIR|FILE...", help="Folder that `evaluate --bitstream` wrote, or stream files of it."
-        ),
-    ],
-    output: Annotated[
-        str, typer.Option("--output", "-o", metavar="OUTDIR", help="Folder to write the maps to, as .npy.")
-    ],
-    device: common.Device = "cpu",
-    force: common.Force = False,
-    as_json: common.Json = False,
-    quiet: common.Quiet = False,
-    debug: common.Debug = False,
-) -> None:
+def decode(call: Call) -> None:
     """Decode feature maps that `cctool evaluate --bitstream` wrote, and verify them; no checkpoint is needed.
 
     Example: cctool decode maps -o decoded
     """
-    options = DecodeOptions(tuple(sources), output, force)
-    console = Console(quiet=quiet, as_json=as_json, debug=debug)
-
     from cctool.operations.inspect.decode import run
 
+    console = call.console
     with console.products_only():
-        report = run(options, RuntimeOptions(device=device), console)
+        options = call.verb.options_of(call.given, sources=call.inputs)
+        report = run(options, call.frame.runtime, console)
     console.talk_table(
         "",
         ("tap", "map", "elements", "bits an element", "file", "maps"),

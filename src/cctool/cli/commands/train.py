@@ -1,102 +1,68 @@
-"""`cctool train`: the signature of the command."""
+"""`cctool train`, and how both trainings resume an earlier one."""
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-import typer
-
-from cctool.cli import common, training
-from cctool.options.common import DataOptions, Precision, RuntimeOptions
-from cctool.options.train.fit import FitOptions
-from cctool.options.train.run import RunOptions, TrainOptions
+from cctool.cli.frame import Call
 
 
-def train(
-    context: typer.Context,
-    source: common.OptionalSource = None,
-    output: common.Output = None,
-    epochs: training.Epochs = FitOptions.epochs,
-    optimizer: training.Optimizer = FitOptions.optimizer,
-    lr: training.Lr = None,
-    momentum: training.Momentum = None,
-    nesterov: training.Nesterov = False,
-    weight_decay: training.WeightDecay = FitOptions.weight_decay,
-    decay: training.Decay = FitOptions.decay,
-    schedule: training.ScheduleOption = FitOptions.schedule,
-    milestones: training.Milestones = None,
-    lr_gamma: training.LrGamma = None,
-    power: training.Power = None,
-    min_lr: training.MinLr = FitOptions.min_lr,
-    onecycle_warm: training.OnecycleWarm = None,
-    warmup: training.WarmupOption = None,
-    warmup_epochs: training.WarmupEpochs = None,
-    label_smoothing: training.LabelSmoothing = FitOptions.label_smoothing,
-    clip_norm: training.ClipNorm = None,
-    gamma_l1: training.GammaL1 = FitOptions.gamma_l1,
-    rate_weight: training.RateWeight = FitOptions.rate_weight,
-    loss: training.Loss = None,
-    metric: training.Metric = None,
-    metric_mode: training.MetricModeOption = FitOptions.metric_mode,
-    eval_from: training.EvalFrom = FitOptions.eval_from,
-    augment: training.Augment = FitOptions.augment,
-    freeze_norm: training.FreezeNorm = FitOptions.freeze_norm,
-    ema: training.Ema = FitOptions.ema,
-    resume: training.Resume = False,
-    stop_after: training.StopAfter = None,
-    save_every: training.SaveEvery = None,
-    tensorboard: training.TensorBoard = False,
-    mlflow: training.Mlflow = False,
-    mlflow_dir: training.MlflowDir = None,
-    devices: training.Devices = RunOptions.devices,
-    nodes: training.Nodes = RunOptions.nodes,
-    keep_storage: training.KeepStorage = False,
-    swap: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            metavar="MODE:KERNEL:LAYERS",
-            help="Layers of a fresh network that live in a transform domain from the beginning, as in "
-            "basis:dct:linear or coefficient:dwt:all; may be repeated.",
-        ),
-    ] = None,
-    data: common.Data = None,
-    val_data: common.ValData = None,
-    test_data: common.TestData = None,
-    batch_size: common.BatchSize = DataOptions.batch_size,
-    workers: common.Workers = DataOptions.workers,
-    limit: common.Limit = None,
-    arch: common.Arch = None,
-    arg: common.Arg = None,
-    input_shape: common.Input = None,
-    mean: common.Mean = None,
-    std: common.Std = None,
-    spec: common.Spec = None,
-    trust_pickle: common.TrustPickle = False,
-    device: common.Device = RuntimeOptions.device,
-    precision: common.PrecisionOption = Precision.FULL,
-    seed: common.Seed = RuntimeOptions.seed,
-    deterministic: common.Deterministic = False,
-    allow_nonfinite: common.AllowNonfinite = False,
-    force: common.Force = False,
-    as_json: common.Json = False,
-    quiet: common.Quiet = False,
-    debug: common.Debug = False,
-) -> None:
-    """Train a fresh network, or go on with any checkpoint; writes the best epoch by validation.
+def train(call: Call) -> None:
+    """Train a fresh network, or continue from any checkpoint; writes the best epoch by validation.
 
     Example: cctool train --arch resnet20 --data digits --epochs 20
     """
-    values = training.completed(context, "train", dict(locals()))
-    options = TrainOptions(
-        training.fit_options(values),
-        training.data_options(values),
-        training.run_options(values),
-        values["keep_storage"],
-        tuple(values["swap"]) if values["swap"] else None,
-    )
-    model = common.model_options(arch, arg, input_shape, mean, std, spec, trust_pickle)
-    invocation = training.invocation("train", values, model)
+    call = resumed(call)
+    call.write(told, resumes=bool(call.given.get("resume")))
 
-    from cctool.operations.train.run import run
 
-    invocation.write(run, options, training.report, resumes=resume)
+def told(report: Any) -> Any:
+    """What was measured before and after."""
+    from cctool.operations.context import metric_lines
+
+    return metric_lines(report.metrics_before, report.metrics_after)
+
+
+def resumed(call: Call) -> Call:
+    """With ``--resume``, point a call to the training that it means; options not given are those of then."""
+    if not call.given.get("resume"):
+        return call
+    from cctool.operations.train.resume import find_resumed
+
+    source, output = find_resumed(call.source, call.output, call.verb.name)
+    found = _begun_with(call, source, output)
+    told = {
+        leaf.path: leaf.read(_at(found, leaf.path))
+        for leaf in (*call.verb.own, *call.verb.shared)
+        if leaf.keyword not in (*call.given, "device", "workers")
+        and leaf.path[0] != "teacher_model"
+        and _at(found, leaf.path) is not None
+    }
+    frame = call.verb.frame_of(call.given, {path: told[path] for path in told if path[0] == "runtime"})
+    inputs = () if source is None else (source,)
+    return replace(call, inputs=inputs, output=output, frame=frame, resumed=told)
+
+
+def _begun_with(call: Call, source: str | None, output: str | None) -> Mapping[str, Any]:
+    """Options that the training to resume began with; none where its ``last.pt`` cannot be found yet."""
+    from cctool.operations.pipeline import default_output
+    from cctool.operations.train.resume import last_step, run_folder_of
+
+    if source == "-":
+        return {}
+    name = output or default_output(call.verb.name, source, call.frame.model.arch)
+    last = Path(run_folder_of(str(name)), "last.pt")
+    if not last.exists():
+        last = Path(source or last)
+    return last_step(last).options if last.exists() else {}
+
+
+def _at(options: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """The value at a path of nested dictionaries; None where there is none."""
+    value: Any = options
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

@@ -19,7 +19,7 @@ from cctool.operations.keep.events import thin_copy
 from cctool.operations.keep.follower import sharing_copy
 from cctool.operations.size import measure, stored_bytes
 from cctool.options.prune.options import PruneOptions
-from cctool.options.prune.parts import Quantity
+from cctool.options.target import Quantity
 from cctool.pruning.cut.surgery import CutPlan, sketch
 from cctool.quantization.network.attach import quantizers_of
 from cctool.transforms.layers.base import swapped_layers

@@ -17,7 +17,7 @@ from cctool.operations.prune.costs import counter
 from cctool.operations.train.batch_norm import recalibrated
 from cctool.options.prune.choices import Images, StepMode
 from cctool.options.prune.options import PruneOptions
-from cctool.options.prune.parts import Quantity, Target
+from cctool.options.target import Quantity, Target
 from cctool.pruning.cut.planner import Planner
 from cctool.pruning.cut.report import ThinResult
 from cctool.pruning.cut.surgery import CutPlan

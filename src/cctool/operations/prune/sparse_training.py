@@ -17,8 +17,8 @@ from cctool.operations.context import Context
 from cctool.operations.data import example, feed_of
 from cctool.operations.keep.events import plain_checkpoint
 from cctool.operations.train.finetune import finetune
-from cctool.options.prune.options import PruneOptions
-from cctool.options.prune.parts import Sparsifier, SparsifyOptions
+from cctool.options.prune.choices import Sparsifier
+from cctool.options.prune.options import PruneOptions, SparsifyOptions
 from cctool.options.train.fit import FitOptions
 from cctool.pruning.cut.planner import plan_thinning
 from cctool.pruning.cut.report import ThinResult

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from cctool.base.errors import QuantizationError
+from cctool.base.patterns import refuse_unmatched
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.data import example
-from cctool.options.patterns import refuse_unmatched
 from cctool.options.quantize.choices import CLIPPING, Edges, QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.quantize.parts import LayerBits

@@ -13,12 +13,12 @@ from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import open_source, preprocessing_of, require_source
 from cctool.operations.keep import events
-from cctool.operations.pipeline import recorded
 from cctool.operations.train.one_process import Start, fit_here, metrics_of
 from cctool.operations.train.rate_penalty import refuse_rate_without_taps
 from cctool.operations.train.resume import forms_from, refuse_other_files, refuse_other_options, starts_afresh
 from cctool.operations.train.run_folder import LoggedReporter, RunFolder
 from cctool.operations.train.workers import fit_in_processes, node_rank
+from cctool.options.fields import recorded
 from cctool.training.averaging import average_in
 from cctool.training.evaluate import trial_output
 from cctool.training.objectives import Objective

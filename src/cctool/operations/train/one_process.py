@@ -17,10 +17,10 @@ from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import feed_of
 from cctool.operations.keep import events
-from cctool.operations.pipeline import recorded
 from cctool.operations.train.rate_penalty import rate_penalties
 from cctool.operations.train.resume import flat, forms_to
 from cctool.operations.train.run_folder import RunFolder
+from cctool.options.fields import recorded
 from cctool.options.train.fit import FitOptions
 from cctool.options.train.run import RunOptions
 from cctool.training.evaluate import evaluate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import JsonValue
@@ -16,6 +16,7 @@ from cctool.options.train.fit import Schedule
 from cctool.options.transform.choices import Mode
 
 __all__ = [
+    "find_resumed",
     "flat",
     "forms_from",
     "forms_to",
@@ -23,6 +24,7 @@ __all__ = [
     "never_trained",
     "refuse_other_files",
     "refuse_other_options",
+    "run_folder_of",
     "starts_afresh",
 ]
 
@@ -148,3 +150,36 @@ def forms_from(data: Any) -> dict[str, EncodedTensor]:
         name: EncodedTensor(form["encoding"], tuple(form["shape"]), form["dtype"], {}, form["parameters"])
         for name, form in (data or {}).items()
     }
+
+
+def run_folder_of(output: str) -> PurePath:
+    """Path of the run folder that belongs to a product.
+
+    >>> str(run_folder_of("out/net.train.pt"))
+    'out/net.train.run'
+    """
+    path = PurePath(output)
+    return path.with_name(f"{path.stem}.run")
+
+
+def find_resumed(source: str | None, output: str | None, verb: str) -> tuple[str | None, str | None]:
+    """Find what ``--resume`` means: input and output of the training to go on with.
+
+    The same command line finds its run folder by its output. A ``last.pt`` in a run folder, or a product
+    whose run folder lies beside it, continues that training and writes its product.
+
+    Args:
+        source: INPUT as it was given.
+        output: ``--output`` as it was given.
+        verb: the command.
+    """
+    if source is None or source == "-":
+        return source, output
+    path = Path(source)
+    expected = output or str(path.with_name(f"{path.stem}.{verb}.pt"))
+    if Path(run_folder_of(expected), "last.pt").exists():
+        return source, output
+    if path.name == "last.pt" and path.parent.suffix == ".run":
+        return source, output or str(path.parent.with_suffix(".pt"))
+    beside = Path(run_folder_of(source), "last.pt")
+    return (str(beside), output or source) if beside.exists() else (source, output)

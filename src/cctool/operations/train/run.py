@@ -13,7 +13,7 @@ from cctool.operations.train.one_process import user_loss
 from cctool.operations.train.teacher import distillation
 from cctool.operations.transform.basis import with_basis
 from cctool.operations.transform.weights import with_coefficients
-from cctool.options.prune.parts import TeacherOptions
+from cctool.options.teacher import TeacherOptions
 from cctool.options.train.distill import DistillOptions
 from cctool.options.train.run import TrainOptions
 from cctool.options.transform.choices import Mode

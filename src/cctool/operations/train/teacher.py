@@ -19,7 +19,7 @@ from cctool.operations.context import Context
 from cctool.operations.data import preprocessing_of
 from cctool.operations.opening import open_checkpoint
 from cctool.options.common import ModelOptions
-from cctool.options.prune.parts import TeacherOptions
+from cctool.options.teacher import TeacherOptions
 from cctool.training.evaluate import trial_output
 from cctool.training.objectives import Distillation, main_output
 from cctool.training.user_functions import UserLoss

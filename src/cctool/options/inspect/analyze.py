@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import PurePath
 
-from cctool.base.errors import UsageError
-from cctool.options.common import Choice, DataOptions
-
-__all__ = ["TABLE_SUFFIXES", "AnalyzeOptions", "View"]
+from cctool.options.common import DataOptions, sampled_data
+from cctool.options.fields import Choice, Options, section
 
 TABLE_SUFFIXES = (".xlsx", ".csv", ".json")
 """Suffixes that a table can be written to."""
+
+_files = section("Files")
+_printed = section("What is printed")
 
 
 class View(Choice):
@@ -23,41 +25,47 @@ class View(Choice):
 
 
 @dataclass(frozen=True)
-class AnalyzeOptions:
-    """Options of one analysis.
+class AnalyzeOptions(Options):
+    """Options of one analysis."""
 
-    Attributes:
-        view: what is looked at; counting is skipped where neither the view nor a file needs it.
-        macs: write the table of layers beside the input.
-        macs_file: write it to this path instead.
-        sparsity: write the table of weights beside the input.
-        sparsity_file: write it to this path instead.
-        onnx: write and verify an ONNX file beside the input.
-        onnx_file: write it to this path instead.
-        data: samples that the ONNX file is compared on, besides random inputs.
-    """
+    # fmt: off
+    macs: bool = _files(False, "Write STEM.macs.xlsx, a row a layer.")
+    macs_file: str | None = _files(None, "Write it here instead: .xlsx, .csv or .json.", metavar="PATH")
+    sparsity: bool = _files(False, "Write STEM.sparsity.xlsx, a row a weight.")
+    sparsity_file: str | None = _files(None, "Write it here instead: .xlsx, .csv or .json.", metavar="PATH")
+    onnx: bool = _files(False, "Write and verify STEM.onnx.")
+    onnx_file: str | None = _files(None, "Write it here instead.", metavar="PATH")
+    history: bool = _printed(False, "Print every step in full, and nothing else.")
+    spec: bool = _printed(False, "Print the spec as JSON, and nothing else.")
+    data: DataOptions = sampled_data("Compare the ONNX file on at most this many samples.")
+    # fmt: on
 
-    view: View = View.LAYERS
-    macs: bool = False
-    macs_file: str | None = None
-    sparsity: bool = False
-    sparsity_file: str | None = None
-    onnx: bool = False
-    onnx_file: str | None = None
-    data: DataOptions = field(default_factory=lambda: DataOptions(batch_size=64, limit=256))
+    def clashes(self) -> Iterable[tuple[bool, str]]:
+        """Names that do not fit, and two things to print at once."""
+        named = (
+            ("--macs-file", self.macs_file, TABLE_SUFFIXES),
+            ("--sparsity-file", self.sparsity_file, TABLE_SUFFIXES),
+            ("--onnx-file", self.onnx_file, (".onnx",)),
+        )
+        # fmt: off
+        return (
+            *(
+                (
+                    path is not None and PurePath(path).suffix.lower() not in suffixes,
+                    f"{flag} {path}: a name ending in {', '.join(suffixes)} is needed",
+                )
+                for flag, path, suffixes in named
+            ),
+            (self.history and self.spec, "--history and --spec each print one thing: give one of them"),
+            (self.view is not View.LAYERS and self.writes,
+             f"--{self.view} prints one thing and nothing else: write files in a call of their own"),
+        )
+        # fmt: on
 
-    def __post_init__(self) -> None:
-        problems = [
-            f"{option} {path}: a name ending in {', '.join(suffixes)} is needed"
-            for option, path, suffixes in (
-                ("--macs-file", self.macs_file, TABLE_SUFFIXES),
-                ("--sparsity-file", self.sparsity_file, TABLE_SUFFIXES),
-                ("--onnx-file", self.onnx_file, (".onnx",)),
-            )
-            if path is not None and PurePath(path).suffix.lower() not in suffixes
-        ]
-        if problems:
-            raise UsageError("; ".join(problems))
+    @property
+    def view(self) -> View:
+        """What is looked at; counting is skipped where neither the view nor a file needs it."""
+        return View.HISTORY if self.history else View.SPEC if self.spec else View.LAYERS
 
     @property
     def writes(self) -> bool:

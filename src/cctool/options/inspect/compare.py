@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cctool.options.common import DataOptions
+from cctool.options.fields import Options, nested, option
 from cctool.options.inspect.evaluate import SplitName
 
 
 @dataclass(frozen=True)
-class CompareOptions:
-    """Options of one comparison.
+class CompareOptions(Options):
+    """Options of one comparison; without a data set, each checkpoint's last one is taken."""
 
-    Attributes:
-        split: which samples accuracy is measured on.
-        data: which data set; None takes each checkpoint's last.
-    """
-
-    split: SplitName = SplitName.TEST
-    data: DataOptions = field(default_factory=DataOptions)
+    # fmt: off
+    split: SplitName = option(SplitName.TEST, "Samples to measure accuracy on.")
+    data: DataOptions = nested(DataOptions, without=("val_data",))
+    # fmt: on

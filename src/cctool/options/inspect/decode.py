@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from cctool.base.errors import UsageError
-
-__all__ = ["DecodeOptions"]
+from cctool.options.fields import Options, option
 
 
 @dataclass(frozen=True)
-class DecodeOptions:
-    """Options of decoding written feature maps.
+class DecodeOptions(Options):
+    """Options of decoding feature maps that ``evaluate --bitstream`` wrote.
 
     Attributes:
-        sources: folders that ``evaluate --bitstream`` wrote, or single stream files.
-        output: folder for the maps, ``.npy`` files.
-        force: replace the folder, where it holds nothing but earlier maps.
+        sources: folders that it wrote, or single stream files; the command's arguments.
     """
 
     sources: tuple[str, ...]
-    output: str
-    force: bool = False
+    # fmt: off
+    output: str = option(..., "Folder to write the maps to, as .npy.", "--output", "-o", metavar="OUTDIR")
+    force: bool = option(False, "Replace the folder, where it holds nothing but earlier maps.")
+    # fmt: on
 
-    def __post_init__(self) -> None:
-        if not self.sources:
-            raise UsageError("decode needs a folder that evaluate --bitstream wrote, or stream files of it")
+    @classmethod
+    def from_given(cls, given: Mapping[str, Any], sources: tuple[str, ...] = ()) -> DecodeOptions:
+        """Make the options of a call.
+
+        Args:
+            given: keyword -> value.
+            sources: the command's arguments.
+        """
+        return cls(sources, **given)
+
+    def clashes(self) -> Iterable[tuple[bool, str]]:
+        """Nothing to decode."""
+        missing = "decode needs a folder that evaluate --bitstream wrote, or stream files of it"
+        return ((not self.sources, missing),)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from cctool.base.errors import UsageError
-from cctool.options.common import Choice, DataOptions
-
-__all__ = ["EvaluateOptions", "SplitName"]
+from cctool.options.common import DataOptions, histograms_option, report_file_option, zero_bar_option
+from cctool.options.fields import Choice, Options, nested, option
 
 
 class SplitName(Choice):
@@ -18,39 +17,45 @@ class SplitName(Choice):
     TEST = "test"
 
 
+_TAPS = "Coded feature maps (after transform --target features)"
+
+
 @dataclass(frozen=True)
-class EvaluateOptions:
-    """Options of one evaluation.
+class EvaluateOptions(Options):
+    """Options of one evaluation."""
 
-    Attributes:
-        split: what to measure on; None takes ``test``, or where there is none the next best, and says so.
-        data: which data, and how much of it at a time.
-        predictions: CSV file to write one line an image to.
-        loss: the user's ``my.py:function(outputs, labels) -> scalar`` in place of cross-entropy.
-        metric: the user's ``my.py:function(outputs, labels) -> number`` over the whole split.
-        bitstream: folder to write the coded feature maps of the split to, a file a tap.
-        through_bitstream: code each map to bytes, and go on with what these bytes decode to.
-        report_file: workbook or table with the figures of each tap.
-        histograms: folder of PNG histograms per tap and sub-band.
-        zero_bar: draw the bar of the zeros in the histograms, which dwarfs the others.
-    """
+    # fmt: off
+    split: SplitName | None = option(
+        None, "What to measure on.", unset="test, or where there is none the next best")
+    data: DataOptions = nested(DataOptions)
+    predictions: str | None = option(
+        None, "Write one line an image; works without labels, too.", metavar="FILE.csv")
+    loss: str | None = option(
+        None, "Your loss(outputs, labels), a scalar tensor.", metavar="FILE.py:FN", unset="cross-entropy",
+        runs_code=True)
+    metric: str | None = option(
+        None, "Your metric(outputs, labels) of the split, a number.", metavar="FILE.py:FN", runs_code=True)
+    bitstream: str | None = option(
+        None, "Write the coded feature maps of the split, a file a tap; `cctool decode` reads them.",
+        metavar="DIR", panel=_TAPS)
+    through_bitstream: bool = option(
+        False, "Code each map to bytes and continue with what these decode to.", panel=_TAPS)
+    report_file: str | None = report_file_option(_TAPS)
+    histograms: str | None = histograms_option(_TAPS)
+    zero_bar: bool = zero_bar_option(_TAPS)
+    # fmt: on
 
-    split: SplitName | None = None
-    data: DataOptions = field(default_factory=DataOptions)
-    predictions: str | None = None
-    loss: str | None = None
-    metric: str | None = None
-    bitstream: str | None = None
-    through_bitstream: bool = False
-    report_file: str | None = None
-    histograms: str | None = None
-    zero_bar: bool = False
-
-    def __post_init__(self) -> None:
-        if self.predictions is not None and not self.predictions.lower().endswith(".csv"):
-            raise UsageError(f"--predictions {self.predictions}: a name that ends in .csv is expected")
-        if self.zero_bar and self.histograms is None:
-            raise UsageError("--zero-bar is for --histograms DIR, which is not given")
+    def clashes(self) -> Iterable[tuple[bool, str]]:
+        """Names that do not fit, and a detail of pictures that are not drawn."""
+        predictions = self.predictions or ".csv"
+        # fmt: off
+        return (
+            (not predictions.lower().endswith(".csv"),
+             f"--predictions {predictions}: a name that ends in .csv is expected"),
+            (self.zero_bar and self.histograms is None,
+             "--zero-bar is for --histograms DIR, which is not given"),
+        )
+        # fmt: on
 
     @property
     def asks_for_taps(self) -> bool:

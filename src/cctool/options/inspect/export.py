@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePath
 
 from cctool.base.errors import UsageError
-from cctool.options.common import Choice, DataOptions
-
-__all__ = ["DEFAULT_SUFFIXES", "SUFFIXES", "ExportFormat", "ExportOptions"]
+from cctool.options.common import DataOptions, sampled_data
+from cctool.options.fields import Choice, Options, option
 
 
 class ExportFormat(Choice):
@@ -43,26 +42,25 @@ DEFAULT_SUFFIXES: dict[ExportFormat, str] = {
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """Options of one export.
+class ExportOptions(Options):
+    """Options of one export."""
 
-    Attributes:
-        format: what to write; None takes what the output's suffix says, else ONNX.
-        output: path of the product; None writes beside the input.
-        data: samples that the written model is compared on, besides random inputs.
-        allow_nonfinite: export even NaN or infinite weights.
-        without_codec: leave the codecs of feature maps out of an ONNX file or a program.
-        int4: write weights of 4 bits and fewer in half a byte each, which takes ONNX's opset 21.
-    """
-
-    format: ExportFormat | None = None
-    output: str | None = None
-    data: DataOptions = field(default_factory=lambda: DataOptions(batch_size=64, limit=256))
-    allow_nonfinite: bool = False
-    without_codec: bool = False
-    int4: bool = False
+    # fmt: off
+    format: ExportFormat | None = option(
+        None, "What to write.", unset="what the output's suffix says, else onnx")
+    output: str | None = option(
+        None, "Where to write; the suffix implies the format.", "--output", "-o", panel="Output",
+        unset="INPUT's stem and .onnx, .pt2, .state.pt or .state.safetensors")
+    data: DataOptions = sampled_data("Compare on at most this many samples of the data.")
+    allow_nonfinite: bool = option(False, "Write even NaN or infinite weights.", panel="Output")
+    without_codec: bool = option(False, "Leave the codecs of feature maps out of an ONNX or pt2 file.")
+    int4: bool = option(
+        False, "ONNX: store weights of 4 bits and fewer in half a byte each (opset 21). Layers with such "
+        "weights run in floating point then; without it they take a byte, and run on integers.")
+    # fmt: on
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_output()
         if self.int4 and self.effective_format is not ExportFormat.ONNX:
             raise UsageError(f"--int4 is for ONNX files, not for {self.effective_format}")

@@ -2,21 +2,7 @@
 
 from __future__ import annotations
 
-from cctool.options.common import Choice
-
-__all__ = [
-    "CHANNELS_ONLY",
-    "NEEDS_DATA",
-    "AttentionUnit",
-    "Granularity",
-    "Growth",
-    "Images",
-    "Normalize",
-    "PruneMethod",
-    "Reduce",
-    "Scope",
-    "StepMode",
-]
+from cctool.options.fields import Choice
 
 
 class PruneMethod(Choice):
@@ -36,18 +22,24 @@ class PruneMethod(Choice):
 
 
 NEEDS_DATA = frozenset(
-    {
-        PruneMethod.TAYLOR,
-        PruneMethod.HESSIAN,
-        PruneMethod.GRADIENT,
-        PruneMethod.APOZ,
-        PruneMethod.ACTIVATION,
-    }
+    {PruneMethod.TAYLOR, PruneMethod.HESSIAN, PruneMethod.GRADIENT, PruneMethod.APOZ, PruneMethod.ACTIVATION}
 )
 """Methods that look at training images."""
 
 CHANNELS_ONLY = frozenset({PruneMethod.SLIMMING, PruneMethod.FPGM, PruneMethod.APOZ, PruneMethod.ACTIVATION})
 """Methods that say nothing of single weights."""
+
+
+GLOBAL = frozenset({PruneMethod.SLIMMING, PruneMethod.LAMP, PruneMethod.TAYLOR, PruneMethod.HESSIAN})
+"""Methods whose scores are comparable across the network."""
+
+
+class Sparsifier(Choice):
+    """How training drives units towards zero before they are cut."""
+
+    GAMMA_L1 = "gamma-l1"
+    GROUP_LASSO = "group-lasso"
+    GROWING = "growing"
 
 
 class Scope(Choice):

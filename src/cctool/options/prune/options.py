@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cctool.base.errors import UsageError
-from cctool.options.common import Choice, DataOptions
+from cctool.options.common import DataOptions
+from cctool.options.fields import (
+    Choice,
+    Idle,
+    Options,
+    assemble,
+    at_least,
+    between,
+    nested,
+    option,
+    positive,
+    section,
+)
 from cctool.options.prune.choices import (
     CHANNELS_ONLY,
+    GLOBAL,
     NEEDS_DATA,
     AttentionUnit,
     Granularity,
@@ -18,29 +32,28 @@ from cctool.options.prune.choices import (
     PruneMethod,
     Reduce,
     Scope,
+    Sparsifier,
     StepMode,
 )
-from cctool.options.prune.parts import Block, Pattern, Sparsifier, SparsifyOptions, Target, TeacherOptions
-
-__all__ = [
-    "AUTO_ROUND",
-    "PRESETS",
-    "AttentionUnit",
-    "Granularity",
-    "Growth",
-    "Images",
-    "Normalize",
-    "PruneMethod",
-    "PruneOptions",
-    "PrunePreset",
-    "Reduce",
-    "Scope",
-    "StepMode",
-    "preset_options",
-]
+from cctool.options.prune.patterns import Block, Pattern, parse_block, parse_pattern
+from cctool.options.target import Target, parse_target
+from cctool.options.teacher import (
+    TeacherOptions,
+    keep_storage_option,
+    lr_option,
+    optimizer_option,
+    teacher_option,
+)
 
 AUTO_ROUND = 8
 """Multiple of channels that ``--round-to auto`` keeps: what vector units of CPUs and tensor cores like."""
+
+_ranking = section("What goes first")
+_amount = section("How much goes")
+_shape = section("What may go")
+_TRAINING = "Training before and after"
+_training = section(_TRAINING)
+_report = section("Report")
 
 
 class PrunePreset(Choice):
@@ -50,123 +63,200 @@ class PrunePreset(Choice):
 
 
 @dataclass(frozen=True)
-class PruneOptions:
-    """Options of one pruning.
+class SparsifyOptions(Options):
+    """Training that drives units towards zero before they are cut."""
 
-    Attributes:
-        method: how units are ranked.
-        rate: fraction of the removable units that go, in [0, 1); with several steps, reached at the last one.
-        scope: where units compete; None is the method's own custom, see `effective_scope`.
-        reduce: how the scores of a unit's several tensors become one; None is the method's own custom.
-        normalize: how the scores of a family are scaled before families are compared; None is the method's
-            own custom.
-        granularity: what goes: whole channels physically, or single weights, blocks, kernels, rows or
-            columns by a mask.
-        pattern: how many of how many neighbours stay, for granularity ``nm``.
-        block: rows and columns of a block, for granularity ``block``.
-        mask: only mask the channels that would be cut; their weights become and stay zero.
-        apply_masks: cut what earlier masks left empty, and choose nothing new.
-        target: what the network may cost afterwards; in place of `rate`.
-        max_drop: points of the metric on the validation split that may be lost; in place of `rate`.
-        rates: path of a CSV or JSON table, family or layer -> rate; in place of `rate`.
-        round_to: kept widths are multiples of this, rounded up; None is `AUTO_ROUND` where the family has
-            that many channels.
-        min_channels: no family is cut below so many channels.
-        exclude: glob patterns of parameters, modules or families that keep their width.
-        only: glob patterns; where given, families that match none keep their width.
-        exact: leave widths alone over which statistics run (layer norm, attention), so that what is left
-            computes exactly what the masked network does.
-        attention: what goes from attention, where the network's code allows it.
-        keep: fraction of each family's width that every step keeps, truncated to whole channels: the width
-            after step i is int(width * keep**i). In place of `rate`; local scope only.
-        steps: number of steps, each with a checkpoint of its own.
-        step_mode: what a step starts from.
-        growth: how the rate grows from step to step.
-        finetune_epochs: epochs of training after each step, each with a new optimizer.
-        optimizer: of the fine-tuning: ``sgd``, ``adam``, ``adamw`` or the user's ``my.py:factory``.
-        lr: learning rate of the fine-tuning; None takes the optimizer's default for trained networks.
-        rewind: path of an earlier checkpoint whose weights the surviving channels or weights get back.
-        from_scratch: initialise the thinned network anew: the control that pruning has to beat.
-        sparsify: training that drives units towards zero before they are cut.
-        teacher: a network that is followed while fine-tuning.
-        keep_storage: store fine-tuned tensors again as they were stored before.
-        recalibrate: number of images from which batch-norm statistics are estimated again; 0 leaves them.
-        recalibrate_images: which; None is plain, for `max_drop` whichever suits the dense network better.
-        samples: number of training images that data-driven methods look at.
-        plot: draw the kept widths beside the product.
-        plot_file: path of that picture.
-        preset: the published method that these options were taken from; see `preset_options`.
-        data: what fine-tuning, recalibration and measuring use.
-    """
+    # fmt: off
+    method: Sparsifier = option(..., "Train before the cut so that units go towards zero.", "--sparsify")
+    epochs: int = option(1, "Epochs of that training.", "--sparsify-epochs", bounds=at_least(1))
+    strength: float | None = option(
+        None, "Weight of its penalty; of growing, what it grows by.", "--sparsify-strength",
+        unset="the method's", bounds=positive())
+    lr: float | None = option(
+        None, "Its learning rate.", "--sparsify-lr", unset="the optimizer's for trained networks",
+        bounds=positive())
+    # fmt: on
 
-    method: PruneMethod = PruneMethod.SLIMMING
-    rate: float = 0.5
-    scope: Scope | None = None
-    reduce: Reduce | None = None
-    normalize: Normalize | None = None
-    granularity: Granularity = Granularity.CHANNEL
-    pattern: Pattern | None = None
-    block: Block | None = None
-    mask: bool = False
-    apply_masks: bool = False
-    target: Target | None = None
-    max_drop: float | None = None
-    rates: str | None = None
-    round_to: int | None = 1
-    min_channels: int = 1
-    exclude: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
-    exact: bool = False
-    attention: AttentionUnit = AttentionUnit.POSITIONS
-    keep: float | None = None
-    steps: int = 1
-    step_mode: StepMode = StepMode.INDEPENDENT
-    growth: Growth = Growth.EXPONENTIAL
-    finetune_epochs: int = 0
-    optimizer: str = "adamw"
-    lr: float | None = None
-    rewind: str | None = None
-    from_scratch: bool = False
-    sparsify: SparsifyOptions | None = None
-    teacher: TeacherOptions | None = None
-    keep_storage: bool = False
-    recalibrate: int = 0
-    recalibrate_images: Images | None = None
-    samples: int = 1024
-    plot: bool = field(default=False, metadata={"recorded": False})
-    plot_file: str | None = field(default=None, metadata={"recorded": False})
-    preset: PrunePreset | None = None
-    data: DataOptions = field(default_factory=DataOptions)
 
-    def __post_init__(self) -> None:
-        problems = [text for wrong, text in (*self._ranges(), *self._clashes()) if wrong]
-        if problems:
-            raise UsageError("; ".join(problems))
+def _round(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--round-to {text}: a whole number from 1 on, or auto, is expected")
+    return int(text)
 
-    def _ranges(self) -> tuple[tuple[bool, str], ...]:
+
+# fmt: off
+_UNTUNED = Idle(lambda asked: asked.finetune_epochs == 0,
+                "nothing is fine-tuned; --finetune-epochs says for how long")
+_UNTRAINED = Idle(lambda asked: asked.finetune_epochs == 0 and asked.sparsify is None,
+                  "nothing is trained; --finetune-epochs says for how long")
+_ONE_STEP = Idle(lambda asked: asked.steps == 1,
+                 "a single step has no intermediate rates; --steps says how many there are")
+_NO_CHOICE = Idle(lambda asked: asked.apply_masks, "--apply-masks cuts what is empty, and chooses nothing")
+_NO_WIDTHS = Idle(lambda asked: asked.apply_masks,
+                  "--apply-masks cuts what changes no output, and plans no widths")
+_MASKS_ONLY = Idle(lambda asked: asked.granularity is not Granularity.CHANNEL,
+                   lambda asked: f"--granularity {asked.granularity} changes no width")
+# fmt: on
+
+
+@dataclass(frozen=True)
+class PruneOptions(Options):
+    """Options of one pruning."""
+
+    # fmt: off
+    method: PruneMethod = _ranking(
+        PruneMethod.SLIMMING, "How units are ranked; the lowest go. taylor, hessian, gradient, apoz and "
+        "activation look at training images. Masks of weights: l1, unless another is given.", idle=_NO_CHOICE)
+    rate: float = _amount(
+        0.5, "Fraction of the removable units (or weights) that go; with several steps, reached at the last.",
+        bounds=between("[0, 1)"),
+        idle=Idle(lambda asked: bool(asked.instead_of_rate), lambda asked: asked.instead_of_rate))
+    scope: Scope | None = _ranking(
+        None, "Rank across the network or in each family.",
+        unset="global for slimming, lamp, taylor and hessian, else local",
+        idle=(_NO_CHOICE,
+              Idle(lambda asked: asked.granularity is Granularity.NM,
+                   "--granularity nm chooses within each group of M")))
+    reduce: Reduce | None = _ranking(
+        None, "How a unit's scores in its several tensors become one; first: the first tensor's in the pass.",
+        unset="the method's default", idle=(_NO_CHOICE, _MASKS_ONLY))
+    normalize: Normalize | None = _ranking(
+        None, "By what a family's scores are divided before families are compared.",
+        unset="the method's default",
+        idle=(_NO_CHOICE, _MASKS_ONLY,
+              Idle(lambda asked: asked.keep is not None or asked.rates is not None,
+                   "each family's width is fixed, so that families are not compared")))
+    granularity: Granularity = _shape(
+        Granularity.CHANNEL, "Cut channels, or mask weights: single ones, N:M, kernels, rows (filters), "
+        "columns, blocks.")
+    pattern: Pattern | None = _shape(
+        None, "For --granularity nm: of every M neighbouring inputs N stay.", metavar="N:M", unset="2:4",
+        parse=parse_pattern)
+    block: Block | None = _shape(
+        None, "For --granularity block: rows (outputs) and columns (inputs) of a block.",
+        metavar="ROWSxCOLUMNS", unset="4x1", parse=parse_block)
+    mask: bool = _shape(False, "Only mask the channels that would be cut; --apply-masks cuts them.")
+    apply_masks: bool = _amount(False, "Cut what earlier masks left empty, and nothing else.")
+    target: Target | None = _amount(
+        None, "What the network may cost: macs=0.5, params=30%, bytes=1.2MB, latency=0.6 (measured). Up to "
+        "1 is a fraction of what comes in.", metavar="QUANTITY=VALUE", parse=parse_target)
+    max_drop: float | None = _amount(
+        None, "Points of validation top-1 that may be lost; finds the largest rate.", metavar="POINTS",
+        bounds=at_least(0))
+    rates: str | None = _amount(None, "Table of rates, family or layer -> rate.", metavar="FILE.csv|.json")
+    round_to: int | None = _shape(
+        1, f"Keep widths that are multiples of this, rounded up; auto: of {AUTO_ROUND} where a family is as "
+        f"wide.", metavar="N|auto", parse=_round, shown="1", bounds=at_least(1),
+        idle=(_NO_CHOICE, _MASKS_ONLY))
+    min_channels: int = _shape(
+        1, "Keep at least this many channels in every family.", bounds=at_least(1),
+        idle=(_NO_CHOICE, _MASKS_ONLY))
+    exclude: tuple[str, ...] = _shape(
+        (), "Modules, tensors or families that keep their width; may be repeated.", metavar="GLOB",
+        repeated=True)
+    only: tuple[str, ...] = _shape(
+        (), "Touch nothing but these; may be repeated.", metavar="GLOB", repeated=True)
+    exact: bool = _shape(
+        False, "Keep widths over which statistics run (layer norm, attention): all else is exact.",
+        idle=(_NO_WIDTHS, _MASKS_ONLY))
+    attention: AttentionUnit = _shape(
+        AttentionUnit.POSITIONS, "What goes from attention: equal positions of every head, or whole heads "
+        "where code allows.", idle=(_NO_WIDTHS, _MASKS_ONLY))
+    keep: float | None = _amount(
+        None, "Fraction of each width that a step keeps, truncated: int(width * keep^i) after step i.",
+        bounds=between("(0, 1]"))
+    steps: int = _training(
+        1, "Prune in this many steps, a checkpoint each.", bounds=at_least(1), idle=_NO_CHOICE)
+    step_mode: StepMode = _training(
+        StepMode.INDEPENDENT, "Each step starts from the source, or from the step before.", idle=_ONE_STEP)
+    growth: Growth = _training(
+        Growth.EXPONENTIAL, "How the rate grows from step to step; agp: fast at first (Zhu and Gupta 2017, "
+        "equation 1).",
+        idle=(_ONE_STEP,
+              Idle(lambda asked: asked.keep is not None,
+                   "--keep shrinks each width by the same factor at each step")))
+    finetune_epochs: int = _training(
+        0, "Epochs of training after each step, with a new optimizer.", bounds=at_least(0))
+    optimizer: str = optimizer_option("adamw", _UNTRAINED, _TRAINING)
+    lr: float | None = lr_option(_UNTUNED, _TRAINING)
+    rewind: str | None = _training(
+        None, "Give what is left the weights of this earlier checkpoint.", metavar="CHECKPOINT")
+    from_scratch: bool = _training(
+        False, "Initialise the thinned network anew: the control that pruning has to beat.")
+    sparsify: SparsifyOptions | None = nested(
+        SparsifyOptions, key="method", panel=_TRAINING, changed={"method": {"idle": (_NO_CHOICE,)}})
+    teacher: TeacherOptions | None = teacher_option(_UNTUNED)
+    keep_storage: bool = keep_storage_option(_TRAINING, _UNTUNED)
+    recalibrate: int = _training(
+        0, "Estimate batch-norm statistics again from N training images; 0 leaves them.", metavar="N",
+        bounds=at_least(0))
+    recalibrate_images: Images | None = _training(
+        None, "Take these images as they are, or varied as for training, with whose statistics the network "
+        "learnt.", unset="plain; for --max-drop whichever suits the dense network better",
+        idle=Idle(lambda asked: asked.recalibrate == 0 and asked.max_drop is None,
+                  "no statistics are estimated again; --recalibrate says from how many images"))
+    samples: int = _ranking(
+        1024, "Training images that data-driven methods look at.", bounds=at_least(1),
+        idle=Idle(lambda asked: not asked.needs_data,
+                  lambda asked: f"--method {asked.method} looks at no images"))
+    plot: bool = _report(
+        False, "Draw the kept widths beside the product (.widths.png).", recorded=False,
+        idle=(_NO_WIDTHS, _MASKS_ONLY))
+    plot_file: str | None = _report(
+        None, "Draw them into this file: .png, .svg or .pdf.", metavar="PATH", recorded=False,
+        idle=(_NO_WIDTHS, _MASKS_ONLY))
+    preset: PrunePreset | None = option(
+        None, "Set the options as a published method did; options that you give stand.")
+    data: DataOptions = nested(DataOptions)
+    dry_run: bool = _report(False, "Print the plan and write no checkpoint.", recorded=False)
+    # fmt: on
+
+    def clashes(self) -> Iterable[tuple[bool, str]]:
+        """Goals, granularities and trainings that exclude each other."""
+        given = list(self.goals)
+        channels = self.granularity is Granularity.CHANNEL
+        # fmt: off
         return (
-            (not 0 <= self.rate < 1, f"rate {self.rate} is outside [0, 1): give the fraction to remove"),
-            (
-                self.round_to is not None and self.round_to < 1,
-                f"round_to {self.round_to} is below 1: 1 leaves widths as they come",
-            ),
-            (self.min_channels < 1, f"min_channels {self.min_channels} is below 1: one channel always stays"),
-            (self.steps < 1, f"steps {self.steps} is below 1: one step prunes once"),
-            (self.finetune_epochs < 0, f"finetune_epochs {self.finetune_epochs} is negative: 0 skips it"),
-            (self.lr is not None and self.lr <= 0, f"lr {self.lr} is not positive"),
-            (self.recalibrate < 0, f"recalibrate {self.recalibrate} is negative: 0 keeps the statistics"),
-            (self.samples < 1, f"samples {self.samples} is below 1: the method needs images to look at"),
-            (
-                self.max_drop is not None and not self.max_drop >= 0,
-                f"max_drop {self.max_drop}: points of the metric, 0 or more, are allowed",
-            ),
-            (
-                self.keep is not None and not 0 < self.keep <= 1,
-                f"keep {self.keep} is outside (0, 1]: give the fraction of each width to keep",
-            ),
+            (not channels and self.method in CHANNELS_ONLY,
+             f"--method {self.method} ranks channels, not the parts of weights that --granularity "
+             f"{self.granularity} masks: l1, l2, lamp, taylor, hessian, gradient and random do"),
+            (len(given) > 1, f"{' and '.join(given)} each say how much goes: give one of them"),
+            (self.keep is not None and self.scope is Scope.GLOBAL,
+             "keep fixes the width of each family, which leaves scope global nothing to do"),
+            (self.rates is not None and self.scope is Scope.GLOBAL,
+             "--rates fixes the rate of each family, which leaves --scope global nothing to do"),
+            (not channels and bool(given) and given != ["--rates"],
+             f"{', '.join(given)} with --granularity {self.granularity}: masks of single weights change no "
+             f"width; --rate and --rates say how many weights go"),
+            (not channels and self.mask,
+             f"--granularity {self.granularity} masks anyway; --mask belongs to channels"),
+            (self.apply_masks and self.rewind is not None,
+             "--apply-masks changes no output, and --rewind all of them: rewind in a command of its own"),
+            (self.granularity is Granularity.NM and self.rates is not None,
+             "--granularity nm fixes how many weights stay, which leaves --rates nothing to do: --only and "
+             "--exclude choose layers"),
+            (self.granularity is Granularity.NM and self.steps > 1,
+             "--granularity nm fixes how many weights stay, which leaves --steps nothing to do"),
+            (not channels and self.sparsify is not None and self.sparsify.method is Sparsifier.GROWING,
+             f"--sparsify growing pushes the channels that go, and --granularity {self.granularity} masks "
+             f"weights: gamma-l1 and group-lasso act on all channels"),
+            (self.mask and self.apply_masks, "--mask and --apply-masks are two different commands"),
+            (self.pattern is not None and self.granularity is not Granularity.NM,
+             "--pattern belongs to --granularity nm"),
+            (self.block is not None and self.granularity is not Granularity.BLOCK,
+             "--block belongs to --granularity block"),
+            (self.steps > 1 and self.max_drop is not None,
+             "--max-drop finds one rate, with which --steps has nothing to do"),
+            (self.rewind is not None and self.from_scratch,
+             "--rewind and --from-scratch both set the weights of the thinned network: give one"),
         )
+        # fmt: on
 
-    def _clashes(self) -> tuple[tuple[bool, str], ...]:
+    @property
+    def goals(self) -> tuple[str, ...]:
+        """The options given that say how much goes, other than ``--rate``."""
         goals = {
             "--keep": self.keep is not None,
             "--target": self.target is not None,
@@ -174,74 +264,35 @@ class PruneOptions:
             "--rates": self.rates is not None,
             "--apply-masks": self.apply_masks,
         }
-        given = [name for name, there in goals.items() if there]
-        channels = self.granularity is Granularity.CHANNEL
-        searched = self.target is not None or self.max_drop is not None
-        weights = self.granularity is not Granularity.CHANNEL
-        return (
-            (
-                weights and self.method in CHANNELS_ONLY,
-                f"--method {self.method} ranks channels, not the parts of weights that --granularity "
-                f"{self.granularity} masks: l1, l2, lamp, taylor, hessian, gradient and random do",
-            ),
-            (len(given) > 1, f"{' and '.join(given)} each say how much goes: give one of them"),
-            (
-                self.keep is not None and self.scope is Scope.GLOBAL,
-                "keep fixes the width of each family, which leaves scope global nothing to do",
-            ),
-            (
-                self.rates is not None and self.scope is Scope.GLOBAL,
-                "--rates fixes the rate of each family, which leaves --scope global nothing to do",
-            ),
-            (
-                not channels and bool(given) and given != ["--rates"],
-                f"{', '.join(given)} with --granularity {self.granularity}: masks of single weights change "
-                "no width; --rate and --rates say how many weights go",
-            ),
-            (
-                not channels and self.mask,
-                f"--granularity {self.granularity} masks anyway; --mask belongs to channels",
-            ),
-            (
-                self.apply_masks and self.rewind is not None,
-                "--apply-masks changes no output, and --rewind all of them: rewind in a command of its own",
-            ),
-            (
-                self.granularity is Granularity.NM and self.rates is not None,
-                "--granularity nm fixes how many weights stay, which leaves --rates nothing to do: --only "
-                "and --exclude choose layers",
-            ),
-            (
-                self.granularity is Granularity.NM and self.steps > 1,
-                "--granularity nm fixes how many weights stay, which leaves --steps nothing to do",
-            ),
-            (
-                not channels and self.sparsify is not None and self.sparsify.method is Sparsifier.GROWING,
-                f"--sparsify growing pushes the channels that go, and --granularity {self.granularity} masks "
-                "weights: gamma-l1 and group-lasso act on all channels",
-            ),
-            (self.mask and self.apply_masks, "--mask and --apply-masks are two different commands"),
-            (
-                self.pattern is not None and self.granularity is not Granularity.NM,
-                "--pattern belongs to --granularity nm",
-            ),
-            (
-                self.block is not None and self.granularity is not Granularity.BLOCK,
-                "--block belongs to --granularity block",
-            ),
-            (
-                searched and self.steps > 1 and self.max_drop is not None,
-                "--max-drop finds one rate, with which --steps has nothing to do",
-            ),
-            (
-                self.rewind is not None and self.from_scratch,
-                "--rewind and --from-scratch both set the weights of the thinned network: give one",
-            ),
+        return tuple(goal for goal, there in goals.items() if there)
+
+    @property
+    def instead_of_rate(self) -> str:
+        """Why ``--rate`` would change nothing; empty where it counts."""
+        goals = self.goals or (("--granularity nm",) if self.granularity is Granularity.NM else ())
+        if not goals:
+            return ""
+        preset = (
+            f"--preset {self.preset} sets --keep, which" if self.preset and goals == ("--keep",) else goals[0]
         )
+        return f"{preset} takes the place of --rate: give one of them"
+
+    @classmethod
+    def from_given(cls, given: Mapping[str, Any]) -> PruneOptions:
+        """Make the options of a call: what is given, then the preset, then the defaults.
+
+        Args:
+            given: keyword -> value.
+        """
+        preset = given.get("preset")
+        values = {**(PRESETS[preset] if preset is not None else {}), **given}
+        if values.get("granularity", Granularity.CHANNEL) is not Granularity.CHANNEL:
+            values.setdefault("method", PruneMethod.L1)
+        return assemble(cls, values)
 
     @property
     def effective_scope(self) -> Scope:
-        """The scope asked for, else the custom of the method's paper.
+        """The scope asked for, else the default of the method's paper.
 
         Slimming compares scales across the whole network (Liu et al. 2017, section 3), LAMP and the
         estimates of a loss's change compare by construction; norms of filters with different fan-in do not,
@@ -250,7 +301,7 @@ class PruneOptions:
         if self.scope is not None:
             return self.scope
         fixed = self.keep is not None or self.rates is not None
-        return Scope.GLOBAL if not fixed and self.method in _GLOBAL else Scope.LOCAL
+        return Scope.GLOBAL if not fixed and self.method in GLOBAL else Scope.LOCAL
 
     @property
     def needs_data(self) -> bool:
@@ -277,9 +328,7 @@ class PruneOptions:
         return self.keep**step if self.step_mode is StepMode.INDEPENDENT else self.keep
 
 
-_GLOBAL = frozenset({PruneMethod.SLIMMING, PruneMethod.LAMP, PruneMethod.TAYLOR, PruneMethod.HESSIAN})
-
-PRESETS: dict[PrunePreset, dict[str, Any]] = {
+PRESETS: Mapping[PrunePreset, Mapping[str, Any]] = {
     # H.-Y. Lee's ML2020 homework 7: the four widest bandwidths of the MobileNet student, that is the channels
     # that enter blocks 4..7, ranked by the batch norm behind each block's depthwise convolution.
     PrunePreset.LHY_HW7: {
@@ -292,12 +341,6 @@ PRESETS: dict[PrunePreset, dict[str, Any]] = {
         "finetune_epochs": 5,
         "optimizer": "adamw",
         "lr": 1e-3,
-    },
+    }
 }
 """The options that each preset sets."""
-
-
-def preset_options(preset: PrunePreset | None, **given: Any) -> PruneOptions:
-    """Make options as a preset sets them, except for those that are given."""
-    chosen = PRESETS[preset] if preset is not None else {}
-    return PruneOptions(**(chosen | given), preset=preset)

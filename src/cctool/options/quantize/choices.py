@@ -2,20 +2,7 @@
 
 from __future__ import annotations
 
-from cctool.options.common import Choice
-
-__all__ = [
-    "CLIPPING",
-    "INTEGERS",
-    "STORED",
-    "TRAINED",
-    "CodebookInit",
-    "Edges",
-    "Observer",
-    "QuantizeMethod",
-    "QuantizePreset",
-    "Rounding",
-]
+from cctool.options.fields import Choice
 
 
 class QuantizeMethod(Choice):
@@ -55,13 +42,6 @@ INTEGERS: dict[QuantizeMethod, int] = {
     QuantizeMethod.INT8: 8,
 }
 """Methods that are named after the bits of their integers."""
-
-STORED = frozenset(
-    {QuantizeMethod.FP16, QuantizeMethod.BF16, QuantizeMethod.UINT8, QuantizeMethod.CODEBOOK}
-    | {QuantizeMethod.APOT}
-    | (INTEGERS.keys() - {QuantizeMethod.INT8})
-)
-"""Methods that store weights in fewer bits and leave activations."""
 
 CLIPPING = frozenset({QuantizeMethod.PACT, QuantizeMethod.DOREFA, QuantizeMethod.WRPN})
 """Methods that quantize what clipping activations put out."""

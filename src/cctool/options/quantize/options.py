@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cctool.base.errors import UsageError
 from cctool.options.common import DataOptions
-from cctool.options.prune.parts import Quantity, Target
+from cctool.options.fields import Idle, Options, assemble, at_least, nested, option, positive, section
 from cctool.options.quantize.choices import (
     CLIPPING,
     INTEGERS,
@@ -18,9 +19,8 @@ from cctool.options.quantize.choices import (
     QuantizePreset,
     Rounding,
 )
-from cctool.options.quantize.parts import CalibrationOptions, LayerBits, TuningOptions
-
-__all__ = ["PRESETS", "QuantizeMethod", "QuantizeOptions", "QuantizePreset", "preset_options"]
+from cctool.options.quantize.parts import CalibrationOptions, LayerBits, TuningOptions, parse_layer_bits
+from cctool.options.target import Quantity, Target, parse_target
 
 _DEFAULT_BITS: dict[QuantizeMethod, int] = {
     **INTEGERS,
@@ -35,157 +35,149 @@ _DEFAULT_BITS: dict[QuantizeMethod, int] = {
 _FLOATS = frozenset({QuantizeMethod.FP16, QuantizeMethod.BF16})
 _UNIFORM = frozenset({*INTEGERS, QuantizeMethod.QAT})
 _EPOCHS = 10
+_weights = section("Weights")
+_activations = section("Activations")
+_layers = section("Which layers")
+
+
+def _choices(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(piece) for piece in text.split(",")}))
+    except ValueError:
+        raise UsageError(f"--choices {text}: comma-separated bits are expected, as in 2,4,8") from None
 
 
 @dataclass(frozen=True)
-class QuantizeOptions:
-    """Options of one quantization. None means that the default depends on the method.
+class QuantizeOptions(Options):
+    """Options of one quantization. None means that the default depends on the method."""
 
-    Attributes:
-        method: see `QuantizeMethod`.
-        weight_bits: bits of a weight.
-        activation_bits: bits of an activation, of methods that quantize these.
-        weight_only: leave activations in floating point.
-        per_channel: a scale for each output channel instead of one for the tensor.
-        group: a scale for so many neighbouring weights of a channel; stored integers only.
-        asymmetric: integers with a zero point for weights; else 0 is in the middle.
-        rounding: see `Rounding`.
-        rounding_steps: steps of AdaRound for each layer.
-        init: where k-means begins.
-        terms: powers of two that are added up, of ``apot``.
-        edges: what becomes of the first and the last layer.
-        layers: bits of single layers; the first that matches holds.
-        include_1d: take 1-D tensors too: biases, batch norm's scales and running statistics; stored only.
-        include: glob patterns; where given, only tensors or layers that match one are taken. A pattern that
-            is a tensor's whole name takes it whatever it is.
-        exclude: glob patterns of tensors or layers that are left as they are; they win over `include`.
-        calibration: how ranges of activations are found.
-        tuning: training with quantizers in the loop.
-        target: bytes that the weights may take; bits are chosen for each layer.
-        max_drop: percentage points of validation accuracy that may be lost; bits are chosen for each layer.
-        choices: bits to choose from.
-        preset: the published method that these options were taken from; see `preset_options`.
-        data: what the network is calibrated, trained and measured on.
-    """
+    # fmt: off
+    method: QuantizeMethod = option(
+        QuantizeMethod.UINT8, "Stored weights: fp16, bf16, uint8, int2-int7, codebook, apot. Weights and "
+        "activations of an integer runtime: int8. Trained: qat, lsq, pact, dorefa, wrpn.")
+    weight_bits: int | None = _weights(
+        None, "Bits of a weight.",
+        unset="the method's; codebook 5, apot, lsq, pact, dorefa and wrpn 4, qat 8")
+    activation_bits: int | None = _activations(
+        None, "Bits of an activation.", unset="8; of lsq, pact, dorefa and wrpn 4")
+    weight_only: bool = _activations(False, "Leave activations in floating point.")
+    per_channel: bool | None = _weights(
+        None, "A scale for each output channel.", "--per-channel/--per-tensor",
+        unset="yes, but for uint8 and lsq")
+    group: int | None = _weights(
+        None, "A scale for every N neighbouring weights of a channel (stored integers).", "--group-size",
+        metavar="N", bounds=at_least(1))
+    asymmetric: bool = _weights(False, "Weights with a zero point (intN, qat).", "--asymmetric/--symmetric")
+    rounding: Rounding = _weights(
+        Rounding.NEAREST, "To the nearest level, or learnt for each layer's output (intN).")
+    rounding_steps: int = _weights(
+        1000, "Steps of AdaRound for each layer.", bounds=at_least(1),
+        idle=Idle(lambda asked: asked.rounding is Rounding.NEAREST, "there is no --rounding adaround"))
+    init: CodebookInit = _weights(
+        CodebookInit.LINEAR, "Where the k-means of codebook begins (Han et al. 2016, section 3.2).",
+        idle=Idle(lambda asked: asked.method is not QuantizeMethod.CODEBOOK,
+                  lambda asked: f"--method {asked.method} has no codebook"))
+    terms: int | None = _weights(None, "Powers of two that apot adds up.", unset="one for every two bits")
+    edges: Edges | None = _layers(
+        None, "First and last layer, where activations are quantized: 8 bits, as the others, or float.",
+        unset="8",
+        idle=Idle(lambda asked: not asked.activations,
+                  lambda asked: f"--method {asked.method} treats all layers alike; --layer names some"))
+    layers: tuple[LayerBits, ...] = _layers(
+        (), "Bits of some layers, as fc=8, layer1.*=w4a8 or conv1=float; the first that matches holds; may "
+        "be repeated.", "--layer", metavar="GLOB=BITS", repeated=True, parse=parse_layer_bits)
+    include_1d: bool = _layers(
+        False, "Store 1-D tensors so, too: biases, batch norm's scales and running statistics.",
+        idle=Idle(lambda asked: asked.activations, "biases stay as they are next to integer kernels"))
+    include: tuple[str, ...] = _layers(
+        (), "Take no other tensors or layers; a tensor's full name takes it whatever it is; may be repeated.",
+        metavar="GLOB", repeated=True)
+    exclude: tuple[str, ...] = _layers(
+        (), "Leave these tensors or layers as they are; wins over --include; may be repeated.",
+        metavar="GLOB", repeated=True)
+    calibration: CalibrationOptions = nested(CalibrationOptions)
+    tuning: TuningOptions = nested(TuningOptions)
+    target: Target | None = _layers(
+        None, "Bytes that the weights may take, absolute or of what comes in; chooses bits layer by layer.",
+        metavar="bytes=VALUE", parse=parse_target)
+    max_drop: float | None = _layers(
+        None, "Points of validation accuracy that may be lost; chooses bits layer by layer.",
+        metavar="POINTS", bounds=positive())
+    choices: tuple[int, ...] = _layers(
+        (2, 4, 8), "Bits to choose from, with --target and --max-drop.", metavar="B,B,...", parse=_choices,
+        shown="2,4,8",
+        idle=Idle(lambda asked: not asked.searches, "nothing is chosen; --target or --max-drop choose"))
+    preset: QuantizePreset | None = option(
+        None, "Set the options as a published method did; options that you give stand.")
+    data: DataOptions = nested(DataOptions)
+    # fmt: on
 
-    method: QuantizeMethod = QuantizeMethod.UINT8
-    weight_bits: int | None = None
-    activation_bits: int | None = None
-    weight_only: bool = False
-    per_channel: bool | None = None
-    group: int | None = None
-    asymmetric: bool = False
-    rounding: Rounding = Rounding.NEAREST
-    rounding_steps: int = 1000
-    init: CodebookInit = CodebookInit.LINEAR
-    terms: int | None = None
-    edges: Edges | None = None
-    layers: tuple[LayerBits, ...] = ()
-    include_1d: bool = False
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
-    tuning: TuningOptions = field(default_factory=TuningOptions)
-    target: Target | None = None
-    max_drop: float | None = None
-    choices: tuple[int, ...] = (2, 4, 8)
-    preset: QuantizePreset | None = None
-    data: DataOptions = field(default_factory=DataOptions)
-
-    def __post_init__(self) -> None:
-        self._check_weights()
-        self._check_activations()
-        self._check_search()
-        if self.rounding_steps < 1:
-            raise UsageError(f"--rounding-steps {self.rounding_steps}: at least one is needed")
-        self._check_idle()
-        trains = self.method in TRAINED or self.method is QuantizeMethod.CODEBOOK
-        if self.epochs and not trains:
-            raise UsageError(
-                f"--epochs: --method {self.method} trains nothing; codebook, qat, lsq, pact, dorefa, wrpn do"
-            )
-
-    def _check_idle(self) -> None:
-        """Refuse what the method would not look at."""
-        by_layer = self.method in {*INTEGERS, *TRAINED} and self.group is None
-        if self.layers and not by_layer:
-            raise UsageError("--layer is for --method intN without --group-size, and for the trained methods")
-        if not self.activations and any(given.activations is not None for given in self.layers):
-            raise UsageError("--layer GLOB=wNaM: activations stay in floating point here; GLOB=N is expected")
+    def clashes(self) -> Iterable[tuple[bool, str]]:
+        """What the method has no use for, bits that it lacks, and choices that exclude each other."""
+        method, given = self.method, self.layers
+        clipped = method in {*CLIPPING, QuantizeMethod.CODEBOOK}
+        fixed = method in _FLOATS or method is QuantizeMethod.UINT8
+        integers, trained, grouped = method in INTEGERS, method in TRAINED, self.group is not None
+        ranged = {*_UNIFORM, QuantizeMethod.UINT8, QuantizeMethod.LSQ, QuantizeMethod.APOT}
         fitted = self.calibration.equalize or self.calibration.bias_correction
-        if self.group is not None and fitted:
-            raise UsageError("--group-size cannot be combined with --equalize or --bias-correction")
-        eights = {*self.choices} if self.searches else {self.bits, *(given.weights for given in self.layers)}
+        eights = {*self.choices} if self.searches else {self.bits, *(layer.weights for layer in given)}
         edges = self.activations and self.effective_edges is Edges.EIGHT
-        if self.calibration.reduce_range is not None and not (edges or 8 in eights):
-            raise UsageError("--reduce-range and --full-range are for weights of 8 bits, and there are none")
+        adaround = self.rounding is Rounding.ADAROUND
+        weight, activation, lowest = self.weight_bits, self.activation_bits, 1 if clipped else 2
+        # fmt: off
+        return (
+            (weight is not None and fixed, f"--weight-bits: --method {method} says how many bits there are"),
+            (weight is not None and INTEGERS.get(method) not in (None, 8, weight),
+             f"--weight-bits {weight}: --method {method} says {INTEGERS.get(method)}"),
+            (weight is not None and not lowest <= weight <= 8,
+             f"--weight-bits {weight}: {lowest} to 8 are allowed with --method {method}"),
+            (bool(self.per_channel) and method not in ranged,
+             f"--per-channel sets ranges, which {method} does not have for each channel; use it with "
+             "--method uint8, intN, qat, lsq or apot"),
+            (grouped and (self.activations or not integers),
+             "--group-size is for stored integers: --method intN, with int8 --weight-only"),
+            (self.asymmetric and method not in _UNIFORM,
+             f"--asymmetric: --method {method} has no such choice; intN and qat have"),
+            (adaround and not integers, "--rounding adaround is for --method intN"),
+            (adaround and grouped,
+             "--rounding adaround learns with one scale a channel: leave --group-size out"),
+            (self.terms is not None and method is not QuantizeMethod.APOT, "--terms is for --method apot"),
+            (self.weight_only and not (integers or trained),
+             f"--weight-only: --method {method} leaves activations anyway"),
+            (activation is not None and not self.activations,
+             f"--activation-bits: --method {method} leaves activations in float"),
+            (activation is not None and not (1 if method in CLIPPING else 2) <= activation <= 8,
+             f"--activation-bits {activation}: 2 to 8 are allowed"),
+            (fitted and not integers, "--equalize and --bias-correction are for --method intN"),
+            (self.target is not None and self.max_drop is not None,
+             "--target and --max-drop both choose the bits: give one of them"),
+            (self.searches and not integers, "--target and --max-drop choose bits for --method intN"),
+            (self.target is not None and self.target.quantity is not Quantity.BYTES,
+             f"--target {self.target}: quantizing saves bytes; bytes=VALUE is expected"),
+            (self.searches and not (self.choices and all(2 <= bits <= 8 for bits in self.choices)),
+             "--choices: bits from 2 to 8 are expected, as in 2,4,8"),
+            (self.searches and grouped, "--group-size cannot be combined with --target or --max-drop"),
+            (bool(given) and (grouped or not (integers or trained)),
+             "--layer is for --method intN without --group-size, and for the trained methods"),
+            (not self.activations and any(layer.activations is not None for layer in given),
+             "--layer GLOB=wNaM: activations stay in floating point here; GLOB=N is expected"),
+            (grouped and fitted, "--group-size cannot be combined with --equalize or --bias-correction"),
+            (self.calibration.reduce_range is not None and not (edges or 8 in eights),
+             "--reduce-range and --full-range are for weights of 8 bits, and there are none"),
+            (self.epochs > 0 and not trained and method is not QuantizeMethod.CODEBOOK,
+             f"--epochs: --method {method} trains nothing; codebook, qat, lsq, pact, dorefa, wrpn do"),
+        )
+        # fmt: on
 
-    def _check_weights(self) -> None:
-        if self.weight_bits is not None:
-            allowed = range(1, 9) if self.method in {*CLIPPING, QuantizeMethod.CODEBOOK} else range(2, 9)
-            if self.method in _FLOATS or self.method is QuantizeMethod.UINT8:
-                raise UsageError(f"--weight-bits: --method {self.method} says how many bits there are")
-            named = INTEGERS.get(self.method)
-            if named not in (None, 8, self.weight_bits):
-                raise UsageError(f"--weight-bits {self.weight_bits}: --method {self.method} says {named}")
-            if self.weight_bits not in allowed:
-                raise UsageError(
-                    f"--weight-bits {self.weight_bits}: {allowed.start} to {allowed.stop - 1} are allowed "
-                    f"with --method {self.method}"
-                )
-        ranged = self.method in {*_UNIFORM, QuantizeMethod.UINT8, QuantizeMethod.LSQ, QuantizeMethod.APOT}
-        if self.per_channel and not ranged:
-            raise UsageError(
-                f"--per-channel sets ranges, which {self.method} does not have for each channel; use it with "
-                "--method uint8, intN, qat, lsq or apot"
-            )
-        if self.group is not None:
-            if self.group < 1:
-                raise UsageError(f"--group-size {self.group}: at least one weight is needed")
-            if self.activations or self.method not in INTEGERS:
-                raise UsageError(
-                    "--group-size is for stored integers: --method intN, with int8 --weight-only"
-                )
-        if self.asymmetric and self.method not in _UNIFORM:
-            raise UsageError(f"--asymmetric: --method {self.method} has no such choice; intN and qat have")
-        if self.rounding is Rounding.ADAROUND and self.method not in INTEGERS:
-            raise UsageError("--rounding adaround is for --method intN")
-        if self.rounding is Rounding.ADAROUND and self.group is not None:
-            raise UsageError("--rounding adaround learns with one scale a channel: leave --group-size out")
-        if self.terms is not None and self.method is not QuantizeMethod.APOT:
-            raise UsageError("--terms is for --method apot")
+    @property
+    def observes(self) -> bool:
+        """Whether ranges of activations are found on images, and not learnt or fixed."""
+        return self.activations and self.method not in CLIPPING
 
-    def _check_activations(self) -> None:
-        if self.weight_only and self.method not in {*INTEGERS, *TRAINED}:
-            raise UsageError(f"--weight-only: --method {self.method} leaves activations anyway")
-        if self.activation_bits is not None:
-            if not self.activations:
-                raise UsageError(f"--activation-bits: --method {self.method} leaves activations in float")
-            if self.activation_bits not in range(1, 9) or (
-                self.activation_bits == 1 and self.method not in CLIPPING
-            ):
-                raise UsageError(f"--activation-bits {self.activation_bits}: 2 to 8 are allowed")
-        corrected = self.calibration.equalize or self.calibration.bias_correction
-        if corrected and self.method not in INTEGERS:
-            raise UsageError("--equalize and --bias-correction are for --method intN")
-
-    def _check_search(self) -> None:
-        if self.target is not None and self.max_drop is not None:
-            raise UsageError("--target and --max-drop both choose the bits: give one of them")
-        if not self.searches:
-            return
-        if self.method not in INTEGERS:
-            raise UsageError("--target and --max-drop choose bits for --method intN")
-        if self.target is not None and self.target.quantity is not Quantity.BYTES:
-            raise UsageError(f"--target {self.target}: quantizing saves bytes; bytes=VALUE is expected")
-        if self.max_drop is not None and not self.max_drop > 0:
-            raise UsageError(
-                f"--max-drop {self.max_drop:g}: a positive number of percentage points is needed"
-            )
-        if not self.choices or any(bits not in range(2, 9) for bits in self.choices):
-            raise UsageError("--choices: bits from 2 to 8 are expected, as in 2,4,8")
-        if self.group is not None:
-            raise UsageError("--group-size cannot be combined with --target or --max-drop")
+    @property
+    def looks_at_images(self) -> bool:
+        """Whether anything is fitted to training images."""
+        return self.activations or self.calibration.bias_correction or self.rounding is Rounding.ADAROUND
 
     @property
     def searches(self) -> bool:
@@ -236,16 +228,20 @@ class QuantizeOptions:
             return self.tuning.epochs
         return _EPOCHS if self.method in TRAINED else 0
 
+    @classmethod
+    def from_given(cls, given: Mapping[str, Any]) -> QuantizeOptions:
+        """Make the options of a call: what is given, then the preset, then the defaults.
 
-PRESETS: dict[QuantizePreset, dict[str, Any]] = {
+        Args:
+            given: keyword -> value.
+        """
+        preset = given.get("preset")
+        return assemble(cls, {**(PRESETS[preset] if preset is not None else {}), **given})
+
+
+PRESETS: Mapping[QuantizePreset, Mapping[str, Any]] = {
     # H.-Y. Lee's ML2020 homework 7: every tensor but single numbers, batch norm's among them, 8-bit min-max
     # over the whole tensor.
-    QuantizePreset.LHY_HW7: {"method": QuantizeMethod.UINT8, "per_channel": False, "include_1d": True},
+    QuantizePreset.LHY_HW7: {"method": QuantizeMethod.UINT8, "per_channel": False, "include_1d": True}
 }
 """The options that each preset sets."""
-
-
-def preset_options(preset: QuantizePreset | None, **given: Any) -> QuantizeOptions:
-    """Make options as a preset sets them, except for those that are given."""
-    chosen = PRESETS[preset] if preset is not None else {}
-    return QuantizeOptions(**(chosen | given), preset=preset)

@@ -6,75 +6,84 @@ import re
 from dataclasses import dataclass
 
 from cctool.base.errors import UsageError
-from cctool.options.prune.parts import TeacherOptions
-from cctool.options.quantize.choices import Observer
-
-__all__ = ["CalibrationOptions", "LayerBits", "TuningOptions", "parse_layer_bits"]
+from cctool.options.fields import Bounds, Idle, Options, at_least, positive, section
+from cctool.options.quantize.choices import INTEGERS, Observer, QuantizeMethod
+from cctool.options.teacher import (
+    TeacherOptions,
+    freeze_norm_option,
+    lr_option,
+    optimizer_option,
+    teacher_option,
+)
 
 _BITS = range(1, 17)
+_weights = section("Weights")
+_activations = section("Activations")
+_TRAINING = "Training"
+_training = section(_TRAINING)
+
+_CALIBRATES_NONE = Idle(
+    lambda asked: not asked.observes, lambda asked: f"--method {asked.method} calibrates no activations"
+)
+_UNTRAINED = Idle(lambda asked: not asked.epochs, "nothing is trained; --epochs says for how long")
 
 
 @dataclass(frozen=True)
-class CalibrationOptions:
-    """How ranges of activations are found, and weights are made fit for few bits.
+class CalibrationOptions(Options):
+    """How ranges of activations are found, and weights are made fit for few bits."""
 
-    Attributes:
-        images: training images to look at, un-augmented.
-        observer: see `Observer`.
-        percentile: of `Observer.PERCENTILE`, above 50 and up to 100.
-        deviations: of `Observer.N_STD`.
-        symmetric: integers without a zero point for activations, too.
-        reduce_range: 7 of 8 bits for weights, without which CPUs without VNNI saturate; None where
-            activations are quantized, too.
-        equalize: equalize the ranges of channels across layers before (Nagel et al. 2019, section 4.1).
-        bias_correction: take the mean error of each layer's output out of its bias (section 4.2).
-    """
-
-    images: int = 1024
-    observer: Observer = Observer.MIN_MAX
-    percentile: float = 99.99
-    deviations: float = 3.0
-    symmetric: bool = False
-    reduce_range: bool | None = None
-    equalize: bool = False
-    bias_correction: bool = False
-
-    def __post_init__(self) -> None:
-        if self.images < 1:
-            raise UsageError(f"--calibration {self.images}: at least one image is needed")
-        if not 50 < self.percentile <= 100:
-            raise UsageError(f"--percentile {self.percentile:g}: above 50 and up to 100 is allowed")
-        if not self.deviations > 0:
-            raise UsageError(f"--deviations {self.deviations:g}: a positive number is needed")
+    # fmt: off
+    images: int = _activations(
+        1024, "Training images to find ranges on, without augmentation.", "--calibration", metavar="N",
+        bounds=at_least(1),
+        idle=Idle(lambda asked: not asked.looks_at_images,
+                  lambda asked: f"--method {asked.method} looks at no images"))
+    observer: Observer = _activations(Observer.MIN_MAX, "How ranges are found.", idle=_CALIBRATES_NONE)
+    percentile: float = _activations(
+        99.99, "Of --observer percentile.",
+        bounds=Bounds(50, 100, low_open=True, text="above 50 and up to 100 is allowed"),
+        idle=(_CALIBRATES_NONE,
+              Idle(lambda asked: asked.calibration.observer is not Observer.PERCENTILE,
+                   "it is for --observer percentile")))
+    deviations: float = _activations(
+        3.0, "Standard deviations of --observer n-std.", bounds=positive(),
+        idle=(_CALIBRATES_NONE,
+              Idle(lambda asked: asked.calibration.observer is not Observer.N_STD,
+                   "it is for --observer n-std")))
+    symmetric: bool = _activations(
+        False, "Activations without a zero point, too.", "--symmetric-activations",
+        idle=Idle(lambda asked: not asked.observes or asked.method is QuantizeMethod.LSQ,
+                  lambda asked: f"--method {asked.method} has no such choice"))
+    reduce_range: bool | None = _weights(
+        None, "7 of 8 bits for weights: CPUs without VNNI saturate otherwise.", "--reduce-range/--full-range",
+        unset="with quantized activations",
+        idle=Idle(lambda asked: not (asked.method in INTEGERS or asked.activations),
+                  lambda asked: f"--method {asked.method} has no 8-bit integers of weights to reduce"))
+    equalize: bool = _weights(
+        False, "Equalize channels' ranges across layers before (Nagel et al. 2019, section 4.1; intN).")
+    bias_correction: bool = _weights(
+        False, "Take the mean error of layers' outputs out of biases (Nagel et al. 2019, section 4.2; intN).")
+    # fmt: on
 
 
 @dataclass(frozen=True)
-class TuningOptions:
-    """Training with quantizers in the loop, or of codebooks.
+class TuningOptions(Options):
+    """Training with quantizers in the loop, or of codebooks."""
 
-    Attributes:
-        epochs: of it; None is 10 for methods that are trained, else 0.
-        optimizer: ``sgd``, ``adam``, ``adamw`` or the user's ``my.py:factory``.
-        lr: learning rate; None takes the optimizer's default for trained networks.
-        teacher: a network to follow; None learns from labels.
-        freeze_norm: leave batch norm's running statistics, and normalise by them.
-        alpha_decay: weight of PACT's penalty on its clipping levels (Choi et al. 2018, section 3.2).
-    """
-
-    epochs: int | None = None
-    optimizer: str = "sgd"
-    lr: float | None = None
-    teacher: TeacherOptions | None = None
-    freeze_norm: bool = False
-    alpha_decay: float = 2e-4
-
-    def __post_init__(self) -> None:
-        if self.epochs is not None and self.epochs < 0:
-            raise UsageError(f"--epochs {self.epochs}: a whole number from 0 on is needed")
-        if self.lr is not None and not self.lr > 0:
-            raise UsageError(f"--lr {self.lr:g}: a positive number is needed")
-        if not self.alpha_decay >= 0:
-            raise UsageError(f"--alpha-decay {self.alpha_decay:g}: a number from 0 on is needed")
+    # fmt: off
+    epochs: int | None = _training(
+        None, "Epochs of training with quantizers in the loop.",
+        unset="10 for methods that are trained, else 0", bounds=at_least(0))
+    optimizer: str = optimizer_option("sgd", _UNTRAINED, _TRAINING)
+    lr: float | None = lr_option(_UNTRAINED, _TRAINING)
+    teacher: TeacherOptions | None = teacher_option(_UNTRAINED)
+    freeze_norm: bool = freeze_norm_option(_TRAINING, _UNTRAINED)
+    alpha_decay: float = _training(
+        2e-4, "Weight of pact's penalty on its clipping levels (Choi et al. 2018, section 3.2).",
+        bounds=at_least(0),
+        idle=Idle(lambda asked: asked.method is not QuantizeMethod.PACT,
+                  lambda asked: f"--method {asked.method} learns no clipping levels"))
+    # fmt: on
 
 
 @dataclass(frozen=True)

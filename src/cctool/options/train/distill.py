@@ -1,15 +1,16 @@
-"""What `cctool distill` can be asked beside the options of training."""
+"""What `cctool distill` can be asked, besides the options of training."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from cctool.base.errors import UsageError
-from cctool.options.common import Choice, DataOptions, ModelOptions
+from cctool.options.common import DataOptions, ModelOptions
+from cctool.options.fields import Choice, Options, assemble, leaves, nested, option
+from cctool.options.teacher import alpha_option, keep_storage_option, teacher_model, temperature_option
 from cctool.options.train.fit import FitOptions, OptimizerName, Schedule
 from cctool.options.train.run import RunOptions, refuse_small_batches
-
-__all__ = ["PRESETS", "DistillOptions", "DistillPreset"]
 
 
 class DistillPreset(Choice):
@@ -20,40 +21,43 @@ class DistillPreset(Choice):
 
 
 @dataclass(frozen=True)
-class DistillOptions:
-    """Options of one distillation.
+class DistillOptions(Options):
+    """Options of one distillation."""
 
-    Attributes:
-        teacher: path of the teacher's checkpoint or foreign file.
-        teacher_model: how a foreign teacher is named: architecture, arguments, input size, preprocessing.
-        temperature: T of the softened outputs, above 0.
-        alpha: weight of the teacher in [0, 1]; the labels weigh 1 - alpha.
-        fit: epochs, optimizer, schedule and so on.
-        data: which data, and how much of it at a time.
-        run: how this call runs and what it writes beside its product.
-        keep_storage: store tensors again as the input stored them; metrics are measured after that.
-        preset: a published method, which set others of these; see `PRESETS`.
-    """
+    # fmt: off
+    teacher: str = option(..., "Checkpoint or foreign file of the teacher.", panel="Teacher")
+    teacher_model: ModelOptions = teacher_model()
+    temperature: float = temperature_option()
+    alpha: float = alpha_option()
+    fit: FitOptions = nested(FitOptions)
+    data: DataOptions = nested(DataOptions)
+    run: RunOptions = nested(RunOptions)
+    keep_storage: bool = keep_storage_option("Output")
+    preset: DistillPreset | None = option(
+        None, "Set the options as a published method did; options that you give stand.")
+    # fmt: on
 
-    teacher: str
-    teacher_model: ModelOptions = field(default_factory=ModelOptions)
-    temperature: float = 4.0
-    alpha: float = 0.9
-    fit: FitOptions = field(default_factory=FitOptions)
-    data: DataOptions = field(default_factory=DataOptions)
-    run: RunOptions = field(default_factory=RunOptions)
-    keep_storage: bool = False
-    preset: DistillPreset | None = None
+    @classmethod
+    def from_given(
+        cls, given: Mapping[str, Any], begun: Mapping[tuple[str, ...], Any] | None = None
+    ) -> DistillOptions:
+        """Make the options of a call: given, of the training it resumes, of the preset, then the defaults.
+
+        Args:
+            given: keyword -> value.
+            begun: path -> value of the resumed training's options.
+        """
+        preset = given.get("preset") or (begun or {}).get(("preset",))
+        chosen = PRESETS[preset] if preset is not None else {}
+        base = {leaf.path: chosen[leaf.keyword] for leaf in leaves(cls) if leaf.keyword in chosen}
+        return assemble(cls, given, base | dict(begun or {}))
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UsageError(f"--temperature {self.temperature}: a positive number is needed")
-        if not 0 <= self.alpha <= 1:
-            raise UsageError(f"--alpha {self.alpha}: [0, 1] is allowed")
+        super().__post_init__()
         refuse_small_batches(self.data, self.run)
 
 
-PRESETS: dict[DistillPreset, dict[str, object]] = {
+PRESETS: Mapping[DistillPreset, Mapping[str, Any]] = {
     # H.-Y. Lee's ML2020 homework 7: resnet18 teaches the small MobileNet on food-11.
     DistillPreset.LHY_HW7: {
         "temperature": 20.0,
@@ -62,10 +66,10 @@ PRESETS: dict[DistillPreset, dict[str, object]] = {
         "optimizer": OptimizerName.ADAMW.value,
         "lr": 1e-3,
         "weight_decay": 1e-2,
-        "schedule": Schedule.CONSTANT,
+        "lr_schedule": Schedule.CONSTANT,
         "batch_size": 4,
     },
     # The defaults of Distiller's knowledge-distillation policy (2018): T = 1, both weights one half.
     DistillPreset.DISTILLER_2018: {"temperature": 1.0, "alpha": 0.5},
 }
-"""The options that each preset sets, by name; those given beside a preset stand."""
+"""The options that each preset sets, by name; those given with a preset stand."""

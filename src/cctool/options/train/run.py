@@ -2,69 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from cctool.base.errors import UsageError
 from cctool.options.common import DataOptions
+from cctool.options.fields import Options, assemble, at_least, nested, option, section
+from cctool.options.teacher import keep_storage_option
 from cctool.options.train.fit import FitOptions
 from cctool.options.transform.choices import Mode
 
-__all__ = [
-    "LayerSwap",
-    "RunOptions",
-    "TrainOptions",
-    "find_resumed",
-    "parse_swap",
-    "refuse_small_batches",
-    "run_folder_of",
-]
-
-_STEERS = {"recorded": False}
+_run_folder = section("The run folder")
+_machines = section("Devices and machines")
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Options):
     """How one call runs and what it writes beside its product; `train` and `distill` share it.
 
     What does not change the result is left out of the history, so that an interrupted and resumed training
     gives the same file as an uninterrupted one.
-
-    Attributes:
-        resume: go on from the run folder's ``last.pt``.
-        stop_after: stop after so many epochs of this call, to be resumed later.
-        save_every: keep a checkpoint of every so many epochs in the run folder.
-        tensorboard: write TensorBoard event files into the run folder.
-        mlflow: write an MLflow run.
-        mlflow_dir: folder of MLflow's file store; None puts it into the run folder.
-        devices: processes on this machine, a device each.
-        nodes: machines; each is given the same command, with MASTER_ADDR, MASTER_PORT and NODE_RANK set.
     """
 
-    resume: bool = field(default=False, metadata=_STEERS)
-    stop_after: int | None = field(default=None, metadata=_STEERS)
-    save_every: int | None = field(default=None, metadata=_STEERS)
-    tensorboard: bool = field(default=False, metadata=_STEERS)
-    mlflow: bool = field(default=False, metadata=_STEERS)
-    mlflow_dir: str | None = field(default=None, metadata=_STEERS)
-    devices: int = 1
-    nodes: int = 1
+    # fmt: off
+    resume: bool = _run_folder(False, "Continue from the run folder's last.pt.", recorded=False)
+    stop_after: int | None = _run_folder(
+        None, "Stop after this many epochs of this call; --resume continues.", metavar="EPOCHS",
+        recorded=False, bounds=at_least(1))
+    save_every: int | None = _run_folder(
+        None, "Keep epoch-NNNN.pt of every N epochs in the run folder.", metavar="EPOCHS", recorded=False,
+        bounds=at_least(1))
+    tensorboard: bool = _run_folder(False, "Write TensorBoard event files.", recorded=False)
+    mlflow: bool = _run_folder(False, "Write a run into a local MLflow file store.", recorded=False)
+    mlflow_dir: str | None = _run_folder(
+        None, "MLflow's file store.", metavar="DIR", recorded=False, unset="in the run folder")
+    devices: int = _machines(1, "Processes on this machine, a device each.", bounds=at_least(1))
+    nodes: int = _machines(
+        1, "Machines; set MASTER_ADDR, MASTER_PORT and NODE_RANK on each of them.", bounds=at_least(1))
+    # fmt: on
 
-    def __post_init__(self) -> None:
-        problems = [
-            f"{option} {value}: at least 1 is needed"
-            for option, value in (
-                ("--stop-after", self.stop_after),
-                ("--save-every", self.save_every),
-                ("--devices", self.devices),
-                ("--nodes", self.nodes),
-            )
-            if value is not None and value < 1
-        ]
-        if self.mlflow_dir is not None and not self.mlflow:
-            problems.append("--mlflow-dir needs --mlflow")
-        if problems:
-            raise UsageError("; ".join(problems))
+    def clashes(self) -> Iterable[tuple[bool, str]]:
+        """A folder for a log that is not written."""
+        return ((self.mlflow_dir is not None and not self.mlflow, "--mlflow-dir needs --mlflow"),)
 
     @property
     def processes(self) -> int:
@@ -108,25 +88,34 @@ def parse_swap(text: str) -> LayerSwap:
 
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """Options of one training.
+class TrainOptions(Options):
+    """Options of one training."""
 
-    Attributes:
-        fit: epochs, optimizer, schedule and so on.
-        data: which data, and how much of it at a time.
-        run: how this call runs and what it writes beside its product.
-        keep_storage: store tensors again as the input stored them; metrics are measured after that.
-        swap: layers of a fresh network that live in a transform domain, see `parse_swap`; None where there
-            are none.
-    """
+    # fmt: off
+    fit: FitOptions = nested(FitOptions)
+    data: DataOptions = nested(DataOptions)
+    run: RunOptions = nested(RunOptions)
+    keep_storage: bool = keep_storage_option("Output")
+    swap: tuple[str, ...] | None = option(
+        None, "Layers of a fresh network that live in a transform domain from the beginning, as in "
+        "basis:dct:linear or coefficient:dwt:all; may be repeated.", metavar="MODE:KERNEL:LAYERS",
+        panel="Which network", repeated=True)
+    # fmt: on
 
-    fit: FitOptions = field(default_factory=FitOptions)
-    data: DataOptions = field(default_factory=DataOptions)
-    run: RunOptions = field(default_factory=RunOptions)
-    keep_storage: bool = False
-    swap: tuple[str, ...] | None = None
+    @classmethod
+    def from_given(
+        cls, given: Mapping[str, Any], begun: Mapping[tuple[str, ...], Any] | None = None
+    ) -> TrainOptions:
+        """Make the options of a call: given, of the training that it resumes, then the defaults.
+
+        Args:
+            given: keyword -> value.
+            begun: path -> value of the resumed training's options.
+        """
+        return assemble(cls, given, begun)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse_small_batches(self.data, self.run)
         _ = self.swaps
 
@@ -147,36 +136,3 @@ def refuse_small_batches(data: DataOptions, run: RunOptions) -> None:
             f"--batch-size {data.batch_size}: it is shared by {run.processes} processes, "
             f"so at least {2 * run.processes} is needed"
         )
-
-
-def run_folder_of(output: str) -> PurePath:
-    """Path of the run folder that belongs to a product.
-
-    >>> str(run_folder_of("out/net.train.pt"))
-    'out/net.train.run'
-    """
-    path = PurePath(output)
-    return path.with_name(f"{path.stem}.run")
-
-
-def find_resumed(source: str | None, output: str | None, verb: str) -> tuple[str | None, str | None]:
-    """Find what ``--resume`` means: input and output of the training to go on with.
-
-    The same command line finds its run folder by its output. A ``last.pt`` in a run folder, or a product
-    whose run folder lies beside it, goes on with that training and writes its product.
-
-    Args:
-        source: INPUT as it was given.
-        output: ``--output`` as it was given.
-        verb: the command.
-    """
-    if source is None or source == "-":
-        return source, output
-    path = Path(source)
-    expected = output or str(path.with_name(f"{path.stem}.{verb}.pt"))
-    if Path(run_folder_of(expected), "last.pt").exists():
-        return source, output
-    if path.name == "last.pt" and path.parent.suffix == ".run":
-        return source, output or str(path.parent.with_suffix(".pt"))
-    beside = Path(run_folder_of(source), "last.pt")
-    return (str(beside), output or source) if beside.exists() else (source, output)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from cctool.options.common import Choice
-
-__all__ = ["Axes", "Mode", "Norm", "Prequantizer", "Select", "TransformPreset", "TransformTarget"]
+from cctool.options.fields import Choice
 
 
 class TransformTarget(Choice):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cctool.base.errors import UsageError
-from cctool.options.common import DataOptions
+from cctool.options.common import DataOptions, histograms_option, report_file_option, zero_bar_option
+from cctool.options.fields import Options, assemble, at_least, between, leaves, nested, section
 from cctool.options.prune.choices import Scope
 from cctool.options.transform.choices import (
     Axes,
@@ -18,89 +20,61 @@ from cctool.options.transform.choices import (
     TransformTarget,
 )
 
-__all__ = [
-    "BLOCKS",
-    "PRESETS",
-    "FeatureOptions",
-    "TransformOptions",
-    "WeightOptions",
-    "parse_order",
-    "parse_sweep",
-    "parse_targets",
-    "preset_options",
-]
-
 BLOCKS = "blocks"
 """Stands for every residual block where taps are named."""
 
-K_RANGE = range(6)
-"""Orders of the exponential-Golomb code."""
+_both = section("What is transformed")
+_weights = section("Weights (--target weights)")
+_features = section("Feature maps (--target features)")
+_REPORT = "Report of the feature maps"
+_report = section(_REPORT)
 
 
 @dataclass(frozen=True)
-class WeightOptions:
-    """How layers go into a transform domain.
+class WeightOptions(Options):
+    """How layers go into a transform domain."""
 
-    Attributes:
-        mode: transform the weights, or replace them by trainable basis functions.
-        layers: ``linear`` (``fc``, ``dense``), ``conv``, ``all``, or glob patterns of module names.
-        axes: which axes of convolutions; None is spatial, or channel where the kernel is 1x1.
-        keep: fraction of the coefficients that stay, in (0, 1].
-        threshold: smallest magnitude of a coefficient that stays; in place of `keep`.
-        select: which coefficients stay.
-        scope: whether coefficients compete within their layer or across the network.
-        block: transform channel axes in blocks of so many; None transforms them whole.
-        levels: of a wavelet; None is as many as the size allows.
-        normalize_gradients: basis mode only: scale the gradient of each frequency tensor to norm 1, as the
-            thesis did.
-    """
+    # fmt: off
+    mode: Mode = _weights(Mode.COEFFICIENT, "Transform the weights, or train basis functions in their place.")
+    layers: tuple[str, ...] = _weights(
+        ("all",), "linear (fc, dense), conv, all, or a pattern of module names; may be repeated.",
+        metavar="KIND|GLOB", repeated=True, unset="all")
+    axes: Axes | None = _weights(
+        None, "Axes of convolutions; linear layers have channel axes only.",
+        unset="spatial, and channel where the kernel is 1x1")
+    keep: float | None = _weights(
+        None, "Fraction of the coefficients that stay.", unset="1, which loses nothing",
+        bounds=between("(0, 1]"))
+    threshold: float | None = _weights(
+        None, "Smallest magnitude of a coefficient that stays, in place of --keep.", bounds=at_least(0))
+    select: Select = _weights(
+        Select.ENERGY, "Which stay: those of most energy, or a corner of low frequencies.")
+    scope: Scope = _weights(Scope.LOCAL, "Coefficients compete within their layer, or across the network.")
+    block: int | None = _both(
+        None, "Transform channel axes, or maps, in blocks of this side.",
+        unset="whole axes for weights, 8 for features", bounds=at_least(2))
+    levels: int | None = _both(
+        None, "Levels of a wavelet.", unset="as many as fit for weights, 3 for features", bounds=at_least(1))
+    normalize_gradients: bool = _weights(
+        False, "Basis mode: scale gradients of frequencies to norm 1, as in the thesis.")
+    # fmt: on
 
-    mode: Mode = Mode.COEFFICIENT
-    layers: tuple[str, ...] = ("all",)
-    axes: Axes | None = None
-    keep: float | None = None
-    threshold: float | None = None
-    select: Select = Select.ENERGY
-    scope: Scope = Scope.LOCAL
-    block: int | None = None
-    levels: int | None = None
-    normalize_gradients: bool = False
-
-    def __post_init__(self) -> None:
-        problems = [text for wrong, text in self._checks() if wrong]
-        if problems:
-            raise UsageError("; ".join(problems))
-
-    def _checks(self) -> list[tuple[bool, str]]:
+    def clashes(self) -> Iterable[tuple[bool, str]]:
+        """Ways to choose coefficients that exclude each other, and what basis functions have no use for."""
+        # fmt: off
         return [
-            (self.keep is not None and not 0 < self.keep <= 1, f"--keep {self.keep}: above 0, at most 1"),
-            (self.threshold is not None and self.threshold < 0, f"--threshold {self.threshold}: 0 or more"),
-            (
-                self.keep is not None and self.threshold is not None,
-                "--keep and --threshold exclude each other",
-            ),
-            (
-                self.select is Select.CORNER and self.threshold is not None,
-                "--threshold chooses by magnitude; --select corner takes --keep",
-            ),
-            (
-                self.select is Select.CORNER and self.scope is Scope.GLOBAL,
-                "--scope global ranks by energy; --select corner keeps the same share of each layer",
-            ),
-            (
-                self.keep is None and self.select is Select.CORNER,
-                "--select corner: --keep says how large it is",
-            ),
-            (
-                self.keep is None and self.scope is Scope.GLOBAL,
-                "--scope global: --keep says what layers compete for",
-            ),
-            (self.block is not None and self.block < 2, f"--block {self.block}: at least 2 is needed"),
-            (self.levels is not None and self.levels < 1, f"--levels {self.levels}: at least 1 is needed"),
-            (
-                self.mode is Mode.BASIS and (self.keep is not None or self.threshold is not None),
-                "--keep and --threshold choose coefficients; --mode basis has none",
-            ),
+            (self.keep is not None and self.threshold is not None,
+             "--keep and --threshold exclude each other"),
+            (self.select is Select.CORNER and self.threshold is not None,
+             "--threshold chooses by magnitude; --select corner takes --keep"),
+            (self.select is Select.CORNER and self.scope is Scope.GLOBAL,
+             "--scope global ranks by energy; --select corner keeps the same share of each layer"),
+            (self.keep is None and self.select is Select.CORNER,
+             "--select corner: --keep says how large it is"),
+            (self.keep is None and self.scope is Scope.GLOBAL,
+             "--scope global: --keep says what layers compete for"),
+            (self.mode is Mode.BASIS and (self.keep is not None or self.threshold is not None),
+             "--keep and --threshold choose coefficients; --mode basis has none"),
             *(
                 (self.mode is Mode.BASIS and given, f"{option} is for --mode coefficient")
                 for given, option in (
@@ -111,145 +85,13 @@ class WeightOptions:
                     (self.scope is not Scope.LOCAL, "--scope"),
                 )
             ),
-            (
-                self.normalize_gradients and self.mode is not Mode.BASIS,
-                "--normalize-gradients is for --mode basis",
-            ),
+            (self.normalize_gradients and self.mode is not Mode.BASIS,
+             "--normalize-gradients is for --mode basis"),
         ]
+        # fmt: on
 
 
-@dataclass(frozen=True)
-class FeatureOptions:
-    """How feature maps are coded behind chosen modules.
-
-    Attributes:
-        taps: `BLOCKS`, or glob patterns of module names whose output is coded.
-        bits: of the quantizer before the transform.
-        symbol_bits: of the signed quantizer behind the transform; None is enough for every value.
-        q_table: path of a JSON or CSV file with the quantizer's steps; None is the default table.
-        norm: scale that the steps refer to.
-        mean_shift: subtract each sample's mean before the transform; None is the kernel's own custom.
-        block: side of a block of the block transforms.
-        levels: of a wavelet.
-        k: order of the exponential-Golomb code; None chooses each tap's best on the calibration images.
-        prequantizer: how values become integers.
-        quality: 1 to 100, scales the steps as the JPEG library does: 50 leaves them, 100 is finest.
-        ratio: compression against 8 bit that is searched for; in place of `quality`.
-        sweep: measure a range of qualities, to a table and a plot.
-        dead_zone: widens the quantizer's zero: values round up from 0.5 + dead_zone steps on.
-        allocate: choose steps by how much the outputs change with each coefficient; else the default table.
-        channel_klt: decorrelate channels by a calibrated orthogonal transform before the spatial one.
-        calibration: training images that ranges, bases and orders are calibrated on.
-        report_file: workbook or table with the figures of each tap.
-        histograms: folder of PNG histograms per tap and sub-band.
-        zero_bar: draw the bar of the zeros in the histograms, which dwarfs the others.
-    """
-
-    taps: tuple[str, ...] = (BLOCKS,)
-    bits: int = 8
-    symbol_bits: int | None = None
-    q_table: str | None = None
-    norm: Norm = Norm.ORTHO
-    mean_shift: bool | None = None
-    block: int = 8
-    levels: int = 3
-    k: int | None = None
-    prequantizer: Prequantizer = Prequantizer.AUTO
-    quality: float | None = None
-    ratio: float | None = None
-    sweep: bool = False
-    dead_zone: float = 0.0
-    channel_klt: bool = False
-    allocate: bool = False
-    calibration: int = 1024
-    report_file: str | None = field(default=None, metadata={"recorded": False})
-    histograms: str | None = field(default=None, metadata={"recorded": False})
-    zero_bar: bool = field(default=False, metadata={"recorded": False})
-
-    def __post_init__(self) -> None:
-        problems = [text for wrong, text in self._checks() if wrong]
-        if problems:
-            raise UsageError("; ".join(problems))
-
-    def _checks(self) -> list[tuple[bool, str]]:
-        return [
-            (not 2 <= self.bits <= 16, f"--bits {self.bits}: 2 to 16 is allowed"),
-            (
-                self.symbol_bits is not None and not 2 <= self.symbol_bits <= 32,
-                f"--symbol-bits {self.symbol_bits}: 2 to 32 is allowed",
-            ),
-            (not 2 <= self.block <= 64, f"--block {self.block}: 2 to 64 is allowed"),
-            (not 1 <= self.levels <= 10, f"--levels {self.levels}: 1 to 10 is allowed"),
-            (self.k is not None and self.k not in K_RANGE, f"--k {self.k}: 0 to 5 is allowed"),
-            (
-                self.quality is not None and not 1 <= self.quality <= 100,
-                f"--quality {self.quality}: 1 to 100 is allowed",
-            ),
-            (self.ratio is not None and self.ratio <= 1, f"--target ratio={self.ratio}: above 1 is needed"),
-            (
-                sum((self.quality is not None, self.ratio is not None, self.sweep)) > 1,
-                "--quality, --target ratio and --sweep exclude each other",
-            ),
-            (not 0 <= self.dead_zone < 0.5, f"--dead-zone {self.dead_zone}: 0 or more, below 0.5"),
-            (self.allocate and self.q_table is not None, "--allocate chooses the steps that --q-table gives"),
-            (self.allocate and self.norm is Norm.NONE, "--allocate: --norm ortho is needed"),
-            (self.calibration < 1, f"--calibration {self.calibration}: at least 1 is needed"),
-        ]
-
-
-@dataclass(frozen=True)
-class TransformOptions:
-    """Options of one transform.
-
-    Attributes:
-        target: what goes into a transform domain.
-        kernel: ``dct``, ``dst``, ``dft``, ``dwt`` (haar), ``klt``, ``identity``, or a wavelet by its name in
-            PyWavelets.
-        weights: how layers do.
-        features: how feature maps do.
-        preset: the published method that these options were taken from; see `preset_options`.
-        data: what is calibrated and measured on.
-    """
-
-    target: TransformTarget = TransformTarget.WEIGHTS
-    kernel: str = "dct"
-    weights: WeightOptions = field(default_factory=WeightOptions)
-    features: FeatureOptions = field(default_factory=FeatureOptions)
-    preset: TransformPreset | None = None
-    data: DataOptions = field(default_factory=DataOptions)
-
-
-def parse_targets(texts: tuple[str, ...]) -> tuple[TransformTarget | None, float | None]:
-    """Parse ``--target weights``, ``--target features`` and ``--target ratio=8``.
-
-    >>> parse_targets(("features", "ratio=8"))
-    (<TransformTarget.FEATURES: 'features'>, 8.0)
-
-    Raises:
-        UsageError: if one is something else, or two of a kind are given.
-    """
-    target: TransformTarget | None = None
-    ratio: float | None = None
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if equals and key == "ratio" and ratio is None:
-            try:
-                ratio = float(value)
-            except ValueError:
-                raise UsageError(f"--target {text}: a number is expected, as in ratio=8") from None
-        elif not equals and key in [item.value for item in TransformTarget] and target is None:
-            target = TransformTarget(key)
-        else:
-            raise UsageError(f"--target {text}: weights or features once, and ratio=N once, are allowed")
-    return target, ratio
-
-
-def parse_order(text: str) -> int | None:
-    """Parse ``--k``: a number, or ``auto``.
-
-    >>> parse_order("auto") is None
-    True
-    """
+def _order(text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isdecimal():
@@ -257,37 +99,152 @@ def parse_order(text: str) -> int | None:
     return int(text)
 
 
-def parse_sweep(text: str) -> bool:
-    """Parse ``--sweep quality``."""
+def _sweep(text: str) -> bool:
     if text != "quality":
         raise UsageError(f"--sweep {text}: quality is what can be swept")
     return True
 
 
-PRESETS: dict[TransformPreset, dict[str, Any]] = {
-    TransformPreset.FEATURE_COMPRESSION_DCT: {
-        "target": TransformTarget.FEATURES,
-        "kernel": "dct",
-        "norm": Norm.NONE,
-        "symbol_bits": 8,
-        "mean_shift": False,
-        "prequantizer": Prequantizer.UNSIGNED,
-    },
-    TransformPreset.FEATURE_COMPRESSION_DCT_RETRAIN: {
-        "target": TransformTarget.FEATURES,
-        "kernel": "dct",
-        "norm": Norm.NONE,
-        "symbol_bits": 8,
-        "mean_shift": False,
-        "prequantizer": Prequantizer.UNSIGNED,
-    },
+@dataclass(frozen=True)
+class FeatureOptions(Options):
+    """How feature maps are coded behind chosen modules."""
+
+    # fmt: off
+    taps: tuple[str, ...] = _features(
+        (BLOCKS,), "Modules whose output is coded: blocks (every residual block), or a pattern of module "
+        "names; may be repeated.", metavar="blocks|GLOB", repeated=True, unset=BLOCKS)
+    bits: int = _features(8, "Bits of the quantizer before the transform.", bounds=between("[2, 16]"))
+    symbol_bits: int | None = _features(
+        None, "Bits that coefficients are clamped to.", unset="enough for every value",
+        bounds=between("[2, 32]"))
+    q_table: str | None = _features(
+        None, "Steps of the coefficients' quantizer.", metavar="FILE.json|.csv", unset="the default table")
+    norm: Norm = _features(
+        Norm.ORTHO, "Scale of the transform that the steps refer to; none is scipy's norm=None.")
+    mean_shift: bool | None = _features(
+        None, "Send each sample's mean apart.", "--mean-shift/--no-mean-shift", unset="for wavelets")
+    block: int = _both(8, "Side of a block of the transform.", bounds=between("[2, 64]"))
+    levels: int = _both(3, "Levels of a wavelet.", bounds=between("[1, 10]"))
+    k: int | None = _features(
+        None, "Order of the exponential-Golomb code, 0 to 5, or auto: each tap's best on the calibration "
+        "images.", metavar="0-5|auto", parse=_order, shown="auto", bounds=between("[0, 5]"))
+    prequantizer: Prequantizer = _features(
+        Prequantizer.AUTO, "How values become integers before the transform.")
+    quality: float | None = _features(
+        None, "1 to 100: scales the steps as JPEG does; 50 leaves them.", bounds=between("[1, 100]"))
+    ratio: float | None = None
+    sweep: bool = _report(
+        False, "Measure a range of qualities: a table and a plot beside the product.", metavar="quality",
+        parse=_sweep)
+    dead_zone: float = _features(
+        0.0, "Widen the quantizer's zero: values round up from 0.5 + this many steps on.",
+        bounds=between("[0, 0.5)"))
+    channel_klt: bool = _features(False, "Decorrelate channels first, by a calibrated orthogonal basis.")
+    allocate: bool = _features(
+        False, "Choose the steps by how much the outputs change with each coefficient.")
+    calibration: int = _features(1024, "Training images to calibrate on.", bounds=at_least(1))
+    report_file: str | None = report_file_option(_REPORT)
+    histograms: str | None = histograms_option(_REPORT)
+    zero_bar: bool = zero_bar_option(_REPORT)
+    # fmt: on
+
+    def clashes(self) -> Iterable[tuple[bool, str]]:
+        """Ways to find a quality or steps that exclude each other."""
+        # fmt: off
+        return [
+            (self.ratio is not None and self.ratio <= 1, f"--target ratio={self.ratio}: above 1 is needed"),
+            (sum((self.quality is not None, self.ratio is not None, self.sweep)) > 1,
+             "--quality, --target ratio and --sweep exclude each other"),
+            (self.allocate and self.q_table is not None, "--allocate chooses the steps that --q-table gives"),
+            (self.allocate and self.norm is Norm.NONE, "--allocate: --norm ortho is needed"),
+        ]
+        # fmt: on
+
+
+def _target(text: str) -> TransformTarget | float:
+    """Parse an item of ``--target``: ``weights``, ``features``, or the ratio of ``ratio=8``."""
+    key, equals, value = text.partition("=")
+    if not equals and key in [item.value for item in TransformTarget]:
+        return TransformTarget(key)
+    try:
+        if key == "ratio":
+            return float(value)
+    except ValueError:
+        raise UsageError(f"--target {text}: a number is expected, as in ratio=8") from None
+    raise UsageError(f"--target {text}: weights or features once, and ratio=N once, are allowed")
+
+
+@dataclass(frozen=True)
+class TransformOptions(Options):
+    """Options of one transform."""
+
+    # fmt: off
+    target: TransformTarget = _both(
+        TransformTarget.WEIGHTS, "weights or features; with features also ratio=N, the compression against "
+        "8 bit to search for.", metavar="weights|features|ratio=N", repeated=True, parse=_target,
+        unset="weights")
+    kernel: str = _both(
+        "dct", "dct, dst, dft, dwt (haar), klt (from the data), identity, or a wavelet such as db2 or "
+        "bior2.2.")
+    weights: WeightOptions = nested(WeightOptions)
+    features: FeatureOptions = nested(FeatureOptions)
+    preset: TransformPreset | None = _both(
+        None, "Set the options as a published method did; options that you give stand.")
+    data: DataOptions = nested(DataOptions)
+    # fmt: on
+
+    @classmethod
+    def from_given(cls, given: Mapping[str, Any]) -> TransformOptions:
+        """Make the options of a call: what is given, then the preset, then the defaults.
+
+        ``block`` and ``levels`` go to the weights or to the feature maps, whichever are the target.
+
+        Args:
+            given: keyword -> value.
+
+        Raises:
+            UsageError: if an option of the other target is given.
+        """
+        preset = given.get("preset")
+        values = {**(PRESETS[preset] if preset is not None else {}), **given}
+        target, ratio = _split(values.pop("target", ()))
+        other = "weights" if target is TransformTarget.FEATURES else "features"
+        own = [leaf for leaf in leaves(cls) if leaf.path[0] != other]
+        foreign = sorted(values.keys() - {leaf.keyword for leaf in own})
+        foreign += ["target ratio"] if ratio is not None and target is TransformTarget.WEIGHTS else []
+        if foreign:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+            raise UsageError(f"{names}: not for --target {target}")
+        return assemble(cls, values, {("target",): target, ("features", "ratio"): ratio}, of=own)
+
+
+def _split(items: Any) -> tuple[TransformTarget, float | None]:
+    """Part the items of ``--target`` into the target and the ratio."""
+    items = items if isinstance(items, tuple) else (items,)
+    targets = [item for item in items if isinstance(item, TransformTarget)]
+    ratios = [item for item in items if not isinstance(item, TransformTarget)]
+    if len(targets) > 1 or len(ratios) > 1:
+        raise UsageError("--target: weights or features once, and ratio=N once, are allowed")
+    return targets[0] if targets else TransformTarget.WEIGHTS, ratios[0] if ratios else None
+
+
+_PUBLISHED = {
+    "target": TransformTarget.FEATURES,
+    "kernel": "dct",
+    "norm": Norm.NONE,
+    "symbol_bits": 8,
+    "mean_shift": False,
+    "prequantizer": Prequantizer.UNSIGNED,
+}
+
+PRESETS: Mapping[TransformPreset, Mapping[str, Any]] = {
+    TransformPreset.FEATURE_COMPRESSION_DCT: _PUBLISHED,
+    TransformPreset.FEATURE_COMPRESSION_DCT_RETRAIN: _PUBLISHED,
     TransformPreset.FEATURE_COMPRESSION_DWT: {
-        "target": TransformTarget.FEATURES,
+        **{name: _PUBLISHED[name] for name in ("target", "symbol_bits", "prequantizer")},
         "kernel": "dwt",
         "levels": 3,
-        "symbol_bits": 8,
         "mean_shift": True,
-        "prequantizer": Prequantizer.UNSIGNED,
     },
     TransformPreset.THESIS_BASIS: {
         "target": TransformTarget.WEIGHTS,
@@ -296,33 +253,3 @@ PRESETS: dict[TransformPreset, dict[str, Any]] = {
     },
 }
 """The options that each preset sets; the quantizer tables of the published ones stand in `transforms`."""
-
-
-def preset_options(
-    preset: TransformPreset | None, *, data: DataOptions | None = None, **given: Any
-) -> TransformOptions:
-    """Make options as a preset sets them, except for those that are given.
-
-    Args:
-        preset: the published method; None sets nothing.
-        data: what is calibrated and measured on.
-        given: ``target``, ``kernel``, and attributes of `WeightOptions` and `FeatureOptions` by name; where
-            both have one of that name (``block``, ``levels``), the target's gets it.
-    """
-    values = (PRESETS[preset] if preset is not None else {}) | given
-    target = values.pop("target", TransformTarget.WEIGHTS)
-    kernel = values.pop("kernel", "dct")
-    chosen = FeatureOptions if target is TransformTarget.FEATURES else WeightOptions
-    foreign = [name for name in values if name not in chosen.__dataclass_fields__]
-    if foreign:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
-        raise UsageError(f"{names}: not for --target {target}")
-    made = chosen(**values)
-    return TransformOptions(
-        target=target,
-        kernel=kernel,
-        weights=made if isinstance(made, WeightOptions) else WeightOptions(),
-        features=made if isinstance(made, FeatureOptions) else FeatureOptions(),
-        preset=preset,
-        data=data or DataOptions(),
-    )

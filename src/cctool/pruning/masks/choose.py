@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from cctool.base.errors import PruningError, UsageError
+from cctool.base.patterns import refuse_unmatched
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.graph.channels import couple
 from cctool.graph.ledger import Role
 from cctool.graph.records import ChannelGraph
-from cctool.options.patterns import refuse_unmatched
 from cctool.options.prune.choices import Granularity, PruneMethod, Scope
 from cctool.options.prune.options import PruneOptions
-from cctool.options.prune.parts import Pattern
+from cctool.options.prune.patterns import Pattern
 from cctool.pruning.cut.behind import followers
 from cctool.pruning.masks.granularity import (
     WeightGroups,

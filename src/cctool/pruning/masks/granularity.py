@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from torch.nn.modules.conv import _ConvNd
 
 from cctool.options.prune.choices import Granularity
-from cctool.options.prune.parts import Block, Pattern
+from cctool.options.prune.patterns import Block, Pattern
 
 __all__ = [
     "WeightGroups",

@@ -12,7 +12,7 @@ from cctool.base.networks import qualified
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.options.prune.choices import Granularity
 from cctool.options.prune.options import PruneOptions
-from cctool.options.prune.parts import Pattern
+from cctool.options.prune.patterns import Pattern
 from cctool.pruning.masks.granularity import as_filters, pattern_holds
 
 __all__ = ["MaskReport", "TensorMask", "is_maskable", "report_masks", "weights_of", "zero_percent"]

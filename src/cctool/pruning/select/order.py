@@ -15,9 +15,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from cctool.base.patterns import refuse_unmatched
 from cctool.graph.ledger import Role
 from cctool.graph.records import ChannelGraph, Family
-from cctool.options.patterns import refuse_unmatched
 from cctool.options.prune.choices import Scope
 from cctool.options.prune.options import AUTO_ROUND, PruneOptions
 from cctool.pruning.scores.criteria import Unscored

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["SHORT_HEADERS", "full_history", "short_rows"]
-
 SHORT_HEADERS = ("step", "verb", "options", "parameters", "MACs", "bytes", "measured after", "parent")
 
 _LONGEST = 60

@@ -1,71 +1,67 @@
-"""What `cctool prune` says of a plan and of a product."""
+"""What people are shown of a pruning: tables of families, masks and costs, and sentences about them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from cctool.cli import common
-from cctool.cli.console import Console
+from cctool.operations.context import Told, metric_lines
 
-__all__ = ["print_plan", "say_report"]
+__all__ = ["planned", "told"]
 
 _MOST = 40
 
 
-def print_plan(console: Console, reports: Any) -> None:
-    """Print what a dry run found: the command's product."""
-    for report in reports:
-        title = f"step {report.step} of {report.steps}" if report.steps > 1 else ""
-        if report.cut is not None:
-            console.table(title, _FAMILY, [_family(family) for family in report.cut.families])
-            frozen = report.cut.frozen
-            console.table(
-                "cannot be cut",
-                ("parameter", "dim", "indices", "by", "in module", "why"),
-                [(f.parameter, f.dim, f"{f.indices} of {f.of}", f.op, f.module, f.reason) for f in frozen],
-            )
-        if report.masks is not None:
-            console.table(title or "masks", _MASKS, [_mask(row) for row in report.masks.tensors])
-        if report.emptied is not None:
-            console.table(title or "empty", _EMPTIED, report.emptied.families)
-        console.table("costs", _COSTS, _costs(report))
-        if report.cut is not None:
-            console.note(_comparison(report.cut))
-        for note in _notes(report):
-            console.note(note)
-        if report.picture is not None:
-            console.note(f"kept widths: {report.picture}")
-    console.document(reports)
-
-
-def say_report(console: Console, report: Any) -> None:
-    """Say on stderr what a step did."""
+def told(report: Any) -> Iterator[Told]:
+    """Tables and sentences about one step; long tables are cut short."""
     if report.cut is not None:
-        families = report.cut.families
-        console.talk_table("", _FAMILY, [_family(family) for family in families[:_MOST]])
-        if len(families) > _MOST:
-            console.note(f"... and {len(families) - _MOST} families more; --json has them all")
-        console.note(_comparison(report.cut))
+        yield from _shortened("", _FAMILY, [_family(family) for family in report.cut.families], "families")
+        yield _comparison(report.cut)
         # Every network has an input and an output; their widths are not worth a line each time.
-        frozen = {
-            f"{item.op}: {item.reason}" for item in report.cut.frozen if item.op not in ("input", "output")
-        }
-        for reason in sorted(frozen):
-            console.note(f"frozen by {reason}")
+        frozen = (item for item in report.cut.frozen if item.op not in ("input", "output"))
+        yield from (f"frozen by {reason}" for reason in sorted({f"{x.op}: {x.reason}" for x in frozen}))
     if report.masks is not None:
-        rows = report.masks.tensors
-        console.talk_table("", _MASKS, [_mask(row) for row in rows[:_MOST]])
-        if len(rows) > _MOST:
-            console.note(f"... and {len(rows) - _MOST} tensors more; --json has them all")
+        yield from _shortened("", _MASKS, [_mask(row) for row in report.masks.tensors], "tensors")
     if report.emptied is not None:
-        console.talk_table("", _EMPTIED, report.emptied.families)
-        console.note(_same_outputs(report.emptied))
-    console.talk_table("", _COSTS, _costs(report))
-    for note in _notes(report):
-        console.note(note)
-    common.show_metrics(console, report.metrics_before, report.metrics_after)
+        yield "", _EMPTIED, list(report.emptied.families)
+        yield _same_outputs(report.emptied)
+    yield "", _COSTS, _costs(report)
+    yield from _notes(report)
+    yield from metric_lines(report.metrics_before, report.metrics_after)
     if report.picture is not None:
-        console.note(f"kept widths: {report.picture}")
+        yield f"kept widths: {report.picture}"
+
+
+def planned(report: Any) -> Iterator[Told]:
+    """Tables and sentences about a step that is only planned: all of it, and what cannot be cut."""
+    title = f"step {report.step} of {report.steps}" if report.steps > 1 else ""
+    if report.cut is not None:
+        yield title, _FAMILY, [_family(family) for family in report.cut.families]
+        yield "cannot be cut", _FROZEN, [_frozen(place) for place in report.cut.frozen]
+    if report.masks is not None:
+        yield title or "masks", _MASKS, [_mask(row) for row in report.masks.tensors]
+    if report.emptied is not None:
+        yield title or "empty", _EMPTIED, list(report.emptied.families)
+    yield "costs", _COSTS, _costs(report)
+    if report.cut is not None:
+        yield _comparison(report.cut)
+    yield from _notes(report)
+    if report.picture is not None:
+        yield f"kept widths: {report.picture}"
+
+
+def _shortened(title: str, columns: tuple[str, ...], rows: list[Any], kind: str) -> Iterator[Told]:
+    yield title, columns, rows[:_MOST]
+    if len(rows) > _MOST:
+        yield f"... and {len(rows) - _MOST} {kind} more; --json has them all"
+
+
+_FROZEN = ("parameter", "dim", "indices", "by", "in module", "why")
+
+
+def _frozen(place: Any) -> tuple[object, ...]:
+    indices = f"{place.indices} of {place.of}"
+    return place.parameter, place.dim, indices, place.op, place.module, place.reason
 
 
 def _comparison(cut: Any) -> str:

@@ -8,8 +8,6 @@ from fnmatch import fnmatchcase
 
 from cctool.base.errors import UsageError
 
-__all__ = ["refuse_unmatched"]
-
 
 def refuse_unmatched(patterns: Sequence[str], known: Collection[str], kinds: str) -> None:
     """Refuse a glob pattern that matches no name, and say which names are near.

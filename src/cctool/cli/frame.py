@@ -1,0 +1,194 @@
+"""The frame in which every command runs: what was given, the operation, and errors in one line."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import typer
+
+from cctool.base.errors import CctoolError, UsageError
+from cctool.cli.console import Console
+from cctool.options.verbs import Frame, Verb
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a command.
+
+    Attributes:
+        verb: the command.
+        console: where it speaks.
+        inputs: its arguments, as they were given.
+        given: keyword -> value of the options that were given.
+        frame: what every command is told.
+        resumed: path -> value of the options of the training that it resumes.
+        output: path of the product; None for the default.
+    """
+
+    verb: Verb
+    console: Console
+    inputs: tuple[str, ...]
+    given: Mapping[str, Any]
+    frame: Frame
+    output: str | None = None
+    resumed: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
+
+    @classmethod
+    def parsed(cls, verb: Verb, context: typer.Context, inputs: Any, values: Mapping[str, Any]) -> Call:
+        """Make the call of what Typer parsed.
+
+        Args:
+            verb: the command.
+            context: tells what was given.
+            inputs: the arguments.
+            values: keyword -> value, defaults included.
+        """
+        given = verb.read({name: value for name, value in values.items() if _is_given(context, name)})
+        frame = verb.frame_of(given)
+        talk = frame.talk
+        console = Console(quiet=talk.quiet, as_json=talk.as_json, debug=talk.debug)
+        sources = () if inputs is None else (inputs,) if isinstance(inputs, str) else tuple(inputs)
+        return cls(verb, console, sources, given, frame, frame.output.output)
+
+    @property
+    def source(self) -> str | None:
+        """INPUT as it was given."""
+        return self.inputs[0] if self.inputs else None
+
+    @functools.cached_property
+    def options(self) -> Any:
+        """The verb's options.
+
+        Raises:
+            UsageError: if they exclude each other, or one would change nothing.
+        """
+        more = {"begun": self.resumed} if self.resumed else {}
+        return self.verb.options_of(self.given, **more)
+
+    def write(self, told: Callable[[Any], Iterable[Any]], *, resumes: bool = False) -> None:
+        """Carry out a verb that writes checkpoints; print the path of each.
+
+        Args:
+            told: a product's report -> tables and sentences, which are said on stderr.
+            resumes: whether the command continues its own earlier run.
+        """
+        from cctool.operations import pipeline
+
+        options = self.options
+        products = []
+        with self.console.products_only():
+            for product in pipeline.write(self._operation(), options, self.request(resumes=resumes)):
+                for item in told(product.report):
+                    self.console.tell(item)
+                self.console.path(product.path)
+                products.append(product)
+            self.console.document({"products": products})
+
+    def read(self, source: str | None = None, carry_out: Callable[..., Any] | None = None) -> Any:
+        """Carry out a verb that writes no checkpoint, and return its report.
+
+        Args:
+            source: path of the input; None is the command's.
+            carry_out: the operation; None is the verb's.
+        """
+        from cctool.operations import pipeline
+
+        options = self.options
+        with self.console.products_only():
+            return pipeline.read(carry_out or self._operation(), options, self.request(source))
+
+    def request(self, source: str | None = None, *, resumes: bool = False) -> Any:
+        """Everything the pipeline must know, with ``-`` replaced by the path that stdin gives."""
+        from cctool.operations.pipeline import Request
+
+        source = source or self.source
+        return Request(
+            verb=self.verb.name,
+            source=None if source is None else resolved_source(source),
+            output=self.output,
+            force=self.frame.output.force,
+            allow_nonfinite=self.frame.output.allow_nonfinite,
+            model=self.frame.model,
+            runtime=self.frame.runtime,
+            user_code=self.verb.references(self.given),
+            reporter=self.console,
+            resumes=resumes,
+        )
+
+    def _operation(self) -> Callable[..., Any]:
+        from importlib import import_module
+
+        module, _, name = self.verb.carried_out.partition(":")
+        operation: Callable[..., Any] = getattr(import_module(module), name)
+        return operation
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, rather than at its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def resolved_source(source: str) -> str:
+    """Give INPUT itself, or the path that stdin gives where INPUT is ``-``.
+
+    Raises:
+        UsageError: if stdin is a terminal.
+        CctoolError: unless exactly one path comes from it.
+    """
+    if source != "-":
+        return source
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("INPUT is -, which reads a path from stdin, but nothing is piped into this command")
+    lines = [line.strip() for line in sys.stdin.read().splitlines() if line.strip()]
+    if not lines:
+        raise CctoolError("no path came from stdin: the command before this one failed, or wrote no file")
+    if len(lines) > 1:
+        raise CctoolError(f"{len(lines)} paths came from stdin, one is expected: {', '.join(lines)}")
+    return lines[0]
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn errors of ``command`` into one line on stderr and an exit status."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        debug = bool(kwargs.get("debug"))
+        try:
+            command(*args, **kwargs)
+        except CctoolError as error:
+            if debug:
+                traceback.print_exc()
+            Console().error(str(error))
+            raise typer.Exit(error.exit_status) from None
+        except KeyboardInterrupt:
+            Console().error("interrupted")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # The reader of stdout went away; Python would complain once more when it flushes at exit.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - lives until the process ends
+            raise typer.Exit(1) from None
+        except OSError as error:
+            # A full disk or a folder that may not be written to is nobody's fault here.
+            if debug:
+                traceback.print_exc()
+            place = f"{error.filename}: " if error.filename is not None else ""
+            Console().error(f"{place}{error.strerror or error}")
+            raise typer.Exit(1) from None
+        except MemoryError:
+            Console().error("out of memory; a smaller --batch-size or --limit may fit")
+            raise typer.Exit(1) from None
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            summary = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            Console().error(f"unexpected {summary} (a fault of cctool; --debug shows where)")
+            raise typer.Exit(1) from None
+
+    return run

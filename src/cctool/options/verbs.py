@@ -1,0 +1,202 @@
+"""All verbs: which options each has, where it is carried out, and what every command is told besides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from cctool.options.common import ModelOptions, OutputOptions, RuntimeOptions, TalkOptions
+from cctool.options.fields import Choice, Leaf, Options, assemble, idle_problems, leaves, nested
+from cctool.options.inspect.analyze import AnalyzeOptions
+from cctool.options.inspect.compare import CompareOptions
+from cctool.options.inspect.decode import DecodeOptions
+from cctool.options.inspect.evaluate import EvaluateOptions
+from cctool.options.inspect.export import ExportOptions
+from cctool.options.prune.options import PruneOptions
+from cctool.options.quantize.options import QuantizeOptions
+from cctool.options.train.distill import DistillOptions
+from cctool.options.train.run import TrainOptions
+from cctool.options.transform.options import TransformOptions
+
+
+@dataclass(frozen=True)
+class Frame(Options):
+    """What every command is told, whatever its verb."""
+
+    model: ModelOptions = nested(ModelOptions)
+    runtime: RuntimeOptions = nested(RuntimeOptions)
+    output: OutputOptions = nested(OutputOptions)
+    talk: TalkOptions = nested(TalkOptions)
+
+
+_NO_PRODUCT = ("output", "allow_nonfinite")
+
+
+@dataclass(frozen=True)
+class _EvaluateFrame(Frame):
+    runtime: RuntimeOptions = nested(RuntimeOptions, without=("seed",))
+    output: OutputOptions = nested(OutputOptions, without=_NO_PRODUCT)
+
+
+@dataclass(frozen=True)
+class _ExportFrame(Frame):
+    runtime: RuntimeOptions = nested(RuntimeOptions, without=("precision", "deterministic"))
+    output: OutputOptions = nested(OutputOptions, without=_NO_PRODUCT)
+
+
+@dataclass(frozen=True)
+class _AnalyzeFrame(_ExportFrame):
+    model: ModelOptions = nested(ModelOptions, changed={"spec": {"flags": ("--with-spec",)}})
+
+
+@dataclass(frozen=True)
+class _CompareFrame(Frame):
+    model: ModelOptions = nested(
+        ModelOptions, without=tuple(item.name for item in fields(ModelOptions) if item.name != "arch")
+    )
+    runtime: RuntimeOptions = nested(RuntimeOptions, without=("seed", "deterministic"))
+    output: OutputOptions = nested(OutputOptions, without=("*",))
+
+
+@dataclass(frozen=True)
+class _DecodeFrame(Frame):
+    model: ModelOptions = nested(ModelOptions, without=("*",))
+    runtime: RuntimeOptions = nested(
+        RuntimeOptions, RuntimeOptions(device="cpu"), without=("precision", "seed", "deterministic")
+    )
+    output: OutputOptions = nested(OutputOptions, without=("*",))
+
+
+class Input(Choice):
+    """What stands on the command line in front of the options."""
+
+    CHECKPOINT = "INPUT"
+    OPTIONAL = "[INPUT]"
+    FILES = "FILE..."
+    STREAMS = "DIR|FILE..."
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line and of the library.
+
+    Attributes:
+        name: as the command is called.
+        options: its own options.
+        carried_out: ``module:function`` of the operation.
+        frame: what it is told besides.
+        reads: its arguments.
+        writes: whether its product is a checkpoint.
+    """
+
+    name: str
+    options: type[Options]
+    carried_out: str
+    frame: type[Frame] = Frame
+    reads: Input = Input.CHECKPOINT
+    writes: bool = True
+
+    @cached_property
+    def own(self) -> tuple[Leaf, ...]:
+        """Its own options."""
+        return leaves(self.options)
+
+    @cached_property
+    def shared(self) -> tuple[Leaf, ...]:
+        """What its frame offers."""
+        return leaves(self.frame)
+
+    @cached_property
+    def offered(self) -> tuple[Leaf, ...]:
+        """One option for each keyword; where two have it, the one that is in no optional group."""
+        found: dict[str, Leaf] = {}
+        for leaf in (*self.own, *self.shared):
+            first = found.setdefault(leaf.keyword, leaf)
+            if first.keys and not leaf.keys:
+                found[leaf.keyword] = leaf
+        return tuple(found.values())
+
+    def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Turn what a caller gives into the options' values.
+
+        Args:
+            values: keyword -> text or value.
+
+        Raises:
+            UsageError: if one means nothing.
+        """
+        known = {leaf.keyword: leaf for leaf in self.offered}
+        return {name: known[name].read(value) for name, value in values.items()}
+
+    def options_of(self, given: Mapping[str, Any], **more: Any) -> Any:
+        """Make its options, and refuse those that change nothing.
+
+        Args:
+            given: keyword -> value, as `read` gives them.
+            more: further arguments of the options' own ``from_given``.
+
+        Raises:
+            UsageError: if a value is not allowed, options exclude each other, or one would be idle.
+        """
+        from cctool.base.errors import UsageError
+
+        own = {leaf.keyword for leaf in self.own}
+        mine = {name: value for name, value in given.items() if name in own}
+        make = getattr(self.options, "from_given", None)
+        options = make(mine, **more) if make is not None else assemble(self.options, mine | more)
+        problems = idle_problems(options, (*self.own, *self.shared), given)
+        if problems:
+            raise UsageError("; ".join(problems))
+        return options
+
+    def frame_of(self, given: Mapping[str, Any], base: Mapping[tuple[str, ...], Any] | None = None) -> Frame:
+        """Make the record of what it is told besides.
+
+        Args:
+            given: keyword -> value.
+            base: path -> value in place of defaults.
+        """
+        return assemble(self.frame, given, base)
+
+    def references(self, given: Mapping[str, Any]) -> tuple[str, ...]:
+        """The values given that may name the user's code, which naming allows to run."""
+        may = {leaf.keyword for leaf in (*self.own, *self.shared) if leaf.spec.runs_code}
+        return tuple(str(given[name]) for name in sorted(may & given.keys()) if given[name])
+
+
+_OPERATIONS = "cctool.operations"
+
+VERBS: Mapping[str, Verb] = {
+    verb.name: verb
+    for verb in (
+        Verb("train", TrainOptions, f"{_OPERATIONS}.train.run:run", reads=Input.OPTIONAL),
+        Verb("distill", DistillOptions, f"{_OPERATIONS}.train.run:distill", reads=Input.OPTIONAL),
+        Verb(
+            "evaluate", EvaluateOptions, f"{_OPERATIONS}.inspect.evaluate:run", _EvaluateFrame, writes=False
+        ),
+        Verb("prune", PruneOptions, f"{_OPERATIONS}.prune.run:run"),
+        Verb("quantize", QuantizeOptions, f"{_OPERATIONS}.quantize.run:run"),
+        Verb("transform", TransformOptions, f"{_OPERATIONS}.transform.run:run"),
+        Verb(
+            "decode",
+            DecodeOptions,
+            f"{_OPERATIONS}.inspect.decode:run",
+            _DecodeFrame,
+            Input.STREAMS,
+            writes=False,
+        ),
+        Verb("analyze", AnalyzeOptions, f"{_OPERATIONS}.inspect.analyze:run", _AnalyzeFrame, writes=False),
+        Verb("export", ExportOptions, f"{_OPERATIONS}.inspect.export:run", _ExportFrame, writes=False),
+        Verb(
+            "compare",
+            CompareOptions,
+            f"{_OPERATIONS}.inspect.compare:run",
+            _CompareFrame,
+            Input.FILES,
+            writes=False,
+        ),
+    )
+}
+"""All verbs, in the order of help."""
