@@ -31,15 +31,17 @@ class AnalyzeOptions(Options):
     """Options of one analysis."""
 
     # fmt: off
-    macs: bool = option(False, "Write STEM.macs.xlsx, a row a layer.", panel=_FILES)
+    macs: bool = option(False, "Write STEM.macs.xlsx, one row per layer.", panel=_FILES)
     macs_file: str | None = option(
-        None, "Write it here instead: .xlsx, .csv or .json.", metavar="PATH", panel=_FILES)
-    sparsity: bool = option(False, "Write STEM.sparsity.xlsx, a row a weight.", panel=_FILES)
+        None, "Write the layer table to this file: .xlsx, .csv or .json.", metavar="PATH", panel=_FILES)
+    sparsity: bool = option(False, "Write STEM.sparsity.xlsx, one row per weight tensor.", panel=_FILES)
     sparsity_file: str | None = option(
-        None, "Write it here instead: .xlsx, .csv or .json.", metavar="PATH", panel=_FILES)
-    onnx: bool = option(False, "Write and verify STEM.onnx.", panel=_FILES)
-    onnx_file: str | None = option(None, "Write it here instead.", metavar="PATH", panel=_FILES)
-    history: bool = option(False, "Print every step in full, and nothing else.", panel=_PRINTED)
+        None, "Write the sparsity table to this file: .xlsx, .csv or .json.", metavar="PATH", panel=_FILES)
+    onnx: bool = option(False, "Write STEM.onnx and verify it.", panel=_FILES)
+    onnx_file: str | None = option(
+        None, "Write the ONNX file here and verify it.", metavar="PATH", panel=_FILES)
+    history: bool = option(
+        False, "Print every step of the history in full, and nothing else.", panel=_PRINTED)
     spec: bool = option(False, "Print the spec as JSON, and nothing else.", panel=_PRINTED)
     data: DataOptions = sampled_data("Compare the ONNX file on at most this many samples.")
     # fmt: on

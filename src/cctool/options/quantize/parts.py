@@ -35,16 +35,17 @@ class CalibrationOptions(Options):
 
     # fmt: off
     images: int = option(
-        1024, "Training images to find ranges on, without augmentation.", "--calibration", metavar="N",
+        1024, "Training images to calibrate on, without augmentation.", "--calibration", metavar="N",
         panel=_ACTIVATIONS, bounds=at_least(1),
         idle=Idle(
             lambda asked: not asked.looks_at_images,
             lambda asked: f"--method {asked.method} looks at no images",
         ))
     observer: Observer = option(
-        Observer.MIN_MAX, "How ranges are found.", panel=_ACTIVATIONS, idle=_CALIBRATES_NONE)
+        Observer.MIN_MAX, "How the ranges of activations are found.", panel=_ACTIVATIONS,
+        idle=_CALIBRATES_NONE)
     percentile: float = option(
-        99.99, "Of --observer percentile.", panel=_ACTIVATIONS,
+        99.99, "Percentile of --observer percentile.", panel=_ACTIVATIONS,
         bounds=Bounds(50, 100, low_open=True, text="above 50 and up to 100 is allowed"),
         idle=(
             _CALIBRATES_NONE,
@@ -62,23 +63,23 @@ class CalibrationOptions(Options):
             ),
         ))
     symmetric: bool = option(
-        False, "Activations without a zero point, too.", "--symmetric-activations", panel=_ACTIVATIONS,
+        False, "Quantize activations without a zero point.", "--symmetric-activations", panel=_ACTIVATIONS,
         idle=Idle(
             lambda asked: not asked.observes or asked.method is QuantizeMethod.LSQ,
             lambda asked: f"--method {asked.method} has no such choice",
         ))
     reduce_range: bool | None = option(
-        None, "7 of 8 bits for weights: CPUs without VNNI saturate otherwise.", "--reduce-range/--full-range",
-        panel=_WEIGHTS, unset="with quantized activations",
+        None, "Use 7 of 8 bits for weights, because CPUs without VNNI saturate otherwise.",
+        "--reduce-range/--full-range", panel=_WEIGHTS, unset="--reduce-range where activations are quantized",
         idle=Idle(
             lambda asked: not (asked.method in INTEGERS or asked.activations),
             lambda asked: f"--method {asked.method} has no 8-bit integers of weights to reduce",
         ))
     equalize: bool = option(
-        False, "Equalize channels' ranges across layers before (Nagel et al. 2019, section 4.1; intN).",
+        False, "First equalize channels' ranges across layers (Nagel et al. 2019, section 4.1; intN).",
         panel=_WEIGHTS)
     bias_correction: bool = option(
-        False, "Take the mean error of layers' outputs out of biases (Nagel et al. 2019, section 4.2; intN).",
+        False, "Correct biases by the layers' mean output error (Nagel et al. 2019, section 4.2; intN).",
         panel=_WEIGHTS)
     # fmt: on
 
@@ -89,7 +90,7 @@ class TuningOptions(Options):
 
     # fmt: off
     epochs: int | None = option(
-        None, "Epochs of training with quantizers in the loop.", panel=_TRAINING,
+        None, "Epochs of training with quantizers in the loop; 0 only calibrates.", panel=_TRAINING,
         unset="10 for methods that are trained, else 0", bounds=at_least(0))
     optimizer: str = optimizer_option("sgd", _UNTRAINED, _TRAINING)
     lr: float | None = lr_option(_UNTRAINED, _TRAINING)
