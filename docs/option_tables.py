@@ -1,10 +1,9 @@
 """Write the tables of options into the pages: ``python docs/option_tables.py`` after an option was changed.
 
-A page says where: between ``<!-- options: VERB | PANEL -->`` and ``<!-- end of options -->`` stands the table of
-one verb's options under one heading of its help. The word ``common`` in place of a verb makes the table of what
-commands share. A verb's table leaves out rows that stand word for word on a page that all readers of the verb
-are sent to: the one of what commands share, and for ``distill`` the one of ``train``. The tests compare the pages
-with what this script makes.
+Between ``<!-- options: VERB | PANEL -->`` and ``<!-- end of options -->`` a page gets the table of one verb's
+options under one heading of its help. ``common`` in place of a verb makes the table of what commands share. A
+verb's table leaves out rows that another page has word for word: the page of what commands share, and for
+``distill`` that of ``train``. The tests compare the pages with what this script makes.
 """
 
 from __future__ import annotations
