@@ -160,9 +160,9 @@ def wrong_defaults(page: str, verbs: tuple[str, ...]) -> list[str]:
     """
     wrong = []
     for chunk in _chunks(page):
-        for claim, found in ((claim, found) for claim in CLAIMS for found in claim.finditer(chunk)):
+        for found in (found for claim in CLAIMS for found in claim.finditer(chunk)):
             value, flag, verb = found["value"], found["flag"], found["verb"]
-            in_code = claim in (CLAIMS[0], CLAIMS[-1])
+            in_code = found.re in (CLAIMS[0], CLAIMS[-1])
             having = [
                 [leaf for name in names for leaf in VERBS[name].offered if flag in _spellings(leaf)]
                 for names in ((verb,) if verb in VERBS else verbs, VERBS)
