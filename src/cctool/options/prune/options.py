@@ -122,10 +122,10 @@ class PruneOptions(Options):
         ))
     reduce: Reduce | None = option(
         None, "How a unit's scores in its tensors become one; first: that of the first tensor in the pass.",
-        panel=_RANKING, unset="the method's default", idle=(_NO_CHOICE, _MASKS_ONLY))
+        panel=_RANKING, unset="the method's", idle=(_NO_CHOICE, _MASKS_ONLY))
     normalize: Normalize | None = option(
         None, "What a family's scores are divided by before families are compared.", panel=_RANKING,
-        unset="the method's default",
+        unset="the method's",
         idle=(
             _NO_CHOICE,
             _MASKS_ONLY,
