@@ -29,15 +29,20 @@ class DataOptions(Options):
     """Which data, and how much of it at a time."""
 
     # fmt: off
-    data: str | None = _data(
-        None, "Data set: digits, cifar10[:DIR], folder:DIR, my.py:factory, ...", runs_code=True,
-        unset="the checkpoint's last")
-    val_data: str | None = _data(None, "Data set that replaces the validation split.", runs_code=True)
-    test_data: str | None = _data(None, "Data set that replaces the test split.", runs_code=True)
-    batch_size: int = _data(128, "Samples per step, over all devices together.", bounds=at_least(1))
-    workers: int = _data(
-        0, "Processes that decode image files; 0 decodes in the main one.", bounds=at_least(0))
-    limit: int | None = _data(None, "Use at most this many samples of each split.", bounds=at_least(1))
+    data: str | None = option(
+        None, "Data set: digits, cifar10[:DIR], folder:DIR, my.py:factory, ... See `cctool datasets`.",
+        panel=_DATA, runs_code=True, unset="the checkpoint's last")
+    val_data: str | None = option(
+        None, "Data set that replaces the validation split.", panel=_DATA, runs_code=True)
+    test_data: str | None = option(
+        None, "Data set that replaces the test split.", panel=_DATA, runs_code=True)
+    batch_size: int = option(
+        128, "Samples per step, summed over all devices.", panel=_DATA, bounds=at_least(1))
+    workers: int = option(
+        0, "Processes that decode image files; 0 decodes in the main process.", panel=_DATA,
+        bounds=at_least(0))
+    limit: int | None = option(
+        None, "Use at most this many samples of each split.", panel=_DATA, bounds=at_least(1))
     # fmt: on
 
 
@@ -82,20 +87,25 @@ class ModelOptions(Options):
     # fmt: off
     arch: str | None = _network(
         None, "Architecture: resnet20, torchvision:NAME, timm:NAME, net.py:factory. See `cctool models`.",
-        runs_code=True)
-    arguments: tuple[str, ...] = _network(
-        (), "Argument of the architecture; may be repeated.", "--arg", metavar="KEY=VALUE", repeated=True,
-        parse=_argument)
-    input_shape: tuple[int, int, int] | None = _network(
-        None, "Size of one input.", "--input", metavar="CxHxW", parse=parse_shape)
-    mean: tuple[float, ...] | None = _network(
-        None, "Mean that a foreign model's inputs are centred by (image in 0..1).", metavar="M,M,M",
-        parse=lambda text: parse_values(text, "--mean"))
-    std: tuple[float, ...] | None = _network(
-        None, "Standard deviation that a foreign model's inputs are divided by.", metavar="S,S,S",
-        parse=lambda text: parse_values(text, "--std"))
-    trust_pickle: bool = _network(False, "Let a foreign file run the code that it contains. Dangerous.")
-    spec: str | None = _network(None, "Spec to build a bare state dict with.", metavar="FILE.json")
+        panel=_NETWORK, runs_code=True)
+    arguments: tuple[str, ...] = option(
+        (), "Argument of the architecture's builder; may be repeated.", "--arg", metavar="KEY=VALUE",
+        panel=_NETWORK, repeated=True, parse=_argument)
+    input_shape: tuple[int, int, int] | None = option(
+        None, "Channels, height and width of one input.", "--input", metavar="CxHxW", panel=_NETWORK,
+        parse=parse_shape)
+    mean: tuple[float, ...] | None = option(
+        None, "Channel means to subtract from a foreign model's inputs (images in 0..1).", metavar="M,M,M",
+        panel=_NETWORK, parse=lambda text: parse_values(text, "--mean"))
+    std: tuple[float, ...] | None = option(
+        None, "Channel standard deviations to divide a foreign model's inputs by.", metavar="S,S,S",
+        panel=_NETWORK, parse=lambda text: parse_values(text, "--std"))
+    trust_pickle: bool = option(
+        False, "Unpickle a foreign file, which can run any code: only if you trust its author.",
+        panel=_NETWORK)
+    spec: str | None = option(
+        None, "Build the network of a bare state dict from this spec (see `analyze --spec`).",
+        metavar="FILE.json", panel=_NETWORK)
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
@@ -118,10 +128,12 @@ class RuntimeOptions(Options):
     """Where and how to compute."""
 
     # fmt: off
-    device: str = _run("auto", "auto, cpu, cuda or cuda:N.")
-    precision: Precision = _run(Precision.FULL, "Arithmetic of forward and backward.")
-    seed: int = _run(0, "Seed of every pseudo-random generator.")
-    deterministic: bool = _run(False, "Refuse operations whose result depends on scheduling.")
+    device: str = option("auto", "Device to compute on: auto, cpu, cuda or cuda:N.", panel=_RUN)
+    precision: Precision = option(
+        Precision.FULL, "Floating-point type of forward and backward passes.", panel=_RUN)
+    seed: int = option(0, "Seed of all random number generators.", panel=_RUN)
+    deterministic: bool = option(
+        False, "Refuse operations that have no deterministic implementation.", panel=_RUN)
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
@@ -134,10 +146,12 @@ class OutputOptions(Options):
     """Where the product goes."""
 
     # fmt: off
-    output: str | None = _output(
-        None, "Where to write; .pt or .safetensors.", "--output", "-o", unset="INPUT's stem and the verb")
-    force: bool = _output(False, "Replace existing files.")
-    allow_nonfinite: bool = _output(False, "Write even NaN or infinite weights.")
+    output: str | None = option(
+        None, "Checkpoint to write: .pt or .safetensors.", "--output", "-o", panel=_OUTPUT,
+        unset="named after INPUT and the command, as in net.prune.pt")
+    force: bool = option(False, "Replace existing files.", panel=_OUTPUT)
+    allow_nonfinite: bool = option(
+        False, "Write the file even if weights are NaN or infinite.", panel=_OUTPUT)
     # fmt: on
 
 
@@ -146,27 +160,27 @@ class TalkOptions(Options):
     """What a command prints."""
 
     # fmt: off
-    as_json: bool = _output(False, "Print one JSON document instead.", "--json")
-    quiet: bool = _output(False, "Say nothing but warnings and errors.", "--quiet", "-q")
-    debug: bool = _output(False, "Show the traceback of an error.")
+    as_json: bool = option(False, "Print the results as one JSON document.", "--json", panel=_OUTPUT)
+    quiet: bool = option(False, "Print only warnings and errors.", "--quiet", "-q", panel=_OUTPUT)
+    debug: bool = option(False, "Show the traceback when an error occurs.", panel=_OUTPUT)
     # fmt: on
 
 
 def report_file_option(panel: str) -> Any:
     """The table of coded feature maps."""
-    text = "Figures of each tap as a workbook or table."
+    text = "Write the figures of each coded feature map (tap) to a workbook or table."
     return option(None, text, metavar="FILE.xlsx|.csv|.json", panel=panel, recorded=False)
 
 
 def histograms_option(panel: str) -> Any:
     """The pictures of coded feature maps."""
-    text = "Folder for PNG histograms of each tap and sub-band."
+    text = "Write PNG histograms into this folder: one per tap, with a panel per sub-band."
     return option(None, text, metavar="DIR", panel=panel, recorded=False)
 
 
 def zero_bar_option(panel: str) -> Any:
     """The bar of zeros in these pictures, which dwarfs the others."""
-    return option(False, "Draw the bar of zeros in the histograms, too.", panel=panel, recorded=False)
+    return option(False, "Also draw the bar of zeros in the histograms.", panel=panel, recorded=False)
 
 
 def sampled_data(limit: str) -> Any:

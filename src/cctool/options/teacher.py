@@ -16,10 +16,10 @@ def teacher_model() -> Any:
     """How a foreign teacher is named: ``--teacher-arch`` and its siblings."""
     changed: dict[str, dict[str, Any]] = {
         "arch": {"help": "Architecture of a foreign teacher, as in torchvision:resnet18."},
-        "arguments": {"help": "Argument of the teacher's architecture; may be repeated."},
-        "input_shape": {"help": "Size of the teacher's input; images are resized to it."},
-        "mean": {"help": "Mean that a foreign teacher's inputs are centred by."},
-        "std": {"help": "Standard deviation that a foreign teacher's inputs are divided by."},
+        "arguments": {"help": "Argument of the teacher's builder; may be repeated."},
+        "input_shape": {"help": "Channels, height and width of the teacher's input; images are resized."},
+        "mean": {"help": "Channel means to subtract from a foreign teacher's inputs."},
+        "std": {"help": "Channel standard deviations to divide a foreign teacher's inputs by."},
         "trust_pickle": {"flags": ("--trust-pickle",)},
     }
     return nested(ModelOptions, prefix="teacher", without=("spec",), changed=changed, panel="Teacher")
@@ -27,12 +27,12 @@ def teacher_model() -> Any:
 
 def temperature_option() -> Any:
     """T of Hinton et al. 2015, section 2."""
-    return option(4.0, "T of the softened outputs.", panel="Teacher", bounds=positive())
+    return option(4.0, "Temperature that softens both networks' outputs.", panel="Teacher", bounds=positive())
 
 
 def alpha_option() -> Any:
     """The share of the loss that comes from the teacher."""
-    text = "Weight of the teacher; the labels weigh 1 - alpha."
+    text = "Weight of the teacher's part of the loss; the labels' weighs 1 - alpha."
     return option(0.9, text, panel="Teacher", bounds=between("[0, 1]"))
 
 
@@ -42,7 +42,8 @@ class TeacherOptions(Options):
 
     # fmt: off
     path: str = option(
-        ..., "Follow this network; the input itself is a good one.", "--teacher", metavar="CHECKPOINT")
+        ..., "Learn from this network's outputs, too; INPUT itself is a good teacher.", "--teacher",
+        metavar="CHECKPOINT")
     model: ModelOptions = teacher_model()
     temperature: float = temperature_option()
     alpha: float = alpha_option()
@@ -56,22 +57,23 @@ def teacher_option(idle: Idle) -> Any:
 
 def optimizer_option(default: str, idle: Idle, panel: str) -> Any:
     """The optimizer of a fine-tuning."""
-    return option(default, "sgd, adam, adamw or my.py:factory.", panel=panel, idle=idle, runs_code=True)
+    text = "Optimizer: sgd, adam, adamw or my.py:factory(groups, lr=...)."
+    return option(default, text, panel=panel, idle=idle, runs_code=True)
 
 
 def lr_option(idle: Idle, panel: str) -> Any:
     """The learning rate of a fine-tuning."""
-    unset = "the optimizer's for trained networks"
-    return option(None, "Learning rate.", panel=panel, unset=unset, bounds=positive(), idle=idle)
+    text, unset = "Learning rate of the fine-tuning.", "the optimizer's rate for trained networks"
+    return option(None, text, panel=panel, unset=unset, bounds=positive(), idle=idle)
 
 
 def freeze_norm_option(panel: str, idle: Idle | tuple[()] = ()) -> Any:
     """Batch norm that normalises by its running statistics, which then stay as they are."""
-    text = "Keep batch norm's running statistics fixed, and normalise by them."
+    text = "Keep batch norm's running statistics fixed and normalise by them."
     return option(False, text, panel=panel, idle=idle)
 
 
 def keep_storage_option(panel: str, idle: Idle | tuple[()] = ()) -> Any:
     """Tensors that are encoded again after a training."""
-    text = "Store tensors again as INPUT stored them; metrics are measured after that."
+    text = "Encode tensors again as INPUT stored them; metrics are measured after that."
     return option(False, text, panel=panel, idle=idle)

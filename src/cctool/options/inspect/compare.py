@@ -14,6 +14,6 @@ class CompareOptions(Options):
     """Options of one comparison; without a data set, each checkpoint's last one is taken."""
 
     # fmt: off
-    split: SplitName = option(SplitName.TEST, "Samples to measure accuracy on.")
+    split: SplitName = option(SplitName.TEST, "Split to measure accuracy on.")
     data: DataOptions = nested(DataOptions, without=("val_data",))
     # fmt: on

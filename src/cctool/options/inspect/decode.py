@@ -19,8 +19,9 @@ class DecodeOptions(Options):
 
     sources: tuple[str, ...]
     # fmt: off
-    output: str = option(..., "Folder to write the maps to, as .npy.", "--output", "-o", metavar="OUTDIR")
-    force: bool = option(False, "Replace the folder, where it holds nothing but earlier maps.")
+    output: str = option(
+        ..., "New folder for the decoded maps, .npy files.", "--output", "-o", metavar="OUTDIR")
+    force: bool = option(False, "Replace the folder if it holds only maps of an earlier decode.")
     # fmt: on
 
     @classmethod

@@ -26,20 +26,21 @@ class EvaluateOptions(Options):
 
     # fmt: off
     split: SplitName | None = option(
-        None, "What to measure on.", unset="test, or where there is none the next best")
+        None, "Split to measure on.", unset="test, or the next best if there is none")
     data: DataOptions = nested(DataOptions)
     predictions: str | None = option(
-        None, "Write one line an image; works without labels, too.", metavar="FILE.csv")
+        None, "Write one row per image; works without labels, too.", metavar="FILE.csv")
     loss: str | None = option(
         None, "Your loss(outputs, labels), a scalar tensor.", metavar="FILE.py:FN", unset="cross-entropy",
         runs_code=True)
     metric: str | None = option(
-        None, "Your metric(outputs, labels) of the split, a number.", metavar="FILE.py:FN", runs_code=True)
+        None, "Your metric(outputs, labels) of the whole split, a number.", metavar="FILE.py:FN",
+        runs_code=True)
     bitstream: str | None = option(
-        None, "Write the coded feature maps of the split, a file a tap; `cctool decode` reads them.",
+        None, "Write the coded feature maps of the split, one file per tap, for `cctool decode`.",
         metavar="DIR", panel=_TAPS)
     through_bitstream: bool = option(
-        False, "Code each map to bytes and continue with what these decode to.", panel=_TAPS)
+        False, "Encode each map to bytes and continue with the decoded map.", panel=_TAPS)
     report_file: str | None = report_file_option(_TAPS)
     histograms: str | None = histograms_option(_TAPS)
     zero_bar: bool = zero_bar_option(_TAPS)

@@ -47,16 +47,17 @@ class ExportOptions(Options):
 
     # fmt: off
     format: ExportFormat | None = option(
-        None, "What to write.", unset="what the output's suffix says, else onnx")
+        None, "Format of the file.", unset="the one that the output's suffix implies, else onnx")
     output: str | None = option(
-        None, "Where to write; the suffix implies the format.", "--output", "-o", panel="Output",
-        unset="INPUT's stem and .onnx, .pt2, .state.pt or .state.safetensors")
+        None, "File to write; its suffix implies the format.", "--output", "-o", panel="Output",
+        unset="INPUT's stem with .onnx, .state.pt, .state.safetensors or .pt2")
     data: DataOptions = sampled_data("Compare on at most this many samples of the data.")
-    allow_nonfinite: bool = option(False, "Write even NaN or infinite weights.", panel="Output")
+    allow_nonfinite: bool = option(
+        False, "Write the file even if weights are NaN or infinite.", panel="Output")
     without_codec: bool = option(False, "Leave the codecs of feature maps out of an ONNX or pt2 file.")
     int4: bool = option(
-        False, "ONNX: store weights of 4 bits and fewer in half a byte each (opset 21). Layers with such "
-        "weights run in floating point then; without it they take a byte, and run on integers.")
+        False, "ONNX: store weights of 4 bits and fewer in half a byte each (opset 21); their layers then "
+        "run in floating point. Otherwise such weights take a byte each and run on integers.")
     # fmt: on
 
     def __post_init__(self) -> None:

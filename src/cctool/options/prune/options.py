@@ -67,13 +67,14 @@ class SparsifyOptions(Options):
     """Training that drives units towards zero before they are cut."""
 
     # fmt: off
-    method: Sparsifier = option(..., "Train before the cut so that units go towards zero.", "--sparsify")
-    epochs: int = option(1, "Epochs of that training.", "--sparsify-epochs", bounds=at_least(1))
+    method: Sparsifier = option(
+        ..., "First train with a penalty that drives units towards zero.", "--sparsify")
+    epochs: int = option(1, "Epochs of the sparse training.", "--sparsify-epochs", bounds=at_least(1))
     strength: float | None = option(
-        None, "Weight of its penalty; of growing, what it grows by.", "--sparsify-strength",
+        None, "Weight of its penalty; for growing, the size of its increments.", "--sparsify-strength",
         unset="the method's", bounds=positive())
     lr: float | None = option(
-        None, "Its learning rate.", "--sparsify-lr", unset="the optimizer's for trained networks",
+        None, "Its learning rate.", "--sparsify-lr", unset="the optimizer's rate for trained networks",
         bounds=positive())
     # fmt: on
 
@@ -106,109 +107,133 @@ class PruneOptions(Options):
     """Options of one pruning."""
 
     # fmt: off
-    method: PruneMethod = _ranking(
-        PruneMethod.SLIMMING, "How units are ranked; the lowest go. taylor, hessian, gradient, apoz and "
-        "activation look at training images. Masks of weights: l1, unless another is given.", idle=_NO_CHOICE)
-    rate: float = _amount(
-        0.5, "Fraction of the removable units (or weights) that go; with several steps, reached at the last.",
-        bounds=between("[0, 1)"),
+    method: PruneMethod = option(
+        PruneMethod.SLIMMING, "How units are ranked; the lowest scores go. taylor, hessian, gradient, apoz "
+        "and activation look at training images. Single weights are ranked by l1 if none is given.",
+        panel=_RANKING, idle=_NO_CHOICE)
+    rate: float = option(
+        0.5, "Fraction of the removable units (or weights) to remove; --steps reaches it at the last step.",
+        panel=_AMOUNT, bounds=between("[0, 1)"),
         idle=Idle(lambda asked: bool(asked.instead_of_rate), lambda asked: asked.instead_of_rate))
-    scope: Scope | None = _ranking(
-        None, "Rank across the network or in each family.",
+    scope: Scope | None = option(
+        None, "Rank units across the network, or within each family.", panel=_RANKING,
         unset="global for slimming, lamp, taylor and hessian, else local",
-        idle=(_NO_CHOICE,
-              Idle(lambda asked: asked.granularity is Granularity.NM,
-                   "--granularity nm chooses within each group of M")))
-    reduce: Reduce | None = _ranking(
-        None, "How a unit's scores in its several tensors become one; first: the first tensor's in the pass.",
-        unset="the method's default", idle=(_NO_CHOICE, _MASKS_ONLY))
-    normalize: Normalize | None = _ranking(
-        None, "By what a family's scores are divided before families are compared.",
-        unset="the method's default",
-        idle=(_NO_CHOICE, _MASKS_ONLY,
-              Idle(lambda asked: asked.keep is not None or asked.rates is not None,
-                   "each family's width is fixed, so that families are not compared")))
-    granularity: Granularity = _shape(
+        idle=(
+            _NO_CHOICE,
+            Idle(
+                lambda asked: asked.granularity is Granularity.NM,
+                "--granularity nm chooses within each group of M",
+            ),
+        ))
+    reduce: Reduce | None = option(
+        None, "How a unit's scores in its tensors become one; first: that of the first tensor in the pass.",
+        panel=_RANKING, unset="the method's", idle=(_NO_CHOICE, _MASKS_ONLY))
+    normalize: Normalize | None = option(
+        None, "What a family's scores are divided by before families are compared.", panel=_RANKING,
+        unset="the method's",
+        idle=(
+            _NO_CHOICE,
+            _MASKS_ONLY,
+            Idle(
+                lambda asked: asked.keep is not None or asked.rates is not None,
+                "each family's width is fixed, so that families are not compared",
+            ),
+        ))
+    granularity: Granularity = option(
         Granularity.CHANNEL, "Cut channels, or mask weights: single ones, N:M, kernels, rows (filters), "
-        "columns, blocks.")
-    pattern: Pattern | None = _shape(
-        None, "For --granularity nm: of every M neighbouring inputs N stay.", metavar="N:M", unset="2:4",
-        parse=parse_pattern)
-    block: Block | None = _shape(
+        "columns, blocks.", panel=_SHAPE)
+    pattern: Pattern | None = option(
+        None, "For --granularity nm: N of every M neighbouring inputs stay.", metavar="N:M", panel=_SHAPE,
+        unset="2:4", parse=parse_pattern)
+    block: Block | None = option(
         None, "For --granularity block: rows (outputs) and columns (inputs) of a block.",
-        metavar="ROWSxCOLUMNS", unset="4x1", parse=parse_block)
-    mask: bool = _shape(False, "Only mask the channels that would be cut; --apply-masks cuts them.")
-    apply_masks: bool = _amount(False, "Cut what earlier masks left empty, and nothing else.")
-    target: Target | None = _amount(
+        metavar="ROWSxCOLUMNS", panel=_SHAPE, unset="4x1", parse=parse_block)
+    mask: bool = option(
+        False, "Only mask the channels that would be cut; --apply-masks cuts them later.", panel=_SHAPE)
+    apply_masks: bool = option(False, "Cut what earlier masks left empty, and nothing else.", panel=_AMOUNT)
+    target: Target | None = option(
         None, "What the network may cost: macs=0.5, params=30%, bytes=1.2MB, latency=0.6 (measured). Up to "
-        "1 is a fraction of what comes in.", metavar="QUANTITY=VALUE", parse=parse_target)
-    max_drop: float | None = _amount(
-        None, "Points of validation top-1 that may be lost; finds the largest rate.", metavar="POINTS",
-        bounds=at_least(0))
-    rates: str | None = _amount(None, "Table of rates, family or layer -> rate.", metavar="FILE.csv|.json")
-    round_to: int | None = _shape(
-        1, f"Keep widths that are multiples of this, rounded up; auto: of {AUTO_ROUND} where a family is as "
-        f"wide.", metavar="N|auto", parse=_round, shown="1", bounds=at_least(1),
+        "1 is a fraction of INPUT's cost.", metavar="QUANTITY=VALUE", panel=_AMOUNT, parse=parse_target)
+    max_drop: float | None = option(
+        None, "Percentage points of validation top-1 that may be lost; finds the largest such rate.",
+        metavar="POINTS", panel=_AMOUNT, bounds=at_least(0))
+    rates: str | None = option(
+        None, "Table of rates: family or layer, and its rate.", metavar="FILE.csv|.json", panel=_AMOUNT)
+    round_to: int | None = option(
+        1, f"Round kept widths up to a multiple of this; auto: of {AUTO_ROUND} in families with that many "
+        f"channels.", metavar="N|auto", panel=_SHAPE, parse=_round, shown="1", bounds=at_least(1),
         idle=(_NO_CHOICE, _MASKS_ONLY))
     min_channels: int = _shape(
         1, "Keep at least this many channels in every family.", bounds=at_least(1),
         idle=(_NO_CHOICE, _MASKS_ONLY))
     exclude: tuple[str, ...] = _shape(
         (), "Modules, tensors or families that keep their width; may be repeated.", metavar="GLOB",
-        repeated=True)
-    only: tuple[str, ...] = _shape(
-        (), "Touch nothing but these; may be repeated.", metavar="GLOB", repeated=True)
-    exact: bool = _shape(
-        False, "Keep widths over which statistics run (layer norm, attention): all else is exact.",
-        idle=(_NO_WIDTHS, _MASKS_ONLY))
-    attention: AttentionUnit = _shape(
-        AttentionUnit.POSITIONS, "What goes from attention: equal positions of every head, or whole heads "
-        "where code allows.", idle=(_NO_WIDTHS, _MASKS_ONLY))
-    keep: float | None = _amount(
-        None, "Fraction of each width that a step keeps, truncated: int(width * keep^i) after step i.",
-        bounds=between("(0, 1]"))
-    steps: int = _training(
-        1, "Prune in this many steps, a checkpoint each.", bounds=at_least(1), idle=_NO_CHOICE)
-    step_mode: StepMode = _training(
-        StepMode.INDEPENDENT, "Each step starts from the source, or from the step before.", idle=_ONE_STEP)
-    growth: Growth = _training(
+        panel=_SHAPE, repeated=True)
+    only: tuple[str, ...] = option(
+        (), "Prune only these; may be repeated.", metavar="GLOB", panel=_SHAPE, repeated=True)
+    exact: bool = option(
+        False, "Keep widths that statistics run over (layer norm, attention), so that the cut is exact.",
+        panel=_SHAPE, idle=(_NO_WIDTHS, _MASKS_ONLY))
+    attention: AttentionUnit = option(
+        AttentionUnit.POSITIONS, "What to cut from attention: equal positions of every head, or whole heads "
+        "where the code allows.", panel=_SHAPE, idle=(_NO_WIDTHS, _MASKS_ONLY))
+    keep: float | None = option(
+        None, "Fraction of each width that a step keeps: int(width * keep^i) after step i.",
+        panel=_AMOUNT, bounds=between("(0, 1]"))
+    steps: int = option(
+        1, "Prune in this many steps, one checkpoint each.", panel=_TRAINING, bounds=at_least(1),
+        idle=_NO_CHOICE)
+    step_mode: StepMode = option(
+        StepMode.INDEPENDENT, "Start each step from INPUT, or from the step before.", panel=_TRAINING,
+        idle=_ONE_STEP)
+    growth: Growth = option(
         Growth.EXPONENTIAL, "How the rate grows from step to step; agp: fast at first (Zhu and Gupta 2017, "
-        "equation 1).",
-        idle=(_ONE_STEP,
-              Idle(lambda asked: asked.keep is not None,
-                   "--keep shrinks each width by the same factor at each step")))
-    finetune_epochs: int = _training(
-        0, "Epochs of training after each step, with a new optimizer.", bounds=at_least(0))
+        "equation 1).", panel=_TRAINING,
+        idle=(
+            _ONE_STEP,
+            Idle(
+                lambda asked: asked.keep is not None,
+                "--keep shrinks each width by the same factor at each step",
+            ),
+        ))
+    finetune_epochs: int = option(
+        0, "Epochs of fine-tuning after each step, with a new optimizer.", panel=_TRAINING,
+        bounds=at_least(0))
     optimizer: str = optimizer_option("adamw", _UNTRAINED, _TRAINING)
     lr: float | None = lr_option(_UNTUNED, _TRAINING)
-    rewind: str | None = _training(
-        None, "Give what is left the weights of this earlier checkpoint.", metavar="CHECKPOINT")
-    from_scratch: bool = _training(
-        False, "Initialise the thinned network anew: the control that pruning has to beat.")
+    rewind: str | None = option(
+        None, "Reset the remaining weights to those of this earlier checkpoint.", metavar="CHECKPOINT",
+        panel=_TRAINING)
+    from_scratch: bool = option(
+        False, "Reinitialise the pruned network: the control that pruning has to beat.", panel=_TRAINING)
     sparsify: SparsifyOptions | None = nested(
         SparsifyOptions, key="method", panel=_TRAINING, changed={"method": {"idle": (_NO_CHOICE,)}})
     teacher: TeacherOptions | None = teacher_option(_UNTUNED)
     keep_storage: bool = keep_storage_option(_TRAINING, _UNTUNED)
-    recalibrate: int = _training(
-        0, "Estimate batch-norm statistics again from N training images; 0 leaves them.", metavar="N",
-        bounds=at_least(0))
-    recalibrate_images: Images | None = _training(
-        None, "Take these images as they are, or varied as for training, with whose statistics the network "
-        "learnt.", unset="plain; for --max-drop whichever suits the dense network better",
-        idle=Idle(lambda asked: asked.recalibrate == 0 and asked.max_drop is None,
-                  "no statistics are estimated again; --recalibrate says from how many images"))
-    samples: int = _ranking(
-        1024, "Training images that data-driven methods look at.", bounds=at_least(1),
-        idle=Idle(lambda asked: not asked.needs_data,
-                  lambda asked: f"--method {asked.method} looks at no images"))
-    plot: bool = _report(
-        False, "Draw the kept widths beside the product (.widths.png).", recorded=False,
+    recalibrate: int = option(
+        0, "Estimate batch-norm statistics again from N training images; 0 keeps them.", metavar="N",
+        panel=_TRAINING, bounds=at_least(0))
+    recalibrate_images: Images | None = option(
+        None, "Take these images as they are, or augmented as in training, whose statistics the network "
+        "learnt with.", panel=_TRAINING,
+        unset="plain; for --max-drop whichever suits the dense network better",
+        idle=Idle(
+            lambda asked: asked.recalibrate == 0 and asked.max_drop is None,
+            "no statistics are estimated again; --recalibrate says from how many images",
+        ))
+    samples: int = option(
+        1024, "Training images that data-driven methods look at.", panel=_RANKING, bounds=at_least(1),
+        idle=Idle(
+            lambda asked: not asked.needs_data, lambda asked: f"--method {asked.method} looks at no images"
+        ))
+    plot: bool = option(
+        False, "Draw the kept widths next to the product (.widths.png).", panel=_REPORT, recorded=False,
         idle=(_NO_WIDTHS, _MASKS_ONLY))
-    plot_file: str | None = _report(
-        None, "Draw them into this file: .png, .svg or .pdf.", metavar="PATH", recorded=False,
-        idle=(_NO_WIDTHS, _MASKS_ONLY))
+    plot_file: str | None = option(
+        None, "Draw the kept widths to this file: .png, .svg or .pdf.", metavar="PATH", panel=_REPORT,
+        recorded=False, idle=(_NO_WIDTHS, _MASKS_ONLY))
     preset: PrunePreset | None = option(
-        None, "Set the options as a published method did; options that you give stand.")
+        None, "Set the options of a published method; options that you give win.")
     data: DataOptions = nested(DataOptions)
     dry_run: bool = _report(False, "Print the plan and write no checkpoint.", recorded=False)
     # fmt: on

@@ -25,7 +25,7 @@ class DistillOptions(Options):
     """Options of one distillation."""
 
     # fmt: off
-    teacher: str = option(..., "Checkpoint or foreign file of the teacher.", panel="Teacher")
+    teacher: str = option(..., "Teacher: a checkpoint or a foreign file.", panel="Teacher")
     teacher_model: ModelOptions = teacher_model()
     temperature: float = temperature_option()
     alpha: float = alpha_option()
@@ -34,7 +34,7 @@ class DistillOptions(Options):
     run: RunOptions = nested(RunOptions)
     keep_storage: bool = keep_storage_option("Output")
     preset: DistillPreset | None = option(
-        None, "Set the options as a published method did; options that you give stand.")
+        None, "Set the options of a published method; options that you give win.")
     # fmt: on
 
     @classmethod

@@ -29,9 +29,20 @@ class RunOptions(Options):
     resume: bool = _run_folder(False, "Continue from the run folder's last.pt.", recorded=False)
     stop_after: int | None = _run_folder(
         None, "Stop after this many epochs of this call; --resume continues.", metavar="EPOCHS",
+        panel=_RUN_FOLDER, recorded=False, bounds=at_least(1))
+    save_every: int | None = option(
+        None, "Keep epoch-NNNN.pt in the run folder at this interval.", metavar="EPOCHS", panel=_RUN_FOLDER,
         recorded=False, bounds=at_least(1))
-    save_every: int | None = _run_folder(
-        None, "Keep epoch-NNNN.pt of every N epochs in the run folder.", metavar="EPOCHS", recorded=False,
+    tensorboard: bool = option(False, "Write TensorBoard event files.", panel=_RUN_FOLDER, recorded=False)
+    mlflow: bool = option(
+        False, "Log to a local MLflow file store.", panel=_RUN_FOLDER, recorded=False)
+    mlflow_dir: str | None = option(
+        None, "Folder of MLflow's file store.", metavar="DIR", panel=_RUN_FOLDER, recorded=False,
+        unset="in the run folder")
+    devices: int = option(
+        1, "Processes on this machine, one device each.", panel=_MACHINES, bounds=at_least(1))
+    nodes: int = option(
+        1, "Machines; set MASTER_ADDR, MASTER_PORT and NODE_RANK on each of them.", panel=_MACHINES,
         bounds=at_least(1))
     tensorboard: bool = _run_folder(False, "Write TensorBoard event files.", recorded=False)
     mlflow: bool = _run_folder(False, "Write a run into a local MLflow file store.", recorded=False)
@@ -97,7 +108,7 @@ class TrainOptions(Options):
     run: RunOptions = nested(RunOptions)
     keep_storage: bool = keep_storage_option("Output")
     swap: tuple[str, ...] | None = option(
-        None, "Layers of a fresh network that live in a transform domain from the beginning, as in "
+        None, "Put layers of a fresh network into a transform domain before training, as in "
         "basis:dct:linear or coefficient:dwt:all; may be repeated.", metavar="MODE:KERNEL:LAYERS",
         panel="Which network", repeated=True)
     # fmt: on
