@@ -1,17 +1,18 @@
 """Run one list of commands with two checkouts of cctool, and compare all that they print and write.
 
 python benchmarks/parity.py BEFORE AFTER                      all commands of parity_plan.py
-python benchmarks/parity.py BEFORE AFTER --only 'prune *'     some, and whatever they need must be among them
+python benchmarks/parity.py BEFORE AFTER --only 'train *'     some; what they need has to be among them
 
-One environment (that of this Python), one thread. Each checkout gets an empty working folder of the same name;
-its commands run there one after the other. Most run in a copy (fork) of one process that has imported the
-checkout's cctool, some as `python -m cctool` and one as a shell pipeline. What is compared, and what is left out
-because it is measured time, stands in parity_compare.py. Exits with 1 on any difference.
+One environment (that of this Python), one thread. Each checkout gets an empty working folder of the same
+name; its commands run there one after the other. Most run in a copy (fork) of one process that has imported
+the checkout's cctool, some as `python -m cctool` and one as a shell pipeline. What is compared, and what is
+left out because it is measured time, stands in parity_compare.py. Exits with 1 on any difference.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import hashlib
 import importlib
@@ -42,9 +43,9 @@ ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",
 }
 THIRD_PARTIES = (
-    "torch", "torch.export", "torch.onnx", "torchvision", "onnx", "onnxruntime", "onnxscript", "pydantic", "pywt",
-    "scipy.fft", "scipy.stats", "scipy.optimize", "matplotlib.pyplot", "rich.table", "openpyxl", "thop",
-    "safetensors.torch", "lightning_fabric", "torch._dynamo", "torch.onnx._internal.exporter._core",
+    "torch", "torch.export", "torch.onnx", "torchvision", "onnx", "onnxruntime", "onnxscript", "pydantic",
+    "pywt", "scipy.fft", "scipy.stats", "scipy.optimize", "matplotlib.pyplot", "rich.table", "openpyxl",
+    "thop", "safetensors.torch", "lightning_fabric", "torch._dynamo", "torch.onnx._internal.exporter._core",
 )  # fmt: skip
 """Imported once by a worker, before it copies itself for each command."""
 
@@ -65,10 +66,8 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
 def import_everything() -> None:
     """Import what commands need, so that copies of this process need not."""
     for name in THIRD_PARTIES:
-        try:
+        with contextlib.suppress(ImportError):
             importlib.import_module(name)
-        except ImportError:
-            print(f"{name} is not there to be imported early", file=sys.stderr)
     import cctool
 
     for module in pkgutil.walk_packages(cctool.__path__, "cctool."):
@@ -196,7 +195,7 @@ def commit_of(checkout: Path) -> str | None:
 
 
 def source_hash(checkout: Path) -> str:
-    """A hash of all source of a checkout, so that a record says what was compared even of uncommitted code."""
+    """A hash of all source of a checkout, so that a record tells uncommitted code, too."""
     digest = hashlib.sha256()
     for path in sorted((checkout / "src").rglob("*.py")):
         digest.update(path.relative_to(checkout).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -220,9 +219,8 @@ def print_rows(rows: Sequence[dict[str, Any]], shown: int) -> None:
     print(f"{'command':<{width}}  verdict    files  before, s  after, s")
     for row in rows:
         verdict = "differs" if row["differences"] else "equal"
-        print(
-            f"{row['name']:<{width}}  {verdict:<9}  {row['files']:>5}  {row['before']:>9.2f}  {row['after']:>8.2f}"
-        )
+        times = f"{row['before']:>9.2f}  {row['after']:>8.2f}"
+        print(f"{row['name']:<{width}}  {verdict:<9}  {row['files']:>5}  {times}")
         for difference in row["differences"][:shown]:
             print(f"    {difference}")
         if len(row["differences"]) > shown:

@@ -1,13 +1,13 @@
 """What `parity.py` compares of two runs of the same commands, and what it leaves out.
 
-Compared: exit status; which files were written; stdout, line by line, JSON documents to the byte; all numbers on
-stderr in their order, while its words may change; and the files by their kind. Checkpoints have to be equal to the byte. Where
-they are not they are read by a reader of its own, of JSON and `torch.load(weights_only=True)`, and the differences
-are named: spec, history, tensors and stored tensors with their parts.
+Compared: exit status; which files were written; stdout, line by line, JSON documents to the byte; all numbers
+on stderr in their order, while its words may change; and the files by their kind. Checkpoints have to be equal
+to the byte. Where they are not, a reader of its own (JSON and `torch.load(weights_only=True)`, no cctool)
+names what differs: spec, history, tensors, stored tensors with their parts, state for resuming.
 
 Left out, because it is measured time or tells of the machine: the keys of `MEASURED` in JSON, the columns of
-`MEASURED_COLUMNS` in metrics.csv, what `TIMES` matches on stderr and in tables, the dates in logs and workbooks,
-and the files of `IGNORED`.
+`MEASURED_COLUMNS` in metrics.csv, what `TIMES` matches on stderr and in logs, the dates in workbooks, and the
+files of `IGNORED`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ TIMES = (
 )
 """What is taken out of stderr and of logs before numbers are compared."""
 
-NOISE = re.compile(r"^.*\.py:\d+: \w*Warning.*\n(?:[ \t]+.*\n)?|^\[W\d+ .*\n|^.*\[W:onnxruntime.*\n", re.MULTILINE)
+NOISE = re.compile(
+    r"^.*\.py:\d+: \w*Warning.*\n(?:[ \t]+.*\n)?|^\[W\d+ .*\n|^.*\[W:onnxruntime.*\n", re.MULTILINE
+)
 """Warnings of libraries, with paths and lines of source."""
 
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d[\d,]*)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])|(?<=[x:=])\d+(?:\.\d+)?")
@@ -96,7 +98,9 @@ def lines_differing(before: str, after: str) -> Iterator[str]:
 def bytes_differing(before: bytes, after: bytes) -> Iterator[str]:
     """Say where two files differ first."""
     if before != after:
-        first = next((i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), None)
+        first = next(
+            (i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), None
+        )
         yield f"{len(before)} bytes, then {len(after)}; the first that differs is {first}"
 
 
@@ -107,8 +111,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint, or a bare state dict, without cctool.
 
     Returns:
-        `spec`, `history`, `digests`, `tensors` (name -> description and bytes, or the entry and the bytes of its
-        parts) and `resume`, as far as the file has them.
+        `spec`, `history`, `digests`, `tensors` (name -> description and bytes, or the entry and the bytes of
+        its parts) and `resume`, as far as the file has them.
     """
     if path.suffix == ".safetensors":
         content = path.read_bytes()
@@ -139,14 +143,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             resume = {"state": json.loads(resume["state"]), "tensors": plain_tensors(resume["tensors"])}
     if text is not None:
         found = json.loads(zlib.decompress(text[4:]))
-        # Where a part lies in the arena is compared, too: the form of the file is part of what must not change.
+        # Where a part lies in the arena is compared, too: the form of the file must not change either.
         tensors = {
             name: dense[name] if entry is None else in_arena(entry, arena) for name, entry in found["index"]
         }
         document |= {key: found[key] for key in ("spec", "history")}
     else:
         tensors = dense
-        document |= {key: json.loads(document[key]) for key in ("spec", "history", "digests") if key in document}
+        document |= {
+            key: json.loads(document[key]) for key in ("spec", "history", "digests") if key in document
+        }
     return {**document, "tensors": tensors, "resume": resume}
 
 
@@ -209,7 +215,7 @@ def tensors_differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> It
 
 
 def workbook(path: Path) -> dict[str, Any]:
-    """Cells of a workbook (formulas as they are), its sheets' order, number formats and how many charts it has."""
+    """Cells of a workbook, formulas as they are, with number formats; and how many charts each sheet has."""
     import openpyxl
 
     book = openpyxl.load_workbook(path)
@@ -218,7 +224,10 @@ def workbook(path: Path) -> dict[str, Any]:
             "frozen": sheet.freeze_panes,
             "charts": len(getattr(sheet, "_charts", ())),
             **{
-                cell.coordinate: [cell.value if not hasattr(cell.value, "isoformat") else "date", cell.number_format]
+                cell.coordinate: [
+                    cell.value if not hasattr(cell.value, "isoformat") else "date",
+                    cell.number_format,
+                ]
                 for line in sheet.iter_rows()
                 for cell in line
                 if cell.value is not None
@@ -259,9 +268,12 @@ def scalars(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "scalars": {tag: [[e.step, e.value] for e in events.Scalars(tag)] for tag in tags["scalars"]},
         "histograms": {
-            tag: [[e.step, str(e.histogram_value)] for e in events.Histograms(tag)] for tag in tags["histograms"]
+            tag: [[e.step, str(e.histogram_value)] for e in events.Histograms(tag)]
+            for tag in tags["histograms"]
         },
-        "tensors": {tag: [[e.step, str(e.tensor_proto)] for e in events.Tensors(tag)] for tag in tags["tensors"]},
+        "tensors": {
+            tag: [[e.step, str(e.tensor_proto)] for e in events.Tensors(tag)] for tag in tags["tensors"]
+        },
     }
     for kind in found.values():
         for tag in kind:
@@ -307,7 +319,9 @@ class Comparison:
         self.sides = (before, after)
         self.checkouts = checkouts
         self.allowed = allowed
-        self._done = [json.loads((side / "said" / "done.json").read_text(encoding="utf-8")) for side in self.sides]
+        self._done = [
+            json.loads((side / "said" / "done.json").read_text(encoding="utf-8")) for side in self.sides
+        ]
         # Where options may differ, so do the hashes and sizes of all files that remember them.
         self._known = [self._names(side / "work") if allowed else {} for side in self.sides]
 
@@ -345,7 +359,8 @@ class Comparison:
             gone = [self._stable(name) for name in old[key]]
             came = [self._stable(name) for name in new[key]]
             if sorted(gone) != sorted(came):
-                yield f"{key}: only before {sorted(set(gone) - set(came))}, only after {sorted(set(came) - set(gone))}"
+                only = sorted(set(gone) - set(came)), sorted(set(came) - set(gone))
+                yield f"{key}: only before {only[0]}, only after {only[1]}"
         stem = old["name"].replace(" ", "_")
         out = [(side / "said" / f"{stem}.out").read_text(encoding="utf-8") for side in self.sides]
         yield from (f"stdout: {text}" for text in self._stdout(*out))
@@ -369,7 +384,11 @@ class Comparison:
         unmasked = [json.dumps(document, indent=2) + "\n" for document in documents]
         if shown[0] == shown[1]:
             # The same values, but are they written in the same way?
-            return [] if [unmasked[i] == texts[i] for i in (0, 1)] in ([True] * 2, [False] * 2) else ["other form"]
+            return (
+                []
+                if [unmasked[i] == texts[i] for i in (0, 1)] in ([True] * 2, [False] * 2)
+                else ["other form"]
+            )
         return differing(masked(documents[0]), masked(documents[1]))
 
     def _numbers(self, before: str, after: str) -> Iterator[str]:
@@ -397,7 +416,9 @@ class Comparison:
         if not known:
             return text
         text = HASH.sub(lambda match: known.get(match[0], known.get(match[0][:12], match[0])), text)
-        return re.sub(r"(?<![\d.])\d[\d,]*(?![\d.])", lambda match: known.get(match[0].replace(",", ""), match[0]), text)
+        return re.sub(
+            r"(?<![\d.])\d[\d,]*(?![\d.])", lambda match: known.get(match[0].replace(",", ""), match[0]), text
+        )
 
     @staticmethod
     def _names(folder: Path) -> dict[str, str]:
@@ -424,7 +445,9 @@ class Comparison:
 
     def _without_options(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: self._without_options(item) for key, item in value.items() if key not in self.allowed}
+            return {
+                key: self._without_options(item) for key, item in value.items() if key not in self.allowed
+            }
         return value
 
     # -- files ------------------------------------------------------------------------------------------
@@ -462,7 +485,9 @@ class Comparison:
         found = [*tensors_differing(before.pop("tensors"), after.pop("tensors"))]
         resumes = [before.pop("resume", None), after.pop("resume", None)]
         if None not in resumes:
-            found += [f"resume: {t}" for t in tensors_differing(*(resume.pop("tensors") for resume in resumes))]
+            found += [
+                f"resume: {t}" for t in tensors_differing(*(resume.pop("tensors") for resume in resumes))
+            ]
         found += [f"resume{text}" for text in differing(*resumes)]
         documents = []
         for index, document in enumerate((before, after)):
@@ -493,7 +518,9 @@ class Comparison:
             contents = [before[name], after[name]]
             if contents[0] != contents[1]:
                 try:
-                    texts = [self._translated(content.decode(), index) for index, content in enumerate(contents)]
+                    texts = [
+                        self._translated(content.decode(), index) for index, content in enumerate(contents)
+                    ]
                     documents = [json.loads(text) for text in texts]
                 except ValueError:
                     yield from (f"{name}: {text}" for text in bytes_differing(*contents))

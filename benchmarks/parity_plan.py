@@ -1,7 +1,7 @@
 """The commands that `parity.py` runs: every verb and every method, on small networks and few digits.
 
-A command may read what commands before it wrote; all paths are relative to the working folder. The products are
-not listed here: whatever a command leaves in the folder, new or changed, is its product.
+A command may read what commands before it wrote; all paths are relative to the working folder. The products
+are not listed here: whatever a command leaves in the folder, new or changed, is its product.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Planned:
     Attributes:
         name: by which the table and `--only` call it.
         line: what stands behind `cctool`, or a whole shell pipeline.
-        process: whether it runs as `python -m cctool` in a process of its own, rather than in a copy of a process
-            that has imported everything.
+        process: whether it runs as `python -m cctool` in a process of its own, rather than in a copy of a
+            process that has imported everything.
         shell: whether `line` is for the shell, with `cctool` standing for the program.
         status: exit status that it has to have.
     """
@@ -51,7 +51,8 @@ def make_net(num_classes=10, in_channels=1, hidden=8):
 
 def make_vit(num_classes=10):
     return VisionTransformer(
-        image_size=32, patch_size=8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=num_classes
+        image_size=32, patch_size=8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32,
+        num_classes=num_classes,
     )
 
 
@@ -80,17 +81,20 @@ def _trainings() -> list[Planned]:
     return [
         Planned(
             "train teacher",
-            f"train {resnet} --epochs 6 --schedule cosine --optimizer sgd --nesterov --label-smoothing 0.1 --limit 480 -o teacher.pt",
+            f"train {resnet} --epochs 6 --schedule cosine --optimizer sgd --nesterov --label-smoothing 0.1 "
+            "--limit 480 -o teacher.pt",
             process=True,
         ),
         Planned(
             "train multistep",
-            f"train {lenet} --limit 480 --epochs 6 --schedule multistep --milestones 3 --lr-gamma 0.5 --warmup linear "
+            f"train {lenet} --limit 480 --epochs 6 --schedule multistep --milestones 3 --lr-gamma 0.5 "
+            "--warmup linear "
             "--warmup-epochs 1 --optimizer adam --save-every 2 -o lenet.pt",
         ),
         Planned(
             "train onecycle",
-            f"train {mobile} --epochs 2 --schedule onecycle --onecycle-warm 0.4 --gamma-l1 0.001 --clip-norm 1 "
+            f"train {mobile} --epochs 2 --schedule onecycle --onecycle-warm 0.4 --gamma-l1 0.001 "
+            "--clip-norm 1 "
             "--tensorboard -o mobile.pt",
         ),
         Planned(
@@ -105,19 +109,27 @@ def _trainings() -> list[Planned]:
         Planned("train coefficients", f"train {lenet} --swap coefficient:dwt:conv --epochs 1 -o waves.pt"),
         Planned(
             "train own",
-            f"train {own} --arg hidden=12 --epochs 2 --loss net.py:loss --metric net.py:errors --metric-mode min "
+            f"train {own} --arg hidden=12 --epochs 2 --loss net.py:loss --metric net.py:errors "
+            "--metric-mode min "
             "--optimizer net.py:factory --lr 0.002 --eval-from 2 -o own.pt",
         ),
         Planned(
             "train transformer", f"train --arch net.py:make_vit --input 3x32x32 {SMALL} --epochs 1 -o vit.pt"
         ),
         Planned("train devices", f"train {lenet} --epochs 1 --devices 2 -o two.pt", process=True),
-        Planned("train untrained", f"train --arch preact_resnet20 --arg base=4 {SMALL} --epochs 0 -o preact.pt"),
+        Planned(
+            "train untrained", f"train --arch preact_resnet20 --arg base=4 {SMALL} --epochs 0 -o preact.pt"
+        ),
         Planned(
             "train dense",
-            f"train --arch densenet40 --arg growth_rate=2 {SMALL} --limit 32 --epochs 1 --deterministic -o densenet.pt",
+            f"train --arch densenet40 --arg growth_rate=2 {SMALL} --limit 32 --epochs 1 --deterministic -o "
+            "densenet.pt",
         ),
-        Planned("train bf16", f"train {lenet} --epochs 3 --precision bf16 --warmup exponential --warmup-epochs 2 --seed 3 -o bf.pt"),
+        Planned(
+            "train bf16",
+            f"train {lenet} --epochs 3 --precision bf16 --warmup exponential --warmup-epochs 2 --seed 3 -o "
+            "bf.pt",
+        ),
         Planned(
             "distill",
             f"distill {mobile} --teacher teacher.pt --epochs 2 --temperature 3 --alpha 0.7 -o student.pt",
@@ -125,7 +137,8 @@ def _trainings() -> list[Planned]:
         ),
         Planned(
             "distill preset",
-            f"distill student.pt --teacher teacher.pt {SMALL} --preset distiller-2018 --epochs 1 --freeze-norm -o d18.pt",
+            f"distill student.pt --teacher teacher.pt {SMALL} --preset distiller-2018 --epochs 1 "
+            "--freeze-norm -o d18.pt",
         ),
         Planned(
             "distill homework",
@@ -135,8 +148,8 @@ def _trainings() -> list[Planned]:
 
 
 def _prunings() -> list[Planned]:
-    plain = "slimming l1 l2 fpgm lamp random".split()
-    looking = "taylor hessian gradient apoz activation".split()
+    plain = ["slimming", "l1", "l2", "fpgm", "lamp", "random"]
+    looking = ["taylor", "hessian", "gradient", "apoz", "activation"]
     extra = {
         "slimming": "--rate 0.4 --plot",
         "l1": "--rate 0.3 --round-to 2 --scope global --normalize mean",
@@ -156,7 +169,8 @@ def _prunings() -> list[Planned]:
     ]
     made += [
         Planned(
-            f"prune {name}", f"prune teacher.pt --method {name} {extra[name]} --samples 48 {LIMIT} -o p-{name}.pt"
+            f"prune {name}",
+            f"prune teacher.pt --method {name} {extra[name]} --samples 48 {LIMIT} -o p-{name}.pt",
         )
         for name in looking
     ]
@@ -175,10 +189,15 @@ def _prunings() -> list[Planned]:
     return [
         *made,
         Planned("prune macs", f"prune teacher.pt --method l2 --target macs=0.5 {LIMIT} -o t-macs.pt"),
-        Planned("prune params", f"prune mobile.pt --method l1 --target params=40% --steps 2 --growth linear {LIMIT} -o t-params.pt"),
+        Planned(
+            "prune params",
+            f"prune mobile.pt --method l1 --target params=40% --steps 2 --growth linear {LIMIT} -o "
+            "t-params.pt",
+        ),
         Planned("prune bytes", f"prune teacher.pt --method l1 --target bytes=30kB {LIMIT} -o t-bytes.pt"),
         Planned(
-            "prune budget", f"prune teacher.pt --method l2 --max-drop 5 --recalibrate 48 {LIMIT} -o t-drop.pt --json"
+            "prune budget",
+            f"prune teacher.pt --method l2 --max-drop 5 --recalibrate 48 {LIMIT} -o t-drop.pt --json",
         ),
         Planned("prune table", f"prune teacher.pt --rates rates.csv {LIMIT} -o t-rates.pt"),
         Planned("prune keep", f"prune mobile.pt --method l1 --keep 0.8 --steps 2 {LIMIT} -o keep.pt"),
@@ -189,10 +208,12 @@ def _prunings() -> list[Planned]:
         ),
         Planned(
             "prune gamma",
-            f"prune teacher.pt --rate 0.4 --sparsify gamma-l1 --sparsify-epochs 1 --sparsify-lr 0.01 {SMALL} -o s-g.pt",
+            "prune teacher.pt --rate 0.4 --sparsify gamma-l1 --sparsify-epochs 1 --sparsify-lr 0.01 "
+            f"{SMALL} -o s-g.pt",
         ),
         Planned(
-            "prune lasso", f"prune teacher.pt --method l2 --rate 0.4 --sparsify group-lasso {SMALL} -o s-lasso.pt"
+            "prune lasso",
+            f"prune teacher.pt --method l2 --rate 0.4 --sparsify group-lasso {SMALL} -o s-lasso.pt",
         ),
         Planned(
             "prune growing",
@@ -201,36 +222,55 @@ def _prunings() -> list[Planned]:
         ),
         Planned(
             "prune rewind",
-            f"prune lenet.pt --method l1 --rate 0.4 --rewind lenet.run/epoch-0004.pt --finetune-epochs 1 {SMALL} "
+            "prune lenet.pt --method l1 --rate 0.4 --rewind lenet.run/epoch-0004.pt --finetune-epochs 1 "
+            f"{SMALL} "
             "-o rewound.pt",
         ),
-        Planned("prune scratch", f"prune teacher.pt --method l1 --rate 0.4 --from-scratch {LIMIT} -o scratch.pt"),
+        Planned(
+            "prune scratch", f"prune teacher.pt --method l1 --rate 0.4 --from-scratch {LIMIT} -o scratch.pt"
+        ),
         Planned(
             "prune recalibrate",
-            f"prune teacher.pt --method l1 --rate 0.3 --recalibrate 48 --recalibrate-images augmented {LIMIT} "
+            "prune teacher.pt --method l1 --rate 0.3 --recalibrate 48 --recalibrate-images augmented "
+            f"{LIMIT} "
             "-o recal.pt",
         ),
         Planned(
             "prune taught",
-            f"prune mobile.pt --rate 0.3 --finetune-epochs 1 --teacher teacher.pt --temperature 2 --alpha 0.6 "
+            "prune mobile.pt --rate 0.3 --finetune-epochs 1 --teacher teacher.pt --temperature 2 --alpha "
+            "0.6 "
             f"{SMALL} -o taught.pt",
             process=True,
         ),
-        Planned("prune preset", f"prune student.pt --preset lhy-hw7 --steps 2 --finetune-epochs 1 {SMALL} -o hw.pt"),
-        Planned("prune plan", f"prune teacher.pt --method l1 --rate 0.5 --dry-run --plot-file plan.svg {LIMIT}"),
-        Planned("prune plan json", f"prune densenet.pt --method l2 --rate 0.5 --round-to auto --dry-run --json {LIMIT}"),
+        Planned(
+            "prune preset",
+            f"prune student.pt --preset lhy-hw7 --steps 2 --finetune-epochs 1 {SMALL} -o hw.pt",
+        ),
+        Planned(
+            "prune plan", f"prune teacher.pt --method l1 --rate 0.5 --dry-run --plot-file plan.svg {LIMIT}"
+        ),
+        Planned(
+            "prune plan json",
+            f"prune densenet.pt --method l2 --rate 0.5 --round-to auto --dry-run --json {LIMIT}",
+        ),
         Planned("prune masks", f"prune teacher.pt --method l1 --rate 0.3 --mask {LIMIT} -o masked.pt"),
         Planned("prune apply", f"prune masked.pt --apply-masks {LIMIT} -o applied.pt --json"),
         Planned("prune resumable", f"prune half.run/last.pt --method l1 --rate 0.3 {LIMIT} -o cut.pt"),
-        Planned("prune preact", f"prune preact.pt --method l2 --rate 0.5 {LIMIT} -o preact.prune.safetensors"),
+        Planned(
+            "prune preact", f"prune preact.pt --method l2 --rate 0.5 {LIMIT} -o preact.prune.safetensors"
+        ),
         Planned(
             "prune own", f"prune own.pt --arch net.py:make_net --method l1 --rate 0.5 {LIMIT} -o own.prune.pt"
         ),
         Planned(
             "prune heads",
-            f"prune vit.pt --arch net.py:make_vit --method l1 --rate 0.5 --attention heads {LIMIT} -o heads.pt",
+            f"prune vit.pt --arch net.py:make_vit --method l1 --rate 0.5 --attention heads {LIMIT} -o "
+            "heads.pt",
         ),
-        Planned("prune exact", f"prune vit.pt --arch net.py:make_vit --method l1 --rate 0.5 --exact {LIMIT} -o ex.pt"),
+        Planned(
+            "prune exact",
+            f"prune vit.pt --arch net.py:make_vit --method l1 --rate 0.5 --exact {LIMIT} -o ex.pt",
+        ),
     ]
 
 
@@ -265,7 +305,8 @@ def _quantizations() -> list[Planned]:
     made += [
         Planned(
             f"quantize int8 {name}",
-            f"quantize teacher.pt --method int8 --calibration 48 --observer {name} {rest} {LIMIT} -o i8-{name}.pt",
+            f"quantize teacher.pt --method int8 --calibration 48 --observer {name} {rest} {LIMIT} -o "
+            f"i8-{name}.pt",
         )
         for name, rest in observers.items()
     ]
@@ -286,14 +327,19 @@ def _quantizations() -> list[Planned]:
     ]
     return [
         *made,
-        Planned("quantize weights", f"quantize student.pt --method int8 --weight-only {LIMIT} -o w8.safetensors"),
+        Planned(
+            "quantize weights", f"quantize student.pt --method int8 --weight-only {LIMIT} -o w8.safetensors"
+        ),
         Planned(
             "quantize adaround",
-            f"quantize lenet.pt --method int4 --rounding adaround --rounding-steps 40 --calibration 48 {LIMIT} "
+            "quantize lenet.pt --method int4 --rounding adaround --rounding-steps 40 --calibration 48 "
+            f"{LIMIT} "
             "-o ada.pt",
         ),
         Planned(
-            "quantize search", f"quantize teacher.pt --method int4 --target bytes=0.2 {LIMIT} -o bits.pt", process=True
+            "quantize search",
+            f"quantize teacher.pt --method int4 --target bytes=0.2 {LIMIT} -o bits.pt",
+            process=True,
         ),
         Planned(
             "quantize budget",
@@ -302,7 +348,9 @@ def _quantizations() -> list[Planned]:
         Planned("quantize preset", f"quantize student.pt --preset lhy-hw7 {LIMIT} -o homework.pt"),
         Planned("quantize masked", f"quantize g-element.pt --method int4 {LIMIT} -o masked4.pt"),
         Planned("quantize uint8 masked", f"quantize masked.pt --method uint8 {LIMIT} -o masked8.pt"),
-        Planned("quantize mobile", f"quantize mobile.pt --method int8 --calibration 48 {LIMIT} -o mobile8.pt"),
+        Planned(
+            "quantize mobile", f"quantize mobile.pt --method int8 --calibration 48 {LIMIT} -o mobile8.pt"
+        ),
         Planned("prune integers", f"prune i8-min-max.pt --method l1 --rate 0.3 {LIMIT} -o cut8.pt"),
         Planned(
             "prune stored",
@@ -369,9 +417,17 @@ def _transforms() -> list[Planned]:
             "transform corner",
             f"transform lenet.pt --layers linear --select corner --keep 0.25 --block 16 {LIMIT} -o corner.pt",
         ),
-        Planned("transform thesis", f"transform lenet.pt --preset thesis-basis --layers linear {LIMIT} -o thesis.pt"),
-        Planned("transform allocated", f"{coded} --mean-shift --channel-klt --allocate --quality 50 -o allocated.pt"),
-        Planned("transform table", f"{coded} --q-table steps.json --block 4 --report-file taps.csv -o table.pt"),
+        Planned(
+            "transform thesis",
+            f"transform lenet.pt --preset thesis-basis --layers linear {LIMIT} -o thesis.pt",
+        ),
+        Planned(
+            "transform allocated",
+            f"{coded} --mean-shift --channel-klt --allocate --quality 50 -o allocated.pt",
+        ),
+        Planned(
+            "transform table", f"{coded} --q-table steps.json --block 4 --report-file taps.csv -o table.pt"
+        ),
         Planned("transform ratio", f"{coded} --target ratio=4 --report-file taps.json -o ratio.pt --json"),
         Planned("transform sweep", f"{coded} --taps layer3.* --sweep quality -o sweep.pt"),
         Planned("transform quantized", f"transform q-uint8.pt --layers all --keep 0.5 {LIMIT} -o xq.pt"),
@@ -381,7 +437,8 @@ def _transforms() -> list[Planned]:
         Planned("quantize coefficients", f"quantize x-klt.pt --method int5 {LIMIT} -o xk.pt"),
         Planned(
             "train coded",
-            f"train f-dct.pt {SMALL} --epochs 1 --rate-weight 0.3 --freeze-norm --ema 0.9 --schedule constant -o ct.pt",
+            f"train f-dct.pt {SMALL} --epochs 1 --rate-weight 0.3 --freeze-norm --ema 0.9 --schedule "
+            "constant -o ct.pt",
         ),
         Planned("prune coded", f"prune f-dwt.pt --method l1 --rate 0.3 {LIMIT} -o cp.pt"),
     ]
@@ -397,7 +454,9 @@ def _readings() -> list[Planned]:
             f"evaluate own.pt --arch net.py:make_net --metric net.py:errors --loss net.py:loss {LIMIT}",
         ),
         Planned("evaluate bitstream", f"evaluate f-dct.pt --bitstream maps {LIMIT}"),
-        Planned("evaluate through", f"evaluate f-dwt.pt --through-bitstream --report-file ev.json --json {LIMIT}"),
+        Planned(
+            "evaluate through", f"evaluate f-dwt.pt --through-bitstream --report-file ev.json --json {LIMIT}"
+        ),
         Planned("evaluate klt maps", f"evaluate allocated.pt --bitstream kmaps --through-bitstream {LIMIT}"),
         Planned("decode", "decode maps -o decoded", process=True),
         Planned("decode one", "decode kmaps/layer1.0.seg -o one --json"),
@@ -413,7 +472,9 @@ def _readings() -> list[Planned]:
         Planned("analyze", "analyze p-slimming.pt --device cpu", process=True),
         Planned("analyze json", "analyze i8-entropy.pt --json --device cpu"),
         Planned("analyze files", f"analyze g-block.pt --macs --sparsity {LIMIT}"),
-        Planned("analyze named", "analyze mobile8.pt --macs-file macs.csv --sparsity-file zeros.json --device cpu"),
+        Planned(
+            "analyze named", "analyze mobile8.pt --macs-file macs.csv --sparsity-file zeros.json --device cpu"
+        ),
         Planned("analyze onnx", f"analyze applied.pt --onnx {LIMIT}"),
         Planned("analyze history", "analyze cut2.pt --history"),
         Planned("analyze history json", "analyze steps.step2.pt --history --json"),
@@ -436,7 +497,8 @@ def _readings() -> list[Planned]:
         Planned("existing file", f"quantize teacher.pt --method fp16 {LIMIT} -o q-fp16.pt", status=1),
         Planned(
             "pipeline",
-            f"cctool prune student.pt --method slimming --rate 0.5 {LIMIT} | cctool quantize - --method uint8 {LIMIT} "
+            f"cctool prune student.pt --method slimming --rate 0.5 {LIMIT} | cctool quantize - --method "
+            f"uint8 {LIMIT} "
             f"| cctool export - {LIMIT}",
             shell=True,
         ),
