@@ -1,9 +1,9 @@
 """What `parity.py` compares of two runs of the same commands, and what it leaves out.
 
-Compared: exit status; which files were written; stdout, line by line, JSON documents to the byte; all numbers
-on stderr in their order, while its words may change; and the files by their kind. Checkpoints have to be equal
-to the byte. Where they are not, a reader of its own (JSON and `torch.load(weights_only=True)`, no cctool)
-names what differs: spec, history, tensors, stored tensors with their parts, state for resuming.
+Compared: exit status; which files were written; stdout, line by line, JSON documents to the byte; all
+numbers on stderr in their order, while its words may change; and the files by their kind. Checkpoints have to
+be equal to the byte. Where they are not, a reader of its own (JSON and `torch.load(weights_only=True)`, no
+cctool) names what differs: spec, history, tensors, stored tensors with their parts, state for resuming.
 
 Left out, because it is measured time or tells of the machine: the keys of `MEASURED` in JSON, the columns of
 `MEASURED_COLUMNS` in metrics.csv, what `TIMES` matches on stderr and in logs, the dates in workbooks, and the
