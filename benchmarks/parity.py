@@ -146,13 +146,19 @@ def work(said: Path, names: Sequence[str]) -> None:
         else:
             status, cpu = in_copy(planned.line.split(), out, err)
         after = snapshot(here)
+        written = [name for name, stat in after.items() if before.get(name) != stat]
         done.append(
             {
                 "name": planned.name,
                 "status": status,
                 "cpu": round(cpu, 2),
                 "wall": round(time.perf_counter() - started, 2),
-                "written": [name for name, stat in after.items() if before.get(name) != stat],
+                "written": written,
+                "hashes": {
+                    hashlib.sha256((here / name).read_bytes()).hexdigest(): name
+                    for name in written
+                    if name.endswith((".pt", ".safetensors"))
+                },
                 "removed": sorted(before.keys() - after.keys()),
             }
         )

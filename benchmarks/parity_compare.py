@@ -51,6 +51,20 @@ NOISE = re.compile(
 
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d[\d,]*)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])|(?<=[x:=])\d+(?:\.\d+)?")
 
+SAFE_TYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""Types of safetensors by torch's names."""
+
 HASH = re.compile(r"[0-9a-f]{12,64}")
 
 
@@ -86,6 +100,14 @@ def masked(value: Any) -> Any:
     if isinstance(value, list):
         return [masked(item) for item in value]
     return value
+
+
+def without_times(text: str) -> str:
+    """A text without measured times; a table with one has its columns' widths taken out, too."""
+    found = text
+    for pattern in TIMES:
+        found = re.sub(pattern, "TIME", found)
+    return found if found == text else re.sub(r" +", " ", re.sub(r"\u2500+", "\u2500", found))
 
 
 def lines_differing(before: str, after: str) -> Iterator[str]:
@@ -322,8 +344,12 @@ class Comparison:
         self._done = [
             json.loads((side / "said" / "done.json").read_text(encoding="utf-8")) for side in self.sides
         ]
-        # Where options may differ, so do the hashes and sizes of all files that remember them.
-        self._known = [self._names(side / "work") if allowed else {} for side in self.sides]
+        # The state for resuming holds times, so that files' hashes differ by chance; where options may
+        # differ, so do content hashes and sizes of all files that remember them.
+        self._known = [
+            {**self._file_hashes(done), **(self._names(side / "work") if allowed else {})}
+            for done, side in zip(self._done, self.sides, strict=True)
+        ]
 
     def rows(self, plan: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         """A row a command: name, files, seconds of both, differences."""
@@ -376,7 +402,7 @@ class Comparison:
         try:
             documents = [json.loads(text) for text in texts]
         except ValueError:
-            return lines_differing(*texts)
+            return lines_differing(*map(without_times, texts))
         shown = [json.dumps(masked(document), indent=2) + "\n" for document in documents]
         if self.allowed:
             documents = [self._without_allowed(document) for document in documents]
@@ -401,9 +427,7 @@ class Comparison:
     def _figures(self, text: str, index: int) -> list[str]:
         """All numbers of a text but measured times, in their order."""
         text = NOISE.sub("", self._translated(text, index))
-        for pattern in TIMES:
-            text = re.sub(pattern, "", text)
-        return NUMBER.findall(text)
+        return NUMBER.findall(without_times(text))
 
     def _translated(self, text: str, index: int) -> str:
         """A text without the checkout's path and, where options may differ, with files for their hashes."""
@@ -413,22 +437,30 @@ class Comparison:
         ):
             text = text.replace(path, name)
         known = self._known[index]
-        if not known:
+        text = HASH.sub(lambda match: known.get(match[0], match[0]), text)
+        if not self.allowed:
             return text
-        text = HASH.sub(lambda match: known.get(match[0], known.get(match[0][:12], match[0])), text)
         return re.sub(
             r"(?<![\d.])\d[\d,]*(?![\d.])", lambda match: known.get(match[0].replace(",", ""), match[0]), text
         )
 
     @staticmethod
+    def _file_hashes(done: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """Hashes of all checkpoints, also of those that were written over, and what stands for them."""
+        found: dict[str, str] = {}
+        for record in done:
+            for digest, file in record["hashes"].items():
+                found[digest] = found[digest[:12]] = f"<{file} of {record['name']}>"
+        return found
+
+    @staticmethod
     def _names(folder: Path) -> dict[str, str]:
-        """Files by what stands for them in histories and tables: hashes (also shortened) and sizes."""
+        """Files by what stands for them in histories and tables: content hashes and sizes."""
         found: dict[str, str] = {}
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".pt", ".safetensors"):
                 name = f"<{path.relative_to(folder).as_posix()}>"
-                file = hashlib.sha256(path.read_bytes()).hexdigest()
-                found |= {file: name, file[:12]: name, str(path.stat().st_size): name}
+                found[str(path.stat().st_size)] = name
                 content = content_hash(read_checkpoint(path))
                 if content is not None:
                     found |= {content: f"{name} content", content[:12]: f"{name} content"}
@@ -488,20 +520,25 @@ class Comparison:
             found += [
                 f"resume: {t}" for t in tensors_differing(*(resume.pop("tensors") for resume in resumes))
             ]
-        found += [f"resume{text}" for text in differing(*resumes)]
+        found += [f"resume{text}" for text in differing(*map(masked, resumes))]
         documents = []
         for index, document in enumerate((before, after)):
-            document.pop("digest", None)
+            if None not in resumes:
+                # Of the state for resuming, which was compared above: its digest is of measured times, too.
+                document.pop("digest", None)
+                document.get("digests", {}).pop("resume", None)
             text = json.dumps(document)
             documents.append(self._without_allowed(json.loads(self._translated_hashes(text, index))))
         found += [text.lstrip(".") for text in differing(*documents)]
-        if not found and not self.allowed:
+        # Only times, and the hashes of files that hold times, excuse other bytes.
+        excused = None not in resumes or before.get("history") != after.get("history")
+        if not found and not self.allowed and not excused:
             found.append("equal in all that was read, but not to the byte")
         yield from found
 
     def _translated_hashes(self, text: str, index: int) -> str:
         known = self._known[index]
-        return HASH.sub(lambda match: known.get(match[0], match[0]), text) if known else text
+        return HASH.sub(lambda match: known.get(match[0], match[0]), text)
 
     def _onnx(self, old: Path, new: Path) -> Iterator[str]:
         before, after = network(old), network(new)
@@ -556,10 +593,26 @@ class Comparison:
 
 
 def content_hash(document: Mapping[str, Any]) -> str | None:
-    """The content hash of a checkpoint of dense tensors, by docs/checkpoint-format.md; None of others."""
-    if "digests" not in document:
+    """The content hash of a checkpoint, by docs/checkpoint-format.md; None of other files."""
+    if "history" not in document:
         return None
-    tensors = {name: digest for name, digest in document["digests"].items() if not name.startswith("resume")}
-    what = {"history": document["history"], "spec": document["spec"], "tensors": tensors}
-    text = json.dumps(what, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    tensors = document["tensors"]
+    digests = {name: tensor_digest(value, tensors) for name, value in tensors.items()}
+    what = {"history": document["history"], "spec": document["spec"], "tensors": digests}
+    return hashlib.sha256(canonical(what)).hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def tensor_digest(value: Any, tensors: Mapping[str, Any]) -> str:
+    """The digest of a tensor as `read_checkpoint` gives it."""
+    if isinstance(value, str):
+        return tensor_digest(tensors[value], tensors)
+    if isinstance(value, dict):
+        parts = {name: tensor_digest(part, tensors) for name, part in value["parts"].items()}
+        return hashlib.sha256(canonical({**value, "parts": parts})).hexdigest()
+    dtype = SAFE_TYPES.get(value[0], value[0].removeprefix("torch."))
+    return hashlib.sha256(f"{dtype}{list(value[1])}".encode() + value[-1]).hexdigest()
