@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 
-def write(name: str, command: str, seed: int, rows: list[dict[str, Any]]) -> Path:
-    """Write rows to `benchmarks/results/NAME.json`, and each to stdout as a JSON line."""
+def described(command: str, seed: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows with what says how they came about."""
     folder = Path(__file__).parent
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
     ).stdout.strip()
-    record = {
+    return {
         "commit": commit,
         "command": command,
         "seed": seed,
@@ -32,9 +32,14 @@ def write(name: str, command: str, seed: int, rows: list[dict[str, Any]]) -> Pat
         "torch": torch.__version__,
         "rows": rows,
     }
+
+
+def write(name: str, command: str, seed: int, rows: list[dict[str, Any]]) -> Path:
+    """Write rows to `benchmarks/results/NAME.json`, and each to stdout as a JSON line."""
+    record = described(command, seed, rows)
     for row in rows:
         print(json.dumps(row))
-    target = folder / "results" / f"{name}.json"
+    target = Path(__file__).parent / "results" / f"{name}.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return target

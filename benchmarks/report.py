@@ -20,6 +20,7 @@ import report_coefficients
 import report_goals
 import report_kernels
 import report_onnx
+import report_parity
 import report_quantize
 import report_zoo
 
@@ -199,6 +200,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: partial(draw, table=table) for name, draw in report_codec.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_basis.SECTIONS.items()},
     "devices": devices,
+    **{name: partial(draw, table=table) for name, draw in report_parity.SECTIONS.items()},
 }
 
 
