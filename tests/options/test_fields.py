@@ -105,8 +105,6 @@ def test_every_kind_of_field_comes_from_the_command_line() -> None:
     line = "in.pt --required x --rate 0.25 --count 3 --colour blue --other red --dry --no-wet --names a"
     line += " --names b --pair 2:4 --size auto --code my.py:fn --brush 5 --brush-hairs 9 --data digits"
     line += " --limit 3 --seed 4"
-        " --pair 2:4 --size auto --code my.py:fn --brush 5 --brush-hairs 9 --data digits --limit 3 --seed 4"
-    )
     call, result = called(*line.split())
     assert result.exit_code == 0, result.output
     assert call is not None
