@@ -1,29 +1,67 @@
-"""Compress trained CNNs: every command reads a checkpoint, does one thing and writes a checkpoint.
+"""Compress trained CNNs: prune, distil, quantize and transform checkpoints, in the shell or from Python.
 
-The library's face is small: `cctool.load` gives the model that trains, with its spec and history, and
-`cctool.save` writes it back. ::
+Every verb of the command line is a function, and every checkpoint a model that trains. ::
 
     import cctool
 
     checkpoint = cctool.load("student.pt")
-    logits = checkpoint.model(images)
+    pruned, report = cctool.prune(checkpoint, rate=0.5, method="slimming")
+    cctool.save(pruned, "pruned.pt")
 
-Importing this package imports nothing else: torch comes with the first use of a function.
+Importing this package imports nothing else: torch comes with the first use of a name. docs/python.md
+teaches it.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cctool.operations.registries import load, save
+    from cctool.operations.python.verbs import (
+        CctoolError,
+        CctoolWarning,
+        Checkpoint,
+        analyze,
+        compare,
+        decode,
+        distill,
+        evaluate,
+        export,
+        load,
+        prune,
+        quantize,
+        save,
+        train,
+        transform,
+    )
 
-__all__ = ["__version__", "load", "save"]
+__all__ = [
+    "CctoolError",
+    "CctoolWarning",
+    "Checkpoint",
+    "__version__",
+    "analyze",
+    "compare",
+    "decode",
+    "distill",
+    "evaluate",
+    "export",
+    "load",
+    "prune",
+    "quantize",
+    "save",
+    "train",
+    "transform",
+]
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load", "save"):
-        from cctool.operations import registries as composition
+    if name in __all__:
+        from cctool.operations.python import verbs
 
-        return getattr(composition, name)
+        return getattr(verbs, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,11 +2,11 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "Augmentation",
     "Crop",
     "DataSource",
+    "Loaded",
     "Padding",
     "Shape",
     "Split",
@@ -99,6 +100,20 @@ class Stream(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class Loaded:
+    """Batches that the caller's own loader makes, in its own order.
+
+    Attributes:
+        batches: gives floating-point images [B, C, H, W], or pairs of them and int64 labels [B]; iterated
+            once an epoch.
+        sizes: images in each batch.
+    """
+
+    batches: Iterable[Any]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Split:
     """The training, validation or test part of a data set.
 
@@ -110,6 +125,9 @@ class Split:
         stream: reads images that are not in memory.
         files: the images' paths, relative to `folder`, where there are any.
         folder: where the files lie.
+        as_given: whether `images` are floating point [N, C, H, W] that the network takes as they are: neither
+            normalised nor varied.
+        loaded: the caller's batches, likewise taken as they are; in place of `images` and `stream`.
     """
 
     name: str
@@ -119,11 +137,15 @@ class Split:
     stream: Stream | None = None
     files: tuple[str, ...] | None = None
     folder: Path | None = None
+    as_given: bool = False
+    loaded: Loaded | None = None
     _on_device: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         if self.images is not None:
             return len(self.images)
+        if self.loaded is not None:
+            return sum(self.loaded.sizes)
         return len(self.stream) if self.stream is not None else 0
 
     def images_on(self, device: torch.device) -> Tensor:
@@ -136,6 +158,8 @@ class Split:
 
     def take(self, indices: Sequence[int]) -> "Split":
         """The split of these images alone, in this order."""
+        if self.loaded is not None:
+            raise DataError("batches of a loader are served whole: give a loader over fewer images")
         chosen = torch.as_tensor(list(indices), dtype=torch.int64)
         return dataclasses.replace(
             self,

@@ -18,10 +18,13 @@ import torch
 
 from cctool import __version__
 from cctool.base.errors import CheckpointError, UsageError
+from cctool.base.networks import copied
 from cctool.base.runtime import Reporter, Silent, resolve_device, seed_everything
 from cctool.base.user_code import looks_like_user_code
 from cctool.checkpoint.checkpoint import SUFFIXES, Checkpoint, save
-from cctool.checkpoint.spec import Size, Step
+from cctool.checkpoint.file.payload import content_hash
+from cctool.checkpoint.spec import Parent, Size, Step
+from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import described, open_first
 from cctool.operations.keep import events
@@ -31,7 +34,16 @@ from cctool.operations.size import measure
 from cctool.options.common import ModelOptions, RuntimeOptions
 from cctool.options.fields import recorded
 
-__all__ = ["Product", "Request", "default_output", "labelled", "read", "write"]
+__all__ = [
+    "Product",
+    "Request",
+    "default_output",
+    "labelled",
+    "read",
+    "read_in_memory",
+    "write",
+    "write_in_memory",
+]
 
 
 @dataclass(frozen=True)
@@ -74,9 +86,11 @@ class Product:
     report: Any
 
 
-def write(
-    operation: Callable[[Checkpoint, Any, Context], Iterator[Outcome]], options: Any, request: Request
-) -> Iterator[Product]:
+Operation = Callable[[Checkpoint, Any, Context], Iterator[Outcome]]
+"""(checkpoint, options, context) -> outcomes."""
+
+
+def write(operation: Operation, options: Any, request: Request) -> Iterator[Product]:
     """Run an operation that writes checkpoints, and write each outcome as soon as it is there.
 
     Raises:
@@ -85,6 +99,16 @@ def write(
     """
     output = _output(request)
     checkpoint, context = _prepare(options, request, output)
+    for finished, outcome in _finished(operation, options, request, checkpoint, context):
+        path = labelled(output, outcome.label)
+        parent = save(finished, path, context.tables, overwrite=request.force or request.resumes)
+        yield Product(str(path), parent.content, parent.file, finished.history[-1], outcome.report)
+
+
+def _finished(
+    operation: Operation, options: Any, request: Request, checkpoint: Checkpoint, context: Context
+) -> Iterator[tuple[Checkpoint, Outcome]]:
+    """Run an operation; give each outcome in the form that files store, with its line of history."""
     if not request.allow_nonfinite:
         _refuse_nonfinite(checkpoint, "INPUT holds")
     before = measure(checkpoint) if checkpoint.origin is not None else None
@@ -96,9 +120,59 @@ def write(
         finished = context.stamp(outcome)
         if not request.allow_nonfinite:
             _refuse_nonfinite(finished, "the result would hold")
-        path = labelled(output, outcome.label)
-        parent = save(finished, path, context.tables, overwrite=request.force or request.resumes)
-        yield Product(str(path), parent.content, parent.file, finished.history[-1], outcome.report)
+        yield finished, outcome
+
+
+def write_in_memory(
+    operation: Operation,
+    options: Any,
+    request: Request,
+    given: Checkpoint | None,
+    source: DataSource | None = None,
+) -> Iterator[tuple[Checkpoint, Any]]:
+    """Run an operation on a checkpoint in memory; give its products and their reports.
+
+    Args:
+        operation: generator of outcomes.
+        options: of its verb.
+        request: what every command is told.
+        given: the checkpoint, which stays as it is; None builds a fresh one.
+        source: data in memory; None opens what the options name.
+    """
+    output = Path(request.output or default_output(request.verb, None, request.model.arch))
+    copy = None if given is None else _copy(given)
+    checkpoint, context = _prepare(options, request, output, copy, source)
+    for finished, outcome in _finished(operation, options, request, checkpoint, context):
+        yield replace(finished, origin=_origin(finished)), outcome.report
+
+
+def read_in_memory(
+    operation: Callable[..., Any],
+    options: Any,
+    request: Request,
+    given: Checkpoint,
+    source: DataSource | None = None,
+) -> Any:
+    """Run an operation that makes no checkpoint on one in memory, and return its report."""
+    checkpoint, context = _prepare(options, request, Path(request.output or "."), _copy(given), source)
+    checkpoint.model.to(context.device)
+    return operation(checkpoint, options, context)
+
+
+def _copy(given: Checkpoint) -> Checkpoint:
+    """A copy to work on, with what history will call its parent."""
+    foreign = given.origin is not None and given.origin.content is None
+    origin = given.origin if foreign else _origin(given)
+    return replace(given, model=copied(given.model), origin=origin)
+
+
+def _origin(checkpoint: Checkpoint) -> Parent:
+    """The file of a checkpoint; one made or changed in memory has the content hash of such a file."""
+    payload = checkpoint.payload()
+    content = content_hash(payload, payload.digests)
+    if checkpoint.origin is not None and checkpoint.origin.content == content:
+        return checkpoint.origin
+    return Parent(path="in memory", content=content, file="")
 
 
 def read(operation: Callable[[Checkpoint, Any, Context], Any], options: Any, request: Request) -> Any:
@@ -109,24 +183,35 @@ def read(operation: Callable[[Checkpoint, Any, Context], Any], options: Any, req
     return operation(checkpoint, options, context)
 
 
-def _prepare(options: Any, request: Request, output: Path) -> tuple[Checkpoint, Context]:
+def _prepare(
+    options: Any,
+    request: Request,
+    output: Path,
+    given: Checkpoint | None = None,
+    source: DataSource | None = None,
+) -> tuple[Checkpoint, Context]:
     references = (request.model.arch, *request.user_code)
     named = frozenset(reference for reference in references if reference and looks_like_user_code(reference))
     registries = tables(named)
     device = resolve_device(request.runtime.device)
     seed_everything(request.runtime.seed, deterministic=request.runtime.deterministic)
     data = getattr(options, "data", None)
-    opened = open_first(data, request.model, named) if data is not None and data.data else None
+    opened = source
+    if source is None and data is not None and data.data:
+        opened = open_first(data, request.model, named)
     shape = None if opened is None else described(opened)
-    if request.source is None:
-        checkpoint = fresh(request.model, registries, named, shape, data.data if data else None)
+    remembered = (data.data or None) if data is not None and source is None else None
+    if given is not None:
+        checkpoint = given
+    elif request.source is None:
+        checkpoint = fresh(request.model, registries, named, shape, remembered)
     else:
         checkpoint = open_checkpoint(
             Path(request.source), request.model, registries, named, request.reporter, shape
         )
-    if opened is not None and data is not None:
+    if remembered is not None:
         # The last data set is remembered; whose classes the outputs are, it cannot say of a foreign network.
-        checkpoint = replace(checkpoint, spec=checkpoint.spec.model_copy(update={"data": data.data}))
+        checkpoint = replace(checkpoint, spec=checkpoint.spec.model_copy(update={"data": remembered}))
     context = Context(
         device=device,
         runtime=request.runtime,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cctool.base.errors import DataError
-from cctool.data.records import Augmentation, Split
+from cctool.data.records import Augmentation, Loaded, Split
 from cctool.data.serving import augment
 from cctool.data.serving.augment import generator
 from cctool.data.serving.convert import convert
@@ -62,12 +62,32 @@ class Batches:
         return sum(len(part) for part in self.parts)
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.split.loaded is not None:
+            yield from self._loaded(self.split.loaded)
+            return
         scale, shift = self._affine()
         found = self._streamed() if self.split.images is None else self._in_memory()
         for images, labels, indices in found:
+            if self.split.as_given:
+                yield Batch(images.to(self.dtype), labels, indices)
+                continue
             # (x / 255 - mean) / std as one product and one sum
             normalised = (convert(images, self.split.shape) * scale).add_(shift)
             yield Batch(normalised.to(self.dtype), labels, indices)
+
+    def _loaded(self, loaded: Loaded) -> Iterator[Batch]:
+        start = 0
+        for item in loaded.batches:
+            images, labels = item if isinstance(item, (tuple, list)) else (item, None)
+            if tuple(images.shape[1:]) != tuple(self.split.shape) or not images.is_floating_point():
+                raise DataError(
+                    f"the loader gave {images.dtype} images of shape {tuple(images.shape)}; floating point "
+                    f"[batch, {', '.join(map(str, self.split.shape))}] is expected, as the network takes them"
+                )
+            indices = torch.arange(start, start + len(images))
+            start += len(images)
+            moved = None if labels is None else labels.to(self.device)
+            yield Batch(images.to(self.device, self.dtype), moved, indices)
 
     def _affine(self) -> tuple[Tensor, Tensor]:
         mean = torch.tensor(self.mean, dtype=torch.float64)
@@ -155,6 +175,14 @@ def batches(
             )
     if not all(math.isfinite(value) and value > 0 for value in std):
         raise DataError(f"std={tuple(std)} must be greater than 0")
+    if split.loaded is not None:
+        if world_size > 1:
+            raise DataError("a loader cannot be shared by several processes: name a data set instead")
+        parts = torch.split(torch.arange(len(split)), list(split.loaded.sizes))
+        normalisation = tuple(mean), tuple(std)
+        return Batches(split, parts, torch.device(device), *normalisation, dtype, None, seed, epoch, workers)
+    if split.as_given:
+        augmentation = None
     order = torch.arange(len(split))
     if shuffle:
         order = torch.randperm(len(split), generator=generator(seed, epoch, "order"))

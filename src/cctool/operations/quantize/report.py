@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from cctool.checkpoint.spec import Metrics
+from cctool.operations.context import Told, metric_lines
 from cctool.quantization.network.placement import Left
 from cctool.quantization.network.tensors import Skipped
 
@@ -21,6 +23,7 @@ __all__ = [
     "counted",
     "errors_between",
     "in_floating_point",
+    "told",
 ]
 
 
@@ -148,3 +151,42 @@ def in_floating_point(left: Sequence[Left]) -> list[str]:
     """A line for each reason why layers and activations stay in floating point."""
     counts = Counter(item.reason for item in left)
     return [f"left in floating point: {n} ({reason})" for reason, n in counts.items()]
+
+
+_MOST = 40
+_TENSORS = ("tensor", "shape", "stored as", "bits", "bytes before", "bytes after", "max error", "SQNR dB")
+_ACTIVATIONS = ("module", "value", "quantizer", "bits", "low", "high", "clipped %")
+_SENSITIVITY = ("layer", "bits", "damage", "bytes", "chosen")
+
+
+def told(report: Any) -> Iterator[Told]:
+    """Tables of weights, activations, sensitivity and what stayed in floats; sizes, notes and metrics."""
+    if report.tensors:
+        yield (
+            "weights",
+            _TENSORS,
+            [
+                (
+                    *(t.name, "x".join(map(str, t.shape)), t.encoding, t.bits),
+                    *(t.bytes_before, t.bytes_after, t.max_error, t.sqnr_db),
+                )
+                for t in report.tensors
+            ],
+        )
+    if report.activations:
+        rows = [(a.name, a.what, a.method, a.bits, a.low, a.high, a.clipped) for a in report.activations]
+        yield "activations", _ACTIVATIONS, rows
+    if report.sensitivity:
+        title = "what quantizing one layer alone costs"
+        costs = [(s.layer, s.bits, s.damage, s.bytes, "x" if s.chosen else "") for s in report.sensitivity]
+        yield title, _SENSITIVITY, costs
+    if report.left:
+        yield "in floating point", ("name", "why"), [(x.name, x.reason) for x in report.left[:_MOST]]
+        if len(report.left) > _MOST:
+            yield f"and {len(report.left) - _MOST} more in floating point"
+    yield (
+        f"tensors {report.bytes_before:,} -> {report.bytes_after:,} bytes "
+        f"({report.bytes_before / max(report.bytes_after, 1):.2f}x smaller)"
+    )
+    yield from report.notes
+    yield from metric_lines(report.metrics_before, report.metrics_after)

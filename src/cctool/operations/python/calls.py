@@ -1,0 +1,252 @@
+"""How a verb is called from Python: keywords to options, checkpoints and data in memory, results back."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cctool.base.errors import UsageError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.spec import Preprocessing
+from cctool.data.records import DataSource
+from cctool.operations import pipeline
+from cctool.operations.python.data_in_memory import in_memory, is_reference
+from cctool.operations.registries import save
+from cctool.options.fields import Leaf
+from cctool.options.verbs import VERBS, Input, Verb
+
+__all__ = ["CctoolWarning", "Warner", "function", "keywords"]
+
+T = TypeVar("T")
+
+_FILES_ONLY = frozenset({"json", "quiet", "debug", "resume", "stop_after", "with_spec"})
+_BESIDE = ("plot", "sweep", "save_every", "tensorboard", "mlflow", "macs", "sparsity", "onnx")
+_FRESH = ("arg", "input", "mean", "std")
+_DATA = ("data", "val_data", "test_data")
+_SPLITS = {"data": "train", "val_data": "validation", "test_data": "test"}
+_NETWORKS = ("teacher", "rewind")
+
+
+class CctoolWarning(UserWarning):
+    """Something may be wrong with what a verb was given or made."""
+
+
+class Warner:
+    """Reports to Python's warnings; notes and progress are not shown."""
+
+    def note(self, text: str) -> None:
+        """Say nothing: the report holds it."""
+
+    def warn(self, text: str) -> None:
+        """Warn."""
+        warnings.warn(text, CctoolWarning, stacklevel=2)
+
+    def progress(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """Pass items on."""
+        yield from items
+
+
+def keywords(verb: Verb) -> tuple[Leaf, ...]:
+    """The options that a verb's function takes as keywords."""
+    hidden = _FILES_ONLY | ({"spec"} if verb.name != "analyze" else set())
+    return tuple(leaf for leaf in verb.offered if leaf.keyword not in hidden)
+
+
+def function(name: str) -> Callable[..., Any]:
+    """The function of a verb."""
+    verb = VERBS[name]
+
+    def call(given: Any = None, **values: Any) -> Any:
+        return _Call(verb, given, values).result()
+
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = f"`cctool {name}` in memory; docs/python.md and docs/{name}.md say what its options do."
+    call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter("given", inspect.Parameter.POSITIONAL_ONLY, default=None),
+            *(
+                inspect.Parameter(leaf.keyword, inspect.Parameter.KEYWORD_ONLY, default=None)
+                for leaf in keywords(verb)
+            ),
+        ]
+    )
+    return call
+
+
+def _keyword(leaf: Leaf) -> inspect.Parameter:
+    return inspect.Parameter(leaf.keyword, inspect.Parameter.KEYWORD_ONLY, default=None)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a verb's function.
+
+    Attributes:
+        verb: the verb.
+        given: the checkpoint; several for ``compare``, files for ``decode``, None for a fresh network.
+        values: keyword -> value.
+    """
+
+    verb: Verb
+    given: Any
+    values: Mapping[str, Any]
+
+    def result(self) -> Any:
+        """Carry the verb out."""
+        self._refuse_unknown()
+        with ExitStack() as stack:
+            # For a run folder, and for networks that options name by a file.
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            if self.verb.reads is Input.STREAMS:
+                return self._decoded()
+            if self.verb.reads is Input.FILES:
+                return [self._read(checkpoint, folder) for checkpoint in self.given]
+            return (
+                self._written(folder)
+                if self.verb.writes
+                else self._read(self._checkpoint(self.given), folder)
+            )
+
+    def _refuse_unknown(self) -> None:
+        known = [leaf.keyword for leaf in keywords(self.verb)]
+        for name in self.values:
+            if name not in known:
+                near = get_close_matches(name, known, n=3, cutoff=0.5)
+                hint = f"; near: {', '.join(near)}" if near else ""
+                raise TypeError(f"{self.verb.name}() has no option {name!r}{hint}")
+
+    def _checkpoint(self, given: Any) -> Checkpoint:
+        if not isinstance(given, Checkpoint):
+            raise TypeError(
+                f"{self.verb.name}() takes a Checkpoint, not {type(given).__name__}: cctool.load opens a file"
+            )
+        return given
+
+    def _written(self, folder: Path) -> Any:
+        given = None if self.given is None else self._checkpoint(self.given)
+        if given is None and self.verb.reads is Input.CHECKPOINT:
+            raise TypeError(f"{self.verb.name}() takes a Checkpoint: cctool.load opens a file")
+        options, request, source = self._prepared(given, folder)
+        if getattr(options, "dry_run", False):
+            return pipeline.read_in_memory(
+                self._operation("plan"), options, request, self._checkpoint(given), source
+            )
+        products = pipeline.write_in_memory(
+            self._operation(), options, request, _ready(given, source), source
+        )
+        found = [(_forgetting(made, given, source), report) for made, report in products]
+        steps = getattr(options, "steps", 1)
+        return found if steps > 1 else found[0]
+
+    def _read(self, found: Any, folder: Path) -> Any:
+        given = self._checkpoint(found)
+        options, request, source = self._prepared(given, folder)
+        report = pipeline.read_in_memory(self._operation(), options, request, _ready(given, source), source)
+        return (report.files[0].path, report) if self.verb.name == "export" else report
+
+    def _decoded(self) -> Any:
+        sources = (self.given,) if isinstance(self.given, (str, Path)) else tuple(self.given or ())
+        given = self.verb.read({name: _text(value) for name, value in self.values.items()})
+        options = self.verb.options_of(given, sources=tuple(map(str, sources)))
+        return self._operation()(options, self.verb.frame_of(given).runtime, Warner())
+
+    def _prepared(
+        self, given: Checkpoint | None, folder: Path
+    ) -> tuple[Any, pipeline.Request, DataSource | None]:
+        values = {name: value for name, value in self.values.items() if value is not None}
+        output = values.get("output")
+        self._refuse_idle(given, values)
+        for name in _NETWORKS:
+            if isinstance(values.get(name), Checkpoint):
+                path = folder / f"{name}.pt"
+                save(values[name], path)
+                values[name] = str(path)
+        source = self._source(given, values)
+        if source is not None:
+            values = {name: value for name, value in values.items() if name not in _DATA}
+            values["data"] = source.reference
+        read = self.verb.read({name: _text(value) for name, value in values.items()})
+        options = self.verb.options_of(read)
+        frame = self.verb.frame_of(read)
+        if source is not None and getattr(getattr(options, "run", None), "processes", 1) > 1:
+            raise UsageError("several processes cannot share data in memory: name a data set instead")
+        arch = frame.model.arch if given is None else given.spec.architecture
+        name = pipeline.default_output(self.verb.name, None, arch)
+        request = pipeline.Request(
+            verb=self.verb.name,
+            source=None,
+            output=str(output if output and self.verb.writes else folder / name),
+            force=frame.output.force,
+            allow_nonfinite=frame.output.allow_nonfinite,
+            model=frame.model,
+            runtime=frame.runtime,
+            user_code=self.verb.references(read),
+            reporter=Warner(),
+        )
+        return options, request, source
+
+    def _refuse_idle(self, given: Checkpoint | None, values: Mapping[str, Any]) -> None:
+        """Refuse what would be lost with the call's temporary folder, or what the checkpoint says itself."""
+        lost = [name for name in _BESIDE if values.get(name)]
+        if lost and self.verb.writes and "output" not in values:
+            raise UsageError(f"{', '.join(lost)}: output= says beside which name the files go")
+        if lost and not self.verb.writes:
+            raise UsageError(
+                f"{', '.join(lost)}: {', '.join(f'{name}_file=' for name in lost)} names the file"
+            )
+        if self.verb.name == "export" and "output" not in values:
+            raise UsageError("export needs output=, the file to write; its suffix implies the format")
+        told = [name for name in _FRESH if name in values]
+        if given is not None and told:
+            raise UsageError(f"{', '.join(told)}: the checkpoint says this itself; it is for fresh networks")
+
+    def _source(self, given: Checkpoint | None, values: Mapping[str, Any]) -> DataSource | None:
+        """The data in memory; None where data are named, or there are none."""
+        held = {name: values[name] for name in _DATA if not is_reference(values.get(name))}
+        if not held:
+            return None
+        named = [name for name in _DATA if isinstance(values.get(name), str)]
+        if named:
+            raise UsageError(f"{', '.join(named)} name data, {', '.join(held)} hold them: give one kind")
+        parts: dict[str, Any] = {}
+        for name, part in held.items():
+            # One part is what is measured where nothing is trained.
+            split = "test" if name == "data" and not self.verb.writes else _SPLITS[name]
+            parts |= part if isinstance(part, Mapping) else {split: part}
+        classes = tuple(given.spec.classes or ()) if given is not None else ()
+        return in_memory(parts, classes, values.get("limit"))
+
+    def _operation(self, name: str = "") -> Callable[..., Any]:
+        module, _, own = self.verb.carried_out.partition(":")
+        operation: Callable[..., Any] = getattr(import_module(module), name or own)
+        return operation
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _ready(given: Checkpoint | None, source: DataSource | None) -> Any:
+    """A checkpoint that knows a preprocessing: data in memory need none, whatever the network's is."""
+    if given is None or source is None or given.spec.preprocessing is not None:
+        return given
+    channels = given.spec.input_shape[0]
+    identity = Preprocessing(mean=(0.0,) * channels, std=(1.0,) * channels)
+    return replace(given, spec=given.spec.model_copy(update={"preprocessing": identity}))
+
+
+def _forgetting(made: Checkpoint, given: Checkpoint | None, source: DataSource | None) -> Checkpoint:
+    """A product that remembers nothing of data in memory, which no later call could open."""
+    if source is None:
+        return made
+    data, preprocessing = (given.spec.data, given.spec.preprocessing) if given is not None else (None, None)
+    spec = made.spec.model_copy(update={"data": data, "preprocessing": preprocessing})
+    return replace(made, spec=spec)

@@ -1,0 +1,113 @@
+"""Data that the caller holds: loaders and tensors, taken as the network gets them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sized
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cctool.base.errors import DataError
+from cctool.data.records import SPLITS, Augmentation, DataSource, Loaded, Shape, Split
+
+__all__ = ["in_memory", "is_reference"]
+
+
+def is_reference(data: Any) -> bool:
+    """Whether data are named, as ``digits`` or ``folder:DIR``, and not held by the caller."""
+    return data is None or isinstance(data, str)
+
+
+def in_memory(parts: Mapping[str, Any], classes: tuple[str, ...], limit: int | None) -> DataSource:
+    """A data set of what the caller holds.
+
+    Args:
+        parts: ``train``, ``validation`` or ``test`` -> a loader of (images, labels) or images; a pair of
+            tensors (images, labels); or images alone. Images are floating point [N, C, H, W], normalised
+            already; labels are int64 [N].
+        classes: names of the network's classes; empty where nobody named them.
+        limit: use at most this many images of each pair of tensors.
+
+    Raises:
+        DataError: if a part is something else, is empty, or its images differ in shape from another part's.
+    """
+    splits = {name: _split(name, part) for name, part in parts.items()}
+    unknown = sorted(splits.keys() - set(SPLITS))
+    if unknown or not splits:
+        raise DataError(
+            f"data in memory: {', '.join(SPLITS)} are the parts, not {', '.join(unknown) or 'none'}"
+        )
+    shapes = {split.shape for split in splits.values()}
+    if len(shapes) > 1:
+        raise DataError(f"data in memory: the parts' images differ in shape: {sorted(shapes)}")
+    (shape,) = shapes
+    first = splits[next(name for name in SPLITS if name in splits)]
+    labels = max(
+        (int(split.labels.max()) + 1 for split in splits.values() if split.labels is not None), default=0
+    )
+    return DataSource(
+        name="data in memory",
+        reference=f"in memory (n={len(first)}, {'x'.join(map(str, shape))})",
+        classes=classes or tuple(map(str, range(labels))),
+        shape=shape,
+        # Images are neither scaled nor centred: (x / 255 - mean) / std would be x.
+        mean=(0.0,) * shape[0],
+        std=(1.0,) * shape[0],
+        augmentation=Augmentation(),
+        loaders={name: partial(splits.__getitem__, name) for name in splits},
+        limit=limit,
+    )
+
+
+def _split(name: str, part: Any) -> Split:
+    if isinstance(part, Tensor):
+        return _of_tensors(name, part, None)
+    if isinstance(part, (tuple, list)) and len(part) == 2 and all(isinstance(item, Tensor) for item in part):
+        return _of_tensors(name, part[0], part[1])
+    if isinstance(part, Iterable) and not isinstance(part, (str, bytes, tuple, list, Mapping)):
+        return _of_loader(name, part)
+    raise DataError(
+        f"data in memory, {name}: a loader, a pair of tensors (images, labels) or a tensor of images is "
+        f"expected, not {type(part).__name__}"
+    )
+
+
+def _of_tensors(name: str, images: Tensor, labels: Tensor | None) -> Split:
+    if images.dim() != 4 or not images.is_floating_point() or not len(images):
+        raise DataError(
+            f"data in memory, {name}: floating-point images [N, C, H, W] are expected, as the network takes "
+            f"them, not {images.dtype} of shape {tuple(images.shape)}"
+        )
+    if labels is not None and (labels.shape != images.shape[:1] or labels.is_floating_point()):
+        raise DataError(
+            f"data in memory, {name}: whole-number labels [{len(images)}] are expected, "
+            f"not {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    whole = None if labels is None else labels.to(torch.int64)
+    return Split(name, _shape(images), images=images, labels=whole, as_given=True)
+
+
+def _of_loader(name: str, loader: Iterable[Any]) -> Split:
+    first = next(iter(loader), None)
+    images = first[0] if isinstance(first, (tuple, list)) and first else first
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        raise DataError(
+            f"data in memory, {name}: the loader must give images [B, C, H, W], or pairs of them and labels, "
+            f"not {type(images).__name__}"
+        )
+    return Split(name, _shape(images), as_given=True, loaded=Loaded(loader, _sizes(loader)))
+
+
+def _sizes(loader: Iterable[Any]) -> tuple[int, ...]:
+    """Images in each batch: what a `DataLoader` says of itself; others are counted in one pass."""
+    if isinstance(loader, DataLoader) and loader.batch_size is not None and isinstance(loader.sampler, Sized):
+        whole, rest = divmod(len(loader.sampler), loader.batch_size)
+        return (loader.batch_size,) * whole + ((rest,) if rest and not loader.drop_last else ())
+    return tuple(len(item[0] if isinstance(item, (tuple, list)) else item) for item in loader)
+
+
+def _shape(images: Tensor) -> Shape:
+    return images.shape[1], images.shape[2], images.shape[3]
