@@ -98,7 +98,7 @@ def refuse_existing(paths: tuple[Path, ...], context: Context) -> None:
     for path in paths:
         if path.exists() and not context.force:
             raise CheckpointError(f"{path} exists already; --force replaces it")
-        if path.exists() and path.samefile(context.output):
+        if path.exists() and context.output.exists() and path.samefile(context.output):
             raise CheckpointError(f"{path} is the input itself; name another file")
         if not path.parent.is_dir():
             raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")

@@ -47,7 +47,7 @@ def net(folder: Path) -> cctool.Checkpoint:
 
 def same(one: cctool.Checkpoint, other: cctool.Checkpoint) -> None:
     first, second = one.model.state_dict(), other.model.state_dict()
-    assert list(first) == list(second)
+    assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
     assert one.spec == other.spec
@@ -104,7 +104,7 @@ def test_a_loader_of_the_same_batches_gives_the_commands_tensors(
 ) -> None:
     ran("quantize", folder / "net.pt", "--method", "int8", "--calibration", "64", *FEW, "-o", folder / "q.pt")
     loader = list(served("train", shuffle=True))
-    made, report = cctool.quantize(net, method="int8", calibration=64, data=iter_again(loader))
+    made, report = cctool.quantize(net, method="int8", calibration=64, data=Again(loader))
     written = cctool.load(folder / "q.pt")
     for name, tensor in written.model.state_dict().items():
         assert torch.equal(tensor, made.model.state_dict()[name]), name
@@ -113,7 +113,7 @@ def test_a_loader_of_the_same_batches_gives_the_commands_tensors(
     assert report.metrics_after == ()
 
 
-class iter_again:
+class Again:
     """A loader of one's own: an iterable that starts anew each time."""
 
     def __init__(self, items: list[Any]) -> None:
@@ -123,6 +123,7 @@ class iter_again:
         return iter(self.items)
 
 
+@pytest.mark.filterwarnings("ignore::cctool.CctoolWarning")
 def test_tensors_give_the_commands_tensors_and_metrics(folder: Path, net: cctool.Checkpoint) -> None:
     line = ["--method", "taylor", "--rate", "0.3", "--samples", "64", "--recalibrate", "64"]
     ran("prune", folder / "net.pt", *line, *FEW, "-o", folder / "p.pt")
@@ -233,18 +234,18 @@ def test_wrong_calls(
 
 
 def test_files_that_nobody_named_are_refused(net: cctool.Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(cctool.CctoolError, match="export needs output="):
+    with pytest.raises(cctool.CctoolError, match="export needs output"):
         cctool.export(net)
-    with pytest.raises(cctool.CctoolError, match="macs_file= names the file"):
+    with pytest.raises(cctool.CctoolError, match="macs_file"):
         cctool.analyze(net, macs=True)
     report = cctool.analyze(net, macs_file=tmp_path / "macs.csv")
     assert Path(report.written[0].path).exists()
 
 
 def test_what_is_no_checkpoint_is_named() -> None:
-    with pytest.raises(TypeError, match="cctool.load opens a file"):
+    with pytest.raises(TypeError, match="takes a Checkpoint"):
         cctool.prune("net.pt")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="cctool.load opens a file"):
+    with pytest.raises(TypeError, match="takes a Checkpoint"):
         cctool.prune()  # type: ignore[call-arg]
 
 

@@ -179,11 +179,11 @@ class _Call:
         if source is not None and getattr(getattr(options, "run", None), "processes", 1) > 1:
             raise UsageError("several processes cannot share data in memory: name a data set instead")
         arch = frame.model.arch if given is None else given.spec.architecture
-        name = pipeline.default_output(self.verb.name, None, arch)
+        product = folder / pipeline.default_output(self.verb.name, None, arch)
         request = pipeline.Request(
             verb=self.verb.name,
             source=None,
-            output=str(output if output and self.verb.writes else folder / name),
+            output=str(output if output and self.verb.writes else product),
             force=frame.output.force,
             allow_nonfinite=frame.output.allow_nonfinite,
             model=frame.model,
