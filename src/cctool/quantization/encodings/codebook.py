@@ -29,13 +29,6 @@ from torch import Tensor
 from cctool.base.errors import CorruptCheckpointError, QuantizationError
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.quantization.encodings.apot_levels import apot_levels
-from cctool.quantization.encodings.checks import (
-    decoded_dtype,
-    floating_name,
-    part,
-    refuse_nonfinite,
-    require_parts,
-)
 from cctool.quantization.encodings.codebook_fit import (
     INDICES,
     INITIALISATIONS,
@@ -50,11 +43,16 @@ from cctool.quantization.encodings.codebook_fit import (
     table_dtype,
 )
 from cctool.quantization.encodings.packing import WIDEST, pack_integers
-from cctool.quantization.encodings.partial import (
+from cctool.quantization.encodings.parts import (
     RowEncoding,
     at,
+    decoded_dtype,
     encoding_of,
+    floating_name,
     is_axis,
+    part,
+    refuse_nonfinite,
+    require_parts,
     row_length,
     unpacked_row,
 )

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from cctool.base.errors import QuantizationError
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
-from cctool.quantization.encodings.checks import (
+from cctool.quantization.encodings.parts import (
+    RowEncoding,
     decoded_dtype,
     floating_name,
     part,
     refuse_nonfinite,
     require_parts,
+    row_length,
 )
-from cctool.quantization.encodings.partial import RowEncoding, row_length
 
 __all__ = ["BF16", "BF16_ROWS", "FP16", "FP16_ROWS"]
 

@@ -29,19 +29,17 @@ from torch import Tensor
 
 from cctool.base.errors import CorruptCheckpointError, QuantizationError
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.quantization.encodings.checks import (
+from cctool.quantization.encodings.packing import pack_integers
+from cctool.quantization.encodings.parts import (
+    RowEncoding,
+    at,
     decoded_dtype,
+    encoding_of,
     floating_name,
+    is_axis,
     part,
     refuse_nonfinite,
     require_parts,
-)
-from cctool.quantization.encodings.packing import pack_integers
-from cctool.quantization.encodings.partial import (
-    RowEncoding,
-    at,
-    encoding_of,
-    is_axis,
     row_length,
     unpacked_row,
     whole_shape,

@@ -19,11 +19,18 @@ from torch import Tensor
 from cctool.base.errors import CorruptCheckpointError, QuantizationError
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
 from cctool.quantization.encodings.bitmask import pack_bits, unpack_bits
-from cctool.quantization.encodings.checks import decoded_dtype, floating_name, part, require_parts
 from cctool.quantization.encodings.codebook import CODEBOOK_ROWS
 from cctool.quantization.encodings.float16 import BF16_ROWS, FP16_ROWS
 from cctool.quantization.encodings.intn import INTN_ROWS
-from cctool.quantization.encodings.partial import RowEncoding, is_axis, picked
+from cctool.quantization.encodings.parts import (
+    RowEncoding,
+    decoded_dtype,
+    floating_name,
+    is_axis,
+    part,
+    picked,
+    require_parts,
+)
 from cctool.quantization.encodings.uint8 import AFFINE_U8_ROWS
 
 __all__ = ["MASKED", "Inner", "encode_masked", "inner_form", "inner_of", "narrowed", "widened"]

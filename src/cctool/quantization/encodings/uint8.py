@@ -18,14 +18,17 @@ from torch import Tensor
 
 from cctool.base.errors import CorruptCheckpointError, QuantizationError
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
-from cctool.quantization.encodings.checks import (
+from cctool.quantization.encodings.parts import (
+    RowEncoding,
+    at,
     decoded_dtype,
     floating_name,
+    is_axis,
     part,
     refuse_nonfinite,
     require_parts,
+    row_length,
 )
-from cctool.quantization.encodings.partial import RowEncoding, at, is_axis, row_length
 from cctool.quantization.encodings.scale_groups import ScaleGroups
 
 __all__ = ["AFFINE_U8", "AFFINE_U8_ROWS", "from_levels", "min_max", "to_levels"]

@@ -1,13 +1,14 @@
-"""Encodings that can store a part of a tensor: the row of values that a mask leaves of it, in C order.
+"""Parts of stored tensors: checked before anything is decoded, and as rows of what a mask leaves.
 
-Which range or table a value of the row belongs to follows from its place in the whole tensor, so that what is
+Encodings that can store a part of a tensor take the row of values that a mask leaves of it, in C order. Which
+range or table a value of the row belongs to follows from its place in the whole tensor, so that what is
 stored for a channel stays with the channel, whatever the mask took away.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
@@ -15,16 +16,22 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from cctool.base.errors import CorruptCheckpointError
+from cctool.base.errors import CorruptCheckpointError, QuantizationError
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
+from cctool.checkpoint.file.payload import DTYPES
 from cctool.quantization.encodings.packing import pack_integers, unpack_integers
 
 __all__ = [
     "RowEncoding",
     "at",
+    "decoded_dtype",
     "encoding_of",
+    "floating_name",
     "is_axis",
+    "part",
     "picked",
+    "refuse_nonfinite",
+    "require_parts",
     "row_length",
     "unpacked_row",
     "whole_shape",
@@ -33,7 +40,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RowEncoding:
-    """One such encoding; parts and parameters are those of the encoding of its name.
+    """An encoding that can store such a row; parts and parameters are those of the encoding of its name.
 
     Attributes:
         name: of the encoding.
@@ -121,3 +128,58 @@ def whole_shape(encoded: EncodedTensor, values: Tensor) -> Tensor:
         raise CorruptCheckpointError(
             f"{encoded.encoding}: shape {list(encoded.shape)} is impossible"
         ) from None
+
+
+def decoded_dtype(encoded: EncodedTensor) -> torch.dtype:
+    """Element type of the decoded tensor.
+
+    Raises:
+        CorruptCheckpointError: if it is not a floating-point type.
+    """
+    dtype = DTYPES.get(encoded.dtype)
+    if dtype is None or not dtype.is_floating_point:
+        raise CorruptCheckpointError(f"{encoded.encoding}: cannot decode to element type {encoded.dtype!r}")
+    return dtype
+
+
+def require_parts(encoded: EncodedTensor, names: Collection[str]) -> None:
+    """Raise CorruptCheckpointError unless ``encoded`` has exactly the parts ``names``."""
+    if set(encoded.parts) != set(names):
+        raise CorruptCheckpointError(
+            f"{encoded.encoding}: has the parts {', '.join(sorted(encoded.parts)) or 'none'} "
+            f"instead of {', '.join(sorted(names))}"
+        )
+
+
+def part(encoded: EncodedTensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """One part, checked.
+
+    Raises:
+        CorruptCheckpointError: if its element type or shape is another one.
+    """
+    found = encoded.parts[name]
+    if found.dtype != dtype or tuple(found.shape) != tuple(shape):
+        raise CorruptCheckpointError(
+            f"{encoded.encoding}: the part {name!r} is {found.dtype} {list(found.shape)} "
+            f"instead of {dtype} {list(shape)}"
+        )
+    return found
+
+
+def floating_name(tensor: Tensor, encoding: str) -> str:
+    """Name of a tensor's element type, as ``float32``.
+
+    Raises:
+        QuantizationError: if it is not a floating-point type that a checkpoint may hold.
+    """
+    name = str(tensor.dtype).removeprefix("torch.")
+    if not tensor.is_floating_point() or name not in DTYPES:
+        raise QuantizationError(f"{encoding} stores floating-point tensors only, not {name}")
+    return name
+
+
+def refuse_nonfinite(tensor: Tensor, encoding: str) -> None:
+    """Raise QuantizationError if ``tensor`` holds a NaN or an infinity."""
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    if bad:
+        raise QuantizationError(f"{encoding} cannot store {bad:,} NaN or infinite values of a tensor")
