@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
@@ -29,12 +29,14 @@ from cctool.base.marks import MARK
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.tables import EditKind, Tables
-from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.options.common import DataOptions
-from cctool.pruning.cut.planner import Planner
 from cctool.pruning.cut.surgery import Cut, CutPlan, named_tensors
-from cctool.training.constraints.base import Constraint
+
+if TYPE_CHECKING:
+    from cctool.data.records import DataSource
+    from cctool.pruning.cut.planner import Planner
+    from cctool.training.constraints.base import Constraint
 
 __all__ = ["Change", "Cutting", "Followed", "Follower", "own_cuts", "sharing_copy"]
 

@@ -14,11 +14,9 @@ from torch import nn
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.fingerprint import fingerprint_of
 from cctool.checkpoint.tables import Tables
-from cctool.operations.keep.calibrate import calibration_images, why_no_images
 from cctool.operations.keep.encode import in_step, settled
 from cctool.operations.keep.follower import Change, Cutting, Followed, Follower
 from cctool.pruning.cut.surgery import CutPlan
-from cctool.quantization.calibration.run import calibrate_activations
 from cctool.quantization.network.attach import QUANTIZE, Observing, quantizers_of, with_quantizers
 
 __all__ = ["Quantizers", "Ranges"]
@@ -69,6 +67,10 @@ class Ranges(Follower):
 
         Without training images, or where the preprocessing is unknown, they stay as they are, with a warning.
         """
+        # Whoever loads a checkpoint imports this file, and not what calibrates.
+        from cctool.operations.keep.calibrate import calibration_images, why_no_images
+        from cctool.quantization.calibration.run import calibrate_activations
+
         held = quantizers_of(checkpoint.model)
         if held is None or not held.activation_keys or not _stale(checkpoint):
             return Followed(checkpoint)
