@@ -40,7 +40,7 @@ def keeping_codebooks(checkpoint: Checkpoint) -> tuple[Constraint, ...]:
     masks = masks_by_place(checkpoint.model)
     parameters = dict(checkpoint.model.named_parameters())
     shared = []
-    for name, inner in _codebooks(checkpoint.stored).items():
+    for name, inner in _movable(checkpoint.stored).items():
         parameter = parameters.get(name)
         if parameter is None:
             # Buffers do not train, and a tied parameter is listed once.
@@ -76,7 +76,7 @@ def codebooks_after(checkpoint: Checkpoint, earlier: Checkpoint) -> dict[str, En
     return stored
 
 
-def _codebooks(stored: Mapping[str, EncodedTensor]) -> dict[str, Inner]:
+def _movable(stored: Mapping[str, EncodedTensor]) -> dict[str, Inner]:
     """How those tensors are stored whose tables may move."""
     found = {}
     for name, form in stored.items():

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from cctool.base.networks import in_eval_mode
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.data.records import DataSource
-from cctool.graph.execution import execute
 from cctool.operations.context import Context
-from cctool.operations.data import example
-from cctool.operations.keep.calibrate import calibration_images, recalibrate_taps, why_no_images
 from cctool.operations.keep.follower import Change, Cutting, Followed, Follower, sharing_copy
 from cctool.options.common import DataOptions
 from cctool.pruning.cut.planner import Planner
 from cctool.pruning.cut.surgery import plan_cut, sketch
 from cctool.pruning.select.order import Selection
 from cctool.transforms.codec.codec import Symbols
-from cctool.transforms.codec.sites import find_sites
 from cctool.transforms.codec.taps import (
     TAP,
     bypassed,
@@ -38,6 +34,10 @@ from cctool.transforms.codec.taps import (
     taps_of,
     with_taps,
 )
+
+if TYPE_CHECKING:
+    from cctool.data.records import DataSource
+    from cctool.pruning.cut.planner import Planner
 
 __all__ = ["Codecs", "recalibrated_taps", "trained_taps"]
 
@@ -54,6 +54,10 @@ class Codecs(Follower):
 
     def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
         """Take over the shape of the maps."""
+        # Whoever loads a checkpoint imports this file, and not what cuts, runs and calibrates networks.
+        from cctool.operations.data import example
+        from cctool.transforms.codec.sites import find_sites
+
         model = checkpoint.model
         hooks = taps_of(model)
         if not hooks:
@@ -115,6 +119,8 @@ def recalibrated_taps(
         The checkpoint whose taps are in step, and what the history should say. Without training images, or
         where the preprocessing is unknown, taps stay as they are, with a warning.
     """
+    from cctool.operations.keep.calibrate import recalibrate_taps, why_no_images
+
     stale = stale_taps(checkpoint.model)
     if not stale:
         return Followed(checkpoint)
@@ -137,6 +143,9 @@ def trained_taps(checkpoint: Checkpoint, source: DataSource, data: DataOptions, 
     Arguments and result as `recalibrated_taps`. Taps whose values saturate by more than a thousandth count
     as stale from then on.
     """
+    from cctool.operations.keep.calibrate import calibration_images
+    from cctool.training.evaluate import in_eval_mode
+
     stale = stale_taps(checkpoint.model)
     if not stale or "train" not in source.loaders:
         return Followed(checkpoint)
@@ -197,6 +206,10 @@ def _bounds(model: nn.Module, name: str) -> list[float]:
 
 def _passing(planner: Planner, channels: Mapping[str, int]) -> dict[str, str]:
     """Families whose cut would change how many channels these modules put out."""
+    from cctool.pruning.cut.surgery import plan_cut
+    from cctool.pruning.select.order import Selection
+    from cctool.pruning.select.targets import sketch
+
     found = {}
     for number, family in enumerate(planner.graph.families):
         kept = [torch.ones(other.units, dtype=torch.bool) for other in planner.graph.families]
@@ -211,6 +224,8 @@ def _passing(planner: Planner, channels: Mapping[str, int]) -> dict[str, str]:
 
 def _widths(model: nn.Module, inputs: Sequence[Tensor], names: Iterable[str]) -> dict[str, int]:
     """Channels that modules put out."""
+    from cctool.graph.execution import execute
+
     widths: dict[str, int] = {}
 
     def note(name: str, output: Tensor) -> None:

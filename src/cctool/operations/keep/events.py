@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -15,7 +16,6 @@ from cctool.base.runtime import Reporter
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.tables import EditKind, Tables
-from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.operations.keep.codecs import Codecs
 from cctool.operations.keep.follower import Change, Cutting, Followed, Follower, sharing_copy
@@ -25,9 +25,12 @@ from cctool.operations.keep.optimizer_state import OptimizerState
 from cctool.operations.keep.packed import PackedTensors
 from cctool.operations.keep.quantizers import Quantizers, Ranges
 from cctool.options.common import DataOptions
-from cctool.pruning.cut.planner import Planner
 from cctool.pruning.cut.surgery import CutPlan, apply_cut, named_tensors
-from cctool.training.constraints.base import Constraint
+
+if TYPE_CHECKING:
+    from cctool.data.records import DataSource
+    from cctool.pruning.cut.planner import Planner
+    from cctool.training.constraints.base import Constraint
 
 __all__ = [
     "FOLLOWERS",

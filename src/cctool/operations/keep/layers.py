@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -18,11 +19,13 @@ from cctool.checkpoint.edits.mask import with_masks
 from cctool.checkpoint.edits.thin import THIN, thinned
 from cctool.checkpoint.spec import ModelSpec
 from cctool.operations.keep.follower import Cutting, Followed, Follower, own_cuts
-from cctool.pruning.cut.planner import Planner
 from cctool.pruning.cut.surgery import CutPlan
 from cctool.transforms.layers.base import SwappedLayer, swapped_layers, with_swaps
 from cctool.transforms.plain import plain_model
 from cctool.transforms.swap import SWAP
+
+if TYPE_CHECKING:
+    from cctool.pruning.cut.planner import Planner
 
 __all__ = ["SwappedLayers", "Widths"]
 

@@ -14,7 +14,6 @@ from torch import nn
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.payload import fingerprint_of
 from cctool.checkpoint.tables import Tables
-from cctool.operations.keep.calibrate import calibration_images, why_no_images
 from cctool.operations.keep.encode import in_step, settled
 from cctool.operations.keep.follower import Change, Cutting, Followed, Follower
 from cctool.pruning.cut.surgery import CutPlan
@@ -71,6 +70,10 @@ class Ranges(Follower):
 
         Without training images, or where the preprocessing is unknown, they stay as they are, with a warning.
         """
+        # Whoever loads a checkpoint imports this file, and not what calibrates.
+        from cctool.operations.keep.calibrate import calibration_images, why_no_images
+        from cctool.quantization.calibration.run import calibrate_activations
+
         held = quantizers_of(checkpoint.model)
         if held is None or not held.activation_keys or not _stale(checkpoint):
             return Followed(checkpoint)

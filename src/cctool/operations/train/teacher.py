@@ -75,7 +75,7 @@ def distillation(
         preprocessing_of(checkpoint, source, context),
         str(context.runtime.precision),
     )
-    _refuse_other_classes(checkpoint, teacher, options.path)
+    _refuse_other_outputs(checkpoint, teacher, options.path)
     objective = Distillation(teacher, options.temperature, options.alpha, label_smoothing, loss)
     return objective, {"teacher": found.origin} if found.origin is not None else {}
 
@@ -140,7 +140,7 @@ def _row(values: tuple[float, ...], like: Tensor) -> Tensor:
     return torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1)
 
 
-def _refuse_other_classes(checkpoint: Checkpoint, teacher: Teacher, path: str) -> None:
+def _refuse_other_outputs(checkpoint: Checkpoint, teacher: Teacher, path: str) -> None:
     student = trial_output(checkpoint.model, checkpoint.spec.input_shape)
     images = torch.zeros(2, *checkpoint.spec.input_shape, device=student.device)
     try:
