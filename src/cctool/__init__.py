@@ -15,23 +15,22 @@ teaches it.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cctool.base.errors import CctoolError
+    from cctool.checkpoint.checkpoint import Checkpoint
+    from cctool.operations.python.calls import CctoolWarning
     from cctool.operations.python.verbs import (
-        CctoolError,
-        CctoolWarning,
-        Checkpoint,
         analyze,
         compare,
         decode,
         distill,
         evaluate,
         export,
-        load,
         prune,
         quantize,
-        save,
         train,
         transform,
     )
+    from cctool.operations.registries import load, save
 
 __all__ = [
     "CctoolError",

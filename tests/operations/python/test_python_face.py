@@ -1,4 +1,4 @@
-"""The verbs as functions: the same tensors and history as the commands', in memory, on the caller's own data."""
+"""The verbs as functions: the commands' tensors and history, in memory, on the caller's own data."""
 
 import ast
 import importlib.util
@@ -251,9 +251,9 @@ def test_what_is_no_checkpoint_is_named() -> None:
 
 def test_warnings_are_pythons(net: cctool.Checkpoint) -> None:
     noise = (torch.randn(64, 1, 32, 32), torch.arange(64) % 10)
+    unknown = cctool.Checkpoint(net.model, net.spec.model_copy(update={"preprocessing": None}))
     with pytest.warns(cctool.CctoolWarning, match="unknown"):
-        spec = net.spec.model_copy(update={"preprocessing": None})
-        cctool.evaluate(cctool.Checkpoint(net.model, spec), data="digits", limit=32)
+        cctool.evaluate(unknown, data="digits", limit=32)
     assert cctool.evaluate(net, data=noise).n == 64
 
 

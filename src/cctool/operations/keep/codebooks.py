@@ -65,7 +65,7 @@ def codebooks_after(checkpoint: Checkpoint, earlier: Checkpoint) -> dict[str, En
     state, masks = checkpoint.model.state_dict(), masks_by_place(checkpoint.model)
     stored: dict[str, EncodedTensor] = {}
     made: dict[MemoryPlace, EncodedTensor | None] = {}
-    for name, inner in _codebooks(earlier.stored).items():
+    for name, inner in _movable(earlier.stored).items():
         tensor: Tensor = state[name]
         at = place(tensor)
         if at not in made:

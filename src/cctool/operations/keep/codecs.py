@@ -144,7 +144,6 @@ def trained_taps(checkpoint: Checkpoint, source: DataSource, data: DataOptions, 
     as stale from then on.
     """
     from cctool.operations.keep.calibrate import calibration_images
-    from cctool.training.evaluate import in_eval_mode
 
     stale = stale_taps(checkpoint.model)
     if not stale or "train" not in source.loaders:
@@ -206,10 +205,6 @@ def _bounds(model: nn.Module, name: str) -> list[float]:
 
 def _passing(planner: Planner, channels: Mapping[str, int]) -> dict[str, str]:
     """Families whose cut would change how many channels these modules put out."""
-    from cctool.pruning.cut.surgery import plan_cut
-    from cctool.pruning.select.order import Selection
-    from cctool.pruning.select.targets import sketch
-
     found = {}
     for number, family in enumerate(planner.graph.families):
         kept = [torch.ones(other.units, dtype=torch.bool) for other in planner.graph.families]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.tables import EditKind, Tables
+from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.options.common import DataOptions
 from cctool.pruning.cut.planner import Planner

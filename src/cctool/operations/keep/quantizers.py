@@ -72,7 +72,6 @@ class Ranges(Follower):
         """
         # Whoever loads a checkpoint imports this file, and not what calibrates.
         from cctool.operations.keep.calibrate import calibration_images, why_no_images
-        from cctool.quantization.calibration.run import calibrate_activations
 
         held = quantizers_of(checkpoint.model)
         if held is None or not held.activation_keys or not _stale(checkpoint):
