@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from cctool.base.errors import UsageError
-from cctool.cli.frame import Call
+from cctool.cli.frame import Invocation
 from cctool.cli.signature import command
 from cctool.options.common import DataOptions
 from cctool.options.fields import (
@@ -87,10 +87,10 @@ class Toy(Options):
 TOY = Verb("toy", Toy, "nowhere:run")
 
 
-def called(*line: str) -> tuple[Call | None, Any]:
-    found: list[Call] = []
+def called(*line: str) -> tuple[Invocation | None, Any]:
+    found: list[Invocation] = []
 
-    def toy(call: Call) -> None:
+    def toy(call: Invocation) -> None:
         """Paint."""
         found.append(call)
         _ = call.options

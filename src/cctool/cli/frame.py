@@ -18,7 +18,7 @@ from cctool.options.verbs import Frame, Verb
 
 
 @dataclass(frozen=True)
-class Call:
+class Invocation:
     """One call of a command.
 
     Attributes:
@@ -40,7 +40,7 @@ class Call:
     resumed: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
 
     @classmethod
-    def parsed(cls, verb: Verb, context: typer.Context, inputs: Any, values: Mapping[str, Any]) -> Call:
+    def parsed(cls, verb: Verb, context: typer.Context, inputs: Any, values: Mapping[str, Any]) -> Invocation:
         """Make the call of what Typer parsed.
 
         Args:

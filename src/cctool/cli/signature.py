@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cctool.cli.frame import Call, guarded
+from cctool.cli.frame import Invocation, guarded
 from cctool.options.fields import Leaf
 from cctool.options.verbs import Input, Verb
 
@@ -26,7 +26,7 @@ _INPUTS: dict[Input, tuple[Any, Any, str]] = {
 }
 
 
-def command(verb: Verb, carry_out: Callable[[Call], None]) -> Callable[..., None]:
+def command(verb: Verb, carry_out: Callable[[Invocation], None]) -> Callable[..., None]:
     """Make the command of a verb.
 
     Args:
@@ -38,7 +38,7 @@ def command(verb: Verb, carry_out: Callable[[Call], None]) -> Callable[..., None
     """
 
     def run(**values: Any) -> None:
-        carry_out(Call.parsed(verb, values.pop("context"), values.pop("inputs"), values))
+        carry_out(Invocation.parsed(verb, values.pop("context"), values.pop("inputs"), values))
 
     run.__name__ = verb.name
     run.__doc__ = carry_out.__doc__

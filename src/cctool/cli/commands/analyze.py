@@ -6,11 +6,11 @@ from typing import Any
 
 from cctool.cli.commands.export import agreement_line
 from cctool.cli.console import Console
-from cctool.cli.frame import Call
+from cctool.cli.frame import Invocation
 from cctool.options.inspect.analyze import View
 
 
-def analyze(call: Call) -> None:
+def analyze(call: Invocation) -> None:
     """Show what a checkpoint holds and computes, layer by layer, and how it came about.
 
     Example: cctool analyze model.pt --macs --onnx

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cctool.cli.frame import Call, resolved_source
+from cctool.cli.frame import Invocation, resolved_source
 
 
-def compare(call: Call) -> None:
+def compare(call: Invocation) -> None:
     """Put checkpoints side by side: accuracy, parameters, MACs and bytes.
 
     Example: cctool compare teacher.pt student.pt pruned.pt

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cctool.cli.frame import Call
+from cctool.cli.frame import Invocation
 
 
-def decode(call: Call) -> None:
+def decode(call: Invocation) -> None:
     """Decode feature maps that `cctool evaluate --bitstream` wrote, and verify them; no checkpoint is needed.
 
     Example: cctool decode maps -o decoded

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from cctool.cli.commands.train import resumed, told
-from cctool.cli.frame import Call
+from cctool.cli.frame import Invocation
 
 
-def distill(call: Call) -> None:
+def distill(call: Invocation) -> None:
     """Train a student on labels and on a teacher's outputs.
 
     The loss is alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * cross-entropy.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cctool.cli.frame import Call
+from cctool.cli.frame import Invocation
 
 
-def evaluate(call: Call) -> None:
+def evaluate(call: Invocation) -> None:
     """Measure a checkpoint on a split of a data set.
 
     Example: cctool evaluate student.pt --split test

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from cctool.cli.console import Console
-from cctool.cli.frame import Call
+from cctool.cli.frame import Invocation
 
 _LISTED = 10
 
 
-def export(call: Call) -> None:
+def export(call: Invocation) -> None:
     """Write the network for other programs, and verify what was written.
 
     Example: cctool export student.pt --format onnx

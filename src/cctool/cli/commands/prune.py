@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from cctool.cli.console import Console
-from cctool.cli.frame import Call
+from cctool.cli.frame import Invocation
 from cctool.options.prune.choices import Scope
 
 
-def prune(call: Call) -> None:
+def prune(call: Invocation) -> None:
     """Remove channels physically, or mask weights; what is left computes what the masked network would.
 
     Example: cctool prune student.pt --method slimming --rate 0.5

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from cctool.cli.frame import Call
+from cctool.cli.frame import Invocation
 
 
-def quantize(call: Call) -> None:
+def quantize(call: Invocation) -> None:
     """Compute and store in fewer bits: weights alone, or activations too; calibrated or trained.
 
     Example: cctool quantize student.pt --method int8 --data cifar10

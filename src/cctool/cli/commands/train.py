@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cctool.cli.frame import Call
+from cctool.cli.frame import Invocation
 
 
-def train(call: Call) -> None:
+def train(call: Invocation) -> None:
     """Train a fresh network, or continue from any checkpoint; writes the best epoch by validation.
 
     Example: cctool train --arch resnet20 --data digits --epochs 20
@@ -26,7 +26,7 @@ def told(report: Any) -> Any:
     return metric_lines(report.metrics_before, report.metrics_after)
 
 
-def resumed(call: Call) -> Call:
+def resumed(call: Invocation) -> Invocation:
     """With ``--resume``, point a call to the training that it means; options not given are those of then."""
     if not call.given.get("resume"):
         return call
@@ -46,7 +46,7 @@ def resumed(call: Call) -> Call:
     return replace(call, inputs=inputs, output=output, frame=frame, resumed=told)
 
 
-def _begun_with(call: Call, source: str | None, output: str | None) -> Mapping[str, Any]:
+def _begun_with(call: Invocation, source: str | None, output: str | None) -> Mapping[str, Any]:
     """Options that the training to resume began with; none where its ``last.pt`` cannot be found yet."""
     from cctool.operations.pipeline import default_output
     from cctool.operations.train.resume import last_step, run_folder_of

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from cctool.cli.frame import Call
+from cctool.cli.frame import Invocation
 
 
-def transform(call: Call) -> None:
+def transform(call: Invocation) -> None:
     """Put layers or feature maps into a DCT, DST, DFT, wavelet or data-driven domain.
 
     Example: cctool transform student.pt --layers linear --keep 0.25
