@@ -2,8 +2,8 @@
 
 python benchmarks/feature_lottery.py CHECKOUT [--seed 12] [--count 30]
 
-A feature is a row of a table in docs/: an option, a method, a field of a file. docs/architecture.md has the rows that
-were drawn from d846b84, and the files that a reader guessed from the list of paths.
+A feature is a row of a table in docs/: an option, a method, a field of a file. docs/architecture.md has the rows
+that were drawn from d846b84, and the files that a reader guessed from the list of paths.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def features(docs: Path) -> Iterator[tuple[str, str, str, str]]:
             if line.startswith("#"):
                 heading = line.lstrip("# ")
             cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-            if line.startswith("| ") and not following.startswith("| ---") and not line.startswith("| ---"):
-                if len(cells) > 1 and cells[0]:
-                    yield page.stem, heading, cells[0], cells[1]
+            head = line.startswith("| ---") or following.startswith("| ---")
+            if line.startswith("| ") and not head and len(cells) > 1 and cells[0]:
+                yield page.stem, heading, cells[0], cells[1]
 
 
 def main() -> None:
