@@ -2,7 +2,7 @@
 
 python benchmarks/feature_lottery.py CHECKOUT [--seed 12] [--count 30]
 
-A feature is a row of a table in docs/: an option, a method, a field of a file. docs/architecture.md has the rows
+A feature is a row of a table in docs/: an option, a method, a field of a file. docs/architecture.md has those
 that were drawn from d846b84, and the files that a reader guessed from the list of paths.
 """
 

@@ -84,7 +84,9 @@ class Toy(Options):
         return ((self.dry and self.wet is True, "--dry and --wet exclude each other"),)
 
 
-TOY = Verb("toy", Toy, "nowhere:run")
+TOY = Verb("toy", "nowhere:Toy", "nowhere:run")
+# Its options stand here and in no module of the package.
+TOY.__dict__["options"] = Toy
 
 
 def called(*line: str) -> tuple[Invocation | None, Any]:

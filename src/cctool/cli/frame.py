@@ -125,7 +125,7 @@ class Invocation:
         from importlib import import_module
 
         module, _, name = self.verb.carried_out.partition(":")
-        operation: Callable[..., Any] = getattr(import_module(module), name)
+        operation: Callable[..., Any] = getattr(import_module(f"cctool.operations.{module}"), name)
         return operation
 
 

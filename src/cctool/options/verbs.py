@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 from cctool.options.common import ModelOptions, OutputOptions, RuntimeOptions, TalkOptions
 from cctool.options.fields import Choice, Leaf, Options, assemble, idle_problems, leaves, nested
-from cctool.options.inspect.analyze import AnalyzeOptions
-from cctool.options.inspect.compare import CompareOptions
-from cctool.options.inspect.decode import DecodeOptions
-from cctool.options.inspect.evaluate import EvaluateOptions
-from cctool.options.inspect.export import ExportOptions
-from cctool.options.prune.options import PruneOptions
-from cctool.options.quantize.options import QuantizeOptions
-from cctool.options.train.distill import DistillOptions
-from cctool.options.train.run import TrainOptions
-from cctool.options.transform.options import TransformOptions
 
 
 @dataclass(frozen=True)
@@ -84,23 +75,30 @@ class Verb:
 
     Attributes:
         name: as the command is called.
-        options: its own options.
-        carried_out: ``module:function`` of the operation.
+        asked: ``module:class`` of its own options, below `cctool.options`: loaded for the command that runs.
+        carried_out: ``module:function`` of the operation, below `cctool.operations`.
         frame: what it is told besides.
         reads: its arguments.
         writes: whether its product is a checkpoint.
     """
 
     name: str
-    options: type[Options]
+    asked: str
     carried_out: str
     frame: type[Frame] = Frame
     reads: Input = Input.CHECKPOINT
     writes: bool = True
 
     @cached_property
-    def own(self) -> tuple[Leaf, ...]:
+    def options(self) -> type[Options]:
         """Its own options."""
+        module, _, name = self.asked.partition(":")
+        kind: type[Options] = getattr(import_module(f"cctool.options.{module}"), name)
+        return kind
+
+    @cached_property
+    def own(self) -> tuple[Leaf, ...]:
+        """One leaf for each of its own options."""
         return leaves(self.options)
 
     @cached_property
@@ -166,37 +164,24 @@ class Verb:
         return tuple(str(given[name]) for name in sorted(may & given.keys()) if given[name])
 
 
-_OPERATIONS = "cctool.operations"
-
+# fmt: off
 VERBS: Mapping[str, Verb] = {
     verb.name: verb
     for verb in (
-        Verb("train", TrainOptions, f"{_OPERATIONS}.train.run:run", reads=Input.OPTIONAL),
-        Verb("distill", DistillOptions, f"{_OPERATIONS}.train.run:distill", reads=Input.OPTIONAL),
-        Verb(
-            "evaluate", EvaluateOptions, f"{_OPERATIONS}.inspect.evaluate:run", _EvaluateFrame, writes=False
-        ),
-        Verb("prune", PruneOptions, f"{_OPERATIONS}.prune.run:run"),
-        Verb("quantize", QuantizeOptions, f"{_OPERATIONS}.quantize.run:run"),
-        Verb("transform", TransformOptions, f"{_OPERATIONS}.transform.run:run"),
-        Verb(
-            "decode",
-            DecodeOptions,
-            f"{_OPERATIONS}.inspect.decode:run",
-            _DecodeFrame,
-            Input.STREAMS,
-            writes=False,
-        ),
-        Verb("analyze", AnalyzeOptions, f"{_OPERATIONS}.inspect.analyze:run", _AnalyzeFrame, writes=False),
-        Verb("export", ExportOptions, f"{_OPERATIONS}.inspect.export:run", _ExportFrame, writes=False),
-        Verb(
-            "compare",
-            CompareOptions,
-            f"{_OPERATIONS}.inspect.compare:run",
-            _CompareFrame,
-            Input.FILES,
-            writes=False,
-        ),
+        Verb("train", "train.run:TrainOptions", "train.run:run", reads=Input.OPTIONAL),
+        Verb("distill", "train.distill:DistillOptions", "train.run:distill", reads=Input.OPTIONAL),
+        Verb("evaluate", "inspect.evaluate:EvaluateOptions", "inspect.evaluate:run", _EvaluateFrame,
+             writes=False),
+        Verb("prune", "prune.options:PruneOptions", "prune.run:run"),
+        Verb("quantize", "quantize.options:QuantizeOptions", "quantize.run:run"),
+        Verb("transform", "transform.options:TransformOptions", "transform.run:run"),
+        Verb("decode", "inspect.decode:DecodeOptions", "inspect.decode:run", _DecodeFrame, Input.STREAMS,
+             writes=False),
+        Verb("analyze", "inspect.analyze:AnalyzeOptions", "inspect.analyze:run", _AnalyzeFrame, writes=False),
+        Verb("export", "inspect.export:ExportOptions", "inspect.export:run", _ExportFrame, writes=False),
+        Verb("compare", "inspect.compare:CompareOptions", "inspect.compare:run", _CompareFrame, Input.FILES,
+             writes=False),
     )
 }
 """All verbs, in the order of help."""
+# fmt: on

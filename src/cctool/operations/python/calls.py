@@ -226,7 +226,7 @@ class _Call:
 
     def _operation(self, name: str = "") -> Callable[..., Any]:
         module, _, own = self.verb.carried_out.partition(":")
-        operation: Callable[..., Any] = getattr(import_module(module), name or own)
+        operation: Callable[..., Any] = getattr(import_module(f"cctool.operations.{module}"), name or own)
         return operation
 
 
