@@ -74,7 +74,7 @@ def between(interval: str) -> Bounds:
     return Bounds(low, high, interval[0] == "(", interval[-1] == ")", f"{interval} is allowed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Idle:
     """A condition under which options change nothing, so that giving one is refused.
 
@@ -87,7 +87,7 @@ class Idle:
     why: str | Callable[[Any], str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class OptionSpec:
     """What a field says of its option; the arguments of `option`."""
 
@@ -104,7 +104,7 @@ class OptionSpec:
     runs_code: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class GroupSpec:
     """What a field says of the options dataclass that it holds; the arguments of `nested`."""
 

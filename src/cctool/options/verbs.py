@@ -12,7 +12,7 @@ from cctool.options.common import ModelOptions, OutputOptions, RuntimeOptions, T
 from cctool.options.fields import Choice, Leaf, Options, assemble, idle_problems, leaves, nested
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Frame(Options):
     """What every command is told, whatever its verb."""
 
@@ -25,24 +25,24 @@ class Frame(Options):
 _NO_PRODUCT = ("output", "allow_nonfinite")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _EvaluateFrame(Frame):
     runtime: RuntimeOptions = nested(RuntimeOptions, without=("seed",))
     output: OutputOptions = nested(OutputOptions, without=_NO_PRODUCT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _ExportFrame(Frame):
     runtime: RuntimeOptions = nested(RuntimeOptions, without=("precision", "deterministic"))
     output: OutputOptions = nested(OutputOptions, without=_NO_PRODUCT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _AnalyzeFrame(_ExportFrame):
     model: ModelOptions = nested(ModelOptions, changed={"spec": {"flags": ("--with-spec",)}})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _CompareFrame(Frame):
     model: ModelOptions = nested(
         ModelOptions, without=tuple(item.name for item in fields(ModelOptions) if item.name != "arch")
@@ -51,7 +51,7 @@ class _CompareFrame(Frame):
     output: OutputOptions = nested(OutputOptions, without=("*",))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _DecodeFrame(Frame):
     model: ModelOptions = nested(ModelOptions, without=("*",))
     runtime: RuntimeOptions = nested(
