@@ -17,8 +17,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import nn
 
-from cctool.base.errors import ArchitectureError
 from cctool.graph.cost_rules import FREE, RULES, Cost
+from cctool.graph.execution import blaming_the_size
 from cctool.graph.trace import Call, Trace, trace
 
 __all__ = ["Cost", "CountedCall", "ModelCost", "count", "measure"]
@@ -124,19 +124,15 @@ def measure(model: nn.Module, input_shape: tuple[int, ...]) -> ModelCost:
     """
     example = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     inputs = torch.zeros(2, *input_shape, device=example.device, dtype=example.dtype)
-    try:
-        return count(model, trace(model, (inputs[:1],)))
-    except Exception as error:
-        refusal = error
-    try:
-        # Code with a bare squeeze() does not take a single input, but it takes two.
-        return _halved(count(model, trace(model, (inputs,))))
-    # Whatever the network's own code raises on a size that it was not made for.
-    except Exception:
-        size, text = "x".join(map(str, input_shape)), " ".join(str(refusal).split())[:200]
-        raise ArchitectureError(
-            f"the network does not run on an input of {size} ({text}); --input CxHxW names another size"
-        ) from refusal
+    with blaming_the_size(input_shape):
+        try:
+            return count(model, trace(model, (inputs[:1],)))
+        except Exception as refusal:
+            try:
+                # Code with a bare squeeze() does not take a single input, but it takes two.
+                return _halved(count(model, trace(model, (inputs,))))
+            except Exception:
+                raise refusal from None
 
 
 def _halved(cost: ModelCost) -> ModelCost:

@@ -166,22 +166,6 @@ def _resample(call: Call) -> Cost:
     return Cost(pooling_ops=_outputs(call) * _TAPS[mode] if mode in _TAPS else _inputs(call))
 
 
-def _norm(call: Call) -> Cost:
-    return Cost(norm_ops=_outputs(call))
-
-
-def _activation(call: Call) -> Cost:
-    return Cost(activation_ops=_outputs(call))
-
-
-def _reduction(call: Call) -> Cost:
-    return Cost(pooling_ops=_inputs(call))
-
-
-def _elementwise(call: Call) -> Cost:
-    return Cost(elementwise_ops=_outputs(call))
-
-
 _NORMS = "batch_norm instance_norm layer_norm group_norm rms_norm local_response_norm normalize"
 _ACTIVATIONS = (
     "relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish hardtanh hardswish hardsigmoid sigmoid "
@@ -225,10 +209,10 @@ RULES: dict[str, Rule] = {
     **{f"{kind}_pool{n}d": _window_pool for kind in ("max", "avg") for n in (1, 2, 3)},
     **{f"adaptive_{kind}_pool{n}d": _adaptive_pool for kind in ("max", "avg") for n in (1, 2, 3)},
     **dict.fromkeys(("interpolate", "upsample", "grid_sample"), _resample),
-    **dict.fromkeys(_NORMS.split(), _norm),
-    **dict.fromkeys(_ACTIVATIONS.split(), _activation),
-    **dict.fromkeys(_REDUCTIONS.split(), _reduction),
-    **dict.fromkeys(_ARITHMETIC.split(), _elementwise),
+    **dict.fromkeys(_NORMS.split(), lambda call: Cost(norm_ops=_outputs(call))),
+    **dict.fromkeys(_ACTIVATIONS.split(), lambda call: Cost(activation_ops=_outputs(call))),
+    **dict.fromkeys(_REDUCTIONS.split(), lambda call: Cost(pooling_ops=_inputs(call))),
+    **dict.fromkeys(_ARITHMETIC.split(), lambda call: Cost(elementwise_ops=_outputs(call))),
 }
 """How each function is counted, by its canonical name in the trace."""
 

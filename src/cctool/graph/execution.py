@@ -184,10 +184,8 @@ class Watch(TorchFunctionMode):
         if self._in_script:
             return func(*args, **kwargs)
         name = self.name(func)
-        if self.substitute is None:
-            result = func(*args, **kwargs)
-        else:
-            result = self.substitute(name, func, args, kwargs)
+        substitute = self.substitute
+        result = func(*args, **kwargs) if substitute is None else substitute(name, func, args, kwargs)
         if self.observers:
             self.show(name, func, args, kwargs, result)
         if self.sizes is not None and name in ("shape", "size") and args:
@@ -207,9 +205,8 @@ class Watch(TorchFunctionMode):
     def show(self, name: str, function: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
         """Show a call to the observers."""
         event = Event(name, function, args, kwargs, result, self.modules[-1])
-        self._showing = (
-            True  # a hook shows events with the mode on: what observers compute is not the model's
-        )
+        # A hook shows events with the mode on: what observers compute is not the model's.
+        self._showing = True
         try:
             for observer in self.observers:
                 observer(event)

@@ -212,9 +212,8 @@ class Ledger:
 
     def of(self, tensor: Tensor) -> Tensor:
         """Ids beside a tensor; parameters get one per element, an unknown tensor freezes all so far."""
-        entry = self._ids.get(id(tensor))
-        if entry is not None and entry[0]() is tensor:
-            return entry[1]
+        if self.known(tensor):
+            return self._ids[id(tensor)][1]
         name = self.names.get(id(tensor))
         if name is not None:
             return self._element_ids(tensor, name)
@@ -226,7 +225,7 @@ class Ledger:
 
     def _element_ids(self, tensor: Tensor, name: str) -> Tensor:
         if tensor.numel() == 1 or tensor.numel() > _MAXIMUM_ELEMENTS:
-            self.pin(name, tensor)
+            self.pin(tensor)
             return constant_ids(FIXED, tensor.shape)
         if name not in self.elements:
             shape = tuple(tensor.shape)
@@ -370,7 +369,7 @@ class Ledger:
             elif not torch.equal(existing.ids, ids.reshape(-1)):
                 self.same_width(existing.ids, ids)
 
-    def pin(self, name: str, tensor: Tensor) -> None:
+    def pin(self, tensor: Tensor) -> None:
         """No dim of this parameter can be cut."""
         for dim, size in enumerate(tensor.shape):
             self.bind(tensor, dim, torch.full((size,), FIXED), Role.ELEMENT)

@@ -92,21 +92,17 @@ def _tie_equal_widths(ledger: Ledger) -> None:
     while pending:
         labels = _labels(ledger)
         pending = [e for e in pending if not _same_counts(labels[e.ids.numpy()], labels[e.others.numpy()])]
+        tied = []
         for equal in pending:
             wide, narrow = sorted((equal.ids, equal.others), key=Tensor.numel, reverse=True)
             if wide.numel() % narrow.numel():
-                for ids in (wide, narrow):
-                    ledger.freezes.append(
-                        Freeze(ids, equal.call, "the code fixes its ratio to another width")
-                    )
+                reason = "the code fixes its ratio to another width"
+                ledger.freezes += [Freeze(ids, equal.call, reason) for ids in (wide, narrow)]
             else:
                 pieces = wide.reshape(-1, narrow.numel())
                 ledger.ties.append((pieces.reshape(-1), narrow.repeat(len(pieces)), equal.call))
-        pending = [
-            e
-            for e in pending
-            if not max(e.ids.numel(), e.others.numel()) % min(e.ids.numel(), e.others.numel())
-        ]
+                tied.append(equal)
+        pending = tied
 
 
 def _same_counts(a: Ids, b: Ids) -> bool:
@@ -116,12 +112,20 @@ def _same_counts(a: Ids, b: Ids) -> bool:
 
 
 def _labels(ledger: Ledger) -> Ids:
-    """Label of each id: ids that are tied share one, those tied to fixed ones apart from them."""
+    """Label of each id: tied ids share one, those tied to fixed ones included."""
+    return _connected(*_tied(ledger), ledger.count)
+
+
+def _tied(ledger: Ledger) -> tuple[Ids, Ids]:
+    return _numpy([t[0] for t in ledger.ties]), _numpy([t[1] for t in ledger.ties])
+
+
+def _connected(a: Ids, b: Ids, count: int) -> Ids:
+    """Number of the connected component of each of `count` nodes whose edges are the pairs (a, b)."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    a, b = _numpy([t[0] for t in ledger.ties]), _numpy([t[1] for t in ledger.ties])
-    links = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(ledger.count,) * 2)
+    links = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count))
     return connected_components(links, directed=False)[1].astype(np.int64)  # type: ignore[no-any-return]
 
 
@@ -131,16 +135,10 @@ def _numpy(tensors: list[Tensor]) -> Ids:
 
 def _components(ledger: Ledger) -> tuple[Ids, Ids, list[Reason]]:
     """Label of each id; for each label the number of the first reason that freezes it, or -1; the reasons."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    a, b = _numpy([t[0] for t in ledger.ties]), _numpy([t[1] for t in ledger.ties])
+    a, b = _tied(ledger)
     calls = np.repeat([t[2] for t in ledger.ties], [t[0].numel() for t in ledger.ties]).astype(np.int64)
     rooted = (a <= INPUT) | (b <= INPUT)
-    free_a, free_b = a[~rooted], b[~rooted]
-    links = coo_matrix((np.ones(len(free_a), dtype=np.int8), (free_a, free_b)), shape=(ledger.count,) * 2)
-    _, labels = connected_components(links, directed=False)
-    labels = labels.astype(np.int64)
+    labels = _connected(a[~rooted], b[~rooted], ledger.count)
 
     reasons = [(ledger.calls[f.call] if f.call >= 0 else ("", ""), f.reason) for f in ledger.freezes]
     ids = [_numpy([f.ids for f in ledger.freezes])]

@@ -61,15 +61,41 @@ def _number(value: Any, powers: Powers) -> Any:
     return Width(value, powers) if isinstance(value, int) else Scale(value, powers)
 
 
-class Width(int):
+class _Monomial:
+    """A number that is a constant times powers of widths: its products, quotients and powers are too."""
+
+    powers: Powers
+
+    def __mul__(self: Any, other: Any) -> Any:
+        plain = int(self) if isinstance(self, int) else float(self)
+        return _number(_bare(plain, other, "__mul__"), _joined(self, other, 1))
+
+    __rmul__ = __mul__
+
+    def __neg__(self: Any) -> Any:
+        return _number(-(int(self) if isinstance(self, int) else float(self)), self.powers)
+
+    def __truediv__(self: Any, other: Any) -> Any:
+        return _number(_bare(float(self), other, "__truediv__"), _joined(self, other, -1))
+
+    def __rtruediv__(self: Any, other: Any) -> Any:
+        return _number(_bare(float(self), other, "__rtruediv__"), _joined(other, self, -1))
+
+    def __pow__(self: Any, other: Any, modulo: Any = None) -> Any:
+        whole = isinstance(self, int) and isinstance(other, int)
+        value = int.__pow__(self, other, modulo) if whole else _bare(float(self), other, "__pow__")
+        if modulo is not None or value is NotImplemented or powers_of(other):
+            return value
+        return _number(value, {symbol: exponent * other for symbol, exponent in self.powers.items()})
+
+
+class Width(_Monomial, int):
     """An int that is a product of widths.
 
     >>> width = Width(12, {Symbol(None, 12): 1})
     >>> type(width // 4).__name__, type(width + 1).__name__, type(width**-0.5).__name__
     ('Width', 'int', 'Scale')
     """
-
-    powers: Powers
 
     def __new__(cls, value: int, powers: Powers) -> Width:
         """Make an int that was multiplied from widths."""
@@ -95,15 +121,6 @@ class Width(int):
         same = self.__eq__(other)
         return same if same is NotImplemented else not same
 
-    def __mul__(self, other: Any) -> Any:
-        plain = float(self) if isinstance(other, float) else int(self)
-        return _number(_bare(plain, other, "__mul__"), _joined(self, other, 1))
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> Any:
-        return Width(-int(self), self.powers)
-
     def __floordiv__(self, other: Any) -> Any:
         value = int.__floordiv__(self, other) if isinstance(other, int) else NotImplemented
         exact = value is not NotImplemented and value * int(other) == int(self)
@@ -114,27 +131,9 @@ class Width(int):
         exact = value is not NotImplemented and value * int(self) == int(other)
         return _number(value, _joined(other, self, -1)) if exact else value
 
-    def __truediv__(self, other: Any) -> Any:
-        return _number(_bare(float(self), other, "__truediv__"), _joined(self, other, -1))
 
-    def __rtruediv__(self, other: Any) -> Any:
-        return _number(_bare(float(self), other, "__rtruediv__"), _joined(other, self, -1))
-
-    def __pow__(self, other: Any, modulo: Any = None) -> Any:
-        value = (
-            int.__pow__(self, other, modulo)
-            if isinstance(other, int)
-            else _bare(float(self), other, "__pow__")
-        )
-        if modulo is not None or value is NotImplemented or powers_of(other):
-            return value
-        return _number(value, {symbol: exponent * other for symbol, exponent in self.powers.items()})
-
-
-class Scale(float):
+class Scale(_Monomial, float):
     """A float that is a product of powers of widths and a constant."""
-
-    powers: Powers
 
     def __new__(cls, value: float, powers: Powers) -> Scale:
         """Make a float that was multiplied from powers of widths."""
@@ -147,26 +146,6 @@ class Scale(float):
 
     def __deepcopy__(self, memo: Any) -> float:
         return float(self)
-
-    def __mul__(self, other: Any) -> Any:
-        return _number(_bare(float(self), other, "__mul__"), _joined(self, other, 1))
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Any) -> Any:
-        return _number(_bare(float(self), other, "__truediv__"), _joined(self, other, -1))
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return _number(_bare(float(self), other, "__rtruediv__"), _joined(other, self, -1))
-
-    def __neg__(self) -> Any:
-        return Scale(-float(self), self.powers)
-
-    def __pow__(self, other: Any, modulo: Any = None) -> Any:
-        value = _bare(float(self), other, "__pow__")
-        if value is NotImplemented or powers_of(other):
-            return value
-        return _number(value, {symbol: exponent * other for symbol, exponent in self.powers.items()})
 
 
 def _bare(value: float, other: Any, operation: str) -> Any:

@@ -68,9 +68,8 @@ def elementwise(ledger: Ledger, event: Event) -> None:
     operands = []
     for tensor in tensors:
         if tensor.numel() == 1 and result.numel() > 1 and not ledger.known(tensor):
-            name = ledger.name(tensor)
-            if name is not None:
-                ledger.pin(name, tensor)
+            if ledger.name(tensor) is not None:
+                ledger.pin(tensor)
         else:
             ids = ledger.of(tensor)
             operands.append(ids.reshape([1] * (result.ndim - ids.ndim) + list(ids.shape)))

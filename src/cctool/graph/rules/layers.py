@@ -62,8 +62,7 @@ def _affine(
     sent = ledger.produce(weight, producer_dim, weight.shape[producer_dim])
     ledger.bind(weight, consumer_dim, arriving, Role.CONSUMER)
     ledger.bind(weight, producer_dim, sent, Role.FILTER)
-    if bias is not None:
-        ledger.bind(bias, 0, sent, Role.BIAS)
+    ledger.bind(bias, 0, sent, Role.BIAS)
     for attribute in ("in_features", "embed_dim", "kdim", "vdim"):
         ledger.count_in(event.module, attribute, arriving)
     ledger.count_in(event.module, "out_features", sent)
@@ -116,9 +115,7 @@ def convolution(ledger: Ledger, event: Event) -> None:
 
 def _send(ledger: Ledger, event: Event, arriving: Tensor, sent: Tensor, channel_dim: int) -> None:
     """Let a convolution's bias and attributes belong to its channels, and pass on what it sends out."""
-    bias = argument(event, "bias")
-    if bias is not None:
-        ledger.bind(bias, 0, sent, Role.BIAS)
+    ledger.bind(argument(event, "bias"), 0, sent, Role.BIAS)
     ledger.count_in(event.module, "in_channels", arriving)
     ledger.count_in(event.module, "out_channels", sent)
     ledger.set(event.result, ids_along(sent, channel_dim, event.result.shape))
@@ -140,11 +137,10 @@ def _slides_over_channels(ledger: Ledger, event: Event, x: Tensor, channel_dim: 
         return False
     if event.result.shape != x.shape or any(ledger.name(t) is None for t in (weight, bias) if t is not None):
         return False
-    symbol = Symbol(ledger, x.shape[moving[0]], compact(ids).reshape(-1))
-    ledger.statistic(Kind.KEPT, moving[0], {symbol: 1}, "its kernel slides over the channels")
+    runs_over(ledger, moving[0], compact(ids).reshape(-1), reason="its kernel slides over the channels")
     for tensor in (weight, bias):
         if tensor is not None:
-            ledger.pin(ledger.name(tensor) or "", tensor)
+            ledger.pin(tensor)
     ledger.set(event.result, ids)
     return True
 
@@ -176,9 +172,7 @@ def channel_norm(ledger: Ledger, event: Event) -> None:
     arriving = vector(ledger, ledger.of(x), 1)
     roles = {"running_mean": Role.STATISTIC, "running_var": Role.STATISTIC}
     for name, role in {**roles, "weight": Role.SCALE, "bias": Role.SHIFT}.items():
-        tensor = argument(event, name)
-        if tensor is not None:
-            ledger.bind(tensor, 0, arriving, role)
+        ledger.bind(argument(event, name), 0, arriving, role)
     ledger.count_in(event.module, "num_features", arriving)
     ledger.set(event.result, ids_along(arriving, 1, event.result.shape))
 
@@ -192,9 +186,8 @@ def group_norm(ledger: Ledger, event: Event) -> None:
         ledger.tie(pieces[:, :1], pieces)
     elif bool((arriving > INPUT).any()):
         runs_over(ledger, 1, arriving)
-    for tensor in (argument(event, "weight"), argument(event, "bias")):
-        if tensor is not None:
-            ledger.bind(tensor, 0, arriving, Role.NORM)
+    for name in ("weight", "bias"):
+        ledger.bind(argument(event, name), 0, arriving, Role.NORM)
     ledger.count_in(event.module, "num_channels", arriving)
     if groups > 1:
         _count_groups(ledger, event, "num_groups", pieces[:, 0])
@@ -227,10 +220,15 @@ def layer_norm(ledger: Ledger, event: Event) -> None:
     ledger.set(event.result, ids)
 
 
-def runs_over(ledger: Ledger, dim: int, channels: Tensor, kind: Kind = Kind.KEPT) -> None:
+def runs_over(
+    ledger: Ledger,
+    dim: int,
+    channels: Tensor,
+    kind: Kind = Kind.KEPT,
+    reason: str = "its statistics run over the channels",
+) -> None:
     """The open call computes statistics over channels that lie in one dim."""
-    symbol = Symbol(ledger, channels.numel(), channels)
-    ledger.statistic(kind, dim, {symbol: 1}, "its statistics run over the channels")
+    ledger.statistic(kind, dim, {Symbol(ledger, channels.numel(), channels): 1}, reason)
 
 
 def prelu(ledger: Ledger, event: Event) -> None:
@@ -241,7 +239,7 @@ def prelu(ledger: Ledger, event: Event) -> None:
         ledger.bind(weight, 0, arriving, Role.NORM)
         ledger.count_in(event.module, "num_parameters", arriving)
     else:
-        ledger.pin(ledger.name(weight) or "", weight)
+        ledger.pin(weight)
     ledger.set(event.result, ids)
 
 
@@ -258,9 +256,8 @@ def embedding(ledger: Ledger, event: Event) -> None:
 def opaque(ledger: Ledger, event: Event, reason: str) -> None:
     """No rule: everything that goes in keeps its width, and what comes out is fixed."""
     for tensor in tensors_in((event.args, dict(event.kwargs))):
-        name = ledger.name(tensor)
-        if name is not None:
-            ledger.pin(name, tensor)
+        if ledger.name(tensor) is not None:
+            ledger.pin(tensor)
         elif tensor.ndim:
             ledger.freeze(ledger.of(tensor), reason)
     for result in tensors_in(event.result):

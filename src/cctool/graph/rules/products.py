@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from string import ascii_letters
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cctool.graph.execution import Event
 from cctool.graph.ledger import FIXED, INPUT, Kind, Ledger, Role, compact, constant_ids, varying
-from cctool.graph.rules.layers import ids_along, matmul_parameter, opaque
+from cctool.graph.rules.layers import ids_along, matmul_parameter, opaque, runs_over
 from cctool.graph.trace import argument
-from cctool.graph.widths import Symbol
 
 
 def matrix_product(ledger: Ledger, event: Event) -> None:
@@ -91,12 +89,8 @@ def contract(
     for term, ids in arriving:
         for dim, letter in enumerate(term):
             if letter in letters and ids.shape[dim] > 1:
-                own = (
-                    compact(ids).reshape(-1)
-                    if dim in varying(ids)
-                    else constant_ids(FIXED, (ids.shape[dim],))
-                )
-                ledger.tie(letters[letter], own)
+                fixed = constant_ids(FIXED, (ids.shape[dim],))
+                ledger.tie(letters[letter], compact(ids).reshape(-1) if dim in varying(ids) else fixed)
     for tensor, term in zip(operands, terms, strict=True):
         if ledger.name(tensor) is not None and not ledger.known(tensor):
             _layer(ledger, tensor, term, letters, {x for other, _ in arriving for x in other}, output)
@@ -121,14 +115,12 @@ def _layer(
     ledger: Ledger, weight: Tensor, term: str, letters: dict[str, Tensor], shared: set[str], output: str
 ) -> None:
     for dim, letter in enumerate(term):
-        if letter in shared:
-            fixed = constant_ids(FIXED, (weight.shape[dim],))
-            ledger.bind(weight, dim, letters.get(letter, fixed).reshape(-1), Role.CONSUMER)
-        elif letter in output:
+        if letter in output and letter not in shared:
             letters[letter] = ledger.produce(weight, dim, weight.shape[dim])
             ledger.bind(weight, dim, letters[letter], Role.FILTER)
         else:
-            ledger.bind(weight, dim, torch.full((weight.shape[dim],), FIXED), Role.CONSUMER)
+            fixed = constant_ids(FIXED, (weight.shape[dim],))
+            ledger.bind(weight, dim, letters.get(letter, fixed).reshape(-1), Role.CONSUMER)
 
 
 def attention(ledger: Ledger, event: Event) -> None:
@@ -149,10 +141,8 @@ def attention(ledger: Ledger, event: Event) -> None:
     ids = ledger.of(query)
     contract(ledger, event, operands, terms, f"{batch}XE")
     if scale is None and varying(ids) == [ids.ndim - 1]:
-        channels = compact(ids).reshape(-1)
-        symbol = Symbol(ledger, channels.numel(), channels)
         reason = "its scores are divided by the square root of this width"
-        ledger.statistic(Kind.SCALE, ids.ndim - 1, {symbol: 1}, reason)
+        runs_over(ledger, ids.ndim - 1, compact(ids).reshape(-1), Kind.SCALE, reason)
 
 
 def _at(arguments: Sequence[Any], position: int) -> Any:

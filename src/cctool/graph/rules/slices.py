@@ -17,6 +17,7 @@ from cctool.graph.trace import argument
 from cctool.graph.widths import Width
 
 EQUAL_PIECES = "the pieces have different widths: after a cut they would be split elsewhere"
+_BY_NUMBER = "single channels are picked by their number"
 
 
 def _first_piece(ledger: Ledger, ids: Tensor, dim: int, width: int) -> Tensor:
@@ -80,7 +81,7 @@ def unbind(ledger: Ledger, event: Event) -> None:
     dim = event.kwargs.get("dim", event.args[1] if len(event.args) > 1 else 0)
     ids = ledger.of(event.args[0])
     if dim % ids.ndim in varying(ids):
-        ledger.freeze(ids, "single channels are picked by their number")
+        ledger.freeze(ids, _BY_NUMBER)
     replay(ledger, event)
 
 
@@ -167,9 +168,7 @@ def _picked(ledger: Ledger, ids: Tensor, index: tuple[Any, ...], shape: torch.Si
 def _cut_by_index(ledger: Ledger, ids: Tensor, dim: int, item: int | slice) -> Tensor:
     size = ids.shape[dim]
     if isinstance(item, int):
-        _freeze_up_to(
-            ledger, ids, dim, [item + 1 if item >= 0 else item], "single channels are picked by their number"
-        )
+        _freeze_up_to(ledger, ids, dim, [item + 1 if item >= 0 else item], _BY_NUMBER)
         return ids
     start, stop, step = item.indices(size)
     width = len(range(start, stop, step))
