@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -19,21 +18,14 @@ _LAYERS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class _Result:
-    """The output of a layer while it lives, and the layer's weight."""
-
-    tensor: weakref.ref[Tensor]
-    weight: str
-
-
 class _Watcher:
     def __init__(self, model: nn.Module) -> None:
         self.names = tensor_names(model)
         self.calls: Counter[str] = Counter()
         self.biases: dict[str, str] = {}
         self.norms: dict[str, tuple[str, ...]] = {}
-        self._results: dict[int, _Result] = {}
+        # by `id`, the output of a layer while it lives, and the name of the layer's weight
+        self._results: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
     def observe(self, event: Event) -> None:
         if event.name in _LAYERS:
@@ -46,7 +38,7 @@ class _Watcher:
         if weight is None:
             return
         self.calls[weight] += 1
-        self._results[id(event.result)] = _Result(weakref.ref(event.result), weight)
+        self._results[id(event.result)] = (weakref.ref(event.result), weight)
         if bias is not None:
             self.biases[weight] = bias
 
@@ -57,8 +49,8 @@ class _Watcher:
         )
         self.calls.update(named)
         found = self._results.get(id(source))
-        if found is not None and found.tensor() is source:
-            self.norms[found.weight] = named
+        if found is not None and found[0]() is source:
+            self.norms[found[1]] = named
 
     def _name(self, tensor: Tensor | None) -> str | None:
         return None if tensor is None else self.names.get(id(tensor))

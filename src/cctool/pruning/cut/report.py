@@ -159,7 +159,7 @@ def _family(
         if place.tensor in parameters
     )
     whole = bool(kept.all())
-    ranked = not whole and isinstance(score, Tensor)
+    ranked = None if whole or isinstance(score, Unscored) else score
     return FamilyReport(
         name=family.name,
         units=family.units,
@@ -167,7 +167,7 @@ def _family(
         width=family.width,
         members=tuple((place.tensor, place.dim) for place in family.places),
         parameters=touched,
-        removed_to=float(score[~kept].max()) if ranked and isinstance(score, Tensor) else None,
-        kept_from=float(score[kept].min()) if ranked and isinstance(score, Tensor) else None,
+        removed_to=None if ranked is None else float(ranked[~kept].max()),
+        kept_from=None if ranked is None else float(ranked[kept].min()),
         note=selection.spared.get(family.name, "") if whole else "",
     )

@@ -170,9 +170,6 @@ def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | N
     return copy
 
 
-_KEPT_BY_MASKS = {Role.STATISTIC}
-
-
 def places_removed(graph: ChannelGraph, selection: Selection) -> dict[str, list[tuple[int, Tensor]]]:
     """For each tensor that removed units touch, (dim, indices) of all that they own there.
 
@@ -183,7 +180,7 @@ def places_removed(graph: ChannelGraph, selection: Selection) -> dict[str, list[
     for family, kept in zip(graph.families, selection.kept, strict=True):
         if not bool(kept.all()):
             for place in family.places:
-                if place.role not in _KEPT_BY_MASKS:
+                if place.role is not Role.STATISTIC:
                     places[place.tensor].append((place.dim, place.indices[~kept].flatten()))
     return places
 

@@ -126,7 +126,7 @@ def _wrong_shapes(cut: Shapes, expected: Shapes) -> str:
     return f"outputs of shape {cut}, not {expected}: a width is written into code"
 
 
-def _compare(masked: list[Tensor], cut: list[Tensor]) -> Check:
+def compare_outputs(masked: list[Tensor], cut: list[Tensor]) -> Check:
     """Largest difference over the largest output and over the outputs' spread, or what forbids to compare."""
     dtype = str(masked[0].dtype).removeprefix("torch.") if masked else ""
     if _shapes(masked) != _shapes(cut):
@@ -194,10 +194,8 @@ class CutComparison:
         if device is not None:
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         changed = tensors if device is not None else dict(self.varied)
-        cuts = {
-            name: cut_tensor(tensors[name], cuts) for name, cuts in plan.tensors.items() if name in tensors
-        }
-        return copy_with(self.model, changed | cuts, plan)
+        cut = {name: cut_tensor(tensors[name], to) for name, to in plan.tensors.items() if name in tensors}
+        return copy_with(self.model, changed | cut, plan)
 
     def shape_failure(self, plan: CutPlan, masked: list[Tensor]) -> str:
         """What is wrong with the thinned network's output shapes at the second batch size, "" if nothing.
@@ -224,13 +222,13 @@ class CutComparison:
         try:
             expected = self.masked_outputs(selection)
         except Exception as error:  # the user's code may fail in any way
-            raise PruningError(_does_not_run(error)) from error
+            raise does_not_run(error) from error
         try:
             cut = self.cut_network(plan)
             actual = run(cut, self.batches[0])
         except Exception as error:  # code that holds widths may fail in any way
             return Check(inf, inf, "", f"the thinned network raises {_one_line(error)}")
-        outcome = _compare(expected, actual)
+        outcome = compare_outputs(expected, actual)
         if outcome.failure:
             return outcome
         failure = self.shape_failure(plan, expected)
@@ -248,7 +246,7 @@ class CutComparison:
         try:
             expected = self.masked_outputs(selection, wide=True)
             cut = self.cut_network(plan)
-            return _compare(expected, run(cut, self.batches[0], MaskedCalls(cut, wide=True)))
+            return compare_outputs(expected, run(cut, self.batches[0], MaskedCalls(cut, wide=True)))
         except Exception:  # a dtype written into the user's code
             return None
 
@@ -276,10 +274,10 @@ def check(
     return replace(outcome, statistics=trial.statistics)
 
 
-def _does_not_run(error: Exception) -> str:
-    return (
-        f"the network does not run at batch sizes {' and '.join(map(str, BATCH_SIZES))}: {_one_line(error)}"
-    )
+def does_not_run(error: Exception) -> PruningError:
+    """The error of a network whose own code fails at one of the batch sizes of a comparison."""
+    sizes = " and ".join(map(str, BATCH_SIZES))
+    return PruningError(f"the network does not run at batch sizes {sizes}: {_one_line(error)}")
 
 
 def _judge(outcome: Check) -> Check:
@@ -345,16 +343,12 @@ def find_culprits(
             failures[key] = test(part, plan_cut(model, graph, part))
         return failures[key]
 
-    def by_shapes(part: Selection, plan: CutPlan) -> str:
+    def raised(part: Selection, plan: CutPlan) -> str:
         return trial.raises(plan)
 
-    def by_numbers(part: Selection, plan: CutPlan) -> str:
-        return trial.compare(part, plan).failure
-
     cut = [n for n, kept in enumerate(selection.kept) if not bool(kept.all())]
-    test = by_numbers
-    if not trial.raises(plan_cut(model, graph, only(selection, []))) and failure(cut, by_shapes):
-        test = by_shapes
+    by_shapes = not trial.raises(plan_cut(model, graph, only(selection, []))) and failure(cut, raised)
+    test = raised if by_shapes else lambda part, plan: trial.compare(part, plan).failure
     failures.clear()
     guilty = blame(cut, lambda numbers: not failure(numbers, test))
     return {n: failure([n], test) or "fails together with another family" for n in guilty}

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,20 +32,13 @@ from cctool.pruning.masks.granularity import (
     pattern_misfit,
 )
 from cctool.pruning.masks.report import MaskReport, is_maskable, weights_of
-from cctool.pruning.select.order import Selection
+from cctool.pruning.scores.criteria import Unscored
+from cctool.pruning.select.order import Selection, around
 
 __all__ = ["ChosenMasks", "MaskReport", "Saliency", "choose_masks", "magnitude", "unit_masks"]
 
 
-class HasReason(Protocol):
-    """Says why a method cannot rank a tensor."""
-
-    @property
-    def reason(self) -> str:
-        """In one phrase."""
-
-
-Saliency = Callable[[str, Tensor], "Tensor | HasReason"]
+Saliency = Callable[[str, Tensor], "Tensor | Unscored"]
 """(name, weight) -> how much each element matters, of the weight's shape; the lowest magnitudes go first."""
 
 
@@ -153,7 +145,8 @@ def _wanted(
     only = _matching(model, options.only) if options.only else None
     by_name = _rates(model, rates) if rates is not None else None
     rows = options.granularity is Granularity.ROW
-    outputs = _output_weights(couple(model, inputs)) if rows else set()
+    frozen = couple(model, inputs).frozen if rows else ()
+    outputs = {(dim.parameter, dim.dim) for dim in frozen if dim.op == "output"}
     wanted: dict[str, float] = {}
     for name, _, module in weights_of(model):
         if name in skipped:
@@ -181,6 +174,7 @@ def _ranked(
     skipped: dict[str, str],
 ) -> list[_Ranked]:
     masks, pattern = masks_of(model), options.pattern or Pattern()
+    single = options.granularity in (Granularity.ELEMENT, Granularity.NM)
     ranked = []
     for name, parameter, module in weights_of(model):
         if name not in wanted:
@@ -191,7 +185,7 @@ def _ranked(
                 skipped[name] = misfit
                 continue
         found = saliency(name, parameter.detach())
-        if not isinstance(found, Tensor):
+        if isinstance(found, Unscored):
             skipped[name] = found.reason
             continue
         if not bool(torch.isfinite(found).all()):
@@ -199,16 +193,12 @@ def _ranked(
         left = masks.get(name, torch.ones_like(parameter, dtype=torch.bool)).cpu()
         worth = found.detach().cpu().abs().masked_fill(left.logical_not(), 0)
         # Squares rank single weights as magnitudes do, and their sums rank groups by the l2 norm.
-        worth = worth.double().square() if _squared(options) else worth
+        if options.method is PruneMethod.L2 and not single:
+            worth = worth.double().square()
         ranked.append(
             _Ranked(name, module, parameter.shape, as_filters(worth, module), as_filters(left, module))
         )
     return ranked
-
-
-def _squared(options: PruneOptions) -> bool:
-    single = options.granularity in (Granularity.ELEMENT, Granularity.NM)
-    return options.method is PruneMethod.L2 and not single
 
 
 def _kept(
@@ -252,13 +242,8 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     return {
         name
         for name, _, _ in weights_of(model)
-        if any(fnmatchcase(around, pattern) for around in _around(name) for pattern in patterns)
+        if any(fnmatchcase(outer, pattern) for outer in around(name) for pattern in patterns)
     }
-
-
-def _around(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _rates(model: nn.Module, rates: Mapping[str, float]) -> dict[str, float]:
@@ -269,11 +254,6 @@ def _rates(model: nn.Module, rates: Mapping[str, float]) -> dict[str, float]:
             raise UsageError(f"rate {rate} of {pattern} is outside [0, 1): give the fraction to remove")
         found |= dict.fromkeys(_matching(model, [pattern]), rate)
     return found
-
-
-def _output_weights(graph: ChannelGraph) -> set[tuple[str, int]]:
-    """Dims of weights whose channels are outputs of the model."""
-    return {(frozen.parameter, frozen.dim) for frozen in graph.frozen if frozen.op == "output"}
 
 
 def unit_masks(model: nn.Module, graph: ChannelGraph, selection: Selection) -> dict[str, Tensor]:

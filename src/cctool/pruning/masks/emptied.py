@@ -21,7 +21,7 @@ from cctool.graph.execution import tensors_in
 from cctool.graph.ledger import Role
 from cctool.graph.records import ChannelGraph, Family, Place
 from cctool.pruning.cut.surgery import CutPlan, copy_with, cut_tensor, named_tensors, plan_cut
-from cctool.pruning.cut.verify import BATCH_SIZES, blame, only, probe_inputs
+from cctool.pruning.cut.verify import BATCH_SIZES, blame, compare_outputs, does_not_run, only, probe_inputs
 from cctool.pruning.select.order import Selection, matching
 
 __all__ = ["Emptied", "find_emptied"]
@@ -189,17 +189,10 @@ class _CutCheck:
             self._expected = self._outputs(copy_with(model, self._tensors))
         except Exception:  # a dtype written into the network's code
             self._tensors, self._batches = own, batches
-            self._expected = self._own_outputs()
-
-    def _own_outputs(self) -> list[Tensor]:
-        try:
-            return self._outputs(self._model)
-        except Exception as error:  # the user's code may fail in any way
-            sizes = " and ".join(map(str, BATCH_SIZES))
-            text = (str(error).splitlines() or [""])[0]
-            raise PruningError(
-                f"the network does not run at batch sizes {sizes}: {type(error).__name__}: {text}"
-            ) from error
+            try:
+                self._expected = self._outputs(model)
+            except Exception as error:  # the user's code may fail in any way
+                raise does_not_run(error) from error
 
     def _outputs(self, model: nn.Module) -> list[Tensor]:
         with in_mode(model, training=False):
@@ -213,16 +206,7 @@ class _CutCheck:
             outputs = self._outputs(copy_with(self._model, cut, plan))
         except Exception:  # code that holds widths may fail in any way
             return float("inf"), dtype
-        if [value.shape for value in outputs] != [value.shape for value in self._expected]:
-            return float("inf"), dtype
-        error = 0.0
-        for a, b in zip(self._expected, outputs, strict=True):
-            if a.is_floating_point() and a.numel():
-                difference = float((a - b).abs().max())
-                error = max(error, difference / max(float(a.abs().max()), torch.finfo(a.dtype).tiny))
-                # A NaN compares as False with everything.
-                error = float("inf") if difference != difference else error
-        return error, dtype
+        return compare_outputs(self._expected, outputs).error, dtype
 
     def exact(self, error: float, precision: str) -> bool:
         """Whether a difference is rounding alone."""

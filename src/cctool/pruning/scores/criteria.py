@@ -255,9 +255,8 @@ def _arriving(
     for place in _read_by(family):
         values = known.get((place.tensor, place.dim))
         if values is not None:
-            require_same_network(
-                place.tensor, (context.tensors[place.tensor].shape[place.dim],), tuple(values.shape)
-            )
+            size = context.tensors[place.tensor].shape[place.dim]
+            require_same_network(place.tensor, (size,), tuple(values.shape))
             rows.append(values[place.indices].mean(dim=1))
     return torch.stack(rows) if rows else _UNREAD
 
@@ -268,11 +267,13 @@ def non_zeros(family: Family, context: ScoreContext) -> Tensor | Unscored:
     APoZ: average percentage of zeros (Hu et al. 2016, "Network Trimming", arXiv 1607.03250, equation 1).
     """
     zeros = _arriving(family, context, require_evidence(PruneMethod.APOZ, context.evidence).zeros)
-    if isinstance(zeros, Tensor) and not bool(zeros.any()):
+    if isinstance(zeros, Unscored):
+        return zeros
+    if not bool(zeros.any()):
         return Unscored(
             "its activations are never zero, so that zeros rank nothing: --method activation does"
         )
-    return 1 - zeros if isinstance(zeros, Tensor) else zeros
+    return 1 - zeros
 
 
 def mean_activations(family: Family, context: ScoreContext) -> Tensor | Unscored:

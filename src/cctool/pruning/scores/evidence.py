@@ -277,8 +277,7 @@ def _contributed(
     contributions: dict[Key, Tensor] = {}
     for read, gradient in zip(reads, found[len(parameters) :], strict=True):
         if gradient is not None:
-            part = read.per_channel(gradient * read.tensor.detach(), by_image)
-            part = part.to(read.tensor.dtype)
+            part = read.per_channel(gradient * read.tensor.detach(), by_image).to(read.tensor.dtype)
             # a layer that runs several times reads the channel each time
             contributions[read.key] = contributions[read.key] + part if read.key in contributions else part
     return found[: len(parameters)], contributions
@@ -289,9 +288,8 @@ def _image_first(model: nn.Module, batch: Batch) -> bool:
     try:
         for images in (1, 2, 3):
             reads: list[Read] = []
-            execute(
-                model, (batch.images[:1].repeat(images, 1, 1, 1),), [ArrivalObserver(model, reads.append)]
-            )
+            repeated = batch.images[:1].repeat(images, 1, 1, 1)
+            execute(model, (repeated,), [ArrivalObserver(model, reads.append)])
             if any(read.tensor.shape[0] != images or read.dim == 0 for read in reads):
                 return False
     # Code that takes no batch of one: each image is doubled then, which `_runnable` does.

@@ -53,10 +53,6 @@ NORMALIZERS: dict[Normalize, Callable[[Tensor], Tensor]] = {
 """[units] -> [units]; `standard` is the standard score: less the mean, over the standard deviation."""
 
 
-def _itself(scores: Tensor) -> Tensor:
-    return scores
-
-
 @dataclass(frozen=True)
 class Criterion:
     """How one method ranks the units of a family; called, it gives their scores.
@@ -72,7 +68,7 @@ class Criterion:
     rows: RowsFn
     reduce: Reduce = Reduce.SUM
     together: RowsFn | None = None
-    finish: Callable[[Tensor], Tensor] = _itself
+    finish: Callable[[Tensor], Tensor] = NORMALIZERS[Normalize.NONE]
     normalize: Normalize = Normalize.NONE
 
     def __call__(

@@ -79,10 +79,10 @@ SALIENCIES: dict[PruneMethod, SaliencyFn] = {
     PruneMethod.HESSIAN: _hessian,
     PruneMethod.GRADIENT: _gradient,
     PruneMethod.RANDOM: _random,
-    PruneMethod.SLIMMING: _none(PruneMethod.SLIMMING),
-    PruneMethod.FPGM: _none(PruneMethod.FPGM),
-    PruneMethod.APOZ: _none(PruneMethod.APOZ),
-    PruneMethod.ACTIVATION: _none(PruneMethod.ACTIVATION),
+    **{
+        method: _none(method)
+        for method in (PruneMethod.SLIMMING, PruneMethod.FPGM, PruneMethod.APOZ, PruneMethod.ACTIVATION)
+    },
 }
 """Saliency function of each method."""
 

@@ -103,9 +103,14 @@ def names_of(family: Family) -> set[str]:
     names = {family.name}
     for place in family.places:
         if place.role is not Role.CONSUMER:
-            parts = place.tensor.split(".")
-            names.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+            names.update(around(place.tensor))
     return names
+
+
+def around(name: str) -> list[str]:
+    """A tensor's qualified name, after those of the modules around it, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def matching(model: nn.Module, graph: ChannelGraph, patterns: Sequence[str]) -> set[int]:
