@@ -111,6 +111,15 @@ class Column:
     total: Total | None = None
 
 
+# A dash for zero: most cells of a column that only some rows have are zero.
+WHOLE = '#,##0;-#,##0;"-"'
+
+
+def counted(key: str, title: str, meaning: str) -> Column:
+    """A column of whole numbers that add up."""
+    return Column(key, title, meaning, WHOLE, total_sum(key))
+
+
 @dataclass(frozen=True)
 class Chart:
     """A bar chart of the largest rows.

@@ -42,17 +42,14 @@ _FLAT = 1e-4  # of the largest output: less movement than this is near float32's
 
 def on_cpu(model: nn.Module) -> nn.Module:
     """The model, or a copy of it where some of its tensors are on another device."""
-    if all(
-        tensor.device.type == "cpu" for tensor in model.state_dict().values() if isinstance(tensor, Tensor)
-    ):
-        return model
-    return copy.deepcopy(model).to("cpu")
+    tensors = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
+    here = all(tensor.device.type == "cpu" for tensor in tensors)
+    return model if here else copy.deepcopy(model).to("cpu")
 
 
 def example(model: nn.Module, batch: int, shape: tuple[int, int, int]) -> Tensor:
     """Zeros [batch, C, H, W] of the type of the model's parameters."""
-    dtype = float_type_of(model)
-    return torch.zeros((batch, *shape), dtype=dtype)
+    return torch.zeros((batch, *shape), dtype=float_type_of(model))
 
 
 def reason(error: BaseException) -> str:
@@ -111,24 +108,21 @@ def agreements_with(candidate: Run, request: ExportRequest, *, free_batch: bool)
     """
     sizes = BATCH_SIZES if free_batch else (1,)
     model, allowed = request.checkpoint.model, request.allow_nonfinite
-    dtype = example(model, 1, request.input_shape).dtype
-    random = (batch.to(dtype) for batch in random_batches(request.input_shape, request.seed, sizes))
+    random = (
+        batch.to(float_type_of(model)) for batch in random_batches(request.input_shape, request.seed, sizes)
+    )
     judge = partial(
         compare, model, candidate, allow_nonfinite=allowed, coded=request.coded, quantized=request.quantized
     )
     found = [judge(random, "random inputs")]
     if request.samples is not None:
-        batches = _one_by_one(request.samples.batches) if not free_batch else request.samples.batches
+        batches = request.samples.batches
+        if not free_batch:
+            batches = (batch[i : i + 1] for batch in batches for i in range(len(batch)))
         found.append(judge(batches, request.samples.name))
         if request.quantized:
             require_top1(found[-1])
     return found
-
-
-def _one_by_one(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    for batch in batches:
-        for i in range(len(batch)):
-            yield batch[i : i + 1]
 
 
 def comparison_notes(request: ExportRequest, agreements: Iterable[Agreement]) -> tuple[str, ...]:

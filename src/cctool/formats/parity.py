@@ -264,17 +264,16 @@ def _chance_of(least: int, n: int, share: float) -> float:
 
 
 def _rms(left: list[Tensor], right: list[Tensor]) -> float:
-    squares = [
-        (a.double() - b.double()).nan_to_num(0, 0, 0).square() for a, b in zip(left, right, strict=True)
-    ]
-    return float(torch.cat([value.flatten() for value in squares]).mean().sqrt())
+    return float(torch.cat([value.square().flatten() for value in _apart(left, right)]).mean().sqrt())
 
 
-def _distance(exact: list[Tensor], outputs: list[Tensor]) -> float:
-    return max(
-        float((left - right.double()).nan_to_num(0, 0, 0).abs().max())
-        for left, right in zip(exact, outputs, strict=True)
-    )
+def _distance(left: list[Tensor], right: list[Tensor]) -> float:
+    return max(float(value.abs().max()) for value in _apart(left, right))
+
+
+def _apart(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
+    """Differences in float64; 0 where a value is not finite."""
+    return [(a.double() - b.double()).nan_to_num(0, 0, 0) for a, b in zip(left, right, strict=True)]
 
 
 def _check_shapes(expected: list[Tensor], found: list[Tensor], batch: Tensor, inputs: str) -> None:

@@ -7,6 +7,7 @@ that has such a kernel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,22 +17,10 @@ from cctool.quantization.export.onnx_operator import ON_GRID
 
 __all__ = ["average_pools", "drop_clips", "grid_of", "quantize_moves", "rounding"]
 
-_MOVES = frozenset(
-    [
-        "MaxPool",
-        "Reshape",
-        "Transpose",
-        "Flatten",
-        "Squeeze",
-        "Unsqueeze",
-        "Slice",
-        "Split",
-        "Pad",
-        "Identity",
-        "DepthToSpace",
-        "SpaceToDepth",
-    ]
-)
+_MOVES = frozenset((
+    "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Pad", "Identity",
+    "DepthToSpace", "SpaceToDepth",
+))  # fmt: skip
 _TYPES = {"b": (-128, 127), "B": (0, 255)}
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
 
@@ -85,22 +74,20 @@ def quantize_moves(graph: OnnxGraph) -> None:
             takers = graph.takers(output)
             if output in graph.outputs or not takers or all(taker.op_type == Q for taker in takers):
                 continue
-            after = _requantized(graph, node, output, grid, takers)
+            after = _requantized(graph, output, grid)
+            graph.rename(output, after[-1].output[0], takers)
             graph.insert(after, after=node)
             graph.index()
 
 
-def _requantized(graph: OnnxGraph, node: Any, output: str, grid: tuple[str, str], takers: Any) -> list[Any]:
-    down = graph.node(Q, (output, *grid), f"{output}_quantized")
-    up = graph.node(DQ, (down.output[0], *grid), f"{output}_dequantized")
-    graph.rename(output, up.output[0], takers)
-    return [down, up]
+def _requantized(graph: OnnxGraph, value: str, grid: Sequence[str]) -> list[Any]:
+    """A QuantizeLinear of a value, and the DequantizeLinear behind it, on a grid."""
+    down = graph.node(Q, (value, *grid), f"{value}_quantized")
+    return [down, graph.node(DQ, (down.output[0], *grid), f"{value}_dequantized")]
 
 
 def _pads_zeros(graph: OnnxGraph, node: Any) -> bool:
-    if node.op_type != "Pad":
-        return True
-    if graph.attribute(node, "mode", b"constant") != b"constant":
+    if node.op_type != "Pad" or graph.attribute(node, "mode", b"constant") != b"constant":
         return True
     value = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(())
     return value is not None and not value.any()
@@ -126,10 +113,8 @@ def average_pools(graph: OnnxGraph) -> None:
         else:
             made = pool.output[0]
             if len(takers) == 1 and takers[0].op_type == Q and output not in graph.outputs:
-                down = graph.node(Q, (made, *takers[0].input[1:]), f"{made}_quantized")
-                up = graph.node(DQ, (down.output[0], *takers[0].input[1:]), f"{made}_dequantized")
-                added += [down, up]
-                made = up.output[0]
+                added += _requantized(graph, made, takers[0].input[1:])
+                made = added[-1].output[0]
             flat = graph.node("Flatten", (made,), f"{output}_flat", axis=1)
             flat.output[0] = output
             added.append(flat)
@@ -151,11 +136,7 @@ def drop_clips(graph: OnnxGraph) -> None:
     for node in list(graph.nodes):
         while node.op_type == Q:
             before = graph.maker(node.input[0])
-            if (
-                before is None
-                or before.op_type not in ("Relu", "Clip")
-                or not _redundant(graph, before, node)
-            ):
+            if before is None or not _redundant(graph, before, node):
                 break
             node.input[0] = before.input[0]
             graph.index()
@@ -163,6 +144,8 @@ def drop_clips(graph: OnnxGraph) -> None:
 
 def _redundant(graph: OnnxGraph, clip: Any, quantize: Any) -> bool:
     scale, zero = graph.constant(quantize.input[1]), graph.constant(quantize.input[2])
+    if clip.op_type not in ("Relu", "Clip"):
+        return False
     if len(graph.takers(clip.output[0])) != 1 or clip.output[0] in graph.outputs:
         return False
     if scale is None or zero is None or scale.size != 1 or zero.dtype.char not in _TYPES:

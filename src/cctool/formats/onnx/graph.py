@@ -116,23 +116,18 @@ class OnnxGraph:
         found = next((a for a in node.attribute if a.name == name), None)
         return default if found is None else helper.get_attribute_value(found)
 
+    def _used(self, name: str) -> bool:
+        return bool(self._taken[name]) or name in self.outputs
+
     def close(self) -> None:
         """Drop what nothing takes, and write the nodes back."""
         while True:
             self.index()
-            alive = [
-                node
-                for node in self.nodes
-                if any(self._taken[name] or name in self.outputs for name in node.output)
-            ]
+            alive = [node for node in self.nodes if any(map(self._used, node.output))]
             if len(alive) == len(self.nodes):
                 break
             self.nodes = alive
-        kept = [
-            tensor
-            for tensor in self.graph.initializer
-            if self._taken[tensor.name] or tensor.name in self.outputs
-        ]
+        kept = [tensor for tensor in self.graph.initializer if self._used(tensor.name)]
         values = [entry for entry in self.graph.value_info if entry.name in self._made]
         for name, entries in (("node", self.nodes), ("initializer", kept), ("value_info", values)):
             # Copies, because clearing the field may free what it held.

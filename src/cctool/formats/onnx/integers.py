@@ -7,7 +7,7 @@ layouts differ between versions of the exporter, and it may have transposed one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,14 +54,6 @@ def with_integers(document: Any, weights: Sequence[IntegerWeight], *, packed: bo
     return missing
 
 
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """A weight as it lies in the graph."""
-
-    weight: IntegerWeight
-    transposed: bool
-
-
 class _Weights:
     def __init__(self, graph: OnnxGraph, weights: Sequence[IntegerWeight], *, packed: bool) -> None:
         self.graph, self.weights, self.packed = graph, weights, packed
@@ -72,19 +64,19 @@ class _Weights:
         for node in list(self.graph.nodes):
             for position, name in enumerate(node.input):
                 if name in constants and node.op_type != "Constant":
-                    self._replace(node, position, constants[name])
+                    self._replace(node, position, *constants[name])
         self.graph.index()
-        found = {match.weight.name for match in constants.values()}
+        found = {weight.name for weight, _ in constants.values()}
         return tuple(dict.fromkeys(w.name for w in self.weights if w.name not in found))
 
-    def _matched(self) -> dict[str, _Found]:
-        """Float constants that are weights, by their name in the graph."""
-        known: dict[tuple[tuple[int, ...], bytes], _Found] = {}
+    def _matched(self) -> dict[str, tuple[IntegerWeight, bool]]:
+        """Float constants that are weights, by their name in the graph; whether each is transposed there."""
+        known: dict[tuple[tuple[int, ...], bytes], tuple[IntegerWeight, bool]] = {}
         for weight in self.weights:
             values = weight.values().numpy()
-            known[values.shape, values.tobytes()] = _Found(weight, transposed=False)
+            known[values.shape, values.tobytes()] = weight, False
             if values.ndim == 2:
-                known.setdefault((values.T.shape, values.T.tobytes()), _Found(weight, transposed=True))
+                known.setdefault((values.T.shape, values.T.tobytes()), (weight, True))
         found = {}
         for name, array in self.graph.floats():
             match = known.get((array.shape, array.tobytes()))
@@ -93,15 +85,13 @@ class _Weights:
                 found[name] = match
         return found
 
-    def _replace(self, node: Any, position: int, found: _Found) -> None:
-        half = self.packed and found.weight.bits <= 4
-        weight = found.weight if half else found.weight.finer(_FINE)
+    def _replace(self, node: Any, position: int, weight: IntegerWeight, transposed: bool) -> None:
+        half = self.packed and weight.bits <= 4
+        weight = weight if half else weight.finer(_FINE)
         title = weight.name.removesuffix(".weight")
         grid = grid_of(self.graph, node.input[0]) if position == 1 else None
-        has_bias = (
-            position == 1 and node.op_type in _WITH_BIAS and len(node.input) > 2 and bool(node.input[2])
-        )
-        bias = self.graph.constant(node.input[2]) if has_bias else None
+        biased = position == 1 and node.op_type in _WITH_BIAS and len(node.input) > 2
+        bias = self.graph.constant(node.input[2]) if biased and node.input[2] else None
         whole = bias is not None and self.graph.attribute(node, "alpha", 1.0) == 1.0
         # Layers with halves of bytes run on floating point, and so does their bias.
         whole = whole and self.graph.attribute(node, "beta", 1.0) == 1.0 and not half
@@ -111,12 +101,10 @@ class _Weights:
             weight = _holding(weight, bias, float(step))
         else:
             weight = _positive(weight)
-        scale = weight.scale.numpy()
-        axis = weight.axis if weight.axis is None or not found.transposed else 1 - weight.axis
-        integers = weight.integers.numpy()
-        integers = integers.T if found.transposed else integers
+        axis = weight.axis if weight.axis is None or not transposed else 1 - weight.axis
+        integers, scale = weight.integers.numpy(), weight.scale.numpy()
         inputs = [
-            self._integers(f"{weight.name}.integers", integers, weight),
+            self._integers(f"{weight.name}.integers", integers.T if transposed else integers, weight),
             self._constant(f"{weight.name}.scale", scale),
             self._zero(f"{weight.name}.zero_point", weight),
         ]
@@ -195,9 +183,8 @@ def _holding(weight: IntegerWeight, bias: Array, step: float) -> IntegerWeight:
         step: of what the layer takes in.
     """
     size = torch.from_numpy(np.abs(bias)).double()
-    steps = (weight.integers - _aligned(weight, weight.zero_point)).abs() * (
-        _aligned(weight, weight.scale) > 0
-    )
+    alive = _aligned(weight, weight.scale) > 0
+    steps = (weight.integers - _aligned(weight, weight.zero_point)).abs() * alive
     if weight.axis is None:
         size, empty = size.amax(), ~steps.any()
     else:

@@ -14,20 +14,13 @@ from cctool.formats.records import FloatLayer, Kernels
 
 __all__ = ["SATURATES", "kernels_of", "saturating_cpu", "session_options"]
 
-_INTEGER = frozenset(
-    [
-        "QLinearConv",
-        "QGemm",
-        "QLinearMatMul",
-        "MatMulIntegerToFloat",
-        "ConvInteger",
-        "MatMulInteger",
-        "DynamicQuantizeMatMul",
-    ]
-)
-_FLOAT = frozenset(
-    ["Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits"]
-)
+_INTEGER = frozenset((
+    "QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger",
+    "DynamicQuantizeMatMul",
+))  # fmt: skip
+_FLOAT = frozenset((
+    "Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits",
+))  # fmt: skip
 _PRECISE = "session.x64quantprecision"
 
 SATURATES = (
@@ -96,9 +89,8 @@ def kernels_of(path: Path) -> Kernels:
     layers = []
     for node in others:
         source = named.get(node.name) or taking.get(node.input[1])
-        layers.append(
-            FloatLayer((node if source is None else source).name or node.op_type, _reason(graph, source))
-        )
+        name = (node if source is None else source).name or node.op_type
+        layers.append(FloatLayer(name, _reason(graph, source)))
     return Kernels(integer=len(integer), floating=tuple(layers))
 
 

@@ -76,21 +76,16 @@ def write_onnx(request: ExportRequest) -> Written:
     write_atomically(request.path, write, check, overwrite=request.overwrite)
     notes = (*notes, *comparison_notes(request, agreements))
     found = next(iter(kernels), None)
-    if (
-        found is not None
-        and found.integer
-        and saturating_cpu()
-        and not all(w.reduced for w in request.weights)
-    ):
+    wide = not all(weight.reduced for weight in request.weights)
+    if found is not None and found.integer and wide and saturating_cpu():
         notes = (*notes, SATURATES)
     return Written(str(request.path), "onnx", request.path.stat().st_size, tuple(agreements), notes, found)
 
 
 def _put_integers(document: Any, request: ExportRequest) -> tuple[str, ...]:
     """Write weights as integers; notes on those that stay in floating point."""
-    if not request.weights and not request.quantized:
-        return ()
-    missing = with_integers(document, request.weights, packed=request.packed)
+    integers = request.weights or request.quantized
+    missing = with_integers(document, request.weights, packed=request.packed) if integers else ()
     if not missing:
         return ()
     return (f"{some(missing)} stay in floating point: torch's exporter computes with other values",)
@@ -164,7 +159,6 @@ def _describe(document: Any, checkpoint: Checkpoint, shape: tuple[int, int, int]
     """Say in the file what it is; take out what the exporter noted about modules, stacks and paths."""
     _strip(document)
     spec = checkpoint.spec
-    properties = descriptions(checkpoint, shape)
     document.producer_name, document.producer_version = "cctool", __version__
     document.graph.name = spec.architecture
     document.doc_string = (
@@ -172,7 +166,7 @@ def _describe(document: Any, checkpoint: Checkpoint, shape: tuple[int, int, int]
         f"{INPUT}: float images [{BATCH}, {', '.join(map(str, shape))}], scaled to 0..1, then "
         f"(x - mean) / std as cctool.mean and cctool.std say. {OUTPUT}: one score per class, before softmax."
     )
-    for key, value in properties.items():
+    for key, value in descriptions(checkpoint, shape).items():
         document.metadata_props.add(key=key, value=value)
 
 
