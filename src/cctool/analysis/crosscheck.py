@@ -26,8 +26,6 @@ from cctool.base.networks import some
 from cctool.graph.cost import ModelCost
 from cctool.graph.cost_rules import Cost
 
-__all__ = ["CrossCheck", "CrossCheckLine", "check_against_thop"]
-
 
 @dataclass(frozen=True)
 class CrossCheckLine:

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from cctool.base.networks import device_of, float_type_of, in_mode
 from cctool.graph.execution import blaming_the_size
 
-__all__ = ["Latency", "compare", "measure_latency"]
-
 _WARM_UP = 2
 _FEWEST, _MOST = 3, 50
 _SECONDS = 0.2

@@ -21,8 +21,6 @@ from cctool.graph.cost import CountedCall, ModelCost
 from cctool.graph.trace import Call, Shape
 from cctool.transforms.plain import type_of
 
-__all__ = ["LayerRow", "LayerTable", "Totals", "tabulate"]
-
 ROOT = "(network)"
 """Name of the row of the outermost module."""
 

@@ -13,8 +13,6 @@ from cctool.quantization.encodings.masked import inner_form
 from cctool.quantization.network.attach import CONTAINER, quantizers_of
 from cctool.quantization.network.points import activation_key, weight_key
 
-__all__ = ["BitWidths", "owners_of_quantizers", "precisions"]
-
 _FIXED_BITS = {"fp16": 16, "bf16": 16, "affine-u8": 8}
 _MASKED = "masked"
 

@@ -11,8 +11,6 @@ from cctool.analysis.layers import LayerRow, LayerTable
 from cctool.analysis.sparsity import NonFinite, TensorSparsity
 from cctool.analysis.table import WHOLE, Cell, Chart, Column, Report, Table, complement, counted, mean_by
 
-__all__ = ["macs_report", "sparsity_report"]
-
 Notes = tuple[tuple[str, str], ...]
 
 _PERCENT, _SMALL = "0.00", "0.000000"

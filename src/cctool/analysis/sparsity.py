@@ -15,8 +15,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from cctool.base.networks import qualified
 
-__all__ = ["NonFinite", "TensorSparsity", "nonfinite", "sparsity", "weights"]
-
 
 @dataclass(frozen=True)
 class TensorSparsity:

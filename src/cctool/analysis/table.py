@@ -10,20 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = [
-    "Cell",
-    "Chart",
-    "Column",
-    "Report",
-    "Table",
-    "Total",
-    "complement",
-    "extreme",
-    "harmonic_mean_by",
-    "mean_by",
-    "total_sum",
-]
-
 Cell = str | int | float | None
 Values = Mapping[str, Sequence[Any]]
 

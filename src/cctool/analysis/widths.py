@@ -14,8 +14,6 @@ from cctool.checkpoint.file.atomic import write_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["WidthBar", "check_picture_suffix", "draw_widths", "write_widths"]
-
 _DENSE, _KEPT, _UNTOUCHED = "#d7dde4", "#1f6fb2", "#8a97a6"
 _ROW, _MARGIN, _WIDE = 0.24, 1.5, 9.0
 _NAMES_UP_TO = 150  # more rows than this are drawn without their names

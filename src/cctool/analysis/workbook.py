@@ -19,8 +19,6 @@ from cctool.analysis.table import Cell, Chart, Report, Table
 from cctool.base.errors import UsageError
 from cctool.checkpoint.file.atomic import write_bytes
 
-__all__ = ["WRITERS", "check_suffix", "write_report"]
-
 _BARS = 25
 _WIDEST, _NOTE_WIDTH = 60, 100
 _FONT, _MARK = "Calibri", "DDEBF7"

@@ -21,18 +21,6 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.formats.parity import BATCH_SIZES, Run, compare, random_batches, require_top1
 from cctool.formats.records import Agreement, ExportRequest
 
-__all__ = [
-    "BATCH",
-    "EXPORT_BATCH",
-    "agreements_with",
-    "comparison_notes",
-    "descriptions",
-    "example",
-    "on_cpu",
-    "quiet",
-    "reason",
-]
-
 BATCH = "batch"
 EXPORT_BATCH = 2
 """torch.export takes sizes 0 and 1 for constants."""

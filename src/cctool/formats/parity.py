@@ -33,8 +33,6 @@ from cctool.base.networks import device_of, in_mode
 from cctool.formats.records import Agreement
 from cctool.quantization.export.noise import shaken
 
-__all__ = ["BATCH_SIZES", "TOLERANCE", "compare", "random_batches", "require_top1", "runner_of"]
-
 TOLERANCE = 1e-5
 """Allowed difference of two float32 programs, as a fraction of the output range; 1e-7 is usual."""
 

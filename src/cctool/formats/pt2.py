@@ -32,8 +32,6 @@ from cctool.formats.parity import Run
 from cctool.formats.records import Agreement, ExportRequest, Written
 from cctool.graph.execution import blaming_the_size
 
-__all__ = ["DESCRIPTION", "write_pt2"]
-
 DESCRIPTION = "cctool.json"
 """The extra file in which the program says what it is."""
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.quantization.export.integer_weights import IntegerWeight
 
-__all__ = ["Agreement", "ExportRequest", "FloatLayer", "Kernels", "Samples", "Writer", "Written"]
-
 
 @dataclass(frozen=True)
 class Samples:

@@ -21,8 +21,6 @@ from cctool.graph.cost_rules import FREE, RULES, Cost
 from cctool.graph.execution import blaming_the_size
 from cctool.graph.trace import Call, Trace, trace
 
-__all__ = ["Cost", "CountedCall", "ModelCost", "count", "measure"]
-
 
 @dataclass(frozen=True)
 class CountedCall:

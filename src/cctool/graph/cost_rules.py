@@ -11,8 +11,6 @@ from dataclasses import dataclass, fields
 
 from cctool.graph.trace import Call, Shape
 
-__all__ = ["FREE", "RULES", "Cost"]
-
 
 @dataclass(frozen=True)
 class Cost:

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from cctool.graph.ledger import Kind, Role
 
-__all__ = ["ChannelGraph", "Family", "Frozen", "Labelled", "Place", "Statistic"]
-
 
 @dataclass(frozen=True)
 class Place:

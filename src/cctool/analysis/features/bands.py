@@ -8,8 +8,6 @@ from itertools import pairwise
 
 from cctool.transforms.codec.figures import BandCounts, TapFigures
 
-__all__ = ["Band", "bands_of", "grouped"]
-
 
 @dataclass(frozen=True)
 class Band:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["CurvePoint", "draw_curve", "draw_histograms"]
-
 _BAR, _ZERO, _LINE, _REFERENCE = "#1f6fb2", "#8a97a6", "#1f6fb2", "#8a97a6"
 _SPLITS = ("#1f6fb2", "#c8641e", "#3f8f4f")
 _ACROSS, _PANEL, _TALL = 4, 2.6, 2.2

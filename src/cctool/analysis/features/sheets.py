@@ -19,8 +19,6 @@ from cctool.analysis.table import (
 )
 from cctool.transforms.codec.figures import TapFigures
 
-__all__ = ["TAP_COLUMNS", "feature_report"]
-
 Notes = Sequence[tuple[str, str]]
 
 ORDERS = range(6)

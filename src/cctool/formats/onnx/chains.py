@@ -15,8 +15,6 @@ import numpy as np
 from cctool.formats.onnx.graph import OnnxGraph
 from cctool.quantization.export.onnx_operator import ON_GRID
 
-__all__ = ["average_pools", "drop_clips", "grid_of", "quantize_moves", "rounding"]
-
 _MOVES = frozenset((
     "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Pad", "Identity",
     "DepthToSpace", "SpaceToDepth",

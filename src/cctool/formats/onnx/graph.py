@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["OnnxGraph"]
-
 Array = np.ndarray[Any, Any]
 
 

@@ -17,8 +17,6 @@ from cctool.formats.onnx.chains import DQ, average_pools, drop_clips, grid_of, q
 from cctool.formats.onnx.graph import OnnxGraph
 from cctool.quantization.export.integer_weights import IntegerWeight
 
-__all__ = ["PACKED_OPSET", "with_integers"]
-
 Array = np.ndarray[Any, Any]
 
 PACKED_OPSET = 21

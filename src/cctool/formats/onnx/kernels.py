@@ -12,8 +12,6 @@ from cctool.base.errors import ExportError
 from cctool.formats.onnx.graph import OnnxGraph
 from cctool.formats.records import FloatLayer, Kernels
 
-__all__ = ["SATURATES", "kernels_of", "saturating_cpu", "session_options"]
-
 _INTEGER = frozenset((
     "QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger",
     "DynamicQuantizeMatMul",

@@ -36,8 +36,6 @@ from cctool.formats.parity import Run, runner_of
 from cctool.formats.records import Agreement, ExportRequest, Kernels, Written
 from cctool.graph.execution import blaming_the_size
 
-__all__ = ["write_onnx"]
-
 INPUT, OUTPUT = "input", "logits"
 
 _LARGEST = 2**31 - 2**20

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from cctool.graph.execution import Event, execute
 from cctool.graph.trace import argument, tensor_names
 
-__all__ = ["followers"]
-
 _LAYERS = frozenset(
     ["linear", *(f"conv{n}d" for n in (1, 2, 3)), *(f"conv_transpose{n}d" for n in (1, 2, 3))]
 )

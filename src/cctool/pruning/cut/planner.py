@@ -20,8 +20,6 @@ from cctool.pruning.scores.units import score_context, score_families
 from cctool.pruning.select.order import Candidates, Selection, by_options, candidates, select_counts
 from cctool.pruning.select.rates import family_rates, read_rates
 
-__all__ = ["Counts", "Planner", "ThinResult", "plan_thinning", "thin"]
-
 Counts = Callable[[Candidates], Mapping[int, int]]
 """Says how many units each candidate keeps, by number of the family, before rounding."""
 

@@ -14,8 +14,6 @@ from cctool.pruning.cut.verify import BATCH_SIZES, Check
 from cctool.pruning.scores.criteria import Unscored
 from cctool.pruning.select.order import Selection
 
-__all__ = ["FamilyReport", "PruneReport", "ThinResult", "report_of"]
-
 
 @dataclass(frozen=True)
 class FamilyReport:

@@ -31,12 +31,9 @@ from cctool.pruning.masks.granularity import (
     keep_pattern,
     pattern_misfit,
 )
-from cctool.pruning.masks.report import MaskReport, is_maskable, weights_of
+from cctool.pruning.masks.report import is_maskable, weights_of
 from cctool.pruning.scores.criteria import Unscored
 from cctool.pruning.select.order import Selection, around
-
-__all__ = ["ChosenMasks", "MaskReport", "Saliency", "choose_masks", "magnitude", "unit_masks"]
-
 
 Saliency = Callable[[str, Tensor], "Tensor | Unscored"]
 """(name, weight) -> how much each element matters, of the weight's shape; the lowest magnitudes go first."""

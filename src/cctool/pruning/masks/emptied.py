@@ -24,8 +24,6 @@ from cctool.pruning.cut.surgery import CutPlan, copy_with, cut_tensor, named_ten
 from cctool.pruning.cut.verify import BATCH_SIZES, blame, compare_outputs, does_not_run, only, probe_inputs
 from cctool.pruning.select.order import Selection, matching
 
-__all__ = ["Emptied", "find_emptied"]
-
 EXACT = 1e-9
 """Largest difference allowed in float64, relative to the largest output: sums of fewer terms round apart."""
 _EXACT_NARROW = 1e-5

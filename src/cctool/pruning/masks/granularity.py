@@ -20,18 +20,6 @@ from torch.nn.modules.conv import _ConvNd
 from cctool.options.prune.choices import Granularity
 from cctool.options.prune.patterns import Block, Pattern
 
-__all__ = [
-    "WeightGroups",
-    "as_filters",
-    "from_filters",
-    "groups_of",
-    "keep_highest",
-    "keep_highest_together",
-    "keep_pattern",
-    "pattern_holds",
-    "pattern_misfit",
-]
-
 _FUZZ = 1e-9  # 0.29 * 100 is 28.999999999999996
 
 

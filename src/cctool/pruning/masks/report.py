@@ -15,8 +15,6 @@ from cctool.options.prune.options import PruneOptions
 from cctool.options.prune.patterns import Pattern
 from cctool.pruning.masks.granularity import as_filters, pattern_holds
 
-__all__ = ["MaskReport", "TensorMask", "is_maskable", "report_masks", "weights_of", "zero_percent"]
-
 
 @dataclass(frozen=True)
 class TensorMask:

@@ -19,8 +19,6 @@ from torch.overrides import TorchFunctionMode
 from cctool.graph.execution import Event, canonical_name
 from cctool.graph.trace import argument, tensor_names
 
-__all__ = ["ArrivalObserver", "Key", "Read", "ReadApart"]
-
 Key = tuple[str, int]
 """Name of a parameter that reads, and the dim whose indices are the channels: as in a consumer's Place."""
 

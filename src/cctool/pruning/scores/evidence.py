@@ -22,8 +22,6 @@ from cctool.graph.execution import execute
 from cctool.options.prune.choices import PruneMethod
 from cctool.pruning.scores.arrivals import ArrivalObserver, Key, Read, ReadApart
 
-__all__ = ["Evidence", "LossFn", "gather"]
-
 LossFn = Callable[[Any, Tensor], Tensor]
 """(outputs of the network, labels [N]) -> mean loss of the batch, a scalar."""
 

@@ -19,17 +19,6 @@ from cctool.pruning.scores import criteria
 from cctool.pruning.scores.criteria import RowsFn, ScoreContext, Unscored
 from cctool.pruning.scores.evidence import Evidence
 
-__all__ = [
-    "NORMALIZERS",
-    "REDUCTIONS",
-    "SCORES",
-    "Criterion",
-    "ScoreContext",
-    "Unscored",
-    "score_context",
-    "score_families",
-]
-
 REDUCTIONS: dict[Reduce, Callable[[Tensor], Tensor]] = {
     Reduce.SUM: lambda rows: rows.sum(dim=0),
     Reduce.MEAN: lambda rows: rows.mean(dim=0),

@@ -15,8 +15,6 @@ from cctool.options.prune.choices import NEEDS_DATA, PruneMethod
 from cctool.pruning.scores.criteria import Unscored, lamp, require_evidence, require_same_network
 from cctool.pruning.scores.evidence import Evidence
 
-__all__ = ["SALIENCIES", "weight_saliency"]
-
 
 @dataclass(frozen=True)
 class _Weight:

@@ -22,20 +22,6 @@ from cctool.options.prune.choices import Scope
 from cctool.options.prune.options import AUTO_ROUND, PruneOptions
 from cctool.pruning.scores.criteria import Unscored
 
-__all__ = [
-    "FUZZ",
-    "Candidates",
-    "Order",
-    "Selection",
-    "by_options",
-    "candidates",
-    "grain_of",
-    "matching",
-    "names_of",
-    "order",
-    "select_counts",
-]
-
 FUZZ = 1e-9  # 0.29 * 100 is 28.999999999999996
 
 

@@ -14,8 +14,6 @@ from cctool.base.networks import some
 from cctool.graph.records import ChannelGraph
 from cctool.pruning.select.order import names_of
 
-__all__ = ["family_rates", "read_rates"]
-
 _NAMES = ("family", "layer", "name", "module", "parameter", "tensor")
 _LARGEST = 16 * 2**20
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from cctool.base.errors import PruningError
 from cctool.pruning.select.order import Order
 
-__all__ = ["Reached", "TriedCut", "fewest_removed"]
-
 _NEAR = 0.005
 _MOST_OTHERS = 24
 _ROUNDS = 3
