@@ -1,4 +1,4 @@
-"""What stands right behind a layer: its bias, and the batch norm that reads nothing but its output."""
+"""What follows each layer directly: its bias, and the batch norm that reads its output."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ class _Watcher:
             name for key in ("weight", "bias") if (name := self._name(argument(event, key))) is not None
         )
         self.calls.update(named)
+        # Python reuses the `id` of a freed tensor, hence the check of identity.
         found = self._results.get(id(source))
         if found is not None and found[0]() is source:
             self.norms[found[1]] = named
@@ -57,8 +58,8 @@ class _Watcher:
 def followers(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, tuple[str, ...]]:
     """Parameters with one element for each output channel of a layer, by the name of the layer's weight.
 
-    These are the bias of a convolution or linear layer, and scale and shift of the batch norm that takes the
-    very tensor that the layer gave. What is called more than once in a pass is left out.
+    These are the bias of a convolution or linear layer, and scale and shift of a batch norm whose input is
+    the layer's output tensor itself. Layers and norms that are called more than once in a pass are left out.
 
     Args:
         model: any module.

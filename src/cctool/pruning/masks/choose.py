@@ -1,4 +1,4 @@
-"""Which weights a mask takes away, tensor by tensor, and what there is to say about it."""
+"""Which weights a mask removes, tensor by tensor, and why some tensors get none."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from cctool.pruning.scores.criteria import Unscored
 from cctool.pruning.select.order import Selection, around
 
 Saliency = Callable[[str, Tensor], "Tensor | Unscored"]
-"""(name, weight) -> how much each element matters, of the weight's shape; the lowest magnitudes go first."""
+"""(name, weight) -> how much each element matters, of the weight's shape; the lowest magnitudes are first."""
 
 
 @dataclass(frozen=True)
 class ChosenMasks:
-    """What goes.
+    """Masks, and the weights without one.
 
     Attributes:
-        masks: by name of the parameter, of its shape, True stays.
-        skipped: names of the weights that get no mask, and why.
-        follow: of the masks, those that follow another tensor's rows, with that tensor's name.
+        masks: by name of the parameter, of its shape; True is kept.
+        skipped: names of the weights that get no mask, with the reason.
+        follow: for masks that follow the rows of another tensor, that tensor's name.
     """
 
     masks: Mapping[str, Tensor]
@@ -56,14 +56,14 @@ class ChosenMasks:
 
 @dataclass(frozen=True)
 class _Ranked:
-    """One weight that may be masked, seen as [O, I, K].
+    """One weight that may be masked, as [O, I, K].
 
     Attributes:
         name: qualified name.
-        module: that owns it.
+        module: its owner.
         shape: as it is stored.
-        worth: saliency of each element; 0 where an earlier mask took it.
-        left: where no earlier mask took it.
+        worth: saliency of each element; 0 where an earlier mask has removed it.
+        left: bool, False where an earlier mask has removed the element.
     """
 
     name: str
@@ -88,21 +88,20 @@ def choose_masks(
     rates: Mapping[str, float] | None = None,
     apart: Mapping[str, str] | None = None,
 ) -> ChosenMasks:
-    """Choose what goes of every weight of a convolution or linear layer, the classifier's included.
+    """Choose the elements to remove from the weights of all convolutions and linear layers.
 
-    The rate counts what no earlier mask took: single weights for ``element``, else groups. A group's worth
-    is the sum of its elements' saliency, of their squares for method ``l2``. With ``row`` goes what makes a
-    filter emit nothing: the bias, and scale and shift of the batch norm right behind it; rows that are the
-    model's outputs stay. N:M has no rate but its pattern.
+    The rate refers to what earlier masks have kept: single weights for ``element``, groups otherwise. A
+    group's worth is the sum of its elements' saliency, or of their squares for method ``l2``. With ``row``, a
+    filter's bias and the scale and shift of a batch norm that follows it are masked, too, so that it emits
+    nothing; rows that are the model's outputs are kept. N:M has a pattern instead of a rate.
 
     Args:
-        model: any module; it stays as it is.
+        model: any module; it is not changed.
         inputs: positional arguments of its forward; rows need a pass.
         options: granularity, rate, pattern, block, scope, patterns of names, method.
         saliency: how much elements matter.
         step: number of the step, from 1; sets the rate.
-        rates: rate of each tensor, module or pattern named there, in place of the options' rate; others keep
-            all their weights.
+        rates: rate by tensor, module or pattern, instead of the options' rate; others keep all their weights.
         apart: names of weights that get no mask whatever the options say, with the reasons.
 
     Raises:
@@ -116,6 +115,7 @@ def choose_masks(
         reasons = "; ".join(dict.fromkeys(skipped.values())) or "it has no weights of two or more dimensions"
         raise PruningError(f"nothing can be masked with --granularity {options.granularity.value}: {reasons}")
     together = options.effective_scope is Scope.GLOBAL and rates is None
+    # With a table, each tensor has a rate of its own, so tensors do not compete.
     kept = _kept(ranked, options, wanted, step, together=together)
     masks = {
         item.name: from_filters(kept[item.name], item.module, item.shape).contiguous() for item in ranked
@@ -137,7 +137,7 @@ def _wanted(
     rates: Mapping[str, float] | None,
     skipped: dict[str, str],
 ) -> dict[str, float]:
-    """Names of the weights that may be masked, with the full rate of each; adds to ``skipped``."""
+    """Names of the weights that may be masked, with the rate after the last step; adds to ``skipped``."""
     excluded = _matching(model, options.exclude)
     only = _matching(model, options.only) if options.only else None
     by_name = _rates(model, rates) if rates is not None else None
@@ -201,7 +201,7 @@ def _ranked(
 def _kept(
     ranked: Sequence[_Ranked], options: PruneOptions, rates: Mapping[str, float], step: int, *, together: bool
 ) -> dict[str, Tensor]:
-    """What stays of each weight, [O, I, K]."""
+    """Masks of what is kept of each weight, bool [O, I, K]."""
     if options.granularity is Granularity.NM:
         pattern = options.pattern or Pattern()
         return {
@@ -223,13 +223,13 @@ def _kept(
 
 
 def _group_worth(item: _Ranked, groups: WeightGroups) -> Tensor:
-    """Worth of each group; -inf where earlier masks took all of it."""
+    """Worth of each group; -inf where earlier masks have removed all of it."""
     gone = groups.sums(item.left) == 0
     return groups.sums(item.worth).masked_fill(gone, -math.inf)
 
 
 def _matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
-    """Names of the weights that a glob pattern matches, itself or a module around it.
+    """Names of the weights that a glob pattern matches, by their own name or that of a module around them.
 
     Raises:
         UsageError: a pattern matches no parameter or module of the model.
@@ -244,7 +244,7 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
 
 
 def _rates(model: nn.Module, rates: Mapping[str, float]) -> dict[str, float]:
-    """Rates by name of the weight; the last pattern that matches one counts."""
+    """Rates by name of the weight; the last pattern that matches applies."""
     found: dict[str, float] = {}
     for pattern, rate in rates.items():
         if not 0 <= rate < 1:
@@ -254,11 +254,10 @@ def _rates(model: nn.Module, rates: Mapping[str, float]) -> dict[str, float]:
 
 
 def unit_masks(model: nn.Module, graph: ChannelGraph, selection: Selection) -> dict[str, Tensor]:
-    """Masks that take away every weight that the units which a selection does not keep touch.
+    """Masks of all parameters of the units that a selection removes.
 
-    Filters, biases, scales and shifts of norms, and the weights that read the units: what `surgery` zeroes
-    for the network that a cut one must equal. Running statistics stay, and so do other buffers, for a mask
-    belongs to a parameter.
+    Filters, biases, scales and shifts of norms, and the weights that read the units: the elements that are 0
+    in the masked network, which a cut one must equal. Running statistics and other buffers get no mask.
     """
     parameters = dict(model.named_parameters())
     masks: dict[str, Tensor] = {}
