@@ -1,4 +1,4 @@
-"""Bare dense tensors for code that knows nothing of cctool: a torch state dict, or safetensors."""
+"""Dense tensors for code that does not know cctool: a torch state dict, or safetensors."""
 
 from __future__ import annotations
 
@@ -73,19 +73,20 @@ def _written(
 
 
 def _tensors(checkpoint: Checkpoint) -> Tensors:
-    """Detached, contiguous and on the CPU, each in a storage of its own size; ties stay one tensor."""
+    """The state dict, decoded, contiguous and on the CPU; tied tensors stay one tensor."""
     made: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
     tensors: Tensors = OrderedDict()
     masks = mask_buffers(checkpoint.model)
     for name, value in checkpoint.model.state_dict().items():
         if name in masks:
-            # The architecture does not have them; the weights are zero where they say so.
+            # The architecture has no mask buffers, and masked weights are zero.
             continue
         if not isinstance(value, Tensor):
             raise ExportError(f"{name} of the state dict is a {type(value).__name__}, not a tensor")
         place = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
         if place not in made or not value.numel():
             dense = value.detach().cpu().contiguous()
+            # A view of a larger storage would be saved with all of it.
             whole = dense.untyped_storage().nbytes() == dense.numel() * dense.element_size()
             made[place] = dense if whole else dense.clone()
         tensors[name] = made[place]
@@ -96,7 +97,7 @@ def _compare(written: Tensors, read: Mapping[str, Tensor]) -> None:
     if set(written) != set(read):
         raise ExportError("reading back gave other tensors than were written")
     for name, value in written.items():
-        # Bytes, because NaN equals nothing.
+        # Bytes, because NaN is not equal to itself.
         if value.dtype != read[name].dtype or as_bytes(value) != as_bytes(read[name]):
             raise ExportError(f"reading back gave other values for {name} than were written")
 

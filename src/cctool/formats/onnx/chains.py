@@ -1,8 +1,8 @@
-"""Chains of quantized activations in an ONNX graph, in the form whose nodes onnxruntime runs on integers.
+"""Rewrites chains of quantized activations in an ONNX graph so that onnxruntime runs them on integers.
 
-Its integer kernels stand for a node between DequantizeLinear and QuantizeLinear: so what only moves values
-gets both, a clipping that the integers' own range does is dropped, and means over maps become the operator
-that has such a kernel.
+Its integer kernels replace a node between DequantizeLinear and QuantizeLinear. So nodes that only move values
+get both, a clipping that the range of the integers implies is removed, and means over feature maps become the
+operator that has an integer kernel.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def rounding() -> dict[Any, Any]:
 
     def write(x: Any, scale: float, zero_point: int, low: int, high: int) -> Any:
         if low < 0 and (low, high) not in _TYPES.values():
-            # onnxruntime makes unsigned integers of whole signed bytes by itself, but not behind a Clip.
+            # onnxruntime converts signed bytes to unsigned ones by itself, but not before a Clip.
             zero_point, low, high = zero_point + 128, low + 128, high + 128
         kind = TensorProto.UINT8 if low >= 0 else TensorProto.INT8
 
@@ -50,7 +50,7 @@ def rounding() -> dict[Any, Any]:
 
 
 def grid_of(graph: OnnxGraph, name: str) -> tuple[str, str] | None:
-    """Scale and zero point, by name, of the DequantizeLinear that makes a value from 8-bit integers."""
+    """Names of scale and zero point of the DequantizeLinear that makes a value from 8-bit integers."""
     node = graph.maker(name)
     if node is None or node.op_type != DQ or len(node.input) < 3:
         return None
@@ -61,7 +61,7 @@ def grid_of(graph: OnnxGraph, name: str) -> tuple[str, str] | None:
 
 
 def quantize_moves(graph: OnnxGraph) -> None:
-    """Quantize what a node gives that only moves quantized values, on the same grid."""
+    """Quantize the outputs of nodes that only move quantized values, on the same grid."""
     for node in list(graph.nodes):
         if node.op_type not in _MOVES or not node.input or not _pads_zeros(graph, node):
             continue
@@ -130,7 +130,7 @@ def _ranks(graph: OnnxGraph) -> dict[str, int]:
 
 
 def drop_clips(graph: OnnxGraph) -> None:
-    """Drop each Relu and Clip whose every value the quantization behind it would give without it."""
+    """Remove each Relu and Clip that changes nothing, because the quantization after it clips as much."""
     for node in list(graph.nodes):
         while node.op_type == Q:
             before = graph.maker(node.input[0])
@@ -160,7 +160,7 @@ def _redundant(graph: OnnxGraph, clip: Any, quantize: Any) -> bool:
         else:
             bounds.append(other)
     low, high = _limits(graph, quantize, zero)
-    # What clips to a bound rounds to the bound's integer: that must be at the end of the range, or beyond.
+    # Values clipped to a bound round to its integer, which must be at the end of the range or beyond.
     at_bounds = [np.round(np.float32(bound) / np.float32(scale)) + float(zero) for bound in bounds]
     return bool(at_bounds[0] <= low and at_bounds[1] >= high)
 

@@ -1,7 +1,7 @@
-"""Weights of an ONNX graph as integers: initializers of one byte, or half, and DequantizeLinear behind them.
+"""Weights of an ONNX graph as integers: initializers of 8 or 4 bits with a DequantizeLinear.
 
-A constant is known by its values, bit for bit, which are those of the network that was exported: names and
-layouts differ between versions of the exporter, and it may have transposed one.
+Weights are found by their values, bit for bit, which are those of the exported network: names and layouts
+differ between versions of the exporter, which may also transpose a weight.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ PACKED_OPSET = 21
 
 _WITH_BIAS = ("Conv", "ConvTranspose", "Gemm")
 _FINE = 7
-"""Bits that integers of fewer are spread over: biases lie on finer steps, and 7 never saturate."""
+"""Bits that narrower integers are scaled up to: the steps of biases become finer, and 7 never saturate."""
 
-_LARGEST_BIAS = 2.0**30
-_TINY = 1e-30
+_LARGEST_BIAS = 2.0**30  # in steps: an int32 with a bit to spare
+_TINY = 1e-30  # least scale, which must not become 0 in float32
 _BIAS_DIGITS = 2.0**24
-"""Steps that a bias has where its channel's weights are all 0 and the scale is free."""
+"""Steps of a bias if its channel's weights are all 0, so that the scale is free."""
 
 
 def with_integers(document: Any, weights: Sequence[IntegerWeight], *, packed: bool) -> tuple[str, ...]:
-    """Replace float constants by integers, in place, and give activations the form of integer kernels.
+    """Replace float weights by integers, in place, and bring activations into the form of integer kernels.
 
     Args:
-        document: as torch's exporter has made it from an export network.
+        document: what torch's exporter made of an export network.
         weights: of that network.
-        packed: whether integers of 4 bits and fewer are stored in half a byte, which takes the opset 21.
+        packed: whether integers of 4 bits and fewer take half a byte, which needs opset 21.
 
     Returns:
-        Names of the weights that were not found in the graph, and so stay in floating point.
+        Names of the weights that were not found in the graph and stay in floating point.
     """
     graph = OnnxGraph(document)
     average_pools(graph)
@@ -78,7 +78,7 @@ class _Weights:
         found = {}
         for name, array in self.graph.floats():
             match = known.get((array.shape, array.tobytes()))
-            # A single number, or none, equals too much.
+            # A constant of one element could equal a weight by chance.
             if match is not None and array.size > 1:
                 found[name] = match
         return found
@@ -91,7 +91,7 @@ class _Weights:
         biased = position == 1 and node.op_type in _WITH_BIAS and len(node.input) > 2
         bias = self.graph.constant(node.input[2]) if biased and node.input[2] else None
         whole = bias is not None and self.graph.attribute(node, "alpha", 1.0) == 1.0
-        # Layers with halves of bytes run on floating point, and so does their bias.
+        # onnxruntime computes layers with 4-bit weights in floating point, and so their bias.
         whole = whole and self.graph.attribute(node, "beta", 1.0) == 1.0 and not half
         if grid is not None and whole and bias is not None:
             step = self.graph.constant(grid[0])
@@ -119,7 +119,7 @@ class _Weights:
         return output
 
     def _bias(self, node: Any, title: str, bias: Array, step: str, scale: Array) -> None:
-        """Store a bias as int32 in steps of the products, which is what sums of products are made of."""
+        """Store a bias as int32 in steps of the products, the scale of an integer kernel's accumulator."""
         given = self.graph.constant(step)
         assert given is not None
         products = (given.reshape(()) * scale).astype(np.float32)
@@ -140,11 +140,11 @@ class _Weights:
         zero = weight.zero_point.numpy()
         if self.packed and weight.bits <= 4:
             return self._half_bytes(name, zero, signed=weight.low < 0)
-        # One for each use: onnxruntime's mode without saturation does not survive shared ones.
+        # One for each use: onnxruntime's mode without saturation fails on shared ones.
         return self.graph.add_constant(name, zero.astype(np.int8 if weight.low < 0 else np.uint8))
 
     def _constant(self, name: str, array: Array) -> str:
-        """An initializer; one that is there already where type and values are the same."""
+        """An initializer of these values; an existing one if type and values are equal."""
         key = f"{array.dtype}{array.shape}".encode() + array.tobytes()
         if key not in self._known:
             self._known[key] = self.graph.add_constant(name, array)
@@ -165,7 +165,7 @@ class _Weights:
 
 
 def _positive(weight: IntegerWeight) -> IntegerWeight:
-    """The weight with 1 for a scale of 0, whose integers count for nothing."""
+    """The weight with scales of 0 replaced by 1, and integers there that mean 0."""
     dead = weight.scale == 0
     if not bool(dead.any()):
         return weight
@@ -173,12 +173,12 @@ def _positive(weight: IntegerWeight) -> IntegerWeight:
 
 
 def _holding(weight: IntegerWeight, bias: Array, step: float) -> IntegerWeight:
-    """The weight, with larger scales where 32 bits do not hold the bias, and free ones chosen for the bias.
+    """The weight with larger scales where the bias would not fit in 32 bits; free scales suit the bias.
 
     Args:
         weight: of one layer.
-        bias: float32 (C,).
-        step: of what the layer takes in.
+        bias: float32 [C].
+        step: quantization step of the layer's input.
     """
     size = torch.from_numpy(np.abs(bias)).double()
     alive = _aligned(weight, weight.scale) > 0
@@ -194,7 +194,7 @@ def _holding(weight: IntegerWeight, bias: Array, step: float) -> IntegerWeight:
 
 
 def _rescaled(weight: IntegerWeight, scale: torch.Tensor) -> IntegerWeight:
-    """The nearest integers on grids with other scales, and the same zero points."""
+    """The nearest integers for other scales and the same zero points."""
     zero = _aligned(weight, weight.zero_point)
     steps = (weight.integers - zero).double() * _aligned(weight, weight.scale.double())
     n = (steps / _aligned(weight, scale.double())).round() + zero

@@ -1,7 +1,7 @@
-"""ONNX: exported with a free batch size, checked, run, and only then given its name.
+"""ONNX files with a free batch size; checked and run before they get their final name.
 
-Written by torch's exporter on `torch.export`, opset as that chooses. What identifies the network goes into
-the file; what identifies the machine that exported it (stack traces, module paths) is taken out.
+Written by torch's exporter based on `torch.export`, in the exporter's default opset. The file's metadata
+identify the network; what would identify the exporting machine (stack traces, paths) is removed.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from cctool.graph.execution import blaming_the_size
 
 INPUT, OUTPUT = "input", "logits"
 
-_LARGEST = 2**31 - 2**20
+_LARGEST = 2**31 - 2**20  # protobuf's limit of 2 GiB, less room for the graph
 
 
 def write_onnx(request: ExportRequest) -> Written:
     """Write a network as one ONNX file and verify it.
 
-    The file must pass onnx.checker, and onnxruntime must give the model's outputs for random inputs in two
-    batch sizes and for the request's samples. Where a network cannot be exported with a free batch size, it
-    is exported for batches of one, and a note says so.
+    The file must pass onnx.checker, and onnxruntime must give the model's outputs for random inputs of two
+    batch sizes and for the request's samples. A network that cannot be exported with a free batch size is
+    exported for batches of one, with a note.
 
     Raises:
         ExportError: if it cannot be exported or does not compute what the model does; no file is left.
@@ -99,7 +99,7 @@ def _refuse_large(model: nn.Module) -> None:
 
 
 def _convert(model: nn.Module, request: ExportRequest) -> tuple[Any, tuple[str, ...]]:
-    """Convert with a free batch size, or for batches of one where that fails; the notes say which."""
+    """Convert with a free batch size, or, if that fails, for batches of one with a note."""
     shape = request.input_shape
     names = _output_names(model, shape)
     options: dict[str, Any] = {"custom_translation_table": rounding()} if request.quantized else {}
@@ -111,6 +111,7 @@ def _convert(model: nn.Module, request: ExportRequest) -> tuple[Any, tuple[str, 
     except ExportError as error:
         document = run(free_batch=False)
         return document, (f"the batch size is fixed to 1: with a free one, {error}",)
+    # The exporter may succeed although the code computed with the example's batch size.
     if not document.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         document = run(free_batch=False)
         return document, ("the batch size is fixed to 1: the network computes with a constant batch size",)
@@ -145,7 +146,7 @@ def _run_exporter(
                 dynamic_shapes=dimensions,
                 **options,
             )
-        # Whatever torch.export or a translation of one operator raises for a network that it cannot take.
+        # torch.export and translations of operators raise errors of any type for unsupported networks.
         except Exception as error:
             raise ExportError(f"torch cannot export this network: {reason(error)}") from error
     if program is None:
@@ -154,7 +155,7 @@ def _run_exporter(
 
 
 def _describe(document: Any, checkpoint: Checkpoint, shape: tuple[int, int, int]) -> None:
-    """Say in the file what it is; take out what the exporter noted about modules, stacks and paths."""
+    """Describe the network in the file, and remove the exporter's notes about modules, stacks and paths."""
     _strip(document)
     spec = checkpoint.spec
     document.producer_name, document.producer_version = "cctool", __version__
@@ -173,7 +174,7 @@ def _strip(document: Any) -> None:
     free = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for entry in (*graph.input, *graph.output, *graph.value_info) if free else ():
         for dimension in entry.type.tensor_type.shape.dim:
-            # Some versions of torch call it by the name of their symbol.
+            # Some versions of torch name the batch dimension after an internal symbol.
             if dimension.dim_param == free:
                 dimension.dim_param = BATCH
     graph.ClearField("metadata_props")
@@ -207,11 +208,11 @@ def _session(path: Path, *, precise: bool) -> Any:
     options, providers = session_options(precise=precise), ["CPUExecutionProvider"]
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
-    # Its exceptions share no base class of their own.
+    # onnxruntime's exceptions have no common base class.
     except Exception as error:
         if not precise:
             raise ExportError(f"onnxruntime cannot load the exported model: {reason(error)}") from error
-    # Without optimizing, it computes on the values that the integers stand for.
+    # Not every graph loads in precise mode. Without optimization it computes on dequantized values.
     options = session_options(precise=False)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
