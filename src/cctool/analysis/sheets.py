@@ -1,4 +1,4 @@
-"""The spreadsheets: which columns they have, and what their totals and notes say."""
+"""The spreadsheets of layers and weights: their columns, totals and notes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LAYER_COLUMNS = (
         "Sparsity (%)",
         "Zero weights, percent of the weights.",
         _PERCENT,
-        # The share of what is left is what the sums of two columns give.
+        # Rows have the percent of zeros; the total follows from the sums of these two columns.
         complement("nonzeros", "weights_volume"),
     ),
     counted("nonzeros", "Non-zero weights", "Weights that are not zero."),
@@ -87,7 +87,7 @@ _CROSS_COLUMNS = (
 
 
 def macs_report(table: LayerTable, check: CrossCheck, notes: Notes) -> Report:
-    """Build the sheet of layers, with thop's figures on a sheet of their own.
+    """Build the sheet of layers, with thop's figures on a second sheet.
 
     Args:
         table: the layers.

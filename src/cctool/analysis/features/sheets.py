@@ -1,4 +1,4 @@
-"""The spreadsheet of coded feature maps: which columns it has, and what its totals and notes say."""
+"""The spreadsheet of coded feature maps, by tap (a module whose output a codec codes) and sub-band."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ BAND_COLUMNS = (
 
 
 def feature_report(figures: Sequence[TapFigures], notes: Notes) -> Report:
-    """Build the sheets of coded feature maps: a row a tap, and a row a sub-band.
+    """Build the sheets of coded feature maps: a row per tap, and a row per sub-band.
 
     Args:
         figures: of the taps, in the order of the forward pass.
