@@ -66,6 +66,7 @@ def _carry(ledger: Ledger, inputs: tuple[Tensor, ...], training: bool, widths: b
         if event.name in _SILENT_NAMES:
             return
         ledger.begin(event.name, event.module)
+        # Before the rule, which may fail: the statistic has to refer to this call in any case.
         _note_factors(ledger, event)
         apply_rule(ledger, event)
 
@@ -100,6 +101,7 @@ def _carry_training(ledger: Ledger, inputs: tuple[Tensor, ...], widths: bool) ->
     try:
         _carry(ledger, doubled, training=True, widths=widths)
     except Exception as error:  # user code may fail in training mode in any way
+        # What half a pass has found may be wrong: the ledger goes back to the pass in evaluation mode.
         freezes, ties, ledger.bindings, ledger.attributes = checkpoint
         del ledger.freezes[freezes:], ledger.ties[ties:], ledger.equal_widths[equal:]
         note = f"training mode raises {type(error).__name__}"

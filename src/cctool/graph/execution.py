@@ -180,7 +180,7 @@ class Watch(TorchFunctionMode):
         if composite is not None:
             with self:
                 return composite(*args, **kwargs)
-        if self._in_script:
+        if self._in_script:  # `leave` shows the whole script module as one call
             return func(*args, **kwargs)
         name = self.name(func)
         substitute = self.substitute
@@ -277,7 +277,7 @@ def following(watch: Watch) -> Iterator[None]:
     """Keep a watch informed of which modules are executing, by global forward hooks."""
     handles = [
         register_module_forward_pre_hook(watch.enter),
-        register_module_forward_hook(watch.leave, always_call=True),
+        register_module_forward_hook(watch.leave, always_call=True),  # also after errors
     ]
     with removing(handles):
         yield

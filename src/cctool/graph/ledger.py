@@ -130,6 +130,7 @@ def compact(ids: Tensor) -> Tensor:
 
 def canonical_ids(ids: Tensor) -> Tensor:
     """The same ids with stride 0 along every dim where they do not differ."""
+    # Compared on the compact form: the expanded one may have as many elements as the activation.
     small = compact(ids)
     for dim in varying(small):
         first = small.narrow(dim, 0, 1)
@@ -177,6 +178,7 @@ class Ledger:
         # Weak, because Python reuses the `id` of a freed tensor, and the pass should not keep activations.
         self._ids: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._turned: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        # Tensors held as ordinary attributes: neither parameters nor activations of unknown origin.
         self._constants = {
             id(value)
             for module in self.modules.values()
@@ -224,6 +226,7 @@ class Ledger:
         return constant_ids(FIXED, tensor.shape)
 
     def _element_ids(self, tensor: Tensor, name: str) -> Tensor:
+        # A single number belongs to no channel.
         if tensor.numel() == 1 or tensor.numel() > _MAXIMUM_ELEMENTS:
             self.pin(tensor)
             return constant_ids(FIXED, tensor.shape)
@@ -360,6 +363,7 @@ class Ledger:
         value = getattr(self.modules.get(module), attribute, None)
         if index is not None:
             value = value[index] if isinstance(value, (tuple, list)) and len(value) > index else None
+        # An attribute of another value counts something else, whatever its name.
         if isinstance(value, int) and not isinstance(value, bool) and value == ids.numel():
             key = (module, attribute, index)
             existing = self.attributes.get(key)

@@ -167,7 +167,7 @@ def _components(ledger: Ledger) -> tuple[Ids, Ids, list[Reason]]:
 
 
 def _bind(ledger: Ledger, labels: Ids, causes: Ids, reasons: list[Reason]) -> list[Bound]:
-    """Labels of every bound dim; parameters used elementwise are bound in the dim that their labels vary in."""
+    """Labels of every bound dim; parameters used elementwise: of the dim that they vary in."""
     bound = [(b.tensor, b.dim, labels[b.ids.numpy()], b.role) for b in ledger.bindings.values()]
     for entry in ledger.elements.values():
         table = labels[entry.ids.numpy()].reshape(entry.shape)

@@ -118,6 +118,7 @@ class Width(_Monomial, int):
             _note_equal(self, other)
         return same
 
+    # int defines `!=` itself, which would miss the note of `==`.
     def __ne__(self, other: object) -> bool:
         same = self.__eq__(other)
         return same if same is NotImplemented else not same

@@ -94,6 +94,7 @@ def combine(ledger: Ledger, operands: Sequence[Tensor], shape: torch.Size) -> Te
             for other in operands:
                 ledger.freeze(other, "operands have their channels in different dims")
             return constant_ids(FIXED, shape)
+    # Ties to the smallest need the fewest pairs.
     varied = [part for part in parts if part.numel() > 1]
     first = min(varied, key=Tensor.numel)
     for part in parts:
@@ -130,6 +131,7 @@ def spatial(ledger: Ledger, event: Event) -> None:
         return
     for other in tensors_in((event.args[1:], dict(event.kwargs))):
         if other is not source:
+            # For example the grid of `grid_sample`, which is no map of channels.
             ledger.freeze(ledger.of(other), f"`{event.name}` is steered by this tensor")
     for result in tensors_in(event.result):
         ledger.set(result, compact(ids).expand(result.shape))

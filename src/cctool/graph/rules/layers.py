@@ -51,6 +51,7 @@ def _affine(
     ledger: Ledger, event: Event, ids: Tensor, weight: Tensor, bias: Tensor | None, consumer_dim: int
 ) -> None:
     name = ledger.turned(weight)
+    # A transposed parameter: bind the parameter itself, with its dims swapped.
     if name is not None:
         weight, consumer_dim = ledger.model.get_parameter(name), 1 - consumer_dim
     arriving = vector(ledger, ids, -1)
@@ -98,6 +99,7 @@ def convolution(ledger: Ledger, event: Event) -> None:
         return
     arriving = vector(ledger, ledger.of(x), channel_dim)
     outputs, per_group = weight.shape[0], weight.shape[1]
+    # Depthwise; over the model's inputs it is an ordinary grouped convolution, as inputs cannot be cut.
     if groups > 1 and per_group == 1 and bool((arriving > INPUT).any()):
         sent = arriving.repeat_interleave(outputs // groups)
         _count_groups(ledger, event, "groups", arriving)

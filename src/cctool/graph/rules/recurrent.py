@@ -75,6 +75,7 @@ def _hidden(ledger: Ledger, event: Event, cells: Sequence[Sequence[Tensor]], sta
 
 
 def _bind(ledger: Ledger, weights: Sequence[Tensor], arriving: Tensor, hidden: Tensor) -> None:
+    # The weight stacks the gates: 4 of an LSTM, 3 of a GRU, 1 of an Elman cell.
     gates = hidden.repeat(weights[0].shape[0] // len(hidden))
     for tensor, columns in zip(weights[:2], (arriving, hidden), strict=True):
         ledger.bind(tensor, 1, columns, Role.CONSUMER)

@@ -95,11 +95,13 @@ def view(ledger: Ledger, event: Event) -> None:
         ledger.set(event.result, small.reshape(-1)[:1].squeeze(0).expand(shape) if ids.numel() else ids)
         return
     factors = _factors(ids.shape, shape)
+    # Without common factors, channels and other dims are interleaved in no regular way.
     if factors is None:
         ledger.freeze(ids, f"{event.name} mixes dims {tuple(ids.shape)} -> {tuple(shape)}")
         ledger.set(event.result, constant_ids(FIXED, shape))
         return
     sizes = _sizes(event, len(shape))
+    # Features of a linear layer as (B, C, H, W).
     image = ids.ndim == 2 and len(shape) > 3 and ids.shape[0] == shape[0]
     moved = _split(ledger, small, factors, sizes, image)
     wide = {f.right for n, f in enumerate(factors) if moved.shape[n] > 1}
@@ -224,6 +226,7 @@ def pad(ledger: Ledger, event: Event) -> None:
         before, after = widths[position : position + 2]
         if dim not in moving or not (before or after):
             continue
+        # Reflected, replicated or cropped channels would change with a cut.
         if mode != "constant" or before < 0 or after < 0:
             ledger.freeze(ids, f"padding of channels with mode {mode} or by a negative number")
             small = constant_ids(FIXED, tuple(1 for _ in ids.shape))

@@ -176,6 +176,7 @@ def _cut_by_index(ledger: Ledger, ids: Tensor, dim: int, item: int | slice) -> T
         return ids
     if step == 1 and _bounds_move(ledger, ids, dim, item):
         return ids.narrow(dim, start, width)
+    # `x[:, :n // 2]` is one of equal pieces, like a chunk.
     if step == 1 and width > 1 and size % width == 0 and start % width == 0:
         first = _first_piece(ledger, ids, dim, width)
         return first.expand([width if d == dim else n for d, n in enumerate(ids.shape)])
