@@ -1,8 +1,8 @@
-"""thop's total beside ours, and why they differ.
+"""A comparison of our counts with thop's, and why they differ.
 
-thop 0.1.1 counts by forward hooks on module classes. It leaves buffers on the model and prints, so it works
-on a copy with stdout closed. Its conventions were read from its hooks and are stated for each kind; a
-difference that they do not explain is named layer by layer.
+thop 0.1.1 counts by forward hooks on module classes. It leaves buffers on the model and prints, so it runs on
+a copy, with stdout redirected. The conventions stated for each kind were read from its code; differences that
+they do not explain are listed by layer.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from cctool.base.networks import some
 from cctool.graph.cost import ModelCost
 from cctool.graph.cost_rules import Cost
 
-__all__ = ["CrossCheck", "CrossCheckLine", "check_against_thop"]
-
 
 @dataclass(frozen=True)
 class CrossCheckLine:
@@ -37,7 +35,7 @@ class CrossCheckLine:
         kind: what is counted.
         ours: operations as we count them.
         thop: operations as thop counts them.
-        explanation: why they differ; empty where they do not.
+        explanation: why they differ; empty if they do not.
     """
 
     kind: str
@@ -51,9 +49,9 @@ class CrossCheck:
     """thop's figures.
 
     Attributes:
-        total: thop's total, which mixes multiply-accumulates with element operations; None where it failed.
-        lines: the same by kind; their sum is `total`.
-        failure: why thop could not count this network.
+        total: thop's total, which mixes multiply-accumulates with element operations; None if it failed.
+        lines: the same by kind; the sum of their `thop` is `total`.
+        failure: why thop could not count this network, if it failed.
     """
 
     total: int | None
@@ -95,17 +93,17 @@ def check_against_thop(model: nn.Module, input_shape: tuple[int, ...], cost: Mod
     """Count a network with thop and explain the difference.
 
     Args:
-        model: left as it is.
+        model: it is not changed.
         input_shape: (C, H, W).
         cost: our counts of the same input.
     """
     try:
         total, found = _run_thop(model, input_shape)
-    # thop, its hooks and deep copies fail in their own ways; the cross-check is then missing, not the table.
+    # thop, its hooks and deep copies may fail in any way: the table must not fail with the cross-check.
     except Exception as error:
         text = " ".join(str(error).split())[:200]
         return CrossCheck(None, failure=f"thop failed: {type(error).__name__}: {text}")
-    by_kind = dict.fromkeys((_PRODUCTS, *_REASONS), 0)
+    by_kind = dict.fromkeys((_PRODUCTS, *_REASONS), 0)  # in the order of the table
     for name, operations in found.items():
         by_kind[_kind(model.get_submodule(name))] += operations
     ours = _ours(cost.total)
@@ -132,7 +130,7 @@ def _ours(total: Cost) -> dict[str, int]:
 
 
 def _run_thop(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, dict[str, int]]:
-    """Give thop's total, and its operations by qualified name of the modules that it hooks."""
+    """Returns thop's total, and its operations by qualified name of the modules that it hooks."""
     with _silent():
         import thop
 
@@ -141,6 +139,7 @@ def _run_thop(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, dict
         inputs = torch.zeros(1, *input_shape, device=example.device, dtype=example.dtype)
         total, _, layers = thop.profile(duplicate, inputs=(inputs,), verbose=False, ret_layer_info=True)
     found = {name: round(operations) for name, operations in _walk(layers, "")}
+    # The total also has what thop counts for the root module itself.
     rest = round(total) - sum(found.values())
     return round(total), found | ({"": rest} if rest else {})
 

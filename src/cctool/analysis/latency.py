@@ -1,7 +1,7 @@
-"""How long one forward pass takes, measured.
+"""Measured time of a forward pass.
 
-Machines are shared and clocks change, so what is worth quoting is the ratio of two networks that took turns;
-`compare` gives it.
+Machines are shared and clock rates vary, so only the ratio of two networks that run in turns is reliable: use
+`compare`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from cctool.base.networks import device_of, float_type_of, in_mode
 from cctool.graph.execution import blaming_the_size
 
-__all__ = ["Latency", "compare", "measure_latency"]
-
-_WARM_UP = 2
+_WARM_UP = 2  # first runs allocate memory and choose kernels
 _FEWEST, _MOST = 3, 50
 _SECONDS = 0.2
 
@@ -32,9 +30,9 @@ class Latency:
         milliseconds: median of all runs.
         fastest: of all runs, in milliseconds.
         runs: how many were timed.
-        batch: inputs at a time.
-        device: as torch names it.
-        threads: that torch computes with on the CPU.
+        batch: batch size.
+        device: name of the device in torch.
+        threads: number of CPU threads of torch.
     """
 
     milliseconds: float
@@ -48,16 +46,16 @@ class Latency:
 def measure_latency(
     model: nn.Module, input_shape: Sequence[int], *, batch: int = 1, seconds: float = _SECONDS
 ) -> Latency:
-    """Time a network where it lies.
+    """Time a network on the device that it is on.
 
     Args:
-        model: any module that takes one tensor; its modes come back as they were.
+        model: any module that takes one tensor; its training flags are restored.
         input_shape: (C, H, W) of one input.
-        batch: inputs at a time.
-        seconds: about how long to measure, at least 3 runs and at most 50.
+        batch: batch size.
+        seconds: about how long to measure; at least 3 runs and at most 50.
 
     Raises:
-        ArchitectureError: if it does not run on such inputs.
+        ArchitectureError: it does not run on these inputs.
     """
     return compare([model], input_shape, batch=batch, seconds=seconds)[0]
 
@@ -65,15 +63,16 @@ def measure_latency(
 def compare(
     models: Sequence[nn.Module], input_shape: Sequence[int], *, batch: int = 1, seconds: float = _SECONDS
 ) -> tuple[Latency, ...]:
-    """Time several networks on one device, taking turns, so that their ratios can be trusted.
+    """Time several networks on one device in turns, so that their ratios are reliable.
 
-    Arguments and errors as `measure_latency`; `seconds` is for each of the networks.
+    Arguments and errors as for `measure_latency`; `seconds` is for each network.
     """
     device = device_of(models[0])
     generator = torch.Generator().manual_seed(0)
     dtype = float_type_of(models[0])
     images = torch.randn(batch, *input_shape, generator=generator).to(device, dtype)
     times: list[list[float]] = [[] for _ in models]
+    # Turns, so that load and clock rate change for all networks alike.
     for turn in range(_WARM_UP + _MOST):
         for found, model in zip(times, models, strict=True):
             elapsed = _once(model, images, input_shape)
@@ -96,6 +95,7 @@ def compare(
 
 def _once(model: nn.Module, images: Tensor, input_shape: Sequence[int]) -> float:
     with blaming_the_size(input_shape), in_mode(model, training=False):
+        # CUDA kernels run asynchronously.
         _wait(images.device)
         start = time.perf_counter()
         model(images)

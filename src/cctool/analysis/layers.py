@@ -1,9 +1,9 @@
-"""One row a layer: shapes, parameters, operations, zeros and bytes.
+"""The layer table: shapes, parameters, operations, zeros and bytes, one row per layer.
 
-A row is a module that holds tensors or computes something itself; what a parent computes between its children
-(a residual addition) is the parent's row. Rows stand in the order of their first call; modules whose tensors
-the pass never touched (auxiliary heads) come last, with no calls. Quantizers have no rows: their tensors
-belong to the layer whose weight or call they quantize.
+A row is a module that holds tensors or computes something itself; operations of a parent between its children
+(a residual addition) are in the parent's row. Rows are in the order of their first call. Modules of which the
+pass touched no tensor (auxiliary heads) come last, with no calls. Quantizers have no rows: their tensors are
+counted for the layer whose weight or call they quantize.
 """
 
 from __future__ import annotations
@@ -21,23 +21,20 @@ from cctool.graph.cost import CountedCall, ModelCost
 from cctool.graph.trace import Call, Shape
 from cctool.transforms.plain import type_of
 
-__all__ = ["LayerRow", "LayerTable", "Totals", "tabulate"]
-
 ROOT = "(network)"
 """Name of the row of the outermost module."""
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What adds up over layers. Operations are those of one input; see `cctool.graph.cost_rules.Cost`.
+    """Counts that add up over layers. Operations are for one input; see `cctool.graph.cost_rules.Cost`.
 
     Attributes:
-        parameters: elements of all parameters, tied ones once, wherever they are first registered.
+        parameters: elements of all parameters; tied ones are counted once, where they are first registered.
         weights: of these, elements of weights as `cctool.analysis.sparsity` defines them.
-        zeros: how many weights are zero.
+        zeros: weights that are zero.
         macs: multiply-accumulates of convolutions and linear layers.
-        effective_macs: the same times the share of weights that are not zero; what a perfect sparse kernel
-            would still have to do. No dense kernel is faster for it.
+        effective_macs: the same times the share of non-zero weights: the work of a perfect sparse kernel.
         matmul_macs: multiply-accumulates between activations.
         norm_ops: elements normalised.
         activation_ops: elements put through a nonlinearity.
@@ -64,7 +61,7 @@ class Totals:
 
     @property
     def sparsity(self) -> float | None:
-        """Percent of weights that are zero; None where there are no weights."""
+        """Percent of weights that are zero; None if there are no weights."""
         return 100 * self.zeros / self.weights if self.weights else None
 
     def __add__(self, other: Totals) -> Totals:
@@ -77,14 +74,14 @@ class LayerRow:
 
     Attributes:
         name: qualified name, `(network)` for the outermost module.
-        type: class name, of swapped layers that of the ordinary one with what it is made of.
-        attributes: kernel, stride, padding, dilation and groups, as far as they apply.
-        calls: how many counted functions it called.
-        input_shape: of the first activation that it took in, batch of one included; None if it never ran.
-        output_shape: of the last that it put out.
-        sums: everything that adds up.
-        sparsity: percent of its weights that are zero; None where it has none.
-        precision: bits that it computes with.
+        type: class name; for layers of coefficients that of the ordinary layer, and what it is made of.
+        attributes: kernel, stride, padding, dilation and groups, if they apply.
+        calls: number of counted functions that it called.
+        input_shape: of its first input activation, including a batch of one; None if it never ran.
+        output_shape: of its last output.
+        sums: counts that add up.
+        sparsity: percent of its weights that are zero; None without weights.
+        precision: bits of its weights, inputs and outputs.
     """
 
     name: str
@@ -105,7 +102,7 @@ class LayerTable:
     Attributes:
         layers: the rows.
         totals: their sum.
-        uncounted: functions that have no counting rule, with the number of their calls.
+        uncounted: number of calls of each function without a counting rule.
         unused: layers with parameters that the pass never touched.
         masked: layers with parameters that have a mask.
     """
@@ -122,7 +119,7 @@ def tabulate(checkpoint: Checkpoint, cost: ModelCost) -> LayerTable:
 
     Args:
         checkpoint: the model and how its tensors are stored.
-        cost: counts of one input, of the same model or its plain one.
+        cost: counts for one input, of the same model or of the one with ordinary layers made of it.
     """
     model = checkpoint.model
     called = cost.by_module()
@@ -161,6 +158,7 @@ def _row(
     for counted in calls:
         cost = counted.cost
         sums += Totals(**vars(cost), effective_macs=round(cost.macs * _density(counted, name, density)))
+    # A module may call several functions: the settings shown are those of its convolution or linear layer.
     described = next((c.call for c in calls if c.cost.macs), calls[0].call if calls else None)
     return LayerRow(
         name=name or ROOT,
@@ -195,7 +193,7 @@ def _activation_shape(call: Call) -> Shape | None:
 
 
 def _tensor_sums(checkpoint: Checkpoint, owners: Mapping[str, str]) -> dict[str, Totals]:
-    """Parameters, zeros, bytes and faults of each module's own tensors; a tied one counts at its first."""
+    """Parameters, zeros, bytes and non-finite elements of each module's own tensors."""
     model = checkpoint.model
     counted = {name for name, _ in model.named_parameters()}
     weighty = {name for name, _, _ in weights(model)}
@@ -211,6 +209,7 @@ def _tensor_sums(checkpoint: Checkpoint, owners: Mapping[str, str]) -> dict[str,
             weights=value.numel() if name in weighty else 0,
             zeros=int((value == 0).sum()) if name in weighty else 0,
             bytes=size,
+            # A tied tensor has no bytes at its second name, and its faults were counted at the first.
             nonfinite=int((~value.isfinite()).sum()) if size and value.is_floating_point() else 0,
             masked=int((~masks[name]).sum()) if name in masks else 0,
         )
@@ -225,6 +224,7 @@ def _stored_bytes(checkpoint: Checkpoint, name: str, value: Tensor, seen: set[in
     total = 0
     for piece in [value] if encoded is None else encoded.parts.values():
         place = value.data_ptr() if encoded is None else id(piece)
+        # Tied tensors share memory in the model, and parts in what is stored.
         if piece.numel() and place not in seen:
             seen.add(place)
             total += piece.numel() * piece.element_size()

@@ -1,4 +1,4 @@
-"""Bits that the layers of a network compute with, and which layer a quantizer's own tensors belong to."""
+"""Bit widths of a network's layers, and the layers that the tensors of quantizers belong to."""
 
 from __future__ import annotations
 
@@ -13,21 +13,18 @@ from cctool.quantization.encodings.masked import inner_form
 from cctool.quantization.network.attach import CONTAINER, quantizers_of
 from cctool.quantization.network.points import activation_key, weight_key
 
-__all__ = ["BitWidths", "owners_of_quantizers", "precisions"]
-
 _FIXED_BITS = {"fp16": 16, "bf16": 16, "affine-u8": 8}
 _MASKED = "masked"
 
 
 @dataclass(frozen=True)
 class BitWidths:
-    """Bits of one layer; None where a value is computed in floating point.
+    """Bits of one layer; None for values in floating point.
 
     Attributes:
-        weight_bits: of an element of its weights, the most where they differ: as its quantizer rounds it,
-            or as the file stores it.
-        input_bits: of what it takes in, where that has a quantizer of its own.
-        output_bits: of what it puts out, the same.
+        weight_bits: of its weights, the most if they differ, as rounded by a quantizer or as stored.
+        input_bits: of its inputs, if a quantizer of this layer rounds them.
+        output_bits: of its outputs, likewise.
     """
 
     weight_bits: int | None = None
@@ -43,7 +40,7 @@ class BitWidths:
 
 
 def precisions(checkpoint: Checkpoint) -> dict[str, BitWidths]:
-    """Bits by the qualified name of the module, of those where anything has few."""
+    """Bits by qualified name, of the modules where weights, inputs or outputs are quantized."""
     found: dict[str, BitWidths] = {}
 
     def note(module: str, precision: BitWidths) -> None:
@@ -51,6 +48,7 @@ def precisions(checkpoint: Checkpoint) -> dict[str, BitWidths]:
 
     for name, encoded in checkpoint.stored.items():
         bits = _stored_bits(encoded)
+        # Vectors (biases, norms) are no weights of the layer in this table.
         if bits is not None and len(encoded.shape) > 1:
             note(name.rpartition(".")[0], BitWidths(weight_bits=bits))
     held = quantizers_of(checkpoint.model)
@@ -67,7 +65,7 @@ def precisions(checkpoint: Checkpoint) -> dict[str, BitWidths]:
 
 
 def owners_of_quantizers(model: nn.Module) -> Mapping[str, str]:
-    """Qualified names of quantizers, and of the modules whose weights and calls they quantize."""
+    """Qualified names of quantizers -> those of the modules whose weights and calls they quantize."""
     held = quantizers_of(model)
     if held is None:
         return {}

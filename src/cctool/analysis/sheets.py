@@ -1,63 +1,59 @@
-"""The spreadsheets: which columns they have, and what their totals and notes say."""
+"""The spreadsheets of layers and weights: their columns, totals and notes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from cctool.analysis.crosscheck import CrossCheck
 from cctool.analysis.layers import LayerRow, LayerTable
 from cctool.analysis.sparsity import NonFinite, TensorSparsity
-from cctool.analysis.table import Cell, Chart, Column, Report, Table, complement, mean_by, total_sum
-
-__all__ = ["macs_report", "sparsity_report"]
+from cctool.analysis.table import WHOLE, Cell, Chart, Column, Report, Table, complement, counted, mean_by
 
 Notes = tuple[tuple[str, str], ...]
 
-# A dash for zero: most cells of a column that only some layers have are zero.
-_WHOLE, _PERCENT, _SMALL = '#,##0;-#,##0;"-"', "0.00", "0.000000"
-
-
-def _count(key: str, title: str, meaning: str) -> Column:
-    return Column(key, title, meaning, _WHOLE, total_sum(key))
+_PERCENT, _SMALL = "0.00", "0.000000"
 
 
 LAYER_COLUMNS = (
     Column("name", "Name", "Qualified name of the module."),
     Column("type", "Type", "Class of the module."),
     Column("attributes", "Attrs", "k kernel, s stride, p padding, d dilation, g groups."),
-    Column("calls", "Calls", "Counted functions called in one pass; 0: it computes nothing itself.", _WHOLE),
+    Column("calls", "Calls", "Counted functions called in one pass; 0: it computes nothing itself.", WHOLE),
     Column("ifm", "IFM", "Shape of the input feature map, batch of one."),
-    Column("ifm_volume", "IFM volume", "Elements of the input feature map.", _WHOLE),
+    Column("ifm_volume", "IFM volume", "Elements of the input feature map.", WHOLE),
     Column("ofm", "OFM", "Shape of the output feature map, batch of one."),
-    Column("ofm_volume", "OFM volume", "Elements of the output feature map.", _WHOLE),
-    _count("weights_volume", "Weights volume", "Elements of the weights: no biases, no norms."),
-    _count("parameters", "Parameters", "Elements of all parameters, tied ones once."),
-    _count("macs", "MACs", "Multiply-accumulates of convolutions and linear layers; biases are not counted."),
-    _count(
+    Column("ofm_volume", "OFM volume", "Elements of the output feature map.", WHOLE),
+    counted("weights_volume", "Weights volume", "Elements of the weights: no biases, no norms."),
+    counted("parameters", "Parameters", "Elements of all parameters, tied ones once."),
+    counted(
+        "macs", "MACs", "Multiply-accumulates of convolutions and linear layers; biases are not counted."
+    ),
+    counted(
         "effective_macs",
         "Effective MACs",
         "MACs times the share of weights that are not zero: what a perfect sparse kernel would still do.",
     ),
-    _count(
+    counted(
         "matmul_macs", "Matmul MACs", "Multiply-accumulates between activations: attention, matmul, einsum."
     ),
-    _count("norm_ops", "Norm ops", "Elements normalised."),
-    _count("activation_ops", "Activation ops", "Elements put through a nonlinearity or softmax."),
-    _count("pooling_ops", "Pooling ops", "Elements read by poolings, reductions and resampling."),
-    _count("elementwise_ops", "Elementwise ops", "Elements of additions, products and other arithmetic."),
+    counted("norm_ops", "Norm ops", "Elements normalised."),
+    counted("activation_ops", "Activation ops", "Elements put through a nonlinearity or softmax."),
+    counted("pooling_ops", "Pooling ops", "Elements read by poolings, reductions and resampling."),
+    counted("elementwise_ops", "Elementwise ops", "Elements of additions, products and other arithmetic."),
     Column(
         "sparsity",
         "Sparsity (%)",
         "Zero weights, percent of the weights.",
         _PERCENT,
-        # The share of what is left is what the sums of two columns give.
+        # Rows have the percent of zeros; the total follows from the sums of these two columns.
         complement("nonzeros", "weights_volume"),
     ),
-    _count("nonzeros", "Non-zero weights", "Weights that are not zero."),
-    _count("masked", "Masked", "Parameters that a mask holds at zero, while training too."),
-    _count("bytes", "Bytes", "Of the tensors as the checkpoint stores them, without names and headers."),
-    _count("nonfinite", "NaN or inf", "Elements that are NaN or infinite."),
+    counted("nonzeros", "Non-zero weights", "Weights that are not zero."),
+    counted("masked", "Masked", "Parameters that a mask holds at zero, while training too."),
+    counted("bytes", "Bytes", "Of the tensors as the checkpoint stores them, without names and headers."),
+    counted("nonfinite", "NaN or inf", "Elements that are NaN or infinite."),
     Column("weight_bits", "Weight bits", "Of a weight, as it is rounded or stored; blank: floating point."),
     Column("input_bits", "Input bits", "Of what the layer takes in, where a quantizer of its own rounds it."),
     Column("output_bits", "Output bits", "Of what the layer puts out, the same."),
@@ -66,8 +62,8 @@ LAYER_COLUMNS = (
 TENSOR_COLUMNS = (
     Column("name", "Name", "Qualified name of the weight."),
     Column("shape", "Shape", "Its shape."),
-    _count("nnz_dense", "NNZ (dense)", "Elements."),
-    _count("nnz_sparse", "NNZ (sparse)", "Elements that are not zero."),
+    counted("nnz_dense", "NNZ (dense)", "Elements."),
+    counted("nnz_sparse", "NNZ (sparse)", "Elements that are not zero."),
     Column("cols", "Cols (%)", "All-zero columns of the weight flattened to [outputs, rest].", _PERCENT),
     Column("rows", "Rows (%)", "All-zero rows of the same matrix.", _PERCENT),
     Column("channels", "Ch (%)", "Input channels that no filter reads.", _PERCENT),
@@ -83,15 +79,15 @@ TENSOR_COLUMNS = (
 
 _CROSS_COLUMNS = (
     Column("kind", "Operations", "What is counted."),
-    _count("ours", "cctool", "As the traced pass counts it."),
-    _count("thop", "thop", "As thop's module hooks count it."),
-    _count("difference", "Difference", "thop minus cctool."),
+    counted("ours", "cctool", "As the traced pass counts it."),
+    counted("thop", "thop", "As thop's module hooks count it."),
+    counted("difference", "Difference", "thop minus cctool."),
     Column("explanation", "Explanation", "Why they differ."),
 )
 
 
 def macs_report(table: LayerTable, check: CrossCheck, notes: Notes) -> Report:
-    """Build the sheet of layers, with thop's figures on a sheet of their own.
+    """Build the sheet of layers, with thop's figures on a second sheet.
 
     Args:
         table: the layers.
@@ -141,33 +137,11 @@ def _fault(fault: NonFinite) -> str:
 
 def _layer_row(layer: LayerRow) -> tuple[Cell, ...]:
     sums = layer.sums
-    return (
-        layer.name,
-        layer.type,
-        layer.attributes,
-        layer.calls,
-        _shape(layer.input_shape),
-        None if layer.input_shape is None else math.prod(layer.input_shape),
-        _shape(layer.output_shape),
-        None if layer.output_shape is None else math.prod(layer.output_shape),
-        sums.weights,
-        sums.parameters,
-        sums.macs,
-        sums.effective_macs,
-        sums.matmul_macs,
-        sums.norm_ops,
-        sums.activation_ops,
-        sums.pooling_ops,
-        sums.elementwise_ops,
-        layer.sparsity,
-        sums.weights - sums.zeros,
-        sums.masked,
-        sums.bytes,
-        sums.nonfinite,
-        layer.precision.weight_bits,
-        layer.precision.input_bits,
-        layer.precision.output_bits,
-    )
+    values: dict[str, Any] = {**vars(layer), **vars(sums), **vars(layer.precision)}
+    for key, shape in (("ifm", layer.input_shape), ("ofm", layer.output_shape)):
+        values[key], values[f"{key}_volume"] = _shape(shape), None if shape is None else math.prod(shape)
+    values |= {"weights_volume": sums.weights, "nonzeros": sums.weights - sums.zeros}
+    return tuple(values[column.key] for column in LAYER_COLUMNS)
 
 
 def _tensor_row(tensor: TensorSparsity) -> tuple[Cell, ...]:

@@ -1,7 +1,7 @@
 """How many weights are zero, at every granularity that hardware or pruning cares about.
 
 The columns are those of Distiller's sparsity table. Weights are the parameters of two or four dimensions,
-and those of convolutions of other dimensions; vectors (biases, norms) are left out, because zeros there save
+and those of convolutions of other dimensions; vectors (biases, norms) are excluded, because zeros there save
 nothing. A tied weight is listed once.
 """
 
@@ -15,17 +15,15 @@ from torch.nn.modules.conv import _ConvNd
 
 from cctool.base.networks import qualified
 
-__all__ = ["NonFinite", "TensorSparsity", "nonfinite", "sparsity", "weights"]
-
 
 @dataclass(frozen=True)
 class TensorSparsity:
     """Zeros and statistics of one weight; all shares are percent, 0 to 100.
 
-    A convolution's weight [O, I / groups, *kernel] is seen as O filters, as O * I / groups kernels, as I
+    A convolution's weight [O, I / groups, *kernel] is treated as O filters, as O * I / groups kernels, as I
     input channels, and flattened to a matrix of O rows and I / groups * prod(kernel) columns. A transposed
-    convolution's is turned round first, so that its rows are output channels, too. A linear layer's weight
-    is its own matrix; kernels, filters and input channels are None for it.
+    convolution's is transposed first, so that its rows are output channels, too. A linear layer's weight is
+    a matrix; kernels, filters and input channels are None for it.
 
     Attributes:
         name: qualified name of the parameter.
@@ -60,13 +58,13 @@ class TensorSparsity:
 
 @dataclass(frozen=True)
 class NonFinite:
-    """A tensor with values that no computation should meet.
+    """A tensor with NaN or infinite elements.
 
     Attributes:
         name: qualified name of the parameter or buffer.
-        nan: how many elements are NaN.
-        infinite: how many are infinite.
-        elements: how many there are.
+        nan: number of NaN.
+        infinite: number of infinities.
+        elements: number of all elements.
     """
 
     name: str
@@ -81,6 +79,7 @@ def weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             convolution = isinstance(module, _ConvNd) and name == "weight"
+            # Identity, because a tied parameter is registered under several names.
             if id(parameter) in seen or not (convolution or parameter.dim() in (2, 4)):
                 continue
             seen.add(id(parameter))
@@ -90,7 +89,7 @@ def weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
 def sparsity(model: nn.Module) -> tuple[TensorSparsity, ...]:
     """Count the zeros of every weight.
 
-    A dense layer of ones with its second input cut off:
+    A linear layer whose second input has weights of 0:
 
     >>> import torch
     >>> layer = nn.Linear(2, 2, bias=False)
@@ -119,7 +118,7 @@ def _measure(name: str, value: Tensor, module: nn.Module) -> TensorSparsity:
     occupied = _by_group(value != 0, module, groups)  # [groups, O / groups, I / groups, kernel]
     matrix = occupied.flatten(2).flatten(0, 1)
     is_matrix = value.dim() == 2
-    exact = value.double()
+    exact = value.double()  # float32 sums over millions of elements lose digits
     return TensorSparsity(
         name=name,
         shape=tuple(value.shape),

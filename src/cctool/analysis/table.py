@@ -1,7 +1,6 @@
-"""A table with totals, before it becomes a sheet, a CSV file or JSON.
+"""A table with totals, to be written as a sheet, a CSV file or JSON.
 
-A total is known twice: as a spreadsheet formula over the rows, and as the value that the formula gives, for
-files that cannot hold formulas.
+A total has two forms: a spreadsheet formula over the rows, and its value, for files without formulas.
 """
 
 from __future__ import annotations
@@ -10,31 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = [
-    "Cell",
-    "Chart",
-    "Column",
-    "Report",
-    "Table",
-    "Total",
-    "complement",
-    "extreme",
-    "harmonic_mean_by",
-    "mean_by",
-    "total_sum",
-]
-
 Cell = str | int | float | None
 Values = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
 class Total:
-    """What stands under a column.
+    """The total of a column.
 
     Attributes:
-        formula: spreadsheet formula; `{key}` stands for the range of the column with that key.
-        value: what the formula gives, from the columns' values by key.
+        formula: spreadsheet formula; `{key}` is the range of the column with that key.
+        value: computes the formula's result from the columns' values by key.
     """
 
     formula: str
@@ -42,7 +27,7 @@ class Total:
 
 
 def _numbers(values: Sequence[Any]) -> list[Any]:
-    return [value for value in values if value is not None]
+    return [value for value in values if value is not None]  # as SUM and MAX pass over blank cells
 
 
 def total_sum(key: str) -> Total:
@@ -51,7 +36,7 @@ def total_sum(key: str) -> Total:
 
 
 def complement(part: str, whole: str) -> Total:
-    """Percent of a column's sum that another column's sum lacks; 0 of nothing."""
+    """100 * (1 - sum(part) / sum(whole)) of two columns; 0 if the whole is 0."""
 
     def value(values: Values) -> float:
         total = sum(_numbers(values[whole]))
@@ -61,7 +46,7 @@ def complement(part: str, whole: str) -> Total:
 
 
 def mean_by(key: str, weight: str) -> Total:
-    """Mean of a column, each row weighted by another column."""
+    """Mean of a column, weighted by another one; 0 if the weights sum to 0."""
 
     def value(values: Values) -> float:
         total = sum(_numbers(values[weight]))
@@ -72,9 +57,9 @@ def mean_by(key: str, weight: str) -> Total:
 
 
 def harmonic_mean_by(key: str, weight: str) -> Total:
-    """Harmonic mean of a column, each row weighted by another column; 0 of nothing.
+    """Harmonic mean of a column, weighted by another one; 0 without rows.
 
-    A ratio of sums: where a row's value is its weight over a cost, this is all weight over all cost.
+    If each value is a ratio weight / cost, this is the ratio of the sums.
     """
 
     def value(values: Values) -> float:
@@ -86,7 +71,7 @@ def harmonic_mean_by(key: str, weight: str) -> Total:
 
 
 def extreme(key: str, *, largest: bool) -> Total:
-    """Largest or smallest value of a column; nothing of nothing."""
+    """Largest or smallest value of a column; None without values."""
     choose = max if largest else min
     name = "MAX" if largest else "MIN"
     return Total(f"={name}({{{key}}})", lambda values: choose(_numbers(values[key]), default=None))
@@ -101,7 +86,7 @@ class Column:
         title: heading.
         meaning: one sentence, for the notes.
         number_format: spreadsheet format of its numbers; None for text.
-        total: what stands under it.
+        total: its total, if it has one.
     """
 
     key: str
@@ -109,6 +94,15 @@ class Column:
     meaning: str
     number_format: str | None = None
     total: Total | None = None
+
+
+# A dash for zero: most cells of a column that only some rows have are zero.
+WHOLE = '#,##0;-#,##0;"-"'
+
+
+def counted(key: str, title: str, meaning: str) -> Column:
+    """A column of whole numbers that add up."""
+    return Column(key, title, meaning, WHOLE, total_sum(key))
 
 
 @dataclass(frozen=True)
@@ -139,7 +133,7 @@ class Table:
         columns: from left to right.
         rows: one value per column, None where it does not apply.
         chart: drawn from its rows, if any.
-        marked: (row from 0, key of a column) of cells that stand out.
+        marked: (row from 0, key of a column) of highlighted cells.
     """
 
     name: str
@@ -154,7 +148,7 @@ class Table:
 
     @property
     def has_totals(self) -> bool:
-        """Whether something stands under a column."""
+        """Whether any column has a total."""
         return any(column.total is not None for column in self.columns)
 
     def totals(self) -> tuple[Cell, ...]:
@@ -166,13 +160,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Report:
-    """What one file holds.
+    """The contents of a file.
 
     Attributes:
         title: of the document.
-        table: the one that a CSV file gets.
+        table: the main table, the only one in a CSV file.
         others: further sheets.
-        notes: (what, value) pairs: where the figures come from and what they do not say.
+        notes: (what, value) pairs on the origin and the limits of the figures.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""A picture of the widths that a pruning left, layer by layer."""
+"""A bar chart of each layer's width before and after a pruning."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ from cctool.checkpoint.file.atomic import write_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["WidthBar", "check_picture_suffix", "draw_widths", "write_widths"]
-
 _DENSE, _KEPT, _UNTOUCHED = "#d7dde4", "#1f6fb2", "#8a97a6"
-_ROW, _MARGIN, _WIDE = 0.24, 1.5, 9.0
+_ROW, _MARGIN, _WIDE = 0.24, 1.5, 9.0  # inches
 _NAMES_UP_TO = 150  # more rows than this are drawn without their names
 _TALLEST = 60.0
 
 
 @dataclass(frozen=True)
 class WidthBar:
-    """One bar.
+    """The bar of one family.
 
     Attributes:
         name: of the family.
@@ -40,7 +38,7 @@ class WidthBar:
 
 
 def write_widths(widths: Sequence[WidthBar], path: Path, title: str, *, overwrite: bool = False) -> None:
-    """Draw the widths and write the picture so that a crash leaves the old file or the new one, whole.
+    """Draw the widths and write the picture atomically.
 
     Args:
         widths: in the order of the forward pass.
@@ -49,7 +47,7 @@ def write_widths(widths: Sequence[WidthBar], path: Path, title: str, *, overwrit
         overwrite: whether an existing file may be replaced.
 
     Raises:
-        UsageError: the suffix is none of these.
+        UsageError: the suffix is another one.
         CheckpointError: it exists, or cannot be written.
     """
     check_picture_suffix(path)
@@ -68,8 +66,8 @@ def check_picture_suffix(path: Path) -> None:
 
 
 def draw_widths(widths: Sequence[WidthBar], title: str, kind: str = "png") -> bytes:
-    """Draw one bar a family, on a logarithmic axis where widths differ much; returns the picture's bytes."""
-    # Not pyplot, which would look for a screen and keep the figure.
+    """Draw a bar per family, on a logarithmic axis if widths differ much; returns the picture's bytes."""
+    # Not pyplot, which would look for a display and keep the figure in memory.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -100,7 +98,7 @@ def draw_widths(widths: Sequence[WidthBar], title: str, kind: str = "png") -> by
     )
     axes.set_title(title, loc="left", fontsize=10)
     stream = io.BytesIO()
-    # The time of day and random names would make equal pictures differ.
+    # Without creation dates and random ids, equal pictures are equal files.
     metadata: dict[str, Any] = (
         {"Date": None} if kind == "svg" else {"CreationDate": None} if kind == "pdf" else {}
     )
@@ -112,7 +110,7 @@ def draw_widths(widths: Sequence[WidthBar], title: str, kind: str = "png") -> by
 def _label(axes: Axes, widths: Sequence[WidthBar]) -> None:
     largest = max((w.before for w in widths), default=1)
     smallest = min((w.before for w in widths), default=1)
-    if largest > 20 * smallest:
+    if largest > 20 * smallest:  # narrow families would be invisible on a linear axis
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("channels")

@@ -1,7 +1,7 @@
 """A report as an .xlsx workbook, or as CSV or JSON, by the file's suffix.
 
-The workbook has a sheet a table (frozen header, filter, number formats, totals as live formulas), a sheet
-with a bar chart of the largest rows, which follow the table, and a sheet of notes.
+The workbook has a sheet for each table (frozen header, filter, number formats, totals as formulas), a sheet
+with a bar chart of the largest rows, whose cells refer to the table, and a sheet of notes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from cctool.analysis.table import Cell, Chart, Report, Table
 from cctool.base.errors import UsageError
 from cctool.checkpoint.file.atomic import write_bytes
 
-__all__ = ["WRITERS", "check_suffix", "write_report"]
-
-_BARS = 25
+_BARS = 25  # most rows that a chart shows
 _WIDEST, _NOTE_WIDTH = 60, 100
 _FONT, _MARK = "Calibri", "DDEBF7"
 # Control characters that XML cannot hold.
@@ -29,16 +27,16 @@ _ILLEGAL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
 
 def write_report(report: Report, path: Path, *, overwrite: bool = False) -> None:
-    """Write a report so that a crash leaves the old file or the new one, whole, and read it back.
+    """Write a report atomically.
 
     Args:
         report: what to write.
-        path: .xlsx holds everything; .json too, totals as values; .csv the first table with its totals.
+        path: .xlsx and .json hold everything (.json: totals as values), .csv the main table and its totals.
         overwrite: whether an existing file may be replaced.
 
     Raises:
-        UsageError: if the suffix is none of these.
-        CheckpointError: if it exists, or cannot be written.
+        UsageError: the suffix is another one.
+        CheckpointError: the file exists, or cannot be written.
     """
     check_suffix(path)
     document = WRITERS[path.suffix.lower()](report)
@@ -86,7 +84,7 @@ def _as_csv(report: Report) -> bytes:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([column.title for column in report.table.columns])
     for row in (*report.table.rows, *([report.table.totals()] if report.table.has_totals else [])):
-        # Python 3.10's csv refuses NUL, and no spreadsheet shows any of these.
+        # Python 3.10's csv module refuses NUL, and spreadsheets show none of these characters.
         writer.writerow([_ILLEGAL.sub("?", cell) if isinstance(cell, str) else cell for cell in row])
     return stream.getvalue().encode()
 
@@ -97,7 +95,7 @@ def _as_workbook(report: Report) -> bytes:
     book = openpyxl.Workbook()
     book.remove(book.active)
     book.properties.title, book.properties.creator = report.title, "cctool"
-    book.calculation.fullCalcOnLoad = True
+    book.calculation.fullCalcOnLoad = True  # openpyxl writes formulas without their values
     for table in (report.table, *report.others):
         sheet = book.create_sheet(table.name)
         _fill(sheet, table)
@@ -114,9 +112,9 @@ WRITERS: Mapping[str, Callable[[Report], bytes]] = {".xlsx": _as_workbook, ".csv
 
 
 def _put(cell: Any, value: Cell) -> None:
-    """Set a value; text stays text, also where it looks like a formula."""
+    """Set a value; text that looks like a formula stays text."""
     if isinstance(value, float) and not math.isfinite(value):
-        # The format knows no NaN; an error value makes the totals over it errors, too, as NaN would.
+        # The format has no NaN; an error value makes totals over it errors, as NaN would.
         cell.value = "#NUM!"
     elif isinstance(value, str):
         cell.value = _ILLEGAL.sub("?", value)
@@ -137,7 +135,7 @@ def _fill(sheet: Any, table: Table) -> None:
             if column.number_format:
                 cell.number_format = column.number_format
             elif x > 1:
-                # Indented, or it would touch the number that ends the column before it.
+                # Indented, as text would touch the right-aligned number in the column before.
                 cell.alignment = Alignment(horizontal="left", indent=1)
             if (y - 2, column.key) in table.marked:
                 cell.font, cell.fill = Font(name=_FONT, bold=True), PatternFill("solid", fgColor=_MARK)
@@ -173,18 +171,18 @@ def _head(sheet: Any, titles: list[str]) -> None:
         cell.alignment = Alignment(
             wrap_text=True, vertical="center", horizontal="left" if x == 1 else "center"
         )
-    # Not every program fits the height to a heading of two lines.
+    # Not every program adapts the row height to a heading of two lines.
     sheet.row_dimensions[1].height = 32 if any(" " in title for title in titles) else 18
 
 
 def _fit_width(sheet: Any) -> None:
-    """Print on landscape pages, all columns on one."""
+    """Print in landscape, with all columns on one page."""
     sheet.page_setup.orientation, sheet.page_setup.fitToHeight = "landscape", 0
     sheet.sheet_properties.pageSetUpPr.fitToPage = True
 
 
 def _wrap(sheet: Any, y: int, row: Sequence[Cell], width: int = _WIDEST) -> None:
-    """Break texts that are wider than their column; not every program fits the row's height to that."""
+    """Wrap texts wider than their column, and set the row height, which not every program adapts."""
     from openpyxl.styles import Alignment
 
     lines = max((-(-len(value) // (width - 6)) for value in row if isinstance(value, str)), default=1)
@@ -205,14 +203,14 @@ def _shown(value: Cell, number_format: str | None) -> str:
 def _widen(sheet: Any, x: int, title: str, texts: list[str]) -> None:
     from openpyxl.utils import get_column_letter
 
-    # The filter's button hides three characters of the heading, which may break between words.
+    # The filter's button covers three characters of the heading, which may wrap between words.
     heading = max(len(word) for word in title.split()) + 3
     width = max([heading, *(len(text) + 2 for text in texts)])
     sheet.column_dimensions[get_column_letter(x)].width = min(width, _WIDEST)
 
 
 def _draw(sheet: Any, table: Table, chart: Chart) -> None:
-    """Draw the largest rows from cells that refer to the table, so that the bars follow it."""
+    """Draw the largest rows from cells that refer to the table, so that the chart follows its changes."""
     from openpyxl.chart import BarChart, Reference
     from openpyxl.utils import get_column_letter
 
@@ -237,7 +235,7 @@ def _draw(sheet: Any, table: Table, chart: Chart) -> None:
     bars.add_data(Reference(sheet, min_col=2, min_row=1, max_row=last), titles_from_data=True)
     bars.set_categories(Reference(sheet, min_col=1, min_row=2, max_row=last))
     bars.x_axis.delete = bars.y_axis.delete = False
-    # The largest stands at the top, as in the table beside it.
+    # The largest at the top, as in the cells to the left.
     bars.x_axis.scaling.orientation = "maxMin"
     bars.y_axis.scaling.min, bars.y_axis.scaling.max = 0, chart.maximum
     bars.y_axis.number_format = table.columns[value].number_format or "General"

@@ -1,4 +1,4 @@
-"""What the writers of whole programs have in common: examples, quiet exporters, descriptions, comparisons."""
+"""Shared by the writers of ONNX and pt2: example inputs, quiet exporters, descriptions, comparisons."""
 
 from __future__ import annotations
 
@@ -21,42 +21,27 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.formats.parity import BATCH_SIZES, Run, compare, random_batches, require_top1
 from cctool.formats.records import Agreement, ExportRequest
 
-__all__ = [
-    "BATCH",
-    "EXPORT_BATCH",
-    "agreements_with",
-    "comparison_notes",
-    "descriptions",
-    "example",
-    "on_cpu",
-    "quiet",
-    "reason",
-]
-
 BATCH = "batch"
 EXPORT_BATCH = 2
-"""torch.export takes sizes 0 and 1 for constants."""
+"""Batch size of the example: torch.export treats sizes 0 and 1 as constants."""
 
-_FLAT = 1e-4  # of the largest output: less movement than this is near float32's own noise
+_FLAT = 1e-4  # of the largest output: a smaller range of outputs is near the noise of float32
 
 
 def on_cpu(model: nn.Module) -> nn.Module:
     """The model, or a copy of it where some of its tensors are on another device."""
-    if all(
-        tensor.device.type == "cpu" for tensor in model.state_dict().values() if isinstance(tensor, Tensor)
-    ):
-        return model
-    return copy.deepcopy(model).to("cpu")
+    tensors = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
+    here = all(tensor.device.type == "cpu" for tensor in tensors)
+    return model if here else copy.deepcopy(model).to("cpu")
 
 
 def example(model: nn.Module, batch: int, shape: tuple[int, int, int]) -> Tensor:
     """Zeros [batch, C, H, W] of the type of the model's parameters."""
-    dtype = float_type_of(model)
-    return torch.zeros((batch, *shape), dtype=dtype)
+    return torch.zeros((batch, *shape), dtype=float_type_of(model))
 
 
 def reason(error: BaseException) -> str:
-    """The innermost cause, in one line: exporters wrap it in pages of advice."""
+    """The innermost cause in one line, because exporters wrap it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -65,7 +50,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep exporters from talking: they print, log and warn about themselves, not about the network."""
+    """Silence exporters: their prints, logs and warnings are about themselves, not about the network."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with Path(os.devnull).open("w") as sink, warnings.catch_warnings():
@@ -81,7 +66,7 @@ def quiet() -> Iterator[None]:
 
 
 def descriptions(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[str, str]:
-    """What identifies the network, by the names that written files say it under."""
+    """What identifies the network, by the keys of the files' metadata."""
     spec = checkpoint.spec
     found = {
         "cctool.version": __version__,
@@ -104,35 +89,32 @@ def descriptions(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[st
 
 
 def agreements_with(candidate: Run, request: ExportRequest, *, free_batch: bool) -> list[Agreement]:
-    """Compare a written program with the request's model, on random inputs and on its samples.
+    """Compare a written program with the request's model, on random inputs and on the request's samples.
 
     Raises:
-        ExportError: if it does not compute what the model does.
+        ExportError: if they do not compute the same.
     """
     sizes = BATCH_SIZES if free_batch else (1,)
     model, allowed = request.checkpoint.model, request.allow_nonfinite
-    dtype = example(model, 1, request.input_shape).dtype
-    random = (batch.to(dtype) for batch in random_batches(request.input_shape, request.seed, sizes))
+    random = (
+        batch.to(float_type_of(model)) for batch in random_batches(request.input_shape, request.seed, sizes)
+    )
     judge = partial(
         compare, model, candidate, allow_nonfinite=allowed, coded=request.coded, quantized=request.quantized
     )
     found = [judge(random, "random inputs")]
     if request.samples is not None:
-        batches = _one_by_one(request.samples.batches) if not free_batch else request.samples.batches
+        batches = request.samples.batches
+        if not free_batch:
+            batches = (batch[i : i + 1] for batch in batches for i in range(len(batch)))
         found.append(judge(batches, request.samples.name))
         if request.quantized:
             require_top1(found[-1])
     return found
 
 
-def _one_by_one(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    for batch in batches:
-        for i in range(len(batch)):
-            yield batch[i : i + 1]
-
-
 def comparison_notes(request: ExportRequest, agreements: Iterable[Agreement]) -> tuple[str, ...]:
-    """What the comparison could not tell."""
+    """Notes on the limits of the comparison."""
     notes = []
     if request.samples is None:
         notes.append("compared on random inputs only: no data set was named, or it is not there")

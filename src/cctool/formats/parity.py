@@ -1,19 +1,19 @@
-"""Does a written model compute what the model computes?
+"""Checks that a written model computes what the model computes.
 
-Outputs are compared in units of how far they move from input to input, because an absolute error means
-nothing without that, and an offset that all inputs share would hide errors. Two float32 programs that
-compute the same function differ by rounding, which grows with depth and with badly scaled statistics; where
-that alone exceeds the tolerance, both are compared with the model in float64, and the written one may be at
-most a few times as far from it as the model itself is.
+Errors are measured relative to the range of the outputs over the inputs: an absolute error has no scale, and
+relative to the outputs themselves, a common offset would hide errors. Two float32 programs for the same
+function differ by rounding, which grows with depth and with badly scaled statistics. If the error exceeds the
+tolerance, both are compared with the model in float64, from which the written one may be at most a few times
+as far away as the model itself.
 
-A network that rounds its activations (a codec of feature maps) makes a whole step of a difference in the
-last digit, and such steps are rare and large. There the written model may be a few times as far from the
-model as the model's outputs move when its inputs change in their sixth digit.
+A network that rounds its activations (a codec of feature maps) turns a difference in the last digit into a
+whole step; such steps are rare and large. Then the written model may be a few times as far from the model as
+the model's outputs move when its inputs change in their sixth digit.
 
-Where quantizers round, an integer runtime adds biases that are rounded, too, to steps of the products. There
-the written model may be twice as far from the model as the model's outputs move when each quantizer is given
-values that are off by up to a thirty-second of its step. A sample whose class changes under that is
-undecided: that the written model chooses another one there is no fault of it.
+If quantizers round, an integer runtime rounds biases as well, to the step of the products. Then the written
+model may be twice as far from the model as the model's outputs move when the inputs of each quantizer change
+by up to 1/32 of its step. A sample whose class changes under that is undecided: the written model may choose
+another class for it.
 """
 
 from __future__ import annotations
@@ -33,21 +33,19 @@ from cctool.base.networks import device_of, in_mode
 from cctool.formats.records import Agreement
 from cctool.quantization.export.noise import shaken
 
-__all__ = ["BATCH_SIZES", "TOLERANCE", "compare", "random_batches", "require_top1", "runner_of"]
-
 TOLERANCE = 1e-5
 """Allowed difference of two float32 programs, as a fraction of the output range; 1e-7 is usual."""
 
 BATCH_SIZES = (1, 5)
-"""Of the random inputs: one, and an odd number that no reshape folds away."""
+"""Of the random inputs: one, and an odd number, so that no width written into a reshape divides it."""
 
-_ROUNDS = 3
-_ROUNDING_FACTOR = 4.0
-_SHAKES = 8
-_STEP_SHARE = 1 / 32
-_SHAKEN_FACTOR = 2.0
-_AGREED = 0.99
-_UNLIKELY = 0.05
+_ROUNDS = 3  # random batches of each size
+_ROUNDING_FACTOR = 4.0  # allowed error over the model's own, or over the movement of its outputs
+_SHAKES = 8  # perturbations that the movement of outputs is measured over
+_STEP_SHARE = 1 / 32  # of a quantizer's step, its largest perturbation
+_SHAKEN_FACTOR = 2.0  # allowed error over the movement under such perturbations
+_AGREED = 0.99  # required top-1 agreement
+_UNLIKELY = 0.05  # significance level of the test for it
 _SIXTH_DIGIT = 1e-5  # of the inputs' spread
 _FLOAT32 = 5e-7  # of the largest output, four roundings: no float32 program can be held to less
 
@@ -55,9 +53,9 @@ Run = Callable[[Tensor], list[Tensor]]
 
 
 def runner_of(model: nn.Module) -> Run:
-    """Run a model in evaluation mode; all tensors that it returns, on the CPU, in order.
+    """A function that runs a model in evaluation mode and returns its output tensors, on the CPU, in order.
 
-    TF32 is switched off while it runs: its ten bits of mantissa would drown what is looked for.
+    TF32 is switched off while it runs: its mantissa of ten bits makes larger errors than those looked for.
     """
     device = device_of(model)
 
@@ -90,7 +88,7 @@ def random_batches(
 
 
 class _Differences:
-    """What the batches so far say: errors, agreement, and how far each output moves."""
+    """Errors, agreement and the range of each output over the batches so far."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -107,7 +105,7 @@ class _Differences:
         self.different.append(batch.detach().cpu()[~same])
         bounds = []
         for left, right in zip(expected, found, strict=True):
-            # Where the model's value is not finite, the candidate's is not either, see `_check_finite`.
+            # Non-finite values count as equal: `_check_finite` has found them in the same places.
             left, right = left.double().nan_to_num(0, 0, 0), right.double().nan_to_num(0, 0, 0)
             self.error = max(self.error, float((left - right).abs().max()))
             self.largest = max(self.largest, float(left.abs().max()))
@@ -143,11 +141,11 @@ def compare(
         model: the reference, on any device.
         candidate: gives its outputs for a batch on the CPU.
         batches: inputs [B, ...], on any device.
-        inputs: what they are, for the report.
+        inputs: description of the inputs, for the report.
         tolerance: allowed difference as a fraction of the output range.
-        allow_nonfinite: whether NaN and infinities may stand where the model has them.
-        coded: whether the network rounds activations on its way.
-        quantized: whether quantizers do that.
+        allow_nonfinite: whether outputs may be NaN or infinite, in the same places as the model's.
+        coded: whether codecs round activations.
+        quantized: whether quantizers round activations.
 
     Raises:
         ExportError: if shapes differ, values are not finite, or the error exceeds the tolerance.
@@ -192,12 +190,12 @@ def compare(
 
 
 def _is_rounding(model: nn.Module, candidate: Run, batch: Tensor, largest: float) -> bool:
-    """Whether the candidate is about as far from the model in float64 as the model in float32 is."""
+    """Whether the candidate is about as close to the model in float64 as the model in float32 is."""
     exact_model = copy.deepcopy(model).to("cpu", torch.float64)
     try:
         exact = runner_of(exact_model)(batch.detach().cpu().double())
     except (RuntimeError, TypeError):
-        # A network that cannot run in float64 cannot be excused by it.
+        # Without a float64 reference, the error cannot be attributed to rounding.
         return False
     expected, found = runner_of(model)(batch), candidate(batch.detach().cpu())
     own, other = _distance(exact, expected), _distance(exact, found)
@@ -205,7 +203,7 @@ def _is_rounding(model: nn.Module, candidate: Run, batch: Tensor, largest: float
 
 
 def _is_steps(model: nn.Module, candidate: Run, batch: Tensor) -> bool:
-    """Whether the candidate is about as far from the model as inputs are that differ in their sixth digit."""
+    """Whether the error is about as large as the effect of changing inputs in their sixth digit."""
     reference, generator = runner_of(model), torch.Generator().manual_seed(0)
     expected, found = reference(batch), candidate(batch.detach().cpu())
     plain = batch.detach().cpu()
@@ -217,7 +215,7 @@ def _is_steps(model: nn.Module, candidate: Run, batch: Tensor) -> bool:
 
 
 def _is_shaken(model: nn.Module, candidate: Run, batch: Tensor) -> bool:
-    """Whether the candidate is about as far from the model as a small share of a step moves it."""
+    """Whether the error is about as large as the effect of perturbing quantizers by a fraction of a step."""
     reference, generator = runner_of(model), torch.Generator().manual_seed(0)
     expected, found = reference(batch), candidate(batch.detach().cpu())
     moved = 0.0
@@ -228,7 +226,7 @@ def _is_shaken(model: nn.Module, candidate: Run, batch: Tensor) -> bool:
 
 
 def _undecided(model: nn.Module, samples: Tensor) -> int:
-    """On how many samples the model itself chooses another class when a small share of a step moves it."""
+    """Number of samples for which the model's class changes when quantizers are perturbed likewise."""
     if not len(samples):
         return 0
     reference, generator = runner_of(model), torch.Generator().manual_seed(0)
@@ -241,13 +239,13 @@ def _undecided(model: nn.Module, samples: Tensor) -> int:
 
 
 def require_top1(agreement: Agreement) -> None:
-    """Refuse a written model that agrees on fewer than 99 % of inputs such as these, undecided ones apart.
+    """Refuse a written model whose top-1 agreement is significantly below 99 %, without undecided samples.
 
-    Samples scatter: it is refused where a model that agrees on 99 % would differ on as many of them with a
-    probability below one in twenty. One may always differ.
+    It is refused if a model that agrees on 99 % of all inputs would differ on as many samples with a
+    probability below 5 % (one-sided binomial test). One sample may always differ.
 
     Raises:
-        ExportError: if it does.
+        ExportError: in that case.
     """
     different = round(agreement.n * (100 - agreement.top1_agreement) / 100) - agreement.undecided
     if different > 1 and _chance_of(different, agreement.n, 1 - _AGREED) < _UNLIKELY:
@@ -259,22 +257,21 @@ def require_top1(agreement: Agreement) -> None:
 
 
 def _chance_of(least: int, n: int, share: float) -> float:
-    """Probability of ``least`` or more among ``n`` where each has the probability ``share``."""
+    """Probability of ``least`` or more successes in ``n`` trials of probability ``share``."""
     return 1 - sum(math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(least))
 
 
 def _rms(left: list[Tensor], right: list[Tensor]) -> float:
-    squares = [
-        (a.double() - b.double()).nan_to_num(0, 0, 0).square() for a, b in zip(left, right, strict=True)
-    ]
-    return float(torch.cat([value.flatten() for value in squares]).mean().sqrt())
+    return float(torch.cat([value.square().flatten() for value in _apart(left, right)]).mean().sqrt())
 
 
-def _distance(exact: list[Tensor], outputs: list[Tensor]) -> float:
-    return max(
-        float((left - right.double()).nan_to_num(0, 0, 0).abs().max())
-        for left, right in zip(exact, outputs, strict=True)
-    )
+def _distance(left: list[Tensor], right: list[Tensor]) -> float:
+    return max(float(value.abs().max()) for value in _apart(left, right))
+
+
+def _apart(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
+    """Differences in float64; 0 where a value is not finite."""
+    return [(a.double() - b.double()).nan_to_num(0, 0, 0) for a, b in zip(left, right, strict=True)]
 
 
 def _check_shapes(expected: list[Tensor], found: list[Tensor], batch: Tensor, inputs: str) -> None:

@@ -1,7 +1,7 @@
-"""Programs of torch.export, with a free batch size; read back and run before they get their name.
+"""Programs of torch.export with a free batch size; read back and run before they get their final name.
 
-The file is made of torch functions and constants: it needs no code of ours. Reading one unpickles parts of
-it in some versions of torch, so files from others are to be opened only where they are trusted.
+The file consists of torch functions and constants and needs no code of ours. Some versions of torch unpickle
+parts of it, so open files of others only if you trust them.
 """
 
 from __future__ import annotations
@@ -32,18 +32,16 @@ from cctool.formats.parity import Run
 from cctool.formats.records import Agreement, ExportRequest, Written
 from cctool.graph.execution import blaming_the_size
 
-__all__ = ["DESCRIPTION", "write_pt2"]
-
 DESCRIPTION = "cctool.json"
-"""The extra file in which the program says what it is."""
+"""Name of the extra file that identifies the network."""
 
 
 def write_pt2(request: ExportRequest) -> Written:
     """Write a network as a program of torch.export and verify it.
 
-    What is read back must give the model's outputs for random inputs in two batch sizes and for the request's
-    samples. Where a network cannot be exported with a free batch size, it is exported for batches of one, and
-    a note says so.
+    The program that is read back must give the model's outputs for random inputs of two batch sizes and for
+    the request's samples. A network that cannot be exported with a free batch size is exported for batches of
+    one, with a note.
 
     Raises:
         ExportError: if it cannot be exported or does not compute what the model does; no file is left.

@@ -1,4 +1,4 @@
-"""What a writer of an export format is given, and what it hands back."""
+"""What writers of export formats take and return."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.quantization.export.integer_weights import IntegerWeight
-
-__all__ = ["Agreement", "ExportRequest", "FloatLayer", "Kernels", "Samples", "Writer", "Written"]
 
 
 @dataclass(frozen=True)
@@ -29,23 +27,22 @@ class Samples:
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to export and where to.
+    """What to export, and to which file.
 
     Attributes:
         checkpoint: the model with its spec and origin; it is not changed.
         path: the file to write.
         input_shape: (C, H, W) of one input.
-        samples: real inputs to compare on; None where there are none.
+        samples: real inputs to compare on, if there are any.
         seed: of the random inputs to compare on.
         overwrite: whether an existing file may be replaced.
         allow_nonfinite: whether outputs may be NaN or infinite, in the same places as the model's.
-        network: what to convert in place of the checkpoint's model, which it is compared with: the same in
-            terms that other programs know; None is that model itself.
-        coded: whether the network rounds activations on its way, so that one rounding of float32 can become
-            a whole step.
-        weights: of ``network``, to be written as integers.
-        quantized: whether activations of the model go through quantizers.
-        packed: whether integers of 4 bits and fewer are written in half a byte each.
+        network: the network to convert, if not the checkpoint's model: the same function in operations that
+            other programs know. The result is compared with the checkpoint's model.
+        coded: whether codecs round activations, so that a rounding error of float32 can become a whole step.
+        weights: weights of ``network`` to write as integers.
+        quantized: whether activations go through quantizers.
+        packed: whether integers of 4 bits and fewer take half a byte each.
     """
 
     checkpoint: Checkpoint
@@ -64,24 +61,24 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How close a written model comes to the one it was made from.
+    """How close a written model is to the one it was made from.
 
     Attributes:
-        inputs: what it was fed.
-        n: how many inputs.
-        batch_sizes: sizes of the batches that they came in.
+        inputs: description of the inputs.
+        n: number of inputs.
+        batch_sizes: batch sizes used.
         max_abs_error: largest difference of any output.
-        output_range: largest minus smallest value over the inputs, of the output that moves most;
-            0 where the model gives the same for every input.
+        output_range: largest minus smallest value over the inputs, for the output where that is largest;
+            0 if the outputs are the same for every input.
         largest_output: largest magnitude of the model's outputs.
         top1_agreement: percent of inputs for which the largest output is the same one.
         tolerance: allowed max_abs_error / output_range.
-        judged_in_float64: whether float32 rounding alone exceeded the tolerance, so that both were compared
-            with the model in float64.
-        judged_by_steps: whether roundings of codecs or quantizers exceeded the tolerance, so that the error
-            was compared with what small changes before them make of the model's outputs.
-        undecided: of the inputs on which the classes differ, those where the model's own class changes with
-            such changes.
+        judged_in_float64: whether the tolerance was exceeded, so that both were compared with the model in
+            float64.
+        judged_by_steps: whether the tolerance was exceeded, so that the error was compared with the effect of
+            small changes before codecs or quantizers.
+        undecided: of the inputs on which the classes differ, the number where the model's own class changes
+            under such changes.
     """
 
     inputs: str
@@ -99,12 +96,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class FloatLayer:
-    """A layer that a runtime computes in floating point.
-
-    Attributes:
-        name: of the layer.
-        reason: why.
-    """
+    """A layer that a runtime computes in floating point, and why."""
 
     name: str
     reason: str
@@ -112,11 +104,11 @@ class FloatLayer:
 
 @dataclass(frozen=True)
 class Kernels:
-    """How onnxruntime computes the layers of a file, its graph optimized.
+    """How onnxruntime computes the layers of a file after optimizing its graph.
 
     Attributes:
-        integer: how many layers run on integers.
-        floating: those that do not.
+        integer: number of layers computed in integers.
+        floating: the other layers.
     """
 
     integer: int
@@ -131,9 +123,9 @@ class Written:
         path: the file.
         format: name of its format.
         bytes: its size.
-        agreements: outputs compared with the model's; empty where reading back equal tensors says it all.
-        notes: what is different from what was asked, and what was not checked.
-        kernels: of an ONNX file with integers; None of others.
+        agreements: comparisons with the model's outputs; empty for formats of tensors, compared bit by bit.
+        notes: deviations from what was asked, and what was not checked.
+        kernels: for ONNX files with integers.
     """
 
     path: str

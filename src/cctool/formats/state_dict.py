@@ -1,8 +1,9 @@
-"""Bare dense tensors for code that knows nothing of cctool: a torch state dict, or safetensors."""
+"""Dense tensors for code that does not know cctool: a torch state dict, or safetensors."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -16,7 +17,7 @@ from cctool.checkpoint.file.atomic import write_atomically
 from cctool.checkpoint.file.payload import as_bytes
 from cctool.formats.records import ExportRequest, Written
 
-__all__ = ["write_safetensors", "write_state_dict"]
+Tensors = OrderedDict[str, Tensor]
 
 
 def write_state_dict(request: ExportRequest) -> Written:
@@ -28,17 +29,13 @@ def write_state_dict(request: ExportRequest) -> Written:
         ExportError: if what is read back differs; no file is left.
         CheckpointError: if the file cannot be written.
     """
-    tensors = _tensors(request.checkpoint)
 
-    def write(stream: IO[bytes]) -> None:
-        torch.save(tensors, stream)
+    def load(path: Path) -> dict[str, Tensor]:
+        with path.open("rb") as stream:
+            loaded: dict[str, Tensor] = torch.load(stream, map_location="cpu", weights_only=True)
+        return loaded
 
-    def check(temporary: Path) -> None:
-        with temporary.open("rb") as stream:
-            _compare(tensors, torch.load(stream, map_location="cpu", weights_only=True))
-
-    write_atomically(request.path, write, check, overwrite=request.overwrite)
-    return Written(str(request.path), "state-dict", request.path.stat().st_size, notes=_notes(request))
+    return _written(request, "state-dict", torch.save, load)
 
 
 def write_safetensors(request: ExportRequest) -> Written:
@@ -52,44 +49,55 @@ def write_safetensors(request: ExportRequest) -> Written:
     """
     import safetensors.torch
 
-    tensors = _tensors(request.checkpoint)
-
-    def write(stream: IO[bytes]) -> None:
+    def save(tensors: Tensors, stream: IO[bytes]) -> None:
         # The library refuses tensors that share memory.
         stream.write(safetensors.torch.save({k: v.clone() for k, v in tensors.items()}, {"format": "pt"}))
 
-    def check(temporary: Path) -> None:
-        _compare(tensors, safetensors.torch.load_file(temporary))
-
-    write_atomically(request.path, write, check, overwrite=request.overwrite)
-    return Written(str(request.path), "safetensors", request.path.stat().st_size, notes=_notes(request))
+    return _written(request, "safetensors", save, safetensors.torch.load_file)
 
 
-def _tensors(checkpoint: Checkpoint) -> OrderedDict[str, Tensor]:
-    """Detached, contiguous and on the CPU, each in a storage of its own size; ties stay one tensor."""
+def _written(
+    request: ExportRequest,
+    kind: str,
+    save: Callable[[Tensors, IO[bytes]], None],
+    load: Callable[[Path], Mapping[str, Tensor]],
+) -> Written:
+    tensors = _tensors(request.checkpoint)
+    write_atomically(
+        request.path,
+        lambda stream: save(tensors, stream),
+        lambda temporary: _compare(tensors, load(temporary)),
+        overwrite=request.overwrite,
+    )
+    return Written(str(request.path), kind, request.path.stat().st_size, notes=_notes(request))
+
+
+def _tensors(checkpoint: Checkpoint) -> Tensors:
+    """The state dict, decoded, contiguous and on the CPU; tied tensors stay one tensor."""
     made: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
-    tensors: OrderedDict[str, Tensor] = OrderedDict()
+    tensors: Tensors = OrderedDict()
     masks = mask_buffers(checkpoint.model)
     for name, value in checkpoint.model.state_dict().items():
         if name in masks:
-            # The architecture does not have them; the weights are zero where they say so.
+            # The architecture has no mask buffers, and masked weights are zero.
             continue
         if not isinstance(value, Tensor):
             raise ExportError(f"{name} of the state dict is a {type(value).__name__}, not a tensor")
         place = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
         if place not in made or not value.numel():
             dense = value.detach().cpu().contiguous()
+            # A view of a larger storage would be saved with all of it.
             whole = dense.untyped_storage().nbytes() == dense.numel() * dense.element_size()
             made[place] = dense if whole else dense.clone()
         tensors[name] = made[place]
     return tensors
 
 
-def _compare(written: OrderedDict[str, Tensor], read: dict[str, Tensor]) -> None:
+def _compare(written: Tensors, read: Mapping[str, Tensor]) -> None:
     if set(written) != set(read):
         raise ExportError("reading back gave other tensors than were written")
     for name, value in written.items():
-        # Bytes, because NaN equals nothing.
+        # Bytes, because NaN is not equal to itself.
         if value.dtype != read[name].dtype or as_bytes(value) != as_bytes(read[name]):
             raise ExportError(f"reading back gave other values for {name} than were written")
 

@@ -8,8 +8,6 @@ from cctool.formats.records import Writer
 from cctool.formats.state_dict import write_safetensors, write_state_dict
 from cctool.options.inspect.export import ExportFormat
 
-__all__ = ["FORMATS"]
-
 FORMATS: dict[ExportFormat, Writer] = {
     ExportFormat.ONNX: write_onnx,
     ExportFormat.STATE_DICT: write_state_dict,

@@ -1,8 +1,8 @@
-"""Coupled channels: which channels must go together, and every index of every tensor that they touch.
+"""Coupled channels: which channels must be cut together, and every index of every tensor that they touch.
 
-The method: one traced forward pass that carries channel ids beside the activations (`ledger.py`, `rules/`),
-then connected components over the ties (`solution.py`). Torch-Pruning's nouns are used where they fit (Fang
-et al., "DepGraph", CVPR 2023), the method is our own.
+One traced forward pass records a channel id for every element of every activation (`ledger.py`, `rules/`);
+the connected components of the ids that it ties are the units (`solution.py`). The terms are those of
+Torch-Pruning (Fang et al., "DepGraph", CVPR 2023), the method is our own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cctool.graph.rules import apply_rule
 from cctool.graph.solution import solve
 from cctool.graph.widths import Scale, Width, remembered
 
-# Reading these says nothing about channels; they are most of all calls, so that the pass skips them early.
+# Reading these says nothing about channels. Most calls are of this kind, so the pass skips them early.
 _SILENT = """
     size shape dim ndim numel nelement item device dtype layout is_cuda is_floating_point is_complex stride
     is_contiguous get_device is_sparse is_quantized is_meta grad grad_fn is_leaf names len index itemsize
@@ -32,17 +32,19 @@ _SILENT_NAMES = frozenset(_SILENT.split())
 def couple(
     model: nn.Module, inputs: Sequence[Tensor], exact: bool = False, heads: bool = False
 ) -> ChannelGraph:
-    """Find the channels that go together by one forward pass (two, where parameters run in training only).
+    """Find the channels that must be cut together.
+
+    Takes one forward pass, or two if some parameters are used in training mode only.
 
     Args:
-        model: any module, in any mode; it is left as it was.
+        model: any module, in any mode; it is not changed.
         inputs: positional arguments of its forward, on its device; one sample suffices.
         exact: freeze widths over which statistics run (layer norm, attention) instead of noting them.
-        heads: whole heads of attention go, where the code allows it, instead of equal positions in each head.
+        heads: cut whole attention heads where the code allows it, not the same positions of every head.
     """
     try:
         return _coupled(model, tuple(inputs), exact, heads, widths=True)
-    except Exception:  # code that takes no subclass of int in the place of one fails in its own way
+    except Exception:  # code that accepts int but no subclass of it may fail in any way
         return _coupled(model, tuple(inputs), exact, heads, widths=False)
 
 
@@ -64,6 +66,7 @@ def _carry(ledger: Ledger, inputs: tuple[Tensor, ...], training: bool, widths: b
         if event.name in _SILENT_NAMES:
             return
         ledger.begin(event.name, event.module)
+        # Before the rule, which may fail: the statistic has to refer to this call in any case.
         _note_factors(ledger, event)
         apply_rule(ledger, event)
 
@@ -79,7 +82,7 @@ _ARITHMETIC = frozenset({"add", "sub", "rsub", "mul", "div", "floor_divide", "po
 
 
 def _note_factors(ledger: Ledger, event: Event) -> None:
-    """Numbers computed from widths that a call calculates with: its result depends on them."""
+    """Note arguments that were computed from widths: the call's result depends on them."""
     named: list[tuple[int | str, Any]] = [*enumerate(event.args), *event.kwargs.items()]
     for place, value in named:
         if type(value) is Scale or (type(value) is Width and event.name in _ARITHMETIC):
@@ -89,7 +92,8 @@ def _note_factors(ledger: Ledger, event: Event) -> None:
 
 
 def _carry_training(ledger: Ledger, inputs: tuple[Tensor, ...], widths: bool) -> str:
-    """Auxiliary heads run in training mode only: their parameters are bound by a second pass."""
+    """Bind the parameters of auxiliary heads, which run in training mode only, by a second pass."""
+    # Batch norm in training mode refuses a single value per channel.
     doubled = with_tensors(inputs, _at_least_two)
     checkpoint = len(ledger.freezes), len(ledger.ties), dict(ledger.bindings), dict(ledger.attributes)
     noted, equal = len(ledger.statistics), len(ledger.equal_widths)
@@ -97,11 +101,12 @@ def _carry_training(ledger: Ledger, inputs: tuple[Tensor, ...], widths: bool) ->
     try:
         _carry(ledger, doubled, training=True, widths=widths)
     except Exception as error:  # user code may fail in training mode in any way
+        # What half a pass has found may be wrong: the ledger goes back to the pass in evaluation mode.
         freezes, ties, ledger.bindings, ledger.attributes = checkpoint
         del ledger.freezes[freezes:], ledger.ties[ties:], ledger.equal_widths[equal:]
         note = f"training mode raises {type(error).__name__}"
     if not ledger.exact:
-        # calls are numbered in the pass in evaluation mode, which alone is verified
+        # Statistics are found again by the number of their call in evaluation mode, which is verified.
         del ledger.statistics[noted:]
     return note
 

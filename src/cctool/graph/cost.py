@@ -2,10 +2,10 @@
 
 Counted on the traced pass, so functional calls, raw parameters and attention count as modules do, and a
 module that is called twice counts twice. One multiply-accumulate (MAC) is one multiplication and the
-addition of its product; biases are not counted. Products with weights (convolution, linear) are the headline;
-products of activations with each other (attention), norms, activations, pooling and elementwise arithmetic
-have columns of their own, because counters differ most in what they do with those. Moving data is free.
-A function without a rule is not guessed at: it is listed in `ModelCost.uncounted`.
+addition of its product; biases are not counted. The main figure is products with weights (convolution,
+linear). Products of activations (attention), norms, activations, pooling and elementwise arithmetic have
+separate columns, because counters differ most in how they treat these. Moving data is free. A function
+without a counting rule is listed in `ModelCost.uncounted`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import nn
 
-from cctool.base.errors import ArchitectureError
 from cctool.graph.cost_rules import FREE, RULES, Cost
+from cctool.graph.execution import blaming_the_size
 from cctool.graph.trace import Call, Trace, trace
-
-__all__ = ["Cost", "CountedCall", "ModelCost", "count", "measure"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,11 @@ class CountedCall:
     """One call with its cost.
 
     Attributes:
-        call: what was called.
+        call: the call.
         module: qualified name of the module that the cost belongs to: the one that owns the weight, else the
             innermost one executing. They differ where a parent computes with its child's parameters, as
             `nn.MultiheadAttention` does with `out_proj`.
-        weight: qualified name of the weight of a convolution or linear layer, None where it was computed.
+        weight: qualified name of the first parameter among the arguments, None without one.
         cost: its operations.
     """
 
@@ -52,7 +50,7 @@ class ModelCost:
 
     Attributes:
         calls: those that cost something or carry weights, in order.
-        uncounted: number of calls of each function that has no rule.
+        uncounted: number of calls of each function without a rule.
         touched: qualified names of the parameters and buffers that any call took.
     """
 
@@ -74,15 +72,11 @@ class ModelCost:
 
 
 def count(model: nn.Module, traced: Trace) -> ModelCost:
-    """Count a recorded pass.
-
-    Args:
-        model: the module that was traced; it tells which module owns a parameter.
-        traced: its record.
-    """
+    """Count a recorded pass of a model."""
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
+    # A tied parameter belongs to several modules: the one that is executing is preferred.
     owners = {names[0]: [n.rpartition(".")[0] for n in names] for names in aliases.values()}
     counted, uncounted = [], Counter[str]()
     for call in traced.calls:
@@ -108,7 +102,7 @@ def _cost(call: Call) -> Cost | None:
             cost = replace(cost, macs=4 * cost.macs, matmul_macs=4 * cost.matmul_macs)
         return cost
     except (IndexError, KeyError, TypeError, ValueError):
-        # Called in a form whose arguments the record does not name: not counted, and said so.
+        # Called in a form whose arguments the record does not name: it is reported as not counted.
         return None
 
 
@@ -120,27 +114,23 @@ def measure(model: nn.Module, input_shape: tuple[int, ...]) -> ModelCost:
         input_shape: of one input, without the batch: (C, H, W).
 
     Raises:
-        ArchitectureError: if the model does not run on such an input.
+        ArchitectureError: the model does not run on this input.
     """
     example = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     inputs = torch.zeros(2, *input_shape, device=example.device, dtype=example.dtype)
-    try:
-        return count(model, trace(model, (inputs[:1],)))
-    except Exception as error:
-        refusal = error
-    try:
-        # Code with a bare squeeze() does not take a single input, but it takes two.
-        return _halved(count(model, trace(model, (inputs,))))
-    # Whatever the network's own code raises on a size that it was not made for.
-    except Exception:
-        size, text = "x".join(map(str, input_shape)), " ".join(str(refusal).split())[:200]
-        raise ArchitectureError(
-            f"the network does not run on an input of {size} ({text}); --input CxHxW names another size"
-        ) from refusal
+    with blaming_the_size(input_shape):
+        try:
+            return count(model, trace(model, (inputs[:1],)))
+        except Exception as refusal:
+            try:
+                # Code with a bare squeeze() does not take a single input, but it takes two.
+                return _halved(count(model, trace(model, (inputs,))))
+            except Exception:
+                raise refusal from None
 
 
 def _halved(cost: ModelCost) -> ModelCost:
-    """The cost of one input, from that of two; what does not depend on the batch is rounded down."""
+    """The cost of one input from that of two; counts that do not depend on the batch are rounded down."""
     halves = (
         replace(counted, cost=Cost(*(getattr(counted.cost, f.name) // 2 for f in fields(Cost))))
         for counted in cost.calls

@@ -1,6 +1,6 @@
-"""How many operations one call of each torch function takes.
+"""How many operations a call of each torch function takes.
 
-A rule is a pure function of the shapes and settings of a call, and one line in `RULES`.
+A rule is a pure function of the shapes and settings of a call, with one line in `RULES`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from dataclasses import dataclass, fields
 
 from cctool.graph.trace import Call, Shape
 
-__all__ = ["FREE", "RULES", "Cost"]
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -22,10 +20,10 @@ class Cost:
         macs: multiply-accumulates of products with weights: convolutions and linear layers, also where they
             are written as a matrix product with a parameter.
         matmul_macs: multiply-accumulates of products of activations: attention, matmul, einsum.
-        norm_ops: elements that a batch, layer, group or instance norm puts out.
-        activation_ops: elements that a nonlinearity or softmax puts out.
-        pooling_ops: elements that poolings, reductions and resampling read.
-        elementwise_ops: elements that additions, products and other arithmetic put out.
+        norm_ops: output elements of batch, layer, group and instance norms.
+        activation_ops: output elements of nonlinearities and softmax.
+        pooling_ops: elements read by poolings, reductions and resampling.
+        elementwise_ops: output elements of additions, products and other arithmetic.
     """
 
     macs: int = 0
@@ -65,7 +63,7 @@ def _convolution(call: Call) -> Cost:
 def _transposed_convolution(call: Call) -> Cost:
     """Every input element is multiplied by one kernel for each output channel of its group.
 
-    macs = numel(input) * (C_out / groups) * prod(kernel); products that padding cuts off count.
+    macs = numel(input) * (C_out / groups) * prod(kernel); products that padding crops are counted.
     """
     weight = call.input_shapes[1]  # [C_in, C_out / groups, *kernel]
     return Cost(macs=_inputs(call) * math.prod(weight[1:]))
@@ -94,7 +92,7 @@ def _matmul(call: Call) -> Cost:
 
 
 def _added_matmul(call: Call) -> Cost:
-    """The product in `addmm(bias, a, b)` and its kin; `addbmm` sums over the batch as well."""
+    """The product in `addmm(bias, a, b)` and its variants; `addbmm` sums over the batch as well."""
     left, right = call.input_shapes[1:3]
     columns = right[-1] if len(right) > 1 else 1
     return _product(call, math.prod(left) * columns, slice(1, 3))
@@ -122,7 +120,7 @@ def _einsum(call: Call) -> Cost:
 def _einsum_indices(subscripts: str, shape: Shape) -> list[tuple[str, int]]:
     head, dots, tail = subscripts.partition("...")
     covered = len(shape) - len(head) - len(tail)
-    # Dimensions under the dots are aligned at their end, as broadcasting aligns them.
+    # Dimensions of the ellipsis are aligned at the end, as in broadcasting.
     names = [*head, *(f"...{covered - i}" for i in range(covered if dots else 0)), *tail]
     return list(zip(names, shape, strict=False))
 
@@ -131,7 +129,7 @@ def _attention(call: Call) -> Cost:
     """softmax(Q K^T) V with Q (..., L, E), K (..., S, E), V (..., S, Ev).
 
     matmul_macs = batch * heads * L * S * (E + Ev); activation_ops = batch * heads * L * S for the softmax.
-    A causal mask saves nothing here.
+    A causal mask is not taken into account.
     """
     query, key, value = call.input_shapes[:3]
     scores = math.prod(query[:-1]) * key[-2]
@@ -164,22 +162,6 @@ def _resample(call: Call) -> Cost:
     """Every output element reads 1 (nearest) to 16 (bicubic) neighbours; `area` reads each input once."""
     mode = str(call.attributes.get("mode", "nearest"))
     return Cost(pooling_ops=_outputs(call) * _TAPS[mode] if mode in _TAPS else _inputs(call))
-
-
-def _norm(call: Call) -> Cost:
-    return Cost(norm_ops=_outputs(call))
-
-
-def _activation(call: Call) -> Cost:
-    return Cost(activation_ops=_outputs(call))
-
-
-def _reduction(call: Call) -> Cost:
-    return Cost(pooling_ops=_inputs(call))
-
-
-def _elementwise(call: Call) -> Cost:
-    return Cost(elementwise_ops=_outputs(call))
 
 
 _NORMS = "batch_norm instance_norm layer_norm group_norm rms_norm local_response_norm normalize"
@@ -225,10 +207,10 @@ RULES: dict[str, Rule] = {
     **{f"{kind}_pool{n}d": _window_pool for kind in ("max", "avg") for n in (1, 2, 3)},
     **{f"adaptive_{kind}_pool{n}d": _adaptive_pool for kind in ("max", "avg") for n in (1, 2, 3)},
     **dict.fromkeys(("interpolate", "upsample", "grid_sample"), _resample),
-    **dict.fromkeys(_NORMS.split(), _norm),
-    **dict.fromkeys(_ACTIVATIONS.split(), _activation),
-    **dict.fromkeys(_REDUCTIONS.split(), _reduction),
-    **dict.fromkeys(_ARITHMETIC.split(), _elementwise),
+    **dict.fromkeys(_NORMS.split(), lambda call: Cost(norm_ops=_outputs(call))),
+    **dict.fromkeys(_ACTIVATIONS.split(), lambda call: Cost(activation_ops=_outputs(call))),
+    **dict.fromkeys(_REDUCTIONS.split(), lambda call: Cost(pooling_ops=_inputs(call))),
+    **dict.fromkeys(_ARITHMETIC.split(), lambda call: Cost(elementwise_ops=_outputs(call))),
 }
 """How each function is counted, by its canonical name in the trace."""
 

@@ -1,12 +1,11 @@
 """Run a model once and show every torch function that it calls to observers.
 
-The pass runs without gradients, in evaluation mode unless told otherwise, and leaves nothing behind:
-training flags, the random state and the hooks are put back even when `forward` raises. It sees the
-functions that Python code calls, under the name that they have in torch (`conv2d`, `add`, `view`, ...),
-with the qualified name of the module that was executing.
+The pass runs without gradients, in evaluation mode by default. Training flags, the random state and hooks
+are restored even when `forward` raises. Observers see the functions that Python code calls, by their names in
+torch (`conv2d`, `add`, `view`, ...), with the qualified name of the module that called them.
 
-It does not look into scripted modules or other compiled code: those show as one `Event` named
-`script_module`, or, where even the call is invisible, as a tensor that no event has produced.
+Scripted modules and other compiled code are opaque: they appear as one `Event` named `script_module`, or,
+where even the call is invisible, as a tensor that no event has produced.
 """
 
 from __future__ import annotations
@@ -54,9 +53,9 @@ class Event:
     Attributes:
         name: canonical name: no underscores of in-place or dunder forms, one name for synonyms.
         function: the function itself, to be replayed on other tensors.
-        args: positional arguments as called.
-        kwargs: keyword arguments as called.
-        result: what it returned.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        result: return value.
         module: qualified name of the innermost module executing, "" for the root.
     """
 
@@ -70,13 +69,13 @@ class Event:
 
 Observer = Callable[[Event], None]
 Substitute = Callable[[str, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
-"""Called with name, function and arguments in place of each function; returns what the function would."""
+"""Called with name, function and arguments instead of each function; returns the result."""
 Sizes = Callable[[Tensor, Any], Any]
-"""Called with a tensor and what its `shape` or `size()` gave; returns what the model gets to see."""
+"""Called with a tensor and the value of its `shape` or `size()`; returns what the model sees instead."""
 
 
 def canonical_name(function: Callable[..., Any]) -> str:
-    """Name of a torch function without the marks of its in-place, dunder, reflected or property form.
+    """Name of a torch function, the same for its in-place, dunder, reflected and property forms.
 
     >>> canonical_name(torch.Tensor.__iadd__), canonical_name(torch.relu_), canonical_name(F.conv2d)
     ('add', 'relu', 'conv2d')
@@ -116,15 +115,15 @@ def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _transparent(function: Any) -> Callable[..., Any]:
-    """The same Python function, without the check that would send its whole call to the mode again."""
-    # `float(E)` would forget that E is a width
+    """The same Python function, without the check that would hand its whole call to the mode again."""
+    # `float(E)` would forget that E is a width.
     names = {**function.__globals__, "has_torch_function": lambda *_: False, "float": as_float}
     copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
-# Python functions that hide the operations that they are made of; they are run with the mode on.
+# Python functions whose call torch reports as one: they are run with the mode on, to see their operations.
 _COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: _transparent(F.multi_head_attention_forward)
 }
@@ -139,7 +138,7 @@ _HIDDEN = _Hidden()
 
 @contextmanager
 def hidden() -> Iterator[None]:
-    """Keep what is computed within from every `Watch`: it is not the network's own, as that of codecs."""
+    """Hide what is computed within from every `Watch`: codecs, for one, are no part of the network."""
     _HIDDEN.depth += 1
     try:
         yield
@@ -148,7 +147,7 @@ def hidden() -> Iterator[None]:
 
 
 class Watch(TorchFunctionMode):
-    """Shows each torch function called to the observers, after it has run.
+    """Shows the observers each torch function call, after it has run.
 
     Attributes:
         modules: qualified names of the modules executing, the innermost last.
@@ -181,13 +180,11 @@ class Watch(TorchFunctionMode):
         if composite is not None:
             with self:
                 return composite(*args, **kwargs)
-        if self._in_script:
+        if self._in_script:  # `leave` shows the whole script module as one call
             return func(*args, **kwargs)
         name = self.name(func)
-        if self.substitute is None:
-            result = func(*args, **kwargs)
-        else:
-            result = self.substitute(name, func, args, kwargs)
+        substitute = self.substitute
+        result = func(*args, **kwargs) if substitute is None else substitute(name, func, args, kwargs)
         if self.observers:
             self.show(name, func, args, kwargs, result)
         if self.sizes is not None and name in ("shape", "size") and args:
@@ -198,7 +195,7 @@ class Watch(TorchFunctionMode):
         """Canonical name of a function."""
         name = self._canonical.get(function)
         if name is None:
-            # property getters are made anew at each access: remembering them would only leak
+            # Property getters are new objects at each access: caching them would only leak.
             name = canonical_name(function)
             if getattr(function, "__name__", "") != "__get__":
                 self._canonical[function] = name
@@ -207,9 +204,8 @@ class Watch(TorchFunctionMode):
     def show(self, name: str, function: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
         """Show a call to the observers."""
         event = Event(name, function, args, kwargs, result, self.modules[-1])
-        self._showing = (
-            True  # a hook shows events with the mode on: what observers compute is not the model's
-        )
+        # A hook shows events with the mode on: what observers compute is not the model's.
+        self._showing = True
         try:
             for observer in self.observers:
                 observer(event)
@@ -224,7 +220,7 @@ class Watch(TorchFunctionMode):
             self._in_script += isinstance(module, torch.jit.ScriptModule)
 
     def leave(self, module: nn.Module, args: Any, result: Any) -> None:
-        """Forward hook: a module is done."""
+        """Forward hook: a module ends."""
         if self.names.get(module) is None:
             return
         if isinstance(module, torch.jit.ScriptModule):
@@ -236,10 +232,7 @@ class Watch(TorchFunctionMode):
 
 @contextmanager
 def blaming_the_size(input_shape: Sequence[int]) -> Iterator[None]:
-    """Turn whatever a network's own code raises on its inputs into an error that says how to size them.
-
-    Args:
-        input_shape: (C, H, W) of one input.
+    """Turn any error of a network's own code into one that names the input size, (C, H, W), and `--input`.
 
     Raises:
         ArchitectureError: in place of anything but our own errors and a lack of memory.
@@ -263,15 +256,15 @@ def execute(
     substitute: Substitute | None = None,
     sizes: Sizes | None = None,
 ) -> Any:
-    """Run the model once, show every torch function that it calls to the observers, return its output.
+    """Run the model once, show every torch function call to the observers, return the output.
 
     Args:
         model: any module; its training flags are restored and no hook stays on it.
         inputs: positional arguments of its forward.
         observers: called with each `Event` in order of execution.
-        training: run in training mode; buffers that it changes are put back.
-        substitute: computes every function in its place.
-        sizes: what the model sees of the sizes of tensors.
+        training: run in training mode; buffers that change are restored.
+        substitute: computes each function instead of torch.
+        sizes: replaces the sizes that the model reads off tensors.
     """
     names = {module: name for name, module in model.named_modules()}
     watch = Watch(observers, names, substitute, sizes)
@@ -281,10 +274,10 @@ def execute(
 
 @contextmanager
 def following(watch: Watch) -> Iterator[None]:
-    """Tell a watch which modules are executing."""
+    """Keep a watch informed of which modules are executing, by global forward hooks."""
     handles = [
         register_module_forward_pre_hook(watch.enter),
-        register_module_forward_hook(watch.leave, always_call=True),
+        register_module_forward_hook(watch.leave, always_call=True),  # also after errors
     ]
     with removing(handles):
         yield

@@ -1,10 +1,9 @@
-"""The book that the traced pass keeps: channel ids of activations, and what ties, binds or freezes them.
+"""What the traced pass writes down: channel ids of activations, and what ties, binds or freezes them.
 
-Every channel that a layer sends out has an id. Beside each activation lies a tensor of ids of the same
-shape, with stride 0 along the dims where the id does not vary: those are *neutral*, the others *varying*.
-Two ids that must go together are *tied*; a parameter's dim is *bound* to the ids of the channels that its
-indices belong to; ids that cannot be cut are *frozen* with a reason. Nothing is solved here; that is
-`solution.py`.
+Every output channel of a layer has an id. Each activation has a tensor of ids of its own shape, with stride 0
+along the dims where the id does not vary: those are *neutral*, the others *varying*. Two ids that must be cut
+together are *tied*; a parameter's dim is *bound* to the ids of the channels that its indices belong to; ids
+that cannot be cut are *frozen* with a reason. `solution.py` solves for the units.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from cctool.graph.widths import Powers, Symbol, Width
 
 FIXED = 0
-"""Id of channels whose number no cut changes: constants, results of operations without a rule."""
+"""Id of channels that are never cut: constants, results of operations without a rule."""
 INPUT = 1
 """Id of the model's inputs."""
 
@@ -53,7 +52,7 @@ class Binding:
 
 @dataclass(frozen=True)
 class Elements:
-    """A parameter used as an activation: element i (row-major) of it has the id `ids[i]`."""
+    """A parameter used as an activation: its element i (row-major) has the id `ids[i]`."""
 
     tensor: str
     shape: tuple[int, ...]
@@ -62,7 +61,7 @@ class Elements:
 
 @dataclass(frozen=True)
 class AttributeBinding:
-    """An integer attribute of a module (or entry `index` of a tuple) that counts the channels in `ids`."""
+    """A module's integer attribute (or entry `index` of a tuple) that counts the channels in `ids`."""
 
     module: str
     attribute: str
@@ -72,7 +71,7 @@ class AttributeBinding:
 
 @dataclass(frozen=True)
 class Freeze:
-    """Ids that cannot be cut, the number of the call that says so, and why."""
+    """Ids that cannot be cut, the number of the call that froze them, and why."""
 
     ids: Tensor
     call: int
@@ -82,8 +81,8 @@ class Freeze:
 class Kind(str, Enum):
     """How a call depends on the number of channels."""
 
-    KEPT = "kept"  # it runs over the channels: those that stay
-    SUM = "sum"  # it runs over the channels, but those that are 0 count for nothing
+    KEPT = "kept"  # it runs over the channels, after a cut over the kept ones
+    SUM = "sum"  # it runs over the channels, but those that are 0 add nothing
     SCALE = "scale"  # attention divides by the square root of the width of the queries
     FACTOR = "factor"  # one of its arguments was computed from the width
 
@@ -93,12 +92,12 @@ class StatisticEntry:
     """A call whose result depends on how many channels there are.
 
     Attributes:
-        call: its number, for its name and module.
+        call: its number in `Ledger.calls`.
         ordinal: how many calls of the same function came before it in the pass.
         kind: how it depends.
-        place: dim of its first tensor that the channels lie in; for a factor its position or keyword.
+        place: channel dim of its first tensor; for a factor its position or keyword among the arguments.
         powers: the widths that it depends on, with their exponents.
-        reason: what a report says of it.
+        reason: the same for a report.
     """
 
     call: int
@@ -111,7 +110,7 @@ class StatisticEntry:
 
 @dataclass(frozen=True)
 class EqualWidth:
-    """So many channels in `ids` as in `others`, or a fixed multiple or fraction of them, whatever is cut."""
+    """The code needs as many channels in `ids` as in `others`, or a fixed multiple or fraction of them."""
 
     ids: Tensor
     others: Tensor
@@ -119,7 +118,7 @@ class EqualWidth:
 
 
 def varying(ids: Tensor) -> list[int]:
-    """Dims along which ids differ (by construction: those with a stride)."""
+    """Dims along which ids differ: by construction those with a stride."""
     return [dim for dim, stride in enumerate(ids.stride()) if stride and ids.shape[dim] > 1]
 
 
@@ -131,6 +130,7 @@ def compact(ids: Tensor) -> Tensor:
 
 def canonical_ids(ids: Tensor) -> Tensor:
     """The same ids with stride 0 along every dim where they do not differ."""
+    # Compared on the compact form: the expanded one may have as many elements as the activation.
     small = compact(ids)
     for dim in varying(small):
         first = small.narrow(dim, 0, 1)
@@ -140,7 +140,7 @@ def canonical_ids(ids: Tensor) -> Tensor:
 
 
 def _repeated(ids: Tensor, count: int) -> Tensor | None:
-    """The `count` channels of which each appears in `ids` equally often, in runs or in turn; None if not so.
+    """The `count` channels of which `ids` is made, each repeated equally often in runs or in turn; else None.
 
     >>> _repeated(torch.tensor([7, 7, 8, 8]), 2).tolist(), _repeated(torch.tensor([7, 8, 7, 8]), 2).tolist()
     ([7, 8], [7, 8])
@@ -155,7 +155,7 @@ class Ledger:
     """Ids, ties, bindings and freezes of one model, filled call by call.
 
     With `exact`, widths over which statistics run are frozen instead of noted. With `heads`, channels that
-    are split into heads go by whole heads, else by equal positions in each.
+    are split into heads are cut by whole heads, else the same positions in each head.
     """
 
     def __init__(self, model: nn.Module, exact: bool = False, heads: bool = False) -> None:
@@ -175,8 +175,10 @@ class Ledger:
         self.bindings: dict[tuple[str, int], Binding] = {}
         self.elements: dict[str, Elements] = {}
         self.attributes: dict[tuple[str, str, int | None], AttributeBinding] = {}
+        # Weak, because Python reuses the `id` of a freed tensor, and the pass should not keep activations.
         self._ids: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._turned: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        # Tensors held as ordinary attributes: neither parameters nor activations of unknown origin.
         self._constants = {
             id(value)
             for module in self.modules.values()
@@ -186,13 +188,13 @@ class Ledger:
 
     # ---- calls -----------------------------------------------------------------------------------------
     def begin(self, function: str, module: str) -> None:
-        """Open the call to which ties and freezes are charged."""
+        """Start a call: ties and freezes that follow are recorded under its number."""
         self.calls.append((function, module))
         self.ordinals[function] += 1
 
     @property
     def call(self) -> int:
-        """Number of the call that is open."""
+        """Number of the current call."""
         return len(self.calls) - 1
 
     # ---- ids of tensors --------------------------------------------------------------------------------
@@ -202,19 +204,18 @@ class Ledger:
         return torch.arange(self.count - size, self.count)
 
     def set(self, tensor: Tensor, ids: Tensor) -> None:
-        """Lay ids beside an activation."""
+        """Set the ids of an activation."""
         self._ids[id(tensor)] = (weakref.ref(tensor), ids)
 
     def known(self, tensor: Tensor) -> bool:
-        """Whether ids lie beside this very tensor."""
+        """Whether this very tensor has ids."""
         entry = self._ids.get(id(tensor))
         return entry is not None and entry[0]() is tensor
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Ids beside a tensor; parameters get one per element, an unknown tensor freezes all so far."""
-        entry = self._ids.get(id(tensor))
-        if entry is not None and entry[0]() is tensor:
-            return entry[1]
+        """Ids of a tensor; parameters get one per element, an unknown tensor freezes all ids so far."""
+        if self.known(tensor):
+            return self._ids[id(tensor)][1]
         name = self.names.get(id(tensor))
         if name is not None:
             return self._element_ids(tensor, name)
@@ -225,8 +226,9 @@ class Ledger:
         return constant_ids(FIXED, tensor.shape)
 
     def _element_ids(self, tensor: Tensor, name: str) -> Tensor:
+        # A single number belongs to no channel.
         if tensor.numel() == 1 or tensor.numel() > _MAXIMUM_ELEMENTS:
-            self.pin(name, tensor)
+            self.pin(tensor)
             return constant_ids(FIXED, tensor.shape)
         if name not in self.elements:
             shape = tuple(tensor.shape)
@@ -252,7 +254,7 @@ class Ledger:
 
     # ---- widths ----------------------------------------------------------------------------------------
     def sizes(self, tensor: Tensor, result: Any) -> Any:
-        """Sizes of an activation as its model sees them: those of channels remember which they count."""
+        """What the model sees of a tensor's sizes: the number of channels as a `Width`, the rest as is."""
         if not isinstance(tensor, Tensor) or not self.known(tensor):
             return result
         ids = self._ids[id(tensor)][1]
@@ -268,10 +270,10 @@ class Ledger:
         return width if result == width else result
 
     def sized(self, ids: Tensor, width: Width) -> bool:
-        """A width of the code gives the number of these channels: that of others, or an attribute.
+        """Record that the code sizes these channels by a width: that of other channels, or an attribute.
 
         Returns:
-            Whether the width will say how many are left after a cut.
+            Whether the width will be right after a cut.
         """
         ids = ids.reshape(-1)
         channels = [(s, e) for s, e in width.powers.items() if s.ids is not None]
@@ -287,7 +289,7 @@ class Ledger:
         return len(attributes) == 1 and self._held(attributes[0], ids)
 
     def _held(self, symbol: Symbol, ids: Tensor) -> bool:
-        """An attribute gives the number of these channels, or a multiple or fraction of it."""
+        """Record that an attribute holds the number of these channels, or a multiple or fraction of it."""
         value, size = symbol.value, ids.numel()
         if value % size and size % value:
             return False
@@ -304,17 +306,17 @@ class Ledger:
         return True
 
     def same_width(self, ids: Tensor, others: Tensor) -> None:
-        """These channels stay as many as those, or the same multiple or fraction of them."""
+        """Require the ratio of these two numbers of channels to stay what it is."""
         self.equal_widths.append(EqualWidth(ids.reshape(-1), others.reshape(-1), self.call))
 
     def statistic(self, kind: Kind, place: int | str, powers: Powers, reason: str) -> None:
-        """The result of the open call depends on how many channels there are."""
+        """Note that the current call's result depends on how many channels there are."""
         ordinal = self.ordinals[self.calls[-1][0]] - 1
         self.statistics.append(StatisticEntry(self.call, ordinal, kind, place, powers, reason))
 
     # ---- what the ids mean -----------------------------------------------------------------------------
     def tie(self, a: Tensor, b: Tensor) -> None:
-        """Ids at the same position (after broadcasting) go together."""
+        """Ids at the same position (after broadcasting) must be cut together."""
         if a is not b:
             shape = torch.Size(max(n, m) for n, m in zip(a.shape, b.shape, strict=True))
             self.ties.append((a.expand(shape).reshape(-1), b.expand(shape).reshape(-1), self.call))
@@ -322,11 +324,12 @@ class Ledger:
     def freeze(self, ids: Tensor, reason: str) -> None:
         """These ids cannot be cut."""
         flat = compact(ids).reshape(-1)
+        # The ids of constants and inputs are fixed already.
         if flat.numel() > 1 or int(flat[0]) > INPUT:
             self.freezes.append(Freeze(flat, self.call, reason))
 
     def bind(self, tensor: Tensor | None, dim: int, ids: Tensor, role: Role) -> None:
-        """The indices of a parameter's or buffer's dim belong to these ids; None has none."""
+        """The indices of a parameter's or buffer's dim belong to these ids; None is passed over."""
         name = self.name(tensor)
         if name is None:
             if tensor is not None:
@@ -342,7 +345,7 @@ class Ledger:
             self.bindings[name, dim] = Binding(name, dim, ids.reshape(-1), role)
 
     def _bind_computed(self, tensor: Tensor, dim: int, ids: Tensor) -> None:
-        """A bias that was computed from a parameter goes along where its own ids lie in this dim alone."""
+        """A bias computed from a parameter can be cut if its own ids vary in this dim alone."""
         own = self.of(tensor)
         if varying(own) == [dim]:
             self.tie(compact(own).reshape(-1), ids.reshape(-1))
@@ -351,26 +354,27 @@ class Ledger:
             self.freeze(own, "a weight is computed from it on the fly")
 
     def produce(self, tensor: Tensor, dim: int, size: int) -> Tensor:
-        """Ids that a parameter's dim sends out: new ones, or those of an earlier call of a shared layer."""
+        """Ids of a layer's outputs: new ones, or those of an earlier call of a shared layer."""
         existing = self.bindings.get((self.names.get(id(tensor), ""), dim))
         return self.new(size) if existing is None else existing.ids
 
     def count_in(self, module: str, attribute: str, ids: Tensor, index: int | None = None) -> None:
-        """A module's integer attribute counts these channels, if it has one of that value."""
+        """If a module's integer attribute has the number of these channels as its value, it counts them."""
         value = getattr(self.modules.get(module), attribute, None)
         if index is not None:
             value = value[index] if isinstance(value, (tuple, list)) and len(value) > index else None
+        # An attribute of another value counts something else, whatever its name.
         if isinstance(value, int) and not isinstance(value, bool) and value == ids.numel():
             key = (module, attribute, index)
             existing = self.attributes.get(key)
             if existing is None:
-                # The model's own code compares widths, where a reshape would be shown as a call of its own.
+                # Also called while the model compares widths: a reshape there would be traced as its call.
                 flat = ids if ids.ndim == 1 else ids.reshape(-1)
                 self.attributes[key] = AttributeBinding(module, attribute, index, flat)
             elif not torch.equal(existing.ids, ids.reshape(-1)):
                 self.same_width(existing.ids, ids)
 
-    def pin(self, name: str, tensor: Tensor) -> None:
+    def pin(self, tensor: Tensor) -> None:
         """No dim of this parameter can be cut."""
         for dim, size in enumerate(tensor.shape):
             self.bind(tensor, dim, torch.full((size,), FIXED), Role.ELEMENT)

@@ -1,4 +1,4 @@
-"""What coupling channels finds: families of units, what is frozen, and calls that depend on widths."""
+"""The result of coupling channels: families of units, frozen dims, and calls that depend on widths."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from torch import Tensor
 
 from cctool.graph.ledger import Kind, Role
 
-__all__ = ["ChannelGraph", "Family", "Frozen", "Labelled", "Place", "Statistic"]
-
 
 @dataclass(frozen=True)
 class Place:
-    """Where a family lies in one dim of one tensor.
+    """The indices that a family owns in one dim of one tensor.
 
     Attributes:
         tensor: qualified name of a parameter or buffer.
-        dim: its dim.
-        indices: row u holds the indices that unit u owns there; shape [units, indices per unit].
-        role: what the tensor is to the unit.
+        dim: the dim that is cut.
+        indices: row u holds the indices that unit u owns; shape [units, indices per unit].
+        role: what the tensor does for the unit.
     """
 
     tensor: str
@@ -30,7 +28,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Family:
-    """Units (channels that go as one) that share their places.
+    """Units (channels that are cut as one) that touch the same dims of the same tensors.
 
     For `conv1 (3 -> 8), bn1, conv2 (8 -> 5)` there is one family, "conv1", of 8 units with the places
     conv1.weight dim 0, bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var dim 0, conv2.weight dim 1.
@@ -47,12 +45,12 @@ class Family:
 
     @property
     def units(self) -> int:
-        """How many units there are."""
+        """Number of units."""
         return self.labels.numel()
 
     @property
     def width(self) -> int:
-        """How many channels of its first producer one unit holds."""
+        """Number of output channels of its first layer in one unit."""
         return self.places[0].indices.shape[1]
 
 
@@ -62,11 +60,11 @@ class Frozen:
 
     Attributes:
         parameter: qualified name of the parameter or buffer.
-        dim: its dim.
-        indices: how many indices are frozen.
-        of: how many there are.
+        dim: the dim.
+        indices: number of frozen indices.
+        of: size of the dim.
         op: function that froze them.
-        module: module that was executing it, "" for the root.
+        module: the module that called it, "" for the root.
         reason: why.
     """
 
@@ -81,7 +79,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A tensor's dim, or a module's integer attribute, as labels: index i goes when unit `labels[i]` goes."""
+    """A tensor's dim, or a module's integer attribute: index i is cut when unit `labels[i]` is."""
 
     name: str
     key: int | str
@@ -93,17 +91,18 @@ class Labelled:
 class Statistic:
     """A call whose result depends on how many channels are kept.
 
-    The cut network is then not the plainly masked one, but the one whose statistics run over what is kept.
+    Zeroing channels does not change their number. So the cut network equals a masked one only if these calls
+    are computed over the kept channels there, too.
 
     Attributes:
         op: function that was called.
         ordinal: how many calls of that function came before it in the forward pass.
-        module: module that was executing it, "" for the root.
+        module: the module that called it, "" for the root.
         kind: how it depends.
-        place: dim of its first tensor that the channels lie in; for a factor its position or keyword.
+        place: channel dim of its first tensor; for a factor its position or keyword among the arguments.
         widths: (labels of the channels, exponent) of each width that it depends on.
         families: names of the families that those channels belong to.
-        reason: what a report says of it.
+        reason: the same for a report.
     """
 
     op: str
@@ -118,10 +117,10 @@ class Statistic:
 
 @dataclass(frozen=True)
 class ChannelGraph:
-    """All that can be cut, and what cannot.
+    """What can be cut, and what cannot.
 
     Attributes:
-        families: in the order of the forward pass; a family of one unit cannot lose it.
+        families: in the order of the forward pass; a family always keeps at least one unit.
         frozen: every parameter dim with indices that cannot be cut, and why.
         tensors: labels of each bound dim of each tensor (`key` is the dim).
         attributes: labels of the channels that each integer attribute counts (`key` is its name).

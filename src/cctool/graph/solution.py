@@ -21,12 +21,12 @@ Reason = tuple[tuple[str, str], str]  # (function, module), why
 
 
 def solve(ledger: Ledger, unused: Sequence[str], note: str) -> ChannelGraph:
-    """Solve the book of a pass.
+    """Solve a filled ledger for units and families.
 
     Args:
-        ledger: the filled book.
+        ledger: of a finished pass.
         unused: parameters that the pass never met.
-        note: why a pass in training mode failed, if it did.
+        note: why the pass in training mode failed, "" if it did not.
     """
     if ledger.exact:
         _freeze_statistics(ledger)
@@ -50,7 +50,7 @@ def solve(ledger: Ledger, unused: Sequence[str], note: str) -> ChannelGraph:
 
 
 def _widths(ledger: Ledger, statistic: StatisticEntry) -> list[tuple[Ids, float]]:
-    """Ids of each width that a call depends on, with its exponent; constant attributes are left out."""
+    """Ids and exponent of each width that a call depends on, without attributes that count no channels."""
     found = []
     for symbol, exponent in statistic.powers.items():
         entry = ledger.attributes.get((symbol.module, symbol.attribute, None))
@@ -87,41 +87,46 @@ def _statistics(
 
 
 def _tie_equal_widths(ledger: Ledger) -> None:
-    """Tie the channels of widths that have to stay equal, where what is tied already does not see to it."""
+    """Tie the channels of widths that must stay equal, unless existing ties ensure it."""
     pending = ledger.equal_widths
+    # Tying merges units, after which a tied pair may be unequal again: repeat until none is.
     while pending:
         labels = _labels(ledger)
         pending = [e for e in pending if not _same_counts(labels[e.ids.numpy()], labels[e.others.numpy()])]
+        tied = []
         for equal in pending:
             wide, narrow = sorted((equal.ids, equal.others), key=Tensor.numel, reverse=True)
             if wide.numel() % narrow.numel():
-                for ids in (wide, narrow):
-                    ledger.freezes.append(
-                        Freeze(ids, equal.call, "the code fixes its ratio to another width")
-                    )
+                reason = "the code fixes its ratio to another width"
+                ledger.freezes += [Freeze(ids, equal.call, reason) for ids in (wide, narrow)]
             else:
                 pieces = wide.reshape(-1, narrow.numel())
                 ledger.ties.append((pieces.reshape(-1), narrow.repeat(len(pieces)), equal.call))
-        pending = [
-            e
-            for e in pending
-            if not max(e.ids.numel(), e.others.numel()) % min(e.ids.numel(), e.others.numel())
-        ]
+                tied.append(equal)
+        pending = tied
 
 
 def _same_counts(a: Ids, b: Ids) -> bool:
-    """Whether each unit has the same share of both widths, so that no cut changes their ratio."""
+    """Whether each unit has the same share in both widths, so that no cut changes their ratio."""
     (units, count), (others, other_count) = np.unique(a, return_counts=True), np.unique(b, return_counts=True)
     return np.array_equal(units, others) and np.array_equal(count * len(b), other_count * len(a))
 
 
 def _labels(ledger: Ledger) -> Ids:
-    """Label of each id: ids that are tied share one, those tied to fixed ones apart from them."""
+    """Label of each id: tied ids share one, those tied to fixed ones included."""
+    return _connected(*_tied(ledger), ledger.count)
+
+
+def _tied(ledger: Ledger) -> tuple[Ids, Ids]:
+    return _numpy([t[0] for t in ledger.ties]), _numpy([t[1] for t in ledger.ties])
+
+
+def _connected(a: Ids, b: Ids, count: int) -> Ids:
+    """Number of the connected component of each of `count` nodes whose edges are the pairs (a, b)."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    a, b = _numpy([t[0] for t in ledger.ties]), _numpy([t[1] for t in ledger.ties])
-    links = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(ledger.count,) * 2)
+    links = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count))
     return connected_components(links, directed=False)[1].astype(np.int64)  # type: ignore[no-any-return]
 
 
@@ -130,17 +135,12 @@ def _numpy(tensors: list[Tensor]) -> Ids:
 
 
 def _components(ledger: Ledger) -> tuple[Ids, Ids, list[Reason]]:
-    """Label of each id; for each label the number of the first reason that freezes it, or -1; the reasons."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    a, b = _numpy([t[0] for t in ledger.ties]), _numpy([t[1] for t in ledger.ties])
+    """Label of each id; for each label the index of the first reason that freezes it, or -1; the reasons."""
+    a, b = _tied(ledger)
     calls = np.repeat([t[2] for t in ledger.ties], [t[0].numel() for t in ledger.ties]).astype(np.int64)
+    # Ties to constants or inputs freeze; as edges they would join all frozen channels into one component.
     rooted = (a <= INPUT) | (b <= INPUT)
-    free_a, free_b = a[~rooted], b[~rooted]
-    links = coo_matrix((np.ones(len(free_a), dtype=np.int8), (free_a, free_b)), shape=(ledger.count,) * 2)
-    _, labels = connected_components(links, directed=False)
-    labels = labels.astype(np.int64)
+    labels = _connected(a[~rooted], b[~rooted], ledger.count)
 
     reasons = [(ledger.calls[f.call] if f.call >= 0 else ("", ""), f.reason) for f in ledger.freezes]
     ids = [_numpy([f.ids for f in ledger.freezes])]
@@ -159,6 +159,7 @@ def _components(ledger: Ledger) -> tuple[Ids, Ids, list[Reason]]:
 
     causes = np.full(int(labels.max()) + 1, -1, dtype=np.int64)
     ids_all, numbers_all = np.concatenate(ids), np.concatenate(numbers).astype(np.int64)
+    # Later assignments win, so that the earliest call's reason stays.
     latest_first = np.argsort(np.concatenate(order), kind="stable")[::-1]
     causes[labels[ids_all[latest_first]]] = numbers_all[latest_first]
     causes[labels[FIXED]], causes[labels[INPUT]] = roots, roots + 1
@@ -166,7 +167,7 @@ def _components(ledger: Ledger) -> tuple[Ids, Ids, list[Reason]]:
 
 
 def _bind(ledger: Ledger, labels: Ids, causes: Ids, reasons: list[Reason]) -> list[Bound]:
-    """Labels of every bound dim; parameters used elementwise get the one dim that their labels vary in."""
+    """Labels of every bound dim; parameters used elementwise: of the dim that they vary in."""
     bound = [(b.tensor, b.dim, labels[b.ids.numpy()], b.role) for b in ledger.bindings.values()]
     for entry in ledger.elements.values():
         table = labels[entry.ids.numpy()].reshape(entry.shape)
@@ -175,7 +176,7 @@ def _bind(ledger: Ledger, labels: Ids, causes: Ids, reasons: list[Reason]) -> li
             reasons.append((("elementwise", ""), "its elements belong to channels in more than one dim"))
             loose = np.unique(table)
             causes[loose[causes[loose] < 0]] = len(reasons) - 1
-        # labels that vary in one dim: it is cut; else every dim is named, so that the report has it
+        # Labels that vary in one dim: that dim is cut. Otherwise every dim is listed, for the report.
         for dim in dims if len(dims) == 1 else range(table.ndim):
             ids = np.moveaxis(table, dim, 0).reshape(entry.shape[dim], -1)[:, 0]
             bound.append((entry.tensor, dim, np.ascontiguousarray(ids), Role.ELEMENT))
@@ -204,7 +205,7 @@ def _report_unused(ledger: Ledger, unused: Sequence[str], note: str) -> list[Fro
 
 
 def _families(bindings: list[Bound], free: NDArray[np.bool_]) -> tuple[Family, ...]:
-    """Group units by what they touch: a unit's signature is the sum of random words of its places."""
+    """Group units that touch the same places, told by a hash: the sum of a random number for each place."""
     if not bindings:
         return ()
     labels = np.concatenate([ids for _, _, ids, _ in bindings])
@@ -217,7 +218,7 @@ def _families(bindings: list[Bound], free: NDArray[np.bool_]) -> tuple[Family, .
     words = np.random.default_rng(0).integers(1, 2**62, size=len(bindings), dtype=np.int64)
     signature = np.zeros(len(free), dtype=np.int64)
     np.add.at(signature, labels, words[places])
-    # families in order of their first producer; units in order of their first index there
+    # Families in the order of their first producer, units in the order of their first index in it.
     producer = np.array([role is not Role.FILTER for *_, role in bindings])[places]
     first = np.lexsort((indices, places, producer))
     unit_labels, rank = np.unique(labels[first], return_index=True)
@@ -254,7 +255,7 @@ def _families(bindings: list[Bound], free: NDArray[np.bool_]) -> tuple[Family, .
 
 
 def _names(families: list[list[Place]]) -> list[str]:
-    """Name of the first producer's module; later families of the same producer get a number."""
+    """Name of the first producer's module; further families of the same producer get a number."""
     names: list[str] = []
     seen: dict[str, int] = {}
     for places in families:

@@ -1,7 +1,4 @@
-"""What a model computes: its calls, with the shapes and settings that counting and drawing need.
-
-Nothing is counted here: this is the record of one forward pass that other modules read.
-"""
+"""A record of one forward pass: every call, with the shapes and settings that counting and drawing need."""
 
 from __future__ import annotations
 
@@ -66,9 +63,9 @@ class Call:
         module_type: class name of that module.
         input_shapes: shapes of all tensor arguments in order, weights and buffers included.
         output_shapes: shapes of all tensors returned.
-        tensor_names: beside each input shape, the qualified name if it is a parameter or buffer, else "".
-        attributes: other arguments by name, where the function is in `ARGUMENTS` or they were keywords.
-        of_complex: whether it took two complex tensors or more, so that a product is four of real numbers.
+        tensor_names: for each input shape the qualified name if it is a parameter or buffer, else "".
+        attributes: arguments that hold no tensor, by name; positional ones only of functions in `ARGUMENTS`.
+        of_complex: whether two or more arguments are complex, so that one product is four real ones.
     """
 
     function: str
@@ -88,14 +85,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """All calls of one forward pass that returned tensors, in order, and the shapes of its outputs."""
+    """The calls of one forward pass that returned tensors, in order, and the shapes of its outputs."""
 
     calls: tuple[Call, ...]
     output_shapes: tuple[Shape, ...]
 
 
 def argument(event: Event, name: str, default: Any = None) -> Any:
-    """One argument of a call by its name, positional or keyword; the names stand in `ARGUMENTS`."""
+    """An argument of a call by name, positional or keyword; `ARGUMENTS` has the names."""
     if name in event.kwargs:
         return event.kwargs[name]
     names = ARGUMENTS.get(event.name, ())
@@ -104,7 +101,7 @@ def argument(event: Event, name: str, default: Any = None) -> Any:
 
 
 def tensor_names(model: nn.Module) -> dict[int, str]:
-    """Qualified name of each parameter and buffer by `id`; a shared one has its first name."""
+    """Qualified name of each parameter and buffer by its `id`; a shared one has its first name."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {id(tensor): name for name, tensor in named}
 
@@ -132,6 +129,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
 
     def record(event: Event) -> None:
         results = list(tensors_in(event.result))
+        # Reading a property (`x.T`, `x.grad`) is no computation.
         if not results or getattr(event.function, "__name__", "") in ("__get__", "__set__"):
             return
         arguments = [*tensors_in(event.args), *tensors_in(event.kwargs)]

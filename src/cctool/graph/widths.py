@@ -1,10 +1,10 @@
 """Integers that remember which width they are: sizes read off activations, and modules' integer attributes.
 
-Code that computes shapes (`C // num_heads`, `3 * self.dim`) forces widths to agree. While a pass runs, the
+Code that computes shapes (`C // num_heads`, `3 * self.dim`) requires widths to agree. While a pass runs, the
 sizes of activations and the integer attributes of the user's modules are replaced by `Width`, a subclass of
-int that goes through products and exact quotients as a monomial of the widths that it was made of. Sums and
-everything else give plain integers, of which nothing is known. Scales computed from widths (`dim ** -0.5`)
-are remembered alike, as `Scale`.
+int that keeps track of products and exact quotients as a monomial in the widths it was made of. Sums and
+other operations give ordinary integers, about which nothing is known. Scales computed from widths
+(`dim ** -0.5`) are tracked in the same way, as `Scale`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class Symbol:
-    """One width: of the channels in `ids`, or held by an attribute of a module.
+    """One width: the number of channels in `ids`, or the value of a module's attribute.
 
     Attributes:
-        book: the ledger of the pass that it belongs to; a width of another pass says nothing.
-        value: what it was.
+        book: the ledger of the pass that it belongs to; widths of other passes are ignored.
+        value: the number.
         ids: the channels that it counts; None for an attribute.
         module: qualified name of the module that has the attribute.
         attribute: its name.
@@ -51,7 +51,7 @@ def _joined(a: object, b: object, sign: float) -> Powers:
 
 
 def powers_of(value: object) -> Mapping[Symbol, float]:
-    """The widths that a number was made of, with their exponents; none for a plain number."""
+    """The widths that a number is a product of, with their exponents; none for an ordinary number."""
     return value.powers if isinstance(value, (Width, Scale)) else {}
 
 
@@ -61,7 +61,35 @@ def _number(value: Any, powers: Powers) -> Any:
     return Width(value, powers) if isinstance(value, int) else Scale(value, powers)
 
 
-class Width(int):
+class _Monomial:
+    """A number that is a constant times powers of widths: its products, quotients and powers are too."""
+
+    powers: Powers
+
+    def __mul__(self: Any, other: Any) -> Any:
+        plain = int(self) if isinstance(self, int) else float(self)
+        return _number(_bare(plain, other, "__mul__"), _joined(self, other, 1))
+
+    __rmul__ = __mul__
+
+    def __neg__(self: Any) -> Any:
+        return _number(-(int(self) if isinstance(self, int) else float(self)), self.powers)
+
+    def __truediv__(self: Any, other: Any) -> Any:
+        return _number(_bare(float(self), other, "__truediv__"), _joined(self, other, -1))
+
+    def __rtruediv__(self: Any, other: Any) -> Any:
+        return _number(_bare(float(self), other, "__rtruediv__"), _joined(other, self, -1))
+
+    def __pow__(self: Any, other: Any, modulo: Any = None) -> Any:
+        whole = isinstance(self, int) and isinstance(other, int)
+        value = int.__pow__(self, other, modulo) if whole else _bare(float(self), other, "__pow__")
+        if modulo is not None or value is NotImplemented or powers_of(other):
+            return value
+        return _number(value, {symbol: exponent * other for symbol, exponent in self.powers.items()})
+
+
+class Width(_Monomial, int):
     """An int that is a product of widths.
 
     >>> width = Width(12, {Symbol(None, 12): 1})
@@ -69,14 +97,13 @@ class Width(int):
     ('Width', 'int', 'Scale')
     """
 
-    powers: Powers
-
     def __new__(cls, value: int, powers: Powers) -> Width:
-        """Make an int that was multiplied from widths."""
+        """Make an int with its factorization into widths."""
         made = super().__new__(cls, value)
         made.powers = powers
         return made
 
+    # Copies and pickles outlive the pass, to which the widths belong: they are ordinary numbers.
     def __reduce__(self) -> tuple[Any, ...]:
         return int, (int(self),)
 
@@ -91,18 +118,10 @@ class Width(int):
             _note_equal(self, other)
         return same
 
+    # int defines `!=` itself, which would miss the note of `==`.
     def __ne__(self, other: object) -> bool:
         same = self.__eq__(other)
         return same if same is NotImplemented else not same
-
-    def __mul__(self, other: Any) -> Any:
-        plain = float(self) if isinstance(other, float) else int(self)
-        return _number(_bare(plain, other, "__mul__"), _joined(self, other, 1))
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> Any:
-        return Width(-int(self), self.powers)
 
     def __floordiv__(self, other: Any) -> Any:
         value = int.__floordiv__(self, other) if isinstance(other, int) else NotImplemented
@@ -114,30 +133,12 @@ class Width(int):
         exact = value is not NotImplemented and value * int(self) == int(other)
         return _number(value, _joined(other, self, -1)) if exact else value
 
-    def __truediv__(self, other: Any) -> Any:
-        return _number(_bare(float(self), other, "__truediv__"), _joined(self, other, -1))
 
-    def __rtruediv__(self, other: Any) -> Any:
-        return _number(_bare(float(self), other, "__rtruediv__"), _joined(other, self, -1))
-
-    def __pow__(self, other: Any, modulo: Any = None) -> Any:
-        value = (
-            int.__pow__(self, other, modulo)
-            if isinstance(other, int)
-            else _bare(float(self), other, "__pow__")
-        )
-        if modulo is not None or value is NotImplemented or powers_of(other):
-            return value
-        return _number(value, {symbol: exponent * other for symbol, exponent in self.powers.items()})
-
-
-class Scale(float):
+class Scale(_Monomial, float):
     """A float that is a product of powers of widths and a constant."""
 
-    powers: Powers
-
     def __new__(cls, value: float, powers: Powers) -> Scale:
-        """Make a float that was multiplied from powers of widths."""
+        """Make a float with its factorization into powers of widths."""
         made = super().__new__(cls, value)
         made.powers = powers
         return made
@@ -148,29 +149,9 @@ class Scale(float):
     def __deepcopy__(self, memo: Any) -> float:
         return float(self)
 
-    def __mul__(self, other: Any) -> Any:
-        return _number(_bare(float(self), other, "__mul__"), _joined(self, other, 1))
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Any) -> Any:
-        return _number(_bare(float(self), other, "__truediv__"), _joined(self, other, -1))
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return _number(_bare(float(self), other, "__rtruediv__"), _joined(other, self, -1))
-
-    def __neg__(self) -> Any:
-        return Scale(-float(self), self.powers)
-
-    def __pow__(self, other: Any, modulo: Any = None) -> Any:
-        value = _bare(float(self), other, "__pow__")
-        if value is NotImplemented or powers_of(other):
-            return value
-        return _number(value, {symbol: exponent * other for symbol, exponent in self.powers.items()})
-
 
 def _bare(value: float, other: Any, operation: str) -> Any:
-    """Arithmetic on plain numbers; tensors and other types see to it themselves."""
+    """Arithmetic on ordinary numbers; for tensors and other types their own operators are called."""
     if isinstance(other, (int, float)):
         plain = int(other) if isinstance(other, int) else float(other)
         if isinstance(value, int) and isinstance(plain, float):
@@ -180,7 +161,7 @@ def _bare(value: float, other: Any, operation: str) -> Any:
 
 
 def _note_equal(a: Width, b: Width) -> None:
-    """`assert embed_dim == self.embed_dim` says that the attribute holds the width."""
+    """Code such as `assert embed_dim == self.embed_dim` says that the attribute holds the width."""
     for width, attribute in ((a, b), (b, a)):
         (symbol, exponent), *others = width.powers.items()
         (held, power), *more = attribute.powers.items()
@@ -191,7 +172,7 @@ def _note_equal(a: Width, b: Width) -> None:
 
 
 def as_float(value: Any) -> float:
-    """As `float`, but a width stays remembered.
+    """As `float`, but the result of a width is a `Scale`.
 
     >>> type(as_float(Width(4, {Symbol(None, 4): 1}))).__name__
     'Scale'
@@ -207,7 +188,8 @@ _sqrt: Callable[[Any], float] = math.sqrt
 
 
 def _watched(value: Any, book: object, module: str, attribute: str) -> Any:
-    """An integer, or a tuple or list of integers, as widths; anything else as it is."""
+    """An integer above 1, or a tuple or list of such integers, as widths; anything else as it is."""
+    # 0 and 1 are hardly ever widths, and as factors they would tie nothing.
     if type(value) is int:
         return Width(value, {Symbol(book, value, None, module, attribute): 1}) if value > 1 else value
     if (
@@ -232,11 +214,10 @@ def _unwatched(value: Any) -> Any:
 
 @contextmanager
 def remembered(model: nn.Module, book: object, heads: bool = False) -> Iterator[None]:
-    """Replace the integer attributes of the user's modules by widths; all are put back.
+    """Replace the integer attributes of the user's modules by widths for a while; all are restored.
 
-    torch's own layers are left as they are, for what their attributes hold is known, but for the number of
-    heads where `heads` says that it may be cut. `math.sqrt`, which would forget what its argument is made of,
-    is replaced as well.
+    The attributes of torch's own layers have a known meaning and stay, except for the number of heads if
+    `heads` says that heads may be cut. `math.sqrt` would return a plain float: it is replaced, too.
     """
     replaced: list[tuple[nn.Module, str]] = []
     try:
@@ -256,7 +237,7 @@ def remembered(model: nn.Module, book: object, heads: bool = False) -> Iterator[
     finally:
         math.sqrt = _sqrt
         for module in {**dict.fromkeys(model.modules()), **dict.fromkeys(m for m, _ in replaced)}:
-            for key, value in list(vars(module).items()):  # those that the pass itself stored as well
+            for key, value in list(vars(module).items()):  # including those that the forward pass stored
                 plain = _unwatched(value)
                 if plain is not value:
                     vars(module)[key] = plain

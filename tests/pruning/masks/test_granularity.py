@@ -23,6 +23,7 @@ from cctool.pruning.masks.granularity import (
     pattern_holds,
 )
 from cctool.pruning.masks.report import weights_of
+from cctool.pruning.scores.criteria import Unscored
 
 
 class Net(nn.Module):
@@ -262,13 +263,11 @@ def test_steps_rates_only_and_exclude_change_what_goes(net: Net) -> None:
 
 
 def test_the_saliency_decides_and_may_decline(net: Net) -> None:
-    class Declined:
-        reason = "no evidence"
-
+    declined = Unscored("no evidence")
     options = PruneOptions(method=PruneMethod.TAYLOR, granularity=Granularity.ELEMENT, scope=Scope.LOCAL)
 
     def backwards(name: str, weight: Tensor) -> Any:
-        return Declined() if name == "fc.weight" else torch.arange(weight.numel()).view_as(weight).float()
+        return declined if name == "fc.weight" else torch.arange(weight.numel()).view_as(weight).float()
 
     found = choose_masks(net, INPUTS, options, backwards)
     assert found.skipped["fc.weight"] == "no evidence"
@@ -277,7 +276,7 @@ def test_the_saliency_decides_and_may_decline(net: Net) -> None:
     with pytest.raises(PruningError, match="not finite"):
         choose_masks(net, INPUTS, options, lambda name, weight: weight / 0)
     with pytest.raises(PruningError, match=r"nothing can be masked.*no evidence"):
-        choose_masks(net, INPUTS, options, lambda name, weight: Declined())
+        choose_masks(net, INPUTS, options, lambda name, weight: declined)
 
 
 def test_empty_rows_take_bias_and_batch_norm_along(net: Net) -> None:

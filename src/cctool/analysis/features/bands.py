@@ -1,4 +1,4 @@
-"""Sub-bands of coded feature maps, as sheets and pictures show them."""
+"""Sub-bands of coded feature maps, for sheets and pictures."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from itertools import pairwise
 
 from cctool.transforms.codec.figures import BandCounts, TapFigures
 
-__all__ = ["Band", "bands_of", "grouped"]
-
 
 @dataclass(frozen=True)
 class Band:
@@ -18,7 +16,7 @@ class Band:
     Attributes:
         name: of the band, as ``i+j=3`` or ``LH1``.
         symbols: quantized values, ascending.
-        counts: how many there are of each.
+        counts: number of occurrences of each.
     """
 
     name: str
@@ -27,12 +25,12 @@ class Band:
 
     @property
     def total(self) -> int:
-        """How many symbols there are."""
+        """Number of all symbols."""
         return sum(self.counts)
 
     @property
     def zeros(self) -> int:
-        """How many of them are zero."""
+        """Number of zeros."""
         return dict(zip(self.symbols, self.counts, strict=True)).get(0, 0)
 
 
@@ -43,17 +41,18 @@ def bands_of(tap: TapFigures) -> list[Band]:
 
 def _band(band: BandCounts, signed: bool) -> Band:
     found = sorted((_value(u) if signed else u, count) for u, count in enumerate(band.counts) if count)
+    # Bands of block transforms are diagonals of the block, named by the sum of their indices.
     name = f"i+j={band.name}" if band.name.isdecimal() else band.name
     return Band(name, tuple(value for value, _ in found), tuple(count for _, count in found))
 
 
 def _value(symbol: int) -> int:
-    """What an unsigned symbol stands for: 0, -1, 1, -2, 2, ..."""
+    """The signed value of a symbol of the code: 0, -1, 1, -2, 2, ..."""
     return -(symbol + 1) // 2 if symbol % 2 else symbol // 2
 
 
 def grouped(bands: Sequence[Band], most: int) -> list[Band]:
-    """Join neighbours, where there are more than ``most`` bands, to as many groups of about equal length."""
+    """Join neighbouring bands into ``most`` groups of about equal length, if there are more bands."""
     if len(bands) <= most:
         return list(bands)
     edges = [round(i * len(bands) / most) for i in range(most + 1)]

@@ -1,4 +1,4 @@
-"""Pictures of coded feature maps: histograms of their symbols, and the curve of accuracy against ratio."""
+"""Pictures of coded feature maps: histograms of symbols, and accuracy against compression ratio."""
 
 from __future__ import annotations
 
@@ -14,25 +14,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["CurvePoint", "draw_curve", "draw_histograms"]
-
 _BAR, _ZERO, _LINE, _REFERENCE = "#1f6fb2", "#8a97a6", "#1f6fb2", "#8a97a6"
 _SPLITS = ("#1f6fb2", "#c8641e", "#3f8f4f")
 _ACROSS, _PANEL, _TALL = 4, 2.6, 2.2
 _TAIL = 0.002
-"""Share of the symbols other than zero that lies beyond the ends of the axis."""
+"""Share of the non-zero symbols that may be outside the axis."""
 
 _MOST_BARS, _MOST_PANELS = 121, 16
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One measured quality.
+    """Measurements at one quality.
 
     Attributes:
-        split: what accuracy and ratio were measured on.
+        split: of the data set.
         quality: 1 to 100.
-        ratio: bits of an 8-bit map over the coded bits, side information included.
+        ratio: bits of an 8-bit map over the coded bits, including side information.
         accuracy: top-1 in percent.
     """
 
@@ -43,12 +41,12 @@ class CurvePoint:
 
 
 def draw_histograms(title: str, bands: Sequence[Band], *, zero_bar: bool = False) -> bytes:
-    """Draw one panel a sub-band; returns the bytes of a PNG.
+    """Draw one panel per sub-band; returns the bytes of a PNG.
 
     Args:
         title: above the picture.
-        bands: in the order of the panels, at least one; neighbours share a panel where there are many.
-        zero_bar: draw the bar of the zeros too, which dwarfs the others; else each panel says their share.
+        bands: in the order of the panels, at least one; if there are many, neighbours share a panel.
+        zero_bar: also draw the bar of zeros, which is much higher than the others.
     """
     from matplotlib.figure import Figure
 
@@ -60,7 +58,7 @@ def draw_histograms(title: str, bands: Sequence[Band], *, zero_bar: bool = False
     panels = figure.subplots(down, across, squeeze=False).flatten()
     for axes, band in zip(panels, bands, strict=False):
         _panel(axes, band, zero_bar)
-    for axes in panels[len(bands) :]:
+    for axes in panels[len(bands) :]:  # the last row may not be full
         axes.set_axis_off()
     figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=10)
     figure.supxlabel("symbol", fontsize=8)
@@ -74,7 +72,7 @@ def draw_curve(title: str, points: Sequence[CurvePoint], uncoded: Sequence[tuple
     Args:
         title: above the picture.
         points: measured qualities.
-        uncoded: (split, top-1 in percent) of the network without a codec, drawn as dashed lines.
+        uncoded: (split, top-1 in percent) of the network without codecs, drawn as dashed lines.
     """
     from matplotlib.figure import Figure
 
@@ -127,7 +125,7 @@ def _panel(axes: Axes, band: Band, zero_bar: bool) -> None:
     counts = zip(band.symbols, band.counts, strict=True)
     shown = {symbol: count for symbol, count in counts if count and (symbol or zero_bar)}
     low, high = _span(shown)
-    # Odd, so that each bar has a symbol in its middle, and one of them zero.
+    # Odd, so that a bar is centred at a symbol, and one of them at zero.
     width = math.ceil((high - low + 1) / _MOST_BARS) // 2 * 2 + 1
     bars: dict[int, int] = {}
     for symbol, count in shown.items():
@@ -148,14 +146,14 @@ def _panel(axes: Axes, band: Band, zero_bar: bool) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    # Zero stands on every axis, also where it has no bar.
+    # Every axis includes zero, also without a bar for it.
     axes.set_xlim(min(low, -1) - 0.7 * width, max(high, 1) + 0.7 * width)
     if not shown:
         axes.set_yticks([])
 
 
 def _span(counts: dict[int, int]) -> tuple[int, int]:
-    """Ends of the axis: outliers so few that their bars would not be seen lie beyond them."""
+    """Ends of the axis; outliers too few to be visible are outside."""
     if not counts:
         return 0, 0
     symbols = sorted(counts)
@@ -171,12 +169,12 @@ def _span(counts: dict[int, int]) -> tuple[int, int]:
 
 
 def _percent(part: int, whole: int) -> str:
-    """One decimal, which says 100 only of all."""
+    """Percent with one decimal; 100.0 only if it is exact."""
     return ">99.9" if part < whole and 100 * part / whole >= 99.95 else f"{100 * part / whole:.1f}"
 
 
 def _plain(text: str) -> str:
-    """Dollar signs would start a formula."""
+    """Escape dollar signs, which would start a formula."""
     return text.replace("$", r"\$")
 
 

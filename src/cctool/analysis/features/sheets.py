@@ -1,4 +1,4 @@
-"""The spreadsheet of coded feature maps: which columns it has, and what its totals and notes say."""
+"""The spreadsheet of coded feature maps, by tap (a module whose output a codec codes) and sub-band."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from cctool.analysis.table import (
     Report,
     Table,
     Total,
+    counted,
     extreme,
     harmonic_mean_by,
     mean_by,
-    total_sum,
 )
 from cctool.transforms.codec.figures import TapFigures
-
-__all__ = ["TAP_COLUMNS", "feature_report"]
 
 Notes = Sequence[tuple[str, str]]
 
 ORDERS = range(6)
-_WHOLE, _PERCENT, _REAL, _RATIO = '#,##0;-#,##0;"-"', "0.00", "0.0000", "0.00"
+_PERCENT, _REAL, _RATIO = "0.00", "0.0000", "0.00"
 
 
 def _ratio(order: int, against: str, bits: int) -> Column:
@@ -46,7 +44,7 @@ def _mean(key: str) -> Total:
 TAP_COLUMNS = (
     Column("name", "Tap", "Module whose output is coded."),
     Column("shape", "Map", "Shape of the map of one sample, C x H x W."),
-    Column("elements", "Elements", "Of all maps that were measured.", _WHOLE, total_sum("elements")),
+    counted("elements", "Elements", "Of all maps that were measured."),
     Column("minimum", "Min", "Smallest value of the map.", _REAL, extreme("minimum", largest=False)),
     Column("maximum", "Max", "Largest value of the map.", _REAL, extreme("maximum", largest=True)),
     Column("mean", "Mean", "Of all values of the map.", _REAL, _mean("mean")),
@@ -58,26 +56,16 @@ TAP_COLUMNS = (
         _PERCENT,
         mean_by("transform_zeros", "symbols"),
     ),
-    Column(
-        "symbols",
-        "Symbols",
-        "Coded symbols; wavelets of odd sizes have more than elements.",
-        _WHOLE,
-        total_sum("symbols"),
-    ),
-    Column(
+    counted("symbols", "Symbols", "Coded symbols; wavelets of odd sizes have more than elements."),
+    counted(
         "clamped_values",
         "Clamped values",
         "Values beyond the calibrated range, which the quantizer before the transform clamped.",
-        _WHOLE,
-        total_sum("clamped_values"),
     ),
-    Column(
+    counted(
         "clamped_symbols",
         "Saturated symbols",
         "Coefficients that the quantizer behind the transform clamped to the symbols' bits.",
-        _WHOLE,
-        total_sum("clamped_symbols"),
     ),
     Column("sqnr", "SQNR (dB)", "Energy of the map over that of its coding error, in decibel.", _PERCENT),
     Column(
@@ -96,19 +84,11 @@ TAP_COLUMNS = (
         _REAL,
         _mean("bits_per_element"),
     ),
-    Column(
-        "payload_bits",
-        "Payload bits",
-        "Of the symbols at the tap's order.",
-        _WHOLE,
-        total_sum("payload_bits"),
-    ),
-    Column(
+    counted("payload_bits", "Payload bits", "Of the symbols at the tap's order."),
+    counted(
         "side_bits",
         "Side bits",
         "Headers, ranges, steps, bases, sample means, block tables, and the bits that fill the last byte.",
-        _WHOLE,
-        total_sum("side_bits"),
     ),
     *(_ratio(order, "8 bit", 8) for order in ORDERS),
     *(_ratio(order, "float32", 32) for order in ORDERS),
@@ -117,7 +97,7 @@ TAP_COLUMNS = (
 BAND_COLUMNS = (
     Column("tap", "Tap", "Module whose output is coded."),
     Column("band", "Sub-band", "Group of coefficients."),
-    Column("symbols", "Symbols", "Coded symbols of the band.", _WHOLE, total_sum("symbols")),
+    counted("symbols", "Symbols", "Coded symbols of the band."),
     Column("zeros", "Zeros (%)", "Symbols that are zero.", _PERCENT, mean_by("zeros", "symbols")),
     Column("minimum", "Min", "Smallest symbol.", "#,##0", extreme("minimum", largest=False)),
     Column("maximum", "Max", "Largest symbol.", "#,##0", extreme("maximum", largest=True)),
@@ -126,7 +106,7 @@ BAND_COLUMNS = (
 
 
 def feature_report(figures: Sequence[TapFigures], notes: Notes) -> Report:
-    """Build the sheets of coded feature maps: a row a tap, and a row a sub-band.
+    """Build the sheets of coded feature maps: a row per tap, and a row per sub-band.
 
     Args:
         figures: of the taps, in the order of the forward pass.

@@ -1,12 +1,13 @@
-"""Chains of quantized activations in an ONNX graph, in the form whose nodes onnxruntime runs on integers.
+"""Rewrites chains of quantized activations in an ONNX graph so that onnxruntime runs them on integers.
 
-Its integer kernels stand for a node between DequantizeLinear and QuantizeLinear: so what only moves values
-gets both, a clipping that the integers' own range does is dropped, and means over maps become the operator
-that has such a kernel.
+Its integer kernels replace a node between DequantizeLinear and QuantizeLinear. So nodes that only move values
+get both, a clipping that the range of the integers implies is removed, and means over feature maps become the
+operator that has an integer kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,24 +15,10 @@ import numpy as np
 from cctool.formats.onnx.graph import OnnxGraph
 from cctool.quantization.export.onnx_operator import ON_GRID
 
-__all__ = ["average_pools", "drop_clips", "grid_of", "quantize_moves", "rounding"]
-
-_MOVES = frozenset(
-    [
-        "MaxPool",
-        "Reshape",
-        "Transpose",
-        "Flatten",
-        "Squeeze",
-        "Unsqueeze",
-        "Slice",
-        "Split",
-        "Pad",
-        "Identity",
-        "DepthToSpace",
-        "SpaceToDepth",
-    ]
-)
+_MOVES = frozenset((
+    "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Pad", "Identity",
+    "DepthToSpace", "SpaceToDepth",
+))  # fmt: skip
 _TYPES = {"b": (-128, 127), "B": (0, 255)}
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
 
@@ -45,7 +32,7 @@ def rounding() -> dict[Any, Any]:
 
     def write(x: Any, scale: float, zero_point: int, low: int, high: int) -> Any:
         if low < 0 and (low, high) not in _TYPES.values():
-            # onnxruntime makes unsigned integers of whole signed bytes by itself, but not behind a Clip.
+            # onnxruntime converts signed bytes to unsigned ones by itself, but not before a Clip.
             zero_point, low, high = zero_point + 128, low + 128, high + 128
         kind = TensorProto.UINT8 if low >= 0 else TensorProto.INT8
 
@@ -63,7 +50,7 @@ def rounding() -> dict[Any, Any]:
 
 
 def grid_of(graph: OnnxGraph, name: str) -> tuple[str, str] | None:
-    """Scale and zero point, by name, of the DequantizeLinear that makes a value from 8-bit integers."""
+    """Names of scale and zero point of the DequantizeLinear that makes a value from 8-bit integers."""
     node = graph.maker(name)
     if node is None or node.op_type != DQ or len(node.input) < 3:
         return None
@@ -74,7 +61,7 @@ def grid_of(graph: OnnxGraph, name: str) -> tuple[str, str] | None:
 
 
 def quantize_moves(graph: OnnxGraph) -> None:
-    """Quantize what a node gives that only moves quantized values, on the same grid."""
+    """Quantize the outputs of nodes that only move quantized values, on the same grid."""
     for node in list(graph.nodes):
         if node.op_type not in _MOVES or not node.input or not _pads_zeros(graph, node):
             continue
@@ -85,22 +72,20 @@ def quantize_moves(graph: OnnxGraph) -> None:
             takers = graph.takers(output)
             if output in graph.outputs or not takers or all(taker.op_type == Q for taker in takers):
                 continue
-            after = _requantized(graph, node, output, grid, takers)
+            after = _requantized(graph, output, grid)
+            graph.rename(output, after[-1].output[0], takers)
             graph.insert(after, after=node)
             graph.index()
 
 
-def _requantized(graph: OnnxGraph, node: Any, output: str, grid: tuple[str, str], takers: Any) -> list[Any]:
-    down = graph.node(Q, (output, *grid), f"{output}_quantized")
-    up = graph.node(DQ, (down.output[0], *grid), f"{output}_dequantized")
-    graph.rename(output, up.output[0], takers)
-    return [down, up]
+def _requantized(graph: OnnxGraph, value: str, grid: Sequence[str]) -> list[Any]:
+    """A QuantizeLinear of a value, and the DequantizeLinear behind it, on a grid."""
+    down = graph.node(Q, (value, *grid), f"{value}_quantized")
+    return [down, graph.node(DQ, (down.output[0], *grid), f"{value}_dequantized")]
 
 
 def _pads_zeros(graph: OnnxGraph, node: Any) -> bool:
-    if node.op_type != "Pad":
-        return True
-    if graph.attribute(node, "mode", b"constant") != b"constant":
+    if node.op_type != "Pad" or graph.attribute(node, "mode", b"constant") != b"constant":
         return True
     value = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(())
     return value is not None and not value.any()
@@ -126,10 +111,8 @@ def average_pools(graph: OnnxGraph) -> None:
         else:
             made = pool.output[0]
             if len(takers) == 1 and takers[0].op_type == Q and output not in graph.outputs:
-                down = graph.node(Q, (made, *takers[0].input[1:]), f"{made}_quantized")
-                up = graph.node(DQ, (down.output[0], *takers[0].input[1:]), f"{made}_dequantized")
-                added += [down, up]
-                made = up.output[0]
+                added += _requantized(graph, made, takers[0].input[1:])
+                made = added[-1].output[0]
             flat = graph.node("Flatten", (made,), f"{output}_flat", axis=1)
             flat.output[0] = output
             added.append(flat)
@@ -147,15 +130,11 @@ def _ranks(graph: OnnxGraph) -> dict[str, int]:
 
 
 def drop_clips(graph: OnnxGraph) -> None:
-    """Drop each Relu and Clip whose every value the quantization behind it would give without it."""
+    """Remove each Relu and Clip that changes nothing, because the quantization after it clips as much."""
     for node in list(graph.nodes):
         while node.op_type == Q:
             before = graph.maker(node.input[0])
-            if (
-                before is None
-                or before.op_type not in ("Relu", "Clip")
-                or not _redundant(graph, before, node)
-            ):
+            if before is None or not _redundant(graph, before, node):
                 break
             node.input[0] = before.input[0]
             graph.index()
@@ -163,6 +142,8 @@ def drop_clips(graph: OnnxGraph) -> None:
 
 def _redundant(graph: OnnxGraph, clip: Any, quantize: Any) -> bool:
     scale, zero = graph.constant(quantize.input[1]), graph.constant(quantize.input[2])
+    if clip.op_type not in ("Relu", "Clip"):
+        return False
     if len(graph.takers(clip.output[0])) != 1 or clip.output[0] in graph.outputs:
         return False
     if scale is None or zero is None or scale.size != 1 or zero.dtype.char not in _TYPES:
@@ -179,7 +160,7 @@ def _redundant(graph: OnnxGraph, clip: Any, quantize: Any) -> bool:
         else:
             bounds.append(other)
     low, high = _limits(graph, quantize, zero)
-    # What clips to a bound rounds to the bound's integer: that must be at the end of the range, or beyond.
+    # Values clipped to a bound round to its integer, which must be at the end of the range or beyond.
     at_bounds = [np.round(np.float32(bound) / np.float32(scale)) + float(zero) for bound in bounds]
     return bool(at_bounds[0] <= low and at_bounds[1] >= high)
 

@@ -1,4 +1,4 @@
-"""An ONNX graph that is edited: who makes and takes a value, constants, new nodes in their places."""
+"""Editing of an ONNX graph: producers and consumers of values, constants, new nodes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["OnnxGraph"]
-
 Array = np.ndarray[Any, Any]
 
 
@@ -18,7 +16,7 @@ class OnnxGraph:
 
     Attributes:
         graph: the GraphProto.
-        nodes: in an order in which they can run.
+        nodes: in topological order.
     """
 
     def __init__(self, document: Any) -> None:
@@ -40,7 +38,7 @@ class OnnxGraph:
         self.index()
 
     def index(self) -> None:
-        """Find makers and takers anew, after inputs were changed."""
+        """Update `maker` and `takers` after a change of inputs."""
         self._made = {output: node for node in self.nodes for output in node.output if output}
         self._taken = defaultdict(list)
         for node in self.nodes:
@@ -48,15 +46,15 @@ class OnnxGraph:
                 self._taken[name].append(node)
 
     def maker(self, name: str) -> Any | None:
-        """The node that makes a value; None for constants and the graph's inputs."""
+        """The node whose output a value is; None for initializers and the graph's inputs."""
         return self._made.get(name)
 
     def takers(self, name: str) -> list[Any]:
-        """The nodes that take a value."""
+        """The nodes that have a value as an input."""
         return self._taken[name]
 
     def constant(self, name: str) -> Array | None:
-        """A constant's values; None where the value is computed."""
+        """A constant's values; None if the value is computed."""
         if name not in self._arrays and name in self._constants:
             self._arrays[name] = self._read(self._constants[name])
         return self._arrays.get(name)
@@ -69,7 +67,7 @@ class OnnxGraph:
                 yield name, array
 
     def fresh(self, name: str) -> str:
-        """A name that nothing else has."""
+        """An unused name, made of this one."""
         found, number = name, 1
         while found in self._names:
             found, number = f"{name}_{number}", number + 1
@@ -77,27 +75,27 @@ class OnnxGraph:
         return found
 
     def add_constant(self, name: str, array: Array) -> str:
-        """Add an initializer; its name."""
+        """Add an initializer; returns its name."""
         from onnx import numpy_helper
 
         return self.add_tensor(numpy_helper.from_array(np.ascontiguousarray(array), self.fresh(name)))
 
     def add_tensor(self, tensor: Any) -> str:
-        """Add an initializer whose name is fresh; that name."""
+        """Add an initializer of an unused name; returns the name."""
         self._constants[tensor.name] = tensor
         self.graph.initializer.append(tensor)
         name: str = tensor.name
         return name
 
     def node(self, kind: str, inputs: Sequence[str], name: str, **attributes: Any) -> Any:
-        """Make a node with one result of the same name; it is not in the graph yet."""
+        """Make a node with one output of the same name, which is not in the graph yet."""
         from onnx import helper
 
         name = self.fresh(name)
         return helper.make_node(kind, list(inputs), [name], name=name, **attributes)
 
     def insert(self, nodes: Sequence[Any], *, before: Any | None = None, after: Any | None = None) -> None:
-        """Put nodes beside another one; `index` sees them."""
+        """Insert nodes before or after another one; call `index` afterwards."""
         other = before if before is not None else after
         place = next(i for i, node in enumerate(self.nodes) if node is other) + (before is None)
         self.nodes[place:place] = nodes
@@ -116,26 +114,21 @@ class OnnxGraph:
         found = next((a for a in node.attribute if a.name == name), None)
         return default if found is None else helper.get_attribute_value(found)
 
+    def _used(self, name: str) -> bool:
+        return bool(self._taken[name]) or name in self.outputs
+
     def close(self) -> None:
-        """Drop what nothing takes, and write the nodes back."""
+        """Remove nodes and initializers that nothing uses, and write the graph back."""
         while True:
             self.index()
-            alive = [
-                node
-                for node in self.nodes
-                if any(self._taken[name] or name in self.outputs for name in node.output)
-            ]
+            alive = [node for node in self.nodes if any(map(self._used, node.output))]
             if len(alive) == len(self.nodes):
                 break
             self.nodes = alive
-        kept = [
-            tensor
-            for tensor in self.graph.initializer
-            if self._taken[tensor.name] or tensor.name in self.outputs
-        ]
+        kept = [tensor for tensor in self.graph.initializer if self._used(tensor.name)]
         values = [entry for entry in self.graph.value_info if entry.name in self._made]
         for name, entries in (("node", self.nodes), ("initializer", kept), ("value_info", values)):
-            # Copies, because clearing the field may free what it held.
+            # Copies, because clearing the field may free its entries.
             entries = [type(entry).FromString(entry.SerializeToString()) for entry in entries]
             self.graph.ClearField(name)
             getattr(self.graph, name).extend(entries)

@@ -1,13 +1,13 @@
-"""Weights of an ONNX graph as integers: initializers of one byte, or half, and DequantizeLinear behind them.
+"""Weights of an ONNX graph as integers: initializers of 8 or 4 bits with a DequantizeLinear.
 
-A constant is known by its values, bit for bit, which are those of the network that was exported: names and
-layouts differ between versions of the exporter, and it may have transposed one.
+Weights are found by their values, bit for bit, which are those of the exported network: names and layouts
+differ between versions of the exporter, which may also transpose a weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,6 @@ from cctool.formats.onnx.chains import DQ, average_pools, drop_clips, grid_of, q
 from cctool.formats.onnx.graph import OnnxGraph
 from cctool.quantization.export.integer_weights import IntegerWeight
 
-__all__ = ["PACKED_OPSET", "with_integers"]
-
 Array = np.ndarray[Any, Any]
 
 PACKED_OPSET = 21
@@ -26,24 +24,24 @@ PACKED_OPSET = 21
 
 _WITH_BIAS = ("Conv", "ConvTranspose", "Gemm")
 _FINE = 7
-"""Bits that integers of fewer are spread over: biases lie on finer steps, and 7 never saturate."""
+"""Bits that narrower integers are scaled up to: the steps of biases become finer, and 7 never saturate."""
 
-_LARGEST_BIAS = 2.0**30
-_TINY = 1e-30
+_LARGEST_BIAS = 2.0**30  # in steps: an int32 with a bit to spare
+_TINY = 1e-30  # least scale, which must not become 0 in float32
 _BIAS_DIGITS = 2.0**24
-"""Steps that a bias has where its channel's weights are all 0 and the scale is free."""
+"""Steps of a bias if its channel's weights are all 0, so that the scale is free."""
 
 
 def with_integers(document: Any, weights: Sequence[IntegerWeight], *, packed: bool) -> tuple[str, ...]:
-    """Replace float constants by integers, in place, and give activations the form of integer kernels.
+    """Replace float weights by integers, in place, and bring activations into the form of integer kernels.
 
     Args:
-        document: as torch's exporter has made it from an export network.
+        document: what torch's exporter made of an export network.
         weights: of that network.
-        packed: whether integers of 4 bits and fewer are stored in half a byte, which takes the opset 21.
+        packed: whether integers of 4 bits and fewer take half a byte, which needs opset 21.
 
     Returns:
-        Names of the weights that were not found in the graph, and so stay in floating point.
+        Names of the weights that were not found in the graph and stay in floating point.
     """
     graph = OnnxGraph(document)
     average_pools(graph)
@@ -52,14 +50,6 @@ def with_integers(document: Any, weights: Sequence[IntegerWeight], *, packed: bo
     missing = _Weights(graph, weights, packed=packed).place()
     graph.close()
     return missing
-
-
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """A weight as it lies in the graph."""
-
-    weight: IntegerWeight
-    transposed: bool
 
 
 class _Weights:
@@ -72,38 +62,36 @@ class _Weights:
         for node in list(self.graph.nodes):
             for position, name in enumerate(node.input):
                 if name in constants and node.op_type != "Constant":
-                    self._replace(node, position, constants[name])
+                    self._replace(node, position, *constants[name])
         self.graph.index()
-        found = {match.weight.name for match in constants.values()}
+        found = {weight.name for weight, _ in constants.values()}
         return tuple(dict.fromkeys(w.name for w in self.weights if w.name not in found))
 
-    def _matched(self) -> dict[str, _Found]:
-        """Float constants that are weights, by their name in the graph."""
-        known: dict[tuple[tuple[int, ...], bytes], _Found] = {}
+    def _matched(self) -> dict[str, tuple[IntegerWeight, bool]]:
+        """Float constants that are weights, by their name in the graph; whether each is transposed there."""
+        known: dict[tuple[tuple[int, ...], bytes], tuple[IntegerWeight, bool]] = {}
         for weight in self.weights:
             values = weight.values().numpy()
-            known[values.shape, values.tobytes()] = _Found(weight, transposed=False)
+            known[values.shape, values.tobytes()] = weight, False
             if values.ndim == 2:
-                known.setdefault((values.T.shape, values.T.tobytes()), _Found(weight, transposed=True))
+                known.setdefault((values.T.shape, values.T.tobytes()), (weight, True))
         found = {}
         for name, array in self.graph.floats():
             match = known.get((array.shape, array.tobytes()))
-            # A single number, or none, equals too much.
+            # A constant of one element could equal a weight by chance.
             if match is not None and array.size > 1:
                 found[name] = match
         return found
 
-    def _replace(self, node: Any, position: int, found: _Found) -> None:
-        half = self.packed and found.weight.bits <= 4
-        weight = found.weight if half else found.weight.finer(_FINE)
+    def _replace(self, node: Any, position: int, weight: IntegerWeight, transposed: bool) -> None:
+        half = self.packed and weight.bits <= 4
+        weight = weight if half else weight.finer(_FINE)
         title = weight.name.removesuffix(".weight")
         grid = grid_of(self.graph, node.input[0]) if position == 1 else None
-        has_bias = (
-            position == 1 and node.op_type in _WITH_BIAS and len(node.input) > 2 and bool(node.input[2])
-        )
-        bias = self.graph.constant(node.input[2]) if has_bias else None
+        biased = position == 1 and node.op_type in _WITH_BIAS and len(node.input) > 2
+        bias = self.graph.constant(node.input[2]) if biased and node.input[2] else None
         whole = bias is not None and self.graph.attribute(node, "alpha", 1.0) == 1.0
-        # Layers with halves of bytes run on floating point, and so does their bias.
+        # onnxruntime computes layers with 4-bit weights in floating point, and so their bias.
         whole = whole and self.graph.attribute(node, "beta", 1.0) == 1.0 and not half
         if grid is not None and whole and bias is not None:
             step = self.graph.constant(grid[0])
@@ -111,12 +99,10 @@ class _Weights:
             weight = _holding(weight, bias, float(step))
         else:
             weight = _positive(weight)
-        scale = weight.scale.numpy()
-        axis = weight.axis if weight.axis is None or not found.transposed else 1 - weight.axis
-        integers = weight.integers.numpy()
-        integers = integers.T if found.transposed else integers
+        axis = weight.axis if weight.axis is None or not transposed else 1 - weight.axis
+        integers, scale = weight.integers.numpy(), weight.scale.numpy()
         inputs = [
-            self._integers(f"{weight.name}.integers", integers, weight),
+            self._integers(f"{weight.name}.integers", integers.T if transposed else integers, weight),
             self._constant(f"{weight.name}.scale", scale),
             self._zero(f"{weight.name}.zero_point", weight),
         ]
@@ -133,7 +119,7 @@ class _Weights:
         return output
 
     def _bias(self, node: Any, title: str, bias: Array, step: str, scale: Array) -> None:
-        """Store a bias as int32 in steps of the products, which is what sums of products are made of."""
+        """Store a bias as int32 in steps of the products, the scale of an integer kernel's accumulator."""
         given = self.graph.constant(step)
         assert given is not None
         products = (given.reshape(()) * scale).astype(np.float32)
@@ -154,11 +140,11 @@ class _Weights:
         zero = weight.zero_point.numpy()
         if self.packed and weight.bits <= 4:
             return self._half_bytes(name, zero, signed=weight.low < 0)
-        # One for each use: onnxruntime's mode without saturation does not survive shared ones.
+        # One for each use: onnxruntime's mode without saturation fails on shared ones.
         return self.graph.add_constant(name, zero.astype(np.int8 if weight.low < 0 else np.uint8))
 
     def _constant(self, name: str, array: Array) -> str:
-        """An initializer; one that is there already where type and values are the same."""
+        """An initializer of these values; an existing one if type and values are equal."""
         key = f"{array.dtype}{array.shape}".encode() + array.tobytes()
         if key not in self._known:
             self._known[key] = self.graph.add_constant(name, array)
@@ -179,7 +165,7 @@ class _Weights:
 
 
 def _positive(weight: IntegerWeight) -> IntegerWeight:
-    """The weight with 1 for a scale of 0, whose integers count for nothing."""
+    """The weight with scales of 0 replaced by 1, and integers there that mean 0."""
     dead = weight.scale == 0
     if not bool(dead.any()):
         return weight
@@ -187,17 +173,16 @@ def _positive(weight: IntegerWeight) -> IntegerWeight:
 
 
 def _holding(weight: IntegerWeight, bias: Array, step: float) -> IntegerWeight:
-    """The weight, with larger scales where 32 bits do not hold the bias, and free ones chosen for the bias.
+    """The weight with larger scales where the bias would not fit in 32 bits; free scales suit the bias.
 
     Args:
         weight: of one layer.
-        bias: float32 (C,).
-        step: of what the layer takes in.
+        bias: float32 [C].
+        step: quantization step of the layer's input.
     """
     size = torch.from_numpy(np.abs(bias)).double()
-    steps = (weight.integers - _aligned(weight, weight.zero_point)).abs() * (
-        _aligned(weight, weight.scale) > 0
-    )
+    alive = _aligned(weight, weight.scale) > 0
+    steps = (weight.integers - _aligned(weight, weight.zero_point)).abs() * alive
     if weight.axis is None:
         size, empty = size.amax(), ~steps.any()
     else:
@@ -209,7 +194,7 @@ def _holding(weight: IntegerWeight, bias: Array, step: float) -> IntegerWeight:
 
 
 def _rescaled(weight: IntegerWeight, scale: torch.Tensor) -> IntegerWeight:
-    """The nearest integers on grids with other scales, and the same zero points."""
+    """The nearest integers for other scales and the same zero points."""
     zero = _aligned(weight, weight.zero_point)
     steps = (weight.integers - zero).double() * _aligned(weight, weight.scale.double())
     n = (steps / _aligned(weight, scale.double())).round() + zero

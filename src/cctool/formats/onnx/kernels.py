@@ -1,4 +1,4 @@
-"""Which layers of an ONNX file onnxruntime runs on integers, and what this machine's CPU does to them."""
+"""Which layers of an ONNX file onnxruntime runs on integers, and whether they saturate on this CPU."""
 
 from __future__ import annotations
 
@@ -12,22 +12,13 @@ from cctool.base.errors import ExportError
 from cctool.formats.onnx.graph import OnnxGraph
 from cctool.formats.records import FloatLayer, Kernels
 
-__all__ = ["SATURATES", "kernels_of", "saturating_cpu", "session_options"]
-
-_INTEGER = frozenset(
-    [
-        "QLinearConv",
-        "QGemm",
-        "QLinearMatMul",
-        "MatMulIntegerToFloat",
-        "ConvInteger",
-        "MatMulInteger",
-        "DynamicQuantizeMatMul",
-    ]
-)
-_FLOAT = frozenset(
-    ["Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits"]
-)
+_INTEGER = frozenset((
+    "QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger",
+    "DynamicQuantizeMatMul",
+))  # fmt: skip
+_FLOAT = frozenset((
+    "Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits",
+))  # fmt: skip
 _PRECISE = "session.x64quantprecision"
 
 SATURATES = (
@@ -52,10 +43,10 @@ def saturating_cpu() -> bool:
 
 
 def session_options(*, precise: bool) -> Any:
-    """Options of a session that keeps to itself.
+    """Options of a session that logs nothing but fatal errors.
 
     Args:
-        precise: whether kernels that do not saturate are chosen where there are some that do.
+        precise: whether to prefer kernels that do not saturate.
     """
     import onnxruntime
 
@@ -76,7 +67,7 @@ def kernels_of(path: Path) -> Kernels:
     import onnxruntime
 
     options = session_options(precise=False)
-    # One level below the highest, whose layouts are only for the machine that made them.
+    # One level below the highest, which changes layouts for this machine only.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "optimized.onnx"
@@ -84,26 +75,25 @@ def kernels_of(path: Path) -> Kernels:
         try:
             onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             optimized = onnx.load(target)
-        # Its exceptions share no base class of their own.
+        # onnxruntime's exceptions have no common base class.
         except Exception as error:
             raise ExportError(f"onnxruntime cannot optimize the exported model: {error}") from error
     integer = [node for node in optimized.graph.node if node.op_type in _INTEGER]
     others = [node for node in optimized.graph.node if node.op_type in _FLOAT]
     graph = OnnxGraph(onnx.load(path))
     named = {node.name: node for node in graph.nodes if node.op_type in _FLOAT}
-    # What onnxruntime fuses gets another name, but takes the same weight.
+    # A fused layer gets another name, but has the same weight.
     taking = {node.input[1]: node for node in named.values()}
     layers = []
     for node in others:
         source = named.get(node.name) or taking.get(node.input[1])
-        layers.append(
-            FloatLayer((node if source is None else source).name or node.op_type, _reason(graph, source))
-        )
+        name = (node if source is None else source).name or node.op_type
+        layers.append(FloatLayer(name, _reason(graph, source)))
     return Kernels(integer=len(integer), floating=tuple(layers))
 
 
 def _reason(graph: OnnxGraph, node: Any | None) -> str:
-    """Why a layer of the file runs on floating point."""
+    """Why a layer of the file runs in floating point."""
     if node is None:
         return "no layer of the network"
     weight = graph.maker(node.input[1])

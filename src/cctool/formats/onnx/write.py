@@ -1,7 +1,7 @@
-"""ONNX: exported with a free batch size, checked, run, and only then given its name.
+"""ONNX files with a free batch size; checked and run before they get their final name.
 
-Written by torch's exporter on `torch.export`, opset as that chooses. What identifies the network goes into
-the file; what identifies the machine that exported it (stack traces, module paths) is taken out.
+Written by torch's exporter based on `torch.export`, in the exporter's default opset. The file's metadata
+identify the network; what would identify the exporting machine (stack traces, paths) is removed.
 """
 
 from __future__ import annotations
@@ -36,19 +36,17 @@ from cctool.formats.parity import Run, runner_of
 from cctool.formats.records import Agreement, ExportRequest, Kernels, Written
 from cctool.graph.execution import blaming_the_size
 
-__all__ = ["write_onnx"]
-
 INPUT, OUTPUT = "input", "logits"
 
-_LARGEST = 2**31 - 2**20
+_LARGEST = 2**31 - 2**20  # protobuf's limit of 2 GiB, less room for the graph
 
 
 def write_onnx(request: ExportRequest) -> Written:
     """Write a network as one ONNX file and verify it.
 
-    The file must pass onnx.checker, and onnxruntime must give the model's outputs for random inputs in two
-    batch sizes and for the request's samples. Where a network cannot be exported with a free batch size, it
-    is exported for batches of one, and a note says so.
+    The file must pass onnx.checker, and onnxruntime must give the model's outputs for random inputs of two
+    batch sizes and for the request's samples. A network that cannot be exported with a free batch size is
+    exported for batches of one, with a note.
 
     Raises:
         ExportError: if it cannot be exported or does not compute what the model does; no file is left.
@@ -76,21 +74,16 @@ def write_onnx(request: ExportRequest) -> Written:
     write_atomically(request.path, write, check, overwrite=request.overwrite)
     notes = (*notes, *comparison_notes(request, agreements))
     found = next(iter(kernels), None)
-    if (
-        found is not None
-        and found.integer
-        and saturating_cpu()
-        and not all(w.reduced for w in request.weights)
-    ):
+    wide = not all(weight.reduced for weight in request.weights)
+    if found is not None and found.integer and wide and saturating_cpu():
         notes = (*notes, SATURATES)
     return Written(str(request.path), "onnx", request.path.stat().st_size, tuple(agreements), notes, found)
 
 
 def _put_integers(document: Any, request: ExportRequest) -> tuple[str, ...]:
     """Write weights as integers; notes on those that stay in floating point."""
-    if not request.weights and not request.quantized:
-        return ()
-    missing = with_integers(document, request.weights, packed=request.packed)
+    integers = request.weights or request.quantized
+    missing = with_integers(document, request.weights, packed=request.packed) if integers else ()
     if not missing:
         return ()
     return (f"{some(missing)} stay in floating point: torch's exporter computes with other values",)
@@ -106,7 +99,7 @@ def _refuse_large(model: nn.Module) -> None:
 
 
 def _convert(model: nn.Module, request: ExportRequest) -> tuple[Any, tuple[str, ...]]:
-    """Convert with a free batch size, or for batches of one where that fails; the notes say which."""
+    """Convert with a free batch size, or, if that fails, for batches of one with a note."""
     shape = request.input_shape
     names = _output_names(model, shape)
     options: dict[str, Any] = {"custom_translation_table": rounding()} if request.quantized else {}
@@ -118,6 +111,7 @@ def _convert(model: nn.Module, request: ExportRequest) -> tuple[Any, tuple[str, 
     except ExportError as error:
         document = run(free_batch=False)
         return document, (f"the batch size is fixed to 1: with a free one, {error}",)
+    # The exporter may succeed although the code computed with the example's batch size.
     if not document.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         document = run(free_batch=False)
         return document, ("the batch size is fixed to 1: the network computes with a constant batch size",)
@@ -152,7 +146,7 @@ def _run_exporter(
                 dynamic_shapes=dimensions,
                 **options,
             )
-        # Whatever torch.export or a translation of one operator raises for a network that it cannot take.
+        # torch.export and translations of operators raise errors of any type for unsupported networks.
         except Exception as error:
             raise ExportError(f"torch cannot export this network: {reason(error)}") from error
     if program is None:
@@ -161,10 +155,9 @@ def _run_exporter(
 
 
 def _describe(document: Any, checkpoint: Checkpoint, shape: tuple[int, int, int]) -> None:
-    """Say in the file what it is; take out what the exporter noted about modules, stacks and paths."""
+    """Describe the network in the file, and remove the exporter's notes about modules, stacks and paths."""
     _strip(document)
     spec = checkpoint.spec
-    properties = descriptions(checkpoint, shape)
     document.producer_name, document.producer_version = "cctool", __version__
     document.graph.name = spec.architecture
     document.doc_string = (
@@ -172,7 +165,7 @@ def _describe(document: Any, checkpoint: Checkpoint, shape: tuple[int, int, int]
         f"{INPUT}: float images [{BATCH}, {', '.join(map(str, shape))}], scaled to 0..1, then "
         f"(x - mean) / std as cctool.mean and cctool.std say. {OUTPUT}: one score per class, before softmax."
     )
-    for key, value in properties.items():
+    for key, value in descriptions(checkpoint, shape).items():
         document.metadata_props.add(key=key, value=value)
 
 
@@ -181,7 +174,7 @@ def _strip(document: Any) -> None:
     free = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for entry in (*graph.input, *graph.output, *graph.value_info) if free else ():
         for dimension in entry.type.tensor_type.shape.dim:
-            # Some versions of torch call it by the name of their symbol.
+            # Some versions of torch name the batch dimension after an internal symbol.
             if dimension.dim_param == free:
                 dimension.dim_param = BATCH
     graph.ClearField("metadata_props")
@@ -215,11 +208,11 @@ def _session(path: Path, *, precise: bool) -> Any:
     options, providers = session_options(precise=precise), ["CPUExecutionProvider"]
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
-    # Its exceptions share no base class of their own.
+    # onnxruntime's exceptions have no common base class.
     except Exception as error:
         if not precise:
             raise ExportError(f"onnxruntime cannot load the exported model: {reason(error)}") from error
-    # Without optimizing, it computes on the values that the integers stand for.
+    # Not every graph loads in precise mode. Without optimization it computes on dequantized values.
     options = session_options(precise=False)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

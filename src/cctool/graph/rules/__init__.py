@@ -1,4 +1,4 @@
-"""What each torch function does to channels: one pure rule for each, in one table."""
+"""What each torch function does to channels: a rule each, in one table."""
 
 from __future__ import annotations
 
@@ -93,11 +93,11 @@ RULES: dict[str, Rule] = {
     "native_channel_shuffle": shapes.channel_shuffle,
     "unfold": shapes.unfold,
 }
-"""Rule of each function by its canonical name; what is not here freezes the channels that it touches."""
+"""Rule of each function by its canonical name; a function without one freezes the channels it touches."""
 
 
 def apply_rule(ledger: Ledger, event: Event) -> None:
-    """Apply the rule of a call; without one, or in a form that it does not read, freeze what goes in."""
+    """Apply the rule of a call; without one, or in a form that it cannot read, freeze the inputs."""
     rule = RULES.get(event.name)
     if rule is None:
         layers.opaque(ledger, event, f"no rule for `{event.name}`")
@@ -105,6 +105,6 @@ def apply_rule(ledger: Ledger, event: Event) -> None:
     try:
         rule(ledger, event)
     except (IndexError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        # torch takes arguments in more forms than rules name; one that is not read must not be guessed at.
+        # torch accepts arguments in more forms than the rules read: freezing is safe, guessing is not.
         reason = f"no rule for `{event.name}` called like this ({type(error).__name__})"
         layers.opaque(ledger, event, reason)

@@ -1,4 +1,4 @@
-"""Rules of elementwise operations, pooling, reductions and products of activations."""
+"""Rules of elementwise operations, pooling and reductions."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ def _source(event: Event) -> Tensor:
 
 
 def unary(ledger: Ledger, event: Event) -> None:
-    """Channels pass: activations, casts, dropout, clones, `zeros_like`."""
+    """Activations, casts, dropout, clones, `zeros_like`: the result has the channels of the input."""
     if isinstance(event.result, Tensor):
         source = _source(event)
+        # In-place forms return their input, which has its ids.
         if event.result is not source:
             ledger.set(event.result, ledger.of(source).expand(event.result.shape))
 
 
 def fixed(ledger: Ledger, event: Event) -> None:
-    """New tensors of a given size."""
+    """New tensors of a constant size."""
     for result in tensors_in(event.result):
         ledger.set(result, constant_ids(FIXED, result.shape))
 
 
 def uniform(ledger: Ledger, event: Event) -> None:
-    """`zeros`, `ones`, `full`, `empty`: alike at every channel; where a width sizes them they follow it."""
+    """`zeros`, `ones`, `full`, `empty`: the same at every channel; a dim sized by a width is cut with it."""
     result, size = event.result, event.args[isinstance(event.args[0], Tensor) if event.args else 0 :]
     given: Any = event.kwargs.get("size", size[0] if size and isinstance(size[0], (tuple, list)) else size)
     sizes = list(given)[: result.ndim] if isinstance(given, (tuple, list)) else []
@@ -43,7 +44,7 @@ def uniform(ledger: Ledger, event: Event) -> None:
         fixed(ledger, event)
         return
     ((dim, width),) = counted or widths
-    # an attribute may count anything, heights as well: where channels are expected it counts them
+    # An attribute may count anything, such as heights: only in the channel dim it is taken for a width.
     if counted or dim == min(_CHANNELS, result.ndim - 1):
         ids = ledger.new(int(width))
         if ledger.sized(ids, width):
@@ -56,7 +57,7 @@ _CHANNELS = 1  # the dim of the channels in a batch of them
 
 
 def elementwise(ledger: Ledger, event: Event) -> None:
-    """Operands tie position by position; an operand spread over the channels of another one stays."""
+    """Operands are tied position by position; one that is broadcast over another's channels is fixed."""
     tensors = list(tensors_in((event.args, dict(event.kwargs))))
     if len(tensors) == 1:
         unary(ledger, event)
@@ -68,9 +69,8 @@ def elementwise(ledger: Ledger, event: Event) -> None:
     operands = []
     for tensor in tensors:
         if tensor.numel() == 1 and result.numel() > 1 and not ledger.known(tensor):
-            name = ledger.name(tensor)
-            if name is not None:
-                ledger.pin(name, tensor)
+            if ledger.name(tensor) is not None:
+                ledger.pin(tensor)
         else:
             ids = ledger.of(tensor)
             operands.append(ids.reshape([1] * (result.ndim - ids.ndim) + list(ids.shape)))
@@ -78,7 +78,7 @@ def elementwise(ledger: Ledger, event: Event) -> None:
 
 
 def combine(ledger: Ledger, operands: Sequence[Tensor], shape: torch.Size) -> Tensor:
-    """Ids of an elementwise result from those of its operands, which have as many dims; they are tied."""
+    """Tie operands of as many dims as the result; returns the result's ids."""
     smalls = [compact(ids) for ids in operands]
     moving = sorted({d for small in smalls for d, n in enumerate(small.shape) if n > 1})
     if not moving:
@@ -94,6 +94,7 @@ def combine(ledger: Ledger, operands: Sequence[Tensor], shape: torch.Size) -> Te
             for other in operands:
                 ledger.freeze(other, "operands have their channels in different dims")
             return constant_ids(FIXED, shape)
+    # Ties to the smallest need the fewest pairs.
     varied = [part for part in parts if part.numel() > 1]
     first = min(varied, key=Tensor.numel)
     for part in parts:
@@ -119,9 +120,10 @@ def _combine_constants(ledger: Ledger, operands: Sequence[Tensor], shape: torch.
 
 
 def spatial(ledger: Ledger, event: Event) -> None:
-    """Pooling and resampling: channels pass, all dims behind them must be neutral."""
+    """Pooling and resampling: channels stay, and all dims after theirs must be neutral."""
     source = _source(event)
     ids = ledger.of(source)
+    # The digit in `max_pool2d` counts the spatial dims; others (`interpolate`) take a batch of channels.
     digit = [int(c) for c in event.name if c.isdigit()]
     behind = ids.ndim - (digit[0] if digit else ids.ndim - 2)
     if any(dim >= behind for dim in varying(ids)):
@@ -129,6 +131,7 @@ def spatial(ledger: Ledger, event: Event) -> None:
         return
     for other in tensors_in((event.args[1:], dict(event.kwargs))):
         if other is not source:
+            # For example the grid of `grid_sample`, which is no map of channels.
             ledger.freeze(ledger.of(other), f"`{event.name}` is steered by this tensor")
     for result in tensors_in(event.result):
         ledger.set(result, compact(ids).expand(result.shape))
@@ -152,7 +155,7 @@ def _dims(event: Event, ndim: int, position: int = 1) -> list[int]:
 
 
 def reduction(ledger: Ledger, event: Event) -> None:
-    """Means, variances, extrema, sums: over channels they run over those that are kept."""
+    """Means, variances, extrema, sums: over a channel dim they run over the kept channels after a cut."""
     tensors = list(tensors_in((event.args, dict(event.kwargs))))
     if len(tensors) > 1:
         elementwise(ledger, event)
@@ -172,7 +175,7 @@ def reduction(ledger: Ledger, event: Event) -> None:
 
 
 def _runs_over_kept(ledger: Ledger, event: Event, ids: Tensor, dims: Sequence[int]) -> bool:
-    """Note a statistic over channels; whether that could be, else all is frozen."""
+    """Note a statistic over channels; if that is not possible, freeze everything and return False."""
     moving = [dim for dim in varying(ids) if dim in dims]
     if not moving:
         return True
@@ -190,11 +193,11 @@ def _runs_over_kept(ledger: Ledger, event: Event, ids: Tensor, dims: Sequence[in
 
 
 _KEEPING_ZEROS = frozenset({"sum", "norm", "vector_norm", "normalize"})
-"""A masked channel that is 0 adds nothing to these; the verification tells where it is not 0."""
+"""A masked channel that is 0 adds nothing to these; whether it is 0, the verification finds out."""
 
 
 def along_dim(ledger: Ledger, event: Event) -> None:
-    """Softmax, `normalize`, cumulative sums: along dims without channels these pass, else see `reduction`."""
+    """Softmax, `normalize`, cumulative sums: ids stay; along a channel dim see `reduction`."""
     ids = ledger.of(_source(event))
     position = 2 if event.name == "normalize" else 1
     dims = [_NORMALIZED % ids.ndim] if event.name == "normalize" else _dims(event, ids.ndim)
@@ -206,10 +209,10 @@ def along_dim(ledger: Ledger, event: Event) -> None:
         ledger.set(event.result, ids)
 
 
-_NORMALIZED = 1  # the dim over which `F.normalize` runs unless it is told otherwise
+_NORMALIZED = 1  # default dim of `F.normalize`
 
 
 def leaves_torch(ledger: Ledger, event: Event) -> None:
-    """`tolist`, `numpy`: what becomes of the values cannot be seen."""
+    """`tolist`, `numpy`: the trace cannot see what is done with the values."""
     for tensor in tensors_in(event.args):
         ledger.freeze(ledger.of(tensor), f"`{event.name}` hands the values to code outside torch")

@@ -1,4 +1,4 @@
-"""Rules of the layers with weights: they bind the ids that arrive and send out new ones."""
+"""Rules of the layers with weights: weights are bound to the ids of inputs, and outputs get new ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cctool.graph.widths import Symbol, Width
 
 
 def vector(ledger: Ledger, ids: Tensor, dim: int) -> Tensor:
-    """Ids along one dim; if they vary along another one, all are frozen and the dim counts as fixed."""
+    """Ids along one dim; if they vary along another one, freeze them all and return fixed ids."""
     dim %= ids.ndim
     others = [d for d in varying(ids) if d != dim]
     if others:
@@ -22,13 +22,13 @@ def vector(ledger: Ledger, ids: Tensor, dim: int) -> Tensor:
 
 
 def ids_along(ids: Tensor, dim: int, shape: torch.Size) -> Tensor:
-    """A vector of ids laid along one dim of a shape."""
+    """A vector of ids along one dim, expanded to a shape."""
     dim %= len(shape)
     return ids.reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
 
 
 def equal_pieces(ledger: Ledger, ids: Tensor, dim: int) -> Tensor:
-    """Tie the slices along a dim to each other; returns the first, which stands for all."""
+    """Tie the slices along a dim to each other; returns the first."""
     first = ids.narrow(dim, 0, 1)
     if ids.shape[dim] > 1:
         ledger.tie(first, ids)
@@ -36,14 +36,14 @@ def equal_pieces(ledger: Ledger, ids: Tensor, dim: int) -> Tensor:
 
 
 def linear(ledger: Ledger, event: Event) -> None:
-    """`linear(x, W, b)`: binds dim 1 of W to what arrives in the last dim, sends out dim 0."""
+    """`linear(x, W, b)`: dim 1 of W reads the last dim of x, dim 0 makes the output channels."""
     weight = argument(event, "weight")
     ids = ledger.of(argument(event, "input"))
     _affine(ledger, event, ids, weight, argument(event, "bias"), consumer_dim=weight.ndim - 1)
 
 
 def matmul_parameter(ledger: Ledger, event: Event, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """`x @ W`, `addmm(b, x, W)`: as linear, with W's dims the other way round."""
+    """`x @ W`, `addmm(b, x, W)`: as linear, with the dims of W swapped."""
     _affine(ledger, event, ledger.of(x), weight, bias, consumer_dim=0)
 
 
@@ -51,6 +51,7 @@ def _affine(
     ledger: Ledger, event: Event, ids: Tensor, weight: Tensor, bias: Tensor | None, consumer_dim: int
 ) -> None:
     name = ledger.turned(weight)
+    # A transposed parameter: bind the parameter itself, with its dims swapped.
     if name is not None:
         weight, consumer_dim = ledger.model.get_parameter(name), 1 - consumer_dim
     arriving = vector(ledger, ids, -1)
@@ -62,8 +63,7 @@ def _affine(
     sent = ledger.produce(weight, producer_dim, weight.shape[producer_dim])
     ledger.bind(weight, consumer_dim, arriving, Role.CONSUMER)
     ledger.bind(weight, producer_dim, sent, Role.FILTER)
-    if bias is not None:
-        ledger.bind(bias, 0, sent, Role.BIAS)
+    ledger.bind(bias, 0, sent, Role.BIAS)
     for attribute in ("in_features", "embed_dim", "kdim", "vdim"):
         ledger.count_in(event.module, attribute, arriving)
     ledger.count_in(event.module, "out_features", sent)
@@ -71,7 +71,7 @@ def _affine(
 
 
 def _tie_positions(ledger: Ledger, ids: Tensor, groups: int) -> Tensor:
-    """Position j of every group goes together, so that counts stay equal; returns the first group's."""
+    """Tie position j of all groups, so that groups stay of equal size; returns the first group's ids."""
     pieces = ids.reshape(groups, -1)
     if groups > 1:
         ledger.tie(pieces[:1], pieces)
@@ -79,17 +79,17 @@ def _tie_positions(ledger: Ledger, ids: Tensor, groups: int) -> Tensor:
 
 
 def _count_groups(ledger: Ledger, event: Event, name: str, ids: Tensor) -> None:
-    """The number of groups counts these channels, in whatever attribute it was stored."""
+    """The number of groups counts these channels, whatever attribute it comes from."""
     groups = argument(event, name)
     if not isinstance(groups, Width) or not ledger.sized(ids, groups):
         ledger.count_in(event.module, name, ids)
 
 
 def convolution(ledger: Ledger, event: Event) -> None:
-    """Convolution, plain, grouped and depthwise.
+    """Convolution, ordinary, grouped and depthwise.
 
-    Grouped: position j of every group's inputs goes together, and so do those of its outputs. Depthwise (one
-    input channel a group): the group itself goes, with its outputs.
+    Grouped: inputs at the same position of every group are tied, and so are outputs. Depthwise (one input
+    channel per group): whole groups are cut, with their outputs.
     """
     weight = argument(event, "weight")
     groups = int(argument(event, "groups", 1))
@@ -99,6 +99,7 @@ def convolution(ledger: Ledger, event: Event) -> None:
         return
     arriving = vector(ledger, ledger.of(x), channel_dim)
     outputs, per_group = weight.shape[0], weight.shape[1]
+    # Depthwise; over the model's inputs it is an ordinary grouped convolution, as inputs cannot be cut.
     if groups > 1 and per_group == 1 and bool((arriving > INPUT).any()):
         sent = arriving.repeat_interleave(outputs // groups)
         _count_groups(ledger, event, "groups", arriving)
@@ -115,24 +116,22 @@ def convolution(ledger: Ledger, event: Event) -> None:
 
 
 def _send(ledger: Ledger, event: Event, arriving: Tensor, sent: Tensor, channel_dim: int) -> None:
-    """Let a convolution's bias and attributes belong to its channels, and pass on what it sends out."""
-    bias = argument(event, "bias")
-    if bias is not None:
-        ledger.bind(bias, 0, sent, Role.BIAS)
+    """Bind a convolution's bias and attributes to its channels, and set the ids of its output."""
+    ledger.bind(argument(event, "bias"), 0, sent, Role.BIAS)
     ledger.count_in(event.module, "in_channels", arriving)
     ledger.count_in(event.module, "out_channels", sent)
     ledger.set(event.result, ids_along(sent, channel_dim, event.result.shape))
 
 
 def _is_one_filter(ledger: Ledger, weight: Tensor) -> bool:
-    """Whether a weight was made for as many channels as there are: one filter, repeated for each of them."""
+    """Whether a computed weight is one filter, repeated for each channel (as blur layers do)."""
     return ledger.name(weight) is None and ledger.known(weight) and 0 not in varying(ledger.of(weight))
 
 
 def _slides_over_channels(ledger: Ledger, event: Event, x: Tensor, channel_dim: int) -> bool:
-    """A kernel that slides over the channels themselves (ECA) slides over those that are kept.
+    """A kernel that slides along the channels (ECA, arXiv 1910.03151) runs over the kept ones after a cut.
 
-    It has to leave their number alone, and to have no other channels.
+    Only if it does not change their number, and has one input and one output channel itself.
     """
     ids, weight, bias = ledger.of(x), argument(event, "weight"), argument(event, "bias")
     moving = varying(ids)
@@ -140,17 +139,16 @@ def _slides_over_channels(ledger: Ledger, event: Event, x: Tensor, channel_dim: 
         return False
     if event.result.shape != x.shape or any(ledger.name(t) is None for t in (weight, bias) if t is not None):
         return False
-    symbol = Symbol(ledger, x.shape[moving[0]], compact(ids).reshape(-1))
-    ledger.statistic(Kind.KEPT, moving[0], {symbol: 1}, "its kernel slides over the channels")
+    runs_over(ledger, moving[0], compact(ids).reshape(-1), reason="its kernel slides over the channels")
     for tensor in (weight, bias):
         if tensor is not None:
-            ledger.pin(ledger.name(tensor) or "", tensor)
+            ledger.pin(tensor)
     ledger.set(event.result, ids)
     return True
 
 
 def transposed_convolution(ledger: Ledger, event: Event) -> None:
-    """Transposed convolution: the weight's dim 0 reads, its dim 1 sends out (per group)."""
+    """Transposed convolution: dim 0 of the weight reads, dim 1 makes the outputs of one group."""
     weight = argument(event, "weight")
     groups = int(argument(event, "groups", 1))
     x = argument(event, "input")
@@ -171,20 +169,18 @@ def transposed_convolution(ledger: Ledger, event: Event) -> None:
 
 
 def channel_norm(ledger: Ledger, event: Event) -> None:
-    """Batch and instance norm: each channel by itself, so that its tensors belong to what arrives."""
+    """Batch and instance norm: each channel by itself, so their tensors are bound to the input's channels."""
     x = argument(event, "input")
     arriving = vector(ledger, ledger.of(x), 1)
     roles = {"running_mean": Role.STATISTIC, "running_var": Role.STATISTIC}
     for name, role in {**roles, "weight": Role.SCALE, "bias": Role.SHIFT}.items():
-        tensor = argument(event, name)
-        if tensor is not None:
-            ledger.bind(tensor, 0, arriving, role)
+        ledger.bind(argument(event, name), 0, arriving, role)
     ledger.count_in(event.module, "num_features", arriving)
     ledger.set(event.result, ids_along(arriving, 1, event.result.shape))
 
 
 def group_norm(ledger: Ledger, event: Event) -> None:
-    """Group norm: whole groups go, and their number falls; a single group is a layer norm."""
+    """Group norm: whole groups are cut, as their size must stay; a single group is a layer norm."""
     x, groups = argument(event, "input"), int(argument(event, "num_groups"))
     arriving = vector(ledger, ledger.of(x), 1)
     pieces = arriving.reshape(groups, -1)
@@ -192,9 +188,8 @@ def group_norm(ledger: Ledger, event: Event) -> None:
         ledger.tie(pieces[:, :1], pieces)
     elif bool((arriving > INPUT).any()):
         runs_over(ledger, 1, arriving)
-    for tensor in (argument(event, "weight"), argument(event, "bias")):
-        if tensor is not None:
-            ledger.bind(tensor, 0, arriving, Role.NORM)
+    for name in ("weight", "bias"):
+        ledger.bind(argument(event, name), 0, arriving, Role.NORM)
     ledger.count_in(event.module, "num_channels", arriving)
     if groups > 1:
         _count_groups(ledger, event, "num_groups", pieces[:, 0])
@@ -202,7 +197,7 @@ def group_norm(ledger: Ledger, event: Event) -> None:
 
 
 def layer_norm(ledger: Ledger, event: Event) -> None:
-    """Layer and RMS norm: the statistics run over the channels, of which those count that are kept."""
+    """Layer and RMS norm: the statistics run over the channels, after a cut over the kept ones."""
     x = argument(event, "input", event.args[0] if event.args else None)
     ids = ledger.of(x)
     shape = argument(event, "normalized_shape", event.args[1] if len(event.args) > 1 else ())
@@ -227,26 +222,31 @@ def layer_norm(ledger: Ledger, event: Event) -> None:
     ledger.set(event.result, ids)
 
 
-def runs_over(ledger: Ledger, dim: int, channels: Tensor, kind: Kind = Kind.KEPT) -> None:
-    """The open call computes statistics over channels that lie in one dim."""
-    symbol = Symbol(ledger, channels.numel(), channels)
-    ledger.statistic(kind, dim, {symbol: 1}, "its statistics run over the channels")
+def runs_over(
+    ledger: Ledger,
+    dim: int,
+    channels: Tensor,
+    kind: Kind = Kind.KEPT,
+    reason: str = "its statistics run over the channels",
+) -> None:
+    """Note that the current call computes statistics over channels, which are all in one dim."""
+    ledger.statistic(kind, dim, {Symbol(ledger, channels.numel(), channels): 1}, reason)
 
 
 def prelu(ledger: Ledger, event: Event) -> None:
-    """PReLU: one slope for all channels is left alone, one a channel belongs to its channel."""
+    """PReLU: a single slope is never cut, one per channel is cut with its channel."""
     ids, weight = ledger.of(argument(event, "input")), argument(event, "weight")
     if weight.numel() > 1:
         arriving = vector(ledger, ids, 1)
         ledger.bind(weight, 0, arriving, Role.NORM)
         ledger.count_in(event.module, "num_parameters", arriving)
     else:
-        ledger.pin(ledger.name(weight) or "", weight)
+        ledger.pin(weight)
     ledger.set(event.result, ids)
 
 
 def embedding(ledger: Ledger, event: Event) -> None:
-    """Embedding: a table whose columns are sent out; its rows are looked up by number and stay."""
+    """Embedding: columns of the table are output channels; rows are looked up by number and stay."""
     weight = argument(event, "weight")
     sent = ledger.produce(weight, 1, weight.shape[1])
     ledger.bind(weight, 0, torch.full((weight.shape[0],), FIXED), Role.CONSUMER)
@@ -256,11 +256,10 @@ def embedding(ledger: Ledger, event: Event) -> None:
 
 
 def opaque(ledger: Ledger, event: Event, reason: str) -> None:
-    """No rule: everything that goes in keeps its width, and what comes out is fixed."""
+    """No rule: freeze all inputs; the ids of the outputs are fixed."""
     for tensor in tensors_in((event.args, dict(event.kwargs))):
-        name = ledger.name(tensor)
-        if name is not None:
-            ledger.pin(name, tensor)
+        if ledger.name(tensor) is not None:
+            ledger.pin(tensor)
         elif tensor.ndim:
             ledger.freeze(ledger.of(tensor), reason)
     for result in tensors_in(event.result):

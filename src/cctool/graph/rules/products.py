@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from string import ascii_letters
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cctool.graph.execution import Event
 from cctool.graph.ledger import FIXED, INPUT, Kind, Ledger, Role, compact, constant_ids, varying
-from cctool.graph.rules.layers import ids_along, matmul_parameter, opaque
+from cctool.graph.rules.layers import ids_along, matmul_parameter, opaque, runs_over
 from cctool.graph.trace import argument
-from cctool.graph.widths import Symbol
 
 
 def matrix_product(ledger: Ledger, event: Event) -> None:
-    """`matmul`, `mm`, `bmm`: with a matrix parameter it is a linear layer, else see `contract`."""
+    """`matmul`, `mm`, `bmm`: with a matrix parameter a linear layer, else see `contract`."""
     a, b = (*event.args, *event.kwargs.values())[:2]
     weight = b if ledger.name(b) is not None or ledger.turned(b) is not None else None
     if weight is not None and weight.ndim == 2 and ledger.name(a) is None and a.ndim > 1:
@@ -41,14 +39,14 @@ def add_matrix_product(ledger: Ledger, event: Event) -> None:
 
 
 def add_batched_product(ledger: Ledger, event: Event) -> None:
-    """`baddbmm(c, a, b)`: a batched product, to which a tensor of its shape or a smaller one is added."""
+    """`baddbmm(c, a, b)`: c, which is broadcast, plus the batched product of a and b."""
     added, a, b = event.args[:3]
     letters = "BXZ"[3 - added.ndim :]
     contract(ledger, event, [a, b, added], ["BXY", "BYZ", letters], "BXZ")
 
 
 def einsum(ledger: Ledger, event: Event) -> None:
-    """`einsum` in its written form, with or without an ellipsis and the arrow."""
+    """`einsum` with an equation, with or without an ellipsis and an arrow."""
     equation, operands = event.args[0], list(event.args[1:])
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
@@ -63,7 +61,7 @@ def einsum(ledger: Ledger, event: Event) -> None:
 
 
 def _spelled(term: str, ndim: int, spare: Sequence[str]) -> str:
-    """A term with letters in place of its ellipsis, the same ones from the right in every term."""
+    """A term with its ellipsis replaced by letters, aligned at the right as in broadcasting."""
     missing = ndim - len(term.replace("...", ""))
     return term.replace("...", "".join(spare[:missing][::-1]))
 
@@ -73,9 +71,9 @@ def contract(
 ) -> None:
     """A sum of products, its dims named by letters as in einsum.
 
-    Channels that several operands have in one letter go together, and are gone where the letter is summed
-    over. A parameter among the operands is a layer: it reads the letters that it shares with the channels of
-    others and sends out its own.
+    Channels that several operands have at one letter are tied; a letter that is summed over is not in the
+    output. A parameter among the operands is a layer: it reads at the letters that it shares with other
+    operands, and its remaining letters are output channels.
     """
     letters: dict[str, Tensor] = {}
     arriving: list[tuple[str, Tensor]] = []
@@ -91,12 +89,8 @@ def contract(
     for term, ids in arriving:
         for dim, letter in enumerate(term):
             if letter in letters and ids.shape[dim] > 1:
-                own = (
-                    compact(ids).reshape(-1)
-                    if dim in varying(ids)
-                    else constant_ids(FIXED, (ids.shape[dim],))
-                )
-                ledger.tie(letters[letter], own)
+                fixed = constant_ids(FIXED, (ids.shape[dim],))
+                ledger.tie(letters[letter], compact(ids).reshape(-1) if dim in varying(ids) else fixed)
     for tensor, term in zip(operands, terms, strict=True):
         if ledger.name(tensor) is not None and not ledger.known(tensor):
             _layer(ledger, tensor, term, letters, {x for other, _ in arriving for x in other}, output)
@@ -112,7 +106,7 @@ def contract(
 
 
 def _single(arriving: Sequence[tuple[str, Tensor]], letters: dict[str, Tensor]) -> int:
-    """Id of a product without channel dims: of the single channel that went in, if there was one."""
+    """Id of a product without channel dims: that of the single input channel, if there is one."""
     values = [int(compact(ids).reshape(-1)[0]) for _, ids in arriving if not varying(ids)]
     return max((value for value in values if value > INPUT), default=FIXED)
 
@@ -121,18 +115,16 @@ def _layer(
     ledger: Ledger, weight: Tensor, term: str, letters: dict[str, Tensor], shared: set[str], output: str
 ) -> None:
     for dim, letter in enumerate(term):
-        if letter in shared:
-            fixed = constant_ids(FIXED, (weight.shape[dim],))
-            ledger.bind(weight, dim, letters.get(letter, fixed).reshape(-1), Role.CONSUMER)
-        elif letter in output:
+        if letter in output and letter not in shared:
             letters[letter] = ledger.produce(weight, dim, weight.shape[dim])
             ledger.bind(weight, dim, letters[letter], Role.FILTER)
         else:
-            ledger.bind(weight, dim, torch.full((weight.shape[dim],), FIXED), Role.CONSUMER)
+            fixed = constant_ids(FIXED, (weight.shape[dim],))
+            ledger.bind(weight, dim, letters.get(letter, fixed).reshape(-1), Role.CONSUMER)
 
 
 def attention(ledger: Ledger, event: Event) -> None:
-    """`scaled_dot_product_attention`: two products; the scores are scaled by the width of the queries."""
+    """`scaled_dot_product_attention`: two products; scores are divided by the root of the query's width."""
     query, key, value = (argument(event, name) for name in ("query", "key", "value"))
     mask, scale = argument(event, "attn_mask"), event.kwargs.get("scale", _at(event.args, 6))
     if event.kwargs.get("enable_gqa", _at(event.args, 7)):
@@ -149,10 +141,8 @@ def attention(ledger: Ledger, event: Event) -> None:
     ids = ledger.of(query)
     contract(ledger, event, operands, terms, f"{batch}XE")
     if scale is None and varying(ids) == [ids.ndim - 1]:
-        channels = compact(ids).reshape(-1)
-        symbol = Symbol(ledger, channels.numel(), channels)
         reason = "its scores are divided by the square root of this width"
-        ledger.statistic(Kind.SCALE, ids.ndim - 1, {symbol: 1}, reason)
+        runs_over(ledger, ids.ndim - 1, compact(ids).reshape(-1), Kind.SCALE, reason)
 
 
 def _at(arguments: Sequence[Any], position: int) -> Any:

@@ -1,8 +1,8 @@
-"""Rules of recurrent layers: their inputs, and the hidden units, which lie in every gate of every layer.
+"""Rules of recurrent layers: their inputs, and the hidden units, which are rows of every gate of every layer.
 
-A hidden unit whose weights are all 0 stays at 0 (LSTM, GRU and plain cells alike), so that units can go: the
-rows of all gates, the columns that read the unit back, and what reads the layer's output. All layers and
-directions of one module have the same `hidden_size`, so that position u of each goes together.
+A hidden unit whose weights are all 0 stays 0 (in LSTM, GRU and Elman cells), so units can be cut: the rows of
+all gates, the columns that read the unit back, and the weights that read the layer's output. All layers and
+directions of one module have the same `hidden_size`, so unit u is cut in all of them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def cell(ledger: Ledger, event: Event) -> None:
 
 
 def _hidden(ledger: Ledger, event: Event, cells: Sequence[Sequence[Tensor]], states: object) -> Tensor | None:
-    """Ids of the hidden units, tied to those of the states that go in; None where the call is not read."""
+    """Ids of the hidden units, tied to those of the input states; None if the rule cannot read the call."""
     read_back = cells[0][1]
     size = read_back.shape[1]
     named = all(ledger.name(weight) is not None for weights in cells for weight in weights)
@@ -68,13 +68,14 @@ def _hidden(ledger: Ledger, event: Event, cells: Sequence[Sequence[Tensor]], sta
     hidden = ledger.produce(read_back, 1, size)
     for state in tensors_in(states):
         ids = ledger.of(state)
-        if varying(ids):  # else zeros that the layer makes itself, or the network for it
+        if varying(ids):  # otherwise zeros, made by the layer or by the network
             ledger.tie(hidden, vector(ledger, ids, -1))
     ledger.count_in(event.module, "hidden_size", hidden)
     return hidden
 
 
 def _bind(ledger: Ledger, weights: Sequence[Tensor], arriving: Tensor, hidden: Tensor) -> None:
+    # The weight stacks the gates: 4 of an LSTM, 3 of a GRU, 1 of an Elman cell.
     gates = hidden.repeat(weights[0].shape[0] // len(hidden))
     for tensor, columns in zip(weights[:2], (arriving, hidden), strict=True):
         ledger.bind(tensor, 1, columns, Role.CONSUMER)

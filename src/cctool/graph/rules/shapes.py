@@ -1,4 +1,4 @@
-"""Rules of the operations that move elements: most are replayed on the ids by the same torch function."""
+"""Rules of operations that move elements: most run the same torch function on the ids."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cctool.graph.widths import Width
 
 
 def _replayed(ledger: Ledger, event: Event) -> Iterator[tuple[Tensor, Tensor]]:
-    """Results of a call beside those of the same call on the ids of its first argument."""
+    """Results of a call, each with the result of the same call on the ids of its first argument."""
     kwargs = dict(event.kwargs)
     source, rest = (event.args[0], event.args[1:]) if event.args else (kwargs.pop("input"), ())
     ids = ledger.of(source)
-    # A view: in-place forms (`unsqueeze_`) would turn the ids that other activations share.
+    # A view, because in-place forms (`unsqueeze_`) would change ids that other activations share.
     moved = event.function(ids.view_as(ids), *rest, **kwargs)
     return zip(tensors_in(event.result), tensors_in(moved), strict=True)
 
@@ -34,13 +34,13 @@ def replay(ledger: Ledger, event: Event) -> None:
 
 
 def copying(ledger: Ledger, event: Event) -> None:
-    """Run the same function on the ids, where it copies: neutral dims must be found again."""
+    """Run the same function on the ids; copies have strides in neutral dims, which are reset to 0."""
     for result, result_ids in _replayed(ledger, event):
         ledger.set(result, canonical_ids(result_ids))
 
 
 def transposed(ledger: Ledger, event: Event) -> None:
-    """Transposes: replayed, but for a matrix parameter's, which is remembered, as `x @ W.t()` needs."""
+    """Transposes are replayed, except for those of matrix parameters: `x @ W.t()` must find W again."""
     source = event.args[0] if event.args else event.kwargs["input"]
     name = ledger.name(source)
     if name is not None and source.ndim == 2:
@@ -51,7 +51,7 @@ def transposed(ledger: Ledger, event: Event) -> None:
 
 @dataclass(frozen=True)
 class _Factor:
-    """A size that is a factor of a dim before a view and of one after it."""
+    """A factor that dim `left` before a view and dim `right` after it share."""
 
     size: int
     left: int
@@ -59,7 +59,7 @@ class _Factor:
 
 
 def _factors(before: Sequence[int], after: Sequence[int]) -> list[_Factor] | None:
-    """The coarsest dims from which both shapes are made by merging neighbours; None if there are none.
+    """The coarsest dims from which merging neighbours makes both shapes; None if there are none.
 
     >>> [(f.size, f.left, f.right) for f in _factors((2, 6, 5), (4, 3, 5)) or ()]
     [(2, 0, 0), (2, 1, 0), (3, 1, 1), (5, 2, 2)]
@@ -83,8 +83,8 @@ def _factors(before: Sequence[int], after: Sequence[int]) -> list[_Factor] | Non
 def view(ledger: Ledger, event: Event) -> None:
     """`view`, `reshape`, `flatten`, `unflatten`: merged dims repeat ids, split dims tie the pieces.
 
-    A channel dim that is split as [a, b] keeps equal counts: if a is what scales with the channels, each run
-    of b channels goes together; else position j of each of the a pieces does.
+    If a channel dim is split as [a, b], one of the two shrinks in a cut: a, then each run of b channels is
+    tied; or b, then the channels at position j of all a pieces are.
     """
     source = event.args[0] if event.args else event.kwargs["input"]
     if not isinstance(event.result, Tensor):
@@ -95,11 +95,13 @@ def view(ledger: Ledger, event: Event) -> None:
         ledger.set(event.result, small.reshape(-1)[:1].squeeze(0).expand(shape) if ids.numel() else ids)
         return
     factors = _factors(ids.shape, shape)
+    # Without common factors, channels and other dims are interleaved in no regular way.
     if factors is None:
         ledger.freeze(ids, f"{event.name} mixes dims {tuple(ids.shape)} -> {tuple(shape)}")
         ledger.set(event.result, constant_ids(FIXED, shape))
         return
     sizes = _sizes(event, len(shape))
+    # Features of a linear layer as (B, C, H, W).
     image = ids.ndim == 2 and len(shape) > 3 and ids.shape[0] == shape[0]
     moved = _split(ledger, small, factors, sizes, image)
     wide = {f.right for n, f in enumerate(factors) if moved.shape[n] > 1}
@@ -118,9 +120,9 @@ def view(ledger: Ledger, event: Event) -> None:
 def _split(
     ledger: Ledger, small: Tensor, factors: Sequence[_Factor], sizes: Sequence[Any], image: bool
 ) -> Tensor:
-    """Ids with a dim for each factor; of those that a channel dim is split into, one scales.
+    """Ids with a dim for each factor; of the factors of a channel dim, one shrinks in a cut.
 
-    Where the features of a linear layer become an image (B, C, H, W), that is C unless the sizes say better.
+    Where the features of a linear layer become an image (B, C, H, W), it is C unless the sizes say otherwise.
     """
     moved = small.reshape([f.size if small.shape[f.left] > 1 else 1 for f in factors])
     for dim in range(small.ndim):
@@ -137,7 +139,7 @@ def _split(
 
 
 def _heads(pieces: Sequence[int], sizes: Sequence[Any], scaling: int) -> int:
-    """The piece of a split that counts heads: the attribute of two widths that stand side by side."""
+    """The factor that counts heads: the first that is an attribute, if it precedes the one that shrinks."""
     named = [
         n
         for n, size in zip(pieces, sizes, strict=True)
@@ -147,7 +149,7 @@ def _heads(pieces: Sequence[int], sizes: Sequence[Any], scaling: int) -> int:
 
 
 def _claim(size: Any, position: int) -> tuple[int, int]:
-    """Which size of a split scales with the channels: -1, else a width, else the last."""
+    """Sort key of the factor that shrinks with the channels: -1, else a width, else the last."""
     if isinstance(size, Width):
         positive = [symbol for symbol, exponent in size.powers.items() if exponent > 0]
         claim = 2 if any(symbol.ids is not None for symbol in positive) else int(bool(positive))
@@ -156,7 +158,7 @@ def _claim(size: Any, position: int) -> tuple[int, int]:
 
 
 def _sizes(event: Event, dims: int) -> list[Any]:
-    """The size of each dim of the result as the call gave it; None where it was not given."""
+    """The size of each dim of the result as the call gave it, None where it gave none."""
     sizes = list(event.args[1:]) + [event.kwargs[name] for name in ("shape", "size") if name in event.kwargs]
     if event.name == "unflatten":
         start = int(event.args[1] if len(event.args) > 1 else event.kwargs["dim"])
@@ -179,7 +181,7 @@ def line(ids: Tensor, dim: int) -> Tensor:
 
 
 def concatenate(ledger: Ledger, event: Event) -> None:
-    """`cat`: ids one after the other along its dim; along the other dims they are tied."""
+    """`cat`: ids are concatenated along its dim and tied along the others."""
     tensors = [t for t in argument(event, "tensors") if t.numel() or t.ndim > 1]
     result = event.result
     dim = argument(event, "dim", event.kwargs.get("axis", 0)) % result.ndim
@@ -202,7 +204,7 @@ def concatenate(ledger: Ledger, event: Event) -> None:
 
 
 def stack(ledger: Ledger, event: Event) -> None:
-    """`stack`: position by position the tensors go together."""
+    """`stack`: the tensors are tied position by position."""
     tensors = argument(event, "tensors", event.args[0] if event.args else None)
     dim = event.kwargs.get("dim", event.args[1] if len(event.args) > 1 else 0) % event.result.ndim
     smalls = [compact(ledger.of(tensor)) for tensor in tensors]
@@ -224,6 +226,7 @@ def pad(ledger: Ledger, event: Event) -> None:
         before, after = widths[position : position + 2]
         if dim not in moving or not (before or after):
             continue
+        # Reflected, replicated or cropped channels would change with a cut.
         if mode != "constant" or before < 0 or after < 0:
             ledger.freeze(ids, f"padding of channels with mode {mode} or by a negative number")
             small = constant_ids(FIXED, tuple(1 for _ in ids.shape))
@@ -234,7 +237,7 @@ def pad(ledger: Ledger, event: Event) -> None:
 
 
 def expand(ledger: Ledger, event: Event) -> None:
-    """`expand`, `expand_as`: a single channel that is spread over several stays."""
+    """`expand`, `expand_as`: a single channel that is broadcast over several is frozen."""
     ids = ledger.of(event.args[0])
     if not varying(ids) and event.result.shape != ids.shape:
         ledger.freeze(ids, "a single channel is spread over several")
@@ -252,7 +255,7 @@ def same_order(ledger: Ledger, event: Event) -> None:
 
 
 def pixel_shuffle(ledger: Ledger, event: Event) -> None:
-    """C * r^2 channels become C: each run of r^2 goes together."""
+    """C * r^2 channels become C: each run of r^2 is tied."""
     factor = int(argument(event, "upscale_factor", event.args[1] if len(event.args) > 1 else 1))
     arriving = vector(ledger, ledger.of(event.args[0]), -3)
     first = equal_pieces(ledger, arriving.reshape(-1, factor * factor), 1).reshape(-1)
@@ -260,14 +263,14 @@ def pixel_shuffle(ledger: Ledger, event: Event) -> None:
 
 
 def pixel_unshuffle(ledger: Ledger, event: Event) -> None:
-    """C channels become C * r^2, each with r^2 neighbours."""
+    """C channels become C * r^2: each is repeated r^2 times."""
     arriving = vector(ledger, ledger.of(event.args[0]), -3)
     factor = event.result.shape[-3] // arriving.numel()
     ledger.set(event.result, ids_along(_repeat(arriving, factor), -3, event.result.shape))
 
 
 def unfold(ledger: Ledger, event: Event) -> None:
-    """`F.unfold`: each channel becomes a run of as many as the kernel has positions; `x.unfold` adds one."""
+    """`F.unfold` repeats each channel for every position of the kernel; `x.unfold` adds a dim."""
     source = event.args[0]
     if event.function is torch.Tensor.unfold:
         ids, dim = ledger.of(source), (*event.args[1:], *event.kwargs.values())[0]
@@ -285,7 +288,7 @@ def unfold(ledger: Ledger, event: Event) -> None:
 
 
 def channel_shuffle(ledger: Ledger, event: Event) -> None:
-    """Groups are interleaved: position j of each goes together."""
+    """Groups are interleaved: position j of all groups is tied."""
     groups = int(argument(event, "groups", event.args[1] if len(event.args) > 1 else 1))
     arriving = vector(ledger, ledger.of(event.args[0]), 1)
     first = equal_pieces(ledger, arriving.reshape(groups, -1), 0).reshape(-1)

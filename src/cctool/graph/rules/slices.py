@@ -1,4 +1,4 @@
-"""Rules of the operations that take tensors apart: chunks, slices, single channels, index tensors."""
+"""Rules of operations that take parts of tensors: chunks, slices, single channels, index tensors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cctool.graph.trace import argument
 from cctool.graph.widths import Width
 
 EQUAL_PIECES = "the pieces have different widths: after a cut they would be split elsewhere"
+_BY_NUMBER = "single channels are picked by their number"
 
 
 def _first_piece(ledger: Ledger, ids: Tensor, dim: int, width: int) -> Tensor:
@@ -35,7 +36,7 @@ def _sizes(event: Event) -> Any:
 
 
 def _sizes_move(ledger: Ledger, event: Event, ids: Tensor, dim: int) -> bool:
-    """Whether a list gives each piece its size by a width, so that each piece can be cut by itself."""
+    """Whether every size in a list is a width, so that each piece can be cut independently."""
     sizes = _sizes(event)
     if not isinstance(sizes, (tuple, list)) or not all(isinstance(size, Width) for size in sizes):
         return False
@@ -45,7 +46,7 @@ def _sizes_move(ledger: Ledger, event: Event, ids: Tensor, dim: int) -> bool:
 
 
 def pieces(ledger: Ledger, event: Event) -> None:
-    """`chunk`, `split`, `tensor_split` along channels: position j of equal pieces goes together."""
+    """`chunk`, `split`, `tensor_split` along channels: position j of equal pieces is tied."""
     source = event.args[0] if event.args else event.kwargs["tensor"]
     ids, results = ledger.of(source), list(event.result)
     dim = event.kwargs.get("dim", event.args[2] if len(event.args) > 2 else 0) % ids.ndim
@@ -67,7 +68,7 @@ def pieces(ledger: Ledger, event: Event) -> None:
 
 
 def glu(ledger: Ledger, event: Event) -> None:
-    """`glu`: one half is multiplied with a function of the other, position by position."""
+    """`glu`: one half times the sigmoid of the other, position by position."""
     ids = ledger.of(argument(event, "input"))
     dim = argument(event, "dim", -1) % ids.ndim
     if dim in varying(ids):
@@ -76,11 +77,11 @@ def glu(ledger: Ledger, event: Event) -> None:
 
 
 def unbind(ledger: Ledger, event: Event) -> None:
-    """`unbind`, `select`: fixed positions along channels freeze them."""
+    """`unbind`, `select`: along channels they pick fixed positions, which freezes them."""
     dim = event.kwargs.get("dim", event.args[1] if len(event.args) > 1 else 0)
     ids = ledger.of(event.args[0])
     if dim % ids.ndim in varying(ids):
-        ledger.freeze(ids, "single channels are picked by their number")
+        ledger.freeze(ids, _BY_NUMBER)
     replay(ledger, event)
 
 
@@ -109,7 +110,7 @@ def _is_plain(index: tuple[Any, ...]) -> bool:
 
 
 def setitem(ledger: Ledger, event: Event) -> None:
-    """`x[index] = value`: what is written goes together with what is overwritten."""
+    """`x[index] = value`: the value is tied to the part that it overwrites."""
     target, index, value = event.args
     index = index if isinstance(index, tuple) else (index,)
     ids = ledger.of(target)
@@ -119,7 +120,7 @@ def setitem(ledger: Ledger, event: Event) -> None:
         shape = torch.empty(target.shape, device="meta")[index].shape
         _write(ledger, _picked(ledger, ids, index, shape), value)
     elif len(index) == 1 and isinstance(index[0], Tensor) and index[0].shape == target.shape:
-        # a mask of its shape: position by position, but a tensor's values would be counted off
+        # A mask of the same shape is elementwise; the values of a tensor are assigned in order, by number.
         combine(ledger, [ids, ledger.of(index[0])], target.shape)
         _write(ledger, constant_ids(FIXED, ()), value)
     else:
@@ -127,7 +128,7 @@ def setitem(ledger: Ledger, event: Event) -> None:
 
 
 def copy(ledger: Ledger, event: Event) -> None:
-    """`x.copy_(y)`: x has the channels of y; where x is part of another tensor, it keeps its own as well."""
+    """`x.copy_(y)`: x gets the channels of y; if x is a view of another tensor, both are tied."""
     target, value = event.args[:2]
     if ledger.name(target) is not None:
         opaque(ledger, event, "a parameter or buffer is written to")
@@ -146,7 +147,7 @@ def _write(ledger: Ledger, ids: Tensor, value: Any) -> None:
 
 
 def _picked(ledger: Ledger, ids: Tensor, index: tuple[Any, ...], shape: torch.Size) -> Tensor:
-    """Ids of `x[index]`, of that shape, for numbers and slices."""
+    """Ids of `x[index]`, of the given shape, for numbers and slices."""
     moving, dim = varying(ids), 0
     if not moving:
         return compact(ids).reshape(-1)[:1].squeeze(0).expand(shape)
@@ -167,9 +168,7 @@ def _picked(ledger: Ledger, ids: Tensor, index: tuple[Any, ...], shape: torch.Si
 def _cut_by_index(ledger: Ledger, ids: Tensor, dim: int, item: int | slice) -> Tensor:
     size = ids.shape[dim]
     if isinstance(item, int):
-        _freeze_up_to(
-            ledger, ids, dim, [item + 1 if item >= 0 else item], "single channels are picked by their number"
-        )
+        _freeze_up_to(ledger, ids, dim, [item + 1 if item >= 0 else item], _BY_NUMBER)
         return ids
     start, stop, step = item.indices(size)
     width = len(range(start, stop, step))
@@ -177,6 +176,7 @@ def _cut_by_index(ledger: Ledger, ids: Tensor, dim: int, item: int | slice) -> T
         return ids
     if step == 1 and _bounds_move(ledger, ids, dim, item):
         return ids.narrow(dim, start, width)
+    # `x[:, :n // 2]` is one of equal pieces, like a chunk.
     if step == 1 and width > 1 and size % width == 0 and start % width == 0:
         first = _first_piece(ledger, ids, dim, width)
         return first.expand([width if d == dim else n for d, n in enumerate(ids.shape)])
@@ -189,7 +189,7 @@ def _cut_by_index(ledger: Ledger, ids: Tensor, dim: int, item: int | slice) -> T
 
 
 def _freeze_up_to(ledger: Ledger, ids: Tensor, dim: int, bounds: Sequence[int | None], reason: str) -> None:
-    """Freeze what lies before a bound, or behind one that counts from the end: the bound stays right."""
+    """Freeze the channels before a bound, or after one that counts from the end, so that it stays right."""
     size = ids.shape[dim]
     for bound in bounds:
         if isinstance(bound, Width):
@@ -200,7 +200,7 @@ def _freeze_up_to(ledger: Ledger, ids: Tensor, dim: int, bounds: Sequence[int | 
 
 
 def _bounds_move(ledger: Ledger, ids: Tensor, dim: int, item: slice) -> bool:
-    """Whether each bound of a slice is an end of the dim or a width, which will be right after a cut."""
+    """Whether each bound of a slice is an end of the dim or a width, and so stays right in a cut."""
     channels = line(ids, dim)
     inner: list[tuple[Width, Tensor]] = []
     for bound in (item.start, item.stop):

@@ -1,1 +1,1 @@
-"""Coupling, cutting and verifying."""
+"""Planning, verifying and carrying out a cut."""

@@ -1,30 +1,19 @@
-"""What stands right behind a layer: its bias, and the batch norm that reads nothing but its output."""
+"""What follows each layer directly: its bias, and the batch norm that reads its output."""
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from cctool.graph.execution import Event, execute
 from cctool.graph.trace import argument, tensor_names
 
-__all__ = ["followers"]
-
 _LAYERS = frozenset(
     ["linear", *(f"conv{n}d" for n in (1, 2, 3)), *(f"conv_transpose{n}d" for n in (1, 2, 3))]
 )
-
-
-@dataclass(frozen=True)
-class _Result:
-    """The output of a layer while it lives, and the layer's weight."""
-
-    tensor: weakref.ref[Tensor]
-    weight: str
 
 
 class _Watcher:
@@ -33,7 +22,8 @@ class _Watcher:
         self.calls: Counter[str] = Counter()
         self.biases: dict[str, str] = {}
         self.norms: dict[str, tuple[str, ...]] = {}
-        self._results: dict[int, _Result] = {}
+        # by `id`, the output of a layer while it lives, and the name of the layer's weight
+        self._results: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
     def observe(self, event: Event) -> None:
         if event.name in _LAYERS:
@@ -46,7 +36,7 @@ class _Watcher:
         if weight is None:
             return
         self.calls[weight] += 1
-        self._results[id(event.result)] = _Result(weakref.ref(event.result), weight)
+        self._results[id(event.result)] = (weakref.ref(event.result), weight)
         if bias is not None:
             self.biases[weight] = bias
 
@@ -56,9 +46,10 @@ class _Watcher:
             name for key in ("weight", "bias") if (name := self._name(argument(event, key))) is not None
         )
         self.calls.update(named)
+        # Python reuses the `id` of a freed tensor, hence the check of identity.
         found = self._results.get(id(source))
-        if found is not None and found.tensor() is source:
-            self.norms[found.weight] = named
+        if found is not None and found[0]() is source:
+            self.norms[found[1]] = named
 
     def _name(self, tensor: Tensor | None) -> str | None:
         return None if tensor is None else self.names.get(id(tensor))
@@ -67,8 +58,8 @@ class _Watcher:
 def followers(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, tuple[str, ...]]:
     """Parameters with one element for each output channel of a layer, by the name of the layer's weight.
 
-    These are the bias of a convolution or linear layer, and scale and shift of the batch norm that takes the
-    very tensor that the layer gave. What is called more than once in a pass is left out.
+    These are the bias of a convolution or linear layer, and scale and shift of a batch norm whose input is
+    the layer's output tensor itself. Layers and norms that are called more than once in a pass are left out.
 
     Args:
         model: any module.

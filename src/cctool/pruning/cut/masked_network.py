@@ -1,9 +1,9 @@
 """The masked network, computed without a copy of it: tensors are masked as calls take them.
 
-The model runs as it is. Each call gets, in place of the parameters that removed units touch, copies with
-zeros in all that those units own, which are dropped again after the call. Where a call depends on how many
-channels there are (layer norm, attention, a mean over channels), it is computed over those that are kept, as
-the cut network does. In float64 everything is widened as calls take it, without a second copy of the weights.
+The model itself runs. For parameters that removed units touch, each call gets copies with zeros in the
+elements of those units, which are freed after the call. A call that depends on the number of channels (layer
+norm, attention, a mean over channels) is computed over the kept channels, as in the cut network. In float64,
+tensors are converted as calls take them, without a second copy of the weights.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from cctool.pruning.select.order import Selection
 Function = Callable[..., Any]
 Places = Mapping[str, Sequence[tuple[int, Tensor]]]
 
-_LARGE = 1 << 22  # elements of a weight
+_LARGE = 1 << 22  # elements; larger weights of linear layers are converted to float64 in parts
 _READS_ONLY = frozenset(
     {"shape", "size", "dim", "ndim", "numel", "device", "is_floating_point", "requires_grad"}
 )
 
 
 def active_statistics(graph: ChannelGraph, selection: Selection) -> list[Statistic]:
-    """Calls that depend on the number of channels which this selection changes."""
+    """Calls that depend on a number of channels that this selection changes."""
     removed = removed_labels(graph, selection)
     return [s for s in graph.statistics if any(bool(removed[labels].any()) for labels, _ in s.widths)]
 
 
 class MaskedCalls:
-    """Computes the calls of one forward pass of the masked network; made anew for each pass.
+    """Computes the calls of one forward pass of the masked network; each pass needs a new one.
 
     Args:
         model: the dense model.
         graph: its coupled channels.
         selection: the units that are kept; None keeps all.
-        values: tensors that take the place of the model's own, by name, before they are masked.
+        values: tensors to use instead of the model's own, by name, before masking.
         wide: compute in float64.
 
     Attributes:
-        without_effect: sums over the kept channels that are those over all, as removed ones are 0.
+        without_effect: sums over the kept channels that equal the sums over all, as removed channels are 0.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class MaskedCalls:
             for statistic in active_statistics(graph, selection):
                 self.statistics[statistic.op, statistic.ordinal].append(statistic)
         changed = set(self.values) | set(self.places)
+        # Reversed, so that a shared tensor has its first name, which places are listed under.
         self.names = {id(tensor): name for name, tensor in reversed(named_tensors(model)) if name in changed}
         self.ordinals: Counter[str] = Counter()
         self.without_effect: list[Statistic] = []
@@ -76,6 +77,7 @@ class MaskedCalls:
         self, name: str, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """Compute one call."""
+        # Calls are counted as the traced pass counted them, by which statistics are found.
         ordinal = self.ordinals[name]
         self.ordinals[name] += 1
         if name in _READS_ONLY:
@@ -95,7 +97,7 @@ class MaskedCalls:
                 return result
             args, kwargs = self._scaled(statistic, args, kwargs)
         result = function(*args, **kwargs)
-        # new constants are widened at once: a later write would else go into a widened copy of them
+        # New constants become float64 here: otherwise a later in-place write would go into a converted copy.
         new = self.wide and isinstance(result, Tensor) and result.dtype == torch.float32
         return result.double() if new and next(tensors_in((args, kwargs)), None) is None else result
 
@@ -112,7 +114,7 @@ class MaskedCalls:
         return value
 
     def _by_rows(self, function: Function, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A linear layer some rows at a time: a large weight in float64 would dwarf the network itself."""
+        """A linear layer, some rows at a time: a large weight in float64 takes too much memory."""
         name = self.names.get(id(weight), "")
         values = self.values.get(name, weight).detach()
         pieces = []
@@ -134,7 +136,7 @@ class MaskedCalls:
     def _scaled(
         self, statistic: Statistic, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call with its scale, or a factor that was computed from widths, as the kept widths give it."""
+        """The call's arguments, with its scale or width-dependent factor computed for the kept widths."""
         kept = [(int(self.kept[labels].sum()), labels.numel(), power) for labels, power in statistic.widths]
         if statistic.kind is Kind.SCALE:
             return args, {**kwargs, "scale": kept[0][0] ** -0.5}
@@ -151,20 +153,13 @@ class MaskedCalls:
 def over_kept(
     statistic: Statistic, kept: Tensor, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """A call computed over the channels that are kept; what it gives for the others is 0.
-
-    Args:
-        statistic: tells the dim of the first tensor that the channels lie in.
-        kept: which of them are kept; shape [channels].
-        function: torch function that was called, with its arguments.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-    """
+    """Compute a call over the kept channels (bool, shape [channels]); its results for the others are 0."""
     source = next(tensors_in((args, dict(kwargs))))
     dim, index = int(statistic.place), kept.nonzero().flatten().to(source.device)
 
     def chosen(value: Any) -> Any:
         if isinstance(value, Tensor):
+            # The kernel of a convolution that slides along the channels has none of them.
             if value is not source and statistic.op.startswith("conv"):
                 return value
             own = dim - (source.ndim - value.ndim) if value is source or statistic.op != "group_norm" else 0
@@ -190,13 +185,13 @@ def over_kept(
 
 
 def _same(kept: Any, plain: Any) -> bool:
-    """Whether sums over the kept channels are those over all, removed ones being 0."""
+    """Whether sums over the kept channels equal those over all, because removed channels are 0."""
     pairs = zip(tensors_in(kept), tensors_in(plain), strict=True)
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max())) for a, b in pairs)
 
 
 def run(model: nn.Module, inputs: Sequence[Tensor], calls: MaskedCalls | None = None) -> list[Tensor]:
-    """Outputs in evaluation mode, every tensor in what the model returns, with calls computed by `calls`."""
+    """All output tensors of the model in evaluation mode, with calls computed by `calls`."""
     if calls is not None and calls.wide:
         inputs = with_tensors(tuple(inputs), lambda v: v.double() if v.dtype == torch.float32 else v)
     output = execute(model, tuple(inputs), [], substitute=calls)

@@ -1,4 +1,4 @@
-"""Thin a model: couple, score, select, verify, cut. The operation and the benchmarks call this."""
+"""Prune a model's channels: couple, score, select, verify, cut."""
 
 from __future__ import annotations
 
@@ -20,21 +20,19 @@ from cctool.pruning.scores.units import score_context, score_families
 from cctool.pruning.select.order import Candidates, Selection, by_options, candidates, select_counts
 from cctool.pruning.select.rates import family_rates, read_rates
 
-__all__ = ["Counts", "Planner", "ThinResult", "plan_thinning", "thin"]
-
 Counts = Callable[[Candidates], Mapping[int, int]]
-"""Says how many units each candidate keeps, by number of the family, before rounding."""
+"""Returns the number of units that each candidate keeps, by number of the family, before rounding."""
 
 
 class Planner:
-    """Plans cuts of one network, whose channels are coupled and scored once; the network stays as it is.
+    """Plans cuts of one network, whose channels are coupled and scored once. It does not change the network.
 
     Args:
-        model: any module; widths, weights and flags are left alone.
+        model: any module.
         inputs: positional arguments of its forward, on its device; one sample suffices.
         options: what is asked for.
-        seed: for the methods that draw.
-        evidence: what the network did on training images, for the methods that need it.
+        seed: for random methods.
+        evidence: what was gathered on training images, for the methods that need it.
 
     Raises:
         UsageError: a pattern matches nothing, or a table of rates cannot be read.
@@ -65,23 +63,23 @@ class Planner:
             self.notes += notes
 
     def candidates(self) -> Candidates:
-        """Families that may lose units, but for those that a trial found guilty."""
+        """Families that may lose units, without those that failed an earlier verification."""
         return candidates(self.model, self.graph, self.scores, self.options, self.spared)
 
     def by_options(self, step: int = 1) -> Counts:
-        """Counts as rate, keep or the table of rates says for one step."""
+        """Counts by rate, keep or the table of rates for one step."""
         return lambda chosen: by_options(self.graph, chosen, self.options, step, self._rates)
 
     def planned(self, chosen: Candidates, counts: Mapping[int, int]) -> tuple[Selection, CutPlan]:
-        """The cut that keeps so many units of each candidate, not verified."""
+        """The cut that keeps this many units of each candidate, not verified."""
         selection = select_counts(self.graph, chosen, counts, self.options)
         return selection, plan_cut(self.model, self.graph, selection)
 
     def verified(self, counts: Counts) -> ThinResult:
-        """Plan a cut and compare the cut network with the masked one; guilty families are spared.
+        """Plan a cut and compare the cut network with the masked one; families that fail keep their width.
 
         Args:
-            counts: asked again whenever a family turned out to be guilty.
+            counts: called again whenever a family has failed, with the remaining candidates.
 
         Raises:
             PruningError: there is nothing that can be cut.
@@ -135,19 +133,9 @@ def plan_thinning(
     seed: int = 0,
     evidence: Evidence | None = None,
 ) -> ThinResult:
-    """Plan and verify a pruning by rate, keep or rates; the model stays as it is. See `Planner`.
+    """Plan and verify a pruning by rate, keep or rates, without changing the model.
 
-    Args:
-        model: any module.
-        inputs: positional arguments of its forward, on its device.
-        options: what is asked for.
-        step: number of the step, from 1.
-        seed: for the methods that draw.
-        evidence: for the methods that need data.
-
-    Raises:
-        UsageError: a pattern matches nothing.
-        PruningError: there is nothing that can be cut.
+    Arguments and errors as of `Planner` and `Planner.verified`; `step` counts from 1 and sets the rate.
     """
     planner = Planner(model, inputs, options, seed=seed, evidence=evidence)
     return planner.verified(planner.by_options(step))
@@ -169,12 +157,12 @@ def thin(
 
 
 def _coupled(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool, heads: bool) -> ChannelGraph:
-    """Couple on one sample, which is fastest, or on all where the network does not take a single one."""
+    """Couple on one sample, which is fastest, or on all if the network does not take a single one."""
     try:
         single = [
             with_tensors(value, lambda tensor: tensor[:1] if tensor.ndim else tensor) for value in inputs
         ]
         return couple(model, single, exact, heads)
-    # Code with a bare squeeze() may fail in any way on a batch of one; what is truly wrong fails again.
+    # Code with a bare squeeze() may fail in any way on a batch of one; other errors will recur.
     except Exception:
         return couple(model, list(inputs), exact, heads)

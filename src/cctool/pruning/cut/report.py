@@ -14,22 +14,20 @@ from cctool.pruning.cut.verify import BATCH_SIZES, Check
 from cctool.pruning.scores.criteria import Unscored
 from cctool.pruning.select.order import Selection
 
-__all__ = ["FamilyReport", "PruneReport", "ThinResult", "report_of"]
-
 
 @dataclass(frozen=True)
 class FamilyReport:
-    """What became of one family.
+    """The effect of a cut on one family.
 
     Attributes:
-        name: the module that produces its channels first.
-        units: units before.
-        kept: units after.
-        width: channels of that module in one unit.
+        name: the first module that produces its channels.
+        units: number of units before.
+        kept: number of units after.
+        width: number of that module's channels in one unit.
         members: every (tensor, dim) that its units touch.
-        parameters: parameters that its units touch, buffers apart; families overlap in these.
-        removed_to: highest score of the units that went; None where none did or the method has none.
-        kept_from: lowest score of the units that stayed.
+        parameters: number of parameters that its units touch, without buffers; families overlap in these.
+        removed_to: highest score of the removed units; None if there are none or the method gives no scores.
+        kept_from: lowest score of the kept units; None in the same cases.
         note: why it lost nothing, "" if it did.
     """
 
@@ -50,8 +48,8 @@ class StatisticReport:
 
     Attributes:
         op: function that was called.
-        module: module that was executing it, "" for the root.
-        families: names of the families that were cut and that it runs over.
+        module: the module that called it, "" for the root.
+        families: names of the cut families that it runs over.
         reason: how it depends.
     """
 
@@ -71,11 +69,10 @@ class PruneReport:
         parameters_before: number of parameters.
         parameters_after: number after the cut.
         error: largest difference of the cut from the masked network, relative to the largest output.
-        statistics: calls that ran over the kept channels in that masked network, too; without any, it was the
-            plainly masked one.
-        precision: the dtype in which that was measured.
+        statistics: calls that the masked network computed over the kept channels only.
+        precision: the dtype of that comparison.
         batch_sizes: batch sizes at which all output shapes were compared.
-        notes: what a user should know besides.
+        notes: further remarks for the user.
     """
 
     families: tuple[FamilyReport, ...]
@@ -91,7 +88,7 @@ class PruneReport:
 
 @dataclass(frozen=True)
 class ThinResult:
-    """The plan that was (or would be) carried out, what it came from, and the report."""
+    """A verified plan, the graph and the selection that it was made of, and the report."""
 
     plan: CutPlan
     report: PruneReport
@@ -108,17 +105,7 @@ def report_of(
     outcome: Check,
     notes: Sequence[str],
 ) -> PruneReport:
-    """Put together the report of a planned and verified cut.
-
-    Args:
-        model: before the cut.
-        graph: its coupled channels.
-        scores: of each family.
-        selection: which units stay.
-        plan: what is cut.
-        outcome: how far the cut is from the masked network.
-        notes: what a user should know besides.
-    """
+    """Make the report of a planned and verified cut; the model is the one before the cut."""
     parameters = dict(model.named_parameters())
     after = 0
     for name, parameter in parameters.items():
@@ -159,7 +146,7 @@ def _family(
         if place.tensor in parameters
     )
     whole = bool(kept.all())
-    ranked = not whole and isinstance(score, Tensor)
+    ranked = None if whole or isinstance(score, Unscored) else score
     return FamilyReport(
         name=family.name,
         units=family.units,
@@ -167,7 +154,7 @@ def _family(
         width=family.width,
         members=tuple((place.tensor, place.dim) for place in family.places),
         parameters=touched,
-        removed_to=float(score[~kept].max()) if ranked and isinstance(score, Tensor) else None,
-        kept_from=float(score[kept].min()) if ranked and isinstance(score, Tensor) else None,
+        removed_to=None if ranked is None else float(ranked[~kept].max()),
+        kept_from=None if ranked is None else float(ranked[kept].min()),
         note=selection.spared.get(family.name, "") if whole else "",
     )

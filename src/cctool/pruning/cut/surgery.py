@@ -1,8 +1,8 @@
 """Cutting and masking: a plan as data, and the functions that carry it out.
 
-A plan names, for each tensor, the indices that stay in each dim, and for each module the integer attributes
-that change. The same plan cuts whatever lies beside a parameter: masks, momentum, Adam moments, stored
-integers, per-channel scales (`cut_tensor`).
+A plan has, for each tensor, the indices to keep in each dim, and for each module the integer attributes that
+change. The same plan cuts whatever has a parameter's shape: masks, momentum, Adam moments, stored integers,
+per-channel scales (`cut_tensor`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Attribute = int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class CutPlan:
-    """What stays of each tensor, and the new integer attributes of each module.
+    """The indices kept of each tensor, and the new integer attributes of each module.
 
     Attributes:
-        tensors: cuts by qualified name of parameters and buffers, every alias of a shared one and the masks
-            of masked ones included.
+        tensors: cuts by qualified name of parameters and buffers, including all aliases of shared ones and
+            the masks of masked ones.
         attributes: new values by qualified module name, then attribute name.
     """
 
@@ -40,7 +40,7 @@ class CutPlan:
 
 
 def removed_labels(graph: ChannelGraph, selection: Selection) -> Tensor:
-    """Which labels go; shape [label_count]."""
+    """Which labels are removed; bool, shape [label_count]."""
     removed = torch.zeros(graph.label_count, dtype=torch.bool)
     for family, kept in zip(graph.families, selection.kept, strict=True):
         removed[family.labels[~kept]] = True
@@ -92,7 +92,7 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def cut_tensor(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
-    """What stays of a tensor of the parameter's shape (a gradient, momentum, mask, stored integers).
+    """The kept part of a tensor of the parameter's shape (a gradient, momentum, mask, stored integers).
 
     Example: `cut_tensor(torch.arange(4.), [Cut(0, torch.tensor([0, 2]), 4)])` is `tensor([0., 2.])`.
 
@@ -138,7 +138,7 @@ def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(tensor, nn.Parameter):
-        setattr(module, attribute, tensor)  # recurrent layers keep a list of their own
+        setattr(module, attribute, tensor)  # recurrent layers update a list as well
     else:
         module._buffers[attribute] = tensor
 
@@ -152,9 +152,9 @@ def _set_attributes(model: nn.Module, plan: CutPlan) -> None:
 
 
 def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | None = None) -> nn.Module:
-    """A copy of a model that shares its tensors, but for those given; attributes follow the plan.
+    """A copy of a model that shares its tensors, except for those given; attributes follow the plan.
 
-    A shared tensor is given under its first name.
+    A shared tensor is given by its first name.
     """
     memo: dict[int, object] = {}
     for name, tensor in named_tensors(model):
@@ -170,20 +170,17 @@ def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], plan: CutPlan | N
     return copy
 
 
-_KEPT_BY_MASKS = {Role.STATISTIC}
-
-
 def places_removed(graph: ChannelGraph, selection: Selection) -> dict[str, list[tuple[int, Tensor]]]:
-    """For each tensor that removed units touch, (dim, indices) of all that they own there.
+    """For each tensor that removed units touch, (dim, indices) of the elements that they own.
 
-    Filters, biases, batch-norm gammas *and betas*, and the weights that read the units: a batch norm whose
-    beta stays would still emit a constant. Running statistics stay, as gamma = 0 makes them irrelevant.
+    Filters, biases, batch-norm gammas *and betas*, and weights that read the units: a batch norm with beta
+    would still emit a constant. Running statistics stay, as gamma = 0 cancels them.
     """
     places: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
     for family, kept in zip(graph.families, selection.kept, strict=True):
         if not bool(kept.all()):
             for place in family.places:
-                if place.role not in _KEPT_BY_MASKS:
+                if place.role is not Role.STATISTIC:
                     places[place.tensor].append((place.dim, place.indices[~kept].flatten()))
     return places
 
@@ -197,9 +194,9 @@ def zeroed(tensor: Tensor, places: Sequence[tuple[int, Tensor]]) -> Tensor:
 
 
 def sketch(model: nn.Module, plan: CutPlan) -> nn.Module:
-    """A network of the widths that a plan leaves, for counting: its tensors are views of the dense ones.
+    """A network of the widths after a cut, for counting: its tensors are views of the dense ones.
 
-    It computes nothing of use, but costs no memory.
+    It takes no memory; its outputs mean nothing.
     """
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     narrow = {}

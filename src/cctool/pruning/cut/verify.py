@@ -1,9 +1,9 @@
-"""Is the cut network the masked one? Asked before every cut, on the model's own code.
+"""Checks before every cut that the cut network computes what the masked one does, by running the model.
 
 Widths may be written into code: `x.view(-1, 512)` can even fold a wrong width into the batch without an
-error. So the thinned model runs at two odd batch sizes, every output shape is compared with the dense
-model's, and at the first of them the numbers with those of the masked model. Scales and statistics of norms
-are varied at random first: a fresh network's gammas of 0 and betas of 0 would hide mistakes.
+error. So the cut model runs at two odd batch sizes. All output shapes are compared with the dense model's,
+and at the first size the numbers are compared with the masked model's. Scales and statistics of norms are
+varied at random before, because gammas and betas of 0, as in a new network, would hide mistakes.
 """
 
 from __future__ import annotations
@@ -24,25 +24,24 @@ from cctool.pruning.cut.surgery import CutPlan, copy_with, cut_tensor, plan_cut
 from cctool.pruning.select.order import Selection
 
 BATCH_SIZES = (3, 5)
-"""Odd, so that a width cannot hide in them; more than 1, which a bare `squeeze()` in user code would drop."""
+"""Odd, so that no width divides them; more than 1, which a bare `squeeze()` in user code would drop."""
 TOLERANCE = 1e-5
 """Largest difference allowed, relative to the largest output of the masked network."""
 SPREAD_TOLERANCE = 1e-3
-"""Largest difference allowed, relative to the spread of the outputs over a batch: one wrong channel among
-thousands makes a hundredth, even where a bias dwarfs the signal and the relative error looks small."""
+"""Largest difference allowed, relative to the spread of the outputs over a batch. One wrong channel among
+thousands makes about 0.01, also where a large bias makes the error relative to the outputs small."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Outcome of one comparison.
+    """Result of one comparison.
 
     Attributes:
         error: largest difference between cut and masked, relative to the largest masked output.
         of_spread: the same relative to the spread of the masked network's outputs over a batch.
-        precision: the dtype in which it was measured.
+        precision: the dtype of the comparison.
         failure: what went wrong, "" if nothing.
-        statistics: calls that ran over the kept channels in the masked network, too; without any, it was the
-            plainly masked one.
+        statistics: calls that the masked network computed over the kept channels only.
     """
 
     error: float
@@ -53,7 +52,7 @@ class Check:
 
 
 def probe_inputs(inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
-    """Inputs of the same kind with another batch size: normal noise, or the given whole numbers repeated."""
+    """Inputs of another batch size: normal noise if floating-point, otherwise the first sample repeated."""
     generator = torch.Generator().manual_seed(batch)
 
     def made(value: Tensor) -> Tensor:
@@ -68,7 +67,7 @@ def probe_inputs(inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
 
 
 def varied_norms(tensors: Mapping[str, Tensor], graph: ChannelGraph) -> dict[str, Tensor]:
-    """Random variations of scales, shifts and running statistics, so that none of them is neutral.
+    """Random variations of scales, shifts, biases and running statistics, so that none is 0 or 1 any more.
 
     Args:
         tensors: parameters and buffers by name.
@@ -78,7 +77,7 @@ def varied_norms(tensors: Mapping[str, Tensor], graph: ChannelGraph) -> dict[str
     varied: dict[str, Tensor] = {}
     roles = {p.tensor: p.role for f in graph.families for p in f.places}
     for name, tensor in tensors.items():
-        # a head of zeros, as some networks start with, would make every output equal
+        # Some networks start with a head of zeros, which would make every output equal.
         if tensor.ndim > 1 and tensor.is_floating_point() and not bool(tensor.any()):
             noise = torch.randn(tensor.shape, generator=generator)
             varied[name] = 0.1 * noise.to(tensor.device, tensor.dtype)
@@ -92,7 +91,7 @@ def varied_norms(tensors: Mapping[str, Tensor], graph: ChannelGraph) -> dict[str
         elif role is Role.STATISTIC:
             varied[name] = torch.where(tensor == 0, 1, tensor) * (0.5 + draw)
         elif role is Role.SCALE:
-            # kept away from 0: in a deep network small gammas drown the signal, and every mistake with it
+            # Kept away from 0: in a deep network small gammas let the signal vanish, and mistakes with it.
             grown = torch.where(tensor < 0, tensor.clamp(max=-0.5), tensor.clamp(min=0.5))
             varied[name] = grown * (0.5 + draw)
         elif role is not Role.ELEMENT:
@@ -103,7 +102,7 @@ def varied_norms(tensors: Mapping[str, Tensor], graph: ChannelGraph) -> dict[str
 
 
 _VARIED = frozenset({Role.SCALE, Role.SHIFT, Role.STATISTIC, Role.NORM, Role.BIAS, Role.ELEMENT})
-_TOO_SMALL = 1e-2  # layer scales that start so would silence their blocks
+_TOO_SMALL = 1e-2  # layer scales often start below this, which hides what their blocks compute
 
 
 Shapes = list[tuple[int, ...]]
@@ -126,13 +125,14 @@ def _wrong_shapes(cut: Shapes, expected: Shapes) -> str:
     return f"outputs of shape {cut}, not {expected}: a width is written into code"
 
 
-def _compare(masked: list[Tensor], cut: list[Tensor]) -> Check:
-    """Largest difference over the largest output and over the outputs' spread, or what forbids to compare."""
+def compare_outputs(masked: list[Tensor], cut: list[Tensor]) -> Check:
+    """Largest difference, relative to the largest output and to the spread; or why they do not compare."""
     dtype = str(masked[0].dtype).removeprefix("torch.") if masked else ""
     if _shapes(masked) != _shapes(cut):
         return Check(inf, inf, dtype, _wrong_shapes(_shapes(cut), _shapes(masked)))
     error = of_spread = 0.0
     for a, b in zip(masked, cut, strict=True):
+        # Whole numbers (indices, classes) may flip on ties.
         if a.is_floating_point() and a.numel():
             difference = float((a - b).abs().max())
             tiny = torch.finfo(a.dtype).tiny
@@ -144,19 +144,19 @@ def _compare(masked: list[Tensor], cut: list[Tensor]) -> Check:
 
 
 def _spread(value: Tensor) -> float:
-    """How far an output is spread over the batch: a constant that dwarfs it must hide no mistake."""
+    """Largest deviation of an output from its mean over the batch, which a constant offset does not hide."""
     if not value.is_floating_point() or not value.numel() or not value.ndim:
         return 0.0
     return max(float((value - value.mean(dim=0)).abs().max()), _resolution(value))
 
 
 def _resolution(value: Tensor) -> float:
-    steps = 1e5 if value.dtype == torch.float64 else 1e3  # float32 that cannot tell is tried in float64
+    steps = 1e5 if value.dtype == torch.float64 else 1e3  # float32 below this is repeated in float64
     return steps * torch.finfo(value.dtype).eps * float(value.abs().max())
 
 
 def _drowned(value: Tensor) -> bool:
-    """Whether a constant is so large that rounding hides what the inputs change."""
+    """Whether an offset is so large that rounding hides the effect of the inputs."""
     counts = value.is_floating_point() and value.ndim > 0 and value.numel() > 0
     return counts and _spread(value) <= _resolution(value)
 
@@ -165,12 +165,12 @@ class CutComparison:
     """Comparisons of cut and masked networks of one model, on inputs like the given ones.
 
     Args:
-        model: the dense model; it is run, and left as it is.
+        model: the dense model; it is run, but not changed.
         graph: its coupled channels.
         inputs: positional arguments of its forward, on its device.
 
     Attributes:
-        statistics: calls that the last masked network computed over the kept channels, to an effect.
+        statistics: calls that the last masked network computed over the kept channels, where that matters.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: Sequence[Tensor]) -> None:
@@ -181,7 +181,7 @@ class CutComparison:
         self.statistics: tuple[Statistic, ...] = ()
 
     def masked_outputs(self, selection: Selection, wide: bool = False) -> list[Tensor]:
-        """Outputs of the masked network, its statistics over the channels that are kept."""
+        """Outputs of the masked network, with statistics over the kept channels."""
         calls = MaskedCalls(self.model, self.graph, selection, self.varied, wide)
         outputs = run(self.model, self.batches[0], calls)
         active = active_statistics(self.graph, selection)
@@ -189,27 +189,25 @@ class CutComparison:
         return outputs
 
     def cut_network(self, plan: CutPlan, device: str | None = None) -> nn.Module:
-        """The thinned network; it shares the tensors that are not cut, or is wholly on another device."""
+        """The cut network; tensors that are not cut are shared, unless it is on another device."""
         tensors = {**self.tensors, **self.varied}
         if device is not None:
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         changed = tensors if device is not None else dict(self.varied)
-        cuts = {
-            name: cut_tensor(tensors[name], cuts) for name, cuts in plan.tensors.items() if name in tensors
-        }
-        return copy_with(self.model, changed | cuts, plan)
+        cut = {name: cut_tensor(tensors[name], to) for name, to in plan.tensors.items() if name in tensors}
+        return copy_with(self.model, changed | cut, plan)
 
     def shape_failure(self, plan: CutPlan, masked: list[Tensor]) -> str:
-        """What is wrong with the thinned network's output shapes at the second batch size, "" if nothing.
+        """What is wrong with the cut network's output shapes at the second batch size, "" if nothing.
 
-        Shapes need no numbers: it runs on the meta device, and for good only where that cannot tell.
+        Shapes need no numbers, so it runs on the meta device; on the real one only if that is not conclusive.
         """
         shapes = _shapes_at(masked, *BATCH_SIZES)
         try:
             meta = with_tensors(self.batches[1], _to_meta)
             if _shapes(run(self.cut_network(plan, "meta"), meta)) == shapes:
                 return ""
-        except Exception:  # no kernel for the meta device, or code that looks at values: run it for good
+        except Exception:  # no kernel for the meta device, or code that reads values: run it on the real one
             pass
         try:
             cut_shapes = _shapes(run(self.cut_network(plan), self.batches[1]))
@@ -220,17 +218,17 @@ class CutComparison:
         return "" if cut_shapes == shapes else _wrong_shapes(cut_shapes, shapes)
 
     def compare(self, selection: Selection, plan: CutPlan) -> Check:
-        """Compare numbers in the model's precision, and in float64 if that cannot tell."""
+        """Compare outputs in the model's precision, and in float64 if that is not conclusive."""
         try:
             expected = self.masked_outputs(selection)
         except Exception as error:  # the user's code may fail in any way
-            raise PruningError(_does_not_run(error)) from error
+            raise does_not_run(error) from error
         try:
             cut = self.cut_network(plan)
             actual = run(cut, self.batches[0])
         except Exception as error:  # code that holds widths may fail in any way
             return Check(inf, inf, "", f"the thinned network raises {_one_line(error)}")
-        outcome = _compare(expected, actual)
+        outcome = compare_outputs(expected, actual)
         if outcome.failure:
             return outcome
         failure = self.shape_failure(plan, expected)
@@ -239,21 +237,21 @@ class CutComparison:
         clear = not any(_drowned(value) for value in expected)
         if clear and outcome.error <= TOLERANCE and outcome.of_spread <= SPREAD_TOLERANCE:
             return outcome
-        # Neither network lies beside the other one's pass: float64 takes memory enough.
+        # Freed first: with float64 copies, two networks may not fit in memory.
         del cut
         return _judge(self._wide(selection, plan) or outcome)
 
     def _wide(self, selection: Selection, plan: CutPlan) -> Check | None:
-        """The comparison in float64; None for a network whose code insists on another precision."""
+        """The comparison in float64; None for a network whose code requires another precision."""
         try:
             expected = self.masked_outputs(selection, wide=True)
             cut = self.cut_network(plan)
-            return _compare(expected, run(cut, self.batches[0], MaskedCalls(cut, wide=True)))
+            return compare_outputs(expected, run(cut, self.batches[0], MaskedCalls(cut, wide=True)))
         except Exception:  # a dtype written into the user's code
             return None
 
     def raises(self, plan: CutPlan) -> str:
-        """What the thinned network raises on the meta device at either batch size, "" if nothing."""
+        """The error of the cut network on the meta device at either batch size, "" if there is none."""
         try:
             cut = self.cut_network(plan, "meta")
             for batch in self.batches:
@@ -266,24 +264,24 @@ class CutComparison:
 def check(
     model: nn.Module, graph: ChannelGraph, selection: Selection, plan: CutPlan, inputs: Sequence[Tensor]
 ) -> Check:
-    """Compare cut and masked network in the model's precision, and in float64 if that cannot tell.
+    """Compare cut and masked network in the model's precision, and in float64 if that is not conclusive.
 
     Raises:
-        PruningError: the model itself, merely masked, fails at one of the batch sizes.
+        PruningError: the masked model fails at one of the batch sizes.
     """
     trial = CutComparison(model, graph, inputs)
     outcome = trial.compare(selection, plan)
     return replace(outcome, statistics=trial.statistics)
 
 
-def _does_not_run(error: Exception) -> str:
-    return (
-        f"the network does not run at batch sizes {' and '.join(map(str, BATCH_SIZES))}: {_one_line(error)}"
-    )
+def does_not_run(error: Exception) -> PruningError:
+    """The error of a network whose own code fails at one of the batch sizes of a comparison."""
+    sizes = " and ".join(map(str, BATCH_SIZES))
+    return PruningError(f"the network does not run at batch sizes {sizes}: {_one_line(error)}")
 
 
 def _judge(outcome: Check) -> Check:
-    """Where float64 is not to be had, rounding errors of deep networks have to be let pass."""
+    """Judge a difference; without float64 a hundred times the tolerance, as rounding adds up with depth."""
     slack = 1 if outcome.precision == "float64" else 100
     if outcome.failure or (
         outcome.error <= slack * TOLERANCE and outcome.of_spread <= slack * SPREAD_TOLERANCE
@@ -298,11 +296,11 @@ def _one_line(error: Exception) -> str:
 
 
 def blame(numbers: Sequence[int], test: Callable[[Sequence[int]], bool]) -> list[int]:
-    """Families whose cut fails, found by bisection.
+    """Find the families whose cut fails, by bisection.
 
     Args:
         numbers: families whose joint cut fails.
-        test: whether cutting just these families is exact.
+        test: whether cutting only these families is exact.
     """
     if len(numbers) == 1:
         return list(numbers)
@@ -310,7 +308,7 @@ def blame(numbers: Sequence[int], test: Callable[[Sequence[int]], bool]) -> list
     guilty = [n for part in (numbers[:half], numbers[half:]) if not test(part) for n in blame(part, test)]
     if guilty:
         return guilty
-    # each half passes, together they fail: add one family after the other
+    # Each half passes, together they fail: add one family after the other.
     passing = list(numbers[:half])
     for number in numbers[half:]:
         if test([*passing, number]):
@@ -321,7 +319,7 @@ def blame(numbers: Sequence[int], test: Callable[[Sequence[int]], bool]) -> list
 
 
 def only(selection: Selection, numbers: Sequence[int]) -> Selection:
-    """The same selection for some families, all units kept in the others."""
+    """The same selection for these families, with all units of the others kept."""
     chosen = set(numbers)
     kept = tuple(m if n in chosen else torch.ones_like(m) for n, m in enumerate(selection.kept))
     return Selection(kept, selection.spared)
@@ -330,10 +328,10 @@ def only(selection: Selection, numbers: Sequence[int]) -> Selection:
 def find_culprits(
     model: nn.Module, graph: ChannelGraph, selection: Selection, inputs: Sequence[Tensor]
 ) -> dict[int, str]:
-    """Families that cannot be cut as selected, with what goes wrong when each is cut alone.
+    """Families that cannot be cut as selected, with what fails when each is cut alone.
 
-    Bisection asks the meta device where the thinned network raises something there, and compares numbers
-    otherwise.
+    If the cut network raises an error on the meta device, bisection runs there, which is fast; otherwise it
+    compares numbers.
     """
     trial = CutComparison(model, graph, inputs)
     failures: dict[tuple[int, ...], str] = {}
@@ -345,16 +343,12 @@ def find_culprits(
             failures[key] = test(part, plan_cut(model, graph, part))
         return failures[key]
 
-    def by_shapes(part: Selection, plan: CutPlan) -> str:
+    def raised(part: Selection, plan: CutPlan) -> str:
         return trial.raises(plan)
 
-    def by_numbers(part: Selection, plan: CutPlan) -> str:
-        return trial.compare(part, plan).failure
-
     cut = [n for n, kept in enumerate(selection.kept) if not bool(kept.all())]
-    test = by_numbers
-    if not trial.raises(plan_cut(model, graph, only(selection, []))) and failure(cut, by_shapes):
-        test = by_shapes
-    failures.clear()
+    by_shapes = not trial.raises(plan_cut(model, graph, only(selection, []))) and failure(cut, raised)
+    test = raised if by_shapes else lambda part, plan: trial.compare(part, plan).failure
+    failures.clear()  # the two tests give different failures
     guilty = blame(cut, lambda numbers: not failure(numbers, test))
     return {n: failure([n], test) or "fails together with another family" for n in guilty}

@@ -1,1 +1,1 @@
-"""Masks of weights: which elements go, and what masks left empty."""
+"""Masks of weights: which elements they remove, and which units are empty then."""

@@ -1,4 +1,4 @@
-"""Which weights a mask takes away, tensor by tensor, and what there is to say about it."""
+"""Which weights a mask removes, tensor by tensor, and why some tensors get none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,32 +31,22 @@ from cctool.pruning.masks.granularity import (
     keep_pattern,
     pattern_misfit,
 )
-from cctool.pruning.masks.report import MaskReport, is_maskable, weights_of
-from cctool.pruning.select.order import Selection
+from cctool.pruning.masks.report import is_maskable, weights_of
+from cctool.pruning.scores.criteria import Unscored
+from cctool.pruning.select.order import Selection, around
 
-__all__ = ["ChosenMasks", "MaskReport", "Saliency", "choose_masks", "magnitude", "unit_masks"]
-
-
-class HasReason(Protocol):
-    """Says why a method cannot rank a tensor."""
-
-    @property
-    def reason(self) -> str:
-        """In one phrase."""
-
-
-Saliency = Callable[[str, Tensor], "Tensor | HasReason"]
-"""(name, weight) -> how much each element matters, of the weight's shape; the lowest magnitudes go first."""
+Saliency = Callable[[str, Tensor], "Tensor | Unscored"]
+"""(name, weight) -> how much each element matters, of the weight's shape; the lowest magnitudes are first."""
 
 
 @dataclass(frozen=True)
 class ChosenMasks:
-    """What goes.
+    """Masks, and the weights without one.
 
     Attributes:
-        masks: by name of the parameter, of its shape, True stays.
-        skipped: names of the weights that get no mask, and why.
-        follow: of the masks, those that follow another tensor's rows, with that tensor's name.
+        masks: by name of the parameter, of its shape; True is kept.
+        skipped: names of the weights that get no mask, with the reason.
+        follow: for masks that follow the rows of another tensor, that tensor's name.
     """
 
     masks: Mapping[str, Tensor]
@@ -67,14 +56,14 @@ class ChosenMasks:
 
 @dataclass(frozen=True)
 class _Ranked:
-    """One weight that may be masked, seen as [O, I, K].
+    """One weight that may be masked, as [O, I, K].
 
     Attributes:
         name: qualified name.
-        module: that owns it.
+        module: its owner.
         shape: as it is stored.
-        worth: saliency of each element; 0 where an earlier mask took it.
-        left: where no earlier mask took it.
+        worth: saliency of each element; 0 where an earlier mask has removed it.
+        left: bool, False where an earlier mask has removed the element.
     """
 
     name: str
@@ -99,21 +88,20 @@ def choose_masks(
     rates: Mapping[str, float] | None = None,
     apart: Mapping[str, str] | None = None,
 ) -> ChosenMasks:
-    """Choose what goes of every weight of a convolution or linear layer, the classifier's included.
+    """Choose the elements to remove from the weights of all convolutions and linear layers.
 
-    The rate counts what no earlier mask took: single weights for ``element``, else groups. A group's worth
-    is the sum of its elements' saliency, of their squares for method ``l2``. With ``row`` goes what makes a
-    filter emit nothing: the bias, and scale and shift of the batch norm right behind it; rows that are the
-    model's outputs stay. N:M has no rate but its pattern.
+    The rate refers to what earlier masks have kept: single weights for ``element``, groups otherwise. A
+    group's worth is the sum of its elements' saliency, or of their squares for method ``l2``. With ``row``, a
+    filter's bias and the scale and shift of a batch norm that follows it are masked, too, so that it emits
+    nothing; rows that are the model's outputs are kept. N:M has a pattern instead of a rate.
 
     Args:
-        model: any module; it stays as it is.
+        model: any module; it is not changed.
         inputs: positional arguments of its forward; rows need a pass.
         options: granularity, rate, pattern, block, scope, patterns of names, method.
         saliency: how much elements matter.
         step: number of the step, from 1; sets the rate.
-        rates: rate of each tensor, module or pattern named there, in place of the options' rate; others keep
-            all their weights.
+        rates: rate by tensor, module or pattern, instead of the options' rate; others keep all their weights.
         apart: names of weights that get no mask whatever the options say, with the reasons.
 
     Raises:
@@ -127,6 +115,7 @@ def choose_masks(
         reasons = "; ".join(dict.fromkeys(skipped.values())) or "it has no weights of two or more dimensions"
         raise PruningError(f"nothing can be masked with --granularity {options.granularity.value}: {reasons}")
     together = options.effective_scope is Scope.GLOBAL and rates is None
+    # With a table, each tensor has a rate of its own, so tensors do not compete.
     kept = _kept(ranked, options, wanted, step, together=together)
     masks = {
         item.name: from_filters(kept[item.name], item.module, item.shape).contiguous() for item in ranked
@@ -148,12 +137,13 @@ def _wanted(
     rates: Mapping[str, float] | None,
     skipped: dict[str, str],
 ) -> dict[str, float]:
-    """Names of the weights that may be masked, with the full rate of each; adds to ``skipped``."""
+    """Names of the weights that may be masked, with the rate after the last step; adds to ``skipped``."""
     excluded = _matching(model, options.exclude)
     only = _matching(model, options.only) if options.only else None
     by_name = _rates(model, rates) if rates is not None else None
     rows = options.granularity is Granularity.ROW
-    outputs = _output_weights(couple(model, inputs)) if rows else set()
+    frozen = couple(model, inputs).frozen if rows else ()
+    outputs = {(dim.parameter, dim.dim) for dim in frozen if dim.op == "output"}
     wanted: dict[str, float] = {}
     for name, _, module in weights_of(model):
         if name in skipped:
@@ -181,6 +171,7 @@ def _ranked(
     skipped: dict[str, str],
 ) -> list[_Ranked]:
     masks, pattern = masks_of(model), options.pattern or Pattern()
+    single = options.granularity in (Granularity.ELEMENT, Granularity.NM)
     ranked = []
     for name, parameter, module in weights_of(model):
         if name not in wanted:
@@ -191,7 +182,7 @@ def _ranked(
                 skipped[name] = misfit
                 continue
         found = saliency(name, parameter.detach())
-        if not isinstance(found, Tensor):
+        if isinstance(found, Unscored):
             skipped[name] = found.reason
             continue
         if not bool(torch.isfinite(found).all()):
@@ -199,22 +190,18 @@ def _ranked(
         left = masks.get(name, torch.ones_like(parameter, dtype=torch.bool)).cpu()
         worth = found.detach().cpu().abs().masked_fill(left.logical_not(), 0)
         # Squares rank single weights as magnitudes do, and their sums rank groups by the l2 norm.
-        worth = worth.double().square() if _squared(options) else worth
+        if options.method is PruneMethod.L2 and not single:
+            worth = worth.double().square()
         ranked.append(
             _Ranked(name, module, parameter.shape, as_filters(worth, module), as_filters(left, module))
         )
     return ranked
 
 
-def _squared(options: PruneOptions) -> bool:
-    single = options.granularity in (Granularity.ELEMENT, Granularity.NM)
-    return options.method is PruneMethod.L2 and not single
-
-
 def _kept(
     ranked: Sequence[_Ranked], options: PruneOptions, rates: Mapping[str, float], step: int, *, together: bool
 ) -> dict[str, Tensor]:
-    """What stays of each weight, [O, I, K]."""
+    """Masks of what is kept of each weight, bool [O, I, K]."""
     if options.granularity is Granularity.NM:
         pattern = options.pattern or Pattern()
         return {
@@ -236,13 +223,13 @@ def _kept(
 
 
 def _group_worth(item: _Ranked, groups: WeightGroups) -> Tensor:
-    """Worth of each group; -inf where earlier masks took all of it."""
+    """Worth of each group; -inf where earlier masks have removed all of it."""
     gone = groups.sums(item.left) == 0
     return groups.sums(item.worth).masked_fill(gone, -math.inf)
 
 
 def _matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
-    """Names of the weights that a glob pattern matches, itself or a module around it.
+    """Names of the weights that a glob pattern matches, by their own name or that of a module around them.
 
     Raises:
         UsageError: a pattern matches no parameter or module of the model.
@@ -252,17 +239,12 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     return {
         name
         for name, _, _ in weights_of(model)
-        if any(fnmatchcase(around, pattern) for around in _around(name) for pattern in patterns)
+        if any(fnmatchcase(outer, pattern) for outer in around(name) for pattern in patterns)
     }
 
 
-def _around(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-
-
 def _rates(model: nn.Module, rates: Mapping[str, float]) -> dict[str, float]:
-    """Rates by name of the weight; the last pattern that matches one counts."""
+    """Rates by name of the weight; the last pattern that matches applies."""
     found: dict[str, float] = {}
     for pattern, rate in rates.items():
         if not 0 <= rate < 1:
@@ -271,17 +253,11 @@ def _rates(model: nn.Module, rates: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def _output_weights(graph: ChannelGraph) -> set[tuple[str, int]]:
-    """Dims of weights whose channels are outputs of the model."""
-    return {(frozen.parameter, frozen.dim) for frozen in graph.frozen if frozen.op == "output"}
-
-
 def unit_masks(model: nn.Module, graph: ChannelGraph, selection: Selection) -> dict[str, Tensor]:
-    """Masks that take away every weight that the units which a selection does not keep touch.
+    """Masks of all parameters of the units that a selection removes.
 
-    Filters, biases, scales and shifts of norms, and the weights that read the units: what `surgery` zeroes
-    for the network that a cut one must equal. Running statistics stay, and so do other buffers, for a mask
-    belongs to a parameter.
+    Filters, biases, scales and shifts of norms, and the weights that read the units: the elements that are 0
+    in the masked network, which a cut one must equal. Running statistics and other buffers get no mask.
     """
     parameters = dict(model.named_parameters())
     masks: dict[str, Tensor] = {}

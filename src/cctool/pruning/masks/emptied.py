@@ -1,9 +1,9 @@
-"""Units that masks left empty: what can be cut with nothing changing.
+"""Empty units: those that can be cut without changing what the network computes, because masks emptied them.
 
-A unit is empty if no weight that reads it is other than zero, or if it emits exactly zero and zero is what
-its readers get. The first is read off the weights; the second is read off filters, biases, scales and shifts,
-and whether zero passes on (through a sigmoid it does not) the comparison tells: the cut network must compute
-what the present one does, in float64 where the network's code allows it. What fails keeps its width.
+A unit is empty if all weights that read it are zero, or if it emits zero and its readers get this zero. The
+first follows from the weights. For the second, filters, biases, scales and shifts must be zero; whether the
+zero reaches the readers (through a sigmoid it does not) is found out by comparison: the cut network must
+compute what the present one does, in float64 if the network's code allows it. Families that fail are not cut.
 """
 
 from __future__ import annotations
@@ -21,28 +21,26 @@ from cctool.graph.execution import tensors_in
 from cctool.graph.ledger import Role
 from cctool.graph.records import ChannelGraph, Family, Place
 from cctool.pruning.cut.surgery import CutPlan, copy_with, cut_tensor, named_tensors, plan_cut
-from cctool.pruning.cut.verify import BATCH_SIZES, blame, only, probe_inputs
+from cctool.pruning.cut.verify import BATCH_SIZES, blame, compare_outputs, does_not_run, only, probe_inputs
 from cctool.pruning.select.order import Selection, matching
 
-__all__ = ["Emptied", "find_emptied"]
-
 EXACT = 1e-9
-"""Largest difference allowed in float64, relative to the largest output: sums of fewer terms round apart."""
-_EXACT_NARROW = 1e-5
-_LEVELS = 3
+"""Largest difference allowed in float64, relative to the largest output: shorter sums round differently."""
+_EXACT_NARROW = 1e-5  # the same in other precisions
+_LEVELS = 3  # of caution in `_Empty.kept`, before a family keeps all its units
 
 
 @dataclass(frozen=True)
 class Emptied:
-    """Units that can be cut with nothing changing.
+    """Units that can be cut without changing what the network computes.
 
     Attributes:
         graph: the coupled channels.
-        selection: which units stay.
-        plan: what a cut takes from each tensor.
+        selection: the units to keep.
+        plan: the cut.
         error: largest difference of the cut from the present network, relative to the largest output.
-        precision: the dtype in which that was measured; "" where nothing is empty.
-        notes: units that look empty and stay, and why.
+        precision: the dtype of that comparison; "" if nothing is empty.
+        notes: units that look empty but are kept, and why.
     """
 
     graph: ChannelGraph
@@ -55,13 +53,13 @@ class Emptied:
 
 @dataclass(frozen=True)
 class _Empty:
-    """Units of one family by why they may go; bool [units] each.
+    """Units of one family by why they may be empty; bool [units] each.
 
     Attributes:
         unread: every weight that reads them is zero.
         silent: their filters, biases, scales and shifts are all zero.
-        behind_norm: biases, scales and shifts are zero; a batch norm may silence filters that are not.
-        constant: their first filter is zero, and something behind it is not.
+        behind_norm: biases, scales and shifts are zero, filters need not be: a batch norm may silence them.
+        constant: their first filter is zero, but a bias or shift after it is not.
     """
 
     unread: Tensor
@@ -70,7 +68,7 @@ class _Empty:
     constant: Tensor
 
     def kept(self, level: int) -> Tensor:
-        """What stays at each level of caution, from 0; the first unit where all are empty."""
+        """Units to keep at a level of caution, from 0; at least the first unit."""
         unread_or_silent = self.unread | self.silent
         levels = (unread_or_silent | self.behind_norm, unread_or_silent, self.unread)
         kept = ~levels[level] if level < len(levels) else torch.ones_like(self.unread)
@@ -82,19 +80,19 @@ class _Empty:
 def find_emptied(
     model: nn.Module, inputs: Sequence[Tensor], *, exclude: Sequence[str] = (), only: Sequence[str] = ()
 ) -> Emptied:
-    """Find the units that can be cut with nothing changing; the model stays as it is.
+    """Find the units that can be cut without changing what the network computes; the model is not changed.
 
     Args:
         model: any module, with masks or zeros of any origin.
         inputs: positional arguments of its forward, on its device.
         exclude: glob patterns of parameters, modules or families that keep their width.
-        only: glob patterns; where given, families that match none keep their width.
+        only: glob patterns; if given, families that match none keep their width.
 
     Raises:
         UsageError: a pattern matches nothing.
         PruningError: the network does not run at the batch sizes of the comparison.
     """
-    # Statistics over channels change with their number, also where a channel is zero.
+    # Statistics over channels change with the number of channels, even if a channel is zero.
     graph = couple(model, inputs, exact=True)
     spared = matching(model, graph, exclude)
     if only:
@@ -103,6 +101,7 @@ def find_emptied(
     found = [_look_at(family, tensors) for family in graph.families]
     trial = _CutCheck(model, inputs)
     level = [_LEVELS if number in spared else 0 for number in range(len(found))]
+    # Start by cutting all that looks empty, and become more cautious in families that change the outputs.
     while True:
         kept = (empty.kept(n) for empty, n in zip(found, level, strict=True))
         selection = Selection(tuple(kept), {})
@@ -117,7 +116,7 @@ def find_emptied(
                 "network give other outputs at each call?"
             )
         for number in guilty:
-            level[number] += 1
+            level[number] += 1  # at `_LEVELS` all units are kept, so that the loop ends
     notes = [
         note
         for number, (family, empty) in enumerate(zip(graph.families, found, strict=True))
@@ -189,17 +188,10 @@ class _CutCheck:
             self._expected = self._outputs(copy_with(model, self._tensors))
         except Exception:  # a dtype written into the network's code
             self._tensors, self._batches = own, batches
-            self._expected = self._own_outputs()
-
-    def _own_outputs(self) -> list[Tensor]:
-        try:
-            return self._outputs(self._model)
-        except Exception as error:  # the user's code may fail in any way
-            sizes = " and ".join(map(str, BATCH_SIZES))
-            text = (str(error).splitlines() or [""])[0]
-            raise PruningError(
-                f"the network does not run at batch sizes {sizes}: {type(error).__name__}: {text}"
-            ) from error
+            try:
+                self._expected = self._outputs(model)
+            except Exception as error:  # the user's code may fail in any way
+                raise does_not_run(error) from error
 
     def _outputs(self, model: nn.Module) -> list[Tensor]:
         with in_mode(model, training=False):
@@ -213,23 +205,14 @@ class _CutCheck:
             outputs = self._outputs(copy_with(self._model, cut, plan))
         except Exception:  # code that holds widths may fail in any way
             return float("inf"), dtype
-        if [value.shape for value in outputs] != [value.shape for value in self._expected]:
-            return float("inf"), dtype
-        error = 0.0
-        for a, b in zip(self._expected, outputs, strict=True):
-            if a.is_floating_point() and a.numel():
-                difference = float((a - b).abs().max())
-                error = max(error, difference / max(float(a.abs().max()), torch.finfo(a.dtype).tiny))
-                # A NaN compares as False with everything.
-                error = float("inf") if difference != difference else error
-        return error, dtype
+        return compare_outputs(self._expected, outputs).error, dtype
 
     def exact(self, error: float, precision: str) -> bool:
-        """Whether a difference is rounding alone."""
+        """Whether a difference is only rounding."""
         return error <= (EXACT if precision == "float64" else _EXACT_NARROW)
 
     def passes(self, graph: ChannelGraph, selection: Selection) -> bool:
-        """Whether cutting what a selection leaves out changes nothing."""
+        """Whether cutting to this selection leaves the outputs as they are."""
         return self.exact(*self.compare(plan_cut(self._model, graph, selection)))
 
 

@@ -1,9 +1,9 @@
-"""Masks of one weight: which elements go together, what a group is worth, and which groups stay.
+"""Masks of one weight: which elements form a group, what a group is worth, and which groups are kept.
 
-A weight is seen as [O, I / groups, K]: O output channels, their input channels, and the elements of a kernel
-(1 for a matrix); flattened to O rows of I / groups * K columns it is the matrix that `analyze` counts. The
-saliency of a group is the sum over its elements, so that magnitudes rank groups by their l1 norm and squares
-by their l2 norm. Exactly k groups go, those of equal worth in the order of their index, and one always stays.
+A weight is treated as [O, I / groups, K]: O output channels, their input channels, and the elements of a
+kernel (1 for a matrix); flattened to O rows of I / groups * K columns it is the matrix that `analyze` counts.
+The worth of a group is the sum over its elements, so magnitudes rank groups by their l1 norm and squares by
+their l2 norm. Exactly k groups are removed, equal ones in the order of their index; at least one is kept.
 """
 
 from __future__ import annotations
@@ -20,26 +20,13 @@ from torch.nn.modules.conv import _ConvNd
 from cctool.options.prune.choices import Granularity
 from cctool.options.prune.patterns import Block, Pattern
 
-__all__ = [
-    "WeightGroups",
-    "as_filters",
-    "from_filters",
-    "groups_of",
-    "keep_highest",
-    "keep_highest_together",
-    "keep_pattern",
-    "pattern_holds",
-    "pattern_misfit",
-]
-
-_FUZZ = 1e-9  # 0.29 * 100 is 28.999999999999996
+_FUZZ = 1e-9  # added before rounding down: 0.29 * 100 is 28.999999999999996
 
 
 def as_filters(tensor: Tensor, module: nn.Module) -> Tensor:
     """A weight of ``module``, or a tensor of its shape, as [O, I / groups, K].
 
-    A transposed convolution's [I, O / groups, ...] is turned round; its groups of output channels follow
-    one another.
+    A transposed convolution's [I, O / groups, ...] is transposed, group by group.
     """
     if tensor.dim() == 2:
         return tensor[:, :, None]
@@ -64,8 +51,8 @@ class WeightGroups:
 
     Attributes:
         shape: (O, I, K).
-        granularity: which elements form a group: all but channel and nm.
-        block: rows and columns of a block; those at the edges are smaller.
+        granularity: which elements form a group; any but channel and nm.
+        block: rows and columns of a block; blocks at the edges are smaller.
     """
 
     shape: tuple[int, int, int]
@@ -76,7 +63,7 @@ class WeightGroups:
         """Sum of ``values`` [O, I, K] over each group; shape [groups], in the order of the matrix."""
         if self.granularity is Granularity.ELEMENT:
             return values.flatten()
-        values = values.double()
+        values = values.double()  # sums of many float32 would tie or swap groups of nearly equal worth
         if self.granularity is Granularity.KERNEL:
             return values.sum(2).flatten()
         if self.granularity is Granularity.ROW:
@@ -90,7 +77,7 @@ class WeightGroups:
         return tiles.sum((1, 3)).flatten()
 
     def spread(self, groups: Tensor) -> Tensor:
-        """What each element's group has in ``groups`` [groups]; shape (O, I, K)."""
+        """For each element the value of its group in ``groups`` [groups]; shape (O, I, K)."""
         outputs, inputs, kernel = self.shape
         if self.granularity is Granularity.ELEMENT:
             return groups.reshape(self.shape)
@@ -119,11 +106,11 @@ def keep_highest(worth: Tensor, rate: float) -> Tensor:
     """Keep all but the floor(rate * n) groups of the lowest worth.
 
     Args:
-        worth: [n], finite; -inf where a group is gone already, which is not counted in n.
-        rate: fraction of the groups that are left to take away, in [0, 1).
+        worth: [n], finite; -inf for groups that are removed already, which n does not count.
+        rate: fraction of the remaining groups to remove, in [0, 1).
 
     Returns:
-        Bool [n], True stays.
+        Bool [n], True is kept.
 
     >>> keep_highest(torch.tensor([3.0, 1.0, 2.0, 1.0]), 0.5).tolist()
     [True, False, True, False]
@@ -132,9 +119,9 @@ def keep_highest(worth: Tensor, rate: float) -> Tensor:
 
 
 def keep_highest_together(worths: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:
-    """`keep_highest` over the groups of several weights, which compete; each keeps at least its best.
+    """`keep_highest` over the groups of several weights together; each weight keeps at least its best.
 
-    Groups of equal worth go in the order of the weights, then of their index.
+    Groups of equal worth are removed in the order of the weights, then of their index.
     """
     if not worths:
         return {}
@@ -142,7 +129,7 @@ def keep_highest_together(worths: Mapping[str, Tensor], rate: float) -> dict[str
     remove = math.floor(rate * sum(int(there.sum()) for there in left.values()) + _FUZZ)
     candidates = []
     for name, worth in worths.items():
-        # The best group of a weight is no candidate: +inf. One that is gone is none either.
+        # +inf excludes a group: the best one of each weight, and those that are removed already.
         rivals = worth.clone().masked_fill_(left[name].logical_not(), math.inf)
         if bool(left[name].any()):
             rivals[int(worth.argmax())] = math.inf
@@ -156,7 +143,7 @@ def keep_highest_together(worths: Mapping[str, Tensor], rate: float) -> dict[str
 
 
 def _lowest(values: Tensor, count: int) -> Tensor:
-    """True for the ``count`` lowest values, by index where they are equal; never for +inf."""
+    """True for the ``count`` lowest values, equal ones in the order of their index; never for +inf."""
     count = min(count, int((values < math.inf).sum()))
     if not count:
         return torch.zeros_like(values, dtype=torch.bool)
@@ -178,25 +165,25 @@ def pattern_misfit(filters: Tensor, pattern: Pattern) -> str:
 
 
 def keep_pattern(worth: Tensor, pattern: Pattern) -> Tensor:
-    """Of every M neighbours along the input dim keep the N of the highest worth, at each kernel element.
+    """Of every M neighbours along the input dim keep the N of the highest worth, for each kernel element.
 
     Args:
-        worth: [O, I, K], I a multiple of M; the first of equals go.
+        worth: [O, I, K], I a multiple of M; of equal elements the first are removed.
         pattern: N and M.
 
     Returns:
-        Bool [O, I, K], True stays (Mishra et al. 2021, arXiv 2104.08378, section 3, for 2:4).
+        Bool [O, I, K], True is kept (Mishra et al. 2021, arXiv 2104.08378, section 3, for 2:4).
     """
     outputs, inputs, kernel = worth.shape
     fours = worth.reshape(outputs, inputs // pattern.of, pattern.of, kernel)
-    order = fours.argsort(dim=2, stable=True)
+    order = fours.argsort(dim=2, stable=True)  # stable: the same choice on every machine
     kept = torch.ones_like(fours, dtype=torch.bool)
     kept.scatter_(2, order[:, :, : pattern.of - pattern.keep], False)
     return kept.reshape(worth.shape)
 
 
 def pattern_holds(filters: Tensor, pattern: Pattern) -> bool:
-    """Whether at most N of every M neighbours along the input dim of a weight [O, I, K] are not zero."""
+    """Whether at most N of every M neighbours along the input dim of a weight [O, I, K] are non-zero."""
     outputs, inputs, kernel = filters.shape
     if inputs % pattern.of:
         return False

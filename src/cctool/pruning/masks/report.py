@@ -1,4 +1,4 @@
-"""What masks left of a network, for people."""
+"""Reports of masks: how many weights of a network they keep."""
 
 from __future__ import annotations
 
@@ -15,19 +15,17 @@ from cctool.options.prune.options import PruneOptions
 from cctool.options.prune.patterns import Pattern
 from cctool.pruning.masks.granularity import as_filters, pattern_holds
 
-__all__ = ["MaskReport", "TensorMask", "is_maskable", "report_masks", "weights_of", "zero_percent"]
-
 
 @dataclass(frozen=True)
 class TensorMask:
-    """What is left of one tensor.
+    """The mask of one tensor.
 
     Attributes:
         name: qualified name of the parameter.
-        shape: of it.
-        kept: elements that its mask lets stay; all where it has none.
-        total: elements.
-        note: why it got no mask, or whose rows it follows; "" else.
+        shape: its shape.
+        kept: number of elements that its mask keeps; all without a mask.
+        total: number of elements.
+        note: why it got no mask, or whose rows it follows; otherwise "".
     """
 
     name: str
@@ -42,15 +40,15 @@ class MaskReport:
     """What a masking did and did not do.
 
     Attributes:
-        granularity: what went.
-        tensors: every weight of two or more dimensions, and what else has a mask, in the order of the model.
-        kept: elements that masks let stay, of all weights of two or more dimensions.
-        total: elements of those weights.
+        granularity: what was removed: elements, rows, ...
+        tensors: every weight of two or more dimensions, and other masked tensors, in the order of the model.
+        kept: number of elements that masks keep, of all weights of two or more dimensions.
+        total: number of elements of those weights.
         sparsity_before: percent of those weights that were zero.
         sparsity_after: percent that are zero now.
-        pattern: N:M, where that was asked for.
-        pattern_holds: whether every masked weight keeps it in each group; None without a pattern.
-        notes: what a user should know besides.
+        pattern: N:M, if that was asked for.
+        pattern_holds: whether every masked weight has the pattern in each group; None without a pattern.
+        notes: further remarks for the user.
     """
 
     granularity: str
@@ -65,7 +63,7 @@ class MaskReport:
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """Parameters of two or more dimensions with their names and modules, a tied one once."""
+    """Parameters of two or more dimensions with their names and modules; tied ones once."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -95,15 +93,16 @@ def report_masks(
     why: Mapping[str, str],
     notes: tuple[str, ...] = (),
 ) -> MaskReport:
-    """Put together the report of a masking.
+    """Make the report of a masking.
 
     Args:
         model: after it.
         options: granularity and pattern.
-        before: what `zero_percent` was.
-        why: remark on each tensor that has one.
-        notes: what a user should know besides.
+        before: `zero_percent` before it.
+        why: note on each tensor that has one, by name.
+        notes: further remarks for the user.
     """
+    # `weighty` has weights of two or more dimensions; masked biases and norms are listed, but not counted.
     masks, weighty = masks_of(model), {name for name, _, _ in weights_of(model)}
     tensors = tuple(
         TensorMask(

@@ -1,8 +1,8 @@
-"""What arrives at the layers that read a family's channels: the tensors that activation criteria look at.
+"""The inputs of the layers that read a family's channels: the tensors that activation criteria look at.
 
-A unit's channels pass its norm, its nonlinearity and its pooling before a layer with weights reads them, so
-that what is read is what the unit is worth to the rest. Calls are recognised by the parameter that they use,
-as the channel graph does, never by the class of a module.
+A unit's channels pass its norm, nonlinearity and pooling before a layer with weights reads them. What that
+layer reads is what the rest of the network gets from the unit. Calls are recognised by the parameter that
+they use, as in the channel graph, never by the class of a module.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from torch.overrides import TorchFunctionMode
 from cctool.graph.execution import Event, canonical_name
 from cctool.graph.trace import argument, tensor_names
 
-__all__ = ["ArrivalObserver", "Key", "Read", "ReadApart"]
-
 Key = tuple[str, int]
-"""Name of a parameter that reads, and the dim whose indices are the channels: as in a consumer's Place."""
+"""Name of a weight that reads channels, and the dim that they index: as in the Place of a consumer."""
 
 _TURNS = frozenset({"t", "T", "mT", "transpose", "swapaxes", "swapdims"})
 _CONVOLUTIONS = frozenset(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))
@@ -35,9 +33,9 @@ class Read:
 
     Attributes:
         key: the weight and its dim.
-        tensor: what arrives; channels in `dim`.
-        dim: dim of the channels.
-        groups: of a grouped convolution, whose weight has indices for the channels of one group only.
+        tensor: the layer's input.
+        dim: its channel dim.
+        groups: of a grouped convolution, whose weight indexes the channels of one group only.
     """
 
     key: Key
@@ -46,14 +44,14 @@ class Read:
     groups: int = 1
 
     def per_channel(self, values: Tensor, by_image: bool) -> Tensor:
-        """Sum values of the tensor's shape over all but channels, and images where dim 0 counts them.
+        """Sum values over all dims but the channels, and dim 0 if that counts images.
 
         Args:
             values: shape of the tensor.
-            by_image: keep dim 0 apart; else everything is of one image.
+            by_image: whether dim 0 counts images, which are not summed.
 
         Returns:
-            Shape [images or 1, indices of the weight's dim], float64; position j of every group is added up.
+            Shape [images or 1, indices of the weight's dim], float64; groups are summed.
         """
         dim = self.dim % values.ndim
         others = [d for d in range(values.ndim) if d != dim and not (by_image and d == 0)]
@@ -63,11 +61,11 @@ class Read:
 
 
 class ArrivalObserver:
-    """Knows the calls that read channels, and shows them: an observer of `graph.execution.execute`.
+    """Finds the calls that read channels: an observer for `graph.execution.execute`.
 
     Args:
         model: whose parameters are known by name.
-        show: called with every read of a named parameter, in order. What it does not keep is freed.
+        show: called with every read by a named parameter, in order. Tensors that it does not keep are freed.
     """
 
     def __init__(self, model: nn.Module, show: Callable[[Read], None]) -> None:
@@ -83,7 +81,7 @@ class ArrivalObserver:
         self.remember(event)
 
     def find(self, event: Event) -> Read | None:
-        """What a call reads, if it reads channels by a named parameter; its result is not looked at."""
+        """What a call reads, if it reads channels by a named parameter; its result is not needed."""
         if event.name == "linear":
             return self._linear(argument(event, "input"), argument(event, "weight"), weight_dim=1)
         if event.name in _CONVOLUTIONS:
@@ -95,7 +93,7 @@ class ArrivalObserver:
         return None
 
     def remember(self, event: Event) -> None:
-        """Remember what is the transpose of a matrix parameter."""
+        """Remember transposes of matrix parameters, by which `x @ W.t()` reads."""
         if event.name in _TURNS and event.args and isinstance(event.result, Tensor):
             name = self._names.get(id(event.args[0]))
             if name is not None and event.result.ndim == 2:
@@ -114,15 +112,15 @@ class ArrivalObserver:
         if name is None:
             return None
         dim = x.ndim - (weight.ndim - 1)
-        if transposed:
+        if transposed:  # its dim 0 has the input channels of all groups
             return Read((name, 0), x, dim)
         return Read((name, 1), x, dim, int(argument(event, "groups", 1)))
 
 
 class ReadApart(TorchFunctionMode):
-    """Gives every reading call an alias of its own, so that the gradient of one read is not that of all.
+    """Gives every reading call an alias of its input, so that each read has a gradient.
 
-    To be entered outside `execute`. An activation that two layers read has one gradient, the sum over both.
+    An activation that two layers read has one gradient, the sum over both. To be entered outside `execute`.
     """
 
     def __init__(self, reader: ArrivalObserver) -> None:

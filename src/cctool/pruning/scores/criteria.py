@@ -1,7 +1,7 @@
-"""The criteria: what one family's units score in each tensor that a method looks at.
+"""The criteria: scores of a family's units in each tensor that a method looks at.
 
-Each is a pure function of a family and a context and gives a table, one row for each tensor and one column
-for each unit, or says why the method cannot rank the family. `scores.py` makes one score of the rows.
+Each is a pure function of a family and a context. It returns a table with a row for each tensor and a column
+for each unit, or says why the method cannot rank the family. `units.py` reduces the rows to one score.
 
 Which tensors: the filters that produce the unit (l1, l2, fpgm, lamp, hessian, gradient); its batch norms
 (slimming); the layers that read it (taylor, apoz, activation).
@@ -24,11 +24,11 @@ from cctool.pruning.scores.evidence import Evidence
 
 @dataclass(frozen=True)
 class ScoreContext:
-    """What score functions may look at.
+    """The inputs of score functions.
 
     Attributes:
         tensors: parameters and buffers of the model by qualified name.
-        generator: for the methods that draw; on the CPU, so that every device draws the same.
+        generator: for random methods; on the CPU, so that every device draws the same numbers.
         evidence: what was gathered on images, for the methods that need it.
     """
 
@@ -39,7 +39,7 @@ class ScoreContext:
 
 @dataclass(frozen=True)
 class Unscored:
-    """The method cannot rank a family or a tensor, and why."""
+    """Why the method cannot rank a family or a tensor."""
 
     reason: str
 
@@ -54,10 +54,10 @@ _NO_GRADIENT = Unscored("no gradient reaches these weights in evaluation mode: r
 
 
 def require_evidence(method: PruneMethod, evidence: Evidence | None) -> Evidence:
-    """Evidence that was gathered for a method.
+    """Check that there is evidence and that it was gathered for this method.
 
     Raises:
-        UsageError: there is none, or it was gathered for another method.
+        UsageError: otherwise.
     """
     if evidence is None:
         raise UsageError(
@@ -71,7 +71,7 @@ def require_evidence(method: PruneMethod, evidence: Evidence | None) -> Evidence
 
 # ---- tensors of a family --------------------------------------------------------------------------------
 def filters(family: Family) -> list[Place]:
-    """The filters that produce the units, in the order of the forward pass; else all places."""
+    """The filters that produce the units, in the order of the forward pass; all places if there are none."""
     return [place for place in family.places if place.role is Role.FILTER] or list(family.places)
 
 
@@ -80,7 +80,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _power_sum(place: Place, context: ScoreContext, power: int) -> Tensor:
-    """Sum of |w|^power over all that a unit owns of one tensor; shape [units], on the CPU."""
+    """Sum of |w|^power over the elements that each unit owns in a tensor; shape [units], on the CPU."""
     tensor = _real(context.tensors[place.tensor])
     others = [dim for dim in range(tensor.ndim) if dim != place.dim]
     norms = torch.linalg.vector_norm(tensor, ord=power, dim=others) if others else tensor.abs()
@@ -88,11 +88,11 @@ def _power_sum(place: Place, context: ScoreContext, power: int) -> Tensor:
 
 
 def _owned(place: Place, tensor: Tensor) -> Tensor:
-    """All that each unit owns of a tensor; shape [units, elements], on the tensor's device."""
+    """The elements that each unit owns in a tensor; shape [units, elements], on the tensor's device."""
     rows = tensor.movedim(place.dim, 0).flatten(1) if tensor.ndim > 1 else tensor.unsqueeze(1)
     units = len(place.indices)
     if place.indices.shape[1] == 1 and torch.equal(place.indices[:, 0], torch.arange(len(rows))):
-        return rows  # the whole tensor in its order: no copy
+        return rows  # the units are the rows in order: no copy
     return rows[place.indices.to(rows.device)].reshape(units, -1)
 
 
@@ -116,7 +116,7 @@ def l2_norms(family: Family, context: ScoreContext) -> Tensor:
 
 
 def l2_norm_of_all(family: Family, context: ScoreContext) -> Tensor:
-    """Euclidean norm of all filters that produce the unit together: sqrt(sum of w^2); shape [units]."""
+    """Euclidean norm over all filters that produce the unit: sqrt(sum of w^2); shape [units]."""
     return squared_norms(family, context).sum(dim=0).sqrt()
 
 
@@ -128,13 +128,13 @@ def squared_norms(family: Family, context: ScoreContext) -> Tensor:
 def median_distances(family: Family, context: ScoreContext) -> Tensor:
     """Sum of the Euclidean distances of a filter to all filters of its layer.
 
-    The filter nearest to the geometric median has the least (He et al. 2019, "Filter Pruning via Geometric
-    Median", arXiv 1811.00250, section 3.3): the others can stand in for it.
+    The filter nearest to the geometric median has the smallest sum; others can replace it (He et al. 2019,
+    "Filter Pruning via Geometric Median", arXiv 1811.00250, section 3.3).
     """
     rows = []
     for place in filters(family):
         owned = _owned(place, _real(context.tensors[place.tensor]))
-        # Distances do not change when all points move; near their centre, float32 products lose least.
+        # Distances do not change under a common shift; centred, float32 products cancel least.
         centred = owned - owned.mean(dim=0)
         mode = "use_mm_for_euclid_dist" if len(centred) > 25 else "donot_use_mm_for_euclid_dist"
         rows.append(torch.cdist(centred, centred, compute_mode=mode).sum(dim=1).cpu())
@@ -142,10 +142,10 @@ def median_distances(family: Family, context: ScoreContext) -> Tensor:
 
 
 def lamp(squares: Tensor) -> Tensor:
-    """Score of each entry: its square over the sum of the squares of all that are not smaller.
+    """Score of each entry: its square over the sum of the squares that are not smaller.
 
     Lee et al. 2021, "Layer-Adaptive Sparsity for the Magnitude-based Pruning", arXiv 2010.07611, equation 1.
-    Among equal entries the earlier one counts as the smaller. An entry behind which all is 0 scores 0.
+    Among equal entries the earlier one counts as smaller. If all entries are 0, all scores are 0.
 
     Args:
         squares: squared magnitudes; shape [n], at least 0.
@@ -156,6 +156,7 @@ def lamp(squares: Tensor) -> Tensor:
     >>> lamp(torch.tensor([1.0, 4.0, 5.0]))
     tensor([0.1000, 0.4444, 1.0000])
     """
+    # Summed from the largest down: at each entry, the sum over all that follow it in ascending order.
     ordered, order = torch.sort(squares, stable=True)
     behind = ordered.flip(0).cumsum(0).flip(0)
     scores = torch.empty_like(ordered)
@@ -170,7 +171,7 @@ def _per_filter(
     known: Mapping[str, Tensor],
     score: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor | Unscored:
-    """Score from (weights, what is known of them), both [units, elements], of each filter that is known."""
+    """Score of (weights, evidence), both [units, elements], for each filter that there is evidence of."""
     rows = []
     for place in filters(family):
         tensor = context.tensors[place.tensor]
@@ -182,7 +183,7 @@ def _per_filter(
 
 
 def require_same_network(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> None:
-    """Refuse evidence whose shape is not that of the tensor it is about.
+    """Refuse evidence whose shape is not that of its tensor.
 
     Raises:
         PruningError: the shapes differ.
@@ -197,9 +198,9 @@ def require_same_network(name: str, expected: tuple[int, ...], found: tuple[int,
 def second_order(family: Family, context: ScoreContext) -> Tensor | Unscored:
     """Sum of h w^2 / 2 over the unit's filter (LeCun et al. 1989, "Optimal Brain Damage", equation 5).
 
-    The diagonal h of the Hessian is that of the empirical Fisher matrix, the mean squared gradient of single
-    images: never negative, as the Levenberg-Marquardt form that the paper uses, and equal to it in
-    expectation where labels follow the network's own probabilities (Theis et al. 2018, arXiv 1801.05787).
+    The diagonal h of the Hessian is approximated by that of the empirical Fisher matrix, the mean squared
+    gradient of single images. It is never negative, as is the paper's Levenberg-Marquardt form, and equal to
+    that in expectation if labels follow the network's probabilities (Theis et al. 2018, arXiv 1801.05787).
     """
     evidence = require_evidence(PruneMethod.HESSIAN, context.evidence)
     return _per_filter(family, context, evidence.squares, lambda w, h: (h * w.square()).sum(dim=1) / 2)
@@ -229,19 +230,19 @@ def _contributions(family: Family, context: ScoreContext) -> list[Tensor]:
 
 
 def first_order(family: Family, context: ScoreContext) -> Tensor | Unscored:
-    """Mean over the images of (sum g w)^2, the sum over the weights of one layer that read the unit.
+    """Mean over the images of (sum g w)^2; the sum is over the weights of one layer that read the unit.
 
-    The importance of a group of parameters to first order (Molchanov et al. 2019, "Importance Estimation for
-    Neural Network Pruning", arXiv 1906.10771, section 3.1), with minibatches of one image, so that the result
-    does not depend on how images are batched. The group is the weights that read the unit: their sum g w
-    equals activation times gradient, that is, the gate that the paper sets behind batch norm and finds best.
+    The first-order importance of a group of parameters (Molchanov et al. 2019, "Importance Estimation for
+    Neural Network Pruning", arXiv 1906.10771, section 3.1) for minibatches of one image, so that the result
+    does not depend on the batch size. For the weights that read the unit, the sum of g w equals activation
+    times gradient: the gate after batch norm, which the paper finds best.
     """
     found = _contributions(family, context)
     return torch.stack([values.square().mean(dim=0) for values in found]) if found else _UNREAD
 
 
 def first_order_of_all(family: Family, context: ScoreContext) -> Tensor | Unscored:
-    """As `first_order`, with one sum over all layers that read the unit, which lose it at once; [units]."""
+    """As `first_order`, with one sum over all layers that read the unit; shape [units]."""
     found = _contributions(family, context)
     return torch.stack(found).sum(dim=0).square().mean(dim=0) if found else _UNREAD
 
@@ -250,35 +251,36 @@ def first_order_of_all(family: Family, context: ScoreContext) -> Tensor | Unscor
 def _arriving(
     family: Family, context: ScoreContext, known: Mapping[tuple[str, int], Tensor]
 ) -> Tensor | Unscored:
-    """Mean of a statistic over the unit's channels, at each layer that reads them."""
+    """Mean of a statistic over the unit's channels, for each layer that reads them."""
     rows = []
     for place in _read_by(family):
         values = known.get((place.tensor, place.dim))
         if values is not None:
-            require_same_network(
-                place.tensor, (context.tensors[place.tensor].shape[place.dim],), tuple(values.shape)
-            )
+            size = context.tensors[place.tensor].shape[place.dim]
+            require_same_network(place.tensor, (size,), tuple(values.shape))
             rows.append(values[place.indices].mean(dim=1))
     return torch.stack(rows) if rows else _UNREAD
 
 
 def non_zeros(family: Family, context: ScoreContext) -> Tensor | Unscored:
-    """1 - APoZ, the share of what is read of the unit that is not zero.
+    """1 - APoZ: the share of non-zeros in the inputs of the layers that read the unit.
 
     APoZ: average percentage of zeros (Hu et al. 2016, "Network Trimming", arXiv 1607.03250, equation 1).
     """
     zeros = _arriving(family, context, require_evidence(PruneMethod.APOZ, context.evidence).zeros)
-    if isinstance(zeros, Tensor) and not bool(zeros.any()):
+    if isinstance(zeros, Unscored):
+        return zeros
+    if not bool(zeros.any()):
         return Unscored(
             "its activations are never zero, so that zeros rank nothing: --method activation does"
         )
-    return 1 - zeros if isinstance(zeros, Tensor) else zeros
+    return 1 - zeros
 
 
 def mean_activations(family: Family, context: ScoreContext) -> Tensor | Unscored:
-    """Mean magnitude of what is read of the unit (Molchanov et al. 2017, arXiv 1611.06440, section 2.2).
+    """Mean magnitude of the inputs of the layers that read the unit (Molchanov et al. 2017, section 2.2).
 
-    The paper's activations come out of ReLU; elsewhere signs would cancel, hence the magnitude.
+    arXiv 1611.06440. The paper's activations are outputs of ReLU; others would cancel, hence the magnitude.
     """
     evidence = require_evidence(PruneMethod.ACTIVATION, context.evidence)
     return _arriving(family, context, evidence.activations)
@@ -286,5 +288,5 @@ def mean_activations(family: Family, context: ScoreContext) -> Tensor | Unscored
 
 # ---- control --------------------------------------------------------------------------------------------
 def uniform(family: Family, context: ScoreContext) -> Tensor:
-    """Uniform numbers in [0, 1): the control that every other method has to beat."""
+    """Uniform numbers in [0, 1): the baseline that every other method has to beat."""
     return torch.rand(family.units, generator=context.generator).unsqueeze(0)

@@ -1,8 +1,7 @@
-"""What a network does on training images, as far as criteria need it.
+"""Evidence: gradients and activations on training images, as criteria need them.
 
-The network runs in evaluation mode: then batch norm uses the statistics that it will be used with, dropout is
-off, and images do not see each other, so that an image's gradient is its own and nothing depends on how
-images are batched.
+The network runs in evaluation mode: batch norm uses its running statistics and dropout is off, so images do
+not influence each other, and nothing depends on the batch size.
 """
 
 from __future__ import annotations
@@ -22,32 +21,30 @@ from cctool.graph.execution import execute
 from cctool.options.prune.choices import PruneMethod
 from cctool.pruning.scores.arrivals import ArrivalObserver, Key, Read, ReadApart
 
-__all__ = ["Evidence", "LossFn", "gather"]
-
 LossFn = Callable[[Any, Tensor], Tensor]
 """(outputs of the network, labels [N]) -> mean loss of the batch, a scalar."""
 
 _PIXELS = 1 << 20
-"""Of all images that are looked at together: 20 of 224 x 224."""
+"""Pixels (without channels) that are processed together: 20 images of 224 x 224."""
 _GRADIENTS = frozenset({PruneMethod.TAYLOR, PruneMethod.HESSIAN, PruneMethod.GRADIENT})
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was seen on training images. Only what the method needs is there.
+    """What was gathered on training images for one method; fields that it does not need are empty.
 
     Attributes:
-        method: the method that it was gathered for.
-        images: how many images were looked at.
-        gradients: mean over the images of the loss's gradient, by the parameter's name; its shape and
-            device. For taylor and gradient.
-        squares: mean over the images of the squared gradient of one image's loss: the diagonal of the
-            empirical Fisher matrix; its shape and device. For hessian.
-        contributions: sum of g * w over the weights that read a channel, g of one image's loss alone, by
-            weight and dim; shape [images, indices of the dim], on the CPU. For taylor.
-        activations: mean magnitude of what arrives, by weight and dim that read it; shape [indices of the
-            dim], on the CPU. For activation.
-        zeros: share of zeros in what arrives, in [0, 1], likewise. For apoz.
+        method: the method.
+        images: number of images.
+        gradients: mean over the images of the loss's gradient, by the parameter's name; of the parameter's
+            shape and device. For taylor and gradient.
+        squares: mean over the images of the squared gradient of one image's loss, the diagonal of the
+            empirical Fisher matrix; of the parameter's shape and device. For hessian.
+        contributions: sum of g * w over the weights that read a channel, g of one image's loss, by weight
+            and dim; shape [images, indices of the dim], on the CPU. For taylor.
+        activations: mean magnitude of a layer's inputs, by weight and dim that read them; shape [indices of
+            the dim], on the CPU. For activation.
+        zeros: share of zeros in a layer's inputs, in [0, 1]; keys and shapes likewise. For apoz.
     """
 
     method: PruneMethod
@@ -67,17 +64,17 @@ def gather(
     *,
     loss: LossFn | None = None,
 ) -> Evidence:
-    """Look at images, with the network in evaluation mode.
+    """Gather evidence on images, with the network in evaluation mode.
 
     Args:
-        model: on the device of the batches; flags, gradients, buffers and the random state stay as they were.
-        batches: un-augmented training images [N, C, H, W], normalised, with labels where there is a loss.
-        samples: number of images to look at, at least 1; fewer where there are fewer.
+        model: on the device of the batches; flags, gradients, buffers and the random state are restored.
+        batches: un-augmented training images [N, C, H, W], normalised; with labels if there is a loss.
+        samples: number of images, at least 1; all of them if there are fewer.
         method: one that needs data; it decides what is gathered.
-        loss: what gradients are taken of; needed for taylor, hessian and gradient.
+        loss: to take gradients of; needed for taylor, hessian and gradient.
 
     Raises:
-        DataError: there are no images, or gradients need labels that are not there.
+        DataError: there are no images, or no labels for a loss.
         PruningError: the loss is not finite, or no gradient reaches any parameter.
     """
     taken = _first(batches, samples)
@@ -95,10 +92,11 @@ def gather(
 
 
 def _first(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
-    """Exactly so many images, or all that there are, in pieces whose activations fit in memory."""
+    """The first `samples` images, or all if there are fewer, in pieces whose activations fit in memory."""
     used = 0
     for batch in batches:
         stop = min(samples - used, len(batch.images))
+        # The memory that activations take grows with the number of pixels.
         size = max(1, _PIXELS // max(1, batch.images[0, 0].numel())) if stop else 1
         for start in range(0, stop, size):
             yield _part(batch, slice(start, min(start + size, stop)))
@@ -116,7 +114,7 @@ def _part(batch: Batch, which: slice | list[int]) -> Batch:
 
 @contextmanager
 def _kept(model: nn.Module) -> Iterator[None]:
-    """Buffers come back even where the network's own code changes them in evaluation mode."""
+    """Restore buffers, as some networks change them even in evaluation mode."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
@@ -128,7 +126,7 @@ def _kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _differentiable(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """All parameters take gradients, those too that the user has frozen; `.grad` is never touched."""
+    """Let all parameters take gradients, also those that the user has frozen; `.grad` is never touched."""
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     flags = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
     try:
@@ -141,7 +139,7 @@ def _differentiable(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
 
 
 class _WithGradients(nn.Module):
-    """Runs a network with gradients where the caller has switched them off."""
+    """Runs a network with gradients although the caller, `execute`, has switched them off."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -153,7 +151,7 @@ class _WithGradients(nn.Module):
 
 
 def _loss_of(outputs: Any, batch: Batch, loss: LossFn) -> Tensor:
-    """Sum of the losses of the images."""
+    """Sum of the images' losses."""
     if batch.labels is None:
         raise DataError("gradients of the loss need labels, and this data set has none")
     with torch.enable_grad():
@@ -166,7 +164,7 @@ def _loss_of(outputs: Any, batch: Batch, loss: LossFn) -> Tensor:
 
 
 class _Mean:
-    """A running mean of tensors by key, over so many images; what never came is not in it."""
+    """A mean over images of tensors by key, from sums; keys without a value are left out."""
 
     def __init__(self) -> None:
         self.sums: dict[Any, Tensor] = {}
@@ -185,6 +183,7 @@ def _gradients(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], part: Batch, copies: int, loss: LossFn
 ) -> Iterator[tuple[str, Tensor | None]]:
     with in_mode(model, training=False), torch.enable_grad():
+        # A doubled image counts twice in the sum of losses.
         value = _loss_of(model(part.images), part, loss) / copies
     found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     return zip(parameters, found, strict=True)
@@ -214,20 +213,20 @@ def _mean_squares(
 
 
 def _runnable(model: nn.Module, batch: Batch) -> tuple[Batch, int]:
-    """The batch, and how often each image stands in it: a single one twice, where the code takes none."""
+    """The batch, and how often it holds each image: one image is doubled if the network needs several."""
     if len(batch.images) > 1:
         return batch, 1
     try:
         with in_mode(model, training=False):
             model(batch.images)
-    # Code with a bare squeeze() may fail in any way on a batch of one; what is truly wrong fails again.
+    # Code with a bare squeeze() may fail in any way on a batch of one; other errors will recur.
     except Exception:
         return _part(batch, [0, 0]), 2
     return batch, 1
 
 
 def _singly(model: nn.Module, batch: Batch) -> Iterator[tuple[Batch, int]]:
-    """Each image in a batch of its own, and how often it stands there."""
+    """Each image in a batch of its own, and how often the batch holds it."""
     _, copies = _runnable(model, _part(batch, slice(0, 1)))
     for n in range(len(batch.images)):
         yield _part(batch, [n] * copies), copies
@@ -236,9 +235,9 @@ def _singly(model: nn.Module, batch: Batch) -> Iterator[tuple[Batch, int]]:
 def _contributions(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], batches: Iterable[Batch], loss: LossFn
 ) -> Evidence:
-    """What a layer's weights give, sum g * w, equals sum a * dL/da over the activations a that it reads.
+    """Sum of g * w over a layer's weights, as sum of a * dL/da over the activations a that it reads.
 
-    So that one backward pass of a batch gives it for every image by itself.
+    The two are equal, and the second is known for each image after one backward pass of a batch.
     """
     mean = _Mean()
     rows: dict[Key, list[Tensor]] = {}
@@ -271,30 +270,29 @@ def _contributed(
     with ReadApart(ArrivalObserver(model, reads.append)):
         outputs = execute(_WithGradients(model), (batch.images,), [])
     value = _loss_of(outputs, batch, loss) / copies
-    reads = [read for read in reads if read.tensor.requires_grad]
+    reads = [read for read in reads if read.tensor.requires_grad]  # the network's input does not
     wanted = [*parameters.values(), *(read.tensor for read in reads)]
     found = torch.autograd.grad(value, wanted, allow_unused=True)
     contributions: dict[Key, Tensor] = {}
     for read, gradient in zip(reads, found[len(parameters) :], strict=True):
         if gradient is not None:
-            part = read.per_channel(gradient * read.tensor.detach(), by_image)
-            part = part.to(read.tensor.dtype)
-            # a layer that runs several times reads the channel each time
+            part = read.per_channel(gradient * read.tensor.detach(), by_image).to(read.tensor.dtype)
+            # A layer that runs several times reads the channel each time.
             contributions[read.key] = contributions[read.key] + part if read.key in contributions else part
     return found[: len(parameters)], contributions
 
 
 def _image_first(model: nn.Module, batch: Batch) -> bool:
-    """Whether dim 0 of everything that is read counts images, which sequence-first attention does not do."""
+    """Whether dim 0 counts images wherever channels are read; in sequence-first attention it does not."""
     try:
+        # Three sizes, so that no fixed dim can pass for the batch by chance.
         for images in (1, 2, 3):
             reads: list[Read] = []
-            execute(
-                model, (batch.images[:1].repeat(images, 1, 1, 1),), [ArrivalObserver(model, reads.append)]
-            )
+            repeated = batch.images[:1].repeat(images, 1, 1, 1)
+            execute(model, (repeated,), [ArrivalObserver(model, reads.append)])
             if any(read.tensor.shape[0] != images or read.dim == 0 for read in reads):
                 return False
-    # Code that takes no batch of one: each image is doubled then, which `_runnable` does.
+    # Code that takes no batch of one: then `_runnable` doubles each image.
     except Exception:
         return False
     return True

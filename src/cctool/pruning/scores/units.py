@@ -1,4 +1,4 @@
-"""How much a unit matters: one criterion for each method, the lowest scores go first.
+"""How much a unit matters: one criterion for each method; units with the lowest scores are removed first.
 
 family -> a row of scores for each tensor (`criteria.py`) -> reduced to one row -> normalised
 """
@@ -19,17 +19,6 @@ from cctool.pruning.scores import criteria
 from cctool.pruning.scores.criteria import RowsFn, ScoreContext, Unscored
 from cctool.pruning.scores.evidence import Evidence
 
-__all__ = [
-    "NORMALIZERS",
-    "REDUCTIONS",
-    "SCORES",
-    "Criterion",
-    "ScoreContext",
-    "Unscored",
-    "score_context",
-    "score_families",
-]
-
 REDUCTIONS: dict[Reduce, Callable[[Tensor], Tensor]] = {
     Reduce.SUM: lambda rows: rows.sum(dim=0),
     Reduce.MEAN: lambda rows: rows.mean(dim=0),
@@ -40,7 +29,7 @@ REDUCTIONS: dict[Reduce, Callable[[Tensor], Tensor]] = {
 
 
 def _divided(scores: Tensor, by: Tensor) -> Tensor:
-    return scores / by if bool(by != 0) else scores
+    return scores / by if bool(by != 0) else scores  # all scores are 0 or equal then: the order is the same
 
 
 NORMALIZERS: dict[Normalize, Callable[[Tensor], Tensor]] = {
@@ -50,29 +39,25 @@ NORMALIZERS: dict[Normalize, Callable[[Tensor], Tensor]] = {
     Normalize.SUM: lambda scores: _divided(scores, scores.sum()),
     Normalize.STANDARD: lambda scores: _divided(scores - scores.mean(), scores.std(correction=0)),
 }
-"""[units] -> [units]; `standard` is the standard score: less the mean, over the standard deviation."""
-
-
-def _itself(scores: Tensor) -> Tensor:
-    return scores
+"""[units] -> [units]; `standard` is the standard score (s - mean) / standard deviation."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """How one method ranks the units of a family; called, it gives their scores.
+    """How one method scores the units of a family.
 
     Attributes:
-        rows: scores of each tensor that the method looks at.
-        reduce: how the rows become one where the user does not say.
-        together: (family, context) -> [units], the method's own custom where it is no reduction of rows.
-        finish: what is applied to reduced rows; [units] -> [units].
-        normalize: by what a family's scores are divided where the user does not say.
+        rows: scores in each tensor that the method looks at.
+        reduce: default reduction of the rows to one.
+        together: (family, context) -> [units], the default of methods whose default is no reduction of rows.
+        finish: applied to the reduced row; [units] -> [units].
+        normalize: default normalisation of a family's scores.
     """
 
     rows: RowsFn
     reduce: Reduce = Reduce.SUM
     together: RowsFn | None = None
-    finish: Callable[[Tensor], Tensor] = _itself
+    finish: Callable[[Tensor], Tensor] = NORMALIZERS[Normalize.NONE]
     normalize: Normalize = Normalize.NONE
 
     def __call__(
@@ -86,9 +71,9 @@ class Criterion:
 
         Args:
             family: the units.
-            context: what may be looked at.
-            reduce: how the scores of several tensors become one; None is the method's own custom.
-            normalize: by what they are divided; None is the method's own custom.
+            context: tensors, generator and evidence.
+            reduce: how the scores of several tensors become one; None is the method's default.
+            normalize: None is the method's default.
 
         Returns:
             Shape [units], on the CPU, or why there is none.
@@ -120,11 +105,11 @@ SCORES: dict[PruneMethod, Criterion] = {
 }
 """Criterion of each method.
 
-Changes of the loss (taylor, hessian), shares (apoz) and LAMP compare across families by construction, and
-slimming compares its scales as they are by design, so that nothing divides them. Distances grow with the
-number of filters and their fan-in, activations and gradients have the scale of their layer: those are divided
-by the family's mean. Norms of filters have a scale of their layer, too, but are left as they are: they
-compete within a family unless `--scope global` asks for more, which `--normalize` then serves.
+Changes of the loss (taylor, hessian), shares (apoz) and LAMP are comparable across families by construction,
+and slimming compares scales by design: none of them is normalised. Distances grow with the number of filters
+and their fan-in, and activations and gradients depend on the layer: these are divided by the family's mean.
+Norms of filters depend on the layer, too, but compete within a family by default; use `--normalize` with
+`--scope global`.
 """
 
 
@@ -139,13 +124,8 @@ def score_families(
 ) -> tuple[Tensor | Unscored, ...]:
     """Score every unit of every family.
 
-    Args:
-        graph: the coupled channels.
-        options: method, reduction, normalisation.
-        context: what score functions may look at.
-
     Returns:
-        For each family of the graph one score a unit, float64 on the CPU, or why there is none.
+        For each family one score per unit, float64 on the CPU, or why there is none.
 
     Raises:
         PruningError: a score is not finite, or the evidence is of another network.

@@ -1,6 +1,6 @@
-"""How much a single weight matters: the criteria of `scores.py` element by element, for masks.
+"""How much a single weight matters: the criteria of `units.py` element by element, for masks.
 
-The lowest go first. Methods that look at whole channels have no meaning here, and say so.
+The lowest are removed first. Methods that rank whole channels do not apply here, and say so.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from cctool.options.prune.choices import NEEDS_DATA, PruneMethod
 from cctool.pruning.scores.criteria import Unscored, lamp, require_evidence, require_same_network
 from cctool.pruning.scores.evidence import Evidence
 
-__all__ = ["SALIENCIES", "weight_saliency"]
-
 
 @dataclass(frozen=True)
 class _Weight:
-    """One weight tensor and what is known of it; evidence of the shape of the tensor, or None."""
+    """One weight tensor, and the evidence on it: of the tensor's shape, or None."""
 
     values: Tensor
     gradient: Tensor | None
@@ -79,10 +77,10 @@ SALIENCIES: dict[PruneMethod, SaliencyFn] = {
     PruneMethod.HESSIAN: _hessian,
     PruneMethod.GRADIENT: _gradient,
     PruneMethod.RANDOM: _random,
-    PruneMethod.SLIMMING: _none(PruneMethod.SLIMMING),
-    PruneMethod.FPGM: _none(PruneMethod.FPGM),
-    PruneMethod.APOZ: _none(PruneMethod.APOZ),
-    PruneMethod.ACTIVATION: _none(PruneMethod.ACTIVATION),
+    **{
+        method: _none(method)
+        for method in (PruneMethod.SLIMMING, PruneMethod.FPGM, PruneMethod.APOZ, PruneMethod.ACTIVATION)
+    },
 }
 """Saliency function of each method."""
 
@@ -105,11 +103,11 @@ def weight_saliency(
         name: qualified name of the parameter, by which evidence is looked up.
         weight: its values, any shape and floating dtype; not changed.
         evidence: what was gathered on images, for the methods that need it; None for the others.
-        generator: for the methods that draw, on the CPU; it moves on by `weight.numel()` numbers.
+        generator: for random methods, on the CPU; it advances by `weight.numel()` numbers.
 
     Returns:
-        Shape and device of the weight, float64 if it is that and else float32, at least 0; or why the
-        method says nothing about this tensor.
+        Shape and device of the weight, float64 if the weight is and else float32, at least 0; or why the
+        method cannot rank this tensor.
 
     Raises:
         UsageError: the method looks at images, and there is no evidence for it.

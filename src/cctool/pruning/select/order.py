@@ -1,8 +1,8 @@
-"""Which units go: the lowest scores first, as many as a rate, a table of rates or a search says.
+"""Which units are removed: the lowest scores first, as many as a rate, a table of rates or a search says.
 
-All ways of saying how much goes walk along one `Order`: every unit that may go, from the first to the last.
-Ties are broken by position within the family (relative to its size, so that equal scores thin all families
-alike), then by the order of the families: exactly k units go, and always the same.
+Rates and searches all follow one `Order`: every unit that may be removed, from the first to the last. Equal
+scores are ordered by position within the family, relative to its size, so that all families shrink alike,
+and then by family. So exactly k units are removed, and always the same.
 """
 
 from __future__ import annotations
@@ -22,21 +22,7 @@ from cctool.options.prune.choices import Scope
 from cctool.options.prune.options import AUTO_ROUND, PruneOptions
 from cctool.pruning.scores.criteria import Unscored
 
-__all__ = [
-    "FUZZ",
-    "Candidates",
-    "Order",
-    "Selection",
-    "by_options",
-    "candidates",
-    "grain_of",
-    "matching",
-    "names_of",
-    "order",
-    "select_counts",
-]
-
-FUZZ = 1e-9  # 0.29 * 100 is 28.999999999999996
+FUZZ = 1e-9  # added before rounding down: 0.29 * 100 is 28.999999999999996
 
 
 @dataclass(frozen=True)
@@ -45,7 +31,7 @@ class Selection:
 
     Attributes:
         kept: for each family of the graph a mask of its units; shape [units], True stays.
-        spared: why a family lost nothing, by its name.
+        spared: families that were not allowed to lose units, by name, with the reason.
     """
 
     kept: tuple[Tensor, ...]
@@ -61,8 +47,8 @@ class Candidates:
     """The families that may lose units.
 
     Attributes:
-        scores: one score a unit, by number of the family.
-        least: how many units stay at the least, by number of the family.
+        scores: one score per unit, by number of the family.
+        least: least number of units to keep, by number of the family.
         spared: why each of the other families keeps its width, by name.
     """
 
@@ -78,34 +64,39 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Order:
-    """Units that may go, from the first to the last.
+    """Units that may be removed, from the first to the last.
 
     Attributes:
-        owners: number of the family that loses a unit at each place of the order; within a family the lowest
-            score goes first.
-        sizes: units of each family.
+        owners: for each place in the order the number of the family that loses a unit; within a family the
+            lowest score is first.
+        sizes: number of units of each family.
     """
 
     owners: Tensor
     sizes: Mapping[int, int]
 
     def counts(self, removed: int) -> dict[int, int]:
-        """Kept units of each family when the first `removed` units of the order go."""
+        """Number of kept units of each family when the first `removed` units of the order are removed."""
         lost = torch.bincount(self.owners[:removed], minlength=max(self.sizes, default=0) + 1).tolist()
         return {number: size - lost[number] for number, size in self.sizes.items()}
 
 
 def names_of(family: Family) -> set[str]:
-    """Names by which a pattern finds a family: its own, its tensors', those of the modules around them.
+    """Names by which a pattern finds a family: its own, its tensors', and those of the modules around them.
 
-    A module that only reads the channels is not among them: it keeps its own width anyway.
+    Modules that only read the channels are not included: their own width does not change.
     """
     names = {family.name}
     for place in family.places:
         if place.role is not Role.CONSUMER:
-            parts = place.tensor.split(".")
-            names.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+            names.update(around(place.tensor))
     return names
+
+
+def around(name: str) -> list[str]:
+    """A tensor's qualified name, after those of the modules around it, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def matching(model: nn.Module, graph: ChannelGraph, patterns: Sequence[str]) -> set[int]:
@@ -134,11 +125,11 @@ def candidates(
     """Find the families that may lose units.
 
     Args:
-        model: the model, for its names.
+        model: for the names of its modules.
         graph: its coupled channels.
-        scores: what `score_families` found for each family.
+        scores: of each family, as `score_families` returns them.
         options: patterns and least widths.
-        spared: families that must stay as they are, by name, with the reason.
+        spared: families that must not be cut, by name, with the reason.
 
     Raises:
         UsageError: a pattern matches nothing.
@@ -168,9 +159,9 @@ def candidates(
 
 
 def order(chosen: Candidates, scope: Scope) -> Order:
-    """Order all units that may go.
+    """Order all units that may be removed.
 
-    Global: by score, whatever the family. Local: family by family in step, so that the first k units are
+    Global: by score, whatever the family. Local: all families at the same rate, so that the first k units are
     floor(rate * units) of each family for some rate, as nearly as k allows.
     """
     sizes = {number: len(score) for number, score in chosen.scores.items()}
@@ -180,13 +171,14 @@ def order(chosen: Candidates, scope: Scope) -> Order:
     numbers = torch.tensor(list(orders))
     owners = torch.repeat_interleave(numbers, torch.tensor([len(ranked) for ranked in orders.values()]))
     if scope is Scope.LOCAL:
-        # the rate at which a family loses its j-th unit
+        # The rate at which a family loses its j-th unit.
         keys = [
             torch.tensor([j / sizes[n] for j in range(1, len(ranked) + 1)], dtype=torch.float64)
             for n, ranked in orders.items()
         ]
         return Order(owners[torch.sort(torch.cat(keys), stable=True).indices], sizes)
     values = torch.cat([chosen.scores[n][ranked] for n, ranked in orders.items()])
+    # Stable sorts, first by position, then by score: equal scores keep the order of positions.
     places = torch.cat([ranked / sizes[n] for n, ranked in orders.items()])
     by_place = torch.sort(places, stable=True).indices
     return Order(owners[by_place[torch.sort(values[by_place], stable=True).indices]], sizes)
@@ -199,18 +191,18 @@ def by_options(
     step: int = 1,
     rates: Mapping[int, float] | None = None,
 ) -> dict[int, int]:
-    """Kept units of each candidate as `rate`, `keep` or a table of rates says, before rounding.
+    """Number of kept units of each candidate by `rate`, `keep` or a table of rates, before rounding.
 
     Args:
         graph: the coupled channels.
         chosen: families that may lose units.
         options: rate, keep, scope.
         step: number of the step, from 1; sets the rate of this step.
-        rates: rate of each family by its number, where a table says so.
+        rates: rate of each family by its number, from a table; other families keep their width.
     """
     sizes = {number: len(score) for number, score in chosen.scores.items()}
     keep = options.keep_at(step)
-    if keep is not None:
+    if keep is not None:  # a share of the channels, of which a unit may hold several
         widths = {number: graph.families[number].width for number in sizes}
         return {n: int(size * widths[n] * keep + FUZZ) // widths[n] for n, size in sizes.items()}
     if rates is not None:
@@ -225,7 +217,7 @@ def by_options(
 def select_counts(
     graph: ChannelGraph, chosen: Candidates, counts: Mapping[int, int], options: PruneOptions
 ) -> Selection:
-    """Keep the best `counts[number]` units of each candidate, rounded up as asked, and all of the others."""
+    """Keep the best `counts[number]` units of each candidate, rounded up as asked, and all other families."""
     kept = []
     for number, family in enumerate(graph.families):
         mask = torch.ones(family.units, dtype=torch.bool)
@@ -238,12 +230,12 @@ def select_counts(
 
 
 def _ranked(score: Tensor) -> Tensor:
-    """Units from the first to go to the last."""
+    """Units from the first to be removed to the last."""
     return torch.sort(score, stable=True).indices
 
 
 def grain_of(family: Family, options: PruneOptions) -> int:
-    """How many units go at a time, so that the kept width is a multiple of what was asked for."""
+    """How many units to remove at a time, so that the kept width is a multiple of what was asked for."""
     wanted = options.round_to
     if wanted is None:
         wanted = AUTO_ROUND if family.units * family.width >= AUTO_ROUND else 1

@@ -1,4 +1,4 @@
-"""A table of rates, family or layer -> rate, as people write it and as the sensitivity analysis does."""
+"""A table of rates, family or layer -> rate, as users and the sensitivity analysis write it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from cctool.base.networks import some
 from cctool.graph.records import ChannelGraph
 from cctool.pruning.select.order import names_of
 
-__all__ = ["family_rates", "read_rates"]
-
 _NAMES = ("family", "layer", "name", "module", "parameter", "tensor")
-_LARGEST = 16 * 2**20
+_LARGEST = 16 * 2**20  # bytes; a larger file is no table of rates
 
 
 def read_rates(path: str) -> dict[str, float]:
     """Read a table of rates.
 
-    JSON: ``{"conv1": 0.5}``, or a list of objects. CSV: a header that names the columns. A row's name stands
-    in the first of the columns family, layer, name, module, parameter, tensor that there is, its rate in
-    ``rate``; other columns are passed over, and rows whose rate is empty.
+    JSON: ``{"conv1": 0.5}``, or a list of objects. CSV: a header that names the columns. The name is in the
+    first non-empty of the columns family, layer, name, module, parameter, tensor, the rate in ``rate``.
+    Other columns are ignored, as are rows with an empty rate.
 
     Args:
         path: of a ``.csv`` or ``.json`` file.
@@ -44,7 +42,7 @@ def read_rates(path: str) -> dict[str, float]:
             raise UsageError(
                 f"--rates {path}: {file.stat().st_size:,} bytes are more than a table of rates has"
             )
-        text = file.read_text(encoding="utf-8-sig")
+        text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--rates {path}: {getattr(error, 'strerror', None) or error}") from error
     rows = _json_rows(text, path) if file.suffix == ".json" else _csv_rows(text, path)
@@ -97,7 +95,7 @@ def _row(row: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def _rate(value: Any) -> float | None:
-    if isinstance(value, bool):
+    if isinstance(value, bool):  # float(True) is 1.0
         return None
     try:
         rate = float(value)
@@ -109,7 +107,7 @@ def _rate(value: Any) -> float | None:
 def family_rates(
     graph: ChannelGraph, rates: Mapping[str, float], path: str
 ) -> tuple[dict[int, float], tuple[str, ...]]:
-    """Give each family the rate that the table has for it or for one of its layers.
+    """Look up the rate of each family, by its name or by one of its layers.
 
     Args:
         graph: the coupled channels.
@@ -117,17 +115,17 @@ def family_rates(
         path: of the table, for messages.
 
     Returns:
-        Rates by number of the family, and notes: families that the table does not name keep their width, and
-        where layers of one family have several rates the smallest counts.
+        Rates by number of the family, and notes. Families that the table does not name keep their width; if
+        layers of one family have different rates, the smallest is used.
 
     Raises:
-        UsageError: a name is none of the network's.
+        UsageError: the network has no such name.
     """
     known = [names_of(family) for family in graph.families]
     everything = sorted(set().union(*known)) if known else []
     found: dict[int, dict[str, float]] = {}
     for name, rate in rates.items():
-        # the family of this very name, else every family that one of its layers belongs to
+        # A family of exactly this name; otherwise every family that one of its layers belongs to.
         exact = [number for number, family in enumerate(graph.families) if family.name == name]
         numbers = exact or [number for number, names in enumerate(known) if name in names]
         if not numbers:

@@ -1,4 +1,4 @@
-"""How much must go for the network to cost no more than a limit: bisection on the true counter."""
+"""The fewest units to remove so that the network costs no more than a limit: bisection on the exact cost."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from dataclasses import dataclass
 from cctool.base.errors import PruningError
 from cctool.pruning.select.order import Order
 
-__all__ = ["Reached", "TriedCut", "fewest_removed"]
-
-_NEAR = 0.005
-_MOST_OTHERS = 24
+_NEAR = 0.005  # of the dense cost: a cost this little below the limit is not improved further
+_MOST_OTHERS = 24  # families tried in place of the last one, per round
 _ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class TriedCut:
-    """One network that a search looked at.
+    """One network that a search tried.
 
     Attributes:
-        removed: units of the order that went, before widths were rounded.
-        cost: what it costs, in the target's own unit.
+        removed: number of removed units, before widths were rounded.
+        cost: in the unit of the target.
     """
 
     removed: int
@@ -31,13 +29,13 @@ class TriedCut:
 
 @dataclass(frozen=True)
 class Reached:
-    """Where a search ended.
+    """Result of a search.
 
     Attributes:
-        counts: kept units of each family, by its number, of the network that was chosen.
+        counts: kept units of each family of the chosen network, by the family's number.
         chosen: that network, which costs no more than the limit.
-        above: the one with a unit less removed, which costs more; None where nothing had to go.
-        trials: all that were looked at, in order.
+        above: the one with one unit less removed, which costs more; None if nothing had to be removed.
+        trials: all networks tried, in order.
     """
 
     counts: Mapping[int, int]
@@ -55,19 +53,18 @@ def fewest_removed(
 ) -> Reached:
     """Find the smallest number of units whose removal brings the cost to the limit or below.
 
-    Where the last of them overshoots the limit by more than a two-hundredth of the dense cost, the next unit
-    of another family (or as many as rounding takes at a time) goes in its place, or a few such, if that
-    lands nearer.
+    If that lands below the limit by more than 0.5 % of the dense cost, units of other families (as many as
+    rounding takes at a time) are removed instead of the last one, if that comes closer.
 
     Args:
-        ordered: the units that may go, from the first to the last.
-        cost: of the network with these kept counts; it must not grow when more units go.
-        limit: what it may cost.
+        ordered: the units that may be removed, from the first to the last.
+        cost: of the network with these kept counts; it must not grow when more units are removed.
+        limit: largest allowed cost.
         what: the target in words, for the error.
-        grains: units of which a family's kept count is a multiple, by its number; 1 where it is not named.
+        grains: number by family of which its kept count must be a multiple; 1 for families not named.
 
     Raises:
-        PruningError: even without all of them it costs more.
+        PruningError: the network costs more even without all of these units.
     """
     trials: list[TriedCut] = []
 
@@ -89,6 +86,7 @@ def fewest_removed(
             f"({high.cost / low.cost:.1%}) with all gone that may go; frozen and excluded widths, --round-to "
             "and --min-channels keep the rest"
         )
+    # `low` costs too much, `high` does not, whatever is between.
     while high.removed - low.removed > 1:
         middle = look((low.removed + high.removed) // 2)
         if middle.cost > limit:
@@ -110,7 +108,7 @@ def fewest_removed(
                 above, lowest = other, trial.cost
         if above is None:
             break
-        # nearest of those that still cost too much: one step more may do
+        # The cheapest that still costs too much: one more step from there may meet the limit.
         base = above
     return Reached(counts, high, low, tuple(trials))
 
@@ -118,7 +116,7 @@ def fewest_removed(
 def _others(
     ordered: Order, removed: int, before: Mapping[int, int], grains: Mapping[int, int]
 ) -> Iterator[dict[int, int]]:
-    """Counts with one step more gone than `before`, of each family that comes after the first `removed`."""
+    """Counts with one step less than `before` for each family that comes after the first `removed` units."""
     ahead = ordered.owners[removed + 1 :].tolist()
     least = ordered.counts(len(ordered.owners))
     for number in list(dict.fromkeys(ahead))[:_MOST_OTHERS]:
