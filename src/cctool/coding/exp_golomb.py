@@ -19,7 +19,7 @@ from cctool.coding.packing import pack
 from cctool.coding.symbols import check_k, symbol_limit
 from cctool.coding.unpacking import MAX_BITS, unpack
 
-__all__ = ["MAX_BLOCK", "CodedIntegers", "block_size", "check_coded", "decode", "encode"]
+__all__ = ["MAX_BLOCK", "CodedIntegers", "block_counts", "block_size", "decode", "encode"]
 
 # A decoder's steps and memory grow with it, whatever the file says.
 MAX_BLOCK = 1 << 12
@@ -84,7 +84,7 @@ def encode(values: Tensor, k: int, *, signed: bool) -> CodedIntegers:
     return CodedIntegers(payload, bits, block_bits, flat.numel(), block)
 
 
-def check_coded(coded: CodedIntegers) -> None:
+def _check_coded(coded: CodedIntegers) -> None:
     """Refuse a count, block size or table that the payload does not bear out, before anything is allocated.
 
     Raises:
@@ -99,7 +99,7 @@ def check_coded(coded: CodedIntegers) -> None:
         raise BitstreamError(f"{len(sizes)} blocks in the stream for {count} values, {block} to a block")
     if int(sizes.sum()) != coded.bits or len(coded.payload) != -(-coded.bits // 8):
         raise BitstreamError(f"the stream's blocks have {sizes.sum()} bits, its payload {coded.bits}")
-    counts = _counts(count, block)
+    counts = block_counts(count, block)
     if (sizes < counts).any() or (sizes > MAX_BITS * counts).any():
         raise BitstreamError("a block of the stream has fewer or more bits than its values can take")
     spare = 8 * len(coded.payload) - coded.bits
@@ -126,14 +126,15 @@ def decode(coded: CodedIntegers, k: int, *, signed: bool, dtype: torch.dtype) ->
     """
     check_k(k)
     limit = symbol_limit(dtype, signed=signed)
-    check_coded(coded)
+    _check_coded(coded)
     target = torch.empty(0, dtype=dtype).numpy().dtype
-    counts = _counts(coded.count, coded.block)
+    counts = block_counts(coded.count, coded.block)
     values = unpack(coded.payload, coded.block_bits, counts, k, limit, signed=signed, dtype=target)
     return torch.from_numpy(values)
 
 
-def _counts(count: int, block: int) -> NDArray[np.int64]:
+def block_counts(count: int, block: int) -> NDArray[np.int64]:
+    """Values in each block of ``count`` values, of shape (ceil(count / block),)."""
     counts = np.full(-(-count // block), block, dtype=np.int64)
     if count % block:
         counts[-1] = count % block

@@ -29,6 +29,9 @@ class Histogram:
         signed: whether values are numbered 0, -1, 1, -2, 2, ... (`to_unsigned`) first.
         limit: most bins that int32 values may ask for; 2^24 unless given.
 
+    Attributes:
+        counts: by symbol, int64 of shape (bins,) on the device of the values, with at least one bin.
+
     Example::
 
         seen = Histogram(signed=True)
@@ -40,12 +43,7 @@ class Histogram:
     def __init__(self, *, signed: bool, limit: int = 1 << 24) -> None:
         self.signed = signed
         self.limit = limit
-        self._counts = torch.zeros(1, dtype=torch.int64)
-
-    @property
-    def counts(self) -> Tensor:
-        """Counts by symbol, int64 of shape (bins,) on the device of the values, with at least one bin."""
-        return self._counts
+        self.counts = torch.zeros(1, dtype=torch.int64)
 
     def add(self, values: Tensor) -> None:
         """Count every element of ``values``.
@@ -58,8 +56,8 @@ class Histogram:
             TransformError: if the type cannot be coded, or a symbol lies beyond the bins allowed.
         """
         bins = symbol_limit(values.dtype, signed=self.signed) + 1
-        if self._counts.device != values.device:
-            self._counts = self._counts.to(values.device)
+        if self.counts.device != values.device:
+            self.counts = self.counts.to(values.device)
         for piece in torch.split(values.detach().reshape(-1), _PIECE):
             symbols = (to_unsigned(piece) if self.signed else piece).long()
             self._reserve(self._needed(symbols) if values.dtype == torch.int32 else bins)
@@ -74,27 +72,27 @@ class Histogram:
         return needed
 
     def _reserve(self, bins: int) -> None:
-        missing = bins - len(self._counts)
+        missing = bins - len(self.counts)
         if missing > 0:
-            self._counts = torch.cat([self._counts, self._counts.new_zeros(missing)])
+            self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
 
     def _count(self, symbols: Tensor) -> None:
-        bins = len(self._counts)
+        bins = len(self.counts)
         if symbols.device.type == "cpu":
             if symbols.numel() and int(symbols.min()) < 0:
                 raise TransformError(f"{int(symbols.min())}: unsigned symbols are not negative")
-            self._counts += torch.bincount(symbols, minlength=bins)
+            self.counts += torch.bincount(symbols, minlength=bins)
         else:
             self._scatter(symbols)
 
     def _scatter(self, symbols: Tensor) -> None:
         """Count without `torch.bincount`, which asks the device for the largest symbol and waits."""
-        bins = len(self._counts)
+        bins = len(self.counts)
         copies = _COPIES if bins <= _FEW_BINS else 1
         lanes = torch.arange(symbols.numel(), device=symbols.device) % copies
-        spread = self._counts.new_zeros(bins * copies)
+        spread = self.counts.new_zeros(bins * copies)
         spread.scatter_add_(0, symbols * copies + lanes, torch.ones_like(symbols))
-        self._counts += spread.view(bins, copies).sum(1)
+        self.counts += spread.view(bins, copies).sum(1)
 
 
 def histogram(values: Tensor, *, signed: bool) -> Tensor:

@@ -22,7 +22,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from cctool.base.errors import BitstreamError, TransformError
-from cctool.coding.exp_golomb import MAX_BLOCK, CodedIntegers, block_size, decode, encode
+from cctool.coding.exp_golomb import MAX_BLOCK, CodedIntegers, block_counts, block_size, decode, encode
 from cctool.coding.symbols import MAX_K, check_k, code_length, symbol_limit
 
 __all__ = ["END_BYTES", "MAX_HEADER", "Chunk", "StreamReader", "Writer", "chunk_bytes", "header_bytes"]
@@ -301,7 +301,4 @@ def _unpacked(fixed: bytes, shape: tuple[int, ...]) -> _Head:
 
 def _counts(head: _Head) -> NDArray[np.uint32]:
     """Values in each block; each takes at least one bit, which the table leaves out."""
-    counts = np.full(head.blocks, head.block, dtype=np.uint32)
-    if head.count % head.block:
-        counts[-1] = head.count % head.block
-    return counts
+    return block_counts(head.count, head.block).astype(np.uint32)

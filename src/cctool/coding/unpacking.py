@@ -103,7 +103,9 @@ def unpack(
     ends = np.cumsum(block_bits, dtype=np.int64)
     values = np.empty(int(counts.sum()), dtype)
     words = np.frombuffer(payload + bytes(-len(payload) % 8 + 16), dtype=">u8").astype(np.uint64)
-    table = _table(k, signed, min(limit, 255), _places(int(ends[-1]) / len(values)) if len(values) else 1)
+    # Most of a window's places should be used: short codewords fill more of them.
+    places = (8 if int(ends[-1]) < 4 * len(values) else 4) if len(values) else 1
+    table = _table(k, signed, min(limit, 255), places)
     first = done = 0
     while first < len(counts):
         begin = int(ends[first - 1]) if first else 0
@@ -193,9 +195,9 @@ class _Cursors:
             row = np.zeros((1, len(stuck)), dtype=np.uint16)
             row[0, long] = _ESCAPE
             self.left[long] -= 1
-            self._record(np.concatenate((windows, row)))
-        else:
-            self._record(windows)
+            windows = np.concatenate((windows, row))
+        self.rounds.append((self.active, windows))
+        self.rows += len(windows)
         self._pace(share if self.steps == 0 else 1.0 - np.count_nonzero(held) / held.size)
         self._drop_finished()
 
@@ -217,10 +219,6 @@ class _Cursors:
             np.take(self.table.bits, window, out=shift, mode="clip")
             np.subtract(at, shift, out=at)
         return windows, shift == 0
-
-    def _record(self, windows: NDArray[np.uint16]) -> None:
-        self.rounds.append((self.active, windows))
-        self.rows += len(windows)
 
     def _pace(self, idle: float) -> None:
         """Look at more windows a round while few are spent on blocks that are stuck."""
@@ -299,11 +297,6 @@ def _fill(values: Values, progress: _Cursors, blocks: int, signed: bool) -> None
 
 def _numbered(symbols: Integers) -> Integers:
     return (symbols >> 1) ^ -(symbols & 1)
-
-
-def _places(bits: float) -> int:
-    """How many values of ``bits`` each a window should yield: most of the places should be used."""
-    return 8 if bits < 4 else 4
 
 
 @lru_cache(maxsize=16)

@@ -145,9 +145,8 @@ class _CounterpartRun:
                     return self.network(self._inputs)
             except TransformError:
                 raise
-            except (
-                Exception
-            ) as error:  # whatever the network's code raises on numbers that it does not expect
+            # Whatever the network's code raises on numbers that it does not expect.
+            except Exception as error:
                 where = stack[-1] if stack else ""
                 kind = type(self.network.get_submodule(where)).__name__
                 raise TransformError(

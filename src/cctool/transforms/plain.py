@@ -67,9 +67,7 @@ def exportable(model: nn.Module, *, codec: bool, whole: Collection[str] = ()) ->
 
 
 def _copy_with(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
-    memo: dict[int, object] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        memo[id(tensor)] = tensor
+    memo: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for name, layer in layers.items():
         layer.train(model.training)
         memo[id(model.get_submodule(name))] = layer

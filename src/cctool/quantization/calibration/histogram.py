@@ -56,19 +56,18 @@ class Distribution:
 
 
 class Statistics:
-    """Counts of finite values; takes batches and keeps none."""
+    """Counts of finite values; takes batches and keeps none.
+
+    Attributes:
+        number: how many values were counted.
+    """
 
     def __init__(self) -> None:
         self._counts: Tensor | None = None
         self._zeros = 0
         self._exponent = _LEAST_EXPONENT
         self._low, self._high = math.inf, -math.inf
-        self._number, self._mean, self._spread = 0, 0.0, 0.0
-
-    @property
-    def number(self) -> int:
-        """How many values were counted."""
-        return self._number
+        self.number, self._mean, self._spread = 0, 0.0, 0.0
 
     def add(self, values: Tensor) -> None:
         """Count values.
@@ -91,7 +90,7 @@ class Statistics:
         upper = torch.cat((-edges[:-1].flip(0), zero, edges[1:]))
         counts = torch.cat((negative.flip(0), torch.tensor([self._zeros]), positive))
         kept = counts > 0
-        variance = self._spread / self._number
+        variance = self._spread / self.number
         return Distribution(
             lower[kept],
             upper[kept],
@@ -126,10 +125,10 @@ class Statistics:
     def _add_moments(self, x: Tensor) -> None:
         """Merge mean and sum of squared deviations (Chan, Golub and LeVeque 1979)."""
         number, mean = x.numel(), float(x.mean())
-        total, apart = self._number + number, mean - self._mean
-        self._spread += float((x - mean).square().sum()) + apart**2 * self._number * number / total
+        total, apart = self.number + number, mean - self._mean
+        self._spread += float((x - mean).square().sum()) + apart**2 * self.number * number / total
         self._mean += apart * number / total
-        self._number = total
+        self.number = total
 
     def _widen(self, exponent: int) -> None:
         doublings = exponent - self._exponent

@@ -17,6 +17,7 @@ from torch import Tensor
 from cctool.base.errors import CorruptCheckpointError, QuantizationError
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
 from cctool.quantization.encodings.checks import part, require_parts
+from cctool.quantization.encodings.partial import whole_shape
 
 __all__ = ["BITS", "pack_bits", "unpack_bits"]
 
@@ -50,13 +51,7 @@ def unpack_bits(encoded: EncodedTensor) -> Tensor:
     if count % 8 and int(packed[-1]) >> count % 8:
         raise CorruptCheckpointError(f"{encoded.encoding}: the bits that fill up the last byte are not zero")
     flat = np.unpackbits(packed.numpy(), count=count, bitorder="little")
-    try:
-        return torch.from_numpy(flat.view(np.bool_)).reshape(encoded.shape)
-    except RuntimeError:
-        # Sizes next to a 0 are backed by nothing and may still overflow.
-        raise CorruptCheckpointError(
-            f"{encoded.encoding}: shape {list(encoded.shape)} is impossible"
-        ) from None
+    return whole_shape(encoded, torch.from_numpy(flat.view(np.bool_)))
 
 
 def _encode(tensor: Tensor, parameters: Mapping[str, JsonValue]) -> EncodedTensor:

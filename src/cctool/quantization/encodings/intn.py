@@ -205,7 +205,10 @@ def _encode_row(
         # Half up for values and zero point alike: the two ends are then 2^b - 1 steps apart, as they were.
         zero = -_half_up(low / scale)
         above = torch.minimum(_half_up(high / scale), settings.top - zero)
-        _refuse_overflow(scale, torch.maximum(zero, above), values.dtype)
+        if bool((torch.maximum(zero, above) * scale > torch.finfo(values.dtype).max).any()):
+            raise QuantizationError(
+                f"{_NAME}: the range of a tensor with 0 on the grid is larger than its type"
+            )
         codes = (_half_up(steps) + zero[index]).clamp_(0, settings.top)
         parts[_ZERO] = zero.to(torch.uint8).reshape(groups.ranges)
     parts[_INTEGERS] = pack_integers(codes.to(torch.int64), settings.bits)
@@ -227,11 +230,6 @@ def _rounded_scale(span: Tensor, top: int, wide: torch.dtype, bits: int) -> Tens
     return torch.where(span < tiny, torch.ones_like(found), found)
 
 
-def _refuse_overflow(scale: Tensor, steps: Tensor, dtype: torch.dtype) -> None:
-    if bool((steps * scale > torch.finfo(dtype).max).any()):
-        raise QuantizationError(f"{_NAME}: the range of a tensor with 0 on the grid is larger than its type")
-
-
 def _decode_row(encoded: EncodedTensor, mask: Tensor | None) -> Tensor:
     values = _products(encoded, mask)
     if not bool(torch.isfinite(values).all()):
@@ -246,10 +244,8 @@ def _products(encoded: EncodedTensor, mask: Tensor | None) -> Tensor:
     if not codes.numel():
         return torch.empty(0, dtype=dtype)
     index = at(groups.index(), mask)
-    if zeros is None:
-        steps = codes.to(scale.dtype) + settings.lowest
-    else:
-        steps = codes.to(scale.dtype) - zeros.reshape(-1)[index]
+    zero = -settings.lowest if zeros is None else zeros.reshape(-1)[index]
+    steps = codes.to(scale.dtype) - zero
     return (steps * scale.reshape(-1)[index]).to(dtype)
 
 
@@ -320,9 +316,7 @@ def _cut(encoded: EncodedTensor, dim: int, indices: Tensor) -> dict[str, Tensor]
     return parts
 
 
-def _bits(encoded: EncodedTensor) -> int:
-    return _stored_settings(encoded)[0].bits
-
-
-INTN_ROWS = RowEncoding(_NAME, _INTEGERS, _bits, _encode_row, _decode_row, _cut)
+INTN_ROWS = RowEncoding(
+    _NAME, _INTEGERS, lambda encoded: _stored_settings(encoded)[0].bits, _encode_row, _decode_row, _cut
+)
 INTN = encoding_of(INTN_ROWS)

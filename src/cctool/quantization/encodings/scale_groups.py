@@ -90,13 +90,7 @@ class ScaleGroups:
         run = self._run_of_element().index_select(within, indices).reshape(-1)
         kept, lengths = torch.unique_consecutive(run, return_counts=True)
         # The shape of ranges ends in runs.
-        smaller = ScaleGroups(shape, self.axis, self.group, lengths)
-        return smaller._plain_if_regular(), before.index_select(-1, kept)
-
-    def _plain_if_regular(self) -> ScaleGroups:
-        """Without lengths where ``group`` says them."""
-        plain = ScaleGroups(self.shape, self.axis, self.group)
-        if self.lengths is None or self.group is None or plain.runs != len(self.lengths):
-            return self
-        regular = bool((self.lengths[:-1] == self.group).all())
-        return plain if regular else self
+        regular = ScaleGroups(shape, self.axis, self.group)
+        if regular.runs != len(lengths) or not bool((lengths[:-1] == self.group).all()):
+            regular = ScaleGroups(shape, self.axis, self.group, lengths)
+        return regular, before.index_select(-1, kept)

@@ -19,7 +19,7 @@ from cctool.quantization.encodings.masked import MASKED, inner_form
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.grid import aligned
 
-__all__ = ["IntegerWeight", "from_quantizer", "from_stored"]
+__all__ = ["IntegerWeight", "fits_byte", "from_quantizer", "from_stored"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +123,7 @@ def from_quantizer(
         None where there is no uniform grid of 8 bits.
     """
     grid = quantizer.grid()
-    if grid is None or not _fits(grid.low, grid.high):
+    if grid is None or not fits_byte(grid.low, grid.high):
         return None
     made = made.detach().cpu().float()
     grid = replace(grid, scale=grid.scale.detach().cpu(), zero_point=grid.zero_point.detach().cpu())
@@ -178,5 +178,6 @@ def from_stored(name: str, encoded: EncodedTensor) -> IntegerWeight | None:
     )
 
 
-def _fits(low: int, high: int) -> bool:
+def fits_byte(low: int, high: int) -> bool:
+    """Whether a byte, signed or not, holds all integers from ``low`` to ``high``."""
     return (low >= 0 and high <= 255) or (low >= -128 and high <= 127)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from cctool.base.networks import copied, drop_companions, in_mode
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.graph.execution import Watch, following, tensors_in
-from cctool.quantization.export.integer_weights import IntegerWeight, from_quantizer
+from cctool.quantization.export.integer_weights import IntegerWeight, fits_byte, from_quantizer
 from cctool.quantization.export.onnx_operator import on_grid
-from cctool.quantization.network.attach import norm_factors, quantizers_of
+from cctool.quantization.network.attach import fold_of, norm_factors, quantizers_of
 from cctool.quantization.network.calls import CallSite, Flow, flow_of
 from cctool.quantization.network.placement import INPUT_PLACE, Left, PlacedLayer, plan_points
 from cctool.quantization.network.points import CallPoint, activation_key, weight_key
@@ -67,7 +67,7 @@ def made_weights(model: nn.Module) -> dict[str, Tensor]:
                 continue
             owner, _, leaf = name.rpartition(".")
             value = getattr(model.get_submodule(owner), leaf)
-            made = quantizer(value.detach(), _fold(model, point.norm, point.config.axis))
+            made = quantizer(value.detach(), fold_of(model, point))
             found[name] = made * masks[name] if name in masks else made
     return found
 
@@ -104,10 +104,6 @@ def rounding_network(model: nn.Module) -> nn.Module:
     copy.eval()
     _follow(copy, _ExportCalls(model, {}, set(), marked=False))
     return copy
-
-
-def _fold(model: nn.Module, norm: str | None, axis: int | None) -> Tensor | None:
-    return None if norm is None or axis is not None else norm_factors(model.get_submodule(norm))
 
 
 def _sharing(model: nn.Module) -> nn.Module:
@@ -205,8 +201,7 @@ class _Builder:
         quantizer = None if held is None else held.quantizer(weight_key(name))
         assert held is not None
         assert quantizer is not None
-        point = held.state.weights[name]
-        fold = _fold(self.model, point.norm, point.config.axis)
+        fold = fold_of(self.model, held.state.weights[name])
         if fold is not None:
             fold = torch.where(fold == 0, 1.0, fold)
         return from_quantizer(name, quantizer, made, fold), fold
@@ -223,17 +218,13 @@ class _Builder:
             scaled = weight.scaled(ratio, layer.axis)
             if scaled is not None and norm is not None:
                 self.weights.append(scaled)
-                self.norms.add(self._behind(layer))
+                self.norms.add(self.flow.calls[self.flow.at(layer.place).users[0]].place)
                 return _Settled(scaled.values(), self._bias(layer, norm, factors))
         plain = weight if fold is None else weight.scaled(1 / fold.double(), 0)
         if plain is None:
             return _Settled(made)
         self.weights.append(plain)
         return _Settled(plain.values())
-
-    def _behind(self, layer: PlacedLayer) -> CallSite:
-        call = self.flow.at(layer.place)
-        return self.flow.calls[call.users[0]].place
 
     def _bias(self, layer: PlacedLayer, norm: nn.Module, factors: Tensor) -> Tensor:
         """Beta + (b - mean) * gamma / sigma."""
@@ -268,8 +259,7 @@ class _RoundingModule(nn.Module):
         scale = grid.scale.detach().cpu().float()
         self.register_buffer("scale", torch.where(scale > 0, scale, _HUGE))
         self.register_buffer("zero_point", grid.zero_point.detach().cpu().float())
-        byte = (grid.low >= 0 and grid.high <= 255) or (grid.low >= -128 and grid.high <= 127)
-        self.marked = marked and byte and grid.axis is None
+        self.marked = marked and fits_byte(grid.low, grid.high) and grid.axis is None
         self.numbers = (1.0, 0)
         if self.marked:
             self.numbers = float(self.get_buffer("scale")), int(self.get_buffer("zero_point"))
@@ -366,9 +356,11 @@ class _ExportCalls:
 
 def _grids(model: nn.Module) -> Iterator[tuple[CallSite, str, Grid]]:
     held = quantizers_of(model)
-    for place, point in ({} if held is None else held.state.calls).items():
+    if held is None:
+        return
+    for place, point in held.state.calls.items():
         for slot in ("input", "output"):
-            quantizer = None if held is None else held.quantizer(activation_key(place, slot))
+            quantizer = held.quantizer(activation_key(place, slot))
             if getattr(point, slot) is not None and quantizer is not None:
                 grid = quantizer.grid()
                 assert grid is not None, "activations are quantized uniformly"

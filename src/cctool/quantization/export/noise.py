@@ -27,12 +27,9 @@ def shaken(model: nn.Module, share: float, generator: torch.Generator) -> Iterat
         generator: of the noise, on the CPU.
     """
     held = quantizers_of(model)
-    keys = () if held is None else held.activation_keys
-    handles = []
-    for key in keys:
-        quantizer = None if held is None else held.quantizer(key)
-        if quantizer is not None:
-            handles.append(quantizer.register_forward_pre_hook(_Noise(share, generator)))
+    found = [] if held is None else [held.quantizer(key) for key in held.activation_keys]
+    noise = _Noise(share, generator)
+    handles = [quantizer.register_forward_pre_hook(noise) for quantizer in found if quantizer is not None]
     with removing(handles):
         yield
 

@@ -27,7 +27,6 @@ from cctool.quantization.network.calls import CallSite
 from cctool.quantization.network.placement import INPUT_PLACE
 from cctool.quantization.network.points import CallPoint, Observing, WeightPoint, activation_key, weight_key
 from cctool.quantization.quantizers.base import Quantizer
-from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.make import make_quantizer
 
 __all__ = [
@@ -36,6 +35,7 @@ __all__ = [
     "NetworkQuantizers",
     "attach",
     "detach",
+    "fold_of",
     "following_calls",
     "following_values",
     "held_by",
@@ -191,10 +191,7 @@ class _QuantizedPass:
     def _weight(self, name: str, value: Any) -> Any:
         """The quantized weight, made once a pass however many calls take it."""
         if name not in self._weights:
-            point = self.held.state.weights[name]
-            fold = None
-            if point.norm is not None and point.config.axis is None:
-                fold = norm_factors(self.model.get_submodule(point.norm))
+            fold = fold_of(self.model, self.held.state.weights[name])
             found = self.held.act(weight_key(name), value, fold)
             mask = self.masks.get(name)
             self._weights[name] = found if mask is None else found * mask
@@ -208,6 +205,16 @@ def norm_factors(norm: nn.Module) -> Tensor | None:
         return None
     factors = torch.rsqrt(variance + float(getattr(norm, "eps", 1e-5)))
     return factors if scale is None else (scale.detach() * factors)
+
+
+def fold_of(model: nn.Module, point: WeightPoint) -> Tensor | None:
+    """`norm_factors` of the batch norm that a weight is quantized with, (C,); None where there is none.
+
+    A scale for each channel takes the factor up by itself, so there the fold does not matter.
+    """
+    if point.norm is None or point.config.axis is not None:
+        return None
+    return norm_factors(model.get_submodule(point.norm))
 
 
 class _Begin:
@@ -281,29 +288,19 @@ def attach(
     device = device_of(model)
     if device.type == "meta":
         device = torch.device("cpu")
+    made: dict[str, Quantizer] = {}
     for name, weight in weights.items():
-        _add(held, weight_key(name), weight.config, device, weight=True, channels=weight.channels)
-        held.state.weights[name] = weight
+        made[weight_key(name)] = make_quantizer(weight.config, weight=True, channels=weight.channels)
     for place, call in calls.items():
         for slot in ("input", "output"):
             config = getattr(call, slot)
             if config is not None:
-                _add(held, activation_key(place, slot), config, device, weight=False, channels=None)
-        held.state.calls[place] = call
+                made[activation_key(place, slot)] = make_quantizer(config, weight=False, channels=None)
+    for key, quantizer in made.items():
+        held._modules[key] = quantizer.to(device).train(held.training)
+    held.state.weights.update(weights)
+    held.state.calls.update(calls)
     return held
-
-
-def _add(
-    held: NetworkQuantizers,
-    key: str,
-    config: QuantizerConfig,
-    device: torch.device,
-    *,
-    weight: bool,
-    channels: int | None,
-) -> None:
-    quantizer = make_quantizer(config, weight=weight, channels=channels)
-    held._modules[key] = quantizer.to(device).train(held.training)
 
 
 def detach(model: nn.Module) -> bool:

@@ -48,17 +48,13 @@ def _apply(model: nn.Module, edit: Quantize) -> None:
         raise SpecError(f"quantize: the architecture has no module {edit.module!r}") from None
     weights = {qualified(edit.module, leaf): weight for leaf, weight in edit.weights.items()}
     for name, weight in weights.items():
-        if weight.norm is not None and _submodule(model, weight.norm) is None:
+        if weight.norm is not None and weight.norm not in dict(model.named_modules()):
             raise SpecError(f"quantize: {name}: the architecture has no module {weight.norm!r}")
     calls = {_place(edit.module, key): call for key, call in edit.calls.items()}
     held = attach(model, weights, calls)
     if not edit.module:
         held.state.fingerprint, held.state.images = edit.fingerprint, edit.images
         held.state.observing, held.state.method = edit.observing, edit.method
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
-    return dict(model.named_modules()).get(name)
 
 
 def _place(module: str, key: str) -> CallSite:

@@ -22,76 +22,25 @@ INPUT_PLACE = CallSite("", "input", 0)
 """Place of the network's own input."""
 
 CLIPS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clip"})
-_MOVES = frozenset(
-    [
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "permute",
-        "transpose",
-        "t",
-        "swapaxes",
-        "swapdims",
-        "movedim",
-        "contiguous",
-        "clone",
-        "detach",
-        "dropout",
-        "dropout2d",
-        "dropout1d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-        "getitem",
-        "chunk",
-        "split",
-        "tensor_split",
-        "unbind",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "narrow",
-        "select",
-        "pad",
-        "roll",
-        "channel_shuffle",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-        "type_as",
-        "native_channel_shuffle",
-        "view_as",
-        "reshape_as",
-        "expand_as",
-        "stochastic_depth",
-    ]
-)
+# fmt: off
+_MOVES = frozenset([
+    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "t",
+    "swapaxes", "swapdims", "movedim", "unsqueeze", "squeeze", "expand", "expand_as", "contiguous", "clone",
+    "detach", "type_as", "getitem", "chunk", "split", "tensor_split", "unbind", "narrow", "select", "pad",
+    "roll", "channel_shuffle", "native_channel_shuffle", "pixel_shuffle", "pixel_unshuffle",
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+    "stochastic_depth", "max_pool1d", "max_pool2d", "max_pool3d",
+    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+])
+# fmt: on
 """Functions whose results hold nothing but values of their argument, and zeros."""
-_INTEGER = COMPUTING | frozenset(
-    [
-        "add",
-        "mul",
-        "cat",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "mean",
-        "sigmoid",
-        "leaky_relu",
-        "softmax",
-        "matmul",
-        "bmm",
-    ]
-)
+# fmt: off
+_INTEGER = COMPUTING | frozenset([
+    "add", "mul", "cat", "mean", "sigmoid", "leaky_relu", "softmax", "matmul", "bmm",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+])
+# fmt: on
 """Functions that integer runtimes have kernels for."""
 
 
@@ -166,13 +115,9 @@ def plan_points(flow: Flow, way: Way) -> Points:
     if way == "none":
         return Points(layers, (), ())
     found = {"all": plan.everything, "inputs": plan.inputs, "clips": plan.clips}[way]()
-    lost = {activation.place for activation in found if plan.is_lost(activation)}
-    left = [
-        Left(
-            place.title, f"the network goes on with what {place.function} wrote in place, not with its result"
-        )
-        for place in dict.fromkeys(lost)
-    ]
+    lost = dict.fromkeys(activation.place for activation in found if plan.is_lost(activation))
+    reason = "the network goes on with what {} wrote in place, not with its result"
+    left = [Left(place.title, reason.format(place.function)) for place in lost]
     kept = tuple(activation for activation in found if activation.place not in lost)
     if way == "clips":
         left += plan.unclipped(kept)
@@ -203,13 +148,10 @@ class _Placement:
     def _is_layer(call: FlowCall) -> bool:
         return call.weight is not None and not call.constant
 
-    def _layer_numbers(self) -> list[int]:
-        return [number for number, call in enumerate(self.calls) if self._is_layer(call)]
-
     def layers(self) -> Iterator[PlacedLayer]:
-        for number in self._layer_numbers():
-            call = self.calls[number]
-            assert call.weight is not None
+        for number, call in enumerate(self.calls):
+            if call.weight is None or not self._is_layer(call):
+                continue
             yield PlacedLayer(
                 place=call.place,
                 weight=call.weight,
@@ -301,7 +243,8 @@ class _Placement:
     def inputs(self) -> list[Activation]:
         return [
             Activation(call.place, "input", (call.place,), self._is_edge(call), self._clipped(call))
-            for call in (self.calls[number] for number in self._layer_numbers())
+            for call in self.calls
+            if self._is_layer(call)
         ]
 
     def clips(self) -> list[Activation]:
@@ -312,8 +255,8 @@ class _Placement:
         ]
         edges = [
             Activation(call.place, "input", (call.place,), edge=True)
-            for call in (self.calls[number] for number in self._layer_numbers())
-            if self._is_edge(call)
+            for call in self.calls
+            if self._is_layer(call) and self._is_edge(call)
         ]
         return [*found, *edges]
 
@@ -335,8 +278,8 @@ class _Placement:
         covered = {activation.place for activation in activations if activation.slot == "input"}
         return [
             Left(call.place.title, "takes in activations that no clipping activation made: they stay float")
-            for call in (self.calls[number] for number in self._layer_numbers())
-            if call.place not in covered and not self._clipped(call)
+            for call in self.calls
+            if self._is_layer(call) and call.place not in covered and not self._clipped(call)
         ]
 
     def is_lost(self, activation: Activation) -> bool:

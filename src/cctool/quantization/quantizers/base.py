@@ -53,11 +53,9 @@ class Quantizer(nn.Module):
         """
         if not x.numel():
             return x
-        work = x if x.dtype == torch.float64 else x.float()
-        factor = self._factor(work, fold)
-        if factor is None:
-            return self._quantized(work).to(x.dtype)
-        return (self._quantized(work * factor) / factor).to(x.dtype)
+        work, factor = self._times_fold(x, fold)
+        found = self._quantized(work)
+        return (found if factor is None else found / factor).to(x.dtype)
 
     def initialise(self, x: Tensor, fold: Tensor | None = None) -> None:
         """Take the first range or step from a weight or a batch of activations, as the method's paper says.
@@ -81,9 +79,7 @@ class Quantizer(nn.Module):
         Returns:
             float64 or float32, of the shape of ``x``.
         """
-        work = x if x.dtype == torch.float64 else x.float()
-        factor = self._factor(work, fold)
-        return work if factor is None else work * factor
+        return self._times_fold(x, fold)[0]
 
     def settled(self, weight: Tensor, fold: Tensor | None = None) -> Tensor:
         """The weight that few bits can store and that in evaluation mode quantizes to what ``weight`` does.
@@ -121,9 +117,8 @@ class Quantizer(nn.Module):
         if not self.weight:
             raise QuantizationError("only a weight's levels are stored, not an activation's")
         with torch.no_grad():
-            work = weight if weight.dtype == torch.float64 else weight.float()
-            factor = self._factor(work, fold)
-            indices, table = self._levels(work if factor is None else work * factor)
+            work, factor = self._times_fold(weight, fold)
+            indices, table = self._levels(work)
             if factor is not None:
                 table = table / factor.float().reshape(-1, 1)
         small = table.shape[-1] <= 256
@@ -190,21 +185,26 @@ class Quantizer(nn.Module):
         assert grid is not None, "methods without a grid have their own"
         return grid.integers(x) - grid.low, grid.table()
 
-    def _factor(self, x: Tensor, fold: Tensor | None) -> Tensor | None:
-        """The fold, so that it broadcasts over ``x``, with 1 for 0; None where it does not matter."""
-        if fold is None:
-            return None
-        if not self.weight:
+    def _times_fold(self, x: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``x`` times its fold, float64 or float32, and the factors as they broadcast over it, with 1 for 0.
+
+        Where the fold does not matter, ``x`` itself and None.
+        """
+        work = x if x.dtype == torch.float64 else x.float()
+        if fold is not None and not self.weight:
             raise QuantizationError("a batch norm is folded into weights, not into activations")
-        if self.config.axis is not None:
-            return None
-        factor = fold.to(x.device, x.dtype)
+        if fold is None or self.config.axis is not None:
+            return work, None
+        factor = fold.to(work.device, work.dtype)
         factor = torch.where(factor == 0, torch.ones_like(factor), factor)
-        return factor if factor.dim() == x.dim() else aligned(factor, x.dim(), 0)
+        factor = factor if factor.dim() == x.dim() else aligned(factor, x.dim(), 0)
+        return work * factor, factor
 
     def _channel_dim(self, fold: Tensor | None) -> int | None:
-        if self.config.axis is not None or fold is None or fold.dim() == 1:
-            return self.config.axis if self.config.axis is not None else 0
+        if self.config.axis is not None:
+            return self.config.axis
+        if fold is None or fold.dim() == 1:
+            return 0
         return next((dim for dim, size in enumerate(fold.shape) if size > 1), 0)
 
 

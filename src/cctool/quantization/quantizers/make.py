@@ -9,16 +9,7 @@ from cctool.quantization.quantizers.dorefa_wrpn import DorefaWeightQuantizer, Fi
 from cctool.quantization.quantizers.lsq_pact import LsqQuantizer, PactQuantizer
 from cctool.quantization.quantizers.uniform import MovingUniformQuantizer, UniformQuantizer
 
-__all__ = [
-    "DorefaWeightQuantizer",
-    "FixedQuantizer",
-    "LsqQuantizer",
-    "MovingUniformQuantizer",
-    "PactQuantizer",
-    "Quantizer",
-    "UniformQuantizer",
-    "make_quantizer",
-]
+__all__ = ["make_quantizer"]
 
 _WEIGHTS: dict[str, type[Quantizer]] = {
     "uniform": UniformQuantizer,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cctool.quantization.quantizers.base import Quantizer
+from cctool.quantization.quantizers.grid import aligned
 from cctool.quantization.refine.im2col import ConvGeometry, weight_rows
 
 __all__ = ["Learned", "Rows", "WeightRounding", "learn"]
@@ -85,11 +86,7 @@ class WeightRounding:
         folded = quantizer.folded(weight, fold)
         ones = torch.ones_like(weight, dtype=folded.dtype)
         self.factors = quantizer.folded(ones, fold)
-        if grid.axis is None:
-            scale, zero = grid.scale, grid.zero_point
-        else:
-            shape = [-1 if dim == grid.axis else 1 for dim in range(weight.dim())]
-            scale, zero = grid.scale.view(shape), grid.zero_point.view(shape)
+        scale, zero = (aligned(state, weight.dim(), grid.axis) for state in (grid.scale, grid.zero_point))
         exact = folded / scale.clamp(min=torch.finfo(torch.float32).tiny) + zero
         self.floor = exact.clamp(grid.low - 1.0, grid.high + 1.0).floor()
         self.fraction = (exact - self.floor).clamp(0, 1)

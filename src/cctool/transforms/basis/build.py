@@ -91,45 +91,21 @@ def counterpart(layer: nn.Module, *, ends: bool = False) -> nn.Module | None:
     return make(layer, ends)
 
 
-def _cardioid(layer: nn.Module, ends: bool) -> nn.Module:
-    return Cardioid(ends)
-
-
-def _batch_norm(layer: nn.Module, ends: bool) -> nn.Module:
-    return ComplexBatchNorm(layer, deepcopy(layer), ends)
-
-
-def _of_magnitudes(kind: type[nn.Module]) -> Callable[[nn.Module, bool], nn.Module]:
-    def make(layer: nn.Module, ends: bool) -> nn.Module:
-        # Its output is real already.
-        return remade(layer, kind)
-
-    return make
-
-
+_SMOOTH = (nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Softplus)
 _COUNTERPARTS: dict[type[nn.Module], Callable[[nn.Module, bool], nn.Module]] = {
     **dict.fromkeys(
-        (
-            nn.ReLU,
-            nn.ReLU6,
-            nn.LeakyReLU,
-            nn.ELU,
-            nn.CELU,
-            nn.SELU,
-            nn.GELU,
-            nn.SiLU,
-            nn.Mish,
-            nn.Hardswish,
-            nn.Softplus,
-        ),
-        _cardioid,
+        (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, *_SMOOTH),
+        lambda layer, ends: Cardioid(ends),
     ),
     **dict.fromkeys((nn.MaxPool2d, nn.AdaptiveMaxPool2d), ComplexMaxPool2d),
     **dict.fromkeys((nn.AvgPool2d, nn.AdaptiveAvgPool2d), ComplexAverage),
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d), ComplexDropout),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d), _batch_norm),
-    nn.Linear: _of_magnitudes(MagnitudeLinear),
-    nn.Conv2d: _of_magnitudes(MagnitudeConv2d),
+    **dict.fromkeys(
+        (nn.BatchNorm1d, nn.BatchNorm2d), lambda layer, ends: ComplexBatchNorm(layer, deepcopy(layer), ends)
+    ),
+    # The output of these is real already, whether the complex part ends here or not.
+    nn.Linear: lambda layer, ends: remade(layer, MagnitudeLinear),
+    nn.Conv2d: lambda layer, ends: remade(layer, MagnitudeConv2d),
 }
 
 

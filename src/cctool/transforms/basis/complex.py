@@ -178,13 +178,12 @@ class ComplexLayer(BasisLayer):
 
     def channel_rows(self) -> Tensor:
         """(rows, samples), complex, each row of norm 1."""
-        return complex_rows(
-            self.indices,
+        offsets, size, period = (
             self.offsets("frequency_offsets"),
-            self.positions,
-            size=self.arguments.inputs,
-            period=self.arguments.period,
+            self.arguments.inputs,
+            self.arguments.period,
         )
+        return complex_rows(self.indices, offsets, self.positions, size=size, period=period)
 
     def plain(self) -> nn.Module | None:
         """See `SwappedLayer`."""

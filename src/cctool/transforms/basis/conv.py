@@ -15,12 +15,10 @@ Parameters: Cout + kH + kW + Cout * kH * kW, and Cout of the bias.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from cctool.checkpoint.edits.thin import Cut
 from cctool.transforms.basis.frequencies import real_rows
 from cctool.transforms.basis.linear import BasisLayer, init_normal
 
@@ -85,18 +83,6 @@ class ConvolutionBasis(BasisLayer):
             return 1 / positions
         gain = _CARDIOID_GAIN if self.arguments.kernel == "dft" else _RELU_GAIN
         return math.sqrt(gain / positions) / _DELTA_STD
-
-    def fit_attributes(self, cuts: Sequence[Cut]) -> None:
-        """Set the attributes that hold widths after the weight was cut."""
-        width = self.samples
-        for cut in cuts:
-            if cut.dim == 0:
-                # A group whose outputs are all gone is gone with its inputs.
-                self.groups = len(torch.unique(cut.keep // (self.out_channels // self.groups)))
-                self.out_channels = len(cut.keep)
-            elif cut.dim == 1:
-                width = len(cut.keep)
-        self.in_channels = width * self.groups
 
 
 class BasisConv2d(ConvolutionBasis, nn.Conv2d):  # type: ignore[misc,override]

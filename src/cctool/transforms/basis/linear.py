@@ -10,7 +10,7 @@ few bits store them well.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, StrictBool, model_validator
@@ -21,9 +21,6 @@ from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.spec import Dimension, Record
 from cctool.transforms.basis.frequencies import real_rows, unit_gradient
 from cctool.transforms.layers.base import ComputedLayer, SwappedLayer, WeightCache, remade
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["BASIS", "BIAS_STD", "BasisArguments", "BasisLayer", "BasisLinear", "LinearBasis", "init_normal"]
 
@@ -124,8 +121,7 @@ class BasisLayer(ComputedLayer):
     def indices(self) -> Tensor:
         """(rows,) the frequencies that training began with; in a convolution each group begins with 0."""
         if 0 in self.arguments.cut:
-            rows: Tensor = getattr(self, _ROWS[0])
-            return rows
+            return self.get_buffer(_ROWS[0])
         offsets = self.frequency_offsets
         return torch.arange(len(offsets), device=offsets.device) % self.arguments.outputs
 
@@ -133,8 +129,7 @@ class BasisLayer(ComputedLayer):
     def positions(self) -> Tensor:
         """(samples,) which samples of the basis functions the inputs meet."""
         if 1 in self.arguments.cut:
-            rows: Tensor = getattr(self, _ROWS[1])
-            return rows
+            return self.get_buffer(_ROWS[1])
         return torch.arange(self.samples, device=self.frequency_offsets.device)
 
     @property
@@ -159,14 +154,9 @@ class BasisLayer(ComputedLayer):
 
     def channel_rows(self) -> Tensor:
         """(rows, samples), each row of norm 1 before samples were cut."""
-        return real_rows(
-            self.arguments.kernel,
-            self.indices,
-            self.offsets("frequency_offsets"),
-            self.positions,
-            size=self.arguments.inputs,
-            period=self.arguments.period,
-        )
+        kernel, offsets = self.arguments.kernel, self.offsets("frequency_offsets")
+        size, period = self.arguments.inputs, self.arguments.period
+        return real_rows(kernel, self.indices, offsets, self.positions, size=size, period=period)
 
     def compute_weight(self) -> Tensor:
         """Compute the weight in float32 or float64, or their complex kin."""
@@ -198,16 +188,10 @@ class BasisLayer(ComputedLayer):
                     layer.keep_rows(name, cut.keep)
         for cut in cuts.get("bias", ()):
             layer.keep_rows("bias", cut.keep)
-        dims = {cut.dim for cut in cuts.get("weight", ())}
-        layer.arguments = self.arguments.model_copy(
-            update={"cut": tuple(sorted({*self.arguments.cut, *dims}))}
-        )
+        dims = sorted({*self.arguments.cut, *(cut.dim for cut in cuts.get("weight", ()))})
+        layer.arguments = self.arguments.model_copy(update={"cut": tuple(dims)})
         layer.fit_attributes(cuts.get("weight", ()))
         return layer
-
-    def fit_attributes(self, cuts: Sequence[Cut]) -> None:
-        """Set the attributes that hold widths after the weight was cut."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """The ordinary layer's, and the kernel."""
@@ -231,11 +215,6 @@ class LinearBasis(BasisLayer):
     def samples(self) -> int:
         """Inputs of one row."""
         return self.in_features
-
-    def fit_attributes(self, cuts: Sequence[Cut]) -> None:
-        """Set the attributes that hold widths after the weight was cut."""
-        for cut in cuts:
-            setattr(self, ("out_features", "in_features")[cut.dim], len(cut.keep))
 
 
 class BasisLinear(LinearBasis, nn.Linear):  # type: ignore[misc,override]

@@ -247,16 +247,12 @@ def choose_orders(model: nn.Module, images: Batches) -> None:
 
 def _pass(model: nn.Module, looks: Mapping[str, Any], images: Batches) -> None:
     """Run the network without codecs and show each module's output to its function."""
-    handles = [model.get_submodule(name).register_forward_hook(_shown(look)) for name, look in looks.items()]
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda module, args, output, look=look: look(output))
+        for name, look in looks.items()
+    ]
     with removing(handles), bypassed(model):
         _run(model, images)
-
-
-def _shown(look: Any) -> Any:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        look(output)
-
-    return hook
 
 
 @torch.no_grad()

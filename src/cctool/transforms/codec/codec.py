@@ -97,14 +97,15 @@ class CodecConfig(Record):
         if self.allocated and self.norm == "none":
             raise ValueError("--allocate chooses steps of orthonormal coefficients: --norm ortho is needed")
         if not self.transforms:
-            if (
-                self.table
-                or self.mean_shift
-                or self.dead_zone
-                or self.quality
-                or self.symbol_bits
-                or self.allocated
-            ):
+            second = (
+                self.table,
+                self.mean_shift,
+                self.dead_zone,
+                self.quality,
+                self.symbol_bits,
+                self.allocated,
+            )
+            if any(second):
                 raise ValueError(
                     "--kernel identity has one quantizer, of --bits: --q-table, --allocate, --mean-shift, "
                     "--dead-zone, --quality and --symbol-bits are for the one behind a transform "
@@ -165,7 +166,7 @@ class CodecState:
         if is_wavelet(config.kernel):
             found = [torch.tensor(step, dtype=torch.float64) for step in wavelet_steps(config.table, bands)]
         else:
-            found = [block_steps(config.table, config.kernel, config.norm, config.block, *size, str(device))]
+            found = [block_steps(config.table, config.kernel, config.norm, config.block, *size, device)]
         return [step * scale for step in found]
 
 

@@ -7,7 +7,7 @@ codec itself.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,10 @@ from cctool.graph.execution import hidden
 from cctool.transforms.codec.codec import CodecState
 from cctool.transforms.codec.quantizers import symbol_bounds
 from cctool.transforms.codec.taps import state_of, taps_of
-from cctool.transforms.kernels.by_name import analysis_matrix, is_wavelet, synthesis_matrix
+from cctool.transforms.kernels.blocks import block_diagonal
+from cctool.transforms.kernels.by_name import is_wavelet, wavelet_name
 from cctool.transforms.kernels.filter_banks import wavelet_matrix
-from cctool.transforms.kernels.spatial import Blocks, CalibratedBlocks, Wavelet, block_sizes
+from cctool.transforms.kernels.spatial import Blocks, CalibratedBlocks, Wavelet
 from cctool.transforms.kernels.wavelets import pyramid_levels
 
 __all__ = ["ExportedCodec", "put_exported"]
@@ -149,31 +150,21 @@ def _levels(state: CodecState, size: tuple[int, int]) -> list[_Level]:
 
 
 def _wavelet_pair(name: str, size: int) -> tuple[Tensor, Tensor]:
-    name = "haar" if name == "dwt" else name
-    back, there = (
-        torch.from_numpy(wavelet_matrix(name, size, 1, square=False, synthesis=synthesis))
-        for synthesis in (True, False)
+    there, back = (
+        torch.from_numpy(wavelet_matrix(wavelet_name(name), size, 1, square=False, synthesis=synthesis))
+        for synthesis in (False, True)
     )
     return there, back
 
 
 def _block_pair(spatial: Blocks, size: int) -> tuple[Tensor, Tensor]:
-    sides = block_sizes(size, spatial.block)
-    return (
-        _diagonal([analysis_matrix(spatial.kernel, side) for side in sides]),
-        _diagonal([synthesis_matrix(spatial.kernel, side) for side in sides]),
+    there, back = (
+        torch.from_numpy(block_diagonal(spatial.kernel, size, spatial.block, 1, synthesis))
+        for synthesis in (False, True)
     )
-
-
-def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
-    found: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    return found
+    return there, back
 
 
 def _basis_pair(spatial: CalibratedBlocks, axis: str, size: int) -> tuple[Tensor, Tensor]:
-    parts = [
-        spatial.bases[axis if side == spatial.block else f"{axis}_rest"].detach().double()
-        for side in block_sizes(size, spatial.block)
-    ]
-    matrix = _diagonal(parts)
+    matrix = spatial.diagonal(axis, size, torch.empty(0, dtype=torch.float64))
     return matrix, matrix.T.contiguous()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cctool.coding.histogram import best_k, code_bits, entropy_bits
 from cctool.coding.symbols import to_unsigned
-from cctool.transforms.codec.codec import CodecConfig, Symbols
+from cctool.transforms.codec.codec import Symbols
 from cctool.transforms.codec.stream import StreamHeader, overhead_bytes, pass_bytes, state_size
 from cctool.transforms.codec.taps import TapHook, taps_of
 from cctool.transforms.kernels.blocks import block_positions
@@ -191,7 +191,7 @@ class TapStatistics:
         self.shape = hook.shape
         self.samples = 0
         self.elements = 0
-        self._counts = SymbolCounts(hook.codec.signed, len(self._names(_levels_of(hook.codec))))
+        self._counts = SymbolCounts(hook.codec.signed, len(self._names()))
         self._low: Tensor | None = None
         self._high: Tensor | None = None
         self._sums: Tensor | None = None
@@ -237,7 +237,7 @@ class TapStatistics:
         total, energy, noise, nonzero, values, coefficients = self._sums.tolist()
         table = self._counts.table()
         symbols = int(table.sum())
-        names = self._names(_levels_of(self.codec))
+        names = self._names()
         return TapFigures(
             name=self.name,
             shape=self.shape,
@@ -276,9 +276,10 @@ class TapStatistics:
         )
         return 8 * size - int(sum(bits))
 
-    def _names(self, levels: int) -> list[str]:
+    def _names(self) -> list[str]:
         if is_wavelet(self.codec.kernel):
-            return [f"{band}{level + 1}" for level in range(levels) for band in ("LH", "HL", "HH")] + ["LL"]
+            levels = range(1, self.codec.levels + 1)
+            return [f"{band}{level}" for level in levels for band in ("LH", "HL", "HH")] + ["LL"]
         if self.codec.kernel == "identity":
             return ["all"]
         return [str(diagonal) for diagonal in range(2 * self.codec.block - 1)]
@@ -289,16 +290,12 @@ class TapStatistics:
         if is_wavelet(self.codec.kernel):
             *details, low = symbols.bands
             three = torch.arange(3, device=device)[:, None, None]
-            last = torch.tensor(3 * _levels_of(self.codec), device=device)
+            last = torch.tensor(3 * self.codec.levels, device=device)
             return [*((band, 3 * level + three) for level, band in enumerate(details)), (low, last)]
         if self.codec.kernel == "identity":
             return [(symbols.bands[0], None)]
         place = block_positions(*symbols.shape[2:], self.codec.block)
         return [(symbols.bands[0], (place.row + place.column).to(device))]
-
-
-def _levels_of(codec: CodecConfig) -> int:
-    return codec.levels if is_wavelet(codec.kernel) else 0
 
 
 class NetworkStatistics:

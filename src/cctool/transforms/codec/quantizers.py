@@ -121,11 +121,7 @@ def to_symbols(y: Tensor, bits: int | None, dead_zone: float = 0.0, *, look: boo
         int32 symbols of the shape of ``y``.
     """
     z = y.float()
-    z = _dead_zone(z, dead_zone) if dead_zone else z.round_()
+    z = z.abs().sub_(0.5 + dead_zone).ceil_().clamp_(min=0).copysign_(z) if dead_zone else z.round_()
     low, high = symbol_bounds(bits)
     inside = (z >= low).logical_and_(z <= high) if look else None
     return Rounded(z.clamp_(low, high).to(torch.int32), inside)
-
-
-def _dead_zone(z: Tensor, width: float) -> Tensor:
-    return z.abs().sub_(0.5 + width).ceil_().clamp_(min=0).copysign_(z)

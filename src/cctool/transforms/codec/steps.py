@@ -14,17 +14,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cctool.base.errors import UsageError
 from cctool.options.transform.choices import TransformPreset
 from cctool.transforms.kernels.blocks import norm_scale
 from cctool.transforms.kernels.by_name import is_wavelet
+from cctool.transforms.kernels.matmul import constant
 from cctool.transforms.kernels.spatial import block_sizes
 
 __all__ = [
@@ -221,7 +223,13 @@ def _is_number(text: str) -> bool:
 
 
 def block_steps(
-    steps: tuple[float, ...], kernel: str, norm: str, block: int, height: int, width: int, device: str
+    steps: tuple[float, ...],
+    kernel: str,
+    norm: str,
+    block: int,
+    height: int,
+    width: int,
+    device: torch.device,
 ) -> Tensor:
     """Steps of the orthonormal coefficients of a map.
 
@@ -237,25 +245,19 @@ def block_steps(
     Returns:
         float64 (H, W); others hold it, too: it must not be changed.
     """
-    # What is made while a network is traced is no tensor that may outlive the tracing.
-    make = _block_steps if torch.compiler.is_compiling() else _kept_block_steps
-    return make(steps, kernel, norm, block, height, width, device)
+    like = torch.empty(0, dtype=torch.float64, device=device)
+    return constant(_block_steps, steps, kernel, norm, block, height, width, like=like)
 
 
 def _block_steps(
-    steps: tuple[float, ...], kernel: str, norm: str, block: int, height: int, width: int, device: str
-) -> Tensor:
+    steps: tuple[float, ...], kernel: str, norm: str, block: int, height: int, width: int
+) -> NDArray[np.float64]:
     tall, wide = block_sizes(height, block), block_sizes(width, block)
-    # A tensor of inference mode could not be used in training later.
-    with torch.inference_mode(False):
-        table = _square(steps, block)
-        tiles = {(h, w): table[:h, :w] for h in set(tall) for w in set(wide)}
-        if norm == "none":
-            tiles = {size: tile / norm_scale(*size, kernel) for size, tile in tiles.items()}
-        return torch.cat([torch.cat([tiles[h, w] for w in wide], 1) for h in tall]).to(device)
-
-
-_kept_block_steps = lru_cache(maxsize=256)(_block_steps)
+    table = _square(steps, block)
+    tiles = {(h, w): table[:h, :w] for h in set(tall) for w in set(wide)}
+    if norm == "none":
+        tiles = {size: tile / norm_scale(*size, kernel) for size, tile in tiles.items()}
+    return torch.cat([torch.cat([tiles[h, w] for w in wide], 1) for h in tall]).numpy()
 
 
 def _square(steps: tuple[float, ...], block: int) -> Tensor:

@@ -8,7 +8,7 @@ So taps are copied, moved, saved and loaded with their module, and a module that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -30,11 +30,13 @@ from cctool.transforms.kernels.spatial import block_sizes
 __all__ = [
     "TAP",
     "CalibratedTap",
+    "Rates",
     "Sink",
     "Tap",
     "TapHook",
     "basis_shapes",
     "bypassed",
+    "collecting_rates",
     "drop_taps",
     "fingerprint",
     "recording",
@@ -100,7 +102,7 @@ class TapHook:
         fingerprint: of the weights that it was calibrated for.
         active: whether maps are coded; else they pass as they are.
         sink: is shown every pass; see `recording`.
-        rates: where passes with gradients leave their bits and elements; see `tap_rates.collecting_rates`.
+        rates: where passes with gradients leave their bits and elements; see `collecting_rates`.
     """
 
     def __init__(self, codec: CodecConfig, shape: tuple[int, int, int], fingerprint: str) -> None:
@@ -116,9 +118,9 @@ class TapHook:
         if not self.active:
             return None
         if not isinstance(output, Tensor) or output.dim() != 4 or not output.is_floating_point():
-            raise TransformError(
-                f"a tap codes maps (N, C, H, W); {type(module).__name__} returned {_told(output)}"
-            )
+            kind = type(output).__name__
+            what = f"a tensor {list(output.shape)}" if isinstance(output, Tensor) else f"a {kind}"
+            raise TransformError(f"a tap codes maps (N, C, H, W); {type(module).__name__} returned {what}")
         with hidden():
             return self._coded(module, output)
 
@@ -145,10 +147,6 @@ def _as(coded: Tensor, output: Tensor) -> Tensor:
     last = output.is_contiguous(memory_format=torch.channels_last) and not output.is_contiguous()
     memory = torch.channels_last if last else torch.contiguous_format
     return coded.to(output.device, output.dtype, memory_format=memory)
-
-
-def _told(output: Any) -> str:
-    return f"a tensor {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
 
 
 def basis_shapes(codec: CodecConfig, shape: tuple[int, int, int]) -> dict[str, int]:
@@ -237,34 +235,57 @@ def set_quality(model: nn.Module, quality: float | None) -> None:
 
 
 @contextmanager
-def recording(model: nn.Module, sink: Sink) -> Iterator[None]:
-    """Show every pass through a tap to ``sink``: its symbols, the map, its reconstruction.
-
-    Passes within then have no gradient. The tensors must not be written to.
-    """
+def _hooks_with(model: nn.Module, attribute: str, value: Callable[[str], Any]) -> Iterator[None]:
+    """Set an attribute of every hook, by the name of its module, and set it back afterwards."""
     hooks = taps_of(model)
-    before = {name: hook.sink for name, hook in hooks.items()}
+    before = {name: getattr(hook, attribute) for name, hook in hooks.items()}
     for name, hook in hooks.items():
-        hook.sink = partial(sink, name)
+        setattr(hook, attribute, value(name))
     try:
         yield
     finally:
         for name, hook in hooks.items():
-            hook.sink = before[name]
+            setattr(hook, attribute, before[name])
+
+
+def recording(model: nn.Module, sink: Sink) -> AbstractContextManager[None]:
+    """Show every pass through a tap to ``sink``: its symbols, the map, its reconstruction.
+
+    Passes within then have no gradient. The tensors must not be written to.
+    """
+    return _hooks_with(model, "sink", lambda name: partial(sink, name))
+
+
+def bypassed(model: nn.Module) -> AbstractContextManager[None]:
+    """Let maps pass as they are: the network computes as if it had no taps."""
+    return _hooks_with(model, "active", lambda name: False)
+
+
+class Rates:
+    """What taps left of the forward passes since it was last asked."""
+
+    def __init__(self) -> None:
+        self.passes: list[tuple[Tensor, int]] = []
+
+    def per_element(self) -> Tensor | None:
+        """Bits a value of all taps' maps together, and forget them; None where there was no pass.
+
+        A float32 of no dims: the sum of the taps' bits over that of their elements, so that each tap weighs
+        as much as it has values. Its gradient reaches what the maps were computed with.
+        """
+        passes = list(self.passes)
+        self.passes.clear()
+        if not passes:
+            return None
+        return torch.stack([bits for bits, _ in passes]).sum() / sum(elements for _, elements in passes)
 
 
 @contextmanager
-def bypassed(model: nn.Module) -> Iterator[None]:
-    """Let maps pass as they are: the network computes as if it had no taps."""
-    hooks = list(taps_of(model).values())
-    before = [hook.active for hook in hooks]
-    for hook in hooks:
-        hook.active = False
-    try:
-        yield
-    finally:
-        for hook, active in zip(hooks, before, strict=True):
-            hook.active = active
+def collecting_rates(model: nn.Module) -> Iterator[Rates]:
+    """Let the taps of a network estimate the bits of passes that have gradients; see `training.soft_bits`."""
+    found = Rates()
+    with _hooks_with(model, "rates", lambda name: found.passes):
+        yield found
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -21,7 +21,14 @@ from torch import Tensor
 from cctool.transforms.kernels.by_name import kernel_matrix
 from cctool.transforms.kernels.matmul import along, both_axes, constant, full_precision
 
-__all__ = ["BlockPositions", "block_forward", "block_inverse", "block_positions", "norm_scale"]
+__all__ = [
+    "BlockPositions",
+    "block_diagonal",
+    "block_forward",
+    "block_inverse",
+    "block_positions",
+    "norm_scale",
+]
 
 _DENSE = 64
 """Largest side that is transformed by one matrix, its blocks on the diagonal."""
@@ -104,13 +111,10 @@ def _axis_scale(size: int, kernel: str) -> Tensor:
         return torch.ones(size, dtype=torch.float64)
     scale = torch.full((size,), math.sqrt(size / 2 if kernel == "dft" else 2 * size), dtype=torch.float64)
     # Coefficients whose basis function does not oscillate between samples: constant, or alternating.
-    if kernel == "dst":
-        edges = [size - 1]
-    elif kernel == "dft" and size % 2 == 0:
-        edges = [0, size - 1]
-    else:
-        edges = [0]
-    scale[edges] *= math.sqrt(2)
+    if kernel != "dst":
+        scale[0] *= math.sqrt(2)
+    if kernel == "dst" or (kernel == "dft" and size % 2 == 0):
+        scale[-1] *= math.sqrt(2)
     return scale
 
 
@@ -121,7 +125,7 @@ def _transformed(x: Tensor, kernel: str, block: int, levels: int, synthesis: boo
     with full_precision(x) as work:
 
         def matrix(size: int) -> Tensor:
-            return constant(_diagonal, kernel, size, block, levels, synthesis, like=work)
+            return constant(block_diagonal, kernel, size, block, levels, synthesis, like=work)
 
         if max(height, width) <= _DENSE:
             return both_axes(matrix(height), matrix(width), work).to(x.dtype)
@@ -131,9 +135,7 @@ def _transformed(x: Tensor, kernel: str, block: int, levels: int, synthesis: boo
             if whole:
                 # Blocks on the diagonal of a large matrix would be lost among its zeros.
                 side = _piece(whole, block)
-                pieces = work.narrow(dim, 0, whole).reshape(
-                    *work.shape[:dim], -1, side, *work.shape[dim + 1 :]
-                )
+                pieces = torch.unflatten(work.narrow(dim, 0, whole), dim, (-1, side))
                 parts.append(along(matrix(side), pieces, dim + 1).flatten(dim, dim + 1))
             if whole < size:
                 parts.append(along(matrix(size - whole), work.narrow(dim, whole, size - whole), dim))
@@ -148,7 +150,8 @@ def _piece(whole: int, block: int) -> int:
     return max(fitting, default=1) * block
 
 
-def _diagonal(kernel: str, size: int, block: int, levels: int, synthesis: bool) -> NDArray[np.float64]:
+def block_diagonal(kernel: str, size: int, block: int, levels: int, synthesis: bool) -> NDArray[np.float64]:
+    """The transform of a whole axis, (size, size): the matrices of its blocks on the diagonal."""
     sides = [block] * (size // block) + [size % block] * (size % block > 0)
     parts = {side: kernel_matrix(kernel, side, levels, True, synthesis) for side in set(sides)}
     result: NDArray[np.float64] = block_diag(*(parts[side] for side in sides))

@@ -12,8 +12,7 @@ digits as PyWavelets has of their filters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -44,26 +43,21 @@ __all__ = [
     "kernel_matrix",
     "max_levels",
     "synthesis_matrix",
+    "wavelet_name",
 ]
 
-_ORTHONORMAL: MappingProxyType[str, Callable[[int], NDArray[np.float64]]] = MappingProxyType(
-    {
-        "dct": fourier.dct_matrix,
-        "dst": fourier.dst_matrix,
-        "dft": fourier.packed_dft_matrix,
-        "identity": np.eye,
-    }
-)
-_FAST: MappingProxyType[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = (
-    MappingProxyType(
-        {
-            "dct": (fourier.dct, fourier.idct),
-            "dst": (fourier.dst, fourier.idst),
-            "dft": (fourier.packed_dft, fourier.packed_idft),
-            "identity": (torch.clone, torch.clone),
-        }
-    )
-)
+_ORTHONORMAL: Mapping[str, Callable[[int], NDArray[np.float64]]] = {
+    "dct": fourier.dct_matrix,
+    "dst": fourier.dst_matrix,
+    "dft": fourier.packed_dft_matrix,
+    "identity": np.eye,
+}
+_FAST: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "dct": (fourier.dct, fourier.idct),
+    "dst": (fourier.dst, fourier.idst),
+    "dft": (fourier.packed_dft, fourier.packed_idft),
+    "identity": (torch.clone, torch.clone),
+}
 # Sizes from which the FFT, or the filters of a wavelet, take less time than a product with a matrix, measured
 # on one thread of a CPU, 4 million float32 numbers. Matrices above the largest would cost too much memory.
 _LARGE = 256
@@ -123,9 +117,8 @@ def coefficient_count(name: str, size: int, *, levels: int = 1, square: bool = T
 def kernel_matrix(name: str, size: int, levels: int, square: bool, synthesis: bool) -> NDArray[np.float64]:
     """`analysis_matrix` or `synthesis_matrix` as an array."""
     if is_wavelet(name):
-        return wavelet_matrix(
-            _wavelet(name), size, _levels(name, size, levels), square=square, synthesis=synthesis
-        )
+        levels = _levels(name, size, levels)
+        return wavelet_matrix(wavelet_name(name), size, levels, square=square, synthesis=synthesis)
     rows = _ORTHONORMAL[name](size)
     return np.ascontiguousarray(rows.T) if synthesis else rows
 
@@ -179,14 +172,12 @@ def forward(x: Tensor, name: str, dim: int = -1, *, levels: int = 1, square: boo
     with full_precision(x) as work:
         size = x.shape[dim]
         if _takes_matrix(name, size):
-            matrix = constant(
-                kernel_matrix, name, size, _levels(name, size, levels), square, False, like=work
-            )
-            result = along(matrix, work, dim)
-        elif name in _FAST:
-            result = _FAST[name][0](work.movedim(dim, -1)).movedim(-1, dim)
+            levels = _levels(name, size, levels)
+            result = along(constant(kernel_matrix, name, size, levels, square, False, like=work), work, dim)
         else:
-            result = _decomposed(work.movedim(dim, -1), name, levels, square).movedim(-1, dim)
+            last = work.movedim(dim, -1)
+            found = _FAST[name][0](last) if name in _FAST else _decomposed(last, name, levels, square)
+            result = found.movedim(-1, dim)
     return result.to(x.dtype)
 
 
@@ -220,10 +211,8 @@ def inverse(
             result = along(matrix[:, :given], work, dim)
         else:
             last = F.pad(work.movedim(dim, -1), (0, count - given))
-            if name in _FAST:
-                result = _FAST[name][1](last).movedim(-1, dim)
-            else:
-                result = _composed(last, name, size, levels, square).movedim(-1, dim)
+            found = _FAST[name][1](last) if name in _FAST else _composed(last, name, size, levels, square)
+            result = found.movedim(-1, dim)
     return result.to(c.dtype)
 
 
@@ -234,11 +223,12 @@ def _levels(name: str, size: int, levels: int) -> int:
 def _takes_matrix(name: str, size: int) -> bool:
     """Whether one product takes less time than the FFT, or than the filters of a wavelet in turn."""
     if is_wavelet(name):
-        return size <= min(max(_LARGE, _PER_TAP * filter_bank(_wavelet(name)).taps), _LARGEST)
+        return size <= min(max(_LARGE, _PER_TAP * filter_bank(wavelet_name(name)).taps), _LARGEST)
     return name != "identity" and size <= _LARGE
 
 
-def _wavelet(name: str) -> str:
+def wavelet_name(name: str) -> str:
+    """PyWavelets' name of a wavelet: ``dwt`` is ``haar``."""
     return "haar" if name == "dwt" else name
 
 
@@ -247,7 +237,7 @@ def _decomposed(x: Tensor, name: str, levels: int, square: bool) -> Tensor:
     levels = _levels(name, x.shape[-1], levels)
     details: list[Tensor] = []
     while levels and not _takes_matrix(name, x.shape[-1]):
-        x, detail = analyze(x, _wavelet(name), square=square)
+        x, detail = analyze(x, wavelet_name(name), square=square)
         details.insert(0, detail)
         levels -= 1
     if levels:
@@ -264,4 +254,4 @@ def _composed(c: Tensor, name: str, size: int, levels: int, square: bool) -> Ten
     detail = band_sizes(size, 1, square=square)[1]
     rest = c.shape[-1] - detail
     low = _composed(c[..., :rest], name, (size + 1) // 2, levels - 1, square)
-    return synthesize(low, c[..., rest:], _wavelet(name), size, square=square)
+    return synthesize(low, c[..., rest:], wavelet_name(name), size, square=square)

@@ -77,11 +77,11 @@ def dct(x: Tensor) -> Tensor:
 def idct(y: Tensor) -> Tensor:
     """Inverse of `dct`."""
     size = y.shape[-1]
+    middle = (size + 1) // 2
     y = y / _dct_scale(size, y)
     low = y[..., : size // 2 + 1]
-    high = torch.cat((torch.zeros_like(y[..., :1]), y[..., (size + 1) // 2 :].flip(-1)), -1)
+    high = torch.cat((torch.zeros_like(y[..., :1]), y[..., middle:].flip(-1)), -1)
     folded = torch.fft.irfft(torch.complex(low, -high) * _twiddle(size, 1, y), n=size)
-    middle = (size + 1) // 2
     order = torch.empty(size, dtype=torch.long, device=y.device)
     order[::2] = torch.arange(middle, device=y.device)
     order[1::2] = torch.arange(size - 1, middle - 1, -1, device=y.device)
@@ -125,9 +125,8 @@ def _phases(size: int, frequencies: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _twiddle(size: int, sign: int, like: Tensor) -> Tensor:
-    angle = torch.arange(size // 2 + 1, dtype=torch.float64, device=like.device) * (
-        sign * math.pi / (2 * size)
-    )
+    unit = sign * math.pi / (2 * size)
+    angle = torch.arange(size // 2 + 1, dtype=torch.float64, device=like.device) * unit
     return torch.complex(angle.cos().to(like.dtype), angle.sin().to(like.dtype))
 
 

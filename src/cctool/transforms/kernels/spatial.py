@@ -90,17 +90,18 @@ class CalibratedBlocks:
         """Transform every block."""
         with full_precision(x) as work:
             for axis, dim in (("columns", 2), ("rows", 3)):
-                work = along(self._diagonal(axis, work.shape[dim], work), work, dim)
+                work = along(self.diagonal(axis, work.shape[dim], work), work, dim)
         return (work,)
 
     def inverse(self, bands: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Transform every block back."""
         with full_precision(bands[0]) as work:
             for axis, dim in (("columns", 2), ("rows", 3)):
-                work = along(self._diagonal(axis, work.shape[dim], work).T, work, dim)
+                work = along(self.diagonal(axis, work.shape[dim], work).T, work, dim)
         return work
 
-    def _diagonal(self, axis: str, size: int, like: Tensor) -> Tensor:
+    def diagonal(self, axis: str, size: int, like: Tensor) -> Tensor:
+        """The transform along ``rows`` or ``columns`` of a map, (size, size), in the type of ``like``."""
         matrix, start = like.new_zeros(size, size), 0
         for side in block_sizes(size, self.block):
             basis = self.bases[axis if side == self.block else f"{axis}_rest"]

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cctool.transforms.kernels.by_name import max_levels
+from cctool.transforms.kernels.by_name import max_levels, wavelet_name
 from cctool.transforms.kernels.filter_banks import wavelet_matrix
 from cctool.transforms.kernels.matmul import both_axes, constant, full_precision
 
@@ -93,7 +93,7 @@ def waverec2(pyramid: Pyramid, name: str, size: tuple[int, int]) -> Tensor:
 
 
 def _step(name: str, size: int, synthesis: bool, like: Tensor) -> Tensor:
-    return constant(_one_level, "haar" if name == "dwt" else name, size, synthesis, like=like)
+    return constant(_one_level, wavelet_name(name), size, synthesis, like=like)
 
 
 def _one_level(name: str, size: int, synthesis: bool) -> NDArray[np.float64]:

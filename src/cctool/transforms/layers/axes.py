@@ -34,7 +34,6 @@ __all__ = [
     "narrowed",
     "pieces",
     "synthesised",
-    "unflattened",
 ]
 
 KLT = "klt"
@@ -125,7 +124,7 @@ def analysed(x: Tensor, axis: TransformedAxis, basis: Tensor | None = None) -> T
     dim, parts = axis.dim, []
     for segment, place, _ in pieces(axis):
         part = x.narrow(dim, place, segment.blocks * segment.length)
-        part = unflattened(part, dim, segment.blocks, segment.length)
+        part = torch.unflatten(part, dim, (segment.blocks, segment.length))
         if basis is not None:
             part = _multiplied(part, dim, _block_bases(basis, segment, place).transpose(1, 2))
         else:
@@ -152,7 +151,7 @@ def synthesised(
     dim, parts = axis.dim, []
     for segment, place, coefficient in pieces(axis):
         part = c.narrow(dim, coefficient, segment.blocks * segment.kept)
-        part = unflattened(part, dim, segment.blocks, segment.kept)
+        part = torch.unflatten(part, dim, (segment.blocks, segment.kept))
         if basis is not None:
             part = _multiplied(part, dim, _block_bases(basis, segment, place))
         else:
@@ -172,7 +171,7 @@ def _levels(axis: TransformedAxis, segment: Segment) -> int:
 def _block_bases(basis: Tensor, segment: Segment, place: int) -> Tensor:
     """Bases of a segment's blocks, of shape (blocks, length, kept)."""
     rows = basis.narrow(0, place, segment.blocks * segment.length)
-    return unflattened(rows, 0, segment.blocks, segment.length)[..., : segment.kept]
+    return torch.unflatten(rows, 0, (segment.blocks, segment.length))[..., : segment.kept]
 
 
 def _multiplied(part: Tensor, dim: int, matrices: Tensor) -> Tensor:
@@ -180,11 +179,6 @@ def _multiplied(part: Tensor, dim: int, matrices: Tensor) -> Tensor:
     moved = part.movedim((dim, dim + 1), (0, 1))
     product = matrices.to(part.dtype) @ moved.flatten(2)
     return product.reshape(*product.shape[:2], *moved.shape[2:]).movedim((0, 1), (dim, dim + 1))
-
-
-def unflattened(x: Tensor, dim: int, *sizes: int) -> Tensor:
-    """Split one dim into several."""
-    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
 
 
 def narrowed(c: Tensor, axis: TransformedAxis, kept: int) -> tuple[Tensor, TransformedAxis]:
@@ -199,7 +193,9 @@ def narrowed(c: Tensor, axis: TransformedAxis, kept: int) -> tuple[Tensor, Trans
     parts = []
     for (segment, _, coefficient), (left, _, _) in zip(pieces(axis), pieces(smaller), strict=True):
         part = c.narrow(axis.dim, coefficient, segment.blocks * segment.kept)
-        part = unflattened(part, axis.dim, segment.blocks, segment.kept).narrow(axis.dim + 1, 0, left.kept)
+        part = torch.unflatten(part, axis.dim, (segment.blocks, segment.kept)).narrow(
+            axis.dim + 1, 0, left.kept
+        )
         parts.append(part.flatten(axis.dim, axis.dim + 1))
     return torch.cat(parts, axis.dim), smaller
 
@@ -224,8 +220,8 @@ def basis_matrix(
 
 def is_orthonormal(axis: TransformedAxis) -> bool:
     """Whether the basis functions are orthogonal and of length 1."""
-    wavelet = "haar" if axis.kernel == "dwt" else axis.kernel
-    return not kernels.is_wavelet(axis.kernel) or bool(pywt.Wavelet(wavelet).orthogonal)
+    name = kernels.wavelet_name(axis.kernel)
+    return not kernels.is_wavelet(axis.kernel) or bool(pywt.Wavelet(name).orthogonal)
 
 
 def coefficient_norms(axis: TransformedAxis) -> Tensor | None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
+import torch
 from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
@@ -169,6 +170,23 @@ class ComputedLayer(SwappedLayer):
         mask = self._buffers.get(mask_name(name))
         if mask is not None:
             self._buffers[mask_name(name)] = mask.index_select(dim, keep.to(mask.device))
+
+    def fit_attributes(self, cuts: Sequence[Cut]) -> None:
+        """Set the attributes that hold widths after the weight was cut."""
+        layer = cast(Any, self)
+        if not isinstance(layer, nn.Conv2d):
+            for cut in cuts:
+                setattr(layer, ("out_features", "in_features")[cut.dim], len(cut.keep))
+            return
+        width = layer.in_channels // layer.groups
+        for cut in cuts:
+            if cut.dim == 0:
+                # A group whose outputs are all gone is gone with its inputs.
+                layer.groups = len(torch.unique(cut.keep // (layer.out_channels // layer.groups)))
+                layer.out_channels = len(cut.keep)
+            elif cut.dim == 1:
+                width = len(cut.keep)
+        layer.in_channels = width * layer.groups
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cctool.base.errors import CorruptCheckpointError, SpecError
-from cctool.transforms.layers.axes import KLT, TransformedAxis, count
+from cctool.transforms.layers.axes import KLT, count
 from cctool.transforms.layers.base import WeightCache, remade
 from cctool.transforms.layers.coefficients import (
     PARAMETER,
@@ -62,8 +62,16 @@ def coefficient_layer(layer: nn.Module, arguments: Coefficients) -> CoefficientL
     # Where there are no values yet, or not of all places, a file brings them.
     known = not weight.is_meta and not any(axis.rows for axis in arguments.axes)
     bases = klt_bases(weight, arguments.axes) if known else {}
+    device = torch.device("cpu") if weight.is_meta else weight.device
     for axis in arguments.axes:
-        _register_beside(made, axis, weight, bases.get(axis.dim))
+        if axis.kernel == KLT:
+            basis = bases.get(axis.dim)
+            if basis is None:
+                basis = torch.zeros(axis.size, axis.kept, dtype=weight.dtype, device=device)
+            made.register_buffer(basis_name(axis), basis)
+        if axis.rows:
+            left = torch.arange(weight.shape[axis.dim], dtype=torch.int32, device=device)
+            made.register_buffer(rows_name(axis), left)
     if known:
         made.set_weight(weight.detach())
     return made
@@ -86,19 +94,6 @@ def _coefficient_shape(weight: Tensor, arguments: Coefficients) -> list[int]:
         torch.empty(reached, device="meta")
         reached[axis.dim] = weight.shape[axis.dim]
     return shape
-
-
-def _register_beside(
-    layer: CoefficientLayer, axis: TransformedAxis, weight: Tensor, basis: Tensor | None
-) -> None:
-    device = torch.device("cpu") if weight.is_meta else weight.device
-    if axis.kernel == KLT:
-        if basis is None:
-            basis = torch.zeros(axis.size, axis.kept, dtype=weight.dtype, device=device)
-        layer.register_buffer(basis_name(axis), basis)
-    if axis.rows:
-        left = weight.shape[axis.dim]
-        layer.register_buffer(rows_name(axis), torch.arange(left, dtype=torch.int32, device=device))
 
 
 def build_coefficients(layer: nn.Module, arguments: Mapping[str, Any]) -> CoefficientLayer:

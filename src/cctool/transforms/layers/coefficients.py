@@ -10,7 +10,7 @@ asks; their ``weight`` is computed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -34,9 +34,6 @@ from cctool.transforms.layers.axes import (
 from cctool.transforms.layers.base import ComputedLayer, WeightCache, remade
 from cctool.transforms.layers.factored import Beside, factored, projected, projection_pays
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = [
     "COEFFICIENT",
     "PARAMETER",
@@ -45,7 +42,6 @@ __all__ = [
     "CoefficientLinear",
     "Coefficients",
     "basis_name",
-    "remade",
     "rows_name",
 ]
 
@@ -186,7 +182,7 @@ class CoefficientLayer(ComputedLayer):
             layer._take(cut)
         for cut in cuts.get("bias", ()):
             layer.keep_rows("bias", cut.keep)
-        layer._fit_attributes(cuts.get("weight", ()))
+        layer.fit_attributes(cuts.get("weight", ()))
         return layer
 
     def _take(self, cut: Cut) -> None:
@@ -205,9 +201,6 @@ class CoefficientLayer(ComputedLayer):
             changed = axis.model_copy(update={"rows": True})
         axes = tuple(changed if item is axis else item for item in self.arguments.axes)
         self.arguments = Coefficients.model_construct(axes=axes)
-
-    def _fit_attributes(self, cuts: Sequence[Cut]) -> None:
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """The ordinary layer's, and how many coefficients of which kernels there are."""
@@ -241,27 +234,11 @@ class CoefficientLinear(CoefficientLayer, nn.Linear):  # type: ignore[misc,overr
     def _all_beside(self) -> dict[int, Beside]:
         return {axis.dim: self._beside(axis) for axis in self.arguments.axes}
 
-    def _fit_attributes(self, cuts: Sequence[Cut]) -> None:
-        for cut in cuts:
-            setattr(self, ("out_features", "in_features")[cut.dim], len(cut.keep))
-
 
 class CoefficientConv2d(CoefficientLayer, nn.Conv2d):  # type: ignore[misc,override]
     """A convolution; its weight's axes are (out, in / groups, height, width)."""
 
     ordinary = nn.Conv2d
-
-    def _fit_attributes(self, cuts: Sequence[Cut]) -> None:
-        width = self.in_channels // self.groups
-        for cut in cuts:
-            if cut.dim == 0:
-                # A group whose outputs are all gone is gone with its inputs.
-                per_group = self.out_channels // self.groups
-                self.groups = len(torch.unique(cut.keep // per_group))
-                self.out_channels = len(cut.keep)
-            elif cut.dim == 1:
-                width = len(cut.keep)
-        self.in_channels = width * self.groups
 
 
 def basis_name(axis: TransformedAxis) -> str:

@@ -52,8 +52,7 @@ def projection_pays(axes: tuple[TransformedAxis, ...], shape: tuple[int, int], b
 
 def _cost(axis: TransformedAxis) -> float:
     """Multiplications of one transform."""
-    length = axis.length
-    return axis.size * min(axis.kept, _FAST_FACTOR * math.log2(length))
+    return axis.size * min(axis.kept, _FAST_FACTOR * math.log2(axis.length))
 
 
 def projected(

@@ -35,14 +35,14 @@ def chosen(layers: Mapping[str, CoefficientLayer], weights: WeightOptions) -> di
     """
     if weights.threshold is None and weights.keep in (None, 1):
         return {}
-    adaptive = {name: layer for name, layer in layers.items() if _is_klt(layer)}
+    adaptive = {
+        name: layer
+        for name, layer in layers.items()
+        if any(axis.kernel == KLT for axis in layer.arguments.axes)
+    }
     fixed = {name: layer for name, layer in layers.items() if name not in adaptive}
     masks = _chosen_adaptive(adaptive, weights) | _chosen_fixed(fixed, weights)
     return {name: mask for name, mask in masks.items() if not bool(mask.all())}
-
-
-def _is_klt(layer: CoefficientLayer) -> bool:
-    return any(axis.kernel == KLT for axis in layer.arguments.axes)
 
 
 def _chosen_fixed(layers: Mapping[str, CoefficientLayer], weights: WeightOptions) -> dict[str, Tensor]:
@@ -104,11 +104,7 @@ def largest(sizes: Mapping[str, Tensor], keep: float, *, together: bool = False)
         Masks of the layers' shapes, True stays; of equal coefficients the first stay.
     """
     if not together:
-        return {name: _largest({name: size}, keep)[name] for name, size in sizes.items()}
-    return _largest(sizes, keep)
-
-
-def _largest(sizes: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:
+        return {name: largest({name: size}, keep, together=True)[name] for name, size in sizes.items()}
     flat = torch.cat([size.flatten() for size in sizes.values()])
     start = 0
     for size in sizes.values():

@@ -120,10 +120,8 @@ def _reason(layer: nn.Module, plain: nn.Module | None, owners: dict[int, list[st
     weight = plain._parameters.get("weight")
     if weight is None:
         return "its weight is computed from other parameters"
-    if (
-        weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-        or not weight.numel()
-    ):
+    floating = weight.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    if not floating or not weight.numel():
         return f"its weight holds {weight.numel():,} numbers of type {weight.dtype}"
     if any(place.module is plain and place.leaf == "weight" for place in masked_places(plain)):
         return "its weight has a mask, which a transform would spread over all coefficients"
@@ -147,30 +145,21 @@ def transformed_axes(
     Returns:
         None of them where the axes asked for have size 1.
     """
-    channel: tuple[int, ...] = (0, 1)
-    spatial = tuple(range(2, weight.dim()))
-    if weight.dim() == 2 or axes is Axes.CHANNEL:
-        dims = channel
-    elif axes is Axes.BOTH:
+    channel, spatial = (0, 1), tuple(range(2, weight.dim()))
+    pointwise = all(weight.shape[dim] == 1 for dim in spatial)
+    dims: tuple[int, ...] = spatial
+    if axes is Axes.BOTH:
         dims = (*channel, *spatial)
-    else:
-        dims = spatial
-        if axes is None and all(weight.shape[dim] == 1 for dim in spatial):
-            dims = channel
+    elif weight.dim() == 2 or axes is Axes.CHANNEL or (axes is None and pointwise):
+        dims = channel
     found = []
     for dim in dims:
         size = weight.shape[dim]
         if size > 1:
             length = size if block is None or dim > 1 else min(block, size)
+            part, deep = length if length < size else None, _levels(kernel, length, levels)
             found.append(
-                TransformedAxis(
-                    dim=dim,
-                    kernel=kernel,
-                    size=size,
-                    kept=length,
-                    block=length if length < size else None,
-                    levels=_levels(kernel, length, levels),
-                )
+                TransformedAxis(dim=dim, kernel=kernel, size=size, kept=length, block=part, levels=deep)
             )
     return tuple(found)
 
