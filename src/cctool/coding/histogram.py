@@ -1,6 +1,6 @@
-"""Histograms of symbols, counted where the values are: on a GPU nothing waits for the host.
+"""Histograms of symbols, counted on the device of the values without waiting for it.
 
-From a histogram the bits of any order follow without another look at the values (`cctool.coding.histogram`).
+A histogram is enough to compute the coded size at every order, without the values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from cctool.coding.symbols import MAX_K, code_lengths, symbol_limit, to_unsigned
 __all__ = ["Histogram", "best_k", "code_bits", "entropy_bits", "histogram"]
 
 _PIECE = 1 << 21
-# Most symbols are 0, and additions to one place of a GPU's memory wait for each other: each bin has copies.
+# Most symbols are 0, and atomic additions to one address of a GPU serialise: small histograms have copies of
+# each bin, which are summed at the end.
 _COPIES = 1024
 _FEW_BINS = 1 << 10
 
@@ -22,12 +23,12 @@ _FEW_BINS = 1 << 10
 class Histogram:
     """Counts of symbols, batch by batch.
 
-    Types of up to 16 bits have bins for every symbol from the first batch on, and then no batch makes the
-    host wait. For int32 the bins grow with the largest symbol seen, which the host has to know.
+    Types of up to 16 bits get bins for every symbol at the first batch; from then on nothing waits for the
+    device. For int32 the bins grow with the largest symbol seen, which has to be read from the device.
 
     Args:
         signed: whether values are numbered 0, -1, 1, -2, 2, ... (`to_unsigned`) first.
-        limit: most bins that int32 values may ask for; 2^24 unless given.
+        limit: most bins that int32 values may need.
 
     Attributes:
         counts: by symbol, int64 of shape (bins,) on the device of the values, with at least one bin.
@@ -49,15 +50,16 @@ class Histogram:
         """Count every element of ``values``.
 
         Args:
-            values: int8, int16 or int32, or uint8 unless ``signed``; any shape. None may be negative unless
-                ``signed``: on the CPU that is refused, on a GPU such values stop the device.
+            values: int8, int16 or int32, or uint8 unless ``signed``; any shape. Without ``signed`` none may
+                be negative: the CPU raises an error, a GPU stops with a device assertion.
 
         Raises:
-            TransformError: if the type cannot be coded, or a symbol lies beyond the bins allowed.
+            TransformError: if the type cannot be coded, or a symbol needs more than ``limit`` bins.
         """
         bins = symbol_limit(values.dtype, signed=self.signed) + 1
         if self.counts.device != values.device:
             self.counts = self.counts.to(values.device)
+        # In pieces, because the symbols are int64: eight times the memory of int8 values.
         for piece in torch.split(values.detach().reshape(-1), _PIECE):
             symbols = (to_unsigned(piece) if self.signed else piece).long()
             self._reserve(self._needed(symbols) if values.dtype == torch.int32 else bins)
@@ -110,12 +112,9 @@ def histogram(values: Tensor, *, signed: bool) -> Tensor:
 
 
 def entropy_bits(counts: Tensor) -> float:
-    """Bits that no code of single symbols goes below: n times their zero-order entropy, -sum c log2(c / n).
+    """Lower bound for codes of single symbols: n times the zero-order entropy, -sum c log2(c / n), in bits.
 
-    Shannon, "A Mathematical Theory of Communication" (1948), theorem 9.
-
-    Args:
-        counts: int64 of shape (bins,), any device.
+    Shannon, "A Mathematical Theory of Communication" (1948), theorem 9. ``counts`` is int64 of shape (bins,).
 
     >>> entropy_bits(torch.tensor([2, 1, 1]))
     6.0
@@ -125,23 +124,22 @@ def entropy_bits(counts: Tensor) -> float:
 
 
 def code_bits(counts: Tensor) -> Tensor:
-    """Bits of all symbols in the codes of order 0 to 5, int64 of shape (6,) on the histogram's device.
+    """Bits of all symbols at the orders 0 to 5, int64 of shape (6,) on the histogram's device.
 
-    Args:
-        counts: int64 of shape (bins,): how often symbol 0, 1, ... occurs.
+    ``counts`` is int64 of shape (bins,): how often symbol 0, 1, ... occurs.
 
     >>> code_bits(torch.tensor([10, 1, 1])).tolist()
     [16, 16, 18, 20, 22, 24]
     """
-    # Products and sums of int64 are exact; CUDA multiplies no matrices of integers.
+    # Integers, because float sums would round. Not a matrix product: CUDA has none for integers.
     lengths = torch.stack([code_lengths(len(counts), k) for k in range(MAX_K + 1)])
     return (lengths.to(counts.device) * counts).sum(1)
 
 
 def best_k(counts: Tensor, *, smallest: int = 1) -> int:
-    """Order from ``smallest`` to 5 with the fewest bits, the smaller of equal ones.
+    """The order from ``smallest`` to 5 with the fewest bits; of equal ones the smallest.
 
-    Order 0, which the published tables leave out, takes ``smallest=0``.
+    The published tables leave order 0 out; ``smallest=0`` includes it.
 
     >>> best_k(torch.tensor([10, 1, 1])), best_k(torch.tensor([1, 0, 0, 0, 0, 0, 0, 9]))
     (1, 3)

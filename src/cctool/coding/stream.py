@@ -1,8 +1,8 @@
-"""A file of coded tensors: a header, a chunk for each tensor, and an end, as docs/bitstream-format.md says.
+"""A file of coded tensors: a header, a chunk for each tensor and an end, see docs/bitstream-format.md.
 
-Every length is known from the fields before it and is checked before anything of that length is read, and
-every byte is covered by a CRC-32. The size of a chunk follows from the shape and the number of bits, so that
-what a report states without writing is what a file has.
+Every length follows from fields before it and is checked before that many bytes are read; every byte is
+covered by a CRC-32. A chunk's size follows from its shape and number of bits, so reports can state it without
+writing.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Chunk:
     """One tensor of a stream.
 
     Attributes:
-        values: on the CPU, of the shape and type that were written.
+        values: on the CPU, with the shape and type that were written.
         k: order of the code.
         signed: whether the signed code was used.
-        side: the bytes that were written beside it.
+        side: the bytes that were written with it.
     """
 
     values: Tensor
@@ -83,7 +83,7 @@ class _Head:
 
     @property
     def width(self) -> int:
-        """Bytes of an entry of the block table: what the longest codewords could need beyond a bit each."""
+        """Bytes per entry of the block table: enough for the longest codewords, less the one bit each."""
         longest = code_length(symbol_limit(self.dtype, signed=self.signed), self.k)
         return -(-((longest - 1) * self.block).bit_length() // 8)
 
@@ -114,7 +114,7 @@ def chunk_bytes(
         bits: of all codewords, as `code_bits` counts them.
         k: order of the code, 0 to 5.
         signed: whether the signed code is used.
-        side: bytes that go beside it.
+        side: number of side bytes.
 
     >>> chunk_bytes((2, 3), torch.int8, 6, 1, signed=True)
     43
@@ -124,17 +124,17 @@ def chunk_bytes(
 
 
 class Writer:
-    """Writes a stream: the header at once, a chunk for each tensor, and the end at `finish`.
+    """Writes a stream: the header immediately, a chunk for each tensor, and the end at `finish`.
 
     Args:
-        file: open for writing bytes; it stays open.
-        metadata: anything JSON; numbers are finite.
+        file: open for writing bytes; it is not closed.
+        metadata: any JSON with finite numbers.
 
     Attributes:
         written: bytes so far.
 
     Raises:
-        TransformError: if the metadata are no JSON or too long.
+        TransformError: if the metadata are not JSON or too long.
     """
 
     def __init__(self, file: BinaryIO, metadata: Mapping[str, JsonValue]) -> None:
@@ -144,14 +144,15 @@ class Writer:
         self._put(_header(metadata))
 
     def append(self, values: Tensor, k: int, *, signed: bool, side: bytes = b"") -> int:
-        """Write a tensor and the bytes that belong to it; return the bytes that it took.
+        """Write a tensor with its side bytes; return the number of bytes written.
 
         Raises:
             TransformError: if the tensor cannot be coded (`encode`), or has more than 8 dimensions.
-            UsageError: if the code has no such order.
+            UsageError: if ``k`` is out of range.
         """
         coded = encode(values, k, signed=signed)
         head = _head(values.shape, values.dtype, k, signed, len(side), coded.bits)
+        # Sizes are stored less one bit per value, which every codeword has: the entries are smaller.
         surplus = coded.block_bits - _counts(head)
         table = surplus.astype("<u4").view(np.uint8).reshape(-1, 4)[:, : head.width].tobytes()
         before = self.written
@@ -161,7 +162,7 @@ class Writer:
         return self.written - before
 
     def finish(self) -> None:
-        """Write the end, without which a reader takes the stream for cut off."""
+        """Write the end; without it a reader reports the stream as truncated."""
         self._put(_summed(_TAIL.pack(_END, self._chunks)))
 
     def _put(self, data: bytes) -> None:
@@ -170,17 +171,17 @@ class Writer:
 
 
 class StreamReader:
-    """Reads a stream chunk by chunk; no more than one chunk is in memory.
+    """Reads a stream chunk by chunk; at most one chunk is in memory.
 
     Args:
         file: open for reading bytes, at the beginning of a stream.
 
     Attributes:
-        metadata: what the header says.
+        metadata: of the header.
 
     Raises:
         BitstreamError: here or while iterating, if the stream is truncated, altered, of another version or
-            followed by anything.
+            followed by other bytes.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -235,7 +236,7 @@ class StreamReader:
             raise BitstreamError(f"the stream's {part} was altered: its checksum differs")
 
     def _take(self, size: int) -> bytes:
-        """Exactly ``size`` bytes, in pieces: a length that the file does not have allocates nothing."""
+        """Read exactly ``size`` bytes, in pieces, so that a false length allocates no more than there is."""
         parts = []
         while size:
             part = self._file.read(min(size, _PIECE))
@@ -285,12 +286,12 @@ def _head(shape: Sequence[int], dtype: torch.dtype, k: int, signed: bool, side: 
 
 
 def _extent(shape: Sequence[int]) -> int:
-    # A dimension of 0 must not hide others that torch's own arithmetic could not hold.
+    # A dimension of 0 makes the product 0, but torch still overflows on the others: so count it as 1.
     return math.prod(max(size, 1) for size in shape)
 
 
 def _unpacked(fixed: bytes, shape: tuple[int, ...]) -> _Head:
-    """Read a chunk's head, and refuse what no chunk of ours has."""
+    """Parse a chunk's head; raise BitstreamError if its fields are out of range."""
     _, k, signed, dtype, _, block, side, bits = _HEAD.unpack(fixed)
     if k > MAX_K or signed > 1 or dtype >= len(_DTYPES) or (signed and _DTYPES[dtype] == torch.uint8):
         raise BitstreamError(f"a chunk of the stream has order {k}, sign {signed} and type {dtype}")
@@ -300,5 +301,5 @@ def _unpacked(fixed: bytes, shape: tuple[int, ...]) -> _Head:
 
 
 def _counts(head: _Head) -> NDArray[np.uint32]:
-    """Values in each block; each takes at least one bit, which the table leaves out."""
+    """Values in each block: one bit each, which the block table leaves out."""
     return block_counts(head.count, head.block).astype(np.uint32)

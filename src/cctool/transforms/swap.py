@@ -1,4 +1,4 @@
-"""The `swap` edit: modules of an architecture that layers of ours take the place of."""
+"""The `swap` edit: modules of an architecture that are replaced by our layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SWAPS: Mapping[str, SwapKind] = {COEFFICIENT: SwapKind(build_coefficients, check
 
 
 def put_in_place(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Replace a module everywhere in a network, a shared one under each of its names.
+    """Replace a module everywhere in a network; a shared one under each of its names.
 
     Raises:
         SpecError: if there is no such module, or it is the network itself.

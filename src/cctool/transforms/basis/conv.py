@@ -1,15 +1,15 @@
-"""Convolutions whose filters are few basis functions: trainable frequencies and a coefficient map a filter.
+"""Convolutions built from few basis functions: trainable frequencies, and a coefficient map per filter.
 
 For output channel o, input channel i and kernel position (a, b), with k rows of a basis (`frequencies`):
 
     w[o, i, a, b] = s * kc[o, i] * sum over p, q of delta[o, p, q] * kh[p, a] * kw[q, b]
 
-kc has a row an output channel over the input channels of its group, kh and kw have as many rows as the kernel
-has positions: the spatial part is the separable inverse transform of a map of coefficients. The thesis has
-s = 1 / (kH kW) and delta from N(0, 1), which makes activations vanish. Here delta begins as N(0, 0.1), a size
-that training at the usual rates moves along with other weights, and s is such that filters have the squared
-norm that keeps the variance through the layer and its activation (He et al. 2015, equation 10).
-Parameters: Cout + kH + kW + Cout * kH * kW, and Cout of the bias.
+kc has a row per output channel over the input channels of its group; kh and kw have as many rows as the
+kernel has positions, so the spatial part is the separable inverse transform of a map of coefficients. The
+thesis has s = 1 / (kH kW) and delta from N(0, 1), which makes activations vanish. Here delta is initialised
+with N(0, 0.1), a scale at which the usual learning rates train it like other weights, and s gives filters the
+squared norm that keeps the variance through the layer and its activation (He et al. 2015, equation 10).
+Parameters: Cout + kH + kW + Cout * kH * kW, and Cout for the bias.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from cctool.transforms.basis.linear import BasisLayer, init_normal
 
 __all__ = ["BasisConv2d", "ConvolutionBasis"]
 
-# Variance of an activation's input over that of its output, for normal values around zero: of the ReLU, and
-# of the cardioid z (1 + cos arg z) / 2, whose E|.|^2 is 3/8 E|z|^2.
+# Variance of an activation's input divided by that of its output, for zero-mean normal values: of the ReLU,
+# and of the cardioid z (1 + cos arg z) / 2, whose output has 3/8 of E|z|^2.
 _RELU_GAIN = 2.0
 _CARDIOID_GAIN = 8 / 3
 _DELTA_STD = 0.1
@@ -35,7 +35,7 @@ class ConvolutionBasis(BasisLayer):
     """What real and complex convolutions share.
 
     Attributes:
-        height_offsets: (kH,) trained, how far the frequencies 0..kH-1 of the vertical axis moved.
+        height_offsets: (kH,) trained: how far the frequencies 0..kH-1 of the vertical axis moved.
         width_offsets: (kW,) likewise.
         delta: (Cout, kH, kW) coefficients.
     """
@@ -60,7 +60,7 @@ class ConvolutionBasis(BasisLayer):
 
     @property
     def samples(self) -> int:
-        """Inputs of one row."""
+        """Length of a row: the input channels of a group."""
         return self.in_channels // self.groups
 
     def compute_weight(self) -> Tensor:
@@ -86,9 +86,6 @@ class ConvolutionBasis(BasisLayer):
 
 
 class BasisConv2d(ConvolutionBasis, nn.Conv2d):  # type: ignore[misc,override]
-    """A convolution of DCT or DST basis functions; see the head of this file.
-
-    The bias begins as 0.
-    """
+    """A convolution of DCT or DST basis functions; see the module docstring. The bias begins at 0."""
 
     ordinary = nn.Conv2d

@@ -1,8 +1,7 @@
-"""Codecs as arithmetic that exporters know: round, clamp and products with constant matrices.
+"""Codecs as arithmetic that exporters support: round, clamp and products with constant matrices.
 
-What `codec.py` computes, written without symbols as integers and without matrices that are made on the way,
-for maps of one size and any batch. It is only for files of other programs; every export compares it with the
-codec itself.
+It computes what `codec.py` does, but symbols are not integers and matrices are computed beforehand, for maps
+of one size and any batch. It is only for exported files; every export is compared with the codec itself.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ __all__ = ["ExportedCodec", "put_exported"]
 
 
 class _Level(nn.Module):
-    """One separable step of a transform: y = A_h x A_w^T, and back x = S_h y S_w^T.
+    """One separable step of a transform: y = A_h x A_w^T, and its inverse x = S_h y S_w^T.
 
     Args:
         height: analysis and synthesis matrix along the height.
@@ -73,7 +72,7 @@ class ExportedCodec(nn.Module):
             self.register_buffer(f"step_{number}", step.detach().double())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, C, H, W) as a decoder gives them, in the type of ``x``."""
+        """The decoder's maps (N, C, H, W), in the type of ``x``."""
         v = torch.round((x.double() - self._offset) / self._step).clamp(self._bottom, self._top)
         if self._config.transforms:
             v = self._coded(v)
@@ -93,7 +92,7 @@ class ExportedCodec(nn.Module):
         return v if mean is None else v + mean
 
     def _level(self, v: Tensor, number: int) -> Tensor:
-        """Code maps from a level of the pyramid on, the last band being what is left of them."""
+        """Code maps from one level of the pyramid downwards; the last band is the remaining approximation."""
         if number == len(self.levels):
             return self._rounded(v, number)
         level = self.levels[number]
@@ -115,11 +114,11 @@ class ExportedCodec(nn.Module):
 
 
 def put_exported(target: nn.Module, model: nn.Module, names: Collection[str]) -> None:
-    """Code the maps of a network's copy as the network's own taps do, in arithmetic for exporters.
+    """Code the maps of a network's copy as the network's own taps do, in exportable arithmetic.
 
     Args:
         target: a copy without taps; changed in place.
-        model: with them, on the CPU.
+        model: with taps, on the CPU.
         names: of the taps.
     """
     for name in names:

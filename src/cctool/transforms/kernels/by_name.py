@@ -1,13 +1,13 @@
-"""Every transform by its name: DCT-II, DST-II, real DFT, wavelets, identity, along one axis of a tensor.
+"""All transforms by name: DCT-II, DST-II, real DFT, wavelets and the identity, along one axis of a tensor.
 
 The cosine, sine and Fourier transforms are orthonormal (`fourier.py`); wavelets are those of PyWavelets with
-periodic borders (`filter_banks.py`), ``dwt`` being ``haar``. A data-driven KLT is no fixed matrix: whoever
-offers it makes its basis, and `check_kernel` knows its name.
+periodic borders (`filter_banks.py`), and ``dwt`` is ``haar``. A KLT is computed from data, so it has no fixed
+matrix here; `check_kernel` accepts its name where the caller provides the basis.
 
-bfloat16 and float16 are computed in float32 and given back as they came; autocast does not reach in here.
+bfloat16 and float16 are computed in float32 and converted back; autocast is off inside.
 
-Inverses are exact to rounding, but for the sym wavelets and bior and rbio 4.4, 5.5 and 6.8: to 3e-11, as many
-digits as PyWavelets has of their filters.
+Inverses are exact up to rounding, except for the sym wavelets and bior and rbio 4.4, 5.5 and 6.8: 3e-11, the
+precision of their filters in PyWavelets.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ _FAST: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     "dft": (fourier.packed_dft, fourier.packed_idft),
     "identity": (torch.clone, torch.clone),
 }
-# Sizes from which the FFT, or the filters of a wavelet, take less time than a product with a matrix, measured
-# on one thread of a CPU, 4 million float32 numbers. Matrices above the largest would cost too much memory.
+# Sizes from which the FFT (or filtering, with 48 samples per filter tap) is faster than a matrix product,
+# measured with 4 million float32 values on one CPU thread. Above the largest, matrices take too much memory.
 _LARGE = 256
 _PER_TAP = 48
 _LARGEST = 1024
@@ -69,15 +69,7 @@ KERNELS: tuple[str, ...] = ("dct", "dst", "dft", "dwt", "identity", *WAVELETS)
 
 
 def check_kernel(name: str, *, klt: bool = False) -> None:
-    """Refuse what is no kernel.
-
-    Args:
-        name: what the user asked for.
-        klt: whether the caller has a data-driven Karhunen-Loeve transform to offer.
-
-    Raises:
-        UsageError: naming what is allowed.
-    """
+    """Raise UsageError, naming what is allowed, unless ``name`` is a kernel, or ``klt`` with ``klt=True``."""
     if name in KERNELS or (klt and name == "klt"):
         return
     if name == "dmey":
@@ -95,9 +87,9 @@ def is_wavelet(name: str) -> bool:
 
 
 def max_levels(name: str, size: int) -> int:
-    """Levels after which the approximation is one sample; 0 for size 1 and for kernels that have no levels.
+    """Levels until the approximation is one sample; 0 for size 1 and for kernels without levels.
 
-    More levels than these are taken as these everywhere.
+    Everywhere, more levels than this count as this many.
 
     >>> max_levels("db2", 7)
     3
@@ -106,7 +98,7 @@ def max_levels(name: str, size: int) -> int:
 
 
 def coefficient_count(name: str, size: int, *, levels: int = 1, square: bool = True) -> int:
-    """Number of coefficients of ``size`` samples; ``size`` itself but for wavelets with ``square=False``.
+    """Number of coefficients of ``size`` samples: ``size``, except for wavelets with ``square=False``.
 
     >>> coefficient_count("haar", 7, levels=3, square=False)
     8
@@ -126,18 +118,18 @@ def kernel_matrix(name: str, size: int, levels: int, square: bool, synthesis: bo
 def analysis_matrix(
     name: str, size: int, *, levels: int = 1, square: bool = True, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """The forward transform as a matrix, one row a coefficient.
+    """The forward transform as a matrix, one row per coefficient.
 
     Args:
         name: one of `KERNELS`.
         size: number of samples, at least 1.
         levels: of a wavelet, at most `max_levels`; other kernels have none.
-        square: what wavelets do with an odd number of samples. True: they hand the last one to the
-            approximation, and the matrix is square. False: they replicate it, as PyWavelets does.
+        square: how wavelets treat an odd number of samples. True: the last one goes to the approximation
+            unchanged, and the matrix is square. False: it is replicated, as in PyWavelets.
         dtype: of the result, which is rounded from float64.
 
     Returns:
-        Shape (coefficients, size), on the CPU; the caller's own.
+        A new tensor of shape (coefficients, size) on the CPU.
     """
     return torch.from_numpy(kernel_matrix(name, size, levels, square, False)).to(dtype)
 
@@ -145,29 +137,28 @@ def analysis_matrix(
 def synthesis_matrix(
     name: str, size: int, *, levels: int = 1, square: bool = True, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """The inverse transform as a matrix, one column a coefficient; arguments as in `analysis_matrix`.
+    """The inverse transform as a matrix, one column per coefficient; arguments as in `analysis_matrix`.
 
-    Returns:
-        Shape (size, coefficients), on the CPU; the caller's own.
+    Returns a new tensor of shape (size, coefficients) on the CPU.
     """
     return torch.from_numpy(kernel_matrix(name, size, levels, square, True)).to(dtype)
 
 
 def forward(x: Tensor, name: str, dim: int = -1, *, levels: int = 1, square: bool = True) -> Tensor:
-    """Transform along one dim; differentiable.
+    """Transform along ``dim``; differentiable.
 
     Args:
         x: any shape, floating point.
         name: one of `KERNELS`.
-        dim: along which.
+        dim: the transformed dimension.
         levels: of a wavelet.
         square: as in `analysis_matrix`.
 
     Returns:
-        The shape of ``x`` but for ``dim``, which holds `coefficient_count` coefficients.
+        The shape of ``x``, with `coefficient_count` coefficients along ``dim``.
 
     Raises:
-        TransformError: if ``x`` holds no floating-point numbers.
+        TransformError: if ``x`` is not floating point.
     """
     with full_precision(x) as work:
         size = x.shape[dim]
@@ -184,22 +175,22 @@ def forward(x: Tensor, name: str, dim: int = -1, *, levels: int = 1, square: boo
 def inverse(
     c: Tensor, name: str, dim: int = -1, *, size: int, levels: int = 1, square: bool = True
 ) -> Tensor:
-    """Undo `forward` along one dim; differentiable.
+    """Inverse of `forward` along ``dim``; differentiable.
 
     Args:
-        c: any shape, floating point. Along ``dim`` it holds the first coefficients, up to all of them; those
-            behind are taken as zero.
+        c: any shape, floating point. Along ``dim`` it may hold only the first coefficients; the others count
+            as 0.
         name: one of `KERNELS`.
-        dim: along which.
+        dim: the transformed dimension.
         size: number of samples.
         levels: of a wavelet.
         square: as in `analysis_matrix`.
 
     Returns:
-        The shape of ``c`` but for ``dim``, which holds ``size`` samples.
+        The shape of ``c``, with ``size`` samples along ``dim``.
 
     Raises:
-        TransformError: if ``c`` holds no floating-point numbers, or more coefficients than there are.
+        TransformError: if ``c`` is not floating point, or has more coefficients than there are.
     """
     count = coefficient_count(name, size, levels=levels, square=square)
     given = c.shape[dim]
@@ -221,7 +212,7 @@ def _levels(name: str, size: int, levels: int) -> int:
 
 
 def _takes_matrix(name: str, size: int) -> bool:
-    """Whether one product takes less time than the FFT, or than the filters of a wavelet in turn."""
+    """Whether one matrix product is faster than the FFT, or than filtering level by level."""
     if is_wavelet(name):
         return size <= min(max(_LARGE, _PER_TAP * filter_bank(wavelet_name(name)).taps), _LARGEST)
     return name != "identity" and size <= _LARGE
@@ -233,7 +224,7 @@ def wavelet_name(name: str) -> str:
 
 
 def _decomposed(x: Tensor, name: str, levels: int, square: bool) -> Tensor:
-    """Levels of a long signal along the last dim: by filters while it is long, then by a matrix."""
+    """Wavelet levels of a long signal along the last dim: by filtering while it is long, then by a matrix."""
     levels = _levels(name, x.shape[-1], levels)
     details: list[Tensor] = []
     while levels and not _takes_matrix(name, x.shape[-1]):

@@ -1,8 +1,8 @@
 """Dyadic wavelet decomposition of feature maps, as `pywt.wavedec2` with mode "periodization".
 
-Each level transforms both axes; a side of odd length has its last row or column replicated first, so that
-``ceil(H / 2) x ceil(W / 2)`` coefficients of each of four bands result, and the inverse crops to the size
-that was there. Bands are named by their filters along the width, then the height:
+Each level transforms both axes. A side of odd length has its last row or column replicated first, which gives
+``ceil(H / 2) x ceil(W / 2)`` coefficients in each of four bands; the inverse crops it again. Bands are named
+by their filters along the width, then the height:
 
     LH = PyWavelets' cH (horizontal detail), HL = cV, HH = cD
 """
@@ -38,7 +38,7 @@ class Pyramid:
 
 
 def pyramid_levels(name: str, height: int, width: int, levels: int) -> int:
-    """How many levels `wavedec2` makes: as many as asked for, until the approximation is one sample.
+    """Number of levels that `wavedec2` makes: as asked for, but no more than reduce the map to one sample.
 
     >>> pyramid_levels("haar", 7, 4, levels=5)
     3
@@ -55,7 +55,7 @@ def wavedec2(x: Tensor, name: str, levels: int) -> Pyramid:
         levels: at least 0; see `pyramid_levels`.
 
     Raises:
-        TransformError: if ``x`` holds no floating-point numbers.
+        TransformError: if ``x`` is not floating point.
     """
     details = []
     with full_precision(x) as low:
@@ -70,16 +70,7 @@ def wavedec2(x: Tensor, name: str, levels: int) -> Pyramid:
 
 
 def waverec2(pyramid: Pyramid, name: str, size: tuple[int, int]) -> Tensor:
-    """Undo `wavedec2`.
-
-    Args:
-        pyramid: its bands.
-        name: the wavelet.
-        size: H and W of the maps.
-
-    Returns:
-        Shape (N, C, H, W).
-    """
+    """Inverse of `wavedec2` for maps of ``size`` (H, W); returns shape (N, C, H, W)."""
     sizes = [size]
     for _ in pyramid.details:
         sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))

@@ -1,9 +1,9 @@
-"""The data-driven kernel: bases made of the weight itself, and which of their coefficients are worth a place.
+"""The data-driven kernel: bases computed from the weight, and which of their coefficients are worth storing.
 
 The basis of an axis are the eigenvectors of the Gram matrix of the weight's unfolding along it (the
-higher-order SVD: De Lathauwer et al. 2000, section 3). They lie in the file beside the coefficients, so they
-count in what is kept: a linear layer's coefficients are its singular values, few and useless without their
-vectors.
+higher-order
+SVD: De Lathauwer et al. 2000, section 3). The file stores the bases too, so they count in what is kept: the
+coefficients of a linear layer are its singular values, few but useless without their vectors.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ __all__ = ["KltChoice", "klt_bases", "klt_choice", "used"]
 
 
 def klt_bases(weight: Tensor, axes: tuple[TransformedAxis, ...]) -> dict[int, Tensor]:
-    """Orthonormal columns per block of each axis, of most energy first.
+    """Orthonormal columns for each block of each axis, in order of decreasing energy.
 
     Args:
         weight: of the axes' sizes.
-        axes: how it is transformed; the basis of each has its ``kept`` columns. Other kernels have none.
+        axes: how it is transformed; each basis has ``kept`` columns. Axes with other kernels are skipped.
 
     Returns:
-        By dim, of shape (size, kept), of the weight's type; columns that a smaller last block lacks are zero.
-        A weight that is not finite has no eigenvectors, and gets unit vectors.
+        By dim, shape (size, kept), of the weight's type; columns that a smaller last block lacks are zero.
+        A weight that is not finite has no eigenvectors and gets unit vectors.
     """
     weight = weight.detach()
     values = weight.double() if bool(weight.isfinite().all()) else torch.eye(
         weight.shape[0], weight[0].numel(), dtype=torch.float64, device=weight.device
     ).view(weight.shape)  # fmt: skip
     bases: dict[int, Tensor] = {}
-    # A matrix has the singular vectors of its short side in common with the long one.
+    # The singular vectors of a matrix's short side give those of the long one: so the short side comes first.
     for axis in sorted((axis for axis in axes if axis.kernel == KLT), key=lambda axis: axis.length):
         flat = values.movedim(axis.dim, 0).flatten(1)
         other = bases.get(1 - axis.dim) if values.dim() == 2 else None
         if other is not None and axis.block is None and other.shape[0] == other.shape[1] == flat.shape[1]:
-            # What the right singular vectors become is orthogonal; QR adds those that are missing.
+            # The images of the right singular vectors are orthogonal; QR adds the missing left ones.
             vectors, _ = torch.linalg.qr(flat @ other, mode="complete")
             bases[axis.dim] = _signed(vectors)[:, : axis.kept]
         else:
@@ -61,18 +61,18 @@ def _eigenvectors(x: Tensor, axis: TransformedAxis) -> Tensor:
 
 
 def _signed(vectors: Tensor) -> Tensor:
-    """Eigenvectors, the columns, have no sign of their own: the largest entry of each is positive."""
+    """Fix the sign of each eigenvector, which is arbitrary: its largest entry becomes positive."""
     largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
     return torch.where(largest < 0, -vectors, vectors)
 
 
 @dataclass(frozen=True)
 class KltChoice:
-    """What stays of one layer.
+    """What one layer keeps.
 
     Attributes:
-        kept: for each axis, coefficients of a block, the bases' columns.
-        mask: of the coefficients before they are narrowed so, True stays; None where the whole box does.
+        kept: for each axis, coefficients per block, that is, columns of the basis.
+        mask: of the coefficients before they are narrowed, True is kept; None if the whole box is.
     """
 
     kept: tuple[int, ...]
@@ -92,15 +92,15 @@ def _indices(shape: torch.Size, axes: tuple[TransformedAxis, ...]) -> list[Tenso
 def klt_choice(
     layers: Mapping[str, tuple[Tensor, tuple[TransformedAxis, ...]]], keep: float, *, box: bool
 ) -> dict[str, KltChoice]:
-    """The largest coefficients that fit into a share of the weights' numbers together with their bases.
+    """The largest coefficients that, together with their bases, fit into a share of the weights' numbers.
 
     Args:
-        layers: magnitudes of all coefficients, on the CPU, and their axes, by layer; they compete.
+        layers: magnitudes of all coefficients, on the CPU, and their axes, by layer; layers compete.
         keep: share of the numbers of all weights, in (0, 1).
-        box: keep the whole box of coefficients that the largest ones span, and count it.
+        box: keep, and count, the whole box of coefficients that the largest ones span.
 
     Returns:
-        By layer. One coefficient of each stays, whatever it costs.
+        By layer. Each keeps at least one coefficient, whatever it costs.
     """
     flat = torch.cat([sizes.flatten() for sizes, _ in layers.values()])
     places, start = {}, 0
@@ -124,7 +124,7 @@ def klt_choice(
 
 
 def _increments(shape: torch.Size, axes: tuple[TransformedAxis, ...], order: Tensor, box: bool) -> Tensor:
-    """What each coefficient adds to the numbers that are stored, taken in an order."""
+    """How many stored numbers each coefficient adds when they are taken in this order."""
     columns = [index[order].cummax(0).values.double() + 1 for index in _indices(shape, axes)]
     total = sum((c * axis.size for c, axis in zip(columns, axes, strict=True)), torch.zeros(()))
     if box:
@@ -137,5 +137,5 @@ def _increments(shape: torch.Size, axes: tuple[TransformedAxis, ...], order: Ten
 
 
 def used(mask: Tensor, axes: tuple[TransformedAxis, ...]) -> tuple[int, ...]:
-    """For each axis how many columns of the basis a mask's coefficients use."""
+    """For each axis, how many columns of the basis the coefficients of a mask use."""
     return tuple(int(index[mask.flatten()].max()) + 1 for index in _indices(mask.shape, axes))
