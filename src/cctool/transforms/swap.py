@@ -25,16 +25,20 @@ def put_in_place(model: nn.Module, name: str, layer: nn.Module) -> None:
     Raises:
         SpecError: if there is no such module, or it is the network itself.
     """
-    try:
-        present = model.get_submodule(name)
-    except AttributeError:
-        raise SpecError(f"swap: the architecture has no module {name!r}") from None
+    present = _module(model, name)
     if present is model:
         raise SpecError("swap: a network that is a single layer cannot be replaced by another one")
     for module in list(model.modules()):
         for key, child in module._modules.items():
             if child is present:
                 module._modules[key] = layer
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise SpecError(f"swap: the architecture has no module {name!r}") from None
 
 
 def _apply_swap(model: nn.Module, edit: Swap) -> None:
@@ -44,10 +48,7 @@ def _apply_swap(model: nn.Module, edit: Swap) -> None:
             f"swap: unknown layer {edit.layer!r}: this version knows {', '.join(sorted(SWAPS))}; "
             "a newer cctool may have written the file"
         )
-    try:
-        present = model.get_submodule(edit.module)
-    except AttributeError:
-        raise SpecError(f"swap: the architecture has no module {edit.module!r}") from None
+    present = _module(model, edit.module)
     layer = kind.build(present, edit.arguments)
     layer.train(present.training)
     put_in_place(model, edit.module, layer)

@@ -28,22 +28,17 @@ def shaken(model: nn.Module, share: float, generator: torch.Generator) -> Iterat
     """
     held = quantizers_of(model)
     found = [] if held is None else [held.quantizer(key) for key in held.activation_keys]
-    noise = _Noise(share, generator)
-    handles = [quantizer.register_forward_pre_hook(noise) for quantizer in found if quantizer is not None]
-    with removing(handles):
-        yield
 
-
-class _Noise:
-    def __init__(self, share: float, generator: torch.Generator) -> None:
-        self.share, self.generator = share, generator
-
-    def __call__(self, quantizer: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+    def moved(quantizer: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         x = args[0]
         assert isinstance(quantizer, Quantizer)
         grid = quantizer.grid()
         if grid is None:
             return (x,)
         step = aligned(grid.scale.to(x.device, x.dtype), x.dim(), grid.axis)
-        noise = torch.rand(x.shape, generator=self.generator) * 2 - 1
-        return (x + noise.to(x.device, x.dtype) * step * self.share,)
+        noise = torch.rand(x.shape, generator=generator) * 2 - 1
+        return (x + noise.to(x.device, x.dtype) * step * share,)
+
+    handles = [quantizer.register_forward_pre_hook(moved) for quantizer in found if quantizer is not None]
+    with removing(handles):
+        yield

@@ -34,7 +34,6 @@ from cctool.transforms.kernels.matmul import along, constant, full_precision
 
 __all__ = [
     "KERNELS",
-    "analysis_matrix",
     "check_kernel",
     "coefficient_count",
     "forward",
@@ -42,7 +41,6 @@ __all__ = [
     "is_wavelet",
     "kernel_matrix",
     "max_levels",
-    "synthesis_matrix",
     "wavelet_name",
 ]
 
@@ -107,18 +105,7 @@ def coefficient_count(name: str, size: int, *, levels: int = 1, square: bool = T
 
 
 def kernel_matrix(name: str, size: int, levels: int, square: bool, synthesis: bool) -> NDArray[np.float64]:
-    """`analysis_matrix` or `synthesis_matrix` as an array."""
-    if is_wavelet(name):
-        levels = _levels(name, size, levels)
-        return wavelet_matrix(wavelet_name(name), size, levels, square=square, synthesis=synthesis)
-    rows = _ORTHONORMAL[name](size)
-    return np.ascontiguousarray(rows.T) if synthesis else rows
-
-
-def analysis_matrix(
-    name: str, size: int, *, levels: int = 1, square: bool = True, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """The forward transform as a matrix, one row per coefficient.
+    """The transform as a matrix: the forward one with a row per coefficient, or the inverse one.
 
     Args:
         name: one of `KERNELS`.
@@ -126,22 +113,16 @@ def analysis_matrix(
         levels: of a wavelet, at most `max_levels`; other kernels have none.
         square: how wavelets treat an odd number of samples. True: the last one goes to the approximation
             unchanged, and the matrix is square. False: it is replicated, as in PyWavelets.
-        dtype: of the result, which is rounded from float64.
+        synthesis: whether to return the inverse.
 
     Returns:
-        A new tensor of shape (coefficients, size) on the CPU.
+        A new array of shape (coefficients, size), or (size, coefficients) for the inverse.
     """
-    return torch.from_numpy(kernel_matrix(name, size, levels, square, False)).to(dtype)
-
-
-def synthesis_matrix(
-    name: str, size: int, *, levels: int = 1, square: bool = True, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """The inverse transform as a matrix, one column per coefficient; arguments as in `analysis_matrix`.
-
-    Returns a new tensor of shape (size, coefficients) on the CPU.
-    """
-    return torch.from_numpy(kernel_matrix(name, size, levels, square, True)).to(dtype)
+    if is_wavelet(name):
+        levels = _levels(name, size, levels)
+        return wavelet_matrix(wavelet_name(name), size, levels, square=square, synthesis=synthesis)
+    rows = _ORTHONORMAL[name](size)
+    return np.ascontiguousarray(rows.T) if synthesis else rows
 
 
 def forward(x: Tensor, name: str, dim: int = -1, *, levels: int = 1, square: bool = True) -> Tensor:
@@ -152,7 +133,7 @@ def forward(x: Tensor, name: str, dim: int = -1, *, levels: int = 1, square: boo
         name: one of `KERNELS`.
         dim: the transformed dimension.
         levels: of a wavelet.
-        square: as in `analysis_matrix`.
+        square: as in `kernel_matrix`.
 
     Returns:
         The shape of ``x``, with `coefficient_count` coefficients along ``dim``.
@@ -184,7 +165,7 @@ def inverse(
         dim: the transformed dimension.
         size: number of samples.
         levels: of a wavelet.
-        square: as in `analysis_matrix`.
+        square: as in `kernel_matrix`.
 
     Returns:
         The shape of ``c``, with ``size`` samples along ``dim``.
