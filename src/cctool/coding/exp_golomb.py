@@ -110,16 +110,10 @@ def _check_coded(coded: CodedIntegers) -> None:
 
 
 def decode(coded: CodedIntegers, k: int, *, signed: bool, dtype: torch.dtype) -> Tensor:
-    """Decode integers; ``k`` and ``signed`` as given to `encode`.
-
-    Args:
-        coded: what `encode` returned, or what a file claims to be that.
-        k: order of the code.
-        signed: whether values are numbered 0, -1, 1, -2, 2, ...
-        dtype: type of the values.
+    """Decode what `encode` returned, or a file claims to be that, with the same ``k`` and ``signed``.
 
     Returns:
-        A tensor of shape (count,) on the CPU.
+        A tensor of shape (count,) and type ``dtype`` on the CPU.
 
     Raises:
         BitstreamError: if the bits are not the codewords of exactly ``count`` values of this type.

@@ -22,6 +22,7 @@ WORD = 64
 _PIECE = 1 << 17
 # Two codes of at most half a word can be joined without comparing their lengths.
 _HALF = 32
+# Of values of more than one byte, codewords of symbols below this are looked up.
 _TABLE = 1 << 12
 # A table entry is codeword << 7 | length: a codeword has at most 33 digits, a length is at most 65.
 _LENGTH_BITS = np.uint64(7)

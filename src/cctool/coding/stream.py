@@ -33,6 +33,8 @@ MAX_HEADER = 1 << 20
 
 _MAGIC = b"\x93CCTSEG\n"
 _CHUNK, _END = b"CHNK", b"DONE"
+# Magic, version, 0, bytes of JSON; mark, k, signed, type, dimensions, values per block, side bytes, bits;
+# mark, number of chunks.
 _FRONT = struct.Struct("<8sHHI")
 _HEAD = struct.Struct("<4sBBBBIIQ")
 _TAIL = struct.Struct("<4sI")
@@ -40,8 +42,10 @@ _CRC = struct.Struct("<I")
 END_BYTES = _TAIL.size + _CRC.size
 """Bytes of a stream's end."""
 
+# The file stores the index, so the order must not change.
 _DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
 _MAX_DIMS = 8
+# The limit of docs/bitstream-format.md; see `_extent`.
 _MAX_COUNT = (1 << 32) - 1
 _PIECE = 1 << 20
 
@@ -108,13 +112,8 @@ def chunk_bytes(
 ) -> int:
     """Bytes of a chunk, without writing it.
 
-    Args:
-        shape: of the tensor.
-        dtype: of the tensor: int8, uint8, int16 or int32.
-        bits: of all codewords, as `code_bits` counts them.
-        k: order of the code, 0 to 5.
-        signed: whether the signed code is used.
-        side: number of side bytes.
+    Shape and type (int8, uint8, int16 or int32) are those of the tensor, ``bits`` those of all codewords, as
+    `code_bits` counts them, at order ``k``, 0 to 5; ``side`` is the number of side bytes.
 
     >>> chunk_bytes((2, 3), torch.int8, 6, 1, signed=True)
     43
@@ -253,6 +252,7 @@ def _summed(data: bytes) -> bytes:
 
 def _header(metadata: Mapping[str, JsonValue]) -> bytes:
     try:
+        # Sorted, so that equal metadata give equal bytes.
         text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
     except (TypeError, ValueError) as error:
         raise TransformError(f"metadata of a stream: {error}") from None
@@ -286,7 +286,7 @@ def _head(shape: Sequence[int], dtype: torch.dtype, k: int, signed: bool, side: 
 
 
 def _extent(shape: Sequence[int]) -> int:
-    # A dimension of 0 makes the product 0, but torch still overflows on the others: so count it as 1.
+    # A 0 would hide other sizes whose product overflows in torch's own arithmetic, so it counts as 1.
     return math.prod(max(size, 1) for size in shape)
 
 

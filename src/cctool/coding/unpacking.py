@@ -209,8 +209,7 @@ class _Cursors:
         windows = np.empty((self.steps, len(at)), dtype=np.uint16)
         index, window, shift = np.empty_like(at), np.empty_like(at), np.zeros_like(at)
         for step in range(self.steps):
-            # Everything is written into the same three arrays: allocating them anew takes as long as the
-            # work.
+            # The hot loop of decoding: it writes into the same three arrays instead of allocating new ones.
             np.right_shift(at, 4, out=index)
             np.take(self.halves, index, out=window, mode="clip")
             np.bitwise_and(at, 15, out=shift)
@@ -316,11 +315,13 @@ def _table(k: int, signed: bool, limit: int, places: int) -> _WindowTable:
         length = np.where(zeros == 0, 1, 2 * zeros + k)
         numbers = (rest >> np.maximum(_WINDOW - length, 0)) - (1 << k) + 1
         symbols = np.where(zeros == 0, 0, numbers)
+        # Codewords that do not fit gave nonsense above, and end their window.
         going &= (rest > 0) & (bits[:-1] + length <= _WINDOW) & (symbols <= limit)
         found = _numbered(symbols) if signed else symbols
         values[:-1, place][going] = found[going].astype(np.uint8)
         used[:-1, place][going] = True
         bits[:-1][going] += length[going]
         held[:-1][going] += 1
+    # The entry of escapes has room for one value, which `_fill` writes.
     held[-1], used[-1, 0] = 1, True
     return _WindowTable(bits, held, values, used)

@@ -101,6 +101,7 @@ class _CounterpartRun:
                 put_in_place(self.network, name, made)
                 self.counterparts[name] = made
         self._names = {module: name for name, module in self.network.named_modules()}
+        # Two samples: in training, batch norm needs more than one value per channel.
         self._inputs = torch.zeros(2, *input_shape, device=device_of(model))
         self.met: dict[str, set[bool]] = {}
         self.ending: set[str] = set()
@@ -117,6 +118,7 @@ class _CounterpartRun:
                 last.arguments = last.arguments.model_copy(update={"ends": True})
             else:
                 last.ends = True  # type: ignore[assignment]
+        # In both modes, because modules may take other paths in training.
         for training in (False, True):
             if _is_complex(self._run(training=training)):
                 raise TransformError(

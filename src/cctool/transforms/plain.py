@@ -35,8 +35,7 @@ def plain_model(model: nn.Module) -> nn.Module:
     drop_taps(copy)
     for layer in swapped_layers(copy).values():
         if isinstance(getattr(layer, "cache", None), WeightCache):
-            # The copy shares the layer's cache: a cached weight would hide which tensors it was computed
-            # from.
+            # A cached weight would hide from a trace which tensors it was computed from.
             vars(layer)["cache"] = WeightCache(keeps=False)
     return copy
 
@@ -69,6 +68,7 @@ def exportable(model: nn.Module, *, codec: bool, whole: Collection[str] = ()) ->
 
 
 def _copy_with(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
+    # What deepcopy finds in its memo is shared instead of copied.
     memo: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for name, layer in layers.items():
         layer.train(model.training)

@@ -60,4 +60,5 @@ def _check_swap(model: nn.Module, edit: Swap) -> None:
         check(model.get_submodule(edit.module))
 
 
+# After cuts, because layers are built for the thinned widths; before masks, which their parameters may have.
 SWAP = EditKind(record=Swap, apply=_apply_swap, order=5, check=_check_swap)

@@ -19,15 +19,15 @@ __all__ = ["calibrate_activations", "observe"]
 def observe(
     model: nn.Module, images: Iterable[Tensor], make: Callable[[str], RangeObserver | None]
 ) -> dict[str, RangeObserver]:
-    """Show the activations at all places to observers.
+    """Pass the activations at all places to observers.
 
     Args:
-        model: with quantizers, which do nothing meanwhile.
+        model: with quantizers, which are bypassed meanwhile.
         images: batches on its device.
-        make: gives the observer of a key; None does not look there.
+        make: returns the observer for a key; None for no observer.
 
     Returns:
-        Observers by key, in the order in which the network came to them.
+        Observers by key, in order of execution.
 
     Raises:
         QuantizationError: if there are no images.
@@ -59,12 +59,9 @@ def observe(
 def calibrate_activations(
     model: nn.Module, images: Iterable[Tensor], observing: Observing
 ) -> Mapping[str, RangeObserver]:
-    """Set the ranges of the uniform quantizers of activations; those that are learnt stay.
+    """Set the ranges of the uniform quantizers of activations, in place; learned ones are not changed.
 
-    Args:
-        model: with quantizers, changed in place.
-        images: batches on its device.
-        observing: how.
+    Images are batches on the model's device.
     """
     held = quantizers_of(model)
     assert held is not None

@@ -15,11 +15,7 @@ __all__ = ["decoded_dtype", "floating_name", "part", "refuse_nonfinite", "requir
 
 
 def decoded_dtype(encoded: EncodedTensor) -> torch.dtype:
-    """Element type of the decoded tensor.
-
-    Raises:
-        CorruptCheckpointError: if it is not a floating-point type.
-    """
+    """Element type of the decoded tensor; CorruptCheckpointError unless it is floating point."""
     dtype = DTYPES.get(encoded.dtype)
     if dtype is None or not dtype.is_floating_point:
         raise CorruptCheckpointError(f"{encoded.encoding}: cannot decode to element type {encoded.dtype!r}")
@@ -36,11 +32,7 @@ def require_parts(encoded: EncodedTensor, names: Collection[str]) -> None:
 
 
 def part(encoded: EncodedTensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """One part, checked.
-
-    Raises:
-        CorruptCheckpointError: if its element type or shape is another one.
-    """
+    """One part; CorruptCheckpointError unless it has this element type and shape."""
     found = encoded.parts[name]
     if found.dtype != dtype or tuple(found.shape) != tuple(shape):
         raise CorruptCheckpointError(
@@ -51,7 +43,7 @@ def part(encoded: EncodedTensor, name: str, dtype: torch.dtype, shape: tuple[int
 
 
 def floating_name(tensor: Tensor, encoding: str) -> str:
-    """Name of a tensor's element type, as ``float32``.
+    """Name of a tensor's element type, such as ``float32``.
 
     Raises:
         QuantizationError: if it is not a floating-point type that a checkpoint may hold.

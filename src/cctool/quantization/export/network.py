@@ -1,9 +1,9 @@
-"""Quantized networks for other programs: their weights as integers, their activations as plain roundings.
+"""Quantized networks for other programs: weights as integers, activations as explicit rounding.
 
 The export network is a copy in which each call computes what an integer runtime will. A weight on a uniform
-grid stands there as (n - z) * s, with the batch norm behind it folded into s and into the bias, and the batch
-norm gives its input back; an activation's quantizer is one operator, or a few of arithmetic. Calls are
-followed as for quantizers (`network/attach.py`), which torch.export traces.
+grid becomes (n - z) * s, with the batch norm behind it folded into s and into the bias, and the batch norm
+returns its input; an activation's quantizer is one operator, or a few arithmetic ones. Calls are followed as
+for quantizers (`network/attach.py`), which torch.export can trace.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["ExportNetwork", "export_network", "made_weights", "rounding_network"
 
 CONTAINER = "exported"
 _HUGE = 2.0**100
-"""Scale of a grid whose only value is 0: whatever is divided by it rounds to 0."""
+"""Scale of a grid whose only value is 0: everything divided by it rounds to 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class ExportNetwork:
 
     Attributes:
         model: the network, on the CPU, in evaluation mode.
-        weights: of its calls; the values of each stand in the network bit for bit.
+        weights: of its calls; the network contains the values of each bit for bit.
         left: weights that stay in floating point, and why.
     """
 
@@ -51,10 +51,10 @@ class ExportNetwork:
 
 
 def made_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What the quantizers of a network make of its weights, by qualified name; empty without quantizers.
+    """The quantized weights of a network, by qualified name; empty without quantizers.
 
     Raises:
-        AttributeError: where a quantized weight is no parameter or attribute of its module.
+        AttributeError: if a quantized weight is not a parameter or attribute of its module.
     """
     held = quantizers_of(model)
     if held is None:
@@ -73,12 +73,7 @@ def made_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def with_weights(model: nn.Module, made: Mapping[str, Tensor]) -> nn.Module:
-    """A copy without quantizers that has other parameters, and shares those that stay.
-
-    Args:
-        model: any network.
-        made: values of parameters, by qualified name.
-    """
+    """A copy without quantizers that has these parameters, by qualified name, and shares all others."""
     copy = _sharing(model)
     drop_companions(copy)
     known = dict(model.named_parameters(remove_duplicate=False))
@@ -95,11 +90,7 @@ def with_weights(model: nn.Module, made: Mapping[str, Tensor]) -> nn.Module:
 
 
 def rounding_network(model: nn.Module) -> nn.Module:
-    """A copy whose parameters are the quantized weights, and which rounds activations by arithmetic.
-
-    Args:
-        model: with quantizers, on the CPU; it stays as it is.
-    """
+    """A copy with the quantized weights as parameters, which rounds activations by arithmetic; on the CPU."""
     copy = with_weights(model, made_weights(model))
     copy.eval()
     _follow(copy, _ExportCalls(model, {}, set(), marked=False))
@@ -113,10 +104,10 @@ def _sharing(model: nn.Module) -> nn.Module:
 def export_network(
     model: nn.Module, inputs: tuple[Tensor, ...], stored: Mapping[str, IntegerWeight] | None = None
 ) -> ExportNetwork:
-    """Make the export network, in which `on_grid` rounds activations wherever 8 bits hold their integers.
+    """Build the export network, in which `on_grid` rounds activations whose integers fit 8 bits.
 
     Args:
-        model: with quantizers or without, its layers ordinary ones, on the CPU; it stays as it is.
+        model: with or without quantizers, its layers ordinary ones, on the CPU; not changed.
         inputs: positional arguments of its forward.
         stored: weights that a checkpoint stores as integers, by qualified name.
     """
@@ -136,7 +127,7 @@ def _follow(copy: nn.Module, run: _ExportCalls) -> None:
 
 
 class _Holder(nn.Module):
-    """What the calls take in place of the network's tensors; as a layer it returns its input."""
+    """Holds the tensors that calls take in place of the network's own; as a layer it returns its input."""
 
     def __init__(self, states: Mapping[str, Tensor | nn.Module]) -> None:
         super().__init__()
@@ -152,14 +143,14 @@ class _Holder(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Settled:
-    """What one call takes: its weight, and its bias where that is not its own."""
+    """The weight that one call takes, and its bias unless that is its own."""
 
     weight: Tensor
     bias: Tensor | None = None
 
 
 class _Builder:
-    """Weights and biases of the calls of an export network."""
+    """Weights and biases for the calls of an export network."""
 
     def __init__(self, model: nn.Module, flow: Flow, stored: dict[str, IntegerWeight]) -> None:
         self.model, self.flow, self.stored = model, flow, stored
@@ -203,17 +194,18 @@ class _Builder:
         assert quantizer is not None
         fold = fold_of(self.model, held.state.weights[name])
         if fold is not None:
+            # As the quantizer does.
             fold = torch.where(fold == 0, 1.0, fold)
         return from_quantizer(name, quantizer, made, fold), fold
 
     def _folded(
         self, layer: PlacedLayer, weight: IntegerWeight, fold: Tensor | None, made: Tensor
     ) -> _Settled:
-        """Fold the batch norm behind a layer where its output channels lie along one dimension."""
+        """Fold the batch norm behind a layer if its output channels lie along one dimension."""
         norm = None if layer.norm is None else self.model.get_submodule(layer.norm)
         factors = None if norm is None or layer.axis is None else norm_factors(norm)
         if factors is not None and layer.axis is not None:
-            # A quotient, which is 1 where both are the same.
+            # The exact quotient is 1 where the fold is this same batch norm, so the integers do not change.
             ratio = factors.double() if fold is None else factors.double() / fold.double()
             scaled = weight.scaled(ratio, layer.axis)
             if scaled is not None and norm is not None:
@@ -249,8 +241,8 @@ class _RoundingModule(nn.Module):
     """An activation's quantizer: one operator, or arithmetic.
 
     Args:
-        grid: on which the values lie.
-        marked: whether it is the operator, where 8 bits hold the integers.
+        grid: of the values.
+        marked: whether to use the operator where 8 bits hold the integers.
     """
 
     def __init__(self, grid: Grid, *, marked: bool) -> None:
@@ -262,6 +254,7 @@ class _RoundingModule(nn.Module):
         self.marked = marked and fits_byte(grid.low, grid.high) and grid.axis is None
         self.numbers = (1.0, 0)
         if self.marked:
+            # Python numbers, which become constants of the operator in the traced program.
             self.numbers = float(self.get_buffer("scale")), int(self.get_buffer("zero_point"))
 
     def forward(self, x: Any) -> Any:
@@ -277,7 +270,7 @@ class _RoundingModule(nn.Module):
 
 
 class _ExportCalls:
-    """What the calls of an export network do in one pass, and the hooks that follow it."""
+    """The calls of an export network in one pass, and the hooks that follow it."""
 
     def __init__(
         self,
@@ -328,6 +321,7 @@ class _ExportCalls:
         module = self._watch.modules[-1]
         place = CallSite(module, name, self._counts[module, name])
         if place in self.norms:
+            # Folded into the weight before it.
             result = args[0] if args else kwargs["input"]
         else:
             given = list(args), dict(kwargs)
@@ -368,7 +362,7 @@ def _grids(model: nn.Module) -> Iterator[tuple[CallSite, str, Grid]]:
 
 
 def _as(value: Tensor, other: Tensor) -> Tensor:
-    """The value in another's type. Traced, even a cast to its own type may not be written to afterwards."""
+    """The value in another's type. A traced cast, even to the same type, forbids later in-place changes."""
     return value if value.dtype == other.dtype else value.to(other.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Activations moved by a share of a step before they are rounded: what rounding makes of small errors."""
+"""Noise of a share of a step on activations before they are rounded: how rounding amplifies small errors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,9 @@ __all__ = ["shaken"]
 
 @contextmanager
 def shaken(model: nn.Module, share: float, generator: torch.Generator) -> Iterator[None]:
-    """Add noise to what each quantizer of an activation takes, uniform within ``share`` of its step.
+    """Add noise to the input of each activation's quantizer, uniform within +- ``share`` of its step.
 
-    Args:
-        model: with quantizers.
-        share: of a step, in both directions.
-        generator: of the noise, on the CPU.
+    The generator is on the CPU.
     """
     held = quantizers_of(model)
     found = [] if held is None else [held.quantizer(key) for key in held.activation_keys]

@@ -1,4 +1,4 @@
-"""The `quantize` edit: what it says of a network's quantizers, and how they are made again from a file."""
+"""The `quantize` edit: describes a network's quantizers, and restores them from a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["QUANTIZE", "with_quantizers"]
 
 
 def with_quantizers(spec: ModelSpec, model: nn.Module) -> ModelSpec:
-    """The spec whose quantize edits are those of ``model``, whatever it said of them before."""
+    """The spec with the quantize edits of ``model`` in place of its former ones."""
     others = tuple(edit for edit in spec.edits if edit.get("kind") != "quantize")
     held = quantizers_of(model)
     if held is None:
@@ -88,4 +88,5 @@ def _check_state(key: str, quantizer: Quantizer) -> None:
         raise CorruptCheckpointError(f"{CONTAINER}.{key}: {error}") from None
 
 
+# After swapped layers and masks, which determine the tensors that are quantized.
 QUANTIZE = EditKind(record=Quantize, apply=_apply, order=15, check=_check)

@@ -112,6 +112,7 @@ class ComplexMaxPool2d(_AroundLayer):
         self.indexing.return_indices = True  # type: ignore[assignment]
 
     def _of_complex(self, x: Tensor) -> Tensor:
+        # Only the places come from the magnitudes; the gradient passes through the picked values.
         _, places = self.indexing(magnitude(x.detach()))
         return x.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
 
@@ -209,6 +210,7 @@ class ComplexBasisLinear(ComplexLayer, LinearBasis, nn.Linear):  # type: ignore[
     def begin(self, arguments: BasisArguments) -> None:
         """See `BasisLayer`."""
         super().begin(arguments)
+        # The attribute exists without a bias, too.
         self.register_parameter("bias_imaginary", None)
         if self.bias is not None:
             self.bias_imaginary = nn.Parameter(torch.zeros_like(self.bias))

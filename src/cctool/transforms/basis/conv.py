@@ -69,6 +69,7 @@ class ConvolutionBasis(BasisLayer):
             self.spatial_rows(self.offsets(name), size)
             for name, size in zip(("height_offsets", "width_offsets"), self.kernel_size, strict=True)
         )
+        # The coefficients are real, the rows maybe complex.
         spatial = self._scale() * (high.T @ self.trained("delta").to(high.dtype) @ wide)
         return self.channel_rows()[:, :, None, None] * spatial[:, None]
 

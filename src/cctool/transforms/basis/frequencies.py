@@ -69,20 +69,11 @@ def _angles(indices: Tensor, offsets: Tensor, positions: Tensor, turn: int, unit
 
 
 def row_norms(kernel: str, whole: Tensor, offsets: Tensor, *, size: int, period: int) -> Tensor:
-    """Norms of the DCT's or DST's rows before normalisation.
+    """Norms of the DCT's or DST's rows before normalisation: (rows,) positive, of the type of ``offsets``.
 
+    ``whole`` (rows,) are integers, to which ``offsets`` (rows,) are added; ``size`` is N and ``period`` D.
     With phi = pi f / D, the sum over t of cos((2t+1) phi) is sin(2 N phi) / (2 sin phi), so the squared norms
     are N/2 (1 +- sin(2 N phi) / (2 N sin phi)).
-
-    Args:
-        kernel: ``dct`` or ``dst``.
-        whole: (rows,) integers.
-        offsets: (rows,) added to them.
-        size: N.
-        period: D.
-
-    Returns:
-        (rows,) positive, of the type of ``offsets``.
     """
     phi = (whole + offsets.double()) * (math.pi / period)
     nearest = (phi.detach() / math.pi).round()

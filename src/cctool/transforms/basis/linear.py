@@ -91,6 +91,7 @@ class BasisLayer(ComputedLayer):
 
     def begin(self, arguments: BasisArguments) -> None:
         """Turn the copy of an ordinary layer into this one, with new values; ``arguments`` must fit it."""
+        # Only its shape, type and device are used.
         weight = self._parameters.pop("weight")
         assert weight is not None
         self.arguments, self.cache = arguments, WeightCache()

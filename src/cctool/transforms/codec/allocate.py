@@ -111,6 +111,7 @@ def measure_sensitivity(
             maps.
     """
     found = {name: Sensitivity(tap) for name, tap in taps.items()}
+    # A fixed seed on the CPU: the same network gets the same steps on every device.
     signs = torch.Generator().manual_seed(0)
     for batch in images:
         seen: list[tuple[str, Tensor]] = []
@@ -152,11 +153,8 @@ def _first_tensor(outputs: Any) -> Tensor | None:
 def allocated_steps(found: Mapping[str, Sensitivity], spreads: Mapping[str, float]) -> dict[str, Tensor]:
     """The steps of each tap in units of its maps' values, float64 (entries,); see the module docstring.
 
-    Coefficients that change nothing get infinite steps, and so do all of a tap whose maps never vary.
-
-    Args:
-        found: what was measured, by tap.
-        spreads: standard deviations of the taps' maps.
+    ``spreads`` are the standard deviations of the taps' maps. Coefficients that change nothing get infinite
+    steps, and so do all of a tap whose maps never vary.
     """
     relative = {name: (spreads[name] ** 2 * one.means()).pow(-POWER / 2) for name, one in found.items()}
     shares = torch.cat([one.shares() for one in found.values()])

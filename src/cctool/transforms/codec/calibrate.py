@@ -56,6 +56,7 @@ class _Range:
         """Standard deviation of all values."""
         assert self.sums is not None
         mean, square = (self.sums / self.count).tolist()
+        # Rounding may make the variance of a constant map negative.
         return math.sqrt(max(0.0, square - mean * mean))
 
     def bounds(self) -> Tensor:
@@ -89,6 +90,7 @@ class _Moments:
         # On the CPU, so that the basis is the same for every device.
         vectors = torch.linalg.eigh(second.cpu()).eigenvectors.flip(1).T
         largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+        # The sign of an eigenvector is arbitrary.
         basis: Tensor = vectors * torch.sign(largest)
         return basis.float().contiguous().to(second.device)
 
@@ -220,11 +222,9 @@ def _integers(x: Tensor, tap: CalibratedTap) -> Tensor:
 
 
 def choose_orders(model: nn.Module, images: Batches) -> None:
-    """Set the order of the code of each tap that calibration chooses to the one of fewest bits, in place.
+    """Set the order of the code, where calibration chooses it, to the one of fewest bits, in place.
 
-    Args:
-        model: with its taps.
-        images: iterated once.
+    The images are iterated once.
     """
     hooks = taps_of(model)
     counts = {

@@ -191,12 +191,9 @@ class Symbols:
 
 
 def encode(x: Tensor, state: CodecState, *, look: bool = True) -> Symbols:
-    """Encode maps.
+    """Encode maps ``x`` (N, C, H, W), floating point, on the codec's device; not modified.
 
-    Args:
-        x: (N, C, H, W), floating point; not modified.
-        state: the codec, on the device of ``x``.
-        look: count what is clamped.
+    ``look`` counts what is clamped.
     """
     made = encoded_maps(x, state, look=look, look_inside=look)
     if not look:
@@ -229,11 +226,7 @@ class EncodedMaps:
 def encoded_maps(x: Tensor, state: CodecState, *, look: bool, look_inside: bool) -> EncodedMaps:
     """`encode`, with intermediate results.
 
-    Args:
-        x: (N, C, H, W), floating point; not modified.
-        state: the codec, on the device of ``x``.
-        look: whether to find out what the quantizer before the transform clamped.
-        look_inside: the same for the quantizer behind it.
+    ``look`` and ``look_inside`` find out what the quantizers before and behind the transform clamped.
     """
     config = state.config
     shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
@@ -256,15 +249,7 @@ def encoded_maps(x: Tensor, state: CodecState, *, look: bool, look_inside: bool)
 
 @torch.no_grad()
 def reconstruct(symbols: Symbols, state: CodecState) -> Tensor:
-    """Decode maps.
-
-    Args:
-        symbols: from `encode`, or the same numbers from a bitstream.
-        state: the codec, on their device.
-
-    Returns:
-        float32 (N, C, H, W).
-    """
+    """Decode ``symbols`` from `encode` or a bitstream, on the codec's device, to float32 (N, C, H, W)."""
     size = symbols.shape[2:]
     if not state.config.transforms:
         return state.grid().to_values(symbols.bands[0].double()).float()

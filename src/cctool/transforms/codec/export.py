@@ -79,6 +79,7 @@ class ExportedCodec(nn.Module):
         return (v * self._step + self._offset).float().to(x.dtype)
 
     def _coded(self, v: Tensor) -> Tensor:
+        # Means are transmitted as float32.
         mean = v.mean((1, 2, 3), keepdim=True).float().double() if self._config.mean_shift else None
         if mean is not None:
             v = v - mean
@@ -108,18 +109,16 @@ class ExportedCodec(nn.Module):
 
     def _rounded(self, y: Tensor, number: int) -> Tensor:
         step = self.get_buffer(f"step_{number}")
+        # Through float32, so that ties are rounded as in `quantizers.to_symbols`.
         z, width = (y / step).float(), self._config.dead_zone
         z = torch.ceil(z.abs() - (0.5 + width)).clamp(min=0) * torch.sign(z) if width else torch.round(z)
         return z.clamp(*self._symbols).double() * step
 
 
 def put_exported(target: nn.Module, model: nn.Module, names: Collection[str]) -> None:
-    """Code the maps of a network's copy as the network's own taps do, in exportable arithmetic.
+    """Code the maps of ``target`` as the taps ``names`` of ``model`` do, in exportable arithmetic.
 
-    Args:
-        target: a copy without taps; changed in place.
-        model: with taps, on the CPU.
-        names: of the taps.
+    ``target`` is a copy of ``model`` without taps, changed in place; ``model`` is on the CPU.
     """
     for name in names:
         codec = ExportedCodec(state_of(model, name), taps_of(model)[name].shape[1:])

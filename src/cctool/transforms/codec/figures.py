@@ -141,6 +141,7 @@ class SymbolCounts:
         if other._counts is None or self._counts is None:
             self._counts = self._counts if other._counts is None else other._counts
             return
+        # Batches have different largest symbols.
         size = max(other._counts.shape[1], self._counts.shape[1])
         pad = torch.nn.functional.pad
         self._counts = sum(

@@ -52,11 +52,9 @@ class PrequantizerLevels:
     top: int
 
     def to_integers(self, x: Tensor, *, look: bool = False) -> Rounded:
-        """The nearest integers, as float64 in the shape of ``x``; NaN becomes 0.
+        """The nearest integers, as float64 in the shape of ``x``, which is not modified; NaN becomes 0.
 
-        Args:
-            x: floating point, any shape; not modified.
-            look: also find out what was clamped.
+        ``look`` also finds out what was clamped.
         """
         v = x.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
         if self.offset is not None:
@@ -72,15 +70,10 @@ class PrequantizerLevels:
 
 
 def prequantizer_levels(bounds: Tensor, prequantizer: str, bits: int) -> PrequantizerLevels:
-    """The levels of the quantizer before the transform.
+    """The levels of the quantizer before the transform, for calibrated (minimum, maximum) ``bounds`` (2,).
 
     ``unsigned`` maps 0 to the maximum to 0..2^bits - 1; ``offset`` maps the minimum to the maximum to the
-    same; ``signed`` has -(2^(bits-1) - 1)..2^(bits-1) - 1, symmetric about 0.
-
-    Args:
-        bounds: (2,) calibrated minimum and maximum.
-        prequantizer: one of these three.
-        bits: at least 2.
+    same; ``signed`` has -(2^(bits-1) - 1)..2^(bits-1) - 1, symmetric about 0. There are at least 2 bits.
     """
     low, high = bounds.double().unbind()
     top = 2**bits - 1

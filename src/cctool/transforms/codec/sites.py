@@ -56,6 +56,7 @@ def find_sites(model: nn.Module, inputs: Sequence[Tensor], taps: Sequence[str]) 
             lambda module, args, output: outputs.setdefault(names[id(module)], []).append(output)
         )
         for module in model.modules()
+        # Scripted modules take no hooks.
         if not isinstance(module, torch.jit.ScriptModule)
     ]
     with removing(handles):
@@ -70,13 +71,9 @@ def find_sites(model: nn.Module, inputs: Sequence[Tensor], taps: Sequence[str]) 
 def residual_blocks(model: nn.Module, additions: set[str]) -> list[str]:
     """Names of a network's blocks.
 
-    A residual block is a module in whose own code two maps of the same shape are added. All modules of its
-    class are blocks, including those that change the width. In a network without such additions, blocks are
-    the parts of an `nn.Sequential` that hold two convolutions or more.
-
-    Args:
-        model: any network.
-        additions: names of the modules in whose code maps are added.
+    A residual block is a module in whose own code two maps of the same shape are added (``additions``). All
+    modules of its class are blocks, including those that change the width. In a network without additions,
+    blocks are the parts of an `nn.Sequential` that hold two convolutions or more.
     """
     modules = dict(model.named_modules())
     classes = {type(modules[name]) for name in additions if name in modules and name}

@@ -180,6 +180,7 @@ def read_tables(path: str) -> Mapping[str, tuple[float, ...]]:
             raise UsageError(f"--q-table {path}: larger than {_MAX_FILE // 2**20} MiB")
         text = file.read_text(encoding="utf-8")
         found = _from_json(json.loads(text)) if file.suffix == ".json" else _from_csv(text)
+    # RecursionError: deeply nested JSON.
     except (OSError, UnicodeDecodeError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"--q-table {path}: {error}") from None
     if not found:
@@ -230,14 +231,8 @@ def block_steps(
 ) -> Tensor:
     """Steps of the orthonormal coefficients of a map, float64 (height, width); shared, not to be changed.
 
-    Args:
-        steps: the table.
-        kernel: of the blocks.
-        norm: ``none`` if the table is for coefficients of scipy's ``norm=None``; else ``ortho``.
-        block: nominal side of a block.
-        height: of the map.
-        width: of the map.
-        device: of the result.
+    ``norm`` is ``none`` if the table is for coefficients of scipy's ``norm=None``, else ``ortho``; ``block``
+    is the nominal side of a block.
     """
     like = torch.empty(0, dtype=torch.float64, device=device)
     return constant(_block_steps, steps, kernel, norm, block, height, width, like=like)

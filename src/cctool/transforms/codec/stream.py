@@ -100,12 +100,7 @@ def state_size(config: CodecConfig, shape: tuple[int, int, int]) -> int:
 
 
 def state_of_stream(header: StreamHeader, side: bytes, device: torch.device | str = "cpu") -> CodecState:
-    """The codec of a stream.
-
-    Args:
-        header: of the stream.
-        side: side bytes of its first chunk.
-        device: of its tensors.
+    """The codec of a stream, from its header and the side bytes of its first chunk.
 
     Raises:
         BitstreamError: if these are not the tensors that the header describes, or not valid.
@@ -115,6 +110,7 @@ def state_of_stream(header: StreamHeader, side: bytes, device: torch.device | st
     wanted = state_size(header.codec, header.shape)
     if len(side) != wanted:
         raise BitstreamError(f"{header.tap}: {len(side):,} bytes of codec, its header asks for {wanted:,}")
+    # Copied, because the memory of bytes is read-only and little-endian.
     values = torch.from_numpy(np.frombuffer(side, _FLOAT).astype(np.float32))
     if not bool(torch.isfinite(values).all()) or values[0] > values[1]:
         raise BitstreamError(f"{header.tap}: the codec's range or bases are no finite numbers")
@@ -177,12 +173,7 @@ def side_bytes(number: int, symbols: Symbols) -> bytes:
 
 
 def pass_of(values: Tensor, side: bytes, header: StreamHeader) -> Pass:
-    """Inverse of `flat_symbols` and `side_bytes`.
-
-    Args:
-        values: integers of shape (count,), on the CPU.
-        side: side bytes of their chunk.
-        header: of the stream.
+    """Inverse of `flat_symbols` and `side_bytes`, for integers of shape (count,) on the CPU.
 
     Raises:
         BitstreamError: if shape, symbols and means contradict each other.
@@ -214,10 +205,7 @@ def pass_of(values: Tensor, side: bytes, header: StreamHeader) -> Pass:
 def decoded_maps(symbols: Symbols, state: CodecState, dtype: str) -> Tensor:
     """Maps as the next layer got them, float32 (N, C, H, W), on the state's device.
 
-    Args:
-        symbols: of a pass.
-        state: of its stream.
-        dtype: that the network computed in.
+    ``dtype`` is the type that the network computed in.
     """
     device = state.bounds.device
     moved = Symbols(

@@ -51,6 +51,7 @@ __all__ = [
 
 _PREFIX = "tap_"
 _RANGE = "range"
+# A file may claim any shape; this limits what its bases allocate.
 _LARGEST_BASIS = 8192
 
 Sink = Callable[[str, Symbols, Tensor, Tensor], Tensor | None]
@@ -77,9 +78,7 @@ class CalibratedTap:
     """A codec without a network.
 
     Attributes:
-        codec: its settings.
-        shape: (C, H, W) of the maps that it was calibrated on.
-        fingerprint: of the weights that it was calibrated for.
+        codec, shape, fingerprint: see `Tap`.
         bounds: float32 (2,), smallest and largest value of the maps.
         bases: float32 matrices; see `CodecState`.
     """
@@ -97,9 +96,7 @@ class TapHook:
     Gradients pass straight through where they are needed; the values are the same either way.
 
     Attributes:
-        codec: its settings.
-        shape: (C, H, W) of the maps that it was calibrated on.
-        fingerprint: of the weights that it was calibrated for.
+        codec, shape, fingerprint: see `Tap`.
         active: whether maps are coded; otherwise they pass unchanged.
         sink: is called with every pass; see `recording`.
         rates: list to which passes with gradients append their bits and elements; see `collecting_rates`.
@@ -352,9 +349,11 @@ def _check_tap(model: nn.Module, edit: Tap) -> None:
     if not (bool(torch.isfinite(state.bounds).all()) and low <= high):
         raise CorruptCheckpointError(f"{edit.module}.tap_range is {low} to {high}: no range of a map")
     for name, basis in state.bases.items():
+        # Decoders invert a basis by its transpose.
         product = basis.double() @ basis.double().T
         if not torch.allclose(product, torch.eye(len(basis), dtype=torch.float64), atol=1e-3):
             raise CorruptCheckpointError(f"{edit.module}.tap_{name} is not orthogonal")
 
 
+# After all other edits: a tap codes the outputs of what they made of its module.
 TAP = EditKind(record=Tap, apply=_apply_tap, order=20, check=_check_tap)

@@ -25,16 +25,10 @@ __all__ = ["by_coefficients", "simulate", "simulate_rated", "soft_bits", "soft_b
 
 
 def simulate(x: Tensor, state: CodecState) -> Tensor:
-    """``reconstruct(encode(x))`` with a gradient: straight through both roundings, zero where one clamps.
+    """``reconstruct(encode(x))``, float32, with a gradient: straight through roundings, 0 where one clamps.
 
-    The gradients of the transforms, including mean and channel transform, are exact.
-
-    Args:
-        x: (N, C, H, W), floating point; not modified.
-        state: the codec; its tensors get no gradient.
-
-    Returns:
-        float32 (N, C, H, W).
+    The gradients of the transforms, including mean and channel transform, are exact. ``x`` is not modified,
+    and the codec's tensors get no gradient.
     """
     found: Tensor = _Simulate.apply(x, state, False)[0]
     return found
@@ -121,14 +115,9 @@ def _through_transform(
 
 
 def by_coefficients(gradient: Tensor, state: CodecState) -> tuple[Tensor, ...]:
-    """Convert derivatives by a map's values to derivatives by its orthonormal coefficients.
+    """Convert derivatives (N, C, H, W) by a map's values to derivatives by its orthonormal coefficients.
 
-    Args:
-        gradient: (N, C, H, W), derivatives by the decoded maps.
-        state: the codec.
-
-    Returns:
-        A tensor for each band, in units of the map's values; see `Symbols`.
+    Returns a tensor for each band, in units of the map's values; see `Symbols`.
     """
     spatial, turned = state.spatial(), mix_channels(gradient, state.bases.get("channels"))
     bands = spatial.forward(turned)

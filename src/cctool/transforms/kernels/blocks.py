@@ -52,19 +52,16 @@ class BlockPositions:
 
 
 def block_forward(x: Tensor, kernel: str, block: int = 8, *, levels: int = 1) -> Tensor:
-    """Transform maps block by block; differentiable.
+    """Transform maps (N, C, H, W) block by block; differentiable.
 
     Args:
-        x: shape (N, C, H, W), floating point.
+        x: the maps, floating point.
         kernel: one of `cctool.transforms.kernels.by_name.KERNELS`; wavelets use their square matrices.
         block: nominal side of a block, at least 1.
         levels: of a wavelet within a block.
 
     Returns:
-        Coefficients in the shape of ``x``.
-
-    Raises:
-        TransformError: if ``x`` is not floating point.
+        Coefficients in the shape of ``x``; TransformError is raised if that is not floating point.
     """
     return _transformed(x, kernel, block, levels, False)
 
@@ -118,6 +115,7 @@ def _axis_scale(size: int, kernel: str) -> Tensor:
 
 def _transformed(x: Tensor, kernel: str, block: int, levels: int, synthesis: bool) -> Tensor:
     if kernel == "identity":
+        # Like the result of every other kernel, it may be modified in place.
         return x.clone()
     height, width = x.shape[2:]
     with full_precision(x) as work:

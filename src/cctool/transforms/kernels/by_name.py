@@ -126,14 +126,7 @@ def kernel_matrix(name: str, size: int, levels: int, square: bool, synthesis: bo
 
 
 def forward(x: Tensor, name: str, dim: int = -1, *, levels: int = 1, square: bool = True) -> Tensor:
-    """Transform along ``dim``; differentiable.
-
-    Args:
-        x: any shape, floating point.
-        name: one of `KERNELS`.
-        dim: the transformed dimension.
-        levels: of a wavelet.
-        square: as in `kernel_matrix`.
+    """Transform ``x``, any shape, along ``dim``; differentiable. Other arguments as in `kernel_matrix`.
 
     Returns:
         The shape of ``x``, with `coefficient_count` coefficients along ``dim``.
@@ -156,19 +149,9 @@ def forward(x: Tensor, name: str, dim: int = -1, *, levels: int = 1, square: boo
 def inverse(
     c: Tensor, name: str, dim: int = -1, *, size: int, levels: int = 1, square: bool = True
 ) -> Tensor:
-    """Inverse of `forward` along ``dim``; differentiable.
+    """Inverse of `forward` along ``dim``, to ``size`` samples; differentiable.
 
-    Args:
-        c: any shape, floating point. Along ``dim`` it may hold only the first coefficients; the others count
-            as 0.
-        name: one of `KERNELS`.
-        dim: the transformed dimension.
-        size: number of samples.
-        levels: of a wavelet.
-        square: as in `kernel_matrix`.
-
-    Returns:
-        The shape of ``c``, with ``size`` samples along ``dim``.
+    Along ``dim``, ``c`` may hold only the first coefficients; the others count as 0.
 
     Raises:
         TransformError: if ``c`` is not floating point, or has more coefficients than there are.

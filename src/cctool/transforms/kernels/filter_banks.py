@@ -101,6 +101,7 @@ def analyze(x: Tensor, name: str, *, square: bool) -> tuple[Tensor, Tensor]:
         x = x[..., :-1] if square else torch.cat((x, last), -1)
     bank = filter_bank(name)
     half, reach = x.shape[-1] // 2, bank.taps // 2
+    # Periodic borders.
     padded = torch.cat((x[..., x.shape[-1] - reach + 1 :], x, x[..., :reach]), -1)
     taken = [padded[..., tap : tap + 2 * half - 1 : 2] for tap in range(bank.taps)]
     low, high = (_weighted(taken, filters[::-1]) for filters in bank.decomposition)

@@ -126,6 +126,7 @@ def _phases(size: int, frequencies: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _twiddle(size: int, sign: int, like: Tensor) -> Tensor:
+    # In float64, and rounded once at the end.
     unit = sign * math.pi / (2 * size)
     angle = torch.arange(size // 2 + 1, dtype=torch.float64, device=like.device) * unit
     return torch.complex(angle.cos().to(like.dtype), angle.sin().to(like.dtype))

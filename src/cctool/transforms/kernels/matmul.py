@@ -57,16 +57,7 @@ def along(matrix: Tensor, x: Tensor, dim: int) -> Tensor:
 
 
 def both_axes(rows: Tensor, columns: Tensor, x: Tensor) -> Tensor:
-    """Apply one matrix to the columns and another to the rows of maps: R X C^T.
-
-    Args:
-        rows: R, shape (h, H).
-        columns: C, shape (w, W).
-        x: X, shape (..., H, W).
-
-    Returns:
-        Shape (..., h, w).
-    """
+    """Products R X C^T of the matrices R (h, H) and C (w, W) with maps X (..., H, W); shape (..., h, w)."""
     if not _in_pieces(x):
         return torch.matmul(rows, F.linear(x, columns))
     maps = x.reshape(-1, *x.shape[-2:])

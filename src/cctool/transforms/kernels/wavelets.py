@@ -47,21 +47,16 @@ def pyramid_levels(name: str, height: int, width: int, levels: int) -> int:
 
 
 def wavedec2(x: Tensor, name: str, levels: int) -> Pyramid:
-    """Decompose maps.
+    """Decompose maps (N, C, H, W), floating point, by a wavelet; ``dwt`` is haar.
 
-    Args:
-        x: shape (N, C, H, W), floating point.
-        name: a wavelet, or ``dwt`` for haar.
-        levels: at least 0; see `pyramid_levels`.
-
-    Raises:
-        TransformError: if ``x`` is not floating point.
+    At least 0 levels; see `pyramid_levels`. Raises TransformError if ``x`` is not floating point.
     """
     details = []
     with full_precision(x) as low:
         for _ in range(pyramid_levels(name, x.shape[2], x.shape[3], levels)):
             height, width = low.shape[2:]
             both = both_axes(_step(name, height, False, low), _step(name, width, False, low), low)
+            # Quadrants: LL and HL above, LH and HH below.
             top, bottom = both.chunk(2, 2)
             low, vertical = top.chunk(2, 3)
             horizontal, diagonal = bottom.chunk(2, 3)
@@ -72,6 +67,7 @@ def wavedec2(x: Tensor, name: str, levels: int) -> Pyramid:
 def waverec2(pyramid: Pyramid, name: str, size: tuple[int, int]) -> Tensor:
     """Inverse of `wavedec2` for maps of ``size`` (H, W); returns shape (N, C, H, W)."""
     sizes = [size]
+    # Sides of odd length were rounded up at each level, so the sizes follow from the first one.
     for _ in pyramid.details:
         sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
     with full_precision(pyramid.approximation) as low:

@@ -105,15 +105,9 @@ def pieces(axis: TransformedAxis) -> Iterator[tuple[Segment, int, int]]:
 
 
 def analysed(x: Tensor, axis: TransformedAxis, basis: Tensor | None = None) -> Tensor:
-    """Transform along an axis.
+    """Transform along an axis: ``axis.size`` places of ``x`` along ``axis.dim`` become `count` coefficients.
 
-    Args:
-        x: ``axis.size`` places along ``axis.dim``.
-        axis: how it is transformed.
-        basis: of the KLT, shape (size, kept), see `klt.klt_bases`.
-
-    Returns:
-        ``x`` with `count` coefficients along that dim.
+    ``basis`` is that of the KLT, shape (size, kept), see `klt.klt_bases`.
     """
     dim, parts = axis.dim, []
     for segment, place, _ in pieces(axis):
@@ -131,16 +125,9 @@ def analysed(x: Tensor, axis: TransformedAxis, basis: Tensor | None = None) -> T
 def synthesised(
     c: Tensor, axis: TransformedAxis, basis: Tensor | None = None, rows: Tensor | None = None
 ) -> Tensor:
-    """Inverse transform along an axis; differentiable.
+    """Inverse of `analysed`; differentiable.
 
-    Args:
-        c: `count` coefficients along ``axis.dim``.
-        axis: how it is transformed.
-        basis: of the KLT, shape (size, kept).
-        rows: places that remain, shape (remaining,), int32; None is all.
-
-    Returns:
-        ``c`` with ``axis.size`` places, or the remaining ones, along that dim.
+    ``rows`` lists the places that remain, shape (remaining,), int32; None is all. Only these are returned.
     """
     dim, parts = axis.dim, []
     for segment, place, coefficient in pieces(axis):
@@ -194,13 +181,9 @@ def narrowed(c: Tensor, axis: TransformedAxis, kept: int) -> tuple[Tensor, Trans
 def basis_matrix(
     axis: TransformedAxis, like: Tensor, basis: Tensor | None = None, rows: Tensor | None = None
 ) -> Tensor:
-    """The basis functions of an axis as columns, shape (places, `count`).
+    """The basis functions of an axis as columns, shape (places, `count`), in the type and device of ``like``.
 
-    Args:
-        axis: how it is transformed.
-        like: gives type and device.
-        basis: of the KLT.
-        rows: places that remain; None is all.
+    ``basis`` and ``rows`` as in `synthesised`.
     """
     units = torch.eye(count(axis), dtype=like.dtype, device=like.device)
     return synthesised(units, axis.model_copy(update={"dim": 0}), basis, rows)

@@ -131,6 +131,7 @@ class ComputedLayer(SwappedLayer):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self.cache.clear()
+        # `to`, `half` and the like would leave the cached weight behind.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -58,6 +58,7 @@ def coefficient_layer(layer: nn.Module, arguments: Coefficients) -> CoefficientL
     made.coefficients = nn.Parameter(
         torch.empty(shape, dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad
     )
+    # First in the state dict, as the weight was.
     made._parameters = {PARAMETER: made._parameters.pop(PARAMETER), **made._parameters}
     # Without values, or with values for some places only, the coefficients come from a file.
     known = not weight.is_meta and not any(axis.rows for axis in arguments.axes)

@@ -162,6 +162,7 @@ class CoefficientLayer(ComputedLayer):
             basis = self._buffers.get(basis_name(axis))
             if basis is not None:
                 self._buffers[basis_name(axis)] = basis[:, :fewer].clone()
+        # A view would keep, and save, the memory of all former coefficients.
         self.coefficients = nn.Parameter(values.clone(), requires_grad=self.coefficients.requires_grad)
         self.arguments = Coefficients(axes=tuple(axes))
         self.cache.clear()

@@ -34,12 +34,9 @@ _FAST_FACTOR = 16
 
 
 def projection_pays(axes: tuple[TransformedAxis, ...], shape: tuple[int, int], batch: int) -> bool:
-    """Whether transforming the batch takes fewer multiplications than making the weight.
+    """Whether transforming ``batch`` input vectors takes fewer multiplications than making the weight.
 
-    Args:
-        axes: of the weight.
-        shape: of the weight, (out, in).
-        batch: number of input vectors.
+    ``shape`` is that of the weight, (out, in), ``axes`` are its transformed axes.
     """
     by_dim = {axis.dim: axis for axis in axes}
     kept = [count(by_dim[dim]) if dim in by_dim else shape[dim] for dim in (0, 1)]
@@ -62,17 +59,14 @@ def projected(
     beside: dict[int, Beside],
     bias: Tensor | None,
 ) -> Tensor:
-    """The output of the linear layer with these coefficients.
+    """The output (..., out) of the linear layer with these coefficients for ``x`` (..., in).
 
     Args:
-        x: shape (..., in).
+        x: the input.
         coefficients: shape (coefficients out, coefficients in).
         axes: of the weight.
         beside: basis and remaining places, by dim of an axis.
         bias: shape (out,).
-
-    Returns:
-        Shape (..., out).
     """
     by_dim = {axis.dim: axis for axis in axes}
     last = x.dim() - 1
@@ -116,15 +110,8 @@ def factored(
 ) -> nn.Sequential | None:
     """Consecutive linear layers that compute the same with fewer numbers and multiplications.
 
-    Args:
-        coefficients: shape (coefficients out, coefficients in).
-        axes: of the weight.
-        beside: basis and remaining places, by dim of an axis.
-        bias: shape (out,).
-        shape: of the weight, (out, in).
-
-    Returns:
-        None if the weight itself has the fewest numbers.
+    Arguments as in `projected`, with the ``shape`` (out, in) of the weight. None if the weight itself has the
+    fewest numbers.
     """
     bases = {axis.dim: basis_matrix(axis, coefficients, *beside[axis.dim]) for axis in axes}
     chain = [*([bases[1].T] if 1 in bases else []), coefficients, *([bases[0]] if 0 in bases else [])]
@@ -140,6 +127,7 @@ def factored(
     layers = []
     for weight in best:
         last = weight is best[-1] and bias is not None
+        # On the meta device, so that no weight is initialised only to be replaced.
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=last, device="meta")
         layer.weight = nn.Parameter(weight.detach().clone())
         if last and bias is not None:

@@ -115,6 +115,7 @@ def klt_choice(
     for name, (sizes, axes) in layers.items():
         ranks = rank[places[name]]
         cost[ranks.sort().values] = _increments(sizes.shape, axes, ranks.argsort(), box)
+    # The first in the order are the layers' largest coefficients, so that each layer keeps one.
     limit = max(int((cost.cumsum(0) <= keep * len(flat)).sum()), len(layers))
     choices = {}
     for name, (sizes, axes) in layers.items():

@@ -125,6 +125,7 @@ def _reason(layer: nn.Module, plain: nn.Module | None, owners: dict[int, list[st
         return f"its weight holds {weight.numel():,} numbers of type {weight.dtype}"
     if any(place.module is plain and place.leaf == "weight" for place in masked_places(plain)):
         return "its weight has a mask, which a transform would spread over all coefficients"
+    # The bias may be shared, because it is not transformed.
     stored = [owners[id(p)] for name, p in layer._parameters.items() if name != "bias" and p is not None]
     tied = [modules for modules in stored if len(modules) > 1]
     return f"its weight is tied: {' and '.join(tied[0])} share it" if tied else ""
