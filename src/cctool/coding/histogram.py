@@ -1,6 +1,6 @@
-"""Histograms of symbols, counted where the values are: on a GPU nothing waits for the host.
+"""Histograms of symbols, counted on the device of the values without waiting for it.
 
-From a histogram the bits of any order follow without another look at the values (`cctool.coding.histogram`).
+A histogram is enough to compute the coded size at every order, without the values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from cctool.coding.symbols import MAX_K, code_lengths, symbol_limit, to_unsigned
 __all__ = ["Histogram", "best_k", "code_bits", "entropy_bits", "histogram"]
 
 _PIECE = 1 << 21
-# Most symbols are 0, and additions to one place of a GPU's memory wait for each other: each bin has copies.
+# Most symbols are 0, and atomic additions to one address of a GPU serialise: small histograms have copies of
+# each bin, which are summed at the end.
 _COPIES = 1024
 _FEW_BINS = 1 << 10
 
@@ -22,12 +23,15 @@ _FEW_BINS = 1 << 10
 class Histogram:
     """Counts of symbols, batch by batch.
 
-    Types of up to 16 bits have bins for every symbol from the first batch on, and then no batch makes the
-    host wait. For int32 the bins grow with the largest symbol seen, which the host has to know.
+    Types of up to 16 bits get bins for every symbol at the first batch; from then on nothing waits for the
+    device. For int32 the bins grow with the largest symbol seen, which has to be read from the device.
 
     Args:
         signed: whether values are numbered 0, -1, 1, -2, 2, ... (`to_unsigned`) first.
-        limit: most bins that int32 values may ask for; 2^24 unless given.
+        limit: most bins that int32 values may need.
+
+    Attributes:
+        counts: by symbol, int64 of shape (bins,) on the device of the values, with at least one bin.
 
     Example::
 
@@ -40,26 +44,22 @@ class Histogram:
     def __init__(self, *, signed: bool, limit: int = 1 << 24) -> None:
         self.signed = signed
         self.limit = limit
-        self._counts = torch.zeros(1, dtype=torch.int64)
-
-    @property
-    def counts(self) -> Tensor:
-        """Counts by symbol, int64 of shape (bins,) on the device of the values, with at least one bin."""
-        return self._counts
+        self.counts = torch.zeros(1, dtype=torch.int64)
 
     def add(self, values: Tensor) -> None:
         """Count every element of ``values``.
 
         Args:
-            values: int8, int16 or int32, or uint8 unless ``signed``; any shape. None may be negative unless
-                ``signed``: on the CPU that is refused, on a GPU such values stop the device.
+            values: int8, int16 or int32, or uint8 unless ``signed``; any shape. Without ``signed`` none may
+                be negative: the CPU raises an error, a GPU stops with a device assertion.
 
         Raises:
-            TransformError: if the type cannot be coded, or a symbol lies beyond the bins allowed.
+            TransformError: if the type cannot be coded, or a symbol needs more than ``limit`` bins.
         """
         bins = symbol_limit(values.dtype, signed=self.signed) + 1
-        if self._counts.device != values.device:
-            self._counts = self._counts.to(values.device)
+        if self.counts.device != values.device:
+            self.counts = self.counts.to(values.device)
+        # In pieces, because the symbols are int64: eight times the memory of int8 values.
         for piece in torch.split(values.detach().reshape(-1), _PIECE):
             symbols = (to_unsigned(piece) if self.signed else piece).long()
             self._reserve(self._needed(symbols) if values.dtype == torch.int32 else bins)
@@ -74,27 +74,27 @@ class Histogram:
         return needed
 
     def _reserve(self, bins: int) -> None:
-        missing = bins - len(self._counts)
+        missing = bins - len(self.counts)
         if missing > 0:
-            self._counts = torch.cat([self._counts, self._counts.new_zeros(missing)])
+            self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
 
     def _count(self, symbols: Tensor) -> None:
-        bins = len(self._counts)
+        bins = len(self.counts)
         if symbols.device.type == "cpu":
             if symbols.numel() and int(symbols.min()) < 0:
                 raise TransformError(f"{int(symbols.min())}: unsigned symbols are not negative")
-            self._counts += torch.bincount(symbols, minlength=bins)
+            self.counts += torch.bincount(symbols, minlength=bins)
         else:
             self._scatter(symbols)
 
     def _scatter(self, symbols: Tensor) -> None:
         """Count without `torch.bincount`, which asks the device for the largest symbol and waits."""
-        bins = len(self._counts)
+        bins = len(self.counts)
         copies = _COPIES if bins <= _FEW_BINS else 1
         lanes = torch.arange(symbols.numel(), device=symbols.device) % copies
-        spread = self._counts.new_zeros(bins * copies)
+        spread = self.counts.new_zeros(bins * copies)
         spread.scatter_add_(0, symbols * copies + lanes, torch.ones_like(symbols))
-        self._counts += spread.view(bins, copies).sum(1)
+        self.counts += spread.view(bins, copies).sum(1)
 
 
 def histogram(values: Tensor, *, signed: bool) -> Tensor:
@@ -112,12 +112,9 @@ def histogram(values: Tensor, *, signed: bool) -> Tensor:
 
 
 def entropy_bits(counts: Tensor) -> float:
-    """Bits that no code of single symbols goes below: n times their zero-order entropy, -sum c log2(c / n).
+    """Lower bound for codes of single symbols: n times the zero-order entropy, -sum c log2(c / n), in bits.
 
-    Shannon, "A Mathematical Theory of Communication" (1948), theorem 9.
-
-    Args:
-        counts: int64 of shape (bins,), any device.
+    Shannon, "A Mathematical Theory of Communication" (1948), theorem 9. ``counts`` is int64 of shape (bins,).
 
     >>> entropy_bits(torch.tensor([2, 1, 1]))
     6.0
@@ -127,23 +124,22 @@ def entropy_bits(counts: Tensor) -> float:
 
 
 def code_bits(counts: Tensor) -> Tensor:
-    """Bits of all symbols in the codes of order 0 to 5, int64 of shape (6,) on the histogram's device.
+    """Bits of all symbols at the orders 0 to 5, int64 of shape (6,) on the histogram's device.
 
-    Args:
-        counts: int64 of shape (bins,): how often symbol 0, 1, ... occurs.
+    ``counts`` is int64 of shape (bins,): how often symbol 0, 1, ... occurs.
 
     >>> code_bits(torch.tensor([10, 1, 1])).tolist()
     [16, 16, 18, 20, 22, 24]
     """
-    # Products and sums of int64 are exact; CUDA multiplies no matrices of integers.
+    # Integers, because float sums would round. Not a matrix product: CUDA has none for integers.
     lengths = torch.stack([code_lengths(len(counts), k) for k in range(MAX_K + 1)])
     return (lengths.to(counts.device) * counts).sum(1)
 
 
 def best_k(counts: Tensor, *, smallest: int = 1) -> int:
-    """Order from ``smallest`` to 5 with the fewest bits, the smaller of equal ones.
+    """The order from ``smallest`` to 5 with the fewest bits; of equal ones the smallest.
 
-    Order 0, which the published tables leave out, takes ``smallest=0``.
+    The published tables leave order 0 out; ``smallest=0`` includes it.
 
     >>> best_k(torch.tensor([10, 1, 1])), best_k(torch.tensor([1, 0, 0, 0, 0, 0, 0, 9]))
     (1, 3)

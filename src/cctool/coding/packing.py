@@ -1,8 +1,8 @@
 """Encoder of the sparse exponential-Golomb code: arrays of symbols to packed bits.
 
-Codewords come from tables, for values of one byte those of two neighbours at once. Neighbours are joined to
-longer words while they fit, and a running sum adds what starts in one 64-bit word: bits do not overlap, so
-sums are as good as ors. All of it works on pieces that stay in the cache; no step is taken per symbol.
+Codewords are looked up in tables, for 8-bit values two neighbours at a time. Neighbouring codewords are
+joined while two fit into a word. A running sum then adds up the codes that start in the same 64-bit word:
+their bits do not overlap, so a sum is as good as a bitwise or. Everything runs on pieces that fit the cache.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ Values: TypeAlias = NDArray[np.signedinteger[Any]] | NDArray[np.unsignedinteger[
 
 WORD = 64
 _PIECE = 1 << 17
-# Two words of half the size can be joined without a look at their lengths.
+# Two codes of at most half a word can be joined without comparing their lengths.
 _HALF = 32
+# Of values of more than one byte, codewords of symbols below this are looked up.
 _TABLE = 1 << 12
 # A table entry is codeword << 7 | length: a codeword has at most 33 digits, a length is at most 65.
 _LENGTH_BITS = np.uint64(7)
@@ -29,17 +30,17 @@ _LENGTH_MASK = np.uint64(127)
 
 
 def pack(values: Values, k: int, *, signed: bool, block: int) -> tuple[bytes, int, NDArray[np.uint32]]:
-    """Write every value of a flat array.
+    """Encode a flat array.
 
     Args:
         values: int8, uint8, int16 or int32 of shape (count,), contiguous, none negative unless ``signed``.
         k: order of the code, 0 to 5.
         signed: whether values are numbered 0, -1, 1, -2, 2, ... first.
-        block: values in a block, a multiple of 64.
+        block: values per block, a multiple of 64.
 
     Returns:
-        The bits, the first in the highest bit of the first byte, filled up with zero bits to a whole byte;
-        how many bits these are; and the bits of each block, of shape (ceil(count / block),).
+        The bits, most significant first, padded with zero bits to a whole byte; their number without the
+        padding; and the bits of each block, of shape (ceil(count / block),).
     """
     step = max(_PIECE // block, 1) * block
     packed: list[Words] = []
@@ -49,6 +50,7 @@ def pack(values: Values, k: int, *, signed: bool, block: int) -> tuple[bytes, in
         codes, lengths, run = _joined(*_codewords(values[start : start + step], k, signed))
         ends = np.cumsum(lengths, dtype=np.uint64)
         words = _words(codes, lengths, ends, offset)
+        # The last word of the previous piece was not full yet.
         words[0] |= carry
         at = np.minimum(np.arange(block // run, len(ends) + block // run, block // run), len(ends)) - 1
         blocks.append(np.diff(ends[at], prepend=np.uint64(0)))
@@ -64,9 +66,9 @@ def pack(values: Values, k: int, *, signed: bool, block: int) -> tuple[bytes, in
 
 
 def _words(codes: Words, lengths: Words, ends: Words, offset: int) -> Words:
-    """Words with every code right-aligned before its end, ``offset`` bits into the first one."""
+    """64-bit words with each code at its place, ending at ``ends``, ``offset`` bits into the first word."""
     ends = ends + np.uint64(offset)
-    # A code has at most 33 digits of a field of up to 65: leading zeros need no place.
+    # Of a field of up to 65 bits at most the last 33 are not zero, so clipping it to 64 loses nothing.
     fields = np.minimum(lengths, np.uint64(WORD))
     starts = ends - fields
     codes = codes << (np.uint64(WORD) - fields)
@@ -75,17 +77,18 @@ def _words(codes: Words, lengths: Words, ends: Words, offset: int) -> Words:
     sums = np.cumsum(codes >> shifts, dtype=np.uint64)
     last = np.append(np.flatnonzero(index[1:] != index[:-1]), len(index) - 1)
     words = np.zeros(int(index[-1]) + 2, dtype=np.uint64)
-    # The running sum wraps around, and its differences are right all the same.
+    # The running sum may overflow; differences modulo 2^64 are still right.
     words[index[last]] = np.diff(sums[last], prepend=np.uint64(0))
-    # Only the last code of a word can reach into the next; a shift by 64 gives 0.
+    # Only the last code of a word can reach into the next; numpy shifts by 64 give 0.
     words[index[last] + 1] |= codes[last] << (np.uint64(WORD) - shifts[last])
     return words
 
 
 def _joined(codes: Words, lengths: Words, run: int) -> tuple[Words, Words, int]:
-    """Join neighbours while two fit into a word; ``run`` is the number of values in each."""
+    """Join neighbours while two fit into a word; ``run`` is the number of values in each entry."""
     while run < WORD and len(codes) > 1 and int(lengths.max()) <= _HALF:
         if len(codes) % 2:
+            # An empty code of length 0 makes the number even and adds no bits.
             codes, lengths = np.append(codes, np.uint64(0)), np.append(lengths, np.uint64(0))
         codes = codes[0::2] << lengths[1::2] | codes[1::2]
         lengths = lengths[0::2] + lengths[1::2]
@@ -94,7 +97,7 @@ def _joined(codes: Words, lengths: Words, run: int) -> tuple[Words, Words, int]:
 
 
 def _codewords(values: Values, k: int, signed: bool) -> tuple[Words, Words, int]:
-    """Codewords, their lengths, and how many values each entry stands for."""
+    """Codewords, their lengths, and the number of values in each entry."""
     if values.dtype.itemsize > 1:
         symbols = _symbols(values, signed)
         if int(symbols.max()) >= _TABLE:
@@ -133,7 +136,7 @@ def _symbol_table(k: int) -> Words:
 
 @cache
 def _byte_tables(k: int, signed: bool) -> tuple[Words, Words]:
-    """Entries by byte, and by two bytes as a 16-bit number of this machine."""
+    """Entries by byte, and by two bytes read as a 16-bit number in native byte order."""
     octets = np.arange(256, dtype=np.uint8)
     single = _entries(_symbols(octets.view(np.int8), True) if signed else _symbols(octets, False), k)
     both = np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2)

@@ -1,8 +1,8 @@
-"""A file of coded tensors: a header, a chunk for each tensor, and an end, as docs/bitstream-format.md says.
+"""A file of coded tensors: a header, a chunk for each tensor and an end, see docs/bitstream-format.md.
 
-Every length is known from the fields before it and is checked before anything of that length is read, and
-every byte is covered by a CRC-32. The size of a chunk follows from the shape and the number of bits, so that
-what a report states without writing is what a file has.
+Every length follows from fields before it and is checked before that many bytes are read; every byte is
+covered by a CRC-32. A chunk's size follows from its shape and number of bits, so reports can state it without
+writing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from cctool.base.errors import BitstreamError, TransformError
-from cctool.coding.exp_golomb import MAX_BLOCK, CodedIntegers, block_size, decode, encode
+from cctool.coding.exp_golomb import MAX_BLOCK, CodedIntegers, block_counts, block_size, decode, encode
 from cctool.coding.symbols import MAX_K, check_k, code_length, symbol_limit
 
 __all__ = ["END_BYTES", "MAX_HEADER", "Chunk", "StreamReader", "Writer", "chunk_bytes", "header_bytes"]
@@ -33,6 +33,8 @@ MAX_HEADER = 1 << 20
 
 _MAGIC = b"\x93CCTSEG\n"
 _CHUNK, _END = b"CHNK", b"DONE"
+# Magic, version, 0, bytes of JSON; mark, k, signed, type, dimensions, values per block, side bytes, bits;
+# mark, number of chunks.
 _FRONT = struct.Struct("<8sHHI")
 _HEAD = struct.Struct("<4sBBBBIIQ")
 _TAIL = struct.Struct("<4sI")
@@ -40,8 +42,10 @@ _CRC = struct.Struct("<I")
 END_BYTES = _TAIL.size + _CRC.size
 """Bytes of a stream's end."""
 
+# The file stores the index, so the order must not change.
 _DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
 _MAX_DIMS = 8
+# The limit of docs/bitstream-format.md; see `_extent`.
 _MAX_COUNT = (1 << 32) - 1
 _PIECE = 1 << 20
 
@@ -51,10 +55,10 @@ class Chunk:
     """One tensor of a stream.
 
     Attributes:
-        values: on the CPU, of the shape and type that were written.
+        values: on the CPU, with the shape and type that were written.
         k: order of the code.
         signed: whether the signed code was used.
-        side: the bytes that were written beside it.
+        side: the bytes that were written with it.
     """
 
     values: Tensor
@@ -83,7 +87,7 @@ class _Head:
 
     @property
     def width(self) -> int:
-        """Bytes of an entry of the block table: what the longest codewords could need beyond a bit each."""
+        """Bytes per entry of the block table: enough for the longest codewords, less the one bit each."""
         longest = code_length(symbol_limit(self.dtype, signed=self.signed), self.k)
         return -(-((longest - 1) * self.block).bit_length() // 8)
 
@@ -108,13 +112,8 @@ def chunk_bytes(
 ) -> int:
     """Bytes of a chunk, without writing it.
 
-    Args:
-        shape: of the tensor.
-        dtype: of the tensor: int8, uint8, int16 or int32.
-        bits: of all codewords, as `code_bits` counts them.
-        k: order of the code, 0 to 5.
-        signed: whether the signed code is used.
-        side: bytes that go beside it.
+    Shape and type (int8, uint8, int16 or int32) are those of the tensor, ``bits`` those of all codewords, as
+    `code_bits` counts them, at order ``k``, 0 to 5; ``side`` is the number of side bytes.
 
     >>> chunk_bytes((2, 3), torch.int8, 6, 1, signed=True)
     43
@@ -124,17 +123,17 @@ def chunk_bytes(
 
 
 class Writer:
-    """Writes a stream: the header at once, a chunk for each tensor, and the end at `finish`.
+    """Writes a stream: the header immediately, a chunk for each tensor, and the end at `finish`.
 
     Args:
-        file: open for writing bytes; it stays open.
-        metadata: anything JSON; numbers are finite.
+        file: open for writing bytes; it is not closed.
+        metadata: any JSON with finite numbers.
 
     Attributes:
         written: bytes so far.
 
     Raises:
-        TransformError: if the metadata are no JSON or too long.
+        TransformError: if the metadata are not JSON or too long.
     """
 
     def __init__(self, file: BinaryIO, metadata: Mapping[str, JsonValue]) -> None:
@@ -144,14 +143,15 @@ class Writer:
         self._put(_header(metadata))
 
     def append(self, values: Tensor, k: int, *, signed: bool, side: bytes = b"") -> int:
-        """Write a tensor and the bytes that belong to it; return the bytes that it took.
+        """Write a tensor with its side bytes; return the number of bytes written.
 
         Raises:
             TransformError: if the tensor cannot be coded (`encode`), or has more than 8 dimensions.
-            UsageError: if the code has no such order.
+            UsageError: if ``k`` is out of range.
         """
         coded = encode(values, k, signed=signed)
         head = _head(values.shape, values.dtype, k, signed, len(side), coded.bits)
+        # Sizes are stored less one bit per value, which every codeword has: the entries are smaller.
         surplus = coded.block_bits - _counts(head)
         table = surplus.astype("<u4").view(np.uint8).reshape(-1, 4)[:, : head.width].tobytes()
         before = self.written
@@ -161,7 +161,7 @@ class Writer:
         return self.written - before
 
     def finish(self) -> None:
-        """Write the end, without which a reader takes the stream for cut off."""
+        """Write the end; without it a reader reports the stream as truncated."""
         self._put(_summed(_TAIL.pack(_END, self._chunks)))
 
     def _put(self, data: bytes) -> None:
@@ -170,17 +170,17 @@ class Writer:
 
 
 class StreamReader:
-    """Reads a stream chunk by chunk; no more than one chunk is in memory.
+    """Reads a stream chunk by chunk; at most one chunk is in memory.
 
     Args:
         file: open for reading bytes, at the beginning of a stream.
 
     Attributes:
-        metadata: what the header says.
+        metadata: of the header.
 
     Raises:
         BitstreamError: here or while iterating, if the stream is truncated, altered, of another version or
-            followed by anything.
+            followed by other bytes.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -235,7 +235,7 @@ class StreamReader:
             raise BitstreamError(f"the stream's {part} was altered: its checksum differs")
 
     def _take(self, size: int) -> bytes:
-        """Exactly ``size`` bytes, in pieces: a length that the file does not have allocates nothing."""
+        """Read exactly ``size`` bytes, in pieces, so that a false length allocates no more than there is."""
         parts = []
         while size:
             part = self._file.read(min(size, _PIECE))
@@ -252,6 +252,7 @@ def _summed(data: bytes) -> bytes:
 
 def _header(metadata: Mapping[str, JsonValue]) -> bytes:
     try:
+        # Sorted, so that equal metadata give equal bytes.
         text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
     except (TypeError, ValueError) as error:
         raise TransformError(f"metadata of a stream: {error}") from None
@@ -285,12 +286,12 @@ def _head(shape: Sequence[int], dtype: torch.dtype, k: int, signed: bool, side: 
 
 
 def _extent(shape: Sequence[int]) -> int:
-    # A dimension of 0 must not hide others that torch's own arithmetic could not hold.
+    # A 0 would hide other sizes whose product overflows in torch's own arithmetic, so it counts as 1.
     return math.prod(max(size, 1) for size in shape)
 
 
 def _unpacked(fixed: bytes, shape: tuple[int, ...]) -> _Head:
-    """Read a chunk's head, and refuse what no chunk of ours has."""
+    """Parse a chunk's head; raise BitstreamError if its fields are out of range."""
     _, k, signed, dtype, _, block, side, bits = _HEAD.unpack(fixed)
     if k > MAX_K or signed > 1 or dtype >= len(_DTYPES) or (signed and _DTYPES[dtype] == torch.uint8):
         raise BitstreamError(f"a chunk of the stream has order {k}, sign {signed} and type {dtype}")
@@ -300,8 +301,5 @@ def _unpacked(fixed: bytes, shape: tuple[int, ...]) -> _Head:
 
 
 def _counts(head: _Head) -> NDArray[np.uint32]:
-    """Values in each block; each takes at least one bit, which the table leaves out."""
-    counts = np.full(head.blocks, head.block, dtype=np.uint32)
-    if head.count % head.block:
-        counts[-1] = head.count % head.block
-    return counts
+    """Values in each block: one bit each, which the block table leaves out."""
+    return block_counts(head.count, head.block).astype(np.uint32)

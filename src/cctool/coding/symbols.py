@@ -4,10 +4,10 @@ SEG is the code of Georgiadis, "Accelerating Convolutional Neural Networks via A
 (CVPR 2019, arXiv:1812.04056), section 3.3. A symbol u >= 0 is written as
 
     u = 0     the bit 1
-    u >= 1    the bit 0, then x = u - 1 + 2^k in binary behind floor(log2 x) - k further zero bits
+    u >= 1    the bit 0, then floor(log2 x) - k zero bits, then x = u - 1 + 2^k in binary
 
 that is, a flag and the exponential-Golomb code of order k of u - 1. Its length is 2 floor(log2 x) + 2 - k. A
-codeword is therefore the number x, right-aligned in a field of its length. Order 0 spends the flag, too.
+codeword is therefore the number x, right-aligned in a field of its length. Order 0 has the flag as well.
 """
 
 from __future__ import annotations
@@ -21,25 +21,22 @@ __all__ = ["MAX_K", "check_k", "code_length", "code_lengths", "symbol_limit", "t
 
 MAX_K = 5
 
-# Signed values need a wider type as symbols: -2^(b-1) becomes 2^b - 1.
+# The symbols of signed values need a wider type: -2^(b-1) becomes 2^b - 1.
 _WIDER = {torch.int8: torch.int16, torch.int16: torch.int32, torch.int32: torch.int64}
 _UNSIGNED = {torch.uint8: torch.uint8, **{dtype: dtype for dtype in _WIDER}}
 
 
 def check_k(k: int) -> None:
-    """Refuse an order that the code does not have. Raises UsageError unless 0 <= ``k`` <= 5."""
+    """Raise UsageError unless 0 <= ``k`` <= 5."""
     if not 0 <= k <= MAX_K:
         raise UsageError(f"k {k}: the order of the exponential-Golomb code is 0 to {MAX_K}")
 
 
 def symbol_limit(dtype: torch.dtype, *, signed: bool) -> int:
-    """Largest symbol that a value of ``dtype`` can have.
+    """Largest symbol of a value of ``dtype``; TransformError if values of this type cannot be coded.
 
     >>> symbol_limit(torch.int8, signed=True), symbol_limit(torch.uint8, signed=False)
     (255, 255)
-
-    Raises:
-        TransformError: if no values of this type can be coded.
     """
     taken = _WIDER if signed else _UNSIGNED
     if dtype not in taken:
@@ -53,11 +50,7 @@ def symbol_limit(dtype: torch.dtype, *, signed: bool) -> int:
 def to_unsigned(values: Tensor) -> Tensor:
     """Number signed values 0, -1, 1, -2, 2, ...: 2 v for v >= 0, 2 |v| - 1 for v < 0.
 
-    Args:
-        values: int8, int16 or int32, any shape and device.
-
-    Returns:
-        Symbols of the next wider type and the same shape.
+    ``values`` are int8, int16 or int32 of any shape and device, the symbols of the next wider type.
 
     >>> to_unsigned(torch.tensor([0, -1, 1, -2, 2], dtype=torch.int8)).tolist()
     [0, 1, 2, 3, 4]
@@ -75,7 +68,7 @@ def code_lengths(count: int, k: int) -> Tensor:
     """
     check_k(k)
     symbols = torch.arange(count)
-    # frexp's exponent is the number of binary digits; float64 holds every symbol exactly.
+    # frexp's exponent is the number of binary digits, 1 + floor(log2 x); float64 holds every symbol exactly.
     digits = torch.frexp((symbols - 1 + (1 << k)).clamp_(min=1).double()).exponent.long()
     return torch.where(symbols == 0, 1, 2 * digits - k)
 

@@ -1,12 +1,11 @@
 """Decoder of the sparse exponential-Golomb code: packed bits to arrays of symbols.
 
-All blocks are decoded side by side. In each step every block looks at the window of its next bits, and a
-table says how many whole codewords the window holds and how far on that brings the block; which values they
-are is looked up later, for all windows at once. A codeword that no window holds is read by arithmetic.
+All blocks are decoded in parallel. In each step every block looks up its next 15 bits, a *window*, in a
+table: how many whole codewords it holds, and how many bits they take. Their values are filled in later, for
+all windows together. A codeword longer than a window (an *escape*) is decoded by arithmetic.
 
-Nothing in the stream is believed: what a block claims is checked against the payload before it is read, a
-block that runs past its bits or its values is refused, and each round takes every block at least one
-codeword on.
+The stream is not trusted: sizes are checked against the payload before anything is read, a block that runs
+past its bits or its values is refused, and each round takes every block forward by at least one codeword.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ MAX_BITS = 65
 _WINDOW = 15
 _ESCAPE = 1 << _WINDOW
 _MASK = np.uint64((1 << 30) - 1)
-# Blocks decoded side by side: many, so that a step's overhead is shared, and no more than the cache and
-# memory take, of which long codewords need the most.
+# Blocks that are decoded in parallel: many, to share the overhead of a step, but no more than fit the cache
+# and memory, of which long codewords need most.
 _GROUP_BLOCKS = 2048
 _GROUP_BITS = 1 << 26
 _LONGEST_ROUND = 64
@@ -41,11 +40,11 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _WindowTable:
-    """What a window of 15 bits holds, by its number; the entry after the last stands for one long codeword.
+    """The contents of every 15-bit window; the last entry stands for one escape.
 
     Attributes:
         bits: of the whole codewords in it, int64.
-        held: values in it, uint8.
+        held: number of values in it, uint8.
         values: these values as bytes, of shape (windows, places).
         used: whether a place has a value, of the same shape.
     """
@@ -58,12 +57,12 @@ class _WindowTable:
 
 @dataclass(frozen=True)
 class _BlocksApart:
-    """Blocks copied apart, each behind the other and followed by zero bits, which are no whole codeword.
+    """Blocks copied apart, in reverse, each followed by zero bits, which never are a whole codeword.
 
-    A position counts the bits that follow: it is the number of a bit from the end.
+    A position is the number of a bit counted from the end.
 
     Attributes:
-        halves: the 30 bits from each 16-bit half word on, the last half word first, int64.
+        halves: the 30 bits that start at each 16-bit half word, int64, the last half word first.
         start: position of each block's first bit.
         end: position behind each block's last bit.
     """
@@ -83,11 +82,11 @@ def unpack(
     signed: bool,
     dtype: np.dtype[Any],
 ) -> Values:
-    """Read every value back.
+    """Decode every value.
 
     Args:
-        payload: the bits of all blocks, one behind the other.
-        block_bits: bits of each block; their sum is what the payload holds.
+        payload: the bits of all blocks, without gaps.
+        block_bits: bits of each block; their sum is the length of the payload in bits.
         counts: values in each block, between 1 and ``block_bits``.
         k: order of the code, 0 to 5.
         limit: largest symbol that a value of ``dtype`` can have.
@@ -103,7 +102,9 @@ def unpack(
     ends = np.cumsum(block_bits, dtype=np.int64)
     values = np.empty(int(counts.sum()), dtype)
     words = np.frombuffer(payload + bytes(-len(payload) % 8 + 16), dtype=">u8").astype(np.uint64)
-    table = _table(k, signed, min(limit, 255), _places(int(ends[-1]) / len(values)) if len(values) else 1)
+    # Places per window: eight for short codewords, of which a window holds many, four for longer ones.
+    places = (8 if int(ends[-1]) < 4 * len(values) else 4) if len(values) else 1
+    table = _table(k, signed, min(limit, 255), places)
     first = done = 0
     while first < len(counts):
         begin = int(ends[first - 1]) if first else 0
@@ -123,7 +124,7 @@ def _spread(words: Words, begin: int, ends: Integers) -> _BlocksApart:
     starts = np.concatenate(([begin], ends[:-1]))
     sizes = (ends - starts) // WORD + 2
     tops = np.cumsum(sizes)
-    # Two words more, so that a codeword that claims to run past the end is read as zeros.
+    # Two extra words, so that a codeword that claims to run past the end reads zeros.
     total = int(tops[-1]) + 2
     halves = np.zeros((total, 4), dtype=np.int64)
     first = 0
@@ -135,7 +136,7 @@ def _spread(words: Words, begin: int, ends: Integers) -> _BlocksApart:
         rows[:, 3] = back >> np.uint64(34)
         rows[:, 2] = (back >> np.uint64(18)) & _MASK
         rows[:, 1] = (back >> np.uint64(2)) & _MASK
-        # The last word of a block is 0, and nobody looks beyond it.
+        # The last word of a block is 0, so the bits that would come from beyond it do not matter.
         rows[1:, 0] = (back[1:] << np.uint64(14) | back[:-1] >> np.uint64(50)) & _MASK
         first = last
     start = WORD * (total - tops + sizes) - 1
@@ -143,13 +144,13 @@ def _spread(words: Words, begin: int, ends: Integers) -> _BlocksApart:
 
 
 def _blocks_apart(words: Words, starts: Integers, ends: Integers, sizes: Integers) -> Words:
-    """The bits of each block from a word's first bit on, and zero bits up to the block's ``sizes`` words."""
+    """The bits of each block, aligned to a word, padded with zero bits to the block's ``sizes`` words."""
     tops = np.cumsum(sizes)
     inner = WORD * (np.arange(int(tops[-1])) - np.repeat(tops - sizes, sizes))
     at = np.minimum(np.repeat(starts, sizes) + inner, np.repeat(ends, sizes))
     shift = (at & (WORD - 1)).astype(np.uint64)
     index = at >> 6
-    # Shifts by 64 give 0, for the last word of a block as for one that begins at a word's first bit.
+    # numpy shifts by 64 give 0, as is needed for blocks that begin at a word's first bit.
     apart = np.take(words, index) << shift | np.take(words, index + 1) >> (np.uint64(WORD) - shift)
     surplus = np.clip(WORD + inner - np.repeat(ends - starts, sizes), 0, WORD).astype(np.uint64)
     kept: Words = apart >> surplus << surplus
@@ -157,17 +158,17 @@ def _blocks_apart(words: Words, starts: Integers, ends: Integers, sizes: Integer
 
 
 class _Cursors:
-    """Where the blocks of a source are, and what has been read of them.
+    """The reading position of each block, and what was read.
 
     Attributes:
-        active: numbers of the blocks that are not at their end.
+        active: numbers of the blocks that are not finished.
         at: position of each of these.
         end: where each has to end.
-        left: values that each has to hold still.
+        left: number of values that each still has to yield.
         rounds: for each round the blocks that took part and their windows, of shape (windows, blocks).
-        escapes: long codewords as blocks, row of their round's place, and symbols.
-        rows: windows of a block so far.
-        steps: windows that the next round looks at; 0 reads every codeword by arithmetic.
+        escapes: for each round with escapes: the blocks, the row of the round, and the symbols.
+        rows: windows per block so far.
+        steps: windows per block in the next round; 0 decodes every codeword by arithmetic.
     """
 
     def __init__(self, source: _BlocksApart, counts: Integers, table: _WindowTable) -> None:
@@ -179,7 +180,7 @@ class _Cursors:
         self.rows, self.steps = 0, 8
 
     def advance(self, k: int, limit: int) -> None:
-        """Take every block ``steps`` windows and, if a long codeword is next, that codeword on."""
+        """Read ``steps`` windows of every block, and then one escape where that comes next."""
         windows, stuck = self._windows()
         held = np.take(self.table.held, windows)
         self.left = self.left - held.sum(0, dtype=np.int64)
@@ -193,21 +194,22 @@ class _Cursors:
             row = np.zeros((1, len(stuck)), dtype=np.uint16)
             row[0, long] = _ESCAPE
             self.left[long] -= 1
-            self._record(np.concatenate((windows, row)))
-        else:
-            self._record(windows)
+            windows = np.concatenate((windows, row))
+        self.rounds.append((self.active, windows))
+        self.rows += len(windows)
         self._pace(share if self.steps == 0 else 1.0 - np.count_nonzero(held) / held.size)
         self._drop_finished()
 
     def _windows(self) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
         """The next windows of each block, and which blocks are stuck behind them.
 
-        A block whose next codeword is longer than a window stays where it is, and so does one at its end.
+        A block is stuck where an escape comes next, or at its end.
         """
         at = self.at
         windows = np.empty((self.steps, len(at)), dtype=np.uint16)
         index, window, shift = np.empty_like(at), np.empty_like(at), np.zeros_like(at)
         for step in range(self.steps):
+            # The hot loop of decoding: it writes into the same three arrays instead of allocating new ones.
             np.right_shift(at, 4, out=index)
             np.take(self.halves, index, out=window, mode="clip")
             np.bitwise_and(at, 15, out=shift)
@@ -218,12 +220,8 @@ class _Cursors:
             np.subtract(at, shift, out=at)
         return windows, shift == 0
 
-    def _record(self, windows: NDArray[np.uint16]) -> None:
-        self.rounds.append((self.active, windows))
-        self.rows += len(windows)
-
     def _pace(self, idle: float) -> None:
-        """Look at more windows a round while few are spent on blocks that are stuck."""
+        """Adapt the windows per round; ``idle`` is the share of them that held no whole codeword."""
         if self.steps == 0:
             self.steps = 0 if idle > 0.4 else 1
         elif self.steps == 1:
@@ -236,6 +234,7 @@ class _Cursors:
     def _drop_finished(self) -> None:
         on = self.at > self.end
         full = self.left == 0
+        # An active block has values left exactly if it has bits left; anything else is a corrupt stream.
         if (self.at < self.end).any() or (self.left < 0).any() or (full == on).any():
             raise BitstreamError("a block of the stream does not hold the values that it should")
         if full.any():
@@ -244,8 +243,8 @@ class _Cursors:
 
 
 def _long_codeword(halves: Integers, at: Integers, k: int, limit: int) -> tuple[Integers, Integers]:
-    """Read one codeword of any length at each position; return its symbol and the position behind it."""
-    # 34 bits hold the leading zeros of every codeword.
+    """Decode a codeword of any length at each position; return its symbol and the position behind it."""
+    # No codeword has more than 33 leading zeros; the 34 bits are exact in float64, so frexp counts them.
     digits = np.frexp(_bits(halves, at, 34).astype(np.float64))[1].astype(np.int64)
     zeros = 34 - digits
     if (digits == 0).any():
@@ -262,14 +261,14 @@ def _long_codeword(halves: Integers, at: Integers, k: int, limit: int) -> tuple[
 def _bits(halves: Integers, at: Integers, count: int) -> Integers:
     """The next ``count`` <= 38 bits at each position, as numbers."""
     index = at >> 4
-    # 62 bits, the first of which may be up to 15 before the position.
+    # The 62 bits from the start of the half word, which is up to 15 bits before the position.
     first, second, third = (np.take(halves, index - part, mode="clip") for part in range(3))
     joined = (first >> 14 << 46) | (second >> 14 << 30) | third
     return (joined >> (62 - 15 - count + (at & 15))) & ((1 << count) - 1)
 
 
 def _fill(values: Values, progress: _Cursors, blocks: int, signed: bool) -> None:
-    """Write what the windows hold, block by block."""
+    """Write the values of all windows, block by block."""
     grid = np.zeros((blocks, progress.rows), dtype=np.uint16)
     row = 0
     for active, windows in progress.rounds:
@@ -286,13 +285,14 @@ def _fill(values: Values, progress: _Cursors, blocks: int, signed: bool) -> None
         piece = flat[start : start + _PIECE]
         used = np.take(table.used, piece, axis=0).reshape(-1)
         octets = np.take(table.values, piece, axis=0).reshape(-1)
-        # Indexing copies runs of used places, which pays where they are long.
+        # Boolean indexing copies whole runs, which is faster where most places are used.
         octets = octets[used] if full else np.compress(used, octets)
         values[done : done + len(octets)] = octets.view(np.int8) if signed else octets
         done += len(octets)
     if progress.escapes:
         order = np.concatenate([active * progress.rows + row for active, row, _ in progress.escapes])
         symbols = np.concatenate([symbols for _, _, symbols in progress.escapes])[np.argsort(order)]
+        # An escape stands in the grid as one value, whose byte is replaced here.
         places = np.cumsum(np.take(table.held, flat), dtype=np.int64)[np.flatnonzero(flat == _ESCAPE)] - 1
         values[places] = _numbered(symbols) if signed else symbols
 
@@ -301,14 +301,9 @@ def _numbered(symbols: Integers) -> Integers:
     return (symbols >> 1) ^ -(symbols & 1)
 
 
-def _places(bits: float) -> int:
-    """How many values of ``bits`` each a window should yield: most of the places should be used."""
-    return 8 if bits < 4 else 4
-
-
 @lru_cache(maxsize=16)
 def _table(k: int, signed: bool, limit: int, places: int) -> _WindowTable:
-    """Decode every window, value by value, all windows at once; symbols above ``limit`` <= 255 are left."""
+    """Decode every window, place by place, all windows in parallel; symbols above ``limit`` are not taken."""
     size = 1 << _WINDOW
     windows = np.arange(size)
     bits, held = np.zeros(size + 1, dtype=np.int64), np.zeros(size + 1, dtype=np.uint8)
@@ -320,11 +315,13 @@ def _table(k: int, signed: bool, limit: int, places: int) -> _WindowTable:
         length = np.where(zeros == 0, 1, 2 * zeros + k)
         numbers = (rest >> np.maximum(_WINDOW - length, 0)) - (1 << k) + 1
         symbols = np.where(zeros == 0, 0, numbers)
+        # Codewords that do not fit gave nonsense above, and end their window.
         going &= (rest > 0) & (bits[:-1] + length <= _WINDOW) & (symbols <= limit)
         found = _numbered(symbols) if signed else symbols
         values[:-1, place][going] = found[going].astype(np.uint8)
         used[:-1, place][going] = True
         bits[:-1][going] += length[going]
         held[:-1][going] += 1
+    # The entry of escapes has room for one value, which `_fill` writes.
     held[-1], used[-1, 0] = 1, True
     return _WindowTable(bits, held, values, used)

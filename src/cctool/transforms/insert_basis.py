@@ -1,4 +1,4 @@
-"""Putting basis layers into a network, and finding by a trial what else of it meets complex numbers."""
+"""Inserting basis layers, and finding by a trial run which other modules meet complex numbers."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def put_basis(
     *,
     normalize_gradients: bool = False,
 ) -> tuple[Swap, ...]:
-    """Replace layers of a network by fresh basis functions, and what must follow to complex numbers.
+    """Replace layers by new basis functions, and modules that get complex inputs by their counterparts.
 
     Args:
         model: changed in place.
-        selected: what is replaced.
+        selected: the layers to replace.
         kernel: family of the functions.
-        input_shape: (C, H, W) of one input, for the trial.
+        input_shape: (C, H, W) of one input, for the trial run.
         normalize_gradients: see `BasisArguments`.
 
     Returns:
-        The edits of modules that are no swapped layers; those of the layers are made by `with_swaps`.
+        The edits of the counterparts; `with_swaps` makes those of the layers.
 
     Raises:
-        TransformError: if something of the network cannot compute with complex numbers; named.
+        TransformError: naming the part of the network that cannot compute with complex numbers.
     """
     layers: dict[str, BasisLayer] = {}
     for item in selected:
@@ -74,13 +74,13 @@ def put_basis(
 
 
 class _CounterpartRun:
-    """A copy of a network in which every module that has a counterpart is that, run once.
+    """A trial run of a copy in which every module that has a complex counterpart is replaced by it.
 
-    Counterparts take real values too, so that one run shows which of them are needed.
+    Counterparts accept real values too, so one run shows which of them are needed.
 
     Args:
-        model: the network with its layers of before.
-        layers: basis layers by the names of those that they take the place of.
+        model: the network with its original layers.
+        layers: basis layers, by the names of the layers that they replace.
         input_shape: (C, H, W) of one input.
     """
 
@@ -101,12 +101,13 @@ class _CounterpartRun:
                 put_in_place(self.network, name, made)
                 self.counterparts[name] = made
         self._names = {module: name for name, module in self.network.named_modules()}
+        # Two samples: in training, batch norm needs more than one value per channel.
         self._inputs = torch.zeros(2, *input_shape, device=device_of(model))
         self.met: dict[str, set[bool]] = {}
         self.ending: set[str] = set()
 
     def swaps(self) -> dict[str, Swap]:
-        """Run the trial; the edits that the network needs, and `ending`, which module puts out |z|."""
+        """Run the trial. Returns the edits needed, and sets `ending`: the module that outputs |z|."""
         outputs = self._run(training=False)
         needed = [name for name in self.counterparts if True in self.met.get(name, ())]
         self._refuse_mixed(needed)
@@ -117,6 +118,7 @@ class _CounterpartRun:
                 last.arguments = last.arguments.model_copy(update={"ends": True})
             else:
                 last.ends = True  # type: ignore[assignment]
+        # In both modes, because modules may take other paths in training.
         for training in (False, True):
             if _is_complex(self._run(training=training)):
                 raise TransformError(
@@ -145,9 +147,8 @@ class _CounterpartRun:
                     return self.network(self._inputs)
             except TransformError:
                 raise
-            except (
-                Exception
-            ) as error:  # whatever the network's code raises on numbers that it does not expect
+            # The network's code may raise anything on numbers that it does not expect.
+            except Exception as error:
                 where = stack[-1] if stack else ""
                 kind = type(self.network.get_submodule(where)).__name__
                 raise TransformError(
@@ -164,7 +165,7 @@ class _CounterpartRun:
 
 
 class _LastCall(TorchFunctionMode):
-    """Remembers the last function called on complex numbers."""
+    """Remembers the last function that was called with complex numbers."""
 
     last = "a function"
 
@@ -181,7 +182,7 @@ def _watched(
     stack: list[str],
     note: Callable[[str, nn.Module, Any, Any], None],
 ) -> Iterator[None]:
-    """Keep the names of the modules that execute on a stack, and show each call when it is done."""
+    """Keep a stack of the names of the executing modules, and report each call when it returns."""
 
     def before(module: nn.Module, inputs: Any) -> None:
         stack.append(names[module])

@@ -1,4 +1,4 @@
-"""Networks without swapped layers, taps and companions, for whatever must see ordinary ones."""
+"""Networks without swapped layers, taps and quantizers, for code that needs ordinary layers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def plain_model(model: nn.Module) -> nn.Module:
     """The network with ordinary layers in place of swapped ones, without codecs and quantizers.
 
     Args:
-        model: any network; it stays as it is.
+        model: any network; not changed.
 
     Returns:
-        ``model`` itself where nothing is swapped, tapped or quantized; else a copy that shares all tensors of
-        the other modules. Layers that have no ordinary counterpart stay swapped, and make their weight in
+        ``model`` itself if nothing is swapped, tapped or quantized; else a copy that shares all tensors of
+        the other modules. Layers without an ordinary counterpart stay swapped, and compute their weight in
         every pass.
     """
     layers = {name: layer.plain() for name, layer in swapped_layers(model).items()}
@@ -35,21 +35,22 @@ def plain_model(model: nn.Module) -> nn.Module:
     drop_taps(copy)
     for layer in swapped_layers(copy).values():
         if isinstance(getattr(layer, "cache", None), WeightCache):
+            # A cached weight would hide from a trace which tensors it was computed from.
             vars(layer)["cache"] = WeightCache(keeps=False)
     return copy
 
 
 def exportable(model: nn.Module, *, codec: bool, whole: Collection[str] = ()) -> nn.Module:
-    """The network for other programs: ordinary layers, and codecs as arithmetic that every program knows.
+    """The network for other programs: ordinary layers, and codecs as exportable arithmetic.
 
     Args:
-        model: any network; it stays as it is.
+        model: any network; not changed.
         codec: whether maps are coded where the network has taps.
         whole: names of swapped layers that become one layer with the whole weight.
 
     Returns:
-        ``model`` itself where nothing is swapped or tapped; quantizers stay. Where small factors are fewer
-        bytes and multiply-accumulates than a weight, they stand in its place.
+        ``model`` itself if nothing is swapped or tapped; quantizers stay. Small factors replace a weight
+        where they take fewer bytes and multiply-accumulates.
     """
     layers = {
         name: (None if name in whole else layer.factored()) or layer.plain()
@@ -67,9 +68,8 @@ def exportable(model: nn.Module, *, codec: bool, whole: Collection[str] = ()) ->
 
 
 def _copy_with(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
-    memo: dict[int, object] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        memo[id(tensor)] = tensor
+    # What deepcopy finds in its memo is shared instead of copied.
+    memo: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for name, layer in layers.items():
         layer.train(model.training)
         memo[id(model.get_submodule(name))] = layer
@@ -77,7 +77,7 @@ def _copy_with(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
 
 
 def type_of(module: nn.Module) -> str:
-    """Class name of a module; of a swapped layer that of the ordinary one, with what it is made of.
+    """Class name of a module; for a swapped layer that of the ordinary one and what it is made of.
 
     As in ``Linear (dct coefficient)``.
     """

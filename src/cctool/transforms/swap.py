@@ -1,4 +1,4 @@
-"""The `swap` edit: modules of an architecture that layers of ours take the place of."""
+"""The `swap` edit: modules of an architecture that are replaced by our layers."""
 
 from __future__ import annotations
 
@@ -20,21 +20,25 @@ SWAPS: Mapping[str, SwapKind] = {COEFFICIENT: SwapKind(build_coefficients, check
 
 
 def put_in_place(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Replace a module everywhere in a network, a shared one under each of its names.
+    """Replace a module everywhere in a network; a shared one under each of its names.
 
     Raises:
         SpecError: if there is no such module, or it is the network itself.
     """
-    try:
-        present = model.get_submodule(name)
-    except AttributeError:
-        raise SpecError(f"swap: the architecture has no module {name!r}") from None
+    present = _module(model, name)
     if present is model:
         raise SpecError("swap: a network that is a single layer cannot be replaced by another one")
     for module in list(model.modules()):
         for key, child in module._modules.items():
             if child is present:
                 module._modules[key] = layer
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise SpecError(f"swap: the architecture has no module {name!r}") from None
 
 
 def _apply_swap(model: nn.Module, edit: Swap) -> None:
@@ -44,10 +48,7 @@ def _apply_swap(model: nn.Module, edit: Swap) -> None:
             f"swap: unknown layer {edit.layer!r}: this version knows {', '.join(sorted(SWAPS))}; "
             "a newer cctool may have written the file"
         )
-    try:
-        present = model.get_submodule(edit.module)
-    except AttributeError:
-        raise SpecError(f"swap: the architecture has no module {edit.module!r}") from None
+    present = _module(model, edit.module)
     layer = kind.build(present, edit.arguments)
     layer.train(present.training)
     put_in_place(model, edit.module, layer)
@@ -59,4 +60,5 @@ def _check_swap(model: nn.Module, edit: Swap) -> None:
         check(model.get_submodule(edit.module))
 
 
+# After cuts, because layers are built for the thinned widths; before masks, which their parameters may have.
 SWAP = EditKind(record=Swap, apply=_apply_swap, order=5, check=_check_swap)

@@ -9,8 +9,7 @@ from cctool.coding.symbols import code_lengths, to_unsigned
 from cctool.transforms.codec.calibrate import calibrate
 from cctool.transforms.codec.codec import CodecConfig
 from cctool.transforms.codec.sites import Site
-from cctool.transforms.codec.tap_rates import collecting_rates
-from cctool.transforms.codec.taps import set_taps, taps_of
+from cctool.transforms.codec.taps import collecting_rates, set_taps, taps_of
 from cctool.transforms.codec.training import soft_bits, soft_bits_slope
 
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from cctool.base.errors import UsageError
 from cctool.training.constraints.base import Constraint
-from cctool.transforms.codec.tap_rates import Rates, collecting_rates
-from cctool.transforms.codec.taps import taps_of
+from cctool.transforms.codec.taps import Rates, collecting_rates, taps_of
 
 __all__ = ["RatePenalty", "rate_penalties", "refuse_rate_without_taps"]
 

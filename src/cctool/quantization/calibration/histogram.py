@@ -1,7 +1,7 @@
-"""What one pass over values leaves for calibration: a histogram that widens, moments, extremes.
+"""What calibration keeps of the values it has seen: a histogram that widens, moments, extremes.
 
-The histogram's width is the next power of two above the largest magnitude, and it widens by adding
-neighbouring bins. Both are exact, so the counts are the same whatever batches the values come in.
+The histogram's width is the next power of two above the largest magnitude, and it widens by merging
+neighbouring bins. Both are exact, so the counts do not depend on how the values are divided into batches.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ __all__ = ["BINS", "Distribution", "Statistics"]
 
 _BIN_BITS = 12
 BINS = 1 << _BIN_BITS
-"""Bins on either side of 0; the largest magnitude lies in the upper half of one side."""
+"""Bins on either side of 0; the largest magnitude is in the upper half of one side."""
 
 _PIECE = 1 << 22
-"""Elements that are worked on at a time, in float64."""
+"""Elements processed at a time, in float64."""
 _LEAST_EXPONENT = -1000
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Values by bins, in ascending order and without the empty ones; all on the CPU.
+    """The histogram in ascending order, without empty bins; all on the CPU.
 
     Attributes:
-        lower: float64 (M,), where each bin begins. The zeros are a bin of no width.
-        upper: float64 (M,), where it ends.
-        counts: float64 (M,), how many values lie in it.
-        width: of a bin that is not the zeros'.
+        lower: float64 (M,), lower ends of the bins. Zeros are in a bin of width 0.
+        upper: float64 (M,), upper ends.
+        counts: float64 (M,), number of values in each.
+        width: of the other bins.
         low: smallest value.
         high: largest value.
         mean: of all values.
         square: mean of all squares.
-        std: standard deviation, of the population.
+        std: standard deviation of the population.
     """
 
     lower: Tensor
@@ -51,37 +51,32 @@ class Distribution:
 
     @property
     def centers(self) -> Tensor:
-        """Middles of the bins, kept between the smallest and the largest value."""
+        """Centers of the bins, clamped to the smallest and the largest value."""
         return ((self.lower + self.upper) / 2).clamp(self.low, self.high)
 
 
 class Statistics:
-    """Counts of finite values; takes batches and keeps none."""
+    """Counts of finite values, batch by batch.
+
+    Attributes:
+        number: how many values were counted.
+    """
 
     def __init__(self) -> None:
         self._counts: Tensor | None = None
         self._zeros = 0
         self._exponent = _LEAST_EXPONENT
         self._low, self._high = math.inf, -math.inf
-        self._number, self._mean, self._spread = 0, 0.0, 0.0
-
-    @property
-    def number(self) -> int:
-        """How many values were counted."""
-        return self._number
+        self.number, self._mean, self._spread = 0, 0.0, 0.0
 
     def add(self, values: Tensor) -> None:
-        """Count values.
-
-        Args:
-            values: (N,), finite, of any floating-point type.
-        """
+        """Count ``values`` (N,), finite, of any floating-point type."""
         for piece in torch.split(values, _PIECE):
             if piece.numel():
                 self._add(piece.double())
 
     def distribution(self) -> Distribution:
-        """What was counted; at least one value."""
+        """The histogram of at least one value."""
         assert self._counts is not None, "nothing was counted"
         width = self._width
         negative, positive = self._counts.cpu()
@@ -91,7 +86,7 @@ class Statistics:
         upper = torch.cat((-edges[:-1].flip(0), zero, edges[1:]))
         counts = torch.cat((negative.flip(0), torch.tensor([self._zeros]), positive))
         kept = counts > 0
-        variance = self._spread / self._number
+        variance = self._spread / self.number
         return Distribution(
             lower[kept],
             upper[kept],
@@ -116,20 +111,21 @@ class Statistics:
             self._widen(math.frexp(max(-low, high))[1])
         if self._counts is None:
             self._counts = torch.zeros((2, BINS), dtype=torch.int64, device=x.device)
-        # The exact quotient by a power of two: whatever the width, a value falls into the same interval.
+        # Dividing by a power of two is exact, so merged bins count what wider bins would have counted.
         index = x.abs().div_(self._width).long().add_((x >= 0) * BINS)
         zeros = int((x == 0).sum())
         self._counts += torch.bincount(index, minlength=2 * BINS).view(2, BINS).to(self._counts.device)
+        # Zeros were counted in the first positive bin, but have one to themselves.
         self._counts[1, 0] -= zeros
         self._zeros += zeros
 
     def _add_moments(self, x: Tensor) -> None:
         """Merge mean and sum of squared deviations (Chan, Golub and LeVeque 1979)."""
         number, mean = x.numel(), float(x.mean())
-        total, apart = self._number + number, mean - self._mean
-        self._spread += float((x - mean).square().sum()) + apart**2 * self._number * number / total
+        total, apart = self.number + number, mean - self._mean
+        self._spread += float((x - mean).square().sum()) + apart**2 * self.number * number / total
         self._mean += apart * number / total
-        self._number = total
+        self.number = total
 
     def _widen(self, exponent: int) -> None:
         doublings = exponent - self._exponent

@@ -1,6 +1,6 @@
-"""Observers: ranges found from the values that pass by in calibration.
+"""Observers: find a range from the values seen in calibration.
 
-Each sees every batch once and keeps a bounded amount. Infinities and NaN are counted and left out.
+Each sees every batch once and uses bounded memory. Infinities and NaN are counted and ignored.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ __all__ = [
 
 
 class RangeObserver:
-    """Finds a range.
+    """Base of all observers.
 
     Attributes:
-        axis: dimension whose slices have a range each; None for one range.
+        axis: dimension whose slices have separate ranges; None for one range.
     """
 
     def __init__(self, axis: int | None = None) -> None:
@@ -46,11 +46,11 @@ class RangeObserver:
 
     @property
     def nonfinite(self) -> int:
-        """How many infinities and NaN were left out."""
+        """Number of infinities and NaN that were ignored."""
         return int(self._nonfinite)
 
     def observe(self, x: Tensor) -> None:
-        """Take a batch of floating-point values of any shape; it is not written to or kept."""
+        """Take a batch of floating-point values of any shape; it is neither modified nor kept."""
         x = x.detach()
         finite = torch.isfinite(x)
         self._nonfinite = self._nonfinite + (x.numel() - finite.sum())
@@ -59,7 +59,7 @@ class RangeObserver:
 
     @abstractmethod
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """Lower and upper end, float32, () or (C,): 0 where no finite value was seen."""
+        """Lower and upper end, float32, () or (C,); 0 if no finite value was seen."""
 
     @abstractmethod
     def _observe(self, x: Tensor, finite: Tensor) -> None: ...
@@ -87,9 +87,9 @@ class MinMaxObserver(RangeObserver):
 
 
 class MovingAverageObserver(RangeObserver):
-    """Exponential moving average of the batches' ranges, without its bias towards 0 at the start.
+    """Exponential moving average of the batches' ranges, with bias correction.
 
-    The result depends on the batches and their order. A batch without a finite value does not count.
+    The result depends on the batches and their order. A batch without finite values is skipped.
     """
 
     def __init__(self, momentum: float) -> None:
@@ -111,7 +111,7 @@ class MovingAverageObserver(RangeObserver):
 
 
 class DistributionObserver(RangeObserver):
-    """A range of what a histogram and moments tell; the batches that values come in do not matter."""
+    """A range computed from a histogram and moments; it does not depend on the division into batches."""
 
     def __init__(
         self, kind: Observer, config: QuantizerConfig, *, percentile: float = 99.99, n_std: float = 3.0
@@ -122,9 +122,9 @@ class DistributionObserver(RangeObserver):
         self._device = torch.device("cpu")
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """The range that the kind takes for the best."""
+        """The range that is best in the sense of the observer's kind."""
         low, high = self._bounds(self._statistics.distribution()) if self._statistics.number else (0.0, 0.0)
-        # Adding 0 makes 0 of -0.
+        # Adding 0 turns -0 into 0.
         ends = torch.tensor([low, high], dtype=torch.float64, device=self._device).float() + 0.0
         return ends[0], ends[1]
 
@@ -143,6 +143,7 @@ class DistributionObserver(RangeObserver):
         levels = limits[1] - limits[0] + 1
         one_sided = seen.low >= 0 or seen.high <= 0
         if self.kind is Observer.ENTROPY:
+            # Levels on one side of 0.
             half = limits[1] + 1 if symmetric else levels if one_sided else levels // 2
             return entropy_bounds(seen, half)
         return aciq_bounds(
@@ -167,23 +168,23 @@ def make_observer(
     n_std: float = 3.0,
     momentum: float = 0.9,
 ) -> RangeObserver:
-    """Make an observer.
+    """Build an observer.
 
     Args:
         kind: how the range is found.
-        bits: of the quantizer that the range is for, as are `signed`, `symmetric`, `narrow` and
-            `reduce_range`; see `QuantizerConfig`. Kinds that weigh errors or levels depend on them.
+        bits: of the quantizer that the range is for, as are ``signed``, ``symmetric``, ``narrow`` and
+            ``reduce_range``; see `QuantizerConfig`. Kinds that minimise an error depend on them.
         signed: whether integers have a sign.
         symmetric: whether the zero point is 0.
-        narrow: whether the lowest integer is left out.
-        reduce_range: whether one bit of eight is left out.
-        axis: dimension whose slices have a range each; min-max only.
-        percentile: percent of the values that ``percentile`` keeps, above 0 and up to 100.
-        n_std: standard deviations that ``n-std`` keeps, positive.
-        momentum: share of the old in ``moving-average``, from 0 to less than 1.
+        narrow: whether the lowest integer is not used.
+        reduce_range: whether one bit of eight is not used.
+        axis: dimension whose slices have separate ranges; min-max only.
+        percentile: percent of the values within the range of ``percentile``, above 0 and up to 100.
+        n_std: standard deviations on either side of the mean for ``n-std``, positive.
+        momentum: weight of the old value in ``moving-average``, from 0 to less than 1.
 
     Raises:
-        QuantizationError: if a number lies outside its range, or a kind has no ranges along an axis.
+        QuantizationError: if a number is out of range, or a kind does not support an axis.
     """
     if not 0 < percentile <= 100:
         raise QuantizationError(f"percentile {percentile}: above 0 and up to 100 is allowed")
@@ -209,7 +210,7 @@ def make_observer(
 
 
 def _finite_extremes(x: Tensor, finite: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
-    """Smallest and largest finite value; infinity and minus infinity where there is none."""
+    """Smallest and largest finite value; infinity and minus infinity if there is none."""
     if not x.numel():
         none = x.new_zeros(() if axis is None else (x.shape[axis],))
         return none + float("inf"), none - float("inf")

@@ -12,7 +12,6 @@ from cctool.base.networks import in_eval_mode
 from cctool.quantization.calibration.observers import RangeObserver, make_observer
 from cctool.quantization.network.attach import following_values, quantizers_of
 from cctool.quantization.network.points import Observing
-from cctool.quantization.quantizers.base import Quantizer
 
 __all__ = ["calibrate_activations", "observe"]
 
@@ -20,15 +19,15 @@ __all__ = ["calibrate_activations", "observe"]
 def observe(
     model: nn.Module, images: Iterable[Tensor], make: Callable[[str], RangeObserver | None]
 ) -> dict[str, RangeObserver]:
-    """Show the activations at all places to observers.
+    """Pass the activations at all places to observers.
 
     Args:
-        model: with quantizers, which do nothing meanwhile.
+        model: with quantizers, which are bypassed meanwhile.
         images: batches on its device.
-        make: gives the observer of a key; None does not look there.
+        make: returns the observer for a key; None for no observer.
 
     Returns:
-        Observers by key, in the order in which the network came to them.
+        Observers by key, in order of execution.
 
     Raises:
         QuantizationError: if there are no images.
@@ -57,27 +56,12 @@ def observe(
     return observers
 
 
-def observer_of(observing: Observing, quantizer: Quantizer) -> RangeObserver:
-    """An observer for the bits of a quantizer."""
-    config = quantizer.config
-    return make_observer(
-        observing.observer,
-        bits=config.bits - config.reduce_range,
-        symmetric=config.symmetric,
-        percentile=observing.percentile,
-        n_std=observing.deviations,
-    )
-
-
 def calibrate_activations(
     model: nn.Module, images: Iterable[Tensor], observing: Observing
 ) -> Mapping[str, RangeObserver]:
-    """Set the ranges of the uniform quantizers of activations; those that are learnt stay.
+    """Set the ranges of the uniform quantizers of activations, in place; learned ones are not changed.
 
-    Args:
-        model: with quantizers, changed in place.
-        images: batches on its device.
-        observing: how.
+    Images are batches on the model's device.
     """
     held = quantizers_of(model)
     assert held is not None
@@ -88,7 +72,13 @@ def calibrate_activations(
     }
 
     def make(key: str) -> RangeObserver | None:
-        return observer_of(observing, chosen[key]) if key in chosen else None
+        if key not in chosen:
+            return None
+        config, percentile, n_std = chosen[key].config, observing.percentile, observing.deviations
+        bits, symmetric = config.bits - config.reduce_range, config.symmetric
+        return make_observer(
+            observing.observer, bits=bits, symmetric=symmetric, percentile=percentile, n_std=n_std
+        )
 
     observers = observe(model, images, make)
     for key, observer in observers.items():

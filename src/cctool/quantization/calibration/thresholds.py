@@ -1,4 +1,4 @@
-"""Ranges that lose least: searches over a histogram, and closed forms for two distributions."""
+"""Ranges with the least loss: searches over a histogram, and closed forms for two distributions."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ __all__ = ["aciq_bounds", "aciq_clip", "entropy_bounds", "mse_bounds", "n_std_bo
 Floats = NDArray[np.float64]
 Bounds = tuple[float, float]
 
+# As in TensorRT.
 _ENTROPY_BINS = 2048
 _LEAST_FRACTION = 2.0**-10
 _CANDIDATES = 96
@@ -29,10 +30,10 @@ _ROUNDS = 8
 
 
 def percentile_bounds(seen: Distribution, percentile: float, *, symmetric: bool) -> Bounds:
-    """The range that ``percentile`` percent of the values lie in.
+    """The range that contains ``percentile`` percent of the values.
 
-    About 0 where it is ``symmetric``; else as many values lie below it as above, or, where all values have
-    one sign, on the far side only. Within a bin values count as evenly spread.
+    With ``symmetric`` it is symmetric about 0. Otherwise equally many values lie below and above it, or, if
+    all values have one sign, all on the far side from 0. Within a bin values count as evenly distributed.
     """
     share = percentile / 100
     if symmetric:
@@ -48,7 +49,7 @@ def percentile_bounds(seen: Distribution, percentile: float, *, symmetric: bool)
 
 
 def n_std_bounds(seen: Distribution, n_std: float) -> Bounds:
-    """The mean and ``n_std`` standard deviations to either side, as far as there are values."""
+    """The mean and ``n_std`` standard deviations on either side, clipped to the observed extremes."""
     reach = n_std * seen.std
     return _clipped(seen.mean - reach, seen.mean + reach, seen)
 
@@ -56,8 +57,8 @@ def n_std_bounds(seen: Distribution, n_std: float) -> Bounds:
 def mse_bounds(seen: Distribution, limits: tuple[int, int], *, symmetric: bool) -> Bounds:
     """The range whose grid has the least mean squared error, to about one part in a thousand.
 
-    Fractions of the full range are tried, 96 of them in geometric order down to 2^-10, then finer ones
-    around the best. Where both ends move they are searched in turns.
+    Fractions of the full range are tried, 96 of them in geometric order down to 2^-10, then finer ones around
+    the best. If both ends can move, they are searched alternately.
 
     Args:
         seen: the values.
@@ -67,6 +68,7 @@ def mse_bounds(seen: Distribution, limits: tuple[int, int], *, symmetric: bool) 
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)
 
     def errors(lows: Floats, highs: Floats) -> Floats:
+        # Broadcasts either end to the other's shape.
         return _errors(seen, lows + 0 * highs, highs + 0 * lows, limits, symmetric)
 
     if symmetric:
@@ -86,12 +88,12 @@ def mse_bounds(seen: Distribution, limits: tuple[int, int], *, symmetric: bool) 
 
 
 def entropy_bounds(seen: Distribution, levels: int) -> Bounds:
-    """TensorRT's calibration: the threshold whose levels tell most of the distribution of magnitudes.
+    """TensorRT's calibration: the threshold whose levels preserve most of the distribution of magnitudes.
 
-    For every threshold of ``levels`` bins or more, P is the histogram with all that lies above added to its
-    last bin, and Q the histogram with the bins of each level replaced by their average over those that are
-    not empty; the least KL(P || Q) wins (Migacz 2017). Levels take even shares of the bins. Zeros are left
-    out, for every threshold represents them exactly.
+    For every threshold of ``levels`` bins or more, P is the histogram with everything above added to its last
+    bin, and Q the histogram with the bins of each level replaced by their average over the non-empty ones;
+    the least KL(P || Q) wins (Migacz 2017). Levels take equal shares of the bins. Zeros are ignored, because
+    every threshold represents them exactly.
 
     Args:
         seen: the values.
@@ -105,7 +107,7 @@ def entropy_bounds(seen: Distribution, levels: int) -> Bounds:
     last = int(used[-1]) + 1
     above = counts.sum() - np.cumsum(counts)
     divergences = {n: _divergence(counts[:n], above[n - 1], levels) for n in range(levels, last)}
-    # With all bins nothing is clipped; it is tried last, so that a tie clips.
+    # The threshold without clipping is tried last, so that clipping wins a tie.
     divergences[last] = _divergence(counts[:last], 0.0, levels)
     best = min(divergences, key=divergences.__getitem__)
     edge = best * width
@@ -115,11 +117,11 @@ def entropy_bounds(seen: Distribution, levels: int) -> Bounds:
 def aciq_bounds(
     seen: Distribution, shape: Literal["gauss", "laplace"], bits: int, *, signed: bool, symmetric: bool
 ) -> Bounds:
-    """Analytical clipping (Banner 2019) for values of a normal or a Laplace distribution.
+    """Analytical clipping (Banner 2019) for normally or Laplace distributed values.
 
-    The scale is the standard deviation, or the mean distance from the mean; from 0 where the range is
-    ``symmetric``. Values of one sign are taken for half of a distribution about 0 whose other half became
-    zeros, which do not count. Where all levels lie on that side, ``bits`` are worth one more.
+    The scale is the standard deviation, or the mean absolute deviation from the mean; from 0 if the range is
+    ``symmetric``. Values of one sign are treated as one half of a distribution about 0 whose other half
+    became zeros, which are ignored. If all levels lie on that side, they count as one bit more.
     """
     one_sided = seen.low >= 0 or seen.high <= 0
     counts, centers = seen.counts, seen.centers
@@ -141,10 +143,10 @@ def aciq_bounds(
 
 @lru_cache(maxsize=64)
 def aciq_clip(shape: Literal["gauss", "laplace"], bits: int) -> float:
-    """Where to clip so that clipping and rounding to 2^bits levels err least (Banner 2019, eq. 2 to 9).
+    """Where clipping and rounding to 2^bits levels have the least error (Banner 2019, eq. 2 to 9).
 
-    In units of the standard deviation, or of Laplace's b. The derivatives of the expected squared errors are
-    zero at the solution a of::
+    In units of the standard deviation, or of Laplace's b. At the solution a, the derivatives of the expected
+    squared errors are zero::
 
         a = W(3 * 4^bits)                                                    Laplace; W is Lambert's
         a * erfc(a / sqrt 2) + a / (3 * 4^bits) = sqrt(2 / pi) exp(-a^2 / 2)       Gauss
@@ -213,7 +215,7 @@ def _magnitude_counts(seen: Distribution) -> Floats:
 
 
 def _divergence(counts: Floats, above: float, levels: int) -> float:
-    """KL(P || Q) of the bins below a threshold; infinite where Q lacks what P has."""
+    """KL(P || Q) of the bins below a threshold; infinite where Q is 0 and P is not."""
     n = len(counts)
     p = counts.copy()
     p[-1] += above

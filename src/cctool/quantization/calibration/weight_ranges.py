@@ -1,4 +1,4 @@
-"""Ranges of weights: all of the weight where bits are many, the least squared error where they are few."""
+"""Ranges of weights: the whole weight with many bits, the least squared error with few."""
 
 from __future__ import annotations
 
@@ -16,26 +16,20 @@ __all__ = ["fit_weight", "least_squares_range"]
 
 _ENOUGH_BITS = 8
 _FACTORS = tuple(math.exp(math.log(0.01) * step / 99) for step in range(100))
-"""What ranges are multiplied by: from 1 to 0.01 in equal ratios."""
+"""Factors of ranges: from 1 to 0.01 in equal ratios."""
 _FINER = tuple(math.exp(0.004 * step) for step in range(-12, 13) if step)
-"""And the best of these then: as far as to the next ones on both sides, a twelfth as far apart."""
+"""Factors of the best of these: up to its neighbours on both sides, in a twelfth of their distance."""
 _MOST_VALUES = 2**22
 _CHUNK = 2**16
 
 
 @torch.no_grad()
 def fit_weight(quantizer: Quantizer, weight: Tensor, fold: Tensor | None = None) -> None:
-    """Set the range of a weight's quantizer.
+    """Set the range of a weight's quantizer, in place; the weight is finite.
 
-    With 8 bits or more the range holds the whole weight. With fewer it is that of the least squared error,
-    see `least_squares_range`. Quantizers that learn their step or have fixed levels begin as their method's
-    paper says.
-
-    Args:
-        quantizer: of a weight, changed in place.
-        weight: finite.
-        fold: as `Quantizer.forward` takes it; with one scale for the tensor the error is that of the folded
-            weight.
+    With 8 bits or more the range covers the whole weight. With fewer it has the least squared error, see
+    `least_squares_range`; with one scale for the tensor that of the folded weight (`Quantizer.forward`).
+    Quantizers with learned steps or fixed levels are initialised as in their method's paper.
     """
     if quantizer.config.method != "uniform" or quantizer.config.bits >= _ENOUGH_BITS:
         quantizer.initialise(weight, fold)
@@ -47,10 +41,10 @@ def fit_weight(quantizer: Quantizer, weight: Tensor, fold: Tensor | None = None)
 def least_squares_range(x: Tensor, config: QuantizerConfig) -> tuple[Tensor, Tensor]:
     """The range whose grid has the least sum of squared rounding and clipping errors.
 
-    124 ranges are tried for the tensor, or for each slice along ``config.axis``: the smallest and the largest
-    value times the same factor. With a zero point the two ends are then moved one after the other, as many
-    places each, because the values may be skewed. Of tensors with more than four million values, evenly
-    spaced ones are looked at.
+    For the tensor, or for each slice along ``config.axis``, 124 ranges are tried: smallest and largest value
+    times the same factor. With a zero point, the two ends are then moved one after the other with as many
+    factors each, because the values may be skewed. Of tensors with more than four million values, an evenly
+    spaced subset is used.
 
     Args:
         x: float32 or float64, finite.
@@ -78,8 +72,9 @@ def least_squares_range(x: Tensor, config: QuantizerConfig) -> tuple[Tensor, Ten
 def _least_squares(
     rows: Tensor, least: Tensor, most: Tensor, config: QuantizerConfig
 ) -> tuple[Tensor, Tensor]:
-    """The range of each row of (C, K), from its extremes, (C,)."""
+    """The range of each row of (C, K), given its extremes (C,)."""
     bottom, top = config.limits
+    # Reused for all candidates.
     room = torch.empty_like(rows)
 
     def error(least: Tensor, most: Tensor) -> Tensor:
@@ -98,7 +93,7 @@ def _least_squares(
 
 
 def _best(error: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """For each row the factor of the least error, the first found of several such; (C,)."""
+    """The factor with the least error for each row, the first of several; (C,)."""
     best = rows.new_ones(len(rows))
     least = torch.full_like(best, math.inf)
     for tried in (_FACTORS, _FINER):

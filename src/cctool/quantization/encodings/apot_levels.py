@@ -1,11 +1,12 @@
 """Levels that are sums of powers of two: APoT (Li, Dong and Wang 2020, equations 3 to 5).
 
 A level is a sign and a sum of n terms. With k bits a term is one of 0, 2^-i, 2^-(i+n), .., 2^-(i+(2^k-2)n),
-i = 0 .. n-1 the number of the term: no power occurs in two terms, so all sums differ, and a product with a
-level takes n shifts. One term makes plain powers of two; as many terms as bits make evenly spaced levels.
+i = 0 .. n-1 being the number of the term. No power occurs in two terms, so all sums differ, and a product
+with a level takes n shifts. One term gives plain powers of two; as many terms as bits give evenly spaced
+levels.
 
-Where the bits are no multiple of n, the first terms have a bit more. Powers are then dealt out in rounds, and
-terms that have fewer take part in the last rounds only, before the others, as in the authors' program.
+If the number of bits is not a multiple of n, the first terms have one bit more. Powers are then dealt out in
+rounds; terms with fewer take part in the last rounds only, before the others, as in the authors' code.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Numbers = NDArray[np.float64]
 
 
 def default_terms(bits: int) -> int:
-    """Terms of two bits each, as the paper has them, and one of a single bit where there is one left."""
+    """Terms of two bits each, as in the paper, and one of a single bit if one is left over."""
     return max(1, bits // 2)
 
 
@@ -34,16 +35,16 @@ def apot_levels(bits: int, terms: int) -> Numbers:
     """All levels, ascending.
 
     Args:
-        bits: 2 to 8, of which one is the sign.
+        bits: 2 to 8, one of them the sign.
         terms: 1 to ``bits`` - 1.
 
     Returns:
         Shape (2^bits - 1,), symmetric about 0, not normalised: the largest power is 1.
 
     Raises:
-        QuantizationError: if there are other numbers of bits or terms.
+        QuantizationError: if bits or terms are out of range.
 
-    >>> apot_levels(3, 1).tolist()
+    >>> (apot_levels(3, 1) + 0.0).tolist()
     [-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0]
     """
     if not 2 <= bits <= 8 or not 1 <= terms < bits:
@@ -65,17 +66,17 @@ def apot_levels(bits: int, terms: int) -> Numbers:
 
 
 def best_scale(values: Numbers, levels: Numbers) -> float:
-    """The scale s whose levels s * l are nearest to the values in the sense of least squares.
+    """The scale s whose levels s * l approximate the values best in the sense of least squares.
 
-    The best of a row of scales is refined: the nearest levels, then the scale that is best for these, until
-    nothing changes (the error never grows). Values on such a grid give its scale where a large level occurs.
+    The best of a series of scales is refined by alternating nearest levels and least-squares scale until the
+    error no longer falls. Values that lie on such a grid give its scale, provided that a large level occurs.
 
     Args:
         values: finite, shape (count,).
         levels: ascending, symmetric about 0.
 
     Returns:
-        More than 0; 1 where all values are 0.
+        More than 0; 1 if all values are 0.
     """
     largest = float(np.abs(values).max(initial=0.0))
     if not largest:
@@ -83,8 +84,9 @@ def best_scale(values: Numbers, levels: Numbers) -> float:
     points = np.sort(values / largest)
     top = levels[-1]
     factors = np.geomspace(0.1, 1.25, _FACTORS) / top
-    # Scales for which the largest value is a level itself.
+    # Scales at which the largest value is itself a level.
     scales = np.concatenate([factors, 1 / levels[levels >= top / 4]])
+    # With running sums over the sorted values, the sum of each level's values is one difference.
     sums = np.concatenate([[0.0], np.cumsum(points)])
     bounds = levels[:-1] / 2 + levels[1:] / 2
     found, errors = _fitted(points, sums, bounds, levels, scales)
@@ -101,7 +103,7 @@ def best_scale(values: Numbers, levels: Numbers) -> float:
 def _fitted(
     points: Numbers, sums: Numbers, bounds: Numbers, levels: Numbers, scales: Numbers
 ) -> tuple[Numbers, Numbers]:
-    """For each scale the best one with its nearest levels, and the error of that, less sum w^2.
+    """For each scale: the least-squares scale for its nearest levels, and its error minus sum w^2.
 
     With the level l of each value, the error sum (w - s l)^2 is least for s = sum w l / sum l^2.
     """

@@ -1,7 +1,4 @@
-"""Storage of booleans as bits: element 8 j + i in C order is bit i (value 2^i) of byte j.
-
-The bits that fill up the last byte are zero.
-"""
+"""Booleans as bits: element 8 j + i in C order is bit i (value 2^i) of byte j; padding bits are zero."""
 
 from __future__ import annotations
 
@@ -24,13 +21,7 @@ _BITS = "bits"
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Eight booleans to a byte.
-
-    Args:
-        mask: bool, any shape.
-
-    Returns:
-        uint8 of shape (ceil(elements / 8),), on the CPU.
+    """Pack booleans of any shape, eight per byte; uint8 of shape (ceil(elements / 8),), on the CPU.
 
     >>> pack_bits(torch.tensor([True, False, True, False, False, False, False, False, True])).tolist()
     [5, 1]
@@ -40,10 +31,10 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(encoded: EncodedTensor) -> Tensor:
-    """The booleans of an encoded tensor's part ``bits``, in the tensor's shape.
+    """The booleans in the part ``bits`` of an encoded tensor, in the tensor's shape.
 
     Raises:
-        CorruptCheckpointError: if there are more or fewer bytes than the shape takes, or padding is not zero.
+        CorruptCheckpointError: if the number of bytes does not match the shape, or padding is not zero.
     """
     count = math.prod(encoded.shape)
     packed = part(encoded, _BITS, torch.uint8, (-(-count // 8),))

@@ -1,21 +1,21 @@
-"""Storage as indices of a table: the encoding ``codebook``.
+"""Storage as indices into a table: the encoding ``codebook``.
 
     w' = table[index],    or scale * table[index]
 
-There is a table for the tensor or for each slice of ``axis``, of 1 to 65,536 entries; an index takes as few
-bits as tell the entries apart, and one at least. Indices are packed in C order of the tensor. A table has the
-tensor's type. With scales, one for the tensor or each slice, table and scales are float32, as the products
-are, or float64 for float64 tensors.
+There is one table for the tensor, or one for each slice of ``axis``, with 1 to 65,536 entries. An index has
+as few bits as tell the entries apart, but at least one. Indices are packed in C order of the tensor. A table
+has the tensor's type. With scales, one for the tensor or for each slice, table and scales are float32
+(float64 for float64 tensors), as are their products.
 
-How a tensor is encoded is its parameter ``kind``:
+The parameter ``kind`` says how a tensor is encoded:
 
 ``distinct``
     An entry for each distinct value; more than 2^bits of them are refused.
 ``kmeans``
-    At most 2^bits centres of clusters of all values (`codebook_fit.py`); ``init`` and ``seed`` say where they
-    begin.
+    At most 2^bits cluster centres of all values (`codebook_fit.py`); ``init`` and ``seed`` determine the
+    initial centres.
 ``apot``
-    Levels that are sums of ``terms`` powers of two (`apot_levels.py`), with the scale of least squares.
+    Levels that are sums of ``terms`` powers of two (`apot_levels.py`), with the least-squares scale.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ _KEYS = {
 
 
 def encode_codebook(indices: Tensor, table: Tensor, axis: int | None = None) -> EncodedTensor:
-    """Store indices and a table that were found elsewhere; they decode to table[index], bit for bit.
+    """Store given indices and a given table; they decode to table[index], bit for bit.
 
     Args:
-        indices: of an integral type, any shape.
-        table: floating point, finite, of shape (entries,), or (size of ``axis``, entries).
-        axis: dimension whose slices have tables of their own.
+        indices: of an integer type, any shape.
+        table: floating point, finite, shape (entries,), or (size of ``axis``, entries).
+        axis: dimension whose slices have separate tables.
 
     Raises:
-        QuantizationError: if shapes or types do not fit, or an index has no entry.
+        QuantizationError: if shapes or types do not match, or an index has no entry.
     """
     name = floating_name(table, _NAME)
     shape, entries = tuple(indices.shape), int(table.shape[-1]) if table.dim() else 0
@@ -164,11 +164,12 @@ def _entries(encoded: EncodedTensor) -> int:
 
 
 def _check(parameters: Mapping[str, JsonValue], dims: int) -> int | None:
-    """The axis of well-formed parameters."""
+    """Check the parameters, and return their axis."""
     kind, bits, axis = parameters.get("kind"), parameters.get("bits"), parameters.get("axis")
     most = {"distinct": WIDEST, "kmeans": 8, "apot": 8}.get(str(kind), 0)
     fits = (
         set(parameters) == _KEYS.get(str(kind), set())
+        # Not isinstance: True is an int, but no number of bits.
         and type(bits) is int
         and (2 if kind == "apot" else 1) <= bits <= most
     )
@@ -194,7 +195,7 @@ def _cut(encoded: EncodedTensor, dim: int, indices: Tensor) -> dict[str, Tensor]
     axis = _axis_of(encoded)
     parts = {name: value for name, value in encoded.parts.items() if name != INDICES}
     if axis is not None and dim % len(encoded.shape) == axis:
-        # With scales the table is one for all slices.
+        # With scales, all slices share one table, and the scales are cut instead.
         own = SCALES if SCALES in parts else TABLE
         parts[own] = parts[own].index_select(0, indices)
     return parts

@@ -1,8 +1,9 @@
-"""Tables of the encoding ``codebook``, found for given values: the parts that are stored.
+"""Fitting tables of the encoding ``codebook`` to given values; the results are the parts that are stored.
 
-Tables of shared values are those of Deep Compression (Han et al. 2016, section 3): k-means of numbers. In one
-dimension the clusters are intervals of the sorted values, bounded half-way between neighbouring centres. So
-Lloyd's two steps take a search for the bounds and differences of running sums, however many the values are.
+Shared values are those of Deep Compression (Han et al. 2016, section 3): k-means of scalars. In one dimension
+the clusters are intervals of the sorted values, bounded half-way between neighbouring centres. So both of
+Lloyd's steps need only a search for the bounds and differences of running sums, however many values there
+are.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ __all__ = [
 INDICES, TABLE, SCALES = "indices", "table", "scales"
 """Names of the parts."""
 INITIALISATIONS = ("linear", "density", "random")
-"""Where the centres begin, as Han et al. call it."""
+"""Initial centres, in the words of Han et al."""
 
 _ITERATIONS = 1000
 
@@ -43,22 +44,22 @@ Numbers = NDArray[np.float64]
 
 
 def index_bits(entries: int) -> int:
-    """Bits of an index of a table."""
+    """Bits of an index into a table."""
     return max(1, (entries - 1).bit_length())
 
 
 def table_dtype(dtype: torch.dtype, *, scaled: bool) -> torch.dtype:
-    """Type of a table, and of its scales, for tensors of a type."""
+    """Type of a table, and of its scales, for tensors of type ``dtype``."""
     return dtype if not scaled or dtype == torch.float64 else torch.float32
 
 
 def numbers(values: Tensor) -> Numbers:
-    """As numpy's float64."""
+    """The values as a float64 array."""
     return values.detach().to(torch.float64).numpy()
 
 
 def nearest_entries(values: Tensor, centres: Numbers) -> dict[str, Tensor]:
-    """Centres rounded to the values' type, those that are nearest to a value."""
+    """The centres that are nearest to some value, rounded to the values' type."""
     rounded = torch.unique(torch.from_numpy(centres).to(values.dtype))
     indices = torch.from_numpy(nearest(numbers(values), numbers(rounded)))
     used, indices = torch.unique(indices, return_inverse=True)
@@ -69,7 +70,7 @@ def nearest_entries(values: Tensor, centres: Numbers) -> dict[str, Tensor]:
 def distinct_entries(
     values: Tensor, channel: Tensor, shape: tuple[int, ...], axis: int | None, bits: int
 ) -> dict[str, Tensor]:
-    """A table of the distinct values; short tables of slices are filled up with zeros."""
+    """A table of the distinct values; shorter tables of slices are padded with zeros."""
     slices = 1 if axis is None else shape[axis]
     order = torch.argsort(channel, stable=True)
     found = [torch.unique(row, return_inverse=True) for row in _split(values[order], channel, slices)]
@@ -87,7 +88,7 @@ def distinct_entries(
 
 
 def _split(ordered: Tensor, channel: Tensor, slices: int) -> tuple[Tensor, ...]:
-    """The values of each slice, which lie one after the other."""
+    """The values of each slice, which are consecutive."""
     ends = torch.bincount(channel, minlength=slices).cumsum(0).tolist()
     return tuple(ordered[start:end] for start, end in zip([0, *ends], ends, strict=False))
 
@@ -113,25 +114,26 @@ def scaled_levels(
 
 
 def kmeans(values: Numbers, entries: int, initialisation: str = "linear", seed: int = 0) -> Numbers:
-    """Centres of clusters of numbers, after Lloyd's algorithm came to rest.
+    """Cluster centres of scalars by Lloyd's algorithm, run until it converges.
 
     Args:
         values: finite, shape (count,), in any order.
         entries: number of centres, at least 1.
-        initialisation: ``linear``: evenly spaced from the least to the greatest value; ``density``: at the
+        initialisation: ``linear``: evenly spaced from the smallest to the largest value; ``density``: at the
             quantiles (i + 1/2) / entries; ``random``: values drawn without replacement (Forgy).
         seed: of that draw.
 
     Returns:
         Centres in ascending order, each nearest to at least one value: ``entries`` of them, or the distinct
-        values where there are no more.
+        values if there are no more.
 
     Raises:
-        QuantizationError: if sums of the values are more than float64 can hold.
+        QuantizationError: if sums of the values exceed float64.
     """
     points, counts = np.unique(values, return_counts=True)
     if len(points) <= entries:
         return points
+    # The next lines report an overflow.
     with np.errstate(over="ignore", invalid="ignore"):
         sums = np.concatenate([[0.0], np.cumsum(points * counts)])
     if not np.isfinite(sums).all():
@@ -142,16 +144,18 @@ def kmeans(values: Numbers, entries: int, initialisation: str = "linear", seed: 
     for _ in range(_ITERATIONS):
         centres = _means(points, sums, totals, edges, centres)
         before, edges = edges, _edges(points, centres)
+        # A fixed point; but not while a cluster is empty, which may still find a point.
         if np.array_equal(before, edges) and (np.diff(edges) > 0).all():
             break
     edges = np.unique(edges)
-    # Running sums lose digits where values differ much in size; the sums of the clusters themselves do not.
+    # Differences of running sums lose digits where values differ much in size, so the final centres are
+    # summed per cluster.
     found = np.add.reduceat(points * counts, edges[:-1]) / np.diff(totals[edges])
     return np.unique(_inside(points, edges, found))
 
 
 def nearest(values: Numbers, centres: Numbers) -> NDArray[np.int64]:
-    """Number of the nearest centre for each value; the lower one where two are as near.
+    """Number of the nearest centre for each value, the lower one of two that are equally near.
 
     Args:
         values: any shape.
@@ -164,7 +168,7 @@ def nearest(values: Numbers, centres: Numbers) -> NDArray[np.int64]:
 def initial_centres(
     points: Numbers, counts: NDArray[np.int64], entries: int, initialisation: str, seed: int
 ) -> Numbers:
-    """Where `kmeans` begins; ``points`` are distinct and ascending, and occur ``counts`` times."""
+    """Initial centres of `kmeans`; ``points`` are distinct and ascending, and occur ``counts`` times."""
     if initialisation == "linear":
         evenly: Numbers = np.linspace(points[0], points[-1], entries)
         return evenly
@@ -182,11 +186,12 @@ def initial_centres(
 
 
 def _bounds(centres: Numbers) -> Numbers:
+    # Halved before they are added: the sum might overflow.
     return centres[:-1] / 2 + centres[1:] / 2
 
 
 def _edges(points: Numbers, centres: Numbers) -> NDArray[np.int64]:
-    """Cluster i holds the points from edge i up to edge i + 1."""
+    """Cluster i holds the points from edge i up to, but not including, edge i + 1."""
     inner = np.searchsorted(points, _bounds(centres), side="right")
     return np.concatenate([[0], inner, [len(points)]])
 
@@ -194,7 +199,7 @@ def _edges(points: Numbers, centres: Numbers) -> NDArray[np.int64]:
 def _means(
     points: Numbers, sums: Numbers, totals: NDArray[np.int64], edges: NDArray[np.int64], centres: Numbers
 ) -> Numbers:
-    """Means of the clusters; an empty one begins anew at the point that is farthest from its centre."""
+    """Means of the clusters; an empty one restarts at the point that is farthest from its centre."""
     full = np.diff(edges) > 0
     sizes = np.where(full, np.diff(totals[edges]), 1)
     means = np.where(full, np.diff(sums[edges]) / sizes, centres)
@@ -202,7 +207,7 @@ def _means(
     empty = np.flatnonzero(~full)
     if not len(empty):
         return means
-    # The farthest point of an interval is one of its ends.
+    # The point of an interval that is farthest from its mean is one of its ends.
     ends = np.concatenate([edges[:-1][full], edges[1:][full] - 1])
     distances = np.abs(points[ends] - np.tile(means[full], 2))
     farthest = np.argsort(-distances, kind="stable")[: len(empty)]
@@ -211,5 +216,5 @@ def _means(
 
 
 def _inside(points: Numbers, edges: NDArray[np.int64], means: Numbers) -> Numbers:
-    """Means without what rounding put outside of their clusters."""
+    """Means, moved back into their clusters where rounding put them outside."""
     return np.clip(means, points[edges[:-1]], points[edges[1:] - 1])

@@ -31,6 +31,7 @@ def _half(name: str, stored: torch.dtype) -> Encoding:
         dtype = floating_name(tensor, name)
         refuse_nonfinite(tensor, name)
         values = tensor.detach().cpu().to(stored, memory_format=torch.contiguous_format)
+        # Finite values above the largest 16-bit number became infinite.
         if not torch.isfinite(values).all():
             raise QuantizationError(
                 f"{name} holds magnitudes up to {torch.finfo(stored).max:.4g}, "

@@ -1,19 +1,19 @@
-"""Storage as packed integers of 2 to 8 bits, a scale for each tensor, slice or group: the encoding ``intn``.
+"""Storage as packed integers of 2 to 8 bits with a scale per tensor, slice or group: the encoding ``intn``.
 
     w' = (n - z) * s,    n an integer of b bits, z the zero point, s the scale
 
 Symmetric: z is fixed, and n - z is one of -(2^(b-1) - 1) .. 2^(b-1) - 1, rounded half to even, with
-s = max|w| / (2^(b-1) - 1). Asymmetric: z = round(-min / s) is one of 0 .. 2^b - 1, as n is, rounded half
-up, with s = (max - min) / (2^b - 1) where min and max are those of the values and 0, so that 0 is stored
-exactly (Jacob et al. 2018, equation 1 and section 3).
+s = max|w| / (2^(b-1) - 1). Asymmetric: z = round(-min / s) and n are in 0 .. 2^b - 1, rounded half up, with
+s = (max - min) / (2^b - 1), where min and max are taken over the values and 0, so that 0 is stored exactly
+(Jacob et al. 2018, equation 1 and section 3).
 
-Scales are float32, as the products are, and float64 for float64 tensors: 16 bits would cost more accuracy
-than they save bytes, for one scale serves many integers. A scale that is chosen here is rounded towards zero
-to 24 - b significant bits (53 - b for float64). It is then off by less than 2^-15, and every product is
-exact, so that encoding what was decoded gives the same bytes. In float16 and bfloat16 products are rounded
-once more; bfloat16 does not tell all integers of 7 and 8 bits apart.
+Scales and products are float32 (float64 for float64 tensors): 16-bit scales would cost more accuracy than
+they save bytes, because one scale serves many integers. A scale chosen here is rounded towards zero to 24 - b
+significant bits (53 - b for float64). It is then off by less than 2^-15, and every product is exact, so that
+encoding what was decoded gives the same bytes. In float16 and bfloat16 products are rounded once more;
+bfloat16 cannot tell all integers of 7 and 8 bits apart.
 
-Stored integers are n, or n - z + 2^(b-1) where it is symmetric, packed in C order of the tensor.
+Stored integers are n, or n - z + 2^(b-1) if symmetric, packed in C order of the tensor.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ class _Settings:
 
     @property
     def lowest(self) -> int:
-        """What the stored integer 0 stands for where it is symmetric."""
+        """The value of the stored integer 0 if symmetric."""
         return -(1 << (self.bits - 1))
 
     @property
     def top(self) -> int:
-        """Largest integer."""
+        """The largest integer."""
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
     @property
@@ -78,13 +78,12 @@ class _Settings:
 
 @dataclass(frozen=True)
 class Integers:
-    """What an encoded tensor holds.
+    """The contents of an encoded tensor.
 
     Attributes:
-        integers: int64 of the tensor's shape: 0 .. 2^bits - 1, or -2^(bits-1) .. 2^(bits-1) - 1 where it is
-            symmetric.
-        scale: of the shape (), (slices,), (runs,) or (slices, runs).
-        zero_point: int64, of the same shape; None where symmetric.
+        integers: int64 in the tensor's shape: 0 .. 2^bits - 1, or -2^(bits-1) .. 2^(bits-1) - 1 if symmetric.
+        scale: shape (), (slices,), (runs,) or (slices, runs).
+        zero_point: int64, of the same shape; None if symmetric.
     """
 
     integers: Tensor
@@ -102,23 +101,23 @@ def encode_integers(
     group: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> EncodedTensor:
-    """Store integers that were found elsewhere; they decode to (integers - zero_point) * scale, bit for bit.
+    """Store given integers; they decode to (integers - zero_point) * scale, bit for bit.
 
-    The product is made in float32, in float64 for float64 tensors, and then rounded to ``dtype``.
+    The product is computed in float32 (float64 for float64 tensors), then rounded to ``dtype``.
 
     Args:
-        integers: of an integral type, any shape: 0 .. 2^bits - 1, or -2^(bits-1) .. 2^(bits-1) - 1 without a
+        integers: of an integer type, any shape: 0 .. 2^bits - 1, or -2^(bits-1) .. 2^(bits-1) - 1 without a
             zero point.
         scale: floating point, finite and not negative; one for the tensor (shape ()), a slice (slices,),
             a run (runs,) or a run of a slice (slices, runs), with runs = ceil(elements of a slice / group).
-        zero_point: of an integral type, of the shape of ``scale``, each 0 .. 2^bits - 1; None is symmetric.
+        zero_point: of an integer type, in the shape of ``scale``, each 0 .. 2^bits - 1; None is symmetric.
         bits: 2 to 8.
-        axis: dimension whose slices have scales of their own.
+        axis: dimension whose slices have separate scales.
         group: consecutive elements of a slice, in C order, that share a scale.
         dtype: of the decoded tensor.
 
     Raises:
-        QuantizationError: if something is out of its range or has another shape, or float32 does not hold a
+        QuantizationError: if something is out of range or has the wrong shape, or float32 does not hold a
             scale exactly.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -157,8 +156,8 @@ def integers_of(encoded: EncodedTensor, mask: Tensor | None = None) -> Integers:
 
     Args:
         encoded: of this encoding.
-        mask: bool, of the tensor's shape, where only its True entries are stored; the others get the integer
-            that stands for 0.
+        mask: bool, in the tensor's shape, if only its True entries are stored; the others get the integer
+            that represents 0.
 
     Raises:
         CorruptCheckpointError: if the parts contradict the shape.
@@ -188,7 +187,7 @@ def _encode_row(
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
     index = at(groups.index(), mask)
     exact = values.to(torch.float64)
-    # Zero is in every range.
+    # The initial zeros make 0 part of every range.
     low = exact.new_zeros(math.prod(groups.ranges)).scatter_reduce(0, index, exact, "amin")
     high = exact.new_zeros(math.prod(groups.ranges)).scatter_reduce(0, index, exact, "amax")
     span = torch.maximum(high, -low) if settings.symmetric else high - low
@@ -200,10 +199,13 @@ def _encode_row(
     if settings.symmetric:
         codes = steps.round_().clamp_(-settings.top, settings.top) - settings.lowest
     else:
-        # Half up for values and zero point alike: the two ends are then 2^b - 1 steps apart, as they were.
+        # Both are rounded half up: so the two ends stay 2^b - 1 steps apart.
         zero = -_half_up(low / scale)
         above = torch.minimum(_half_up(high / scale), settings.top - zero)
-        _refuse_overflow(scale, torch.maximum(zero, above), values.dtype)
+        if bool((torch.maximum(zero, above) * scale > torch.finfo(values.dtype).max).any()):
+            raise QuantizationError(
+                f"{_NAME}: the range of a tensor with 0 on the grid is larger than its type"
+            )
         codes = (_half_up(steps) + zero[index]).clamp_(0, settings.top)
         parts[_ZERO] = zero.to(torch.uint8).reshape(groups.ranges)
     parts[_INTEGERS] = pack_integers(codes.to(torch.int64), settings.bits)
@@ -215,19 +217,15 @@ def _half_up(values: Tensor) -> Tensor:
 
 
 def _rounded_scale(span: Tensor, top: int, wide: torch.dtype, bits: int) -> Tensor:
-    """Scales rounded towards zero, so that a product with any integer is exact; 1 where there is no range."""
+    """Scales rounded towards zero so that a product with any integer is exact; 1 if there is no range."""
+    # A product of a b-bit integer and a scale of this many digits fits the significand.
     digits = round(-math.log2(torch.finfo(wide).eps)) + 1 - bits
     fractions, exponents = np.frexp((span / top).numpy())
     rounded = np.ldexp(np.floor(np.ldexp(fractions, digits)), exponents - digits)
-    # Below the smallest normal number products would lose digits; a range below it is none.
+    # Products of subnormal scales would lose digits; a range below the smallest normal number counts as 0.
     tiny = torch.finfo(wide).tiny
     found = torch.from_numpy(np.maximum(rounded, tiny))
     return torch.where(span < tiny, torch.ones_like(found), found)
-
-
-def _refuse_overflow(scale: Tensor, steps: Tensor, dtype: torch.dtype) -> None:
-    if bool((steps * scale > torch.finfo(dtype).max).any()):
-        raise QuantizationError(f"{_NAME}: the range of a tensor with 0 on the grid is larger than its type")
 
 
 def _decode_row(encoded: EncodedTensor, mask: Tensor | None) -> Tensor:
@@ -244,10 +242,8 @@ def _products(encoded: EncodedTensor, mask: Tensor | None) -> Tensor:
     if not codes.numel():
         return torch.empty(0, dtype=dtype)
     index = at(groups.index(), mask)
-    if zeros is None:
-        steps = codes.to(scale.dtype) + settings.lowest
-    else:
-        steps = codes.to(scale.dtype) - zeros.reshape(-1)[index]
+    zero = -settings.lowest if zeros is None else zeros.reshape(-1)[index]
+    steps = codes.to(scale.dtype) - zero
     return (steps * scale.reshape(-1)[index]).to(dtype)
 
 
@@ -288,7 +284,7 @@ def _settings(parameters: Mapping[str, JsonValue], dims: int) -> _Settings:
 
 
 def _stored_settings(encoded: EncodedTensor) -> tuple[_Settings, ScaleGroups]:
-    """Settings and division of a stored tensor; nothing of the tensor's size is allocated."""
+    """Settings and scale groups of a stored tensor; allocates nothing of the tensor's size."""
     try:
         settings = _settings(encoded.parameters, len(encoded.shape))
     except QuantizationError as error:
@@ -318,9 +314,7 @@ def _cut(encoded: EncodedTensor, dim: int, indices: Tensor) -> dict[str, Tensor]
     return parts
 
 
-def _bits(encoded: EncodedTensor) -> int:
-    return _stored_settings(encoded)[0].bits
-
-
-INTN_ROWS = RowEncoding(_NAME, _INTEGERS, _bits, _encode_row, _decode_row, _cut)
+INTN_ROWS = RowEncoding(
+    _NAME, _INTEGERS, lambda encoded: _stored_settings(encoded)[0].bits, _encode_row, _decode_row, _cut
+)
 INTN = encoding_of(INTN_ROWS)

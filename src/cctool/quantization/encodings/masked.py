@@ -1,9 +1,8 @@
 """Storage of a masked weight: the mask's bits, and the values where it is True, in C order.
 
-The values are a row of their own and may lie there in fewer bits: ``inner`` names the encoding, whose parts
-are called ``values.NAME``. What the mask takes away is exactly zero, however the rest is rounded. A range or
-table of a channel or a group is that of the kept values there, and which a value belongs to follows from the
-bits.
+The values form a row that may be stored in fewer bits: ``inner`` names its encoding, whose parts are called
+``values.NAME``. Masked entries decode to exact zeros, however the others are rounded. The range or table of a
+channel or group is that of its kept values; which one a value belongs to follows from the bits.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ class Inner:
     """How the kept values are stored.
 
     Attributes:
-        encoding: name of an encoding; None keeps them as they are.
-        axis: dimension of the whole tensor whose slices have a range, scale or table each.
+        encoding: name of an encoding; None stores them unencoded.
+        axis: dimension of the whole tensor whose slices have separate ranges, scales or tables.
         settings: further parameters of the encoding.
     """
 
@@ -59,19 +58,19 @@ class Inner:
 
     @property
     def parameters(self) -> dict[str, JsonValue]:
-        """Of the encoding of the whole tensor."""
+        """Parameters of the encoding for the whole tensor."""
         return {**self.settings} if self.encoding in _WITHOUT_AXIS else {**self.settings, _AXIS: self.axis}
 
 
 def inner_of(encoding: str, parameters: Mapping[str, JsonValue]) -> Inner:
-    """How a masked tensor's values are stored where all of the tensor would be stored so.
+    """How the values of a masked tensor are stored, given how the whole tensor would be.
 
     Args:
         encoding: ``fp16``, ``bf16``, ``affine-u8``, ``intn``, ``codebook``, or ``masked`` itself.
         parameters: of that encoding.
 
     Raises:
-        QuantizationError: if it is none of these, or the parameters are malformed.
+        QuantizationError: if it is another one, or the parameters are malformed.
     """
     name = parameters.get(_INNER) if encoding == _NAME else encoding
     axis = parameters.get(_AXIS)
@@ -94,12 +93,12 @@ def encode_masked(
 
     Args:
         tensor: floating point, zero where the mask is False.
-        mask: bool, of the same shape, True where a value stays.
-        inner: how the values are stored; None as they are.
-        bits: the mask as `pack_bits` made it, to be shared with the mask's own stored form.
+        mask: bool, of the same shape, True for kept values.
+        inner: how the values are stored; None is unencoded.
+        bits: the mask from `pack_bits`, to be shared with the mask's own stored form.
 
     Raises:
-        QuantizationError: if the tensor is not zero where the mask is False, or cannot be stored so.
+        QuantizationError: if the tensor is not zero where the mask is False, or cannot be stored like this.
     """
     inner = inner or Inner()
     dtype = floating_name(tensor, _NAME)
@@ -117,7 +116,7 @@ def encode_masked(
 
 
 def _outer(form: EncodedTensor, bits: Mapping[str, Tensor]) -> EncodedTensor:
-    """The masked tensor whose values are stored as ``form``, whose row holds only these."""
+    """The masked tensor with the row of values that ``form`` holds."""
     parts = {**bits, **{f"{_VALUES}.{name}": value for name, value in form.parts.items()}}
     parameters = _parameters(inner_of(form.encoding, form.parameters))
     return replace(form, encoding=_NAME, parts=parts, parameters=parameters)
@@ -128,13 +127,13 @@ def _parameters(inner: Inner) -> dict[str, JsonValue]:
 
 
 def inner_form(encoded: EncodedTensor) -> EncodedTensor | None:
-    """A masked tensor's values as their own encoding stores them: its parts and parameters.
+    """The values of a masked tensor in their own encoding: its parts and parameters.
 
-    The shape is that of the whole tensor, but the part with an entry for each value has those of the kept
-    ones only. None where values are stored as they are.
+    The shape is that of the whole tensor, but the part with one entry per value holds the kept ones only.
+    None if values are stored unencoded.
 
     Raises:
-        CorruptCheckpointError: if there are parts that belong to neither.
+        CorruptCheckpointError: if there are other parts.
     """
     inner = _stored_inner(encoded)
     if inner.encoding is None:
@@ -148,7 +147,7 @@ def inner_form(encoded: EncodedTensor) -> EncodedTensor | None:
 
 
 def _encode(tensor: Tensor, parameters: Mapping[str, JsonValue]) -> EncodedTensor:
-    # Nobody says what the mask is: what is zero goes.
+    # No mask is given, so zeros count as masked.
     return encode_masked(tensor, tensor.detach() != 0, inner_of(_NAME, parameters))
 
 
@@ -165,16 +164,16 @@ def _decode(encoded: EncodedTensor) -> Tensor:
 
 
 def narrowed(encoded: EncodedTensor, mask: Tensor, bits: Tensor) -> EncodedTensor:
-    """What a mask leaves of a stored tensor, without rounding anything again: levels, ranges and tables stay.
+    """Apply a mask to a stored tensor without rounding again: levels, ranges and tables stay.
 
     Args:
-        encoded: stored as masked or as one of the encodings that its values may have; it holds all that the
-            mask lets stay.
-        mask: bool, of the tensor's shape, True where a value stays.
-        bits: the mask as `pack_bits` made it.
+        encoded: masked, or in one of the encodings that values may have; it holds everything that the mask
+            keeps.
+        mask: bool, in the tensor's shape, True for kept values.
+        bits: the mask from `pack_bits`.
 
     Raises:
-        QuantizationError: if it is stored in another way, or lacks values that the mask lets stay.
+        QuantizationError: if it is stored in another way, or lacks values that the mask keeps.
     """
     mask = mask.detach().cpu()
     if encoded.encoding != _NAME:
@@ -190,17 +189,17 @@ def narrowed(encoded: EncodedTensor, mask: Tensor, bits: Tensor) -> EncodedTenso
 
 
 def _with_row(form: EncodedTensor, count: int, kept: Tensor) -> EncodedTensor:
-    """A form of ``count`` entries with those that are ``kept``, as `picked` takes it."""
+    """A form of ``count`` entries reduced to those ``kept``; see `picked`."""
     rows = _INNERS[form.encoding]
     return replace(form, parts={**form.parts, rows.row: picked(rows, form, count, kept)})
 
 
 def widened(encoded: EncodedTensor) -> EncodedTensor | None:
-    """A masked tensor whose mask takes nothing away, stored by its inner encoding alone.
+    """A tensor whose mask keeps everything, stored by its inner encoding alone.
 
     Returns:
-        None where its values are stored as they are: the tensor is dense. The same object where the mask
-        takes something away.
+        None if its values are stored unencoded: the tensor is dense. The same object if the mask removes
+        something.
     """
     form = inner_form(encoded)
     if not bool(unpack_bits(encoded).all()):
@@ -208,6 +207,7 @@ def widened(encoded: EncodedTensor) -> EncodedTensor | None:
     if form is None:
         return None
     rows = _INNERS[form.encoding]
+    # Packed rows are flat in both cases; others have the tensor's shape when nothing is masked.
     if rows.bits(form) is not None:
         return form
     return replace(form, parts={**form.parts, rows.row: form.parts[rows.row].reshape(form.shape)})
@@ -227,6 +227,7 @@ def _take(encoded: EncodedTensor, dim: int, indices: Tensor) -> EncodedTensor:
     form, indices = inner_form(encoded), indices.cpu()
     mask = unpack_bits(encoded)
     count = int(mask.sum())
+    # For each kept element its position in the row; the others' numbers are not used.
     place = (mask.reshape(-1).cumsum(0) - 1).reshape(mask.shape).index_select(dim, indices)
     mask = mask.index_select(dim, indices)
     kept, packed = place[mask], {_BITS: pack_bits(mask)}

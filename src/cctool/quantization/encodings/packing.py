@@ -1,8 +1,8 @@
-"""Unsigned integers of 1 to 16 bits, packed without gaps into bytes.
+"""Unsigned integers of 1 to 16 bits, packed into bytes without gaps.
 
-The bits of all integers form one stream: integer i has the bits i n to i n + n - 1, its lowest bit first, and
-bit j of the stream is the bit of value 2^(j mod 8) of byte floor(j / 8). So two 4-bit integers a, b make the
-byte a + 16 b, and 8-bit integers are the bytes. The bits that fill up the last byte are zero.
+The bits of all integers form one stream: integer i has the bits i n to i n + n - 1, least significant first,
+and bit j of the stream is the bit of value 2^(j mod 8) in byte floor(j / 8). So two 4-bit integers a, b make
+the byte a + 16 b, and 8-bit integers are bytes. Padding bits of the last byte are zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["WIDEST", "pack_integers", "packed_size", "unpack_integers"]
 WIDEST = 16
 """Most bits of an integer."""
 _PIECE = 1 << 20
-"""Integers that are packed at a time; eight of any width are whole bytes."""
+"""Integers packed at a time; a multiple of eight, so that each piece is a whole number of bytes."""
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -31,14 +31,14 @@ def pack_integers(integers: Tensor, bits: int) -> Tensor:
     """Pack integers in C order.
 
     Args:
-        integers: of an integral type, any shape, each from 0 to 2^bits - 1.
+        integers: of an integer type, any shape, each from 0 to 2^bits - 1.
         bits: 1 to 16.
 
     Returns:
         uint8 of shape (ceil(elements * bits / 8),), on the CPU.
 
     Raises:
-        QuantizationError: if there is another width or an integer that does not fit.
+        QuantizationError: if ``bits`` is out of range or an integer does not fit.
 
     >>> pack_integers(torch.tensor([1, 2, 3]), 4).tolist()
     [33, 3]
@@ -64,18 +64,19 @@ def _packed(integers: NDArray[np.generic], bits: int) -> NDArray[np.uint8]:
         return integers.astype(np.uint8)
     octets = _width_in_bytes(bits)
     as_bytes = np.ascontiguousarray(integers.astype(f"<u{octets}")).view(np.uint8).reshape(-1, octets)
+    # The bits of each integer, of which only the lowest count.
     digits = np.unpackbits(as_bytes, axis=1, count=bits, bitorder="little")
     return np.packbits(digits.reshape(-1), bitorder="little")
 
 
 def unpack_integers(packed: Tensor, bits: int, count: int, owner: str) -> Tensor:
-    """Read packed integers.
+    """Inverse of `pack_integers`.
 
     Args:
-        packed: as `pack_integers` made it.
+        packed: from `pack_integers`.
         bits: 1 to 16.
         count: number of integers.
-        owner: whose part it is, for errors.
+        owner: the part's name for error messages.
 
     Returns:
         Shape (count,), uint8 for up to 8 bits, else int32.

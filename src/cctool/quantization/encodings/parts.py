@@ -1,8 +1,8 @@
-"""Parts of stored tensors: checked before anything is decoded, and as rows of what a mask leaves.
+"""Parts of stored tensors: checked before anything is decoded, and as rows of what a mask keeps.
 
-Encodings that can store a part of a tensor take the row of values that a mask leaves of it, in C order. Which
-range or table a value of the row belongs to follows from its place in the whole tensor, so that what is
-stored for a channel stays with the channel, whatever the mask took away.
+Encodings that can store part of a tensor take the *row* of values that a mask keeps, in C order. Which range or
+table a value belongs to follows from its place in the whole tensor. So what is stored for a channel stays with
+the channel, whatever the mask removes.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RowEncoding:
-    """An encoding that can store such a row; parts and parameters are those of the encoding of its name.
+    """One such encoding; parts and parameters are those of the encoding with its name.
 
     Attributes:
         name: of the encoding.
-        row: name of the part that has an entry for each value.
-        bits: encoded -> width of the entries where they are packed, None where each is an element.
+        row: name of the part with one entry per value.
+        bits: encoded -> width of the entries if they are packed; None if each is an element.
         encode: (values of shape (kept,), shape of the tensor, mask, parameters) -> encoded, of that shape.
         decode: (encoded, mask) -> values of shape (kept,), of the encoded type.
-        cut: (encoded, dim, indices) -> the parts beside the row where only these indices of a dimension stay.
+        cut: (encoded, dim, indices) -> the other parts, for only these indices of a dimension.
 
-    A mask is bool of the tensor's shape, or None where all of it stays.
+    A mask is bool in the tensor's shape, or None if everything is kept.
     """
 
     name: str
@@ -67,7 +67,7 @@ def row_length(shape: tuple[int, ...], mask: Tensor | None) -> int:
 
 
 def at(index: Tensor, mask: Tensor | None) -> Tensor:
-    """What a tensor of the whole shape holds where the row's values lie; shape (kept,)."""
+    """The entries of a whole-shape tensor at the places of the row's values; shape (kept,)."""
     return index.reshape(-1) if mask is None else index[mask]
 
 
@@ -77,13 +77,9 @@ def unpacked_row(encoded: EncodedTensor, name: str, bits: int, count: int) -> Te
 
 
 def picked(rows: RowEncoding, encoded: EncodedTensor, count: int, kept: Tensor) -> Tensor:
-    """The part that has an entry for each value, with some of the entries.
+    """The part with one entry per value, reduced to some of its ``count`` entries.
 
-    Args:
-        rows: the encoding.
-        encoded: so stored.
-        count: entries that there are.
-        kept: int64 positions in the row, or bool of shape (count,); what stays.
+    ``kept`` are int64 positions in the row, or bool of shape (count,).
     """
     bits = rows.bits(encoded)
     if bits is None:
@@ -92,7 +88,7 @@ def picked(rows: RowEncoding, encoded: EncodedTensor, count: int, kept: Tensor) 
 
 
 def encoding_of(rows: RowEncoding) -> Encoding:
-    """The encoding of whole tensors that stores them as a row of all their values."""
+    """The encoding of whole tensors as a row of all their values."""
 
     def encode(tensor: Tensor, parameters: Mapping[str, JsonValue]) -> EncodedTensor:
         return rows.encode(tensor.detach().cpu().reshape(-1), tuple(tensor.shape), None, parameters)
@@ -117,10 +113,10 @@ def is_axis(axis: JsonValue, dims: int) -> TypeGuard[int | None]:
 
 
 def whole_shape(encoded: EncodedTensor, values: Tensor) -> Tensor:
-    """A row of all values in the tensor's shape.
+    """A row of all values, in the tensor's shape.
 
     Raises:
-        CorruptCheckpointError: where sizes next to a 0, which are backed by nothing, overflow.
+        CorruptCheckpointError: if the shape overflows, as sizes next to a 0 may, which no data limits.
     """
     try:
         return values.reshape(encoded.shape)

@@ -1,9 +1,9 @@
-"""Which range each element of a tensor belongs to: one for all, one for a slice, one for a run of a slice.
+"""Which range each element of a tensor belongs to: one for all, one per slice, or one per run of a slice.
 
 A slice is what one index of ``axis`` selects, or the whole tensor; its elements are numbered in C order of
-the dimensions that are left. A run is ``group`` consecutive elements of a slice, the last one maybe fewer;
-runs never cross slices, and all slices have the same ones. After a cut runs have lengths of their own: where
-elements of one run are no longer neighbours, both pieces keep the range that they had.
+the other dimensions. A run is ``group`` consecutive elements of a slice; the last one may be shorter. Runs
+never cross slices, and are the same in all slices. After a cut runs have individual lengths: where elements
+of a run are no longer adjacent, both pieces keep the range of the run.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class ScaleGroups:
 
     Attributes:
         shape: of the tensor.
-        axis: dimension whose slices are divided on their own; None for one slice.
-        group: elements of a run; None for slices in one piece.
-        lengths: int64, of each run of a slice, where they are not those that ``group`` says.
+        axis: dimension whose slices are divided separately; None for one slice.
+        group: elements of a run; None for undivided slices.
+        lengths: int64, of each run of a slice, if they are not those that follow from ``group``.
     """
 
     shape: tuple[int, ...]
@@ -40,14 +40,14 @@ class ScaleGroups:
 
     @property
     def runs(self) -> int | None:
-        """Runs of a slice; None where slices are in one piece."""
+        """Runs per slice; None for undivided slices."""
         if self.lengths is not None:
             return len(self.lengths)
         return None if self.group is None else -(-math.prod(self.rest) // self.group)
 
     @property
     def ranges(self) -> tuple[int, ...]:
-        """Shape of a tensor with one entry for each range: (), (slices,), (runs,) or (slices, runs)."""
+        """Shape of a tensor with one entry per range: (), (slices,), (runs,) or (slices, runs)."""
         slices = () if self.axis is None else (self.shape[self.axis],)
         return slices if self.runs is None else (*slices, self.runs)
 
@@ -64,7 +64,7 @@ class ScaleGroups:
         return found.expand(self.shape)
 
     def _run_of_element(self) -> Tensor:
-        """int64 of the shape of a slice."""
+        """int64 in the shape of a slice."""
         count = math.prod(self.rest)
         if self.lengths is not None:
             run = torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
@@ -73,11 +73,11 @@ class ScaleGroups:
         return run.reshape(self.rest)
 
     def taken(self, dim: int, indices: Tensor) -> tuple[ScaleGroups, Tensor]:
-        """What is left where only some indices of a dimension stay.
+        """The division after a cut to some indices of a dimension.
 
         Returns:
-            The division of the smaller tensor, and for each of its ranges the number of the range that it
-            was, int64 of the smaller `ranges`.
+            The division of the smaller tensor, and for each of its ranges the number of its former range,
+            int64 in the shape of the smaller `ranges`.
         """
         dim %= len(self.shape)
         shape = (*self.shape[:dim], len(indices), *self.shape[dim + 1 :])
@@ -86,17 +86,12 @@ class ScaleGroups:
             return ScaleGroups(shape, self.axis, self.group, self.lengths), before.index_select(0, indices)
         if self.runs is None:
             return ScaleGroups(shape, self.axis), before
+        # The dimension's number within a slice, which lacks ``axis``.
         within = dim - (self.axis is not None and dim > self.axis)
         run = self._run_of_element().index_select(within, indices).reshape(-1)
         kept, lengths = torch.unique_consecutive(run, return_counts=True)
-        # The shape of ranges ends in runs.
-        smaller = ScaleGroups(shape, self.axis, self.group, lengths)
-        return smaller._plain_if_regular(), before.index_select(-1, kept)
-
-    def _plain_if_regular(self) -> ScaleGroups:
-        """Without lengths where ``group`` says them."""
-        plain = ScaleGroups(self.shape, self.axis, self.group)
-        if self.lengths is None or self.group is None or plain.runs != len(self.lengths):
-            return self
-        regular = bool((self.lengths[:-1] == self.group).all())
-        return plain if regular else self
+        # Lengths are only stored where they differ from what ``group`` says.
+        regular = ScaleGroups(shape, self.axis, self.group)
+        if regular.runs != len(lengths) or not bool((lengths[:-1] == self.group).all()):
+            regular = ScaleGroups(shape, self.axis, self.group, lengths)
+        return regular, before.index_select(-1, kept)

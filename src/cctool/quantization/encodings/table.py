@@ -1,6 +1,6 @@
-"""All ways to store a tensor, by the name that stands in the file.
+"""All ways to store a tensor, by their names in files.
 
-A new one is a file with its `Encoding` and a line here.
+A new one is a file with its `Encoding`, and an entry here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Affine (min-max) quantization: evenly spaced levels between the smallest and the largest value.
+"""Affine (min-max) quantization: evenly spaced levels from the smallest to the largest value.
 
     q = round((w - min) / (max - min) * (levels - 1)),    w' = q / (levels - 1) * (max - min) + min
 
-rounded half to even. The arithmetic is done in float64, whose error is far below half a step of the stored
-type; so min and max come back exactly, and encoding what was decoded gives the same integers.
+rounded half to even. The arithmetic is float64, whose error is far below half a step of the stored type; so
+min and max are reproduced exactly, and encoding what was decoded gives the same integers.
 """
 
 from __future__ import annotations
@@ -38,14 +38,11 @@ _TOP = 255
 
 
 def min_max(tensor: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value.
+    """Smallest and largest value, both of shape () or (size of ``axis``,), of the tensor's type.
 
     Args:
         tensor: any shape.
-        axis: dimension whose slices have a range each; None for one range.
-
-    Returns:
-        Two tensors of shape () or (size of ``axis``,), of the tensor's type; 0 where a slice is empty.
+        axis: dimension whose slices have separate ranges, 0 if a slice is empty; None for one range.
     """
     rows = tensor.reshape(1, -1) if axis is None else tensor.movedim(axis, 0).flatten(1)
     if not rows.numel():
@@ -56,26 +53,27 @@ def min_max(tensor: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def to_levels(tensor: Tensor, low: Tensor, high: Tensor, top: int, axis: int | None = None) -> Tensor:
-    """The numbers 0..``top`` of the levels nearest to ``tensor``, as float64; 0 where high == low.
+    """The numbers 0..``top`` of the nearest levels, as float64; 0 if high == low.
 
     >>> to_levels(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor(-1.0), torch.tensor(1.0), 255).tolist()
     [0.0, 128.0, 255.0]
     """
     low, high = _aligned(low, tensor.dim(), axis), _aligned(high, tensor.dim(), axis)
     span = high - low
+    # Equal values are all level 0; any other divisor than 0 will do.
     span = torch.where(span > 0, span, torch.ones_like(span))
     return tensor.to(torch.float64, copy=True).sub_(low).div_(span).mul_(top).round_()
 
 
 def from_levels(levels: Tensor, low: Tensor, high: Tensor, top: int, axis: int | None = None) -> Tensor:
-    """Values of the levels 0..``top``, as float64.
+    """The values of the levels 0..``top``, as float64.
 
     >>> from_levels(torch.tensor([0, 51, 255]), torch.tensor(-1.0), torch.tensor(1.0), 255).tolist()
     [-1.0, -0.6, 1.0]
     """
     low, high = _aligned(low, levels.dim(), axis), _aligned(high, levels.dim(), axis)
     values = levels.to(torch.float64, copy=True).div_(top).mul_(high - low).add_(low)
-    # (max - min) + min is not max where one of them is much the smaller.
+    # (max - min) + min is rounded, and may differ from max if one of them is much smaller.
     return torch.where(levels == top, high, values)
 
 
@@ -131,7 +129,7 @@ AFFINE_U8 = Encoding(_NAME, _encode, _decode, _take)
 def _encode_row(
     values: Tensor, shape: tuple[int, ...], mask: Tensor | None, parameters: Mapping[str, JsonValue]
 ) -> EncodedTensor:
-    """With the range of the kept values, of each slice of ``axis``; 0 to 0 where it keeps none."""
+    """Encode with the range of the kept values, for each slice of ``axis``; 0 to 0 if it keeps none."""
     axis = parameters.get("axis")
     if not is_axis(axis, len(shape)):
         raise QuantizationError(f"{_NAME}: axis {axis!r} of a tensor with {len(shape)} dimensions")

@@ -1,8 +1,8 @@
-"""Weights as the integers, scales and zero points that an integer runtime takes: w = (n - z) * s.
+"""Weights as the integers, scales and zero points of an integer runtime: w = (n - z) * s.
 
 They come from a quantizer, or from the form in which a checkpoint stores a weight. A batch norm that follows
-is folded into the scales alone (Jacob et al. 2018, section 3.2, after the rounding): the integers stay what
-training and calibration have seen, but where a factor is negative, which turns their signs, or zero.
+is folded into the scales alone (Jacob et al. 2018, section 3.2, but after rounding): the integers stay those
+of training and calibration, except where a factor is negative, which flips their signs, or zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cctool.quantization.encodings.masked import MASKED, inner_form
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.grid import aligned
 
-__all__ = ["IntegerWeight", "from_quantizer", "from_stored"]
+__all__ = ["IntegerWeight", "fits_byte", "from_quantizer", "from_stored"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +28,13 @@ class IntegerWeight:
 
     Attributes:
         name: qualified name of the weight.
-        integers: int32 of its shape, on the CPU, from ``low`` to ``high``.
+        integers: int32 in its shape, on the CPU, from ``low`` to ``high``.
         scale: float32 () or (C,), 0 or more.
-        zero_point: int32, of the shape of ``scale``.
-        axis: dimension of the C slices; None where the scale is one number.
-        low: lowest integer of the grid; below 0 where integers are signed.
+        zero_point: int32, in the shape of ``scale``.
+        axis: dimension of the C slices; None if the scale is one number.
+        low: lowest integer of the grid; below 0 if integers are signed.
         high: highest one.
-        reduced: whether the grid leaves out one of 8 bits, so that no sum of two products saturates.
+        reduced: whether the grid does not use one of 8 bits, so that sums of two products cannot saturate.
     """
 
     name: str
@@ -48,22 +48,21 @@ class IntegerWeight:
 
     @property
     def bits(self) -> int:
-        """The fewest bits that hold the grid's integers, as signed ones where some are negative."""
+        """The fewest bits that hold the grid's integers, in two's complement if some are negative."""
         if self.low < 0:
             return max((-self.low - 1).bit_length(), self.high.bit_length()) + 1
         return max(self.high.bit_length(), 1)
 
     def values(self) -> Tensor:
-        """What they stand for, float32: bit for bit what DequantizeLinear gives."""
+        """The float32 values, bit for bit those of DequantizeLinear."""
         dims = self.integers.dim()
         scale, zero = (aligned(state, dims, self.axis) for state in (self.scale, self.zero_point))
         return (self.integers - zero).float() * scale
 
     def finer(self, bits: int) -> IntegerWeight:
-        """The same values on a grid of more bits, whose integers are multiples of a power of two.
+        """The same values on a grid of ``bits``, whose integers are multiples of a power of two.
 
-        Args:
-            bits: of the grid; the weight itself where it has as many.
+        Returns the same grid if it has as many bits already.
         """
         times = 1 << max(bits - self.bits, 0)
         return replace(
@@ -76,25 +75,27 @@ class IntegerWeight:
         )
 
     def scaled(self, factor: Tensor, axis: int) -> IntegerWeight | None:
-        """The weight times a factor for each slice, the integers as they are wherever that can be.
+        """The weight times a factor per slice; integers are kept wherever that is possible.
 
-        Slices whose factor is negative are mirrored within the grid. Where a symmetric grid has one more
-        negative integer than positive ones, that one is clipped, by one step.
+        Slices with a negative factor are mirrored within the grid. If a symmetric grid has one more negative
+        integer than positive ones, that one is clipped, by one step.
 
         Args:
             factor: float32 or float64 (C,).
             axis: dimension of these slices.
 
         Returns:
-            None where the weight has scales along another dimension.
+            None if the weight has scales along another dimension.
         """
         if bool((factor == 1).all()):
             return self
         if self.axis not in (None, axis):
             return None
         if self.axis is None and bool(((factor == 0) | (factor == 1)).all()):
+            # Zeros need no other scale: their integers become the zero point.
             gone = aligned(factor == 0, self.integers.dim(), axis)
             return replace(self, integers=torch.where(gone, self.zero_point, self.integers))
+        # -(n - z) s = ((m - n) - (m - z)) s, with m = low + high: mirrored integers stay on the grid.
         count = self.integers.shape[axis]
         zero = self.zero_point.expand(count)
         symmetric = not bool(self.zero_point.any()) and self.low < 0
@@ -116,14 +117,14 @@ def from_quantizer(
     Args:
         name: qualified name of the weight.
         quantizer: in evaluation mode.
-        made: what it makes of the weight, times the weight's mask.
+        made: the quantized weight, times the weight's mask.
         fold: factors that it was quantized with, none of them 0, (C,) along dimension 0; None without.
 
     Returns:
-        None where there is no uniform grid of 8 bits.
+        None if there is no uniform grid of 8 bits.
     """
     grid = quantizer.grid()
-    if grid is None or not _fits(grid.low, grid.high):
+    if grid is None or not fits_byte(grid.low, grid.high):
         return None
     made = made.detach().cpu().float()
     grid = replace(grid, scale=grid.scale.detach().cpu(), zero_point=grid.zero_point.detach().cpu())
@@ -142,7 +143,7 @@ def from_quantizer(
 
 
 def from_stored(name: str, encoded: EncodedTensor) -> IntegerWeight | None:
-    """The integers of a weight that a checkpoint stores as such, masked or not; None where it stores others.
+    """The integers of a weight that a checkpoint stores as integers, masked or not; None for other encodings.
 
     Raises:
         CorruptCheckpointError: if the parts contradict the shape.
@@ -172,11 +173,12 @@ def from_stored(name: str, encoded: EncodedTensor) -> IntegerWeight | None:
         high=(1 << (bits - 1)) - 1 if signed else (1 << bits) - 1,
         reduced=bits < 8,
     )
-    # A file may hold the one negative integer that the encoding itself never writes.
+    # A file may hold the integer -2^(b-1), which our symmetric encoding never writes.
     return (
         replace(weight, low=min(weight.low, int(weight.integers.amin()))) if weight.integers.numel() else None
     )
 
 
-def _fits(low: int, high: int) -> bool:
+def fits_byte(low: int, high: int) -> bool:
+    """Whether signed or unsigned bytes hold all integers from ``low`` to ``high``."""
     return (low >= 0 and high <= 255) or (low >= -128 and high <= 127)

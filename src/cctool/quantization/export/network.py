@@ -1,9 +1,9 @@
-"""Quantized networks for other programs: their weights as integers, their activations as plain roundings.
+"""Quantized networks for other programs: weights as integers, activations as explicit rounding.
 
 The export network is a copy in which each call computes what an integer runtime will. A weight on a uniform
-grid stands there as (n - z) * s, with the batch norm behind it folded into s and into the bias, and the batch
-norm gives its input back; an activation's quantizer is one operator, or a few of arithmetic. Calls are
-followed as for quantizers (`network/attach.py`), which torch.export traces.
+grid becomes (n - z) * s, with the batch norm behind it folded into s and into the bias, and the batch norm
+returns its input; an activation's quantizer is one operator, or a few arithmetic ones. Calls are followed as
+for quantizers (`network/attach.py`), which torch.export can trace.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from cctool.base.networks import copied, drop_companions, in_mode
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.graph.execution import Watch, following, tensors_in
-from cctool.quantization.export.integer_weights import IntegerWeight, from_quantizer
+from cctool.quantization.export.integer_weights import IntegerWeight, fits_byte, from_quantizer
 from cctool.quantization.export.onnx_operator import on_grid
-from cctool.quantization.network.attach import norm_factors, quantizers_of
+from cctool.quantization.network.attach import fold_of, norm_factors, quantizers_of
 from cctool.quantization.network.calls import CallSite, Flow, flow_of
 from cctool.quantization.network.placement import INPUT_PLACE, Left, PlacedLayer, plan_points
 from cctool.quantization.network.points import CallPoint, activation_key, weight_key
@@ -32,7 +32,7 @@ __all__ = ["ExportNetwork", "export_network", "made_weights", "rounding_network"
 
 CONTAINER = "exported"
 _HUGE = 2.0**100
-"""Scale of a grid whose only value is 0: whatever is divided by it rounds to 0."""
+"""Scale of a grid whose only value is 0: everything divided by it rounds to 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class ExportNetwork:
 
     Attributes:
         model: the network, on the CPU, in evaluation mode.
-        weights: of its calls; the values of each stand in the network bit for bit.
+        weights: of its calls; the network contains the values of each bit for bit.
         left: weights that stay in floating point, and why.
     """
 
@@ -51,10 +51,10 @@ class ExportNetwork:
 
 
 def made_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What the quantizers of a network make of its weights, by qualified name; empty without quantizers.
+    """The quantized weights of a network, by qualified name; empty without quantizers.
 
     Raises:
-        AttributeError: where a quantized weight is no parameter or attribute of its module.
+        AttributeError: if a quantized weight is not a parameter or attribute of its module.
     """
     held = quantizers_of(model)
     if held is None:
@@ -67,18 +67,13 @@ def made_weights(model: nn.Module) -> dict[str, Tensor]:
                 continue
             owner, _, leaf = name.rpartition(".")
             value = getattr(model.get_submodule(owner), leaf)
-            made = quantizer(value.detach(), _fold(model, point.norm, point.config.axis))
+            made = quantizer(value.detach(), fold_of(model, point))
             found[name] = made * masks[name] if name in masks else made
     return found
 
 
 def with_weights(model: nn.Module, made: Mapping[str, Tensor]) -> nn.Module:
-    """A copy without quantizers that has other parameters, and shares those that stay.
-
-    Args:
-        model: any network.
-        made: values of parameters, by qualified name.
-    """
+    """A copy without quantizers that has these parameters, by qualified name, and shares all others."""
     copy = _sharing(model)
     drop_companions(copy)
     known = dict(model.named_parameters(remove_duplicate=False))
@@ -95,19 +90,11 @@ def with_weights(model: nn.Module, made: Mapping[str, Tensor]) -> nn.Module:
 
 
 def rounding_network(model: nn.Module) -> nn.Module:
-    """A copy whose parameters are the quantized weights, and which rounds activations by arithmetic.
-
-    Args:
-        model: with quantizers, on the CPU; it stays as it is.
-    """
+    """A copy with the quantized weights as parameters, which rounds activations by arithmetic; on the CPU."""
     copy = with_weights(model, made_weights(model))
     copy.eval()
     _follow(copy, _ExportCalls(model, {}, set(), marked=False))
     return copy
-
-
-def _fold(model: nn.Module, norm: str | None, axis: int | None) -> Tensor | None:
-    return None if norm is None or axis is not None else norm_factors(model.get_submodule(norm))
 
 
 def _sharing(model: nn.Module) -> nn.Module:
@@ -117,10 +104,10 @@ def _sharing(model: nn.Module) -> nn.Module:
 def export_network(
     model: nn.Module, inputs: tuple[Tensor, ...], stored: Mapping[str, IntegerWeight] | None = None
 ) -> ExportNetwork:
-    """Make the export network, in which `on_grid` rounds activations wherever 8 bits hold their integers.
+    """Build the export network, in which `on_grid` rounds activations whose integers fit 8 bits.
 
     Args:
-        model: with quantizers or without, its layers ordinary ones, on the CPU; it stays as it is.
+        model: with or without quantizers, its layers ordinary ones, on the CPU; not changed.
         inputs: positional arguments of its forward.
         stored: weights that a checkpoint stores as integers, by qualified name.
     """
@@ -140,7 +127,7 @@ def _follow(copy: nn.Module, run: _ExportCalls) -> None:
 
 
 class _Holder(nn.Module):
-    """What the calls take in place of the network's tensors; as a layer it returns its input."""
+    """Holds the tensors that calls take in place of the network's own; as a layer it returns its input."""
 
     def __init__(self, states: Mapping[str, Tensor | nn.Module]) -> None:
         super().__init__()
@@ -156,14 +143,14 @@ class _Holder(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Settled:
-    """What one call takes: its weight, and its bias where that is not its own."""
+    """The weight that one call takes, and its bias unless that is its own."""
 
     weight: Tensor
     bias: Tensor | None = None
 
 
 class _Builder:
-    """Weights and biases of the calls of an export network."""
+    """Weights and biases for the calls of an export network."""
 
     def __init__(self, model: nn.Module, flow: Flow, stored: dict[str, IntegerWeight]) -> None:
         self.model, self.flow, self.stored = model, flow, stored
@@ -205,35 +192,31 @@ class _Builder:
         quantizer = None if held is None else held.quantizer(weight_key(name))
         assert held is not None
         assert quantizer is not None
-        point = held.state.weights[name]
-        fold = _fold(self.model, point.norm, point.config.axis)
+        fold = fold_of(self.model, held.state.weights[name])
         if fold is not None:
+            # As the quantizer does.
             fold = torch.where(fold == 0, 1.0, fold)
         return from_quantizer(name, quantizer, made, fold), fold
 
     def _folded(
         self, layer: PlacedLayer, weight: IntegerWeight, fold: Tensor | None, made: Tensor
     ) -> _Settled:
-        """Fold the batch norm behind a layer where its output channels lie along one dimension."""
+        """Fold the batch norm behind a layer if its output channels lie along one dimension."""
         norm = None if layer.norm is None else self.model.get_submodule(layer.norm)
         factors = None if norm is None or layer.axis is None else norm_factors(norm)
         if factors is not None and layer.axis is not None:
-            # A quotient, which is 1 where both are the same.
+            # The exact quotient is 1 where the fold is this same batch norm, so the integers do not change.
             ratio = factors.double() if fold is None else factors.double() / fold.double()
             scaled = weight.scaled(ratio, layer.axis)
             if scaled is not None and norm is not None:
                 self.weights.append(scaled)
-                self.norms.add(self._behind(layer))
+                self.norms.add(self.flow.calls[self.flow.at(layer.place).users[0]].place)
                 return _Settled(scaled.values(), self._bias(layer, norm, factors))
         plain = weight if fold is None else weight.scaled(1 / fold.double(), 0)
         if plain is None:
             return _Settled(made)
         self.weights.append(plain)
         return _Settled(plain.values())
-
-    def _behind(self, layer: PlacedLayer) -> CallSite:
-        call = self.flow.at(layer.place)
-        return self.flow.calls[call.users[0]].place
 
     def _bias(self, layer: PlacedLayer, norm: nn.Module, factors: Tensor) -> Tensor:
         """Beta + (b - mean) * gamma / sigma."""
@@ -258,8 +241,8 @@ class _RoundingModule(nn.Module):
     """An activation's quantizer: one operator, or arithmetic.
 
     Args:
-        grid: on which the values lie.
-        marked: whether it is the operator, where 8 bits hold the integers.
+        grid: of the values.
+        marked: whether to use the operator where 8 bits hold the integers.
     """
 
     def __init__(self, grid: Grid, *, marked: bool) -> None:
@@ -268,10 +251,10 @@ class _RoundingModule(nn.Module):
         scale = grid.scale.detach().cpu().float()
         self.register_buffer("scale", torch.where(scale > 0, scale, _HUGE))
         self.register_buffer("zero_point", grid.zero_point.detach().cpu().float())
-        byte = (grid.low >= 0 and grid.high <= 255) or (grid.low >= -128 and grid.high <= 127)
-        self.marked = marked and byte and grid.axis is None
+        self.marked = marked and fits_byte(grid.low, grid.high) and grid.axis is None
         self.numbers = (1.0, 0)
         if self.marked:
+            # Python numbers, which become constants of the operator in the traced program.
             self.numbers = float(self.get_buffer("scale")), int(self.get_buffer("zero_point"))
 
     def forward(self, x: Any) -> Any:
@@ -287,7 +270,7 @@ class _RoundingModule(nn.Module):
 
 
 class _ExportCalls:
-    """What the calls of an export network do in one pass, and the hooks that follow it."""
+    """The calls of an export network in one pass, and the hooks that follow it."""
 
     def __init__(
         self,
@@ -338,6 +321,7 @@ class _ExportCalls:
         module = self._watch.modules[-1]
         place = CallSite(module, name, self._counts[module, name])
         if place in self.norms:
+            # Folded into the weight before it.
             result = args[0] if args else kwargs["input"]
         else:
             given = list(args), dict(kwargs)
@@ -366,9 +350,11 @@ class _ExportCalls:
 
 def _grids(model: nn.Module) -> Iterator[tuple[CallSite, str, Grid]]:
     held = quantizers_of(model)
-    for place, point in ({} if held is None else held.state.calls).items():
+    if held is None:
+        return
+    for place, point in held.state.calls.items():
         for slot in ("input", "output"):
-            quantizer = None if held is None else held.quantizer(activation_key(place, slot))
+            quantizer = held.quantizer(activation_key(place, slot))
             if getattr(point, slot) is not None and quantizer is not None:
                 grid = quantizer.grid()
                 assert grid is not None, "activations are quantized uniformly"
@@ -376,7 +362,7 @@ def _grids(model: nn.Module) -> Iterator[tuple[CallSite, str, Grid]]:
 
 
 def _as(value: Tensor, other: Tensor) -> Tensor:
-    """The value in another's type. Traced, even a cast to its own type may not be written to afterwards."""
+    """The value in another's type. A traced cast, even to the same type, forbids later in-place changes."""
     return value if value.dtype == other.dtype else value.to(other.dtype)
 
 

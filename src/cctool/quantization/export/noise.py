@@ -1,4 +1,4 @@
-"""Activations moved by a share of a step before they are rounded: what rounding makes of small errors."""
+"""Noise of a share of a step on activations before they are rounded: how rounding amplifies small errors."""
 
 from __future__ import annotations
 
@@ -19,34 +19,23 @@ __all__ = ["shaken"]
 
 @contextmanager
 def shaken(model: nn.Module, share: float, generator: torch.Generator) -> Iterator[None]:
-    """Add noise to what each quantizer of an activation takes, uniform within ``share`` of its step.
+    """Add noise to the input of each activation's quantizer, uniform within +- ``share`` of its step.
 
-    Args:
-        model: with quantizers.
-        share: of a step, in both directions.
-        generator: of the noise, on the CPU.
+    The generator is on the CPU.
     """
     held = quantizers_of(model)
-    keys = () if held is None else held.activation_keys
-    handles = []
-    for key in keys:
-        quantizer = None if held is None else held.quantizer(key)
-        if quantizer is not None:
-            handles.append(quantizer.register_forward_pre_hook(_Noise(share, generator)))
-    with removing(handles):
-        yield
+    found = [] if held is None else [held.quantizer(key) for key in held.activation_keys]
 
-
-class _Noise:
-    def __init__(self, share: float, generator: torch.Generator) -> None:
-        self.share, self.generator = share, generator
-
-    def __call__(self, quantizer: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+    def moved(quantizer: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         x = args[0]
         assert isinstance(quantizer, Quantizer)
         grid = quantizer.grid()
         if grid is None:
             return (x,)
         step = aligned(grid.scale.to(x.device, x.dtype), x.dim(), grid.axis)
-        noise = torch.rand(x.shape, generator=self.generator) * 2 - 1
-        return (x + noise.to(x.device, x.dtype) * step * self.share,)
+        noise = torch.rand(x.shape, generator=generator) * 2 - 1
+        return (x + noise.to(x.device, x.dtype) * step * share,)
+
+    handles = [quantizer.register_forward_pre_hook(moved) for quantizer in found if quantizer is not None]
+    with removing(handles):
+        yield

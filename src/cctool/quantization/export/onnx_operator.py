@@ -1,4 +1,4 @@
-"""The operator that marks an activation's rounding in a traced program, for writers of other formats."""
+"""The operator that represents an activation's rounding in a traced program, for exporters."""
 
 from __future__ import annotations
 
@@ -13,24 +13,16 @@ _LIBRARY.define(_SCHEMA)  # type: ignore[no-untyped-call]
 
 
 def on_grid(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
-    """(clamp(round(x / scale) + zero_point, low, high) - zero_point) * scale.
+    """(clamp(round(x / scale) + zero_point, low, high) - zero_point) * scale, in the shape and type of ``x``.
 
-    Args:
-        x: floating point.
-        scale: above 0.
-        zero_point: from ``low`` to ``high``.
-        low: lowest integer.
-        high: highest integer.
-
-    Returns:
-        A tensor of the shape and type of ``x``.
+    ``x`` is floating point, ``scale`` above 0, and ``zero_point`` from ``low`` to ``high``.
     """
     found: Tensor = torch.ops.cctool.on_grid(x, scale, zero_point, low, high)
     return found
 
 
 def _compute(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
-    # A tensor, because CUDA multiplies by the reciprocal of a number.
+    # A tensor, because CUDA would multiply by the reciprocal of a Python number, which rounds differently.
     step = torch.full((), scale, dtype=x.dtype, device=x.device)
     return ((x / step).round() + zero_point).clamp(low, high).sub(zero_point).mul(step)
 
@@ -43,4 +35,4 @@ _LIBRARY.impl("on_grid", _compute, "CompositeExplicitAutograd")  # type: ignore[
 torch.library.register_fake("cctool::on_grid", _fake, lib=_LIBRARY)
 
 ON_GRID = torch.ops.cctool.on_grid.default
-"""The operator as it stands in traced programs."""
+"""The operator as it appears in traced programs."""

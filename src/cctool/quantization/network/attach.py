@@ -1,11 +1,10 @@
 """Quantizers of a network: how they are attached, and what they do in a forward pass.
 
-A forward pass of the whole network is followed call by call (`graph/execution.py`): the weights and
-activations that a call takes and what it returns go through the quantizers of its place. No class and no
-method of the network's modules changes, and functional, shared and computed things are quantized like others.
-The quantizers are modules with plain tensors, in a container beside the network's own modules, so they are
-copied, moved, saved and loaded with it. Where parts of the network are called by themselves, they compute in
-floating point.
+A forward pass of the whole network is followed call by call (`graph/execution.py`): a call's weight, first
+argument and result go through the quantizers of its place (`calls.CallSite`). No class and no method of the
+network's modules changes, and functional, shared and computed tensors are quantized like others. The
+quantizers are modules in a container that is added to the network's own modules, so they are copied, moved,
+saved and loaded with it. Parts of the network that are called separately compute in floating point.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from cctool.quantization.network.calls import CallSite
 from cctool.quantization.network.placement import INPUT_PLACE
 from cctool.quantization.network.points import CallPoint, Observing, WeightPoint, activation_key, weight_key
 from cctool.quantization.quantizers.base import Quantizer
-from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.make import make_quantizer
 
 __all__ = [
@@ -36,6 +34,7 @@ __all__ = [
     "NetworkQuantizers",
     "attach",
     "detach",
+    "fold_of",
     "following_calls",
     "following_values",
     "held_by",
@@ -47,22 +46,22 @@ __all__ = [
 CONTAINER = "quantizers"
 
 Follower = Callable[[str, Tensor], None]
-"""Is shown (key, value) of each tensor before it is quantized."""
+"""Called with (key, value) of each tensor before it is quantized."""
 CallFollower = Callable[[CallSite, Sequence[Any], Mapping[str, Any], Any], None]
-"""Is shown the place of a call, its arguments as it took them, and its result before that is quantized."""
+"""Called with the place of a call, its (quantized) arguments, and its result before that is quantized."""
 
 
 @dataclass
 class _State:
-    """What of a network's quantizers is no tensor.
+    """The settings of a network's quantizers that are not tensors.
 
     Attributes:
         weights: by qualified name.
         calls: by place.
         fingerprint, images, observing, method: see `Quantize`.
-        enabled: keys of the quantizers at work; None is all.
-        follower: is shown values before they are quantized.
-        call_follower: is shown calls where something has a quantizer.
+        enabled: keys of the quantizers that are active; None is all.
+        follower: is called with values before they are quantized.
+        call_follower: is called with each call that has a quantizer.
         bypassed: whether nothing is quantized.
     """
 
@@ -81,7 +80,7 @@ class _State:
 class NetworkQuantizers(nn.Module):
     """The quantizers of a network by key, and where they act.
 
-    As a layer it returns its input: containers that run all their modules in turn run this one, too.
+    As a layer it returns its input, because containers that run all their modules in turn run this one, too.
     """
 
     is_companion = True
@@ -91,7 +90,7 @@ class NetworkQuantizers(nn.Module):
         self.state = _State()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the input back."""
+        """Return the input."""
         return x
 
     def quantizer(self, key: str) -> Quantizer | None:
@@ -116,12 +115,7 @@ class NetworkQuantizers(nn.Module):
         )
 
     def take(self, weight: str, indices: Tensor) -> None:
-        """Keep the scales of some channels of a weight.
-
-        Args:
-            weight: its qualified name.
-            indices: int64 (kept,).
-        """
+        """Keep the scales of some channels (int64 (kept,)) of the weight with this qualified name."""
         quantizer = self.quantizer(weight_key(weight))
         if quantizer is not None:
             quantizer.taken(indices)
@@ -129,7 +123,7 @@ class NetworkQuantizers(nn.Module):
             self.state.weights[weight] = point.model_copy(update={"channels": len(indices)})
 
     def act(self, key: str, value: Any, fold: Tensor | None = None) -> Any:
-        """Show a value to the follower, and quantize it where its quantizer is at work."""
+        """Pass a value to the follower, and quantize it if its quantizer is active."""
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         state = self.state
@@ -142,7 +136,7 @@ class NetworkQuantizers(nn.Module):
 
 
 class _QuantizedPass:
-    """One forward pass: the watch's substitute."""
+    """One forward pass: replaces the calls that the watch sees."""
 
     def __init__(self, model: nn.Module, held: NetworkQuantizers) -> None:
         self.held = held
@@ -173,7 +167,7 @@ class _QuantizedPass:
                 self.held.state.call_follower(place, args, kwargs, result)
             if point.output is not None:
                 result = self._activation(place, "output", result)
-        # What only asks for sizes is not counted: see `calls._Recorder.record`.
+        # Calls without tensors in their result are not numbered, as in `calls._Recorder.record`.
         if next(tensors_in(result), None) is not None:
             self.counts[module, name] += 1
         return result
@@ -189,20 +183,21 @@ class _QuantizedPass:
         return self.held.act(activation_key(place, slot), value)
 
     def _weight(self, name: str, value: Any) -> Any:
-        """The quantized weight, made once a pass however many calls take it."""
+        """The quantized weight, computed once per pass even if several calls use it."""
         if name not in self._weights:
-            point = self.held.state.weights[name]
-            fold = None
-            if point.norm is not None and point.config.axis is None:
-                fold = norm_factors(self.model.get_submodule(point.norm))
+            fold = fold_of(self.model, self.held.state.weights[name])
             found = self.held.act(weight_key(name), value, fold)
+            # Not every grid has a 0, but masked weights must stay 0.
             mask = self.masks.get(name)
             self._weights[name] = found if mask is None else found * mask
         return self._weights[name]
 
 
 def norm_factors(norm: nn.Module) -> Tensor | None:
-    """What a batch norm in evaluation mode multiplies each channel by, gamma / sqrt(var + eps); (C,)."""
+    """What a batch norm in evaluation mode multiplies each channel by, gamma / sqrt(var + eps); (C,).
+
+    None if it has no running statistics.
+    """
     variance, scale = norm._buffers.get("running_var"), norm._parameters.get("weight")
     if variance is None:
         return None
@@ -210,8 +205,18 @@ def norm_factors(norm: nn.Module) -> Tensor | None:
     return factors if scale is None else (scale.detach() * factors)
 
 
+def fold_of(model: nn.Module, point: WeightPoint) -> Tensor | None:
+    """`norm_factors` of the batch norm that a weight is quantized together with, (C,); None if there is none.
+
+    With a scale per channel the factor would cancel out, so there is none either.
+    """
+    if point.norm is None or point.config.axis is not None:
+        return None
+    return norm_factors(model.get_submodule(point.norm))
+
+
 class _Begin:
-    """The root's forward pre-hook: from here on calls are followed."""
+    """The root's forward pre-hook, which starts to follow calls."""
 
     is_companion = True
 
@@ -229,7 +234,7 @@ class _Begin:
 
 
 class _End:
-    """The root's forward hook, also when the pass raised."""
+    """The root's forward hook, called even if the pass raised an error."""
 
     is_companion = True
 
@@ -239,18 +244,19 @@ class _End:
             running.pop().close()
 
 
+# Not an attribute of the hooks, which are copied with the network. A stack, because passes may nest.
 _RUNNING: dict[int, list[ExitStack]] = {}
 
 
 def held_by(model: nn.Module) -> NetworkQuantizers:
-    """The quantizers of a network that has some."""
+    """The quantizers of a network that is known to have some."""
     found = quantizers_of(model)
     assert found is not None
     return found
 
 
 def quantizers_of(model: nn.Module) -> NetworkQuantizers | None:
-    """The quantizers of a network; None where it has none."""
+    """The quantizers of a network; None if it has none."""
     found = model._modules.get(CONTAINER)
     return found if isinstance(found, NetworkQuantizers) else None
 
@@ -258,7 +264,7 @@ def quantizers_of(model: nn.Module) -> NetworkQuantizers | None:
 def attach(
     model: nn.Module, weights: Mapping[str, WeightPoint], calls: Mapping[CallSite, CallPoint]
 ) -> NetworkQuantizers:
-    """Attach quantizers in place, beside those that are there already; one of the same key is replaced.
+    """Attach quantizers in place; present ones stay, except those with the same key.
 
     Args:
         model: the whole network.
@@ -266,7 +272,7 @@ def attach(
         calls: by place.
 
     Raises:
-        SpecError: if the network has something else called ``quantizers``, or is scripted.
+        SpecError: if the network has another attribute called ``quantizers``, or is scripted.
     """
     held = quantizers_of(model)
     if held is None:
@@ -277,37 +283,29 @@ def attach(
         held = NetworkQuantizers().train(model.training)
         model.register_module(CONTAINER, held)
         model.register_forward_pre_hook(_Begin())
+        # Also after an error: otherwise later calls, outside of any pass, would still be followed.
         model.register_forward_hook(_End(), always_call=True)
     device = device_of(model)
+    # While a file is loaded, parameters are on the meta device, but buffers are not.
     if device.type == "meta":
         device = torch.device("cpu")
+    made: dict[str, Quantizer] = {}
     for name, weight in weights.items():
-        _add(held, weight_key(name), weight.config, device, weight=True, channels=weight.channels)
-        held.state.weights[name] = weight
+        made[weight_key(name)] = make_quantizer(weight.config, weight=True, channels=weight.channels)
     for place, call in calls.items():
         for slot in ("input", "output"):
             config = getattr(call, slot)
             if config is not None:
-                _add(held, activation_key(place, slot), config, device, weight=False, channels=None)
-        held.state.calls[place] = call
+                made[activation_key(place, slot)] = make_quantizer(config, weight=False, channels=None)
+    for key, quantizer in made.items():
+        held._modules[key] = quantizer.to(device).train(held.training)
+    held.state.weights.update(weights)
+    held.state.calls.update(calls)
     return held
 
 
-def _add(
-    held: NetworkQuantizers,
-    key: str,
-    config: QuantizerConfig,
-    device: torch.device,
-    *,
-    weight: bool,
-    channels: int | None,
-) -> None:
-    quantizer = make_quantizer(config, weight=weight, channels=channels)
-    held._modules[key] = quantizer.to(device).train(held.training)
-
-
 def detach(model: nn.Module) -> bool:
-    """Take all quantizers off a network, in place; whether there were any."""
+    """Remove all quantizers, in place; returns whether there were any."""
     if quantizers_of(model) is None:
         return False
     drop_companions(model)
@@ -316,7 +314,7 @@ def detach(model: nn.Module) -> bool:
 
 @contextmanager
 def _changed(model: nn.Module, **changes: object) -> Iterator[None]:
-    """Change attributes of the state for a while."""
+    """Change attributes of the state within a context."""
     state = vars(held_by(model).state)
     before = {name: state[name] for name in changes}
     state.update(changes)
@@ -329,24 +327,24 @@ def _changed(model: nn.Module, **changes: object) -> Iterator[None]:
 def following_values(
     model: nn.Module, follower: Follower, *, quantized: bool = False
 ) -> AbstractContextManager[None]:
-    """Show the values at all places to ``follower``; nothing is quantized meanwhile unless ``quantized``."""
+    """Call ``follower`` with the values at all places; nothing is quantized unless ``quantized``."""
     return _changed(model, follower=follower, bypassed=not quantized)
 
 
 class EndOfPassError(Exception):
-    """What a follower of calls raises to end a pass whose rest nobody needs."""
+    """Raised by a follower of calls to end a pass whose rest is not needed."""
 
 
 def following_calls(
     model: nn.Module, follower: CallFollower, *, quantized: bool
 ) -> AbstractContextManager[None]:
-    """Show the calls at all places to ``follower``; nothing is quantized meanwhile unless ``quantized``.
+    """Call ``follower`` with the calls at all places; nothing is quantized unless ``quantized``.
 
-    What the follower raises, as `EndOfPassError`, ends the pass and comes out of it.
+    An error that the follower raises, such as `EndOfPassError`, ends the pass and propagates to its caller.
     """
     return _changed(model, call_follower=follower, bypassed=not quantized)
 
 
 def only(model: nn.Module, keys: Collection[str]) -> AbstractContextManager[None]:
-    """Let only some quantizers work."""
+    """Activate only some quantizers."""
     return _changed(model, enabled=frozenset(keys))

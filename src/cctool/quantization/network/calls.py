@@ -1,7 +1,7 @@
-"""What flows where in one forward pass: the calls of torch functions and the tensors between them.
+"""The data flow of one forward pass: calls of torch functions, and the tensors between them.
 
-Each call is found again in later passes by its place: the module whose code was executing, the function, and
-how often that module had called it before. So functional and shared activations have places of their own.
+A call is recognised in later passes by its *place*: the module whose code was executing, the function, and
+how often that module had called it before. So functional and shared activations have separate places.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ COMPUTING = frozenset(
 """Functions with a weight that is quantized."""
 
 INPUT = -1
-"""Stands for the network's input where calls are named by their number."""
+"""The network's input, where calls are given by their number."""
 
 
 class CallSite(NamedTuple):
-    """Where a call stands: ``number`` counts that module's calls of the function in one pass, from 0."""
+    """The place of a call: ``number`` counts that module's calls of the function in one pass, from 0."""
 
     module: str
     function: str
@@ -41,7 +41,7 @@ class CallSite(NamedTuple):
 
     @property
     def title(self) -> str:
-        """For reports: the module's name where it does one thing, as in ``layer1.0.conv1``."""
+        """For reports: the module's name, such as ``layer1.0.conv1``; the function's in the root's code."""
         return self.module or self.function
 
 
@@ -50,18 +50,19 @@ class FlowCall:
     """One call.
 
     Attributes:
-        place: where it stands.
+        place: of the call.
         module_type: class name of the module.
-        sources: numbers of the calls that made its tensor arguments, in order; `INPUT` for the network's.
-        weight: qualified name of its weight, of computing calls; of one that is computed itself, the name
-            that it has in its module.
+        sources: numbers of the calls that made its tensor arguments, in order; `INPUT` for the network's
+            input.
+        weight: of computing calls, the qualified name of the weight; if that is computed, the name that it
+            has in the module.
         weight_shape: of that weight.
-        tensors: qualified names of parameters and buffers by argument name, all of them.
-        shape: of its result, batch included; () where it is not one floating-point tensor.
-        settings: arguments that are no tensors, by name where these are known.
+        tensors: qualified names of all parameters and buffers, by argument name.
+        shape: of its result, including the batch; () unless that is one floating-point tensor.
+        settings: arguments that are not tensors, by name if it is known.
         users: numbers of the calls that take its result.
-        lost: whether it changed its argument in place and the network goes on with that, so that what it
-            returned is not what others see.
+        lost: whether it changed its argument in place and the network continues with that argument, so that
+            what it returned is not what others use.
         constant: whether no argument depends on the network's input.
     """
 
@@ -80,14 +81,14 @@ class FlowCall:
 
 @dataclass(frozen=True)
 class Flow:
-    """Calls of one pass in order, and the numbers of those whose results the network returns."""
+    """The calls of one pass in order, and the numbers of those whose results the network returns."""
 
     calls: tuple[FlowCall, ...]
     outputs: tuple[int, ...]
     input_users: tuple[int, ...]
 
     def at(self, place: CallSite) -> FlowCall:
-        """The call of that place."""
+        """The call at a place."""
         return {call.place: call for call in self.calls}[place]
 
 
@@ -106,7 +107,8 @@ class _Recorder:
         self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         result = function(*args, **kwargs)
-        # A call in place returns its argument: a second object tells who goes on with which of the two.
+        # A call in place returns its argument. Returning a view instead shows whether later calls use the
+        # result or the argument.
         if isinstance(result, Tensor) and any(result is tensor for tensor in tensors_in(args)):
             self.stale[id(result)] = len(self.calls)
             self.alive.append(result)
@@ -114,6 +116,7 @@ class _Recorder:
         return result
 
     def record(self, event: Event) -> None:
+        # Assigning an attribute such as `x.data` computes nothing.
         if getattr(event.function, "__name__", "") == "__set__":
             return
         place = CallSite(event.module, event.name, self.counts[event.module, event.name])
@@ -122,6 +125,7 @@ class _Recorder:
         if not results:
             return
         arguments = [*tensors_in(event.args), *tensors_in(event.kwargs)]
+        # Kept alive, because the ids of freed tensors are used again.
         self.alive.extend((*results, *arguments))
         number = len(self.calls)
         sources = []
@@ -148,6 +152,7 @@ class _Recorder:
                 call.weight = self.names.get(id(weight), own)
                 call.weight_shape = tuple(weight.shape)
         self.calls.append(call)
+        # Once each, even if a call takes the same tensor twice.
         for source in dict.fromkeys(sources):
             (self.input_users if source == INPUT else self.calls[source].users).append(number)
         for tensor in results:
@@ -164,12 +169,7 @@ class _Recorder:
 
 
 def flow_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Flow:
-    """Follow one pass in evaluation mode.
-
-    Args:
-        model: any network without quantizers and codecs; it stays as it is.
-        inputs: positional arguments of its forward, on its device.
-    """
+    """Record one pass of a network without quantizers and codecs, in evaluation mode; it is not changed."""
     recorder = _Recorder(model, inputs)
     output = execute(model, inputs, [recorder.record], substitute=recorder.substitute)
     outputs = []
@@ -194,7 +194,7 @@ def _settings(event: Event) -> dict[str, Any]:
 
 
 def _named(event: Event) -> dict[str, Any]:
-    """Arguments by name; ``argument2`` is the third where no name is known."""
+    """Arguments by name; ``argument2`` is the third if its name is not known."""
     names = ARGUMENTS.get(event.name, ())
     positional = {names[i] if i < len(names) else f"argument{i}": value for i, value in enumerate(event.args)}
     return {**positional, **event.kwargs}

@@ -1,4 +1,4 @@
-"""The `quantize` edit: what it says of a network's quantizers, and how they are made again from a file."""
+"""The `quantize` edit: describes a network's quantizers, and restores them from a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["QUANTIZE", "with_quantizers"]
 
 
 def with_quantizers(spec: ModelSpec, model: nn.Module) -> ModelSpec:
-    """The spec whose quantize edits are those of ``model``, whatever it said of them before."""
+    """The spec with the quantize edits of ``model`` in place of its former ones."""
     others = tuple(edit for edit in spec.edits if edit.get("kind") != "quantize")
     held = quantizers_of(model)
     if held is None:
@@ -48,17 +48,13 @@ def _apply(model: nn.Module, edit: Quantize) -> None:
         raise SpecError(f"quantize: the architecture has no module {edit.module!r}") from None
     weights = {qualified(edit.module, leaf): weight for leaf, weight in edit.weights.items()}
     for name, weight in weights.items():
-        if weight.norm is not None and _submodule(model, weight.norm) is None:
+        if weight.norm is not None and weight.norm not in dict(model.named_modules()):
             raise SpecError(f"quantize: {name}: the architecture has no module {weight.norm!r}")
     calls = {_place(edit.module, key): call for key, call in edit.calls.items()}
     held = attach(model, weights, calls)
     if not edit.module:
         held.state.fingerprint, held.state.images = edit.fingerprint, edit.images
         held.state.observing, held.state.method = edit.observing, edit.method
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
-    return dict(model.named_modules()).get(name)
 
 
 def _place(module: str, key: str) -> CallSite:
@@ -92,4 +88,5 @@ def _check_state(key: str, quantizer: Quantizer) -> None:
         raise CorruptCheckpointError(f"{CONTAINER}.{key}: {error}") from None
 
 
+# After swapped layers and masks, which determine the tensors that are quantized.
 QUANTIZE = EditKind(record=Quantize, apply=_apply, order=15, check=_check)

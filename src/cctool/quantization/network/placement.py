@@ -1,8 +1,9 @@
 """Where quantizers go: weights of layers, and the activations between them.
 
-Three ways, by what is done with the result. An integer runtime wants every tensor between its kernels
-quantized once, and what it fuses not at all (``all``); LSQ quantizes what each layer takes in (``inputs``);
-DoReFa, PACT and WRPN quantize what a clipping activation puts out (``clips``).
+There are three ways, for different uses. An integer runtime needs every tensor between its kernels quantized
+once, but nothing inside what it fuses (``all``); LSQ quantizes the inputs of layers (``inputs``); DoReFa,
+PACT and WRPN quantize the outputs of clipping activations (``clips``). A *layer* here is a call with a
+weight.
 """
 
 from __future__ import annotations
@@ -22,76 +23,25 @@ INPUT_PLACE = CallSite("", "input", 0)
 """Place of the network's own input."""
 
 CLIPS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clip"})
-_MOVES = frozenset(
-    [
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "permute",
-        "transpose",
-        "t",
-        "swapaxes",
-        "swapdims",
-        "movedim",
-        "contiguous",
-        "clone",
-        "detach",
-        "dropout",
-        "dropout2d",
-        "dropout1d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-        "getitem",
-        "chunk",
-        "split",
-        "tensor_split",
-        "unbind",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "narrow",
-        "select",
-        "pad",
-        "roll",
-        "channel_shuffle",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-        "type_as",
-        "native_channel_shuffle",
-        "view_as",
-        "reshape_as",
-        "expand_as",
-        "stochastic_depth",
-    ]
-)
-"""Functions whose results hold nothing but values of their argument, and zeros."""
-_INTEGER = COMPUTING | frozenset(
-    [
-        "add",
-        "mul",
-        "cat",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "mean",
-        "sigmoid",
-        "leaky_relu",
-        "softmax",
-        "matmul",
-        "bmm",
-    ]
-)
+# fmt: off
+_MOVES = frozenset([
+    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "t",
+    "swapaxes", "swapdims", "movedim", "unsqueeze", "squeeze", "expand", "expand_as", "contiguous", "clone",
+    "detach", "type_as", "getitem", "chunk", "split", "tensor_split", "unbind", "narrow", "select", "pad",
+    "roll", "channel_shuffle", "native_channel_shuffle", "pixel_shuffle", "pixel_unshuffle",
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+    "stochastic_depth", "max_pool1d", "max_pool2d", "max_pool3d",
+    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+])
+# fmt: on
+"""Functions whose results contain only values of their argument, and zeros: what is quantized stays so."""
+# fmt: off
+_INTEGER = COMPUTING | frozenset([
+    "add", "mul", "cat", "mean", "sigmoid", "leaky_relu", "softmax", "matmul", "bmm",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+])
+# fmt: on
 """Functions that integer runtimes have kernels for."""
 
 
@@ -100,13 +50,13 @@ class PlacedLayer:
     """A call with a weight.
 
     Attributes:
-        place: where it stands.
+        place: of the call.
         weight: qualified name of its weight.
         shape: of that weight.
-        axis: dim of the weight that its output channels lie along; None where they lie along none.
-        norm: name of the module whose batch norm takes its result and nothing else does; None without.
-        first: whether the network's input reaches it through no other layer.
-        last: whether its result reaches the network's output through no other layer.
+        axis: dim of the weight's output channels; None if they do not lie along one.
+        norm: name of the module whose batch norm is the only user of its result; None without.
+        first: whether the network's input reaches it without passing another layer.
+        last: whether its result reaches the network's output without passing another layer.
     """
 
     place: CallSite
@@ -124,9 +74,9 @@ class Activation:
 
     Attributes:
         place: of the call, or `INPUT_PLACE`.
-        slot: whether it is what the call takes in or what it puts out.
-        takers: layers that take it in, maybe after it was moved around.
-        edge: whether these are first or last layers.
+        slot: whether it is the call's input or output.
+        takers: layers that take it, possibly after its values were moved around.
+        edge: whether all of these are first or last layers.
         clip: whether a clipping activation makes it.
     """
 
@@ -155,24 +105,15 @@ class Points:
 
 
 def plan_points(flow: Flow, way: Way) -> Points:
-    """Choose places.
-
-    Args:
-        flow: of the network.
-        way: which activations; ``none`` is weights alone.
-    """
+    """Choose places in a network's flow; the way ``none`` is weights only."""
     plan = _Placement(flow)
     layers = tuple(plan.layers())
     if way == "none":
         return Points(layers, (), ())
     found = {"all": plan.everything, "inputs": plan.inputs, "clips": plan.clips}[way]()
-    lost = {activation.place for activation in found if plan.is_lost(activation)}
-    left = [
-        Left(
-            place.title, f"the network goes on with what {place.function} wrote in place, not with its result"
-        )
-        for place in dict.fromkeys(lost)
-    ]
+    lost = dict.fromkeys(activation.place for activation in found if plan.is_lost(activation))
+    reason = "the network goes on with what {} wrote in place, not with its result"
+    left = [Left(place.title, reason.format(place.function)) for place in lost]
     kept = tuple(activation for activation in found if activation.place not in lost)
     if way == "clips":
         left += plan.unclipped(kept)
@@ -190,7 +131,7 @@ class _Placement:
     def _reaching(
         self, order: Collection[int], neighbours: Callable[[FlowCall], Collection[int]]
     ) -> list[bool]:
-        """For each call whether a layer lies on some way to it, seen along ``neighbours``."""
+        """For each call whether a layer lies on some path to it, seen along ``neighbours``."""
         found = [False] * len(self.calls)
         for number in order:
             found[number] = any(
@@ -203,13 +144,10 @@ class _Placement:
     def _is_layer(call: FlowCall) -> bool:
         return call.weight is not None and not call.constant
 
-    def _layer_numbers(self) -> list[int]:
-        return [number for number, call in enumerate(self.calls) if self._is_layer(call)]
-
     def layers(self) -> Iterator[PlacedLayer]:
-        for number in self._layer_numbers():
-            call = self.calls[number]
-            assert call.weight is not None
+        for number, call in enumerate(self.calls):
+            if call.weight is None or not self._is_layer(call):
+                continue
             yield PlacedLayer(
                 place=call.place,
                 weight=call.weight,
@@ -221,7 +159,7 @@ class _Placement:
             )
 
     def _norm(self, number: int) -> str | None:
-        """Name of the module whose batch norm is all that takes the result of a call."""
+        """Name of the module whose batch norm is the only user of a call's result."""
         users = self.calls[number].users
         if len(users) != 1 or number in self.flow.outputs:
             return None
@@ -240,7 +178,7 @@ class _Placement:
         return found
 
     def _made(self, number: int) -> Activation:
-        """What a call, or the network's input, puts out."""
+        """The output of a call, or the network's input."""
         takers = [taker for taker in self._takers(number) if self._is_layer(taker)]
         place = INPUT_PLACE if number == INPUT else self.calls[number].place
         return Activation(
@@ -252,7 +190,7 @@ class _Placement:
         )
 
     def _wanted(self, number: int) -> bool:
-        """Whether an integer kernel makes a result or takes it, if maybe moved around before."""
+        """Whether an integer kernel makes a result, or takes it, possibly after it was moved around."""
         if number != INPUT and self.calls[number].place.function in _MOVES:
             return False
         takers = list(self._takers(number))
@@ -261,11 +199,11 @@ class _Placement:
         made = number != INPUT and (
             self.calls[number].place.function in _INTEGER or self._is_norm_of_layer(number)
         )
-        # What leaves the network is wanted in floating point.
+        # The network's own outputs stay in floating point.
         return made and bool(takers)
 
     def _is_norm_of_layer(self, number: int) -> bool:
-        """Whether a call is the batch norm that the kernel of the layer before it computes."""
+        """Whether a call is a batch norm that is fused into the layer before it."""
         sources = self.calls[number].sources
         return (
             self.calls[number].place.function == "batch_norm"
@@ -276,7 +214,7 @@ class _Placement:
         )
 
     def _takers(self, number: int) -> Iterator[FlowCall]:
-        """Calls that take a result, through those that only move values."""
+        """Calls that take a result, seen through calls that only move values."""
         users = self.flow.input_users if number == INPUT else self.calls[number].users
         for user in users:
             call = self.calls[user]
@@ -286,7 +224,7 @@ class _Placement:
                 yield call
 
     def _absorbed(self, number: int) -> bool:
-        """Whether what follows is computed by the same kernel."""
+        """Whether the next call is fused into the same kernel."""
         call = self.calls[number]
         if len(call.users) != 1 or number in self.flow.outputs:
             return False
@@ -301,7 +239,8 @@ class _Placement:
     def inputs(self) -> list[Activation]:
         return [
             Activation(call.place, "input", (call.place,), self._is_edge(call), self._clipped(call))
-            for call in (self.calls[number] for number in self._layer_numbers())
+            for call in self.calls
+            if self._is_layer(call)
         ]
 
     def clips(self) -> list[Activation]:
@@ -312,18 +251,19 @@ class _Placement:
         ]
         edges = [
             Activation(call.place, "input", (call.place,), edge=True)
-            for call in (self.calls[number] for number in self._layer_numbers())
-            if self._is_edge(call)
+            for call in self.calls
+            if self._is_layer(call) and self._is_edge(call)
         ]
         return [*found, *edges]
 
     def _clipped(self, call: FlowCall) -> bool:
-        """Whether what a layer takes in was clipped, or pooled after it was."""
+        """Whether the input of a layer was clipped, and at most pooled or moved afterwards."""
         source = call.sources[0] if call.sources else INPUT
         while source != INPUT:
             before = self.calls[source]
             if before.place.function in CLIPS and _from_zero(before):
                 return True
+            # Averages of values that are 0 or more are so, too.
             moved = before.place.function in _MOVES or "avg_pool" in before.place.function
             if not (moved or before.place.function == "mean"):
                 return False
@@ -331,12 +271,12 @@ class _Placement:
         return False
 
     def unclipped(self, activations: Collection[Activation]) -> list[Left]:
-        """Layers that take in what no clipping activation has made."""
+        """Layers whose input no clipping activation made."""
         covered = {activation.place for activation in activations if activation.slot == "input"}
         return [
             Left(call.place.title, "takes in activations that no clipping activation made: they stay float")
-            for call in (self.calls[number] for number in self._layer_numbers())
-            if call.place not in covered and not self._clipped(call)
+            for call in self.calls
+            if self._is_layer(call) and call.place not in covered and not self._clipped(call)
         ]
 
     def is_lost(self, activation: Activation) -> bool:
@@ -347,7 +287,7 @@ class _Placement:
 def _axis(call: FlowCall) -> int | None:
     if not call.place.function.startswith("conv_transpose"):
         return 0
-    # (in, out / groups): with several groups an output channel is no slice of the weight.
+    # Shape (in, out / groups, ...): with several groups an output channel is not a slice of the weight.
     groups = call.settings.get("groups", 1)
     return 1 if groups == 1 else None
 
@@ -358,6 +298,7 @@ def _from_zero(call: FlowCall) -> bool:
         return True
     given = call.settings
     low = next((given[name] for name in ("min_val", "min", "argument1") if name in given), None)
+    # Its default.
     if low is None and call.place.function == "hardtanh":
         low = -1.0
     return isinstance(low, (int, float)) and low == 0

@@ -1,4 +1,4 @@
-"""What is quantized where: records of one network's quantizers, the `quantize` edit's among them."""
+"""What is quantized where: records of one network's quantizers, including the `quantize` edit."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class WeightPoint(Brief):
     """The quantizer of one weight.
 
     Attributes:
-        config: of the quantizer.
-        channels: how many slices of its axis have a scale; None where there is one scale.
-        norm: module whose batch norm follows: one scale for the whole tensor is that of the weight which the
-            norm is folded into.
+        config: its settings.
+        channels: number of slices with separate scales; None with one scale.
+        norm: module whose batch norm follows: with one scale for the tensor, the weight is quantized as if
+            this were folded into it.
     """
 
     config: QuantizerConfig
@@ -36,7 +36,7 @@ class CallPoint(Brief):
     """What is quantized at one call.
 
     Attributes:
-        weight: qualified name of the weight whose quantizer is used; None leaves it.
+        weight: qualified name of the weight whose quantizer is used; None if it is not quantized.
         input: quantizer of its first argument.
         output: quantizer of its result.
     """
@@ -50,8 +50,8 @@ class Observing(Brief):
     """How ranges of activations were found, so that they can be found again in the same way.
 
     Attributes:
-        observer: name of it.
-        percentile: of that observer.
+        observer: its name.
+        percentile: of the percentile observer.
         deviations: of the observer of standard deviations.
     """
 
@@ -64,9 +64,9 @@ class Quantize(Brief, Edit):
     """Quantizers of one module: of its weights by their names in it, of its calls by `CallSite.key`.
 
     Attributes:
-        fingerprint: of the weights that the activations' ranges were calibrated for; "" where there are none.
-        images: how many images they saw.
-        observing: how they were found; None where they were learnt.
+        fingerprint: of the weights that the activations' ranges were calibrated for; "" if none were.
+        images: number of images used for that.
+        observing: how they were found; None if they were learned.
         method: name of the method, for reports.
     """
 

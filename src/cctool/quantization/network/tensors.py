@@ -1,4 +1,4 @@
-"""Which tensors of a network are quantized, and why the others are not."""
+"""Which tensors of a network are quantized for storage, and why the others are not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SelectedTensor:
     """A tensor to quantize.
 
     Attributes:
-        names: its names in the state dict; several where it is tied.
+        names: its names in the state dict; several if it is tied.
         tensor: its values.
         channels: the dimension of its output channels; None for a 1-D tensor.
     """
@@ -33,7 +33,7 @@ class SelectedTensor:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A tensor that stays as it is."""
+    """A tensor that is not quantized, and why."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,14 +43,14 @@ class Skipped:
 def select(
     model: nn.Module, *, include_1d: bool = False, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> tuple[list[SelectedTensor], list[Skipped]]:
-    """Choose tensors of the state dict: floating-point parameters of two or more dimensions, by default.
+    """Select tensors of the state dict: by default, floating-point parameters of two or more dimensions.
 
     Args:
         model: any network.
-        include_1d: take 1-D tensors too, parameters and running statistics.
-        include: glob patterns; where given, only what matches one is taken, and what one names in full is
-            taken even if it is 1-D or a buffer.
-        exclude: glob patterns of what is left; they win.
+        include_1d: also take 1-D tensors, parameters and running statistics.
+        include: glob patterns; if given, only matches are taken, and exact names are taken even if they are
+            1-D or buffers.
+        exclude: glob patterns of what is not taken; they have priority.
 
     Returns:
         What to quantize and what not, in the order of the state dict.
@@ -64,6 +64,7 @@ def select(
             if not any(fnmatchcase(name, pattern) for name in state):
                 example = next(iter(state), "nothing")
                 raise UsageError(f"{option} {pattern}: no tensor has such a name; {example} is one")
+    # Tied tensors share memory and are stored once. Empty ones have no memory to compare.
     names_of: dict[object, list[str]] = {}
     for name, tensor in state.items():
         names_of.setdefault(place(tensor) if tensor.numel() else name, []).append(name)

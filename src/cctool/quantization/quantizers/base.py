@@ -1,4 +1,4 @@
-"""What all fake quantizers have in common: values of a grid forward, a straight-through gradient back."""
+"""The base of all fake quantizers: values of a grid forward, a straight-through gradient backward."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ __all__ = ["Quantizer", "straight_through", "tracked"]
 
 
 class Quantizer(nn.Module):
-    """Replaces a weight or an activation by the values that few bits can tell apart.
+    """Replaces a weight or an activation by the nearest of the few values that its bits can represent.
 
-    In training mode ranges that follow what passes through are computed anew and written to buffers. In
-    evaluation mode only buffers and parameters count, so neither a cut nor a reload changes what a value
-    becomes.
+    In training mode, ranges that follow the data are computed anew and written to buffers. In evaluation mode
+    only buffers and parameters matter, so neither a cut nor a reload changes the quantized values.
 
     Attributes:
-        config: the rest of it.
-        weight: whether it quantizes a weight, else an activation whose first dimension is the batch.
-        channels: size along ``config.axis``; None where there is one scale.
-        has_range: whether calibration sets its range; else that is fixed, or of the weight itself.
+        config: the settings.
+        weight: whether it quantizes a weight; else an activation, whose first dimension is the batch.
+        channels: size along ``config.axis``; None with one scale.
+        has_range: whether calibration sets its range; else that is fixed, or the weight's own.
     """
 
     has_range: ClassVar[bool] = False
@@ -40,10 +39,10 @@ class Quantizer(nn.Module):
 
         Args:
             x: floating point. float64 is computed in float64, all other types in float32.
-            fold: of a weight, factors of the batch norm behind it (gamma / sigma): (C,) along dimension 0, or
-                of as many dimensions as ``x``. They matter where there is one scale: the result is
-                Q(x * fold) / fold, so that the folded weight lies on one grid; a channel whose factor is 0 is
-                quantized as it is. Where ``config.axis`` gives each slice a scale, they are ignored.
+            fold: for a weight, the factors (gamma / sigma) of the batch norm behind it: (C,) along dimension
+                0, or with as many dimensions as ``x``. With one scale the result is Q(x * fold) / fold, so
+                that the folded weight lies on one grid; a channel with factor 0 is quantized without it. With
+                a scale per slice (``config.axis``) they are ignored.
 
         Returns:
             The shape and type of ``x``.
@@ -53,18 +52,14 @@ class Quantizer(nn.Module):
         """
         if not x.numel():
             return x
-        work = x if x.dtype == torch.float64 else x.float()
-        factor = self._factor(work, fold)
-        if factor is None:
-            return self._quantized(work).to(x.dtype)
-        return (self._quantized(work * factor) / factor).to(x.dtype)
+        work, factor = self._times_fold(x, fold)
+        found = self._quantized(work)
+        return (found if factor is None else found / factor).to(x.dtype)
 
     def initialise(self, x: Tensor, fold: Tensor | None = None) -> None:
-        """Take the first range or step from a weight or a batch of activations, as the method's paper says.
+        """Set the initial range or step from a weight or a batch of activations, as in the method's paper.
 
-        Args:
-            x: finite values; where there are none, state stays as it is.
-            fold: as in `forward`.
+        Values are finite; if there are none, the state stays as it is. ``fold`` as in `forward`.
         """
         if not x.numel():
             return
@@ -72,30 +67,24 @@ class Quantizer(nn.Module):
             self._initialise(self.folded(x, fold))
 
     def folded(self, x: Tensor, fold: Tensor | None = None) -> Tensor:
-        """What is rounded when ``x`` is quantized: ``x`` times its fold, where that matters; else ``x``.
+        """The values that are rounded when ``x`` is quantized: ``x``, times its fold if that matters.
 
-        Args:
-            x: floating point.
-            fold: as in `forward`.
-
-        Returns:
-            float64 or float32, of the shape of ``x``.
+        Returns float64 or float32 in the shape of ``x``; ``fold`` as in `forward`.
         """
-        work = x if x.dtype == torch.float64 else x.float()
-        factor = self._factor(work, fold)
-        return work if factor is None else work * factor
+        return self._times_fold(x, fold)[0]
 
     def settled(self, weight: Tensor, fold: Tensor | None = None) -> Tensor:
-        """The weight that few bits can store and that in evaluation mode quantizes to what ``weight`` does.
+        """The weight that its bits can store and that, in evaluation mode, is quantized to the same values.
 
         Args:
-            weight: float32 or float64. Types of fewer bits round what the table holds.
+            weight: float32 or float64. Types of fewer bits round the values of the table.
             fold: as in `forward`.
 
         Returns:
             ``table[indices]`` of `levels`, of the type of ``weight``.
         """
         indices, table = self.levels(weight, fold)
+        # uint8 would be taken for a mask, and uint16 cannot index.
         index = indices.long()
         if table.dim() == 1:
             return table[index].to(weight.dtype)
@@ -104,16 +93,16 @@ class Quantizer(nn.Module):
         return table[aligned(rows, weight.dim(), dim), index].to(weight.dtype)
 
     def levels(self, weight: Tensor, fold: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The numbers of a weight's levels, and the values to store for them.
+        """The indices of a weight's levels, and the values to store for them.
 
         Args:
             weight: floating point, finite.
             fold: as in `forward`.
 
         Returns:
-            Indices of the shape of ``weight``, uint8 for up to 256 levels, else uint16; and a table, float32
-            (L,) with at most 2^bits entries, or (C, L) with a row for each slice along ``config.axis`` or
-            along the fold's dimension.
+            Indices in the shape of ``weight``, uint8 for up to 256 levels, else uint16; and a table, float32
+            (L,) with at most 2^bits entries, or (C, L) with a row per slice along ``config.axis`` or along
+            the fold's dimension.
 
         Raises:
             QuantizationError: for activations.
@@ -121,52 +110,49 @@ class Quantizer(nn.Module):
         if not self.weight:
             raise QuantizationError("only a weight's levels are stored, not an activation's")
         with torch.no_grad():
-            work = weight if weight.dtype == torch.float64 else weight.float()
-            factor = self._factor(work, fold)
-            indices, table = self._levels(work if factor is None else work * factor)
+            work, factor = self._times_fold(weight, fold)
+            indices, table = self._levels(work)
             if factor is not None:
                 table = table / factor.float().reshape(-1, 1)
         small = table.shape[-1] <= 256
         return indices.to(torch.uint8 if small else torch.uint16), table
 
     def taken(self, indices: Tensor) -> None:
-        """Keep the state of these slices along ``config.axis``; nothing happens where there is one scale.
-
-        Args:
-            indices: int64 (K,).
-        """
+        """Keep the state of these slices (int64 (K,)) along ``config.axis``; no effect with one scale."""
         if self.config.axis is None:
             return
         for state in (*self.buffers(recurse=False), *self.parameters(recurse=False)):
+            # State without dimensions is shared by all slices.
             if state.dim():
                 kept, grad = indices.to(state.device), state.grad
                 state.grad = None
+                # A gradient must have the shape of its tensor, so it is taken off, cut and put back.
                 state.data = state.data.index_select(0, kept)
                 state.grad = None if grad is None else grad.index_select(0, kept)
         self.channels = len(indices)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Take the range from calibration.
+        """Set the range found by calibration.
 
         Args:
-            low: smallest value, () or (C,); a range is widened to hold 0.
-            high: largest value, the same shape.
+            low: smallest value, () or (C,); a range is widened to contain 0.
+            high: largest value, of the same shape.
 
         Raises:
-            QuantizationError: where ``has_range`` is false.
+            QuantizationError: if ``has_range`` is false.
         """
         kind = "weight" if self.weight else "activation"
         raise QuantizationError(f"{self.config.method}: the range of a quantized {kind} is not calibrated")
 
     @abstractmethod
     def grid(self) -> Grid | None:
-        """The uniform grid on which evaluation's values lie; None where there is none of 8-bit integers."""
+        """The uniform grid of the values in evaluation mode; None for DoReFa's weights of 8 bits or more."""
 
     def check(self) -> None:
-        """Refuse state that no quantizer writes, before a file's is used.
+        """Check state that comes from a file.
 
         Raises:
-            CorruptCheckpointError: if a scale or range is not finite or is negative.
+            CorruptCheckpointError: if a scale or range is negative or not finite.
         """
         for name, state in self.state_dict().items():
             if state.is_floating_point() and not bool(torch.isfinite(state).all()):
@@ -179,52 +165,54 @@ class Quantizer(nn.Module):
 
     @abstractmethod
     def _quantized(self, x: Tensor) -> Tensor:
-        """Quantize float32 or float64 of one element or more."""
+        """Quantize a float32 or float64 tensor that is not empty."""
 
     def _initialise(self, x: Tensor) -> None:
-        """Take first state from values; methods whose state does not depend on them keep theirs."""
+        """Set the initial state from values; methods whose state does not depend on them ignore this."""
 
     def _levels(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices of any integer type, and the table of what to store, both without a fold."""
+        """Indices of any integer type, and the table of values to store, both without a fold."""
         grid = self.grid()
         assert grid is not None, "methods without a grid have their own"
         return grid.integers(x) - grid.low, grid.table()
 
-    def _factor(self, x: Tensor, fold: Tensor | None) -> Tensor | None:
-        """The fold, so that it broadcasts over ``x``, with 1 for 0; None where it does not matter."""
-        if fold is None:
-            return None
-        if not self.weight:
+    def _times_fold(self, x: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``x`` times its fold, float64 or float32, and the factors broadcast over it, with 1 for 0.
+
+        If the fold does not matter: ``x`` itself and None.
+        """
+        work = x if x.dtype == torch.float64 else x.float()
+        if fold is not None and not self.weight:
             raise QuantizationError("a batch norm is folded into weights, not into activations")
-        if self.config.axis is not None:
-            return None
-        factor = fold.to(x.device, x.dtype)
+        if fold is None or self.config.axis is not None:
+            return work, None
+        factor = fold.to(work.device, work.dtype)
         factor = torch.where(factor == 0, torch.ones_like(factor), factor)
-        return factor if factor.dim() == x.dim() else aligned(factor, x.dim(), 0)
+        factor = factor if factor.dim() == x.dim() else aligned(factor, x.dim(), 0)
+        return work * factor, factor
 
     def _channel_dim(self, fold: Tensor | None) -> int | None:
-        if self.config.axis is not None or fold is None or fold.dim() == 1:
-            return self.config.axis if self.config.axis is not None else 0
+        if self.config.axis is not None:
+            return self.config.axis
+        if fold is None or fold.dim() == 1:
+            return 0
         return next((dim for dim, size in enumerate(fold.shape) if size > 1), 0)
 
 
 def straight_through(x: Tensor, values: Tensor, inside: Tensor | None = None) -> Tensor:
-    """``values`` with the gradient of ``x``: 1 where ``inside``, 0 elsewhere.
+    """``values``, made from ``x``, with the gradient of ``x``: 1 where ``inside``, 0 elsewhere.
 
-    Args:
-        x: what was quantized.
-        values: what it became, without a gradient.
-        inside: bool, of the shape of ``x``; None is everywhere.
+    ``values`` have no gradient; ``inside`` is bool in the shape of ``x``, and None is everywhere.
     """
     if not tracked(x):
         return values
-    # In a tuple, so that autograd takes the values for made here: a network may write to them in place.
+    # Hidden in a tuple, so that autograd treats the values as new and a network may modify them in place.
     found: Tensor = _StraightThrough.apply(x, (values, inside))
     return found
 
 
 def tracked(x: Tensor) -> bool:
-    """Whether a gradient of ``x`` may be asked for."""
+    """Whether a gradient of ``x`` may be needed."""
     return torch.is_grad_enabled() and x.requires_grad
 
 

@@ -1,4 +1,4 @@
-"""What a quantizer is, apart from its tensors: part of a file, and so checked before anything is built."""
+"""The settings of a quantizer. They are part of files, and so are validated before anything is built."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FIXED_SCALE = ("dorefa", "pact", "wrpn")
 
 
 class Brief(Record):
-    """A record that leaves its defaults out of files: a network has a point for each call."""
+    """A record that omits defaults when written: a network has one point per call."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -34,22 +34,22 @@ class Brief(Record):
 
 
 class QuantizerConfig(Brief):
-    """One quantizer.
+    """Settings of one quantizer.
 
     Attributes:
-        method: ``uniform`` has a range from calibration or from what passes through it; ``lsq`` learns its
-            step, ``pact`` its clipping value; ``dorefa`` and ``wrpn`` have fixed ranges.
+        method: ``uniform`` has a range from calibration or from the data; ``lsq`` learns its step, ``pact``
+            its clipping value; ``dorefa`` and ``wrpn`` have fixed ranges.
         bits: 1 to 16.
         signed: integers from -2^(bits-1) to 2^(bits-1) - 1, else from 0 to 2^bits - 1. DoReFa, PACT and WRPN
             quantize weights signed and activations unsigned.
-        symmetric: the zero point is 0, and unsigned values are 0 or more. Else it is an integer that stands
-            for 0 exactly; uniform only.
+        symmetric: the zero point is 0, and unsigned values are 0 or more. Otherwise the zero point is an
+            integer that represents 0 exactly; uniform only.
         narrow: the lowest signed integer is -(2^(bits-1) - 1).
-        axis: the dimension of the quantized tensor whose slices have a scale each; None is one scale.
-        momentum: the range follows what passes through while training, by an exponential moving average
-            with this share of the old; uniform only. A weight's range is that of the weight itself in every
-            training pass, whatever the number.
-        reduce_range: use 7 of 8 bits, because CPUs without VNNI saturate where they add pairs of products.
+        axis: the dimension of the quantized tensor whose slices have separate scales; None is one scale.
+        momentum: in training, the range is an exponential moving average over the data, with this weight for
+            the old value; uniform only. A weight's range is that of the weight itself in every training pass,
+            whatever the momentum.
+        reduce_range: use 7 of 8 bits, because CPUs without VNNI saturate when they add pairs of products.
     """
 
     method: QuantizerMethod
@@ -82,7 +82,7 @@ class QuantizerConfig(Brief):
 
     @property
     def effective_bits(self) -> int:
-        """Bits that hold the integers: those of the quantizer, without the one that it leaves out."""
+        """Bits of the integers: ``bits``, less the one that ``reduce_range`` takes."""
         return self.bits - self.reduce_range
 
     @property

@@ -1,4 +1,4 @@
-"""Quantizers whose range is fixed: DoReFa's (Zhou 2016) and WRPN's (Mishra 2018)."""
+"""Quantizers with fixed ranges: DoReFa (Zhou 2016) and WRPN (Mishra 2018)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from cctool.quantization.quantizers.grid import Grid
 __all__ = ["DorefaWeightQuantizer", "FixedQuantizer"]
 
 _TINY = 2.0**-100
-"""Weights whose tanh is smaller than this throughout count as zeros: level times maximum would underflow."""
+"""If max|tanh(w)| is not above this, weights count as zeros: level times maximum would underflow."""
 _BELOW_ONE = 1 - 2.0**-24
 
 
 class FixedQuantizer(Quantizer):
-    """Evenly spaced levels from 0, or from -1, to 1: WRPN, and the activations of DoReFa.
+    """Evenly spaced levels from 0 or -1 to 1: WRPN, and the activations of DoReFa.
 
-    Values are clamped and rounded to the nearest level; the gradient is the clamp's. It has no state.
+    Values are clamped and rounded to the nearest level; the gradient is that of the clamp. It has no state.
     """
 
     def grid(self) -> Grid:
-        """The levels; on the CPU, for there is no state that would have a device."""
+        """The levels; on the CPU, because there is no state that has a device."""
         return self._grid(torch.device("cpu"))
 
     def _quantized(self, x: Tensor) -> Tensor:
@@ -42,14 +42,14 @@ class FixedQuantizer(Quantizer):
 
 
 class DorefaWeightQuantizer(Quantizer):
-    """DoReFa's weights, which are PACT's too.
+    """DoReFa's weights, which PACT uses too.
 
-    With k bits, n = 2^k - 1 and the rounding's gradient 1 (Zhou 2016, eq. 9)::
+    With k bits, n = 2^k - 1 and a rounding gradient of 1 (Zhou 2016, eq. 9)::
 
         w_q = 2 / n * round(n * (tanh(w) / (2 max|tanh(w)|) + 1/2)) - 1
 
-    tanh and, while training, the maximum have their gradients. One bit is sign(w) * mean|w|, sign(0) being
-    1, with the gradient of w (eq. 7 and 8).
+    tanh and, in training, the maximum have their gradients. One bit is sign(w) * mean|w|, with sign(0) = 1
+    and the gradient of w (eq. 7 and 8).
 
     Buffer: ``maximum`` float32 (), max|tanh(w)| or mean|w|.
     """
@@ -61,14 +61,14 @@ class DorefaWeightQuantizer(Quantizer):
         self.register_buffer("maximum", torch.ones(()))
 
     def grid(self) -> Grid | None:
-        """Odd integers from -(2^k - 1) to 2^k - 1; None from 8 bits on, where these need more than 8."""
+        """Odd integers from -(2^k - 1) to 2^k - 1; None from 8 bits on, where they need more than 8."""
         if self.config.bits == 1:
             zero = torch.zeros_like(self.maximum, dtype=torch.int32)
             return Grid(self.maximum.float(), zero, -1, 1)
         return _unit_grid(*self.config.limits, self.maximum.device) if self.config.bits < 8 else None
 
     def check(self) -> None:
-        """Refuse a maximum that is negative or not finite."""
+        """Raise CorruptCheckpointError for a maximum that is negative or not finite."""
         super().check()
         if bool(self.maximum < 0):
             raise CorruptCheckpointError("a quantizer's maximum is negative")
@@ -83,6 +83,7 @@ class DorefaWeightQuantizer(Quantizer):
             self.maximum.copy_(maximum.detach())
         if self.config.bits == 1:
             size = maximum.detach()
+            # Adding 0 turns -0 into 0.
             return straight_through(x, torch.where(x >= 0, size, -size) + 0.0)
         ratio = torch.tanh(x) / _nonzero(maximum)
         top = self.config.limits[1]
@@ -97,8 +98,10 @@ class DorefaWeightQuantizer(Quantizer):
         size = _nonzero(maximum)
         numbers = _number(torch.tanh(x) / size.to(x.dtype), top).to(torch.int32)
         levels = torch.arange(-top, top + 1, 2, device=x.device, dtype=torch.float64) / top
+        # The quantizer applies tanh again to what is stored, so the table holds its inverse; atanh(1) is
+        # infinite.
         table = torch.atanh((size * levels).clamp(-_BELOW_ONE, _BELOW_ONE))
-        # Weights that are all 0 stay 0, so that training finds the maximum which it left.
+        # A weight that is all 0 stays 0: otherwise its stored values would have another maximum than before.
         middle = _number(torch.zeros_like(size), top).long()
         zero = (maximum <= _TINY) & (torch.arange(top + 1, device=x.device) == middle)
         return numbers, table.masked_fill(zero, 0.0).float()
@@ -114,7 +117,7 @@ def _nonzero(maximum: Tensor) -> Tensor:
 
 
 def _number(ratio: Tensor, top: int) -> Tensor:
-    """The number of the nearest of ``top`` + 1 levels from -1 to 1, as floating point."""
+    """Index of the nearest of ``top`` + 1 levels from -1 to 1, as floating point."""
     return (ratio / 2 + 0.5).mul_(top).round_().clamp_(0, top)
 
 

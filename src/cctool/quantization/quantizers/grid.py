@@ -19,11 +19,11 @@ class Grid:
     """A uniform grid, for the whole tensor or for each slice along a dimension.
 
     Attributes:
-        scale: float32 () or (C,), 0 or more. Where it is 0, 0 is the only value.
+        scale: float32 () or (C,), 0 or more. If it is 0, 0 is the only value.
         zero_point: int32 of the same shape, from ``low`` to ``high``.
         low: lowest integer.
         high: highest integer.
-        axis: dimension of the C slices; None where the scale is one number.
+        axis: dimension of the C slices; None if the scale is one number.
     """
 
     scale: Tensor
@@ -33,42 +33,37 @@ class Grid:
     axis: int | None = None
 
     def rounded(self, x: Tensor) -> Tensor:
-        """The quotient by the scale, rounded half to even, plus the zero point; not clamped.
-
-        Args:
-            x: float32 or float64.
-        """
+        """``x`` (float32 or float64) over scale, rounded half to even, plus the zero point; not clamped."""
         scale, zero = self._aligned(x)
-        # Where the scale is 0, the largest number leaves the zero point, and no NaN for infinities.
+        # Scale 0: dividing by the largest number gives the zero point, and infinities do not become NaN.
         scale = torch.where(scale > 0, scale, torch.finfo(x.dtype).max)
         return torch.div(x, scale).round_().add_(zero)
 
     def integers(self, x: Tensor) -> Tensor:
-        """The nearest integers, int32 of the shape of ``x``; NaN becomes the zero point."""
+        """The nearest integers, int32 in the shape of ``x``; NaN becomes the zero point."""
         x = _wide(x)
         zero = self._aligned(x)[1]
         n = self.rounded(x).clamp_(self.low, self.high)
         return torch.where(torch.isnan(n), zero, n).to(torch.int32)
 
     def values(self, n: Tensor) -> Tensor:
-        """The values of integers, float32 of the shape of ``n``."""
+        """The values of integers, float32 in the shape of ``n``."""
         return self.decoded(n.to(torch.float32, copy=True))
 
     def decoded(self, n: Tensor) -> Tensor:
-        """The values of integers that are given as float32 or float64, which is written to."""
+        """The values of integers given as float32 or float64; ``n`` is overwritten."""
         scale, zero = self._aligned(n)
         return n.sub_(zero).mul_(scale)
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The values nearest to ``x``, of its shape and type; NaN stays.
+        """The nearest values, in the shape and type of ``x``; NaN stays.
 
-        Args:
-            x: floating point. float64 is computed in float64, all other types in float32.
+        float64 is computed in float64, all other floating-point types in float32.
         """
         return self.decoded(self.rounded(_wide(x)).clamp_(self.low, self.high)).to(x.dtype)
 
     def table(self) -> Tensor:
-        """The values of all integers from ``low`` on: float32 (L,), or (C, L) where slices have their own."""
+        """The values of all integers from ``low`` up: float32 (L,), or (C, L) with a scale per slice."""
         n = torch.arange(self.low, self.high + 1, device=self.scale.device, dtype=torch.float32)
         return (n - self.zero_point[..., None]) * self.scale[..., None]
 
@@ -78,12 +73,12 @@ class Grid:
 
 
 def aligned(value: Tensor, dims: int, axis: int | None) -> Tensor:
-    """Shape (C,) so that it broadcasts along ``axis`` of a tensor with ``dims`` dimensions; () stays."""
+    """Reshape (C,) so that it broadcasts along ``axis`` of a tensor with ``dims`` dimensions; () stays."""
     return value if axis is None else value.view([-1 if dim == axis else 1 for dim in range(dims)])
 
 
 def extremes(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value, () or one for each slice along ``axis``; 0 where there are none."""
+    """Smallest and largest value, () or one per slice along ``axis``; 0 if empty."""
     if not x.numel():
         none = x.new_zeros(() if axis is None else (x.shape[axis],))
         return none, none
@@ -95,22 +90,22 @@ def extremes(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
 
 
 def fitted(low: Tensor, high: Tensor, limits: tuple[int, int], *, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The smallest scale, and its zero point, that hold ranges; 0 is in every range.
+    """The smallest scale, and its zero point, whose grid covers a range widened to contain 0.
 
     Args:
         low: () or (C,), smallest values.
-        high: the same shape, largest values. NaN counts as 0, and an infinity as float32's largest number.
+        high: of the same shape, largest values. NaN counts as 0, an infinity as the largest finite number.
         limits: lowest and highest integer.
-        symmetric: keep the zero point at 0. Negative values are clipped then where the lowest integer is 0.
+        symmetric: keep the zero point at 0. If the lowest integer is 0, negative values are then clipped.
 
     Returns:
-        float32 scale and int32 zero point, of the shape of ``low``. The scale is 0 where the range is.
-        Rounding the zero point may clip half a step off one end, and ranges of about float32's largest
-        number clip, so that no value of the grid overflows.
+        float32 scale and int32 zero point, in the shape of ``low``. The scale is 0 if the range is.
+        Rounding the zero point may clip half a step off one end, and ranges near the largest float32 number
+        are clipped, so that no value of the grid overflows.
     """
     bottom, top = limits
     least, most = low.double().nan_to_num(0.0).clamp(max=0), high.double().nan_to_num(0.0).clamp(min=0)
-    # Divided before anything is subtracted: the ends may be as far apart as float64 reaches.
+    # Divided before they are subtracted, because the difference of the ends may overflow.
     if symmetric:
         scale = most / top if not bottom else torch.maximum(least / bottom, most / top)
     else:

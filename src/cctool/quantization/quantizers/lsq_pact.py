@@ -1,4 +1,4 @@
-"""Quantizers that learn their scale: LSQ (Esser 2020) and PACT (Choi 2018)."""
+"""Quantizers with learned scales: LSQ (Esser 2020) and PACT (Choi 2018)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class LsqQuantizer(Quantizer):
 
     The step's gradient is round(x / step) - x / step inside the range and the limit outside, times
     1 / sqrt(N * high) for the N elements of a weight, or features of a sample, that share a step. A step that
-    training drove to 0 or below counts as one next to 0: everything becomes 0, and its gradient leads back.
+    training moves to 0 or below acts as a tiny positive one: everything becomes 0, and its gradient leads
+    back.
 
     Parameter: ``step`` float32, () or (C,).
     """
@@ -33,7 +34,7 @@ class LsqQuantizer(Quantizer):
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Take the smallest step that holds the range."""
+        """Set the smallest step that covers the range."""
         self.step.copy_(fitted(low, high, self.config.limits, symmetric=True)[0])
 
     def grid(self) -> Grid:
@@ -44,13 +45,14 @@ class LsqQuantizer(Quantizer):
     def _initialise(self, x: Tensor) -> None:
         rest = [dim for dim in range(x.dim()) if dim != self.config.axis]
         mean = x.abs().double()
-        # Without dimensions to reduce, torch would take all of them.
+        # An empty list of dimensions would make torch reduce all of them.
         mean = mean.mean(rest) if rest else mean
         self.step.copy_(2 * mean / math.sqrt(self.config.limits[1]))
 
     def _quantized(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return self.grid().nearest(x)
+        # The paper's N; for activations without the batch, whose size should not matter.
         share = x.numel() // (self.channels or 1)
         if not self.weight and x.dim():
             share //= x.shape[0]
@@ -85,11 +87,11 @@ class _LearnedStep(torch.autograd.Function):
 
 
 class PactQuantizer(Quantizer):
-    """Activations clipped to [0, alpha] with a learned alpha, then evenly quantized (Choi 2018).
+    """Activations clipped to [0, alpha] with a learned alpha, then uniformly quantized (Choi 2018).
 
-    The gradient of x is 1 for 0 <= x < alpha; alpha's is the sum of gradients where x >= alpha (eq. 3).
+    The gradient of x is 1 for 0 <= x < alpha; that of alpha is the sum of gradients where x >= alpha (eq. 3).
 
-    Parameter: ``alpha`` float32 (), 8 at first.
+    Parameter: ``alpha`` float32 (), initially 8.
     """
 
     has_range = True
@@ -100,7 +102,7 @@ class PactQuantizer(Quantizer):
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Take the largest value for alpha."""
+        """Set alpha to the largest value."""
         self.alpha.copy_(high.clamp(min=0))
 
     def grid(self) -> Grid:

@@ -1,4 +1,4 @@
-"""Fake quantizers of weights and activations: from a config to the module."""
+"""Building fake quantizers of weights and activations from their settings."""
 
 from __future__ import annotations
 
@@ -9,16 +9,7 @@ from cctool.quantization.quantizers.dorefa_wrpn import DorefaWeightQuantizer, Fi
 from cctool.quantization.quantizers.lsq_pact import LsqQuantizer, PactQuantizer
 from cctool.quantization.quantizers.uniform import MovingUniformQuantizer, UniformQuantizer
 
-__all__ = [
-    "DorefaWeightQuantizer",
-    "FixedQuantizer",
-    "LsqQuantizer",
-    "MovingUniformQuantizer",
-    "PactQuantizer",
-    "Quantizer",
-    "UniformQuantizer",
-    "make_quantizer",
-]
+__all__ = ["make_quantizer"]
 
 _WEIGHTS: dict[str, type[Quantizer]] = {
     "uniform": UniformQuantizer,
@@ -37,15 +28,15 @@ _ACTIVATIONS: dict[str, type[Quantizer]] = {
 
 
 def make_quantizer(config: QuantizerConfig, *, weight: bool, channels: int | None) -> Quantizer:
-    """Make a quantizer whose state has the shapes that its config asks for, so that a file's fits it.
+    """Build a quantizer whose state has the shapes that its settings require, so that a file's state fits.
 
     Args:
         config: the settings.
         weight: whether it is for a weight, else for an activation.
-        channels: size of the tensor along ``config.axis``; None exactly where that is None.
+        channels: size of the tensor along ``config.axis``; None if and only if that is None.
 
     Raises:
-        QuantizationError: if the method has the other sign for this, or channels and axis do not go together.
+        QuantizationError: if the method requires the other sign, or channels and axis do not match.
     """
     kind = "weights" if weight else "activations"
     method = (_WEIGHTS if weight else _ACTIVATIONS)[config.method]
@@ -56,6 +47,7 @@ def make_quantizer(config: QuantizerConfig, *, weight: bool, channels: int | Non
         raise QuantizationError(f"axis {config.axis} with {channels} channels: one needs the other")
     if channels is not None and channels < 0:
         raise QuantizationError(f"{channels} channels: 0 or more are allowed")
+    # A weight is known completely in every pass, so its range needs no average over passes.
     if method is UniformQuantizer and config.momentum is not None and not weight:
         method = MovingUniformQuantizer
     return method(config, weight=weight, channels=channels)

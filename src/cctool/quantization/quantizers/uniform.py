@@ -1,4 +1,4 @@
-"""Uniform quantizers, whose range is calibrated, an exponential moving average, or the weight's own."""
+"""Uniform quantizers; the range is calibrated, an exponential moving average, or the weight's own."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from cctool.quantization.quantizers.grid import Grid, extremes, fitted
 __all__ = ["MovingUniformQuantizer", "UniformQuantizer"]
 
 _SETTLED_STEPS = 2.0**40
-"""Batches that a calibrated range counts for: its average needs no correction of a bias towards 0."""
+"""Batches that a calibrated range counts as: so many that its average has no bias towards 0 left."""
 _INVERTED = 1e-5
-"""How far a lowest value may lie above the highest, relative to both: averages of equal ends are rounded."""
+"""Relative amount by which low may exceed high: averages of equal ends are rounded separately."""
 
 
 class UniformQuantizer(Quantizer):
     """x -> (clamp(round(x / scale) + zero_point) - zero_point) * scale.
 
-    The gradient is 1 where the nearest integer is one of the grid's and 0 elsewhere. So a range's own ends
-    have a gradient, whatever way the scale was rounded.
+    The gradient is 1 where the nearest integer belongs to the grid, and 0 elsewhere. So the ends of the range
+    have a gradient, however the scale was rounded.
 
-    Buffers: ``scale`` float32 and ``zero_point`` int32, both () or (C,). Files hold no ``zero_point`` where
-    the config is symmetric, for it is 0.
+    Buffers: ``scale`` float32 and ``zero_point`` int32, both () or (C,). Files omit ``zero_point`` if the
+        config is
+    symmetric, because it is 0.
     """
 
     has_range = True
@@ -41,7 +42,7 @@ class UniformQuantizer(Quantizer):
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Take the range from calibration."""
+        """Set the range found by calibration."""
         scale, zero_point = fitted(low, high, self.config.limits, symmetric=self.config.symmetric)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
@@ -51,7 +52,7 @@ class UniformQuantizer(Quantizer):
         return Grid(self.scale.float(), self.zero_point, *self.config.limits, self.config.axis)
 
     def check(self) -> None:
-        """Refuse scales that are negative or not finite, and zero points outside the integers."""
+        """Raise CorruptCheckpointError for scales negative or not finite, and zero points out of range."""
         super().check()
         low, high = self.config.limits
         if bool((self.scale < 0).any()):
@@ -76,22 +77,23 @@ class UniformQuantizer(Quantizer):
         self.set_range(*extremes(x, self.config.axis))
 
     def _follow(self, x: Tensor, momentum: float) -> None:
-        """Take the range of a training pass: a weight's own."""
+        """In training, take the range of a weight itself."""
         self.set_range(*extremes(x, self.config.axis))
 
 
 class MovingUniformQuantizer(UniformQuantizer):
-    """A uniform quantizer of activations, whose range is an exponential moving average while training.
+    """A uniform quantizer of activations whose range is an exponential moving average in training.
 
-    Buffer: ``range`` float32 (3,) or (C, 3): the averages of the smallest and of the largest value, and how
-    many batches they are of; a calibrated range counts for 2^40. Scale and zero point are computed from it.
+    Buffer: ``range`` float32 (3,) or (C, 3): averages of the smallest and of the largest value, and their
+        number of
+    batches; a calibrated range counts as 2^40. Scale and zero point are computed from it.
     """
 
     range: Tensor
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Take the range from calibration; the moving average goes on from it."""
+        """Set the range found by calibration; the moving average continues from it."""
         ends = torch.stack((low, high), -1).to(self.range).nan_to_num(0.0)
         self.range[..., :2] = ends
         self.range[..., 2] = _SETTLED_STEPS
@@ -101,7 +103,7 @@ class MovingUniformQuantizer(UniformQuantizer):
         return self._cache.get(self._fitted, [self.range])
 
     def check(self) -> None:
-        """Refuse ranges that are not finite or upside down, and numbers of batches that are none."""
+        """Raise CorruptCheckpointError for ranges not finite or reversed, and invalid batch counts."""
         Quantizer.check(self)
         low, high, steps = self.range.double().unbind(-1)
         if bool((low - high > _INVERTED * torch.maximum(low.abs(), high.abs())).any()):
@@ -112,7 +114,7 @@ class MovingUniformQuantizer(UniformQuantizer):
             )
 
     def train(self, mode: bool = True) -> MovingUniformQuantizer:
-        """Change between training and evaluation."""
+        """Set training or evaluation mode."""
         self._cache.clear()
         super().train(mode)
         return self
@@ -129,11 +131,12 @@ class MovingUniformQuantizer(UniformQuantizer):
     @torch.no_grad()
     def _follow(self, x: Tensor, momentum: float) -> None:
         seen = torch.stack(extremes(x, self.config.axis), -1)
+        # One batch with NaN or infinity must not spoil the average.
         finite = torch.isfinite(seen).all()
         averages, steps = self.range[..., :2], self.range[..., 2:]
-        # A float counts to 2^24 or to `_SETTLED_STEPS` and stays there, where the correction is none.
+        # float32 stops counting at 2^24, and stays at `_SETTLED_STEPS`; both are beyond any bias correction.
         steps += finite
-        # The average divided by 1 - momentum^steps, which takes its start at 0 out of it, in one step.
+        # Moving average with bias correction (division by 1 - momentum^steps), in a single interpolation.
         share = torch.ones_like(steps)
         if momentum:
             share = ((1 - momentum) / -torch.expm1(steps.clamp(min=1) * math.log(momentum))).clamp(max=1)

@@ -1,4 +1,4 @@
-"""AdaRound: weights are rounded up or down so that each layer's output is kept, not each weight.
+"""AdaRound: rounds weights up or down so that each layer's output is preserved, not each weight.
 
 M. Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020, section 3.3.
 """
@@ -44,12 +44,11 @@ class RoundedLayer:
 
     Attributes:
         layer: its name.
-        nearest: mean squared error of its output, behind batch norm and clipping, with nearest rounding, on
-            rows that were not learned from.
-        learned: with the learned rounding, on the same rows.
-        changed: fraction of the weights that the learned rounding puts elsewhere.
-        kept: whether the learned rounding was taken; the nearest is where its error is smaller.
-        rows: places of outputs that were learned from.
+        nearest, learned: mean squared errors of its output, after batch norm and clipping, with nearest and
+            with learned rounding, on rows that were not used for learning.
+        changed: fraction of the weights that the learned rounding changes.
+        kept: whether the learned rounding was used; nearest rounding is used if its error is smaller.
+        rows: number of output places used for learning.
     """
 
     layer: str
@@ -66,9 +65,9 @@ class AdaRoundReport:
 
     Attributes:
         layers: in order of execution.
-        skipped: layers with a quantizer whose weights stay, and why.
-        images: on how many images.
-        steps: for each layer.
+        skipped: quantized layers whose rounding was not learned, and why.
+        images: number of images.
+        steps: per layer.
     """
 
     layers: tuple[RoundedLayer, ...]
@@ -87,25 +86,25 @@ def adaround(
     reporter: Reporter | None = None,
     reference: nn.Module | None = None,
 ) -> AdaRoundReport:
-    """Learn how weights are rounded, layer by layer in order of execution; they get values of their grids.
+    """Learn the rounding of weights, layer by layer in order of execution, and round them.
 
-    Each layer is fitted to the output that it has in floating point, from what it takes in where all before
-    it is quantized (eq. 25); the batch norm and the clipping behind it are part of the error. Outputs of
-    convolutions are compared at sampled places, at most 16,384 in all and as many as fit 256 MB of inputs,
-    so the memory does not grow with the images. An eighth of them, from the last images, is not learned
-    from and judges: where the learned rounding is not better there, the nearest is taken.
+    Each layer is fitted to its floating-point output, given its input in the network whose previous layers
+    are quantized (eq. 25); the error includes the batch norm and the clipping behind it. Outputs of
+    convolutions are compared at sampled places, at most 16,384 in all and as many as fit 256 MB of inputs, so
+    that memory does not grow with the images. An eighth of them, from the last images, is held out: if the
+    learned rounding is not better there, nearest rounding is used.
 
-    Two passes over the images for each layer, up to that layer.
+    Takes two passes over the images for each layer, up to that layer.
 
     Args:
         model: with quantizers whose ranges are set; weights are changed in place.
         flow: of the network without quantizers.
-        images: batches on its device, the same each time that they are iterated.
+        images: batches on its device, the same in every iteration.
         steps: of Adam for each layer, 1 or more.
-        seed: decides places and batches.
-        reporter: is told how far it is.
+        seed: for places and batches.
+        reporter: gets the progress.
         reference: a copy of ``model``, with its quantizers, that has the parameters of the floating-point
-            network; None where ``model`` has them still, and is copied.
+            network; None if ``model`` still has them, and is copied.
 
     Raises:
         QuantizationError: if there are no images.
@@ -123,6 +122,7 @@ def adaround(
     rounded = []
     with in_eval_mode(model), in_eval_mode(reference):
         for layer in reporter.progress(layers, "learning to round", len(layers)):
+            # Anew for each layer, so that its result does not depend on what others drew.
             generator = torch.Generator().manual_seed(seed)
             rows = _collected(model, reference, flow, layer, images, seen, generator)
             rounded.append(_rounded(model, flow, held, layer, rows, steps, generator))
@@ -133,7 +133,7 @@ def adaround(
 def _chosen(
     model: nn.Module, flow: Flow, held: NetworkQuantizers, layer: PlacedLayer
 ) -> PlacedLayer | Left | None:
-    """The layer if its rounding can be learned, or why not; None where it is not quantized."""
+    """The layer if its rounding can be learned, or why not; None if it is not quantized."""
     point = held.state.calls.get(layer.place)
     quantizer = held.quantizer(weight_key(layer.weight))
     if point is None or point.weight is None or quantizer is None:
@@ -159,7 +159,7 @@ def _collected(
     count: int,
     generator: torch.Generator,
 ) -> Rows:
-    """What a layer takes in, and what it should put out, at sampled places."""
+    """The inputs of a layer, and the outputs it should have, at sampled places."""
     call = flow.at(layer.place)
     geometry = geometry_of(call)
     width = max(1, _row_size(call, geometry)) * 4
@@ -169,7 +169,9 @@ def _collected(
         wanted = _seen(reference, layer.place, batch, quantized=False)[1]
         taken = _seen(model, layer.place, batch, quantized=True)[0]
         if geometry.dims and taken.dim() == geometry.dims + 1:
+            # An input without a batch dimension.
             wanted, taken = wanted[None], taken[None]
+        # Rounded up, so that the last images may get fewer places or none.
         numbers, places = _places(wanted, geometry, -(-most // count), generator)
         numbers, places = numbers[:left].to(taken.device), places[:left].to(taken.device)
         inputs.append(rows_at(taken, geometry, numbers, places).float())
@@ -181,7 +183,7 @@ def _collected(
 
 
 def _row_size(call: FlowCall, geometry: ConvGeometry) -> int:
-    """Numbers of the input that one place of the output depends on, all groups together."""
+    """Number of inputs that one place of the output depends on, over all groups."""
     shape = call.weight_shape
     if not geometry.dims:
         return shape[1]
@@ -192,7 +194,7 @@ def _row_size(call: FlowCall, geometry: ConvGeometry) -> int:
 def _places(
     y: Tensor, geometry: ConvGeometry, each: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Numbers of images and of places in them, ``each`` for every image, none twice."""
+    """Numbers of images and of places in them, ``each`` distinct ones per image."""
     size = y[0].numel() // y.shape[1 if geometry.dims else -1]
     if each >= size:
         chosen = torch.arange(size).expand(len(y), size)
@@ -203,12 +205,12 @@ def _places(
 
 
 def _seen(model: nn.Module, place: CallSite, batch: Tensor, *, quantized: bool) -> tuple[Tensor, Tensor]:
-    """What a layer takes in and what it puts out."""
+    """The input and the output of a layer."""
     found: list[tuple[Tensor, Tensor]] = []
 
     def follow(at: CallSite, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         if at == place:
-            # What is passed on may be written to in place afterwards, but not before the pass has ended here.
+            # Later calls may modify these tensors in place, but the pass ends here.
             found.append((args[0] if args else kwargs["input"], result))
             raise EndOfPassError
 
@@ -228,7 +230,7 @@ def _rounded(
     steps: int,
     generator: torch.Generator,
 ) -> RoundedLayer:
-    """Learn the rounding of one layer, and give its weight the values."""
+    """Learn the rounding of one layer, and round its weight."""
     quantizer = held.quantizer(weight_key(layer.weight))
     call = flow.at(layer.place)
     assert quantizer is not None
@@ -250,7 +252,7 @@ def _rounded(
 
 
 class _After:
-    """What the batch norm and the clipping behind a layer make of its outputs, (P, C)."""
+    """The batch norm and the clipping behind a layer, applied to outputs (P, C)."""
 
     def __init__(self, model: nn.Module, flow: Flow, layer: PlacedLayer) -> None:
         call = flow.at(layer.place)
@@ -274,7 +276,7 @@ class _After:
 
 
 def _clip(flow: Flow, call: FlowCall) -> tuple[float | None, float | None] | None:
-    """Ends of the clipping that is all that takes a call's result; None without."""
+    """Bounds of the clipping that is the only user of a call's result; None without."""
     if len(call.users) != 1 or flow.calls.index(call) in flow.outputs:
         return None
     user = flow.calls[call.users[0]]

@@ -1,4 +1,4 @@
-"""Bias correction: the mean error that quantization causes in each layer's output is taken out again.
+"""Bias correction: removes the mean error that quantization causes in each layer's output.
 
 M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section
 4.2 and supplementary material D, where the expected error is measured on images.
@@ -27,13 +27,13 @@ __all__ = ["BiasReport", "CorrectedLayer", "channel_dim", "correct_biases"]
 
 @dataclass(frozen=True)
 class CorrectedLayer:
-    """What was taken out of one layer's output.
+    """The correction of one layer.
 
     Attributes:
         layer: its name.
         into: qualified name of the parameter that was changed.
         error: root mean square over channels of the mean error before.
-        size: root mean square of the outputs' means over channels in floating point, to compare with.
+        size: root mean square over channels of the mean floating-point output, for comparison.
     """
 
     layer: str
@@ -48,8 +48,8 @@ class BiasReport:
 
     Attributes:
         layers: in order of execution.
-        skipped: quantized layers that stay, and why.
-        images: on how many images.
+        skipped: quantized layers that were not corrected, and why.
+        images: number of images.
     """
 
     layers: tuple[CorrectedLayer, ...]
@@ -68,19 +68,18 @@ def correct_biases(
 ) -> BiasReport:
     """Correct the layers that have quantizers, in place and in order of execution.
 
-    The mean over images and places of a layer's output in floating point, less that in the quantized network
-    whose layers before were corrected already, is added to each channel: to the layer's own bias, or through
-    the shift of the batch norm that takes its output. Costs one pass over the images for the floating-point
-    network, and one for each layer, up to that layer.
+    For each channel, the mean over images and places of the layer's floating-point output, minus that in the
+    quantized network whose previous layers are corrected, is added to the layer's bias, or, scaled, to the
+    shift of the batch norm behind it. Takes one pass over the images for the floating-point network, and one
+    for each layer, up to that layer.
 
     Args:
         model: with quantizers whose ranges are set; it is run in evaluation mode.
         flow: of the network without quantizers.
-        images: batches on its device, the same each time that they are iterated.
-        reporter: is told how far it is.
+        images: batches on its device, the same in every iteration.
+        reporter: gets the progress.
         reference: a copy of ``model``, with its quantizers, that has the parameters of the floating-point
-            network; None where ``model`` has them still. It must have been copied before weights were
-            rounded.
+            network; None if ``model`` still has them. It must be copied before weights are rounded.
 
     Raises:
         QuantizationError: if there are no images.
@@ -89,6 +88,7 @@ def correct_biases(
     held = quantizers_of(model)
     places = held.state.calls if held is not None else {}
     layers = [layer for layer in plan_points(flow, "none").layers if layer.place in places]
+    # All floating-point means are measured before the first correction changes the model.
     reference = reference if reference is not None else model
     with in_eval_mode(model), in_eval_mode(reference):
         expected, seen = _means(reference, images, [layer.place for layer in layers], quantized=False)
@@ -111,12 +111,7 @@ def correct_biases(
 
 
 def channel_dim(place: CallSite, dims: int) -> int:
-    """The dimension of a layer's result that its channels lie along.
-
-    Args:
-        place: of the layer's call.
-        dims: dimensions of its result.
-    """
+    """The channel dimension of a layer's result with ``dims`` dimensions."""
     return dims - 1 if place.function == "linear" else dims - 1 - int(place.function[-2])
 
 
@@ -133,6 +128,7 @@ def _means(
         rows = result.movedim(channel_dim(place, result.dim()), 0).flatten(1)
         sums[place] = sums.get(place, 0) + rows.sum(1, dtype=torch.float64)
         counts[place] += rows.shape[1]
+        # Places are in order of execution, so the rest of the pass is not needed.
         if place == places[-1]:
             raise EndOfPassError
 
@@ -148,7 +144,7 @@ def _means(
 
 
 def _target(model: nn.Module, flow: Flow, layer: PlacedLayer) -> str | Left:
-    """Name of the parameter that a constant of a layer's output can be added to."""
+    """Name of the parameter to which a constant can be added for a layer's output."""
     call = flow.at(layer.place)
     parameters = dict(model.named_parameters())
     uses = Counter(name for other in flow.calls for name in other.tensors.values())
@@ -163,7 +159,7 @@ def _target(model: nn.Module, flow: Flow, layer: PlacedLayer) -> str | Left:
 
 
 def _factors(model: nn.Module, layer: PlacedLayer, into: str) -> Tensor | None:
-    """What the batch norm between a layer's output and the shift multiplies by; None where there is none."""
+    """Factors of the batch norm between a layer's output and the changed shift; None if there is none."""
     if layer.norm is None or into.rpartition(".")[0] != layer.norm:
         return None
     return norm_factors(model.get_submodule(layer.norm))

@@ -1,8 +1,8 @@
-"""Cross-layer equalization: channels get the same range of weights in two layers that follow each other.
+"""Cross-layer equalization: gives each channel the same range of weights in two consecutive layers.
 
 M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section
-4.1. Where f(s x) = s f(x) for all s > 0, channel i of the first layer may be divided by s_i and multiplied by
-it in the second. The network computes the same, and one scale for the tensor serves all channels.
+4.1. If f(s x) = s f(x) for all s > 0, channel i of the first layer may be divided by s_i and multiplied by it
+in the second. The network computes the same, but one scale for the tensor suits all channels better.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HOMOGENEOUS = frozenset(
     {"relu", "leaky_relu", "prelu", "rrelu", "contiguous", "clone", "detach"}
     | {"dropout", "dropout1d", "dropout2d", "dropout3d"}
 )
-"""Functions that pass a positive factor of a channel on, and leave channels where they are."""
+"""Functions with f(s x) = s f(x) for s > 0 that do not move channels."""
 _POOLS = frozenset(
     f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg", "lp") for n in (1, 2, 3)
 )
@@ -37,12 +37,12 @@ _NEGLIGIBLE = 1e-6
 
 @dataclass(frozen=True)
 class Pair:
-    """Two layers, of which the second takes channel by channel what the first makes.
+    """Two layers, the second of which takes the channels of the first.
 
     Attributes:
         first: the layer whose output channels are divided.
         second: the layer whose input channels are multiplied.
-        repeat: how many input features of the second a channel of the first becomes.
+        repeat: number of input features of the second for each channel of the first.
     """
 
     first: PlacedLayer
@@ -61,9 +61,9 @@ class EqualizeReport:
 
     Attributes:
         pairs: titles of the pairs of layers.
-        skipped: layers that begin no pair, and why; those that nothing but the network's output follows are
-            not among them.
-        rounds: how often all pairs were gone through.
+        skipped: layers that are the first of no pair, and why; without those followed by the network's output
+            only.
+        rounds: number of iterations over all pairs.
         largest: the largest factor that a channel was multiplied or divided by; 1 without pairs.
     """
 
@@ -74,19 +74,19 @@ class EqualizeReport:
 
 
 class _NoPairError(Exception):
-    """No pair begins here; says why."""
+    """Says why no pair begins at a layer."""
 
 
 @torch.no_grad()
 def equalize(model: nn.Module, flow: Flow) -> EqualizeReport:
     """Equalize ranges of channels across layers, in place.
 
-    For the ranges r1_i and r2_i of the weights that channel i has in two layers, each multiplied by what its
-    batch norm multiplies it by in evaluation mode, s_i = sqrt(r1_i r2_i) / r2_i (eq. 11). The first layer's
-    weight and bias, or gamma and beta of the batch norm behind it, are divided by s_i, and the second's
-    weights are multiplied. All pairs are gone through until no factor differs from 1 by more than a
-    thousandth, so three layers around a depthwise one end with the same range, too. Channels whose range is
-    0, or below a millionth of their layer's, stay.
+    With r1_i and r2_i the ranges of channel i's weights in the two layers, each times the factors of its
+    batch norm in evaluation mode, s_i = sqrt(r1_i r2_i) / r2_i (eq. 11). The first layer's weight and bias,
+    or gamma and beta of the batch norm behind it, are divided by s_i, and the second's weights are
+    multiplied. This is repeated over all pairs until no factor differs from 1 by more than a thousandth, so
+    that chains of layers, such as those around a depthwise convolution, reach the same range, too. Channels
+    whose range is 0, or below a millionth of their layer's, are not changed.
 
     Args:
         model: floating point, without quantizers.
@@ -115,12 +115,7 @@ def equalize(model: nn.Module, flow: Flow) -> EqualizeReport:
 
 
 def find_pairs(model: nn.Module, flow: Flow) -> tuple[tuple[Pair, ...], tuple[Left, ...]]:
-    """Pairs of layers that can be equalized, and the layers that begin none, with the reason.
-
-    Args:
-        model: the network.
-        flow: of it.
-    """
+    """Pairs of layers that can be equalized, and the layers that begin none, with the reason."""
     finder = _Finder(model, flow)
     found = [finder.pair_or_reason(layer) for layer in finder.layers.values()]
     return (
@@ -138,7 +133,7 @@ class _Finder:
         self.numbers = {call.place: number for number, call in enumerate(flow.calls)}
 
     def pair_or_reason(self, layer: PlacedLayer) -> Pair | Left | None:
-        """The pair that a layer begins, or why there is none; None where nothing follows but the output."""
+        """The pair that a layer begins, or why there is none; None if only the output follows."""
         try:
             return self._pair(layer)
         except _NoPairError as error:
@@ -207,12 +202,12 @@ class _Finder:
 
 
 def _dims(call: FlowCall) -> int:
-    """Dimensions of a layer's result where the first two are images and channels."""
+    """Dimensions of a layer's result whose first two are images and channels."""
     return 2 if call.place.function == "linear" else 2 + int(call.place.function[-2])
 
 
 def _spread(call: FlowCall, before: Sequence[int]) -> int:
-    """How many features a channel becomes in a call; an error where its factor does not pass through."""
+    """How many features a channel becomes in a call; an error if its factor does not pass through."""
     name, after = call.place.function, call.shape
     if name in _HOMOGENEOUS and after == before:
         return 1
@@ -226,16 +221,18 @@ def _spread(call: FlowCall, before: Sequence[int]) -> int:
 
 
 def _only_places(call: FlowCall, dims: int) -> bool:
-    """Whether a mean runs over no images and no channels."""
+    """Whether a mean runs over neither images nor channels."""
     given = call.settings.get("dim")
     over = given if isinstance(given, (tuple, list)) else [given]
     return all(isinstance(dim, int) and dim % dims > 1 for dim in over)
 
 
 def _equalized(first: Tensor, second: Tensor) -> Tensor:
-    """Equalize the strengths of two layers in place; the factors s, float32 (C,)."""
+    """Equalize the strengths of two layers in place; returns the factors s, float32 (C,)."""
     made, taken = first.amax(2).reshape(-1), second.amax(1).reshape(-1)
+    # s = sqrt(r1 r2) / r2, written so that nothing overflows or underflows.
     factors = torch.sqrt(made) / torch.sqrt(taken)
+    # Dead channels would get factors near 0 or infinity.
     kept = (made > _NEGLIGIBLE * made.amax()) & (taken > _NEGLIGIBLE * taken.amax())
     factors = torch.where(kept, factors, torch.ones_like(factors))
     first.div_(factors.reshape(*first.shape[:2], 1))
@@ -244,18 +241,14 @@ def _equalized(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _magnitude(factors: Tensor) -> float:
-    """How far from 1 the farthest factor is, as a logarithm."""
+    """The largest distance of a factor from 1, as a logarithm."""
     return float(factors.log().abs().amax()) if factors.numel() else 0.0
 
 
 def _strengths(model: nn.Module, flow: Flow, layer: PlacedLayer, repeat: int) -> Tensor:
-    """Largest magnitudes of a layer's folded weights between channels: (groups, outputs, inputs), float32.
+    """Largest magnitudes of a layer's folded weights per channel: (groups, outputs, inputs), float32.
 
-    Args:
-        model: the network.
-        flow: of it.
-        layer: of it.
-        repeat: features that each channel of the input has become.
+    ``repeat`` is the number of features that each input channel has become.
     """
     seen = _connections(model, flow, layer).detach()
     found = seen.abs().amax(tuple(range(3, seen.dim()))) if seen.dim() > 3 else seen.abs()
@@ -268,7 +261,7 @@ def _strengths(model: nn.Module, flow: Flow, layer: PlacedLayer, repeat: int) ->
 
 
 def _connections(model: nn.Module, flow: Flow, layer: PlacedLayer) -> Tensor:
-    """A layer's weight, seen as (groups, outputs of a group, inputs of a group, ...)."""
+    """A view of a layer's weight as (groups, outputs of a group, inputs of a group, ...)."""
     weight = model.get_parameter(layer.weight)
     call = flow.at(layer.place)
     groups = int(call.settings.get("groups", 1))
@@ -283,7 +276,7 @@ def _multiply(model: nn.Module, flow: Flow, layer: PlacedLayer, factors: Tensor)
 
 
 def _divide(model: nn.Module, flow: Flow, layer: PlacedLayer, factors: Tensor) -> None:
-    """Divide a layer's output channels, or the batch norm's behind it."""
+    """Divide a layer's output channels, or those of the batch norm behind it."""
     call = flow.at(layer.place)
     if layer.norm is not None:
         tensors = flow.calls[call.users[0]].tensors

@@ -1,7 +1,7 @@
-"""Layers as matrix products: what a layer takes in at some places of its output, as rows.
+"""Layers as matrix products: a layer's inputs at given places of its output, as rows.
 
 A convolution's output at one place is the product of its weight, as a matrix, with the patch of the input
-under the kernel. So a sample of places is enough to tell how well a weight reproduces outputs.
+under the kernel. So a sample of places is enough to measure how well a weight reproduces outputs.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ __all__ = ["ConvGeometry", "geometry_of", "outputs_at", "rows_at", "weight_rows"
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """How a layer's kernel moves; of a linear layer there is no kernel and ``dims`` is 0.
+    """How a layer's kernel moves; for linear layers there is no kernel and ``dims`` is 0.
 
     Attributes:
-        dims: spatial dimensions.
+        dims: number of spatial dimensions.
         groups: of channels.
         kernel: its size in each dimension.
-        stride: of the equal convolution that is not transposed.
+        stride: of the equivalent convolution that is not transposed.
         dilation: in each dimension.
-        padding: zeros before and after, in each dimension; negative ones crop.
-        stuffing: distance of the input's values after zeros were put between them; 1 leaves them.
-        transposed: whether the weight is (in, out / groups, ...) and turned around.
+        padding: zeros before and after, in each dimension; negative numbers crop.
+        stuffing: stride of a transposed convolution: zeros are put between the input's values at this
+            distance.
+        transposed: whether the weight is (in, out / groups, ...) and flipped.
     """
 
     dims: int
@@ -58,10 +59,12 @@ def geometry_of(call: FlowCall) -> ConvGeometry:
     groups = int(given.get("groups", 1))
     padding = given.get("padding", 0)
     if call.place.function.startswith("conv_transpose"):
+        # A transposed convolution is an ordinary one with a flipped kernel on an input stuffed with zeros.
         before = [r - p for r, p in zip(reach, _each(padding, dims), strict=True)]
         extra = _each(given.get("output_padding", 0), dims)
         sides = tuple((b, b + e) for b, e in zip(before, extra, strict=True))
         return ConvGeometry(dims, groups, kernel, ones, dilation, sides, stride, transposed=True)
+    # As in torch, the larger half comes last.
     if padding == "same":
         sides = tuple((r // 2, r - r // 2) for r in reach)
     else:
@@ -80,16 +83,16 @@ def weight_rows(weight: Tensor, geometry: ConvGeometry) -> Tensor:
 
 
 def rows_at(x: Tensor, geometry: ConvGeometry, images: Tensor, places: Tensor) -> Tensor:
-    """What a layer takes in at places of its output.
+    """The inputs of a layer for places of its output.
 
     Args:
         x: (N, C, ...) images; for linear layers (N, ..., C).
         geometry: of the layer.
         images: int64 (P,), numbers of images.
-        places: int64 (P,), numbers of places in the output of an image, rows before columns.
+        places: int64 (P,), numbers of places in the output of an image, in C order.
 
     Returns:
-        (groups, P, inputs of a row), so that its product with `weight_rows` is the output without a bias.
+        (groups, P, inputs of a row); its product with `weight_rows` is the output without a bias.
     """
     if not geometry.dims:
         return x.reshape(len(x), -1, x.shape[-1])[images, places][None]
@@ -97,6 +100,7 @@ def rows_at(x: Tensor, geometry: ConvGeometry, images: Tensor, places: Tensor) -
     sizes = x.shape[2:]
     reach = [d * (k - 1) for d, k in zip(geometry.dilation, geometry.kernel, strict=True)]
     counts = [(n - r - 1) // s + 1 for n, r, s in zip(sizes, reach, geometry.stride, strict=True)]
+    # Flat index of the first input under the kernel at each place; the taps are offsets from it.
     corner = torch.zeros_like(places)
     left = places
     for dim in reversed(range(geometry.dims)):
@@ -113,7 +117,7 @@ def rows_at(x: Tensor, geometry: ConvGeometry, images: Tensor, places: Tensor) -
 
 
 def outputs_at(y: Tensor, geometry: ConvGeometry, images: Tensor, places: Tensor) -> Tensor:
-    """A layer's output at places, (P, C); ``y`` is (N, C, ...), of linear layers (N, ..., C)."""
+    """A layer's output at places, (P, C); ``y`` is (N, C, ...), for linear layers (N, ..., C)."""
     if not geometry.dims:
         return y.reshape(len(y), -1, y.shape[-1])[images, places]
     return y.flatten(2)[images, :, places]

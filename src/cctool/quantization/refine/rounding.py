@@ -1,4 +1,4 @@
-"""Learning the rounding of one weight: continuous variables that end at 0 or 1.
+"""Learning the rounding of one weight: continuous variables that converge to 0 or 1.
 
 M. Nagel et al. 2020 (arXiv 2004.10568), equations 21 to 25.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cctool.quantization.quantizers.base import Quantizer
+from cctool.quantization.quantizers.grid import aligned
 from cctool.quantization.refine.im2col import ConvGeometry, weight_rows
 
 __all__ = ["Learned", "Rows", "WeightRounding", "learn"]
@@ -28,7 +29,7 @@ _JUDGES = 8
 
 @dataclass(frozen=True)
 class Rows:
-    """A layer's inputs and wanted outputs at places.
+    """A layer's inputs and target outputs at places.
 
     Attributes:
         inputs: (groups, P, inputs of a row).
@@ -46,15 +47,10 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """A learned rounding.
+    """A learned rounding; see `adaround.RoundedLayer`.
 
     Attributes:
-        up: bool of the weight's shape, whether it is rounded up.
-        nearest: mean squared error of nearest rounding on the judging rows.
-        learned: of the learned one.
-        changed: fraction of weights whose value differs.
-        kept: whether the learned one is better.
-        rows: learned from.
+        up: bool in the weight's shape, whether it is rounded up.
     """
 
     up: Tensor
@@ -66,18 +62,18 @@ class Learned:
 
 
 class WeightRounding:
-    """The values between which a weight can be rounded."""
+    """The two grid values between which each weight can be rounded."""
 
     def __init__(
         self, weight: Tensor, quantizer: Quantizer, fold: Tensor | None, mask: Tensor | None
     ) -> None:
-        """Take a weight apart.
+        """Compute floor and fraction of each weight on the grid.
 
         Args:
             weight: finite.
             quantizer: with a grid.
-            fold: as `Quantizer.forward` takes it.
-            mask: True where a weight stays; the others are 0. None is all.
+            fold: see `Quantizer.forward`.
+            mask: True for kept weights; the others are 0. None is all.
         """
         grid = quantizer.grid()
         assert grid is not None
@@ -85,25 +81,22 @@ class WeightRounding:
         folded = quantizer.folded(weight, fold)
         ones = torch.ones_like(weight, dtype=folded.dtype)
         self.factors = quantizer.folded(ones, fold)
-        if grid.axis is None:
-            scale, zero = grid.scale, grid.zero_point
-        else:
-            shape = [-1 if dim == grid.axis else 1 for dim in range(weight.dim())]
-            scale, zero = grid.scale.view(shape), grid.zero_point.view(shape)
+        scale, zero = (aligned(state, weight.dim(), grid.axis) for state in (grid.scale, grid.zero_point))
         exact = folded / scale.clamp(min=torch.finfo(torch.float32).tiny) + zero
+        # Values beyond the grid are clipped to its end, whichever way they are rounded.
         self.floor = exact.clamp(grid.low - 1.0, grid.high + 1.0).floor()
         self.fraction = (exact - self.floor).clamp(0, 1)
         nearest = grid.integers(folded).to(self.floor.dtype)
         self.nearest = nearest > self.floor
 
     def values(self, up: Tensor) -> Tensor:
-        """The weight for how far each is rounded up, from 0 to 1 (eq. 22), unfolded and masked."""
+        """The weight, given how far each entry is rounded up, from 0 to 1 (eq. 22); unfolded and masked."""
         n = (self.floor + up).clamp(self.grid.low, self.grid.high)
         found = self.grid.decoded(n) / self.factors
         return found if self.mask is None else found * self.mask
 
     def chosen(self, up: Tensor) -> Tensor:
-        """The weight for a rounding, of its type."""
+        """The weight for a rounding, in its own type."""
         return self.values(up.to(self.floor.dtype)).to(self.dtype)
 
 
@@ -118,19 +111,20 @@ def learn(
 ) -> Learned:
     """Learn a rounding with Adam.
 
-    The loss is the squared error of outputs, summed over channels, plus the regulariser (eq. 24), whose
-    weight is such that it counts against the error as nearest rounding causes it, whatever the scale of the
-    outputs. The regulariser is off for the first fifth of the steps; its exponent goes from 20 to 2 along a
-    half cosine then.
+    The loss is the squared error of outputs, summed over channels and divided by that of nearest rounding,
+    plus the regulariser (eq. 24), so that their balance does not depend on the scale of the outputs. The
+    regulariser is off for the first fifth of the steps; then its exponent goes from 20 to 2 along a half
+    cosine.
 
     Args:
         rounding: of the weight.
-        rows: inputs and wanted outputs.
+        rows: inputs and target outputs.
         bias: of the layer, (C,); None without.
         after: what follows in the network, on (P, C).
         steps: 1 or more.
-        generator: draws batches.
+        generator: for batches.
     """
+    # The last rows, which come from the last images, are held out.
     judges = len(rows) // _JUDGES
     used = len(rows) - judges
     judging = slice(used, None) if judges else slice(None)
@@ -148,8 +142,10 @@ def learn(
     with torch.no_grad():
         weight = rounding.chosen(rounding.nearest).to(rows.inputs.dtype)
         first = (outputs(weight, slice(0, used)) - wanted[:used]).square().sum(1).mean()
-    # Even in a layer without an error nothing is divided by 0.
+    # Avoids a division by 0 in a layer without error.
     scale = float(first.clamp(min=torch.finfo(torch.float32).tiny))
+    # The sigmoid is stretched to [gamma, zeta] and clipped (eq. 23); its inverse makes training begin at the
+    # unrounded weight.
     soft = ((rounding.fraction - _GAMMA) / (_ZETA - _GAMMA)).clamp(1e-4, 1 - 1e-4)
     variable = soft.logit().float().requires_grad_()
     optimizer = torch.optim.Adam([variable], lr=_RATE)
@@ -173,6 +169,6 @@ def learn(
 
 
 def _beta(progress: float) -> float:
-    """The exponent after a share of the steps that have a regulariser."""
+    """The exponent after this share of the steps with a regulariser."""
     first, last = _BETAS
     return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,4 +1,4 @@
-"""Making basis layers and their complex company: for a fresh network, or from what a file says of one."""
+"""Building basis layers, and complex modules around them: for a new network, or from a file's edits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cctool.transforms.layers.base import SwapKind, remade
 __all__ = ["BASIS_SWAPS", "COMPLEX", "ComplexArguments", "basis_layer", "counterpart"]
 
 COMPLEX = "complex"
-"""Name of what stands between complex layers in the table of swaps."""
+"""Name, in the table of swaps, of the modules between complex layers."""
 
 _LAYERS: dict[tuple[type[nn.Module], bool], type[BasisLayer]] = {
     (nn.Linear, False): BasisLinear,
@@ -43,18 +43,18 @@ class ComplexArguments(Record):
     """Arguments of a module between complex layers.
 
     Attributes:
-        ends: whether it is the last complex one of its network, which puts out |z|.
+        ends: whether it is the network's last complex module, which outputs |z|.
     """
 
     ends: StrictBool = False
 
 
 def basis_layer(layer: nn.Module, arguments: BasisArguments) -> BasisLayer:
-    """A layer of fresh basis functions in the place of ``layer``, whose weight and bias are not looked at.
+    """A new layer of basis functions in place of ``layer``, whose weight and bias are ignored.
 
     Args:
-        layer: exactly an `nn.Linear` or `nn.Conv2d`; it stays as it is. Where its weight is on the meta
-            device, so are the new parameters.
+        layer: exactly an `nn.Linear` or `nn.Conv2d`; not changed. If its weight is on the meta device, so are
+            the new parameters.
         arguments: of the new layer.
 
     Raises:
@@ -76,14 +76,14 @@ def basis_layer(layer: nn.Module, arguments: BasisArguments) -> BasisLayer:
 
 
 def counterpart(layer: nn.Module, *, ends: bool = False) -> nn.Module | None:
-    """What takes the place of a module that meets complex values.
+    """The module that replaces one whose inputs are complex.
 
     Args:
-        layer: of the architecture; where parameters are needed, it lives on inside or shares them.
-        ends: whether |z| comes out.
+        layer: of the architecture; it is used inside, or its parameters are shared, where they are needed.
+        ends: whether the output is |z|.
 
     Returns:
-        None for kinds that have no counterpart.
+        None for kinds without a counterpart.
     """
     make = _COUNTERPARTS.get(type(layer))
     if make is None or getattr(layer, "return_indices", False):
@@ -91,45 +91,21 @@ def counterpart(layer: nn.Module, *, ends: bool = False) -> nn.Module | None:
     return make(layer, ends)
 
 
-def _cardioid(layer: nn.Module, ends: bool) -> nn.Module:
-    return Cardioid(ends)
-
-
-def _batch_norm(layer: nn.Module, ends: bool) -> nn.Module:
-    return ComplexBatchNorm(layer, deepcopy(layer), ends)
-
-
-def _of_magnitudes(kind: type[nn.Module]) -> Callable[[nn.Module, bool], nn.Module]:
-    def make(layer: nn.Module, ends: bool) -> nn.Module:
-        # Its output is real already.
-        return remade(layer, kind)
-
-    return make
-
-
+_SMOOTH = (nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Softplus)
 _COUNTERPARTS: dict[type[nn.Module], Callable[[nn.Module, bool], nn.Module]] = {
     **dict.fromkeys(
-        (
-            nn.ReLU,
-            nn.ReLU6,
-            nn.LeakyReLU,
-            nn.ELU,
-            nn.CELU,
-            nn.SELU,
-            nn.GELU,
-            nn.SiLU,
-            nn.Mish,
-            nn.Hardswish,
-            nn.Softplus,
-        ),
-        _cardioid,
+        (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, *_SMOOTH),
+        lambda layer, ends: Cardioid(ends),
     ),
     **dict.fromkeys((nn.MaxPool2d, nn.AdaptiveMaxPool2d), ComplexMaxPool2d),
     **dict.fromkeys((nn.AvgPool2d, nn.AdaptiveAvgPool2d), ComplexAverage),
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d), ComplexDropout),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d), _batch_norm),
-    nn.Linear: _of_magnitudes(MagnitudeLinear),
-    nn.Conv2d: _of_magnitudes(MagnitudeConv2d),
+    **dict.fromkeys(
+        (nn.BatchNorm1d, nn.BatchNorm2d), lambda layer, ends: ComplexBatchNorm(layer, deepcopy(layer), ends)
+    ),
+    # Their output is real, whether or not the complex part ends here.
+    nn.Linear: lambda layer, ends: remade(layer, MagnitudeLinear),
+    nn.Conv2d: lambda layer, ends: remade(layer, MagnitudeConv2d),
 }
 
 

@@ -1,13 +1,13 @@
-"""Layers of networks that compute with complex numbers: DFT basis layers, and what stands between them.
+"""Networks that compute with complex numbers: DFT basis layers, and the modules between them.
 
-Values are tensors of a complex type, whatever their shape; parameters are stored as real tensors. Every
-module here takes real inputs too, as the first complex layer of a network does.
+Values are complex tensors of any shape; parameters are stored as real tensors. Every module here accepts real
+inputs too, because the first complex layer of a network gets them.
 
 - The activation is the cardioid z (1 + cos arg z) / 2 (Virtue et al. 2017, equation 7), which is the ReLU on
   real numbers.
 - Max pooling picks the value of the largest |z|.
-- Batch norm normalises real and imaginary parts on their own, each to variance 1/2, so that E|z|^2 is the 1
-  of real batch norm. (The thesis divides the parts by 2 in place of sqrt(2).)
+- Batch norm normalises real and imaginary parts separately, each to variance 1/2, so that E|z|^2 is 1 as with
+  real batch norm. (The thesis divides the parts by 2 instead of sqrt(2).)
 - The complex part ends with |z|, before a real layer or at the network's outputs.
 """
 
@@ -43,14 +43,15 @@ __all__ = [
 ]
 
 
-# The square of 1e-12, under which |z| counts as zero; its power -3/2, met in gradients, is a float32.
+# The square of 1e-12, below which |z| counts as zero. Gradients need its power -3/2, which float32 still
+# holds.
 _TINY = 1e-24
 
 
 def magnitude(values: Tensor) -> Tensor:
-    """|z| of complex values, whose gradient is 0 at 0 and finite everywhere; real values as they are.
+    """|z| of complex values, with a gradient that is 0 at 0 and finite everywhere; real values unchanged.
 
-    `torch.abs` gives NaN gradients for values whose square underflows.
+    `torch.abs` has NaN gradients for values whose square underflows.
     """
     if not values.is_complex():
         return values
@@ -58,10 +59,10 @@ def magnitude(values: Tensor) -> Tensor:
 
 
 class ComplexModule(nn.Module):
-    """Base of what stands between complex layers.
+    """Base of the modules between complex layers.
 
     Args:
-        ends: whether this is the last complex module of its network, which puts out |z|.
+        ends: whether this is the network's last complex module, which outputs |z|.
     """
 
     def __init__(self, ends: bool = False) -> None:
@@ -69,7 +70,7 @@ class ComplexModule(nn.Module):
         self.ends = ends
 
     def ended(self, values: Tensor) -> Tensor:
-        """The module's output for what it computed."""
+        """The output for what the module computed: |z| at the end of the complex part."""
         return magnitude(values) if self.ends else values
 
 
@@ -77,7 +78,7 @@ class Cardioid(ComplexModule):
     """z (1 + cos arg z) / 2; on real values, the ReLU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map complex or real values of any shape to values of that shape."""
+        """Map complex or real values elementwise."""
         if not x.is_complex():
             return F.relu(x)
         cosine = x.real * (x.real.square() + x.imag.square() + _TINY).rsqrt()
@@ -85,12 +86,7 @@ class Cardioid(ComplexModule):
 
 
 class _AroundLayer(ComplexModule):
-    """A module for complex values that leaves real ones to an ordinary layer.
-
-    Args:
-        layer: that layer.
-        ends: see `ComplexModule`.
-    """
+    """A module for complex values that passes real ones to an ordinary layer."""
 
     def __init__(self, layer: nn.Module, ends: bool = False) -> None:
         super().__init__(ends)
@@ -111,36 +107,38 @@ class ComplexMaxPool2d(_AroundLayer):
 
     def __init__(self, layer: nn.Module, ends: bool = False) -> None:
         super().__init__(layer, ends)
+        # A copy that returns the places of the maxima; the layer itself serves real inputs.
         self.indexing = remade(layer, type(layer))
         self.indexing.return_indices = True  # type: ignore[assignment]
 
     def _of_complex(self, x: Tensor) -> Tensor:
+        # Only the places come from the magnitudes; the gradient passes through the picked values.
         _, places = self.indexing(magnitude(x.detach()))
         return x.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
 
 
 class ComplexAverage(_AroundLayer):
-    """Average pooling of real and imaginary parts; any linear module without parameters will do."""
+    """Average pooling of real and imaginary parts; correct for any linear module without parameters."""
 
     def _of_complex(self, x: Tensor) -> Tensor:
         return torch.complex(self.layer(x.real), self.layer(x.imag))
 
 
 class ComplexDropout(_AroundLayer):
-    """Dropout of whole complex values, by `nn.Dropout` or its kin for whole channels."""
+    """Dropout of whole complex values, by `nn.Dropout` or its variants for whole channels."""
 
     def _of_complex(self, x: Tensor) -> Tensor:
-        # Written into a tensor of its own: the layer may work in place.
+        # The layer gets a new tensor, because it may work in place.
         kept: Tensor = self.layer(torch.ones_like(x.real))
         return x * kept
 
 
 class ComplexBatchNorm(ComplexModule):
-    """Batch norm of real and imaginary parts, each with statistics, scale and shift of its own, over sqrt(2).
+    """Separate batch norms of real and imaginary parts, divided by sqrt(2).
 
     Args:
         real: batch norm of the real parts, the architecture's own.
-        imaginary: another one of its kind.
+        imaginary: one of the same kind for the imaginary parts.
         ends: see `ComplexModule`.
     """
 
@@ -150,7 +148,7 @@ class ComplexBatchNorm(ComplexModule):
         self.imaginary = imaginary
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise complex values (N, C, ...); real ones as their real parts."""
+        """Normalise complex values (N, C, ...); real ones like real parts."""
         if not x.is_complex():
             return self.real(x)  # type: ignore[no-any-return]
         parts = torch.complex(self.real(x.real), self.imaginary(x.imag))
@@ -174,17 +172,16 @@ class MagnitudeConv2d(nn.Conv2d):
 
 
 class ComplexLayer(BasisLayer):
-    """What the DFT basis layers share. They have no plain counterpart, and are not cut."""
+    """What the DFT basis layers share. They have no plain counterpart and cannot be cut."""
 
     def channel_rows(self) -> Tensor:
         """(rows, samples), complex, each row of norm 1."""
-        return complex_rows(
-            self.indices,
+        offsets, size, period = (
             self.offsets("frequency_offsets"),
-            self.positions,
-            size=self.arguments.inputs,
-            period=self.arguments.period,
+            self.arguments.inputs,
+            self.arguments.period,
         )
+        return complex_rows(self.indices, offsets, self.positions, size=size, period=period)
 
     def plain(self) -> nn.Module | None:
         """See `SwappedLayer`."""
@@ -197,14 +194,14 @@ class ComplexLayer(BasisLayer):
         )
 
     def ended(self, values: Tensor) -> Tensor:
-        """The layer's output for what it computed."""
+        """The output for what the layer computed: |z| at the end of the complex part."""
         return magnitude(values).to(self.frequency_offsets.dtype) if self.arguments.ends else values
 
 
 class ComplexBasisLinear(ComplexLayer, LinearBasis, nn.Linear):  # type: ignore[misc,override]
-    """A linear layer of DFT rows: 3 x out_features parameters, as its bias is complex.
+    """A linear layer of DFT rows with 3 x out_features parameters, because its bias is complex.
 
-    Both parts of the bias begin as N(0, 0.5), as in the thesis.
+    Both parts of the bias are initialised with N(0, 0.5), as in the thesis.
     """
 
     ordinary = nn.Linear
@@ -213,6 +210,7 @@ class ComplexBasisLinear(ComplexLayer, LinearBasis, nn.Linear):  # type: ignore[
     def begin(self, arguments: BasisArguments) -> None:
         """See `BasisLayer`."""
         super().begin(arguments)
+        # The attribute exists without a bias, too.
         self.register_parameter("bias_imaginary", None)
         if self.bias is not None:
             self.bias_imaginary = nn.Parameter(torch.zeros_like(self.bias))
@@ -230,7 +228,7 @@ class ComplexBasisLinear(ComplexLayer, LinearBasis, nn.Linear):  # type: ignore[
             products = F.linear(input.to(weight.dtype), weight)
         else:
             x = input.to(weight.real.dtype)
-            # Under autocast the products come in half precision, of which there are no complex numbers.
+            # Autocast gives half-precision products, for which there is no complex type.
             parts = [F.linear(x, part).to(x.dtype) for part in (weight.real, weight.imag)]
             products = torch.complex(*parts)
         if self.bias is not None and self.bias_imaginary is not None:
@@ -242,8 +240,8 @@ class ComplexBasisLinear(ComplexLayer, LinearBasis, nn.Linear):  # type: ignore[
 class ComplexBasisConv2d(ComplexLayer, ConvolutionBasis, nn.Conv2d):  # type: ignore[misc,override]
     """A convolution of DFT basis functions.
 
-    The formula is that of `conv.py` with complex rows, and as many parameters: the coefficients are real,
-    and so is the bias, which is added to the real part.
+    The formula and the number of parameters are those of `conv.py`, with complex rows: coefficients and bias
+    are real, and the bias is added to the real part.
     """
 
     ordinary = nn.Conv2d

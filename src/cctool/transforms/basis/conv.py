@@ -1,33 +1,31 @@
-"""Convolutions whose filters are few basis functions: trainable frequencies and a coefficient map a filter.
+"""Convolutions built from few basis functions: trainable frequencies, and a coefficient map per filter.
 
 For output channel o, input channel i and kernel position (a, b), with k rows of a basis (`frequencies`):
 
     w[o, i, a, b] = s * kc[o, i] * sum over p, q of delta[o, p, q] * kh[p, a] * kw[q, b]
 
-kc has a row an output channel over the input channels of its group, kh and kw have as many rows as the kernel
-has positions: the spatial part is the separable inverse transform of a map of coefficients. The thesis has
-s = 1 / (kH kW) and delta from N(0, 1), which makes activations vanish. Here delta begins as N(0, 0.1), a size
-that training at the usual rates moves along with other weights, and s is such that filters have the squared
-norm that keeps the variance through the layer and its activation (He et al. 2015, equation 10).
-Parameters: Cout + kH + kW + Cout * kH * kW, and Cout of the bias.
+kc has a row per output channel over the input channels of its group; kh and kw have as many rows as the
+kernel has positions, so the spatial part is the separable inverse transform of a map of coefficients. The
+thesis has s = 1 / (kH kW) and delta from N(0, 1), which makes activations vanish. Here delta is initialised
+with N(0, 0.1), a scale at which the usual learning rates train it like other weights, and s gives filters the
+squared norm that keeps the variance through the layer and its activation (He et al. 2015, equation 10).
+Parameters: Cout + kH + kW + Cout * kH * kW, and Cout for the bias.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from cctool.checkpoint.edits.thin import Cut
 from cctool.transforms.basis.frequencies import real_rows
 from cctool.transforms.basis.linear import BasisLayer, init_normal
 
 __all__ = ["BasisConv2d", "ConvolutionBasis"]
 
-# Variance of an activation's input over that of its output, for normal values around zero: of the ReLU, and
-# of the cardioid z (1 + cos arg z) / 2, whose E|.|^2 is 3/8 E|z|^2.
+# Variance of an activation's input divided by that of its output, for zero-mean normal values: of the ReLU,
+# and of the cardioid z (1 + cos arg z) / 2, whose output has 3/8 of E|z|^2.
 _RELU_GAIN = 2.0
 _CARDIOID_GAIN = 8 / 3
 _DELTA_STD = 0.1
@@ -37,7 +35,7 @@ class ConvolutionBasis(BasisLayer):
     """What real and complex convolutions share.
 
     Attributes:
-        height_offsets: (kH,) trained, how far the frequencies 0..kH-1 of the vertical axis moved.
+        height_offsets: (kH,) trained: how far the frequencies 0..kH-1 of the vertical axis moved.
         width_offsets: (kW,) likewise.
         delta: (Cout, kH, kW) coefficients.
     """
@@ -62,7 +60,7 @@ class ConvolutionBasis(BasisLayer):
 
     @property
     def samples(self) -> int:
-        """Inputs of one row."""
+        """Length of a row: the input channels of a group."""
         return self.in_channels // self.groups
 
     def compute_weight(self) -> Tensor:
@@ -71,6 +69,7 @@ class ConvolutionBasis(BasisLayer):
             self.spatial_rows(self.offsets(name), size)
             for name, size in zip(("height_offsets", "width_offsets"), self.kernel_size, strict=True)
         )
+        # The coefficients are real, the rows maybe complex.
         spatial = self._scale() * (high.T @ self.trained("delta").to(high.dtype) @ wide)
         return self.channel_rows()[:, :, None, None] * spatial[:, None]
 
@@ -86,23 +85,8 @@ class ConvolutionBasis(BasisLayer):
         gain = _CARDIOID_GAIN if self.arguments.kernel == "dft" else _RELU_GAIN
         return math.sqrt(gain / positions) / _DELTA_STD
 
-    def fit_attributes(self, cuts: Sequence[Cut]) -> None:
-        """Set the attributes that hold widths after the weight was cut."""
-        width = self.samples
-        for cut in cuts:
-            if cut.dim == 0:
-                # A group whose outputs are all gone is gone with its inputs.
-                self.groups = len(torch.unique(cut.keep // (self.out_channels // self.groups)))
-                self.out_channels = len(cut.keep)
-            elif cut.dim == 1:
-                width = len(cut.keep)
-        self.in_channels = width * self.groups
-
 
 class BasisConv2d(ConvolutionBasis, nn.Conv2d):  # type: ignore[misc,override]
-    """A convolution of DCT or DST basis functions; see the head of this file.
-
-    The bias begins as 0.
-    """
+    """A convolution of DCT or DST basis functions; see the module docstring. The bias begins at 0."""
 
     ordinary = nn.Conv2d

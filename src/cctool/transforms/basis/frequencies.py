@@ -1,17 +1,17 @@
-"""Rows of basis functions whose frequencies are trained, of the DCT, the DST and the DFT.
+"""Rows of basis functions with trainable frequencies, of the DCT, the DST and the DFT.
 
-For N samples t = 0..N-1, a period D and a frequency f that is a real number:
+For N samples t = 0..N-1, a period D and a real-valued frequency f:
 
     dct   cos(pi f (2t+1) / (2D)),        divided by its norm over the N samples
     dst   sin(pi (f+1) (2t+1) / (2D)),    divided by its norm over the N samples
     dft   exp(-2 pi j f t / D) / sqrt(N)
 
-At D = N and f = 0..N-1 these are the orthonormal DCT-II, DST-II and DFT. The norm belongs to the frequency
-and not to the number of the row: it is sqrt(N) at a frequency of 0 and sqrt(N/2) at other integers, wherever
-training moves the frequency from or to.
+With D = N and f = 0..N-1 these are the orthonormal DCT-II, DST-II and DFT. The norm depends on the frequency,
+not on the number of the row: it is sqrt(N) at frequency 0 and sqrt(N/2) at other integers, wherever training
+moves a row.
 
 More rows than samples need D > N: with D = N, row N of the DCT is zero and row N+j is minus row N-j. With
-D = rows, the rows are the first N columns of an orthogonal matrix, so that they have full rank N.
+D = rows, the rows are the first N columns of an orthogonal matrix, and so have full rank N.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 __all__ = ["complex_rows", "real_rows", "row_norms", "unit_gradient"]
 
-# Below it a row counts as zero, as of a DST whose frequency went to -1.
+# Smaller rows count as zero, for example a DST row whose frequency went to -1.
 _SMALLEST_NORM = 1e-3
 
 
@@ -35,9 +35,9 @@ def real_rows(
 
     Args:
         kernel: ``dct`` or ``dst``.
-        indices: (rows,) integers, the frequencies that training began with.
+        indices: (rows,) integers, the initial frequencies.
         offsets: (rows,) what training added to them.
-        positions: (columns,) integers, which of the samples 0..size-1 are wanted.
+        positions: (columns,) integers, which of the samples 0..size-1 to return.
         size: number of samples N that a row is normalised over.
         period: D.
 
@@ -52,18 +52,7 @@ def real_rows(
 
 
 def complex_rows(indices: Tensor, offsets: Tensor, positions: Tensor, *, size: int, period: int) -> Tensor:
-    """Rows of the DFT, all of norm 1 over ``size`` samples.
-
-    Args:
-        indices: as in `real_rows`.
-        offsets: as in `real_rows`.
-        positions: as in `real_rows`.
-        size: number of samples N.
-        period: D.
-
-    Returns:
-        (rows, columns), complex.
-    """
+    """Rows of the DFT, each of norm 1 over ``size`` samples, complex; arguments as in `real_rows`."""
     angles = _angles(indices, offsets, positions, period, 2 * math.pi / period)
     return torch.complex(angles.cos(), -angles.sin()) / math.sqrt(size)
 
@@ -71,33 +60,26 @@ def complex_rows(indices: Tensor, offsets: Tensor, positions: Tensor, *, size: i
 def _angles(indices: Tensor, offsets: Tensor, positions: Tensor, turn: int, unit: float) -> Tensor:
     """(rows, columns): unit (indices + offsets) positions, less whole turns of ``turn`` units.
 
-    The integer part is reduced exactly: float32 would lose three digits of 4096 x 4096 periods.
+    The integer part is reduced exactly: float32 would lose three digits at 4096 x 4096 periods.
     """
-    # Frequencies and samples of a layer give products of at most turn^2 / 8.
+    # The products of a layer's frequencies and samples are at most turn^2 / 8.
     kind = torch.int32 if turn * turn // 8 < 2**31 else torch.int64
     whole = torch.outer(indices.to(kind), positions.to(kind)).remainder_(turn).to(offsets.dtype)
     return torch.addr(whole, offsets, positions.to(offsets.dtype), beta=unit, alpha=unit)
 
 
 def row_norms(kernel: str, whole: Tensor, offsets: Tensor, *, size: int, period: int) -> Tensor:
-    """Norms of the DCT's or DST's rows before they are normalised.
+    """Norms of the DCT's or DST's rows before normalisation: (rows,) positive, of the type of ``offsets``.
 
-    With phi = pi f / D, the sum over t of cos((2t+1) phi) is sin(2 N phi) / (2 sin phi), so that the squared
-    norms are N/2 (1 +- sin(2 N phi) / (2 N sin phi)).
-
-    Args:
-        kernel: ``dct`` or ``dst``.
-        whole: (rows,) integers.
-        offsets: (rows,) what is added to them.
-        size: N.
-        period: D.
-
-    Returns:
-        (rows,) positive, of the type of ``offsets``.
+    ``whole`` (rows,) are integers, to which ``offsets`` (rows,) are added; ``size`` is N and ``period`` D.
+    With phi = pi f / D, the sum over t of cos((2t+1) phi) is sin(2 N phi) / (2 sin phi), so the squared norms
+    are N/2 (1 +- sin(2 N phi) / (2 N sin phi)).
     """
     phi = (whole + offsets.double()) * (math.pi / period)
     nearest = (phi.detach() / math.pi).round()
     epsilon = phi - nearest * math.pi
+    # Close to a multiple of pi the ratio is 0/0: there its Taylor series is used. The other branch gets a
+    # safe argument, because `where` would pass on the NaN of its gradient.
     near = epsilon.detach().abs() * 2 * size < 1e-2
     safe = torch.where(near, torch.ones_like(epsilon), epsilon)
     ratio = torch.where(
@@ -123,8 +105,8 @@ class _UnitGradient(torch.autograd.Function):
 
 
 def unit_gradient(tensor: Tensor) -> Tensor:
-    """The tensor itself, whose gradient comes back divided by its norm, g / (||g|| + 1e-8).
+    """The tensor itself; its gradient is divided by its norm, g / (||g|| + 1e-8).
 
-    It is a part of the computation and not a hook on the parameter, which copies and loaded files would lose.
+    This is part of the computation, not a hook on the parameter, which copies and loaded files would lack.
     """
     return _UnitGradient.apply(tensor)  # type: ignore[no-any-return]

@@ -1,16 +1,16 @@
-"""Layers whose rows are basis functions of trainable frequency: what they share, and the linear one.
+"""Layers whose rows are basis functions of trainable frequency: the shared base, and the linear layer.
 
-A row of the weight is one DCT or DST basis function over the inputs. What is trained and stored is its
-frequency: two numbers a unit with the bias, in place of a weight for each input (the layers of M. Pias'
-thesis, github.com/mir-pias/cnn_compression). Frequencies begin as 0, 1, 2, ...; the parameter holds how far
-training moved them from there (`frequency_offsets`), so that weight decay draws them to where they began, and
-few bits store them well.
+A row of the weight is one DCT or DST basis function over the inputs. Only its frequency is trained and
+stored: with the bias, two numbers per unit instead of a weight per input (the layers of M. Pias' thesis,
+github.com/mir-pias/cnn_compression). Initial frequencies are 0, 1, 2, ...; the parameter holds how far
+training moved them (`frequency_offsets`), so that weight decay pulls them back to their start, and few bits
+store them well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, StrictBool, model_validator
@@ -22,9 +22,6 @@ from cctool.checkpoint.spec import Dimension, Record
 from cctool.transforms.basis.frequencies import real_rows, unit_gradient
 from cctool.transforms.layers.base import ComputedLayer, SwappedLayer, WeightCache, remade
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["BASIS", "BIAS_STD", "BasisArguments", "BasisLayer", "BasisLinear", "LinearBasis", "init_normal"]
 
 BASIS = "basis"
@@ -33,7 +30,7 @@ BASIS = "basis"
 _ROWS = ("rows_0", "rows_1")
 _UNIT = 10.0
 BIAS_STD = 0.5
-"""Standard deviation that biases of linear layers begin with."""
+"""Initial standard deviation of the biases of linear layers."""
 
 
 class BasisArguments(Record):
@@ -41,12 +38,12 @@ class BasisArguments(Record):
 
     Attributes:
         kernel: family of the basis functions.
-        outputs: rows of the layer before anything was cut, of one group of a convolution.
-        inputs: samples of a row before anything was cut.
-        cut: dims of the weight of which something is gone; buffers ``rows_0`` and ``rows_1`` say what stayed.
-        normalize_gradients: whether gradients of frequencies, and of a convolution's coefficients, come back
-            with norm 1, and both are trained in the units of the thesis.
-        ends: whether a dft layer is the last complex one of its network, which puts out |z|.
+        outputs: rows of the layer before any cut, of one group of a convolution.
+        inputs: samples of a row before any cut.
+        cut: dims of the weight that were cut; buffers ``rows_0`` and ``rows_1`` list what remains.
+        normalize_gradients: whether gradients of frequencies, and of a convolution's coefficients, are
+            normalised to norm 1, and both are trained in the units of the thesis.
+        ends: whether a dft layer is the network's last complex one, which outputs |z|.
     """
 
     kernel: Literal["dct", "dst", "dft"]
@@ -66,23 +63,23 @@ class BasisArguments(Record):
 
     @property
     def period(self) -> int:
-        """The D of `frequencies`: rows or samples, whichever are more."""
+        """The D of `frequencies`: the larger of rows and samples."""
         return max(self.outputs, self.inputs)
 
 
 class BasisLayer(ComputedLayer):
-    """What linear and convolutional, real and complex layers share: the axis of the channels.
+    """The channel axis of linear and convolutional, real and complex layers.
 
-    Its rows are the output channels, its samples the input channels (of one group).
+    Rows are the output channels, samples the input channels (of one group).
 
     Attributes:
-        own: names of its parameters beside the bias.
+        own: names of its parameters except the bias.
         per_row: those of them whose first dim are the output channels.
-        arguments: as in the edit.
+        arguments: of the edit.
         frequency_offsets: (rows,) trained: how far frequencies moved, see `offsets`.
 
-    Buffers ``rows_0``, int32 (rows,), and ``rows_1``, (samples,), say which frequencies and samples are left
-    after channels were cut.
+    Buffers ``rows_0``, int32 (rows,), and ``rows_1``, (samples,), list the frequencies and samples that
+    remain after channels were cut.
     """
 
     kind = BASIS
@@ -93,20 +90,18 @@ class BasisLayer(ComputedLayer):
     bias: nn.Parameter | None
 
     def begin(self, arguments: BasisArguments) -> None:
-        """Turn what was made of an ordinary layer into this one, with fresh values.
-
-        Args:
-            arguments: seen to fit the layer.
-        """
+        """Turn the copy of an ordinary layer into this one, with new values; ``arguments`` must fit it."""
+        # Only its shape, type and device are used.
         weight = self._parameters.pop("weight")
         assert weight is not None
         self.arguments, self.cache = arguments, WeightCache()
+        # The new bias replaces the old one, whose mask does not apply to it.
         if "bias" in masks_of(self):
             drop_masks(self, ["bias"])
         self._register(weight)
         if self._parameters.get("bias") is not None:
             self.bias = nn.Parameter(weight.new_zeros(weight.shape[0]))
-        # Parameters lie on the meta device while a file is loaded; buffers never do.
+        # While a file is loaded parameters are on the meta device, but buffers never are.
         device = torch.device("cpu") if weight.is_meta else weight.device
         for dim in arguments.cut:
             places = torch.arange(weight.shape[dim], dtype=torch.int32, device=device)
@@ -117,24 +112,22 @@ class BasisLayer(ComputedLayer):
 
     @property
     def samples(self) -> int:
-        """Inputs of one row."""
+        """Length of a row: the inputs of an output channel."""
         raise NotImplementedError
 
     @property
     def indices(self) -> Tensor:
-        """(rows,) the frequencies that training began with; in a convolution each group begins with 0."""
+        """(rows,) the initial frequencies; in a convolution each group begins with 0."""
         if 0 in self.arguments.cut:
-            rows: Tensor = getattr(self, _ROWS[0])
-            return rows
+            return self.get_buffer(_ROWS[0])
         offsets = self.frequency_offsets
         return torch.arange(len(offsets), device=offsets.device) % self.arguments.outputs
 
     @property
     def positions(self) -> Tensor:
-        """(samples,) which samples of the basis functions the inputs meet."""
+        """(samples,) which samples of the basis functions belong to the inputs."""
         if 1 in self.arguments.cut:
-            rows: Tensor = getattr(self, _ROWS[1])
-            return rows
+            return self.get_buffer(_ROWS[1])
         return torch.arange(self.samples, device=self.frequency_offsets.device)
 
     @property
@@ -145,36 +138,31 @@ class BasisLayer(ComputedLayer):
     def offsets(self, name: str) -> Tensor:
         """What training added to frequencies.
 
-        Parameters are in units of 10 frequencies: rates that suit weights would move a frequency by less than
-        1 in a whole training else, and leave the basis what it was.
+        Parameters are in units of 10 frequencies. Otherwise learning rates that suit weights would move a
+        frequency by less than 1 in a whole training, and hardly change the basis.
         """
         return self.trained(name) * (1.0 if self.arguments.normalize_gradients else _UNIT)
 
     def trained(self, name: str) -> Tensor:
-        """A parameter in float32 or float64, its gradient normalised where that was asked for."""
+        """A parameter in float32 or float64, its gradient normalised if the arguments say so."""
         tensor: Tensor = getattr(self, name)
-        # Half precision cannot tell one frequency from the next.
+        # Half precision cannot distinguish neighbouring high frequencies.
         tensor = tensor if tensor.dtype is torch.float64 else tensor.float()
         return unit_gradient(tensor) if self.arguments.normalize_gradients else tensor
 
     def channel_rows(self) -> Tensor:
         """(rows, samples), each row of norm 1 before samples were cut."""
-        return real_rows(
-            self.arguments.kernel,
-            self.indices,
-            self.offsets("frequency_offsets"),
-            self.positions,
-            size=self.arguments.inputs,
-            period=self.arguments.period,
-        )
+        kernel, offsets = self.arguments.kernel, self.offsets("frequency_offsets")
+        size, period = self.arguments.inputs, self.arguments.period
+        return real_rows(kernel, self.indices, offsets, self.positions, size=size, period=period)
 
     def compute_weight(self) -> Tensor:
-        """Compute the weight in float32 or float64, or their complex kin."""
+        """Compute the weight in float32 or float64, or the complex types of these."""
         raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
-        """The weight that an ordinary layer would hold, of the parameters' type unless it is complex."""
+        """The weight of the equivalent ordinary layer, of the parameters' type unless it is complex."""
         return self.cache.get(self._weight, [*self.parameters(recurse=False), *self.buffers(recurse=False)])
 
     def _weight(self) -> Tensor:
@@ -187,7 +175,7 @@ class BasisLayer(ComputedLayer):
         return self.made_ordinary(self.own, _ROWS)
 
     def taken(self, cuts: Mapping[str, Sequence[Cut]]) -> SwappedLayer:
-        """See `SwappedLayer`. Parameters lose rows; buffers name the rows and samples that are left."""
+        """See `SwappedLayer`. Parameters lose rows; buffers list the remaining rows and samples."""
         layer = remade(self, type(self))
         layer.cache = WeightCache()
         for cut in cuts.get("weight", ()):
@@ -198,16 +186,10 @@ class BasisLayer(ComputedLayer):
                     layer.keep_rows(name, cut.keep)
         for cut in cuts.get("bias", ()):
             layer.keep_rows("bias", cut.keep)
-        dims = {cut.dim for cut in cuts.get("weight", ())}
-        layer.arguments = self.arguments.model_copy(
-            update={"cut": tuple(sorted({*self.arguments.cut, *dims}))}
-        )
+        dims = sorted({*self.arguments.cut, *(cut.dim for cut in cuts.get("weight", ()))})
+        layer.arguments = self.arguments.model_copy(update={"cut": tuple(dims)})
         layer.fit_attributes(cuts.get("weight", ()))
         return layer
-
-    def fit_attributes(self, cuts: Sequence[Cut]) -> None:
-        """Set the attributes that hold widths after the weight was cut."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """The ordinary layer's, and the kernel."""
@@ -216,7 +198,7 @@ class BasisLayer(ComputedLayer):
 
 def init_normal(parameter: nn.Parameter, std: float) -> None:
     """Initialise with N(0, std), unless there is nothing to initialise."""
-    # On the meta device this would load a second's worth of torch's compiler.
+    # On the meta device this would import torch's compiler, which takes a second.
     if not parameter.is_meta:
         nn.init.normal_(parameter, std=std)
 
@@ -229,19 +211,14 @@ class LinearBasis(BasisLayer):
 
     @property
     def samples(self) -> int:
-        """Inputs of one row."""
+        """Length of a row: the inputs of the layer."""
         return self.in_features
-
-    def fit_attributes(self, cuts: Sequence[Cut]) -> None:
-        """Set the attributes that hold widths after the weight was cut."""
-        for cut in cuts:
-            setattr(self, ("out_features", "in_features")[cut.dim], len(cut.keep))
 
 
 class BasisLinear(LinearBasis, nn.Linear):  # type: ignore[misc,override]
     """A linear layer of DCT or DST rows: 2 x out_features parameters.
 
-    The bias begins as N(0, 0.5), as in the thesis.
+    The bias is initialised with N(0, 0.5), as in the thesis.
     """
 
     ordinary = nn.Linear

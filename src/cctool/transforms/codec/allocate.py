@@ -1,15 +1,15 @@
-"""Steps from how much a network's outputs change with the coefficients of its taps' maps.
+"""Quantization steps from the sensitivity of a network's outputs to the coefficients of its maps.
 
-Rounding a coefficient c with step D adds noise of variance D^2 / 12, which changes the outputs z, to first
-order, by a square of E[|dz/dc|^2] D^2 / 12; a bit less for c doubles D. Of all steps with as many bits, those
-with the same product D^2 E[|dz/dc|^2] change the outputs least (bit allocation by equal slopes, as in Huang
-and Schultheiss 1963, "Block quantization of correlated Gaussian random variables"). That holds for small
-steps. With few bits a coefficient, noise stops to grow where all symbols are zero, and steps in proportion to
-the spread s of the maps do better. Between both lies
+Rounding a coefficient c with step D adds noise of variance D^2 / 12. To first order it changes the outputs z
+by a mean square of E[|dz/dc|^2] D^2 / 12, and one bit less for c doubles D. Among all steps with the same
+number of bits, those with equal products D^2 E[|dz/dc|^2] change the outputs least (bit allocation by equal
+slopes, as in Huang and Schultheiss 1963, "Block quantization of correlated Gaussian random variables"). That
+holds for small steps. With few bits per coefficient, the noise stops growing once all symbols are zero, and
+steps proportional to the spread s of the maps do better. A compromise is
 
     D = m s (s^2 E[|dz/dc|^2])^(-p / 2),    p = 0.7,
 
-p = 1 being the equal slopes and p = 0 the spread alone.
+with p = 1 for equal slopes and p = 0 for the spread alone.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from cctool.transforms.kernels.by_name import is_wavelet
 __all__ = ["MEDIAN", "POWER", "Sensitivity", "allocated_steps", "measure_sensitivity"]
 
 POWER = 0.7
-"""p above; for a ResNet-20 at a ratio of 4.5, everything from 0.4 to 0.8 did alike."""
+"""p above; for a ResNet-20 at a ratio of 4.5, all values from 0.4 to 0.8 did equally well."""
 
 MEDIAN = 0.9
-"""Half of a network's coefficients have steps below so many standard deviations of their maps."""
+"""Sets m: half of a network's coefficients have steps below 0.9 standard deviations of their maps."""
 
 
 class Sensitivity:
-    """Means of squared derivatives by the coefficients of one tap, for each entry of its table.
+    """Mean squared derivatives with respect to the coefficients of one tap, per entry of its step table.
 
     Args:
         tap: the codec, its bases calibrated.
@@ -55,7 +55,7 @@ class Sensitivity:
         self._samples = 0
 
     def add(self, gradient: Tensor) -> None:
-        """Take derivatives (N, C, H, W) of a scalar of each sample by the map's values."""
+        """Add derivatives (N, C, H, W) of one scalar per sample with respect to the map's values."""
         sums = gradient.new_zeros(self._entries, dtype=torch.float64)
         for entries, band in self._placed(by_coefficients(gradient.double(), self._state)):
             squares = band.square().sum((0, 1))
@@ -66,7 +66,7 @@ class Sensitivity:
         self._samples += gradient.shape[0]
 
     def means(self) -> Tensor:
-        """(entries,) float64 on the CPU; entries that no coefficient has are as the ones before them."""
+        """(entries,) float64 on the CPU; entries that no coefficient uses repeat the one before them."""
         if self._sums is None:
             return torch.zeros(self._entries, dtype=torch.float64)
         found = self._sums.cpu() / self._counts.clamp(min=1)
@@ -76,11 +76,11 @@ class Sensitivity:
         return found
 
     def shares(self) -> Tensor:
-        """(entries,) float64 on the CPU: how many coefficients of one map each entry is for."""
+        """(entries,) float64 on the CPU: number of coefficients of one map that each entry is used for."""
         return self._counts / max(1, self._samples)
 
     def _placed(self, bands: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Bands (N, C, ...) with the entry of each of their places (...)."""
+        """Bands (N, C, ...) with the table entry of each of their places (...)."""
         config = self._state.config
         if is_wavelet(config.kernel):
             for index, band in enumerate(bands):
@@ -96,20 +96,22 @@ class Sensitivity:
 def measure_sensitivity(
     model: nn.Module, taps: Mapping[str, CalibratedTap], images: Iterable[Tensor]
 ) -> dict[str, Sensitivity]:
-    """Differentiate the outputs of the network without codecs by the coefficients of its taps' maps.
+    """Differentiate the outputs of the network without codecs with respect to its maps' coefficients.
 
-    E[|dz/dc|^2] is the mean square of the derivative of r . z for random signs r (Hutchinson 1990), fresh for
-    each sample; so one backward pass a batch does for any number of outputs.
+    E[|dz/dc|^2] is estimated as the mean square of the derivative of r . z for random signs r (Hutchinson
+    1990), new ones for each sample, so one backward pass per batch serves any number of outputs.
 
     Args:
-        model: on its device, in evaluation mode; it stays as it is.
+        model: on its device, in evaluation mode; not changed.
         taps: with their bases, by the name of the module.
         images: batches (N, ...).
 
     Raises:
-        TransformError: if the network returns no floating-point tensor, or one that depends on no tap's maps.
+        TransformError: if the network returns no floating-point tensor, or one that does not depend on the
+            maps.
     """
     found = {name: Sensitivity(tap) for name, tap in taps.items()}
+    # A fixed seed on the CPU: the same network gets the same steps on every device.
     signs = torch.Generator().manual_seed(0)
     for batch in images:
         seen: list[tuple[str, Tensor]] = []
@@ -132,10 +134,11 @@ def measure_sensitivity(
 def _watched(
     name: str, seen: list[tuple[str, Tensor]], module: nn.Module, args: Any, output: Tensor
 ) -> Tensor:
+    # Where no parameter requires a gradient, the map itself becomes the leaf to differentiate by.
     if not output.requires_grad:
         output = output.detach().requires_grad_()
     seen.append((name, output))
-    # What follows may write to its input.
+    # A copy, because the next module may work in place.
     return output.clone()
 
 
@@ -148,13 +151,10 @@ def _first_tensor(outputs: Any) -> Tensor | None:
 
 
 def allocated_steps(found: Mapping[str, Sensitivity], spreads: Mapping[str, float]) -> dict[str, Tensor]:
-    """The steps of each tap in units of its maps' values, float64 (entries,); see the module's text.
+    """The steps of each tap in units of its maps' values, float64 (entries,); see the module docstring.
 
-    Coefficients that change nothing get infinite steps, and so do all of a tap whose maps never vary.
-
-    Args:
-        found: what was measured, by tap.
-        spreads: standard deviations of the taps' maps.
+    ``spreads`` are the standard deviations of the taps' maps. Coefficients that change nothing get infinite
+    steps, and so do all of a tap whose maps never vary.
     """
     relative = {name: (spreads[name] ** 2 * one.means()).pow(-POWER / 2) for name, one in found.items()}
     shares = torch.cat([one.shares() for one in found.values()])

@@ -1,9 +1,8 @@
-"""Calibrating codecs: ranges and bases from the maps of un-augmented training images, orders of the code.
+"""Calibrating codecs on un-augmented training images: ranges, bases, and orders of the code.
 
-Ranges and bases are those of the network without codecs, as the published procedure takes them: so they do
-not depend on the steps, and a search over qualities need not calibrate again. The order of the
-exponential-Golomb code is chosen on the symbols of the whole coded network, whose maps have been through the
-taps before.
+Ranges and bases are those of the network without codecs, as in the published procedure. So they do not depend
+on the steps, and a search over qualities need not calibrate again. The order of the exponential-Golomb code
+is chosen from the symbols of the whole network with codecs, whose maps have passed the taps before.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from cctool.transforms.kernels.spatial import block_sizes
 __all__ = ["Batches", "calibrate", "choose_orders"]
 
 Batches = Iterable[Tensor]
-"""Normalised images (N, C, H, W) on the network's device; iterating again gives the same again."""
+"""Normalised images (N, C, H, W) on the network's device; each iteration yields the same."""
 
 
 @dataclass
 class _Range:
-    """Smallest and largest value of a tap's maps and their spread, on their device."""
+    """Running minimum, maximum and spread of a tap's maps, on their device."""
 
     low: Tensor | None = None
     high: Tensor | None = None
@@ -57,6 +56,7 @@ class _Range:
         """Standard deviation of all values."""
         assert self.sums is not None
         mean, square = (self.sums / self.count).tolist()
+        # Rounding may make the variance of a constant map negative.
         return math.sqrt(max(0.0, square - mean * mean))
 
     def bounds(self) -> Tensor:
@@ -67,7 +67,7 @@ class _Range:
 
 @dataclass
 class _Moments:
-    """Sums over vectors (n, d), float64, on their device: how many, their sum, their outer products."""
+    """Running sums over vectors (n, d), float64, on their device: number, sum, outer products."""
 
     count: int = 0
     total: Tensor | None = None
@@ -80,16 +80,17 @@ class _Moments:
         self.products = products if self.products is None else self.products + products
 
     def basis(self, *, centred: bool) -> Tensor:
-        """Eigenvectors as rows, those of the largest eigenvalues first; float32, signs fixed."""
+        """Eigenvectors as rows, in order of decreasing eigenvalues; float32, with fixed signs."""
         assert self.total is not None
         assert self.products is not None
         second = self.products / self.count
         if centred:
             mean = self.total / self.count
             second = second - torch.outer(mean, mean)
-        # On the CPU, so that every device comes to the same basis.
+        # On the CPU, so that the basis is the same for every device.
         vectors = torch.linalg.eigh(second.cpu()).eigenvectors.flip(1).T
         largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+        # The sign of an eigenvector is arbitrary.
         basis: Tensor = vectors * torch.sign(largest)
         return basis.float().contiguous().to(second.device)
 
@@ -104,12 +105,12 @@ def calibrate(
     """Find the ranges and bases of taps.
 
     Args:
-        model: on its device; taps that it has already are bypassed. It stays as it is.
+        model: on its device; its present taps are bypassed. Not changed.
         sites: where.
-        configs: by the site's name. Where the prequantizer is to be calibrated, it becomes ``unsigned`` for
-            maps without negative values, ``offset`` for others.
-        images: seen once for ranges, once for a channel KLT, once for a spatial one, once with gradients for
-            allocated steps.
+        configs: by the site's name. A prequantizer that is to be calibrated becomes ``unsigned`` for maps
+            without negative values, ``offset`` for others.
+        images: iterated once for ranges, once for a channel KLT, once for a spatial one, and once with
+            gradients for allocated steps.
         fingerprint: of the weights.
 
     Raises:
@@ -141,7 +142,7 @@ def calibrate(
 def _allocated(
     model: nn.Module, taps: dict[str, CalibratedTap], spreads: Mapping[str, float], images: Batches
 ) -> dict[str, CalibratedTap]:
-    """Steps by the outputs' sensitivity where asked for; a tap whose maps never vary keeps its table."""
+    """Steps from the outputs' sensitivity where asked for; a tap whose maps never vary keeps its table."""
     chosen = {
         name: tap
         for name, tap in taps.items()
@@ -160,7 +161,7 @@ def _allocated(
 
 
 def _scaled(config: CodecConfig, bounds: Tensor, spread: float) -> tuple[float, ...]:
-    """The default table for maps of this standard deviation; as it is where they never vary."""
+    """The default table for maps of this standard deviation; not scaled where they never vary."""
     step = float(prequantizer_levels(bounds, config.prequantizer, config.bits).step)
     factor = spread / step / (USUAL_SPREAD * (2**config.bits - 1)) or 1.0
     table = default_table(config.kernel, config.block, config.levels, config.bits)
@@ -170,7 +171,7 @@ def _scaled(config: CodecConfig, bounds: Tensor, spread: float) -> tuple[float, 
 def _with_channels(
     model: nn.Module, taps: Mapping[str, CalibratedTap], images: Batches
 ) -> dict[str, CalibratedTap]:
-    """Principal axes of the channels, a vector at each place (Chmiel et al. 2019, arXiv 1905.10830)."""
+    """Principal axes of the channels, one vector per place (Chmiel et al. 2019, arXiv 1905.10830)."""
     moments = {name: _Moments() for name in taps}
 
     def look(name: str, x: Tensor) -> None:
@@ -186,9 +187,9 @@ def _with_channels(
 def _with_blocks(
     model: nn.Module, taps: Mapping[str, CalibratedTap], images: Batches
 ) -> dict[str, CalibratedTap]:
-    """Eigenvectors of the second moments of blocks' rows and columns, for every side of block that there is.
+    """Eigenvectors of the second moments of blocks' rows and columns, for every block side that occurs.
 
-    Second moments and not covariances, because the mean is coded with the rest.
+    Second moments rather than covariances, because the mean is coded with the rest.
     """
     moments: dict[str, dict[str, _Moments]] = {name: {} for name in taps}
 
@@ -221,11 +222,9 @@ def _integers(x: Tensor, tap: CalibratedTap) -> Tensor:
 
 
 def choose_orders(model: nn.Module, images: Batches) -> None:
-    """Set the order of the code of each tap that leaves it open to the one of fewest bits, in place.
+    """Set the order of the code, where calibration chooses it, to the one of fewest bits, in place.
 
-    Args:
-        model: with its taps.
-        images: seen once.
+    The images are iterated once.
     """
     hooks = taps_of(model)
     counts = {
@@ -247,16 +246,12 @@ def choose_orders(model: nn.Module, images: Batches) -> None:
 
 def _pass(model: nn.Module, looks: Mapping[str, Any], images: Batches) -> None:
     """Run the network without codecs and show each module's output to its function."""
-    handles = [model.get_submodule(name).register_forward_hook(_shown(look)) for name, look in looks.items()]
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda module, args, output, look=look: look(output))
+        for name, look in looks.items()
+    ]
     with removing(handles), bypassed(model):
         _run(model, images)
-
-
-def _shown(look: Any) -> Any:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        look(output)
-
-    return hook
 
 
 @torch.no_grad()

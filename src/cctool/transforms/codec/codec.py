@@ -2,11 +2,11 @@
 
     x -> integers -> [- mean of the sample] -> [channels decorrelated] -> transform -> / steps -> symbols
 
-and the same way back; what comes out is what the next layer gets. Everything is computed in float64 and in
-one way, so a decoder that is handed the symbols comes to the encoder's own reconstruction, bit for bit.
-Source of the order and of the formulas: the code of "feature-compression" (2019), whose faults are left out:
-it wrote to the caller's map, dequantized edge blocks with other steps than it had quantized them with, and
-had no gradient through the DCT.
+and the inverse; the next layer gets the reconstruction. Everything is computed in float64 and in a fixed
+order, so that a decoder reproduces the encoder's reconstruction from the symbols bit for bit. The order and
+the formulas are those of the code of "feature-compression" (2019), without its faults: it modified the
+caller's map, dequantized edge blocks with other steps than it had quantized them with, and had no gradient
+through the DCT.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ _Step = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 
 
 class CodecConfig(Record):
-    """Everything about a tap's codec that is no tensor.
+    """All settings of a tap's codec that are not tensors.
 
     Attributes:
         kernel: of the spatial transform; ``klt`` has calibrated bases.
         bits: of the quantizer before the transform.
-        symbol_bits: that symbols are clamped to; None is as wide as needed.
+        symbol_bits: that symbols are clamped to; None is as many as they need.
         block: nominal side of a block.
         levels: of a wavelet.
         norm: scale that the steps of a DCT, DST or DFT refer to.
-        mean_shift: subtract each sample's mean, which is sent apart.
+        mean_shift: subtract each sample's mean, which is transmitted separately.
         prequantizer: how values become integers.
         k: order of the exponential-Golomb code.
-        table: steps at quality 50; see `tables`. Empty where there is no second quantizer.
+        table: steps at quality 50, see `steps`. Empty if there is no second quantizer.
         original_units: whether the table is in units of the map's values, not of the integers.
-        quality: 1 to 100, scales the steps; None leaves them.
+        quality: 1 to 100, scales the steps; None does not.
         dead_zone: levels begin at n + 0.5 + dead_zone steps.
         channel_klt: decorrelate channels by a calibrated basis before the spatial transform.
-        allocated: whether a calibrated table follows how much the outputs change with each coefficient.
-        calibrated: which of ``k``, ``prequantizer`` and ``table`` calibration chose, and so may choose again.
-        images: how many it saw.
+        allocated: whether a calibrated table follows the outputs' sensitivity to each coefficient.
+        calibrated: which of ``k``, ``prequantizer`` and ``table`` calibration chose, and may choose again.
+        images: number of images used for calibration.
     """
 
     kernel: str = Field(max_length=32)
@@ -97,14 +97,15 @@ class CodecConfig(Record):
         if self.allocated and self.norm == "none":
             raise ValueError("--allocate chooses steps of orthonormal coefficients: --norm ortho is needed")
         if not self.transforms:
-            if (
-                self.table
-                or self.mean_shift
-                or self.dead_zone
-                or self.quality
-                or self.symbol_bits
-                or self.allocated
-            ):
+            second = (
+                self.table,
+                self.mean_shift,
+                self.dead_zone,
+                self.quality,
+                self.symbol_bits,
+                self.allocated,
+            )
+            if any(second):
                 raise ValueError(
                     "--kernel identity has one quantizer, of --bits: --q-table, --allocate, --mean-shift, "
                     "--dead-zone, --quality and --symbol-bits are for the one behind a transform "
@@ -133,10 +134,11 @@ class CodecState:
     """A codec with its calibrated tensors.
 
     Attributes:
-        config: the rest.
+        config: its settings.
         bounds: (2,) smallest and largest value of the map in calibration.
-        bases: orthogonal matrices, one row a basis function: ``channels`` (C, C); for ``klt`` also ``rows``,
-            ``rows_rest``, ``columns``, ``columns_rest``, as far as the map has blocks of these sides.
+        bases: orthogonal matrices, one row per basis function: ``channels`` (C, C); for ``klt`` also
+            ``rows``, ``rows_rest``, ``columns``, ``columns_rest``, as far as the map has blocks of these
+            sides.
     """
 
     config: CodecConfig
@@ -157,7 +159,7 @@ class CodecState:
         return NoTransform() if config.kernel == "identity" else Blocks(config.kernel, config.block)
 
     def steps(self, size: tuple[int, int], bands: int, device: torch.device) -> list[Tensor]:
-        """Steps of the orthonormal coefficients of each band, float64, to be broadcast over it."""
+        """Steps of the orthonormal coefficients of each band, float64, broadcastable to it."""
         config = self.config
         scale: Tensor | float = quality_scale(config.quality)
         if config.original_units:
@@ -165,21 +167,21 @@ class CodecState:
         if is_wavelet(config.kernel):
             found = [torch.tensor(step, dtype=torch.float64) for step in wavelet_steps(config.table, bands)]
         else:
-            found = [block_steps(config.table, config.kernel, config.norm, config.block, *size, str(device))]
+            found = [block_steps(config.table, config.kernel, config.norm, config.block, *size, device)]
         return [step * scale for step in found]
 
 
 @dataclass(frozen=True)
 class Symbols:
-    """What is coded of one batch of maps.
+    """The symbols of one batch of maps.
 
     Attributes:
-        bands: int32 tensors. One of shape (N, C, H, W) for block transforms and without one; for wavelets
-            details (N, C, 3, h, w) from the finest to the coarsest, then LL (N, C, h, w).
-        means: float32 (N,), where each sample's mean is sent apart; in units of the integers.
+        bands: int32 tensors. One of shape (N, C, H, W) for block transforms and without a transform; for
+            wavelets details (N, C, 3, h, w) from the finest to the coarsest, then LL (N, C, h, w).
+        means: float32 (N,), if each sample's mean is transmitted separately; in units of the integers.
         shape: (N, C, H, W) of the maps.
-        clamped: int64 (2,), how many values the first and the second quantizer clamped; None where nobody
-            asked.
+        clamped: int64 (2,), how many values the first and the second quantizer clamped; None if not
+            requested.
     """
 
     bands: tuple[Tensor, ...]
@@ -189,12 +191,9 @@ class Symbols:
 
 
 def encode(x: Tensor, state: CodecState, *, look: bool = True) -> Symbols:
-    """Code maps.
+    """Encode maps ``x`` (N, C, H, W), floating point, on the codec's device; not modified.
 
-    Args:
-        x: (N, C, H, W), floating point; it is not written to.
-        state: the codec, on the device of ``x``.
-        look: count what is clamped.
+    ``look`` counts what is clamped.
     """
     made = encoded_maps(x, state, look=look, look_inside=look)
     if not look:
@@ -206,12 +205,12 @@ def encode(x: Tensor, state: CodecState, *, look: bool = True) -> Symbols:
 
 @dataclass(frozen=True)
 class EncodedMaps:
-    """The symbols, and how the encoder came to them.
+    """The symbols, and the intermediate results of the encoder.
 
     Attributes:
-        symbols: without counts of what was clamped.
-        integers: what the quantizer before the transform did.
-        rounded: what the one behind it did in each band; empty without a transform.
+        symbols: without counts of clamped values.
+        integers: result of the quantizer before the transform.
+        rounded: result of the one behind it, per band; empty without a transform.
         scaled: what was rounded last, float64, in units of its step.
         steps: of these, in units of the integers.
     """
@@ -225,13 +224,9 @@ class EncodedMaps:
 
 @torch.no_grad()
 def encoded_maps(x: Tensor, state: CodecState, *, look: bool, look_inside: bool) -> EncodedMaps:
-    """`encode`, with what lies on its way.
+    """`encode`, with intermediate results.
 
-    Args:
-        x: (N, C, H, W), floating point; it is not written to.
-        state: the codec, on the device of ``x``.
-        look: whether to tell what the quantizer before the transform clamped.
-        look_inside: whether to tell what the one behind it clamped.
+    ``look`` and ``look_inside`` find out what the quantizers before and behind the transform clamped.
     """
     config = state.config
     shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
@@ -241,6 +236,7 @@ def encoded_maps(x: Tensor, state: CodecState, *, look: bool, look_inside: bool)
         return EncodedMaps(alone, integers, [], [integers.values], [torch.ones_like(state.grid().step)])
     v, means = integers.values, None
     if config.mean_shift:
+        # Rounded to the float32 that is transmitted, so that the decoder adds what was subtracted.
         means = v.mean((1, 2, 3)).float()
         v = v - means.double()[:, None, None, None]
     coefficients = state.spatial().forward(mix_channels(v, state.bases.get("channels")))
@@ -253,21 +249,13 @@ def encoded_maps(x: Tensor, state: CodecState, *, look: bool, look_inside: bool)
 
 @torch.no_grad()
 def reconstruct(symbols: Symbols, state: CodecState) -> Tensor:
-    """Decode maps.
-
-    Args:
-        symbols: of `encode`, or the same numbers out of a bitstream.
-        state: the codec, on their device.
-
-    Returns:
-        float32 (N, C, H, W).
-    """
+    """Decode ``symbols`` from `encode` or a bitstream, on the codec's device, to float32 (N, C, H, W)."""
     size = symbols.shape[2:]
     if not state.config.transforms:
         return state.grid().to_values(symbols.bands[0].double()).float()
     steps = state.steps(size, len(symbols.bands), symbols.bands[0].device)
-    # Contiguous, for the order of a matrix product's sums, and so their rounding, depends on the layout: a
-    # decoder's symbols lie as they were written.
+    # Contiguous, because the order of a matrix product's sums, and so its rounding, depends on the memory
+    # layout, and symbols from a bitstream have another one than the encoder's.
     coefficients = [band.contiguous() * step for band, step in zip(symbols.bands, steps, strict=True)]
     basis = state.bases.get("channels")
     v = mix_channels(state.spatial().inverse(coefficients, size), None if basis is None else basis.T)

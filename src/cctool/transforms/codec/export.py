@@ -1,13 +1,12 @@
-"""Codecs as arithmetic that exporters know: round, clamp and products with constant matrices.
+"""Codecs as arithmetic that exporters support: round, clamp and products with constant matrices.
 
-What `codec.py` computes, written without symbols as integers and without matrices that are made on the way,
-for maps of one size and any batch. It is only for files of other programs; every export compares it with the
-codec itself.
+It computes what `codec.py` does, but symbols are not integers and matrices are computed beforehand, for maps
+of one size and any batch. It is only for exported files; every export is compared with the codec itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -18,16 +17,17 @@ from cctool.graph.execution import hidden
 from cctool.transforms.codec.codec import CodecState
 from cctool.transforms.codec.quantizers import symbol_bounds
 from cctool.transforms.codec.taps import state_of, taps_of
-from cctool.transforms.kernels.by_name import analysis_matrix, is_wavelet, synthesis_matrix
+from cctool.transforms.kernels.blocks import block_diagonal
+from cctool.transforms.kernels.by_name import is_wavelet, wavelet_name
 from cctool.transforms.kernels.filter_banks import wavelet_matrix
-from cctool.transforms.kernels.spatial import Blocks, CalibratedBlocks, Wavelet, block_sizes
+from cctool.transforms.kernels.spatial import Blocks, CalibratedBlocks, Wavelet
 from cctool.transforms.kernels.wavelets import pyramid_levels
 
 __all__ = ["ExportedCodec", "put_exported"]
 
 
 class _Level(nn.Module):
-    """One separable step of a transform: y = A_h x A_w^T, and back x = S_h y S_w^T.
+    """One separable step of a transform: y = A_h x A_w^T, and its inverse x = S_h y S_w^T.
 
     Args:
         height: analysis and synthesis matrix along the height.
@@ -72,13 +72,14 @@ class ExportedCodec(nn.Module):
             self.register_buffer(f"step_{number}", step.detach().double())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, C, H, W) as a decoder gives them, in the type of ``x``."""
+        """The decoder's maps (N, C, H, W), in the type of ``x``."""
         v = torch.round((x.double() - self._offset) / self._step).clamp(self._bottom, self._top)
         if self._config.transforms:
             v = self._coded(v)
         return (v * self._step + self._offset).float().to(x.dtype)
 
     def _coded(self, v: Tensor) -> Tensor:
+        # Means are transmitted as float32.
         mean = v.mean((1, 2, 3), keepdim=True).float().double() if self._config.mean_shift else None
         if mean is not None:
             v = v - mean
@@ -92,7 +93,7 @@ class ExportedCodec(nn.Module):
         return v if mean is None else v + mean
 
     def _level(self, v: Tensor, number: int) -> Tensor:
-        """Code maps from a level of the pyramid on, the last band being what is left of them."""
+        """Code maps from one level of the pyramid downwards; the last band is the remaining approximation."""
         if number == len(self.levels):
             return self._rounded(v, number)
         level = self.levels[number]
@@ -108,18 +109,16 @@ class ExportedCodec(nn.Module):
 
     def _rounded(self, y: Tensor, number: int) -> Tensor:
         step = self.get_buffer(f"step_{number}")
+        # Through float32, so that ties are rounded as in `quantizers.to_symbols`.
         z, width = (y / step).float(), self._config.dead_zone
         z = torch.ceil(z.abs() - (0.5 + width)).clamp(min=0) * torch.sign(z) if width else torch.round(z)
         return z.clamp(*self._symbols).double() * step
 
 
 def put_exported(target: nn.Module, model: nn.Module, names: Collection[str]) -> None:
-    """Code the maps of a network's copy as the network's own taps do, in arithmetic for exporters.
+    """Code the maps of ``target`` as the taps ``names`` of ``model`` do, in exportable arithmetic.
 
-    Args:
-        target: a copy without taps; changed in place.
-        model: with them, on the CPU.
-        names: of the taps.
+    ``target`` is a copy of ``model`` without taps, changed in place; ``model`` is on the CPU.
     """
     for name in names:
         codec = ExportedCodec(state_of(model, name), taps_of(model)[name].shape[1:])
@@ -149,31 +148,21 @@ def _levels(state: CodecState, size: tuple[int, int]) -> list[_Level]:
 
 
 def _wavelet_pair(name: str, size: int) -> tuple[Tensor, Tensor]:
-    name = "haar" if name == "dwt" else name
-    back, there = (
-        torch.from_numpy(wavelet_matrix(name, size, 1, square=False, synthesis=synthesis))
-        for synthesis in (True, False)
+    there, back = (
+        torch.from_numpy(wavelet_matrix(wavelet_name(name), size, 1, square=False, synthesis=synthesis))
+        for synthesis in (False, True)
     )
     return there, back
 
 
 def _block_pair(spatial: Blocks, size: int) -> tuple[Tensor, Tensor]:
-    sides = block_sizes(size, spatial.block)
-    return (
-        _diagonal([analysis_matrix(spatial.kernel, side) for side in sides]),
-        _diagonal([synthesis_matrix(spatial.kernel, side) for side in sides]),
+    there, back = (
+        torch.from_numpy(block_diagonal(spatial.kernel, size, spatial.block, 1, synthesis))
+        for synthesis in (False, True)
     )
-
-
-def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
-    found: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    return found
+    return there, back
 
 
 def _basis_pair(spatial: CalibratedBlocks, axis: str, size: int) -> tuple[Tensor, Tensor]:
-    parts = [
-        spatial.bases[axis if side == spatial.block else f"{axis}_rest"].detach().double()
-        for side in block_sizes(size, spatial.block)
-    ]
-    matrix = _diagonal(parts)
+    matrix = spatial.diagonal(axis, size, torch.empty(0, dtype=torch.float64))
     return matrix, matrix.T.contiguous()

@@ -1,4 +1,4 @@
-"""What passes through taps, in figures: gathered batch by batch on the device, read once at the end."""
+"""Statistics of what passes through taps: accumulated batch by batch on the device, read once at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cctool.coding.histogram import best_k, code_bits, entropy_bits
 from cctool.coding.symbols import to_unsigned
-from cctool.transforms.codec.codec import CodecConfig, Symbols
+from cctool.transforms.codec.codec import Symbols
 from cctool.transforms.codec.stream import StreamHeader, overhead_bytes, pass_bytes, state_size
 from cctool.transforms.codec.taps import TapHook, taps_of
 from cctool.transforms.kernels.blocks import block_positions
@@ -27,7 +27,7 @@ class BandCounts:
     Attributes:
         name: ``LL``, ``LH1`` (finest) and so on for wavelets; for blocks ``0``, ``1``, ..., the anti-diagonal
             i + j of a block from low to high frequencies; ``all`` without a transform.
-        counts: by unsigned symbol; where symbols are signed these stand for 0, -1, 1, -2, 2, ...
+        counts: by unsigned symbol; signed symbols are numbered 0, -1, 1, -2, 2, ...
     """
 
     name: str
@@ -41,23 +41,24 @@ class TapFigures:
     Attributes:
         name: of the module.
         shape: (C, H, W) of its maps.
-        samples: images; a tap that is passed twice counts each image twice.
-        elements: values of all maps; what rates refer to.
-        symbols: what is coded for them; more where odd sizes are padded.
+        samples: number of images; a tap that is passed twice counts each image twice.
+        elements: values of all maps; rates refer to them.
+        symbols: number of coded symbols; more than elements if odd sizes are padded.
         minimum: smallest value.
         maximum: largest value.
         mean: of all values.
         zeros: percent of the values that are 0.
         zero_symbols: percent of the symbols that are 0, the sparsity in the transform domain.
         k: order of the code.
-        payload_bits: of all symbols for the orders 0 to 5.
+        payload_bits: of all symbols at the orders 0 to 5.
         best_k: the order with the fewest.
-        side_bits: all other bits of the tap's stream, written a batch a chunk at the tap's own order: header
-            with the steps, range and bases, means, block tables, checksums, and what fills up the last bytes.
-        entropy_bits: zero-order entropy of all symbols together, a bound for codes that take each alone.
+        side_bits: all other bits of the tap's stream, with one chunk per batch at the tap's own order: header
+            with the steps, range and bases, means, block tables, checksums, and padding of the last bytes.
+        entropy_bits: zero-order entropy of all symbols together, the bound for codes of single symbols.
         clamped_values: values that the quantizer before the transform clamped.
         clamped_symbols: coefficients that the one behind it clamped.
-        sqnr_db: 10 log10 of the map's energy over that of its error; None where there is no error, or no map.
+        sqnr_db: signal-to-quantization-noise ratio, 10 log10 of the map's energy over that of its error; None
+            if either is 0.
         signed: whether symbols have a sign.
         bands: histograms, too long for the JSON of a command.
     """
@@ -85,7 +86,7 @@ class TapFigures:
 
     @property
     def bits(self) -> int:
-        """Payload at the tap's own order, and side information."""
+        """Payload at the tap's own order, plus side information."""
         return self.payload_bits[self.k] + self.side_bits
 
     @property
@@ -109,7 +110,7 @@ class SymbolCounts:
 
     Args:
         signed: whether symbols have a sign.
-        groups: how many histograms.
+        groups: number of histograms.
     """
 
     def __init__(self, signed: bool, groups: int = 1) -> None:
@@ -118,12 +119,11 @@ class SymbolCounts:
         self._counts: Tensor | None = None
 
     def add(self, values: Tensor, group: Tensor | None = None) -> None:
-        """Count the symbols of an int32 tensor.
+        """Count the symbols of an int32 tensor of any shape.
 
         Args:
-            values: of any shape.
-            group: number of the histogram for each value, int64, broadcast over ``values``; None is the
-                first.
+            values: the symbols.
+            group: number of the histogram of each value, int64, broadcast to ``values``; None is the first.
         """
         if not values.numel():
             return
@@ -137,10 +137,11 @@ class SymbolCounts:
         self.merge(counted)
 
     def merge(self, other: SymbolCounts) -> None:
-        """Add the counts of another one with as many groups."""
+        """Add the counts of another instance with as many groups."""
         if other._counts is None or self._counts is None:
             self._counts = self._counts if other._counts is None else other._counts
             return
+        # Batches have different largest symbols.
         size = max(other._counts.shape[1], self._counts.shape[1])
         pad = torch.nn.functional.pad
         self._counts = sum(
@@ -160,21 +161,21 @@ class SymbolCounts:
         return found[:, : int(used[-1]) + 1 if len(used) else 1]
 
     def bits(self) -> tuple[int, ...]:
-        """Bits of all of them in the codes of order 0 to 5."""
+        """Bits of all symbols at the orders 0 to 5."""
         return tuple(code_bits(self.table().sum(0)).tolist())
 
     def best_order(self) -> int:
-        """The order with the fewest bits; the smallest of several."""
+        """The order with the fewest bits; of equal ones the smallest."""
         return best_k(self.table().sum(0), smallest=0)
 
     def entropy_bits(self) -> float:
-        """Zero-order entropy of all of them together, times their number."""
+        """Zero-order entropy of all symbols together, times their number."""
         return entropy_bits(self.table().sum(0))
 
 
 @dataclass(frozen=True)
 class _PassSize:
-    """What the size of one pass in a stream follows from; bits by order, on their device."""
+    """What determines the size of one pass in a stream; bits by order, on their device."""
 
     samples: int
     symbols: int
@@ -191,7 +192,7 @@ class TapStatistics:
         self.shape = hook.shape
         self.samples = 0
         self.elements = 0
-        self._counts = SymbolCounts(hook.codec.signed, len(self._names(_levels_of(hook.codec))))
+        self._counts = SymbolCounts(hook.codec.signed, len(self._names()))
         self._low: Tensor | None = None
         self._high: Tensor | None = None
         self._sums: Tensor | None = None
@@ -227,17 +228,13 @@ class TapStatistics:
         self._passes.append(_PassSize(x.shape[0], size, *counts.pass_of()))
 
     def figures(self) -> TapFigures:
-        """The figures of all passes; waits for the device.
-
-        Raises:
-            ValueError: if nothing was passed.
-        """
+        """The figures of all passes; waits for the device. Raises ValueError if there were none."""
         if self._sums is None or self._low is None or self._high is None:
             raise ValueError(f"{self.name}: nothing was passed")
         total, energy, noise, nonzero, values, coefficients = self._sums.tolist()
         table = self._counts.table()
         symbols = int(table.sum())
-        names = self._names(_levels_of(self.codec))
+        names = self._names()
         return TapFigures(
             name=self.name,
             shape=self.shape,
@@ -276,20 +273,21 @@ class TapStatistics:
         )
         return 8 * size - int(sum(bits))
 
-    def _names(self, levels: int) -> list[str]:
+    def _names(self) -> list[str]:
         if is_wavelet(self.codec.kernel):
-            return [f"{band}{level + 1}" for level in range(levels) for band in ("LH", "HL", "HH")] + ["LL"]
+            levels = range(1, self.codec.levels + 1)
+            return [f"{band}{level}" for level in levels for band in ("LH", "HL", "HH")] + ["LL"]
         if self.codec.kernel == "identity":
             return ["all"]
         return [str(diagonal) for diagonal in range(2 * self.codec.block - 1)]
 
     def _grouped(self, symbols: Symbols) -> list[tuple[Tensor, Tensor | None]]:
-        """Bands with the number of the histogram for each of their values."""
+        """Bands with the histogram number of each of their values."""
         device = symbols.bands[0].device
         if is_wavelet(self.codec.kernel):
             *details, low = symbols.bands
             three = torch.arange(3, device=device)[:, None, None]
-            last = torch.tensor(3 * _levels_of(self.codec), device=device)
+            last = torch.tensor(3 * self.codec.levels, device=device)
             return [*((band, 3 * level + three) for level, band in enumerate(details)), (low, last)]
         if self.codec.kernel == "identity":
             return [(symbols.bands[0], None)]
@@ -297,12 +295,8 @@ class TapStatistics:
         return [(symbols.bands[0], (place.row + place.column).to(device))]
 
 
-def _levels_of(codec: CodecConfig) -> int:
-    return codec.levels if is_wavelet(codec.kernel) else 0
-
-
 class NetworkStatistics:
-    """The statistics of all taps of a network; an instance is a sink for `taps.recording`."""
+    """The statistics of all taps of a network; an instance is a `taps.Sink`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.taps: Mapping[str, TapStatistics] = {
@@ -314,5 +308,5 @@ class NetworkStatistics:
         self.taps[name].add(symbols, x, y)
 
     def figures(self) -> tuple[TapFigures, ...]:
-        """The figures of the taps that were passed."""
+        """The figures of the taps that maps passed through."""
         return tuple(tap.figures() for tap in self.taps.values() if tap.samples)

@@ -1,4 +1,4 @@
-"""Which modules are tapped: residual blocks, or what patterns name."""
+"""Which modules are tapped: residual blocks, or those that match patterns."""
 
 from __future__ import annotations
 
@@ -22,19 +22,14 @@ _CONVOLUTIONS_OF_A_BLOCK = 2
 
 @dataclass(frozen=True)
 class Site:
-    """A module to tap.
-
-    Attributes:
-        name: of the module.
-        shape: (C, H, W) of its output for one image.
-    """
+    """A module to tap: its ``name``, and the ``shape`` (C, H, W) of its output for one image."""
 
     name: str
     shape: tuple[int, int, int]
 
 
 def find_sites(model: nn.Module, inputs: Sequence[Tensor], taps: Sequence[str]) -> list[Site]:
-    """Find the modules that are to be tapped.
+    """Find the modules to tap.
 
     Args:
         model: any network; it is run once.
@@ -42,11 +37,11 @@ def find_sites(model: nn.Module, inputs: Sequence[Tensor], taps: Sequence[str]) 
         taps: `BLOCKS`, names or glob patterns of modules.
 
     Returns:
-        In the order in which they are first passed.
+        In the order of their first pass.
 
     Raises:
         UsageError: if one matches nothing, or the network has no blocks.
-        TransformError: if a module returns no (N, C, H, W) maps, or is never passed.
+        TransformError: if a module does not return (N, C, H, W) maps, or is never called.
     """
     outputs: dict[str, list[Any]] = {}
     additions: set[str] = set()
@@ -61,6 +56,7 @@ def find_sites(model: nn.Module, inputs: Sequence[Tensor], taps: Sequence[str]) 
             lambda module, args, output: outputs.setdefault(names[id(module)], []).append(output)
         )
         for module in model.modules()
+        # Scripted modules take no hooks.
         if not isinstance(module, torch.jit.ScriptModule)
     ]
     with removing(handles):
@@ -68,24 +64,20 @@ def find_sites(model: nn.Module, inputs: Sequence[Tensor], taps: Sequence[str]) 
     wanted = _wanted(model, taps, additions)
     for name in sorted(wanted):
         _refuse_unmapped(name, outputs.get(name))
-    # Hooks run when a module is left: the order of codecs.
+    # Hooks run when a module returns; so do codecs, which gives their order.
     return [Site(name, tuple(found[0].shape[1:])) for name, found in outputs.items() if name in wanted]
 
 
 def residual_blocks(model: nn.Module, additions: set[str]) -> list[str]:
     """Names of a network's blocks.
 
-    A residual block is a module in whose own code two maps of one shape are added; all modules of its class
-    are blocks, also those that change the width and so add nothing. In a network without such additions,
-    blocks are the parts of a `nn.Sequential` that hold two convolutions or more.
-
-    Args:
-        model: any network.
-        additions: names of the modules in whose code maps are added.
+    A residual block is a module in whose own code two maps of the same shape are added (``additions``). All
+    modules of its class are blocks, including those that change the width. In a network without additions,
+    blocks are the parts of an `nn.Sequential` that hold two convolutions or more.
     """
     modules = dict(model.named_modules())
     classes = {type(modules[name]) for name in additions if name in modules and name}
-    # A container of torch's own has no code in which something is added.
+    # torch's containers have no code that could add maps, so their classes are not among these.
     found = [name for name, module in modules.items() if name and type(module) in classes]
     if found:
         return found
@@ -100,7 +92,7 @@ def residual_blocks(model: nn.Module, additions: set[str]) -> list[str]:
 
 
 def _is_stage(module: nn.Module) -> bool:
-    """Whether a module is a sequence of blocks itself."""
+    """Whether a module is itself a sequence of blocks."""
     if not isinstance(module, nn.Sequential):
         return False
     parts = [sum(isinstance(layer, nn.Conv2d) for layer in part.modules()) for part in module.children()]
@@ -128,7 +120,7 @@ def _wanted(model: nn.Module, taps: Sequence[str], additions: set[str]) -> set[s
                 example = next(iter(names), "nothing")
                 raise UsageError(f"--taps {pattern}: no module has such a name; {example} is one")
         wanted.update(found)
-    # A shared module is passed, and coded, under its first name.
+    # A shared module has one codec, under its first name.
     first = {id(module): name for name, module in model.named_modules()}
     return {first[id(modules[name])] for name in wanted}
 

@@ -1,9 +1,9 @@
-"""Steps of the codec's second quantizer: default and published tables, files of tables, and quality.
+"""Steps of the codec's second quantizer: default and published tables, table files, and quality.
 
 A table of a block transform is one number (a flat step), 2 * block - 1 numbers (one for each anti-diagonal
 i + j of a block, from low to high frequencies) or block * block (row by row). A table of a wavelet is one
 number or levels + 1: details from the finest to the coarsest, then LL. Smaller blocks at the right and
-bottom edges take the table's top left corner.
+bottom edges use the table's top left corner.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cctool.base.errors import UsageError
 from cctool.options.transform.choices import TransformPreset
 from cctool.transforms.kernels.blocks import norm_scale
 from cctool.transforms.kernels.by_name import is_wavelet
+from cctool.transforms.kernels.matmul import constant
 from cctool.transforms.kernels.spatial import block_sizes
 
 __all__ = [
@@ -43,10 +45,10 @@ __all__ = [
 ]
 
 NEVER = 1e6
-"""A step that no coefficient reaches, with which the published tables leave bands out."""
+"""A step larger than any coefficient, with which the published tables drop bands."""
 
 USUAL_SPREAD = 8 / 0.6 / 255
-"""Standard deviation of a map's integers, of their largest, that the default table is made for."""
+"""Standard deviation of a map's integers, relative to the largest, that the default table is made for."""
 
 _MAX_FILE = 2**22
 _FINEST = 0.01
@@ -57,7 +59,7 @@ class StepTable:
     """Steps of one tap.
 
     Attributes:
-        steps: see the module's text.
+        steps: see the module docstring.
         original: whether they are in units of the map's own values, not of the integers before the transform.
         scaled: whether calibration scales them to the spread of the tap's maps; see `default_table`.
     """
@@ -72,9 +74,9 @@ class TableChoice:
     """Tables of a network's taps.
 
     Attributes:
-        table: of every tap for which none of the others holds.
-        last: of the tap that is passed last.
-        patterns: by glob pattern of the tap's name; the first that matches holds.
+        table: of every tap to which none of the others applies.
+        last: of the last tap.
+        patterns: by glob pattern of the tap's name; the first match applies.
     """
 
     table: StepTable
@@ -92,10 +94,10 @@ class TableChoice:
 def default_table(kernel: str, block: int, levels: int, bits: int) -> StepTable:
     """Our own table: steps that grow linearly with frequency, to twice that of the mean.
 
-    Symbols are as wide as they need to be, so the step of the mean is free to be fine. The numbers are for
-    maps whose integers have a standard deviation of `USUAL_SPREAD` of 2^bits - 1, and calibration scales them
-    to the tap's own: from 0.6 to 1.2 standard deviations. The integers depend on a tap's maximum, which says
-    little of how large an error may be: deep layers have few large values among many small ones.
+    Symbols may be as wide as they need, so the step of the mean can be fine. The numbers are for maps whose
+    integers have a standard deviation of `USUAL_SPREAD` times 2^bits - 1; calibration scales them to the
+    tap's own, to 0.6 to 1.2 standard deviations. A tap's maximum alone says little about how large an error
+    may be: deep layers have few large values among many small ones.
     """
     unit = (2**bits - 1) / 255
     if kernel == "identity":
@@ -106,11 +108,12 @@ def default_table(kernel: str, block: int, levels: int, bits: int) -> StepTable:
 
 
 def preset_tables(preset: TransformPreset | None, block: int, levels: int) -> TableChoice | None:
-    """The tables of a published procedure; None for procedures without.
+    """The tables of a published procedure; None for procedures without tables.
 
-    Source: the code of "feature-compression" as of 2019-05: its inference table, the table that it trained
-    with, and the table of its wavelets, a step of 0.1 in the map's own units. The last tap, which is
-    averaged, keeps the means alone.
+    Source: the code of "feature-compression" as of 2019-05: its inference table, its training table, and the
+        table
+    of its wavelets, a step of 0.1 in the map's own units. The last tap, which is averaged afterwards, keeps
+    only the means. Raises UsageError for blocks of another side than 8.
     """
     highest = 2 * block - 2
     if preset is TransformPreset.FEATURE_COMPRESSION_DCT:
@@ -131,9 +134,9 @@ def preset_tables(preset: TransformPreset | None, block: int, levels: int) -> Ta
 
 
 def quality_scale(quality: float | None) -> float:
-    """Factor of all steps, as the Independent JPEG Group's library has it, but without its rounding.
+    """Factor of all steps, as in the Independent JPEG Group's library, but without its rounding.
 
-    50 / quality below 50, 2 - quality / 50 from there on; at 100, where that is 0, the finest factor 0.01.
+    50 / quality below 50, else 2 - quality / 50, and at least 0.01, which quality 100 gives.
 
     >>> quality_scale(50), quality_scale(25), quality_scale(75), quality_scale(100)
     (1.0, 2.0, 0.5, 0.01)
@@ -151,11 +154,7 @@ def allowed_lengths(kernel: str, block: int, levels: int) -> tuple[int, ...]:
 
 
 def check_table(steps: Sequence[float], kernel: str, block: int, levels: int, who: str) -> None:
-    """Refuse a table that no tap of this kernel can take.
-
-    Raises:
-        UsageError: naming ``who`` and what is allowed.
-    """
+    """Raise UsageError, naming ``who`` and what is allowed, for a table that does not fit the kernel."""
     lengths = allowed_lengths(kernel, block, levels)
     if len(steps) not in lengths:
         several = " or ".join(map(str, lengths))
@@ -166,7 +165,7 @@ def check_table(steps: Sequence[float], kernel: str, block: int, levels: int, wh
 
 
 def read_tables(path: str) -> Mapping[str, tuple[float, ...]]:
-    """Read tables from a file, by the glob pattern of the taps that they are for; ``*`` where none is named.
+    """Read tables from a file, by glob pattern of tap names; ``*`` for a table without a pattern.
 
     Args:
         path: JSON, a list or ``{"pattern": list}``; or CSV, the numbers of one table (a square of them row by
@@ -181,6 +180,7 @@ def read_tables(path: str) -> Mapping[str, tuple[float, ...]]:
             raise UsageError(f"--q-table {path}: larger than {_MAX_FILE // 2**20} MiB")
         text = file.read_text(encoding="utf-8")
         found = _from_json(json.loads(text)) if file.suffix == ".json" else _from_csv(text)
+    # RecursionError: deeply nested JSON.
     except (OSError, UnicodeDecodeError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"--q-table {path}: {error}") from None
     if not found:
@@ -221,45 +221,36 @@ def _is_number(text: str) -> bool:
 
 
 def block_steps(
-    steps: tuple[float, ...], kernel: str, norm: str, block: int, height: int, width: int, device: str
+    steps: tuple[float, ...],
+    kernel: str,
+    norm: str,
+    block: int,
+    height: int,
+    width: int,
+    device: torch.device,
 ) -> Tensor:
-    """Steps of the orthonormal coefficients of a map.
+    """Steps of the orthonormal coefficients of a map, float64 (height, width); shared, not to be changed.
 
-    Args:
-        steps: the table.
-        kernel: of the blocks.
-        norm: ``none`` where the table is for coefficients of scipy's ``norm=None``; ``ortho`` else.
-        block: nominal side of a block.
-        height: of the map.
-        width: of the map.
-        device: where they are needed.
-
-    Returns:
-        float64 (H, W); others hold it, too: it must not be changed.
+    ``norm`` is ``none`` if the table is for coefficients of scipy's ``norm=None``, else ``ortho``; ``block``
+    is the nominal side of a block.
     """
-    # What is made while a network is traced is no tensor that may outlive the tracing.
-    make = _block_steps if torch.compiler.is_compiling() else _kept_block_steps
-    return make(steps, kernel, norm, block, height, width, device)
+    like = torch.empty(0, dtype=torch.float64, device=device)
+    return constant(_block_steps, steps, kernel, norm, block, height, width, like=like)
 
 
 def _block_steps(
-    steps: tuple[float, ...], kernel: str, norm: str, block: int, height: int, width: int, device: str
-) -> Tensor:
+    steps: tuple[float, ...], kernel: str, norm: str, block: int, height: int, width: int
+) -> NDArray[np.float64]:
     tall, wide = block_sizes(height, block), block_sizes(width, block)
-    # A tensor of inference mode could not be used in training later.
-    with torch.inference_mode(False):
-        table = _square(steps, block)
-        tiles = {(h, w): table[:h, :w] for h in set(tall) for w in set(wide)}
-        if norm == "none":
-            tiles = {size: tile / norm_scale(*size, kernel) for size, tile in tiles.items()}
-        return torch.cat([torch.cat([tiles[h, w] for w in wide], 1) for h in tall]).to(device)
-
-
-_kept_block_steps = lru_cache(maxsize=256)(_block_steps)
+    table = _square(steps, block)
+    tiles = {(h, w): table[:h, :w] for h in set(tall) for w in set(wide)}
+    if norm == "none":
+        tiles = {size: tile / norm_scale(*size, kernel) for size, tile in tiles.items()}
+    return torch.cat([torch.cat([tiles[h, w] for w in wide], 1) for h in tall]).numpy()
 
 
 def _square(steps: tuple[float, ...], block: int) -> Tensor:
-    """The steps of a whole block (block, block), float64."""
+    """The steps of a whole block, (block, block), float64."""
     places = [(i, j) for i in range(block) for j in range(block)]
     if len(steps) == 1:
         chosen = [steps[0]] * len(places)
@@ -271,7 +262,7 @@ def _square(steps: tuple[float, ...], block: int) -> Tensor:
 
 
 def wavelet_steps(steps: tuple[float, ...], bands: int) -> tuple[float, ...]:
-    """One step for each band of a pyramid, LL last; small maps have fewer levels, and lack the coarsest.
+    """One step for each band of a pyramid, LL last; small maps have fewer levels, without the coarsest.
 
     >>> wavelet_steps((1.0, 2.0, 3.0, 4.0), 3)
     (1.0, 2.0, 4.0)

@@ -1,9 +1,9 @@
-"""The maps of one tap as a stream of bytes that decodes without its network.
+"""The maps of one tap as a byte stream that can be decoded without the network.
 
 A stream (`coding.stream`) begins with a JSON header, `StreamHeader`. Its first chunk has no symbols; its side
 bytes are the codec's tensors, float32, little-endian: the range (2), then the bases in the order of
 `taps.basis_shapes`. Each further chunk is one pass of one batch: all symbols, band by band, and as side bytes
-five uint32 (number of the pass within the batch, N, C, H, W) and, where means are sent apart, N float32.
+five uint32 (number of the pass within the batch, N, C, H, W) and, with separate means, N float32.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ _WORDS = 5
 
 
 class StreamHeader(Record):
-    """What a decoder must know of a tap.
+    """What a decoder must know about a tap.
 
     Attributes:
-        format: says that it is a stream of feature maps.
+        format: identifies a stream of feature maps.
         tap: name of the module.
-        codec: everything about the codec that is no tensor.
+        codec: settings of the codec.
         shape: (C, H, W) of the maps that it was calibrated on.
-        dtype: element type that the network computed its maps in; decoded maps are rounded to it.
+        dtype: element type of the network's maps; decoded maps are rounded to it.
     """
 
     format: Literal["cctool feature maps 1"] = "cctool feature maps 1"
@@ -71,7 +71,7 @@ class Pass:
 
     Attributes:
         number: 0 for the first pass of a batch, 1 for the second of a module that is passed twice, ...
-        symbols: what was coded.
+        symbols: of the maps.
     """
 
     number: int
@@ -79,7 +79,7 @@ class Pass:
 
 
 def header_of(metadata: Mapping[str, JsonValue]) -> StreamHeader:
-    """Validate a stream's metadata. Raises BitstreamError with the first thing that is wrong."""
+    """Validate a stream's metadata. Raises BitstreamError with the first error."""
     try:
         return StreamHeader.model_validate(metadata)
     except ValidationError as error:
@@ -95,26 +95,22 @@ def state_bytes(state: CodecState, shape: tuple[int, int, int]) -> bytes:
 
 
 def state_size(config: CodecConfig, shape: tuple[int, int, int]) -> int:
-    """Bytes of `state_bytes`, known before there are any."""
+    """Length of `state_bytes`, computed without the tensors."""
     return (2 + sum(n * n for n in basis_shapes(config, shape).values())) * _FLOAT.itemsize
 
 
 def state_of_stream(header: StreamHeader, side: bytes, device: torch.device | str = "cpu") -> CodecState:
-    """The codec of a stream.
-
-    Args:
-        header: of the stream.
-        side: side bytes of its first chunk.
-        device: where its tensors come to lie.
+    """The codec of a stream, from its header and the side bytes of its first chunk.
 
     Raises:
-        BitstreamError: if these are not the header's tensors, or no codec's.
+        BitstreamError: if these are not the tensors that the header describes, or not valid.
     """
     sides = basis_shapes(header.codec, header.shape)
-    # Compared before anything is made: the header may claim bases of any size.
+    # Compared before anything is allocated: the header may claim bases of any size.
     wanted = state_size(header.codec, header.shape)
     if len(side) != wanted:
         raise BitstreamError(f"{header.tap}: {len(side):,} bytes of codec, its header asks for {wanted:,}")
+    # Copied, because the memory of bytes is read-only and little-endian.
     values = torch.from_numpy(np.frombuffer(side, _FLOAT).astype(np.float32))
     if not bool(torch.isfinite(values).all()) or values[0] > values[1]:
         raise BitstreamError(f"{header.tap}: the codec's range or bases are no finite numbers")
@@ -127,21 +123,21 @@ def state_of_stream(header: StreamHeader, side: bytes, device: torch.device | st
 
 
 def symbol_type(largest: int, *, signed: bool) -> torch.dtype:
-    """The narrowest type that is written for symbols up to ``largest``.
+    """The narrowest type that holds symbols up to ``largest``.
 
     >>> symbol_type(255, signed=True), symbol_type(256, signed=True)
     (torch.int8, torch.int16)
     """
     for dtype in (torch.int8 if signed else torch.uint8, torch.int16):
         limits = torch.iinfo(dtype)
-        # The symbol 2 v - 1 of the smallest value is the largest.
+        # The most negative value has the largest symbol: 2 |v| - 1.
         if largest <= (-2 * limits.min - 1 if signed else limits.max):
             return dtype
     return torch.int32
 
 
 def flat_symbols(symbols: Symbols, *, signed: bool) -> Tensor:
-    """All symbols of a pass, band by band, on the CPU, in the type that `symbol_type` says."""
+    """All symbols of a pass, band by band, on the CPU, in the type of `symbol_type`."""
     flat = torch.cat([band.reshape(-1) for band in symbols.bands])
     low, high = (int(bound) for bound in torch.aminmax(flat))
     largest = max(-2 * low - 1, 2 * high) if signed else high
@@ -149,12 +145,7 @@ def flat_symbols(symbols: Symbols, *, signed: bool) -> Tensor:
 
 
 def overhead_bytes(header: StreamHeader, state_size: int) -> int:
-    """Bytes of a stream apart from its passes: header, codec and end.
-
-    Args:
-        header: of the stream.
-        state_size: bytes of `state_bytes`.
-    """
+    """Bytes of a stream without its passes: header, codec tensors (``state_size`` bytes) and end."""
     codec = chunk_bytes((0,), torch.int8, 0, 0, signed=True, side=state_size)
     return header_bytes(header.model_dump(mode="json")) + codec + END_BYTES
 
@@ -164,8 +155,8 @@ def pass_bytes(header: StreamHeader, symbols: int, largest: int, bits: int, samp
 
     Args:
         header: of the stream.
-        symbols: how many.
-        largest: of them, numbered 0, -1, 1, ... where they have a sign.
+        symbols: their number.
+        largest: largest symbol; signed ones are numbered 0, -1, 1, ...
         bits: of their codewords.
         samples: maps in the batch.
     """
@@ -176,26 +167,16 @@ def pass_bytes(header: StreamHeader, symbols: int, largest: int, bits: int, samp
 
 
 def side_bytes(number: int, symbols: Symbols) -> bytes:
-    """Side bytes of a pass.
-
-    Args:
-        number: of the pass within its batch, from 0.
-        symbols: what is coded.
-    """
+    """Side bytes of a pass, whose ``number`` within its batch counts from 0."""
     words = np.array([number, *symbols.shape], dtype=_WORD).tobytes()
     return words if symbols.means is None else words + _floats(symbols.means)
 
 
 def pass_of(values: Tensor, side: bytes, header: StreamHeader) -> Pass:
-    """What `flat_symbols` and `side_bytes` were made of.
-
-    Args:
-        values: integers of shape (count,), on the CPU.
-        side: side bytes of their chunk.
-        header: of the stream.
+    """Inverse of `flat_symbols` and `side_bytes`, for integers of shape (count,) on the CPU.
 
     Raises:
-        BitstreamError: if shape, symbols and means do not fit each other.
+        BitstreamError: if shape, symbols and means contradict each other.
     """
     if len(side) < _WORDS * _WORD.itemsize:
         raise BitstreamError(f"a chunk of maps has {len(side)} side bytes, at least {_WORDS * 4} are needed")
@@ -224,10 +205,7 @@ def pass_of(values: Tensor, side: bytes, header: StreamHeader) -> Pass:
 def decoded_maps(symbols: Symbols, state: CodecState, dtype: str) -> Tensor:
     """Maps as the next layer got them, float32 (N, C, H, W), on the state's device.
 
-    Args:
-        symbols: of a pass.
-        state: of its stream.
-        dtype: that the network computed in.
+    ``dtype`` is the type that the network computed in.
     """
     device = state.bounds.device
     moved = Symbols(

@@ -1,14 +1,14 @@
-"""Taps: codecs behind named modules, as forward hooks, and the `tap` edit that brings them back from a file.
+"""Taps: codecs behind named modules, as forward hooks, and the `tap` edit that restores them from a file.
 
-A hook changes no module's class and no tensor's name; what calibration found lies beside the module's own
-tensors, in persistent buffers ``tap_range`` and, where there are bases, ``tap_channels``, ``tap_rows``, ...
-So taps are copied, moved, saved and loaded with their module, and a module that is passed twice codes twice.
+A hook changes neither a module's class nor the names of its tensors. Calibrated tensors are persistent
+buffers of the module, ``tap_range`` and, where there are bases, ``tap_channels``, ``tap_rows``, ... So taps
+are copied, moved, saved and loaded with their module, and a module that is called twice codes twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -30,11 +30,13 @@ from cctool.transforms.kernels.spatial import block_sizes
 __all__ = [
     "TAP",
     "CalibratedTap",
+    "Rates",
     "Sink",
     "Tap",
     "TapHook",
     "basis_shapes",
     "bypassed",
+    "collecting_rates",
     "drop_taps",
     "fingerprint",
     "recording",
@@ -49,17 +51,18 @@ __all__ = [
 
 _PREFIX = "tap_"
 _RANGE = "range"
+# A file may claim any shape; this limits what its bases allocate.
 _LARGEST_BASIS = 8192
 
 Sink = Callable[[str, Symbols, Tensor, Tensor], Tensor | None]
-"""(tap's name, symbols, map, reconstruction) -> what goes on in place of the last; None leaves it."""
+"""(tap's name, symbols, map, reconstruction) -> what replaces the reconstruction; None keeps it."""
 
 
 class Tap(Edit):
     """A codec behind one module.
 
     Attributes:
-        codec: everything about it that is no tensor.
+        codec: its settings.
         shape: (C, H, W) of the maps that it was calibrated on.
         fingerprint: of the weights that it was calibrated for.
     """
@@ -72,12 +75,10 @@ class Tap(Edit):
 
 @dataclass(frozen=True)
 class CalibratedTap:
-    """A codec apart from any network.
+    """A codec without a network.
 
     Attributes:
-        codec: everything about it that is no tensor.
-        shape: (C, H, W) of the maps that it was calibrated on.
-        fingerprint: of the weights that it was calibrated for.
+        codec, shape, fingerprint: see `Tap`.
         bounds: float32 (2,), smallest and largest value of the maps.
         bases: float32 matrices; see `CodecState`.
     """
@@ -92,15 +93,13 @@ class CalibratedTap:
 class TapHook:
     """The forward hook that codes a module's output.
 
-    Where gradients are wanted, they pass straight through; the values are the same either way.
+    Gradients pass straight through where they are needed; the values are the same either way.
 
     Attributes:
-        codec: everything about the codec that is no tensor.
-        shape: (C, H, W) of the maps that it was calibrated on.
-        fingerprint: of the weights that it was calibrated for.
-        active: whether maps are coded; else they pass as they are.
-        sink: is shown every pass; see `recording`.
-        rates: where passes with gradients leave their bits and elements; see `tap_rates.collecting_rates`.
+        codec, shape, fingerprint: see `Tap`.
+        active: whether maps are coded; otherwise they pass unchanged.
+        sink: is called with every pass; see `recording`.
+        rates: list to which passes with gradients append their bits and elements; see `collecting_rates`.
     """
 
     def __init__(self, codec: CodecConfig, shape: tuple[int, int, int], fingerprint: str) -> None:
@@ -116,9 +115,10 @@ class TapHook:
         if not self.active:
             return None
         if not isinstance(output, Tensor) or output.dim() != 4 or not output.is_floating_point():
-            raise TransformError(
-                f"a tap codes maps (N, C, H, W); {type(module).__name__} returned {_told(output)}"
-            )
+            kind = type(output).__name__
+            what = f"a tensor {list(output.shape)}" if isinstance(output, Tensor) else f"a {kind}"
+            raise TransformError(f"a tap codes maps (N, C, H, W); {type(module).__name__} returned {what}")
+        # The network's own calls are followed elsewhere; the codec's arithmetic is not part of them.
         with hidden():
             return self._coded(module, output)
 
@@ -142,13 +142,10 @@ class TapHook:
 
 
 def _as(coded: Tensor, output: Tensor) -> Tensor:
+    # A map with one channel or one pixel is contiguous in both formats.
     last = output.is_contiguous(memory_format=torch.channels_last) and not output.is_contiguous()
     memory = torch.channels_last if last else torch.contiguous_format
     return coded.to(output.device, output.dtype, memory_format=memory)
-
-
-def _told(output: Any) -> str:
-    return f"a tensor {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
 
 
 def basis_shapes(codec: CodecConfig, shape: tuple[int, int, int]) -> dict[str, int]:
@@ -195,10 +192,10 @@ def tap_buffers(model: nn.Module) -> set[str]:
 
 
 def set_taps(model: nn.Module, taps: Mapping[str, CalibratedTap]) -> None:
-    """Put codecs behind modules, in place; a tap that is there already is replaced.
+    """Put codecs behind modules, in place of any that are there.
 
     Raises:
-        SpecError: if there is no such module, or it takes no buffers and hooks.
+        SpecError: if there is no such module, or it cannot take buffers and hooks.
     """
     for name, tap in taps.items():
         device = device_of(model)
@@ -209,7 +206,7 @@ def set_taps(model: nn.Module, taps: Mapping[str, CalibratedTap]) -> None:
 
 
 def drop_taps(model: nn.Module) -> dict[str, CalibratedTap]:
-    """Take all codecs away, in place, and return what `set_taps` would put back."""
+    """Remove all codecs, in place, and return what `set_taps` would restore."""
     found = {}
     for name, hook in taps_of(model).items():
         module = model.get_submodule(name)
@@ -220,7 +217,7 @@ def drop_taps(model: nn.Module) -> dict[str, CalibratedTap]:
 
 
 def with_taps(spec: ModelSpec, model: nn.Module) -> ModelSpec:
-    """The spec whose tap edits are those of ``model``, whatever it said of taps before."""
+    """The spec with the tap edits of ``model`` in place of its former ones."""
     others = tuple(edit for edit in spec.edits if edit.get("kind") != "tap")
     edits = tuple(
         Tap(module=name, codec=hook.codec, shape=hook.shape, fingerprint=hook.fingerprint)
@@ -237,43 +234,67 @@ def set_quality(model: nn.Module, quality: float | None) -> None:
 
 
 @contextmanager
-def recording(model: nn.Module, sink: Sink) -> Iterator[None]:
-    """Show every pass through a tap to ``sink``: its symbols, the map, its reconstruction.
-
-    Passes within then have no gradient. The tensors must not be written to.
-    """
+def _hooks_with(model: nn.Module, attribute: str, value: Callable[[str], Any]) -> Iterator[None]:
+    """Set an attribute of every hook, by the name of its module, and set it back afterwards."""
     hooks = taps_of(model)
-    before = {name: hook.sink for name, hook in hooks.items()}
+    before = {name: getattr(hook, attribute) for name, hook in hooks.items()}
     for name, hook in hooks.items():
-        hook.sink = partial(sink, name)
+        setattr(hook, attribute, value(name))
     try:
         yield
     finally:
         for name, hook in hooks.items():
-            hook.sink = before[name]
+            setattr(hook, attribute, before[name])
+
+
+def recording(model: nn.Module, sink: Sink) -> AbstractContextManager[None]:
+    """Call ``sink`` with every pass through a tap: its symbols, the map, its reconstruction.
+
+    These passes have no gradient. The tensors must not be modified.
+    """
+    return _hooks_with(model, "sink", lambda name: partial(sink, name))
+
+
+def bypassed(model: nn.Module) -> AbstractContextManager[None]:
+    """Let maps pass unchanged: the network computes as if it had no taps."""
+    return _hooks_with(model, "active", lambda name: False)
+
+
+class Rates:
+    """Bits and elements of the taps' forward passes since the last call of `per_element`."""
+
+    def __init__(self) -> None:
+        self.passes: list[tuple[Tensor, int]] = []
+
+    def per_element(self) -> Tensor | None:
+        """Estimated bits per value over all taps since the last call; None if there was no pass.
+
+        A scalar float32: the sum of the taps' bits divided by that of their elements, so that each tap is
+            weighted by
+        its number of values. Its gradient reaches whatever the maps were computed from.
+        """
+        passes = list(self.passes)
+        self.passes.clear()
+        if not passes:
+            return None
+        return torch.stack([bits for bits, _ in passes]).sum() / sum(elements for _, elements in passes)
 
 
 @contextmanager
-def bypassed(model: nn.Module) -> Iterator[None]:
-    """Let maps pass as they are: the network computes as if it had no taps."""
-    hooks = list(taps_of(model).values())
-    before = [hook.active for hook in hooks]
-    for hook in hooks:
-        hook.active = False
-    try:
-        yield
-    finally:
-        for hook, active in zip(hooks, before, strict=True):
-            hook.active = active
+def collecting_rates(model: nn.Module) -> Iterator[Rates]:
+    """Let taps estimate the bits of passes that have gradients; see `training.soft_bits`."""
+    found = Rates()
+    with _hooks_with(model, "rates", lambda name: found.passes):
+        yield found
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over a network's tensors and their names, the taps' own and quantizers left out."""
+    """SHA-256 over a network's tensors and their names, without those of taps and quantizers."""
     return fingerprint_of(model, tap_buffers(model))
 
 
 def stale_taps(model: nn.Module) -> tuple[str, ...]:
-    """Names of taps that were calibrated for other weights than the network has now."""
+    """Names of taps that were calibrated for other weights than the present ones."""
     hooks = taps_of(model)
     if not hooks:
         return ()
@@ -317,7 +338,7 @@ def _apply_tap(model: nn.Module, edit: Tap) -> None:
         raise SpecError(f"tap: {edit.module}: maps of {list(edit.shape)} have no codec")
     module = _module(model, edit.module)
     _drop(module)
-    # Values come from the file; on the CPU as all buffers, whatever the parameters' device.
+    # The values are read later. On the CPU, as all buffers are while a file is loaded.
     tensors = {name: torch.empty(side, side) for name, side in sides.items()} | {_RANGE: torch.empty(2)}
     _register(module, edit.module, TapHook(edit.codec, edit.shape, edit.fingerprint), tensors)
 
@@ -328,9 +349,11 @@ def _check_tap(model: nn.Module, edit: Tap) -> None:
     if not (bool(torch.isfinite(state.bounds).all()) and low <= high):
         raise CorruptCheckpointError(f"{edit.module}.tap_range is {low} to {high}: no range of a map")
     for name, basis in state.bases.items():
+        # Decoders invert a basis by its transpose.
         product = basis.double() @ basis.double().T
         if not torch.allclose(product, torch.eye(len(basis), dtype=torch.float64), atol=1e-3):
             raise CorruptCheckpointError(f"{edit.module}.tap_{name} is not orthogonal")
 
 
+# After all other edits: a tap codes the outputs of what they made of its module.
 TAP = EditKind(record=Tap, apply=_apply_tap, order=20, check=_check_tap)

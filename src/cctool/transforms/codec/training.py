@@ -1,13 +1,13 @@
-"""The codec in training: what it makes of maps, with a gradient, and about how many bits that takes.
+"""The codec in training: reconstruction with a gradient, and an estimate of the bits.
 
 The symbol of a coefficient z, in units of its step, is round(z). The sparse exponential-Golomb code of
 order 1 writes a signed symbol s in 1 + 2 ceil(log2(1 + |s|)) bits: 1 for 0, 3 for +-1, 5 for +-2 and +-3.
-Training has a differentiable stand-in without either rounding:
+Training uses a differentiable approximation without either rounding:
 
     bits(z) = 1 + 2 log2(1 + |z|)
 
-It meets the code at |z| = 0, 1, 3, 7 and so on. Near 0 it is an L1 norm, the term by which Georgiadis (CVPR
-2019, arXiv 1812.04056) makes maps sparse before they are coded; large coefficients are pulled less.
+It equals the code at |z| = 0, 1, 3, 7 and so on. Near 0 it is an L1 norm, the term with which Georgiadis
+(CVPR 2019, arXiv 1812.04056) makes maps sparse before they are coded; large coefficients are penalised less.
 """
 
 from __future__ import annotations
@@ -25,28 +25,22 @@ __all__ = ["by_coefficients", "simulate", "simulate_rated", "soft_bits", "soft_b
 
 
 def simulate(x: Tensor, state: CodecState) -> Tensor:
-    """``reconstruct(encode(x))`` with a gradient: straight through both roundings, zero where one clamps.
+    """``reconstruct(encode(x))``, float32, with a gradient: straight through roundings, 0 where one clamps.
 
-    The transforms' own gradients are exact, mean and channel transform included.
-
-    Args:
-        x: (N, C, H, W), floating point; it is not written to.
-        state: the codec; its tensors get no gradient.
-
-    Returns:
-        float32 (N, C, H, W).
+    The gradients of the transforms, including mean and channel transform, are exact. ``x`` is not modified,
+    and the codec's tensors get no gradient.
     """
     found: Tensor = _Simulate.apply(x, state, False)[0]
     return found
 
 
 def simulate_rated(x: Tensor, state: CodecState) -> tuple[Tensor, Tensor]:
-    """`simulate`, and about how many bits the symbols take, with its own gradient.
+    """`simulate`, and an estimate of the symbols' bits with its own gradient.
 
     Returns:
-        The maps, and a float32 of no dims: the sum of `soft_bits` over all coefficients before they are
-        rounded. The rounding to integers before the transform counts as none; where one clamps, the gradient
-        is zero.
+        The maps, and a scalar float32: the sum of `soft_bits` over all coefficients before they are rounded.
+            The
+        gradient ignores the rounding to integers before the transform, and is zero where that clamps.
     """
     maps, bits = _Simulate.apply(x, state, True)
     return maps, bits
@@ -55,7 +49,7 @@ def simulate_rated(x: Tensor, state: CodecState) -> tuple[Tensor, Tensor]:
 class _Simulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, state: CodecState, rated: bool) -> tuple[Tensor, Tensor]:
-        # Where symbols are as wide as need be, none is clamped.
+        # Symbols of unlimited width are never clamped.
         narrow = state.config.symbol_bits is not None
         made = encoded_maps(x, state, look=True, look_inside=narrow)
         ctx.state, ctx.size, ctx.narrow = state, made.symbols.shape[2:], narrow and state.config.transforms
@@ -63,7 +57,7 @@ class _Simulate(torch.autograd.Function):
         slopes = []
         bits = torch.zeros((), device=x.device)
         if rated:
-            # An estimate needs no float64.
+            # The estimate does not need float64.
             scaled = [z.float() for z in made.scaled]
             bits = torch.stack([soft_bits(z).sum() for z in scaled]).sum()
             slopes = [
@@ -99,7 +93,8 @@ def _through_transform(
 ) -> Tensor:
     """Carry a gradient from the decoded maps back to the maps; steps and scales cancel out.
 
-    ``rates`` are gradients by the coefficients that join there, in units of the maps; empty is none.
+    ``rates`` are gradients with respect to the coefficients that are added there, in units of the maps; or
+    empty.
     """
     spatial, basis = state.spatial(), state.bases.get("channels")
     turned = mix_channels(gradient, basis)
@@ -112,21 +107,17 @@ def _through_transform(
         (back,) = _adjoint(lambda x: spatial.forward(x), [gradient.shape], coefficients)
     back = mix_channels(back, None if basis is None else basis.T)
     if state.config.mean_shift:
-        # The mean goes around the transform: it gets what the decoder adds, less what the encoder takes.
+        # The mean bypasses the transform: its gradient is what the decoder adds less what the encoder
+        # subtracts, spread over all values.
         dims, count = (1, 2, 3), gradient[0].numel()
         back = back + (gradient.sum(dims, keepdim=True) - back.sum(dims, keepdim=True)) / count
     return back
 
 
 def by_coefficients(gradient: Tensor, state: CodecState) -> tuple[Tensor, ...]:
-    """Carry derivatives by a map's values on to its orthonormal coefficients, in units of these values.
+    """Convert derivatives (N, C, H, W) by a map's values to derivatives by its orthonormal coefficients.
 
-    Args:
-        gradient: (N, C, H, W), derivatives by the decoded maps.
-        state: the codec.
-
-    Returns:
-        A tensor for each band; see `Symbols`.
+    Returns a tensor for each band, in units of the map's values; see `Symbols`.
     """
     spatial, turned = state.spatial(), mix_channels(gradient, state.bases.get("channels"))
     bands = spatial.forward(turned)
@@ -142,7 +133,7 @@ def _joined(bands: Sequence[Tensor], rates: Sequence[Tensor]) -> Sequence[Tensor
 
 
 def _kept(bands: Sequence[Tensor], inside: Sequence[Tensor]) -> list[Tensor]:
-    """Bands with zeros where the quantizer clamped; as they are where nobody looked."""
+    """Bands with zeros where the quantizer clamped; unchanged if that was not recorded."""
     return [band * here for band, here in zip(bands, inside, strict=True)] if inside else list(bands)
 
 
@@ -156,7 +147,7 @@ def _adjoint(
 
 
 def soft_bits(z: Tensor) -> Tensor:
-    """Bits of coefficients in units of their steps; any shape, at least 1 each.
+    """Estimated bits of coefficients in units of their steps; any shape, at least 1 each.
 
     >>> soft_bits(torch.tensor([0.0, -1.0, 3.0])).tolist()
     [1.0, 3.0, 5.0]

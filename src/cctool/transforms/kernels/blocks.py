@@ -1,10 +1,10 @@
-"""Feature maps transformed in blocks, smaller ones where a side is no multiple of the block.
+"""Block transforms of feature maps, with smaller blocks where a side is not a multiple of the block size.
 
-Blocks of ``block`` x ``block`` are laid from the top left corner. What remains at the right and at the
-bottom is transformed by the same kernel of the remainder's size, so a 20 x 7 map in blocks of 8 has blocks
-8, 8 and 4 high and 7 wide. As the transform of a block is separable, so is that of a map: along each axis
-it is one matrix with the blocks' matrices on its diagonal. Coefficients lie where their block lies, at the
-place of their frequency; `block_positions` says for coder and decoder alike which frequency that is.
+Blocks of ``block`` x ``block`` start at the top left corner. The remainder at the right and at the bottom is
+transformed by the same kernel of its own size: a 20 x 7 map in blocks of 8 has blocks 8, 8 and 4 high and 7
+wide. The transform of a block is separable, and so is that of a map: along each axis it is one matrix with
+the blocks' matrices on its diagonal. Coefficients stay in the place of their block, ordered by frequency
+within it; `block_positions` gives encoder and decoder the frequency of each.
 """
 
 from __future__ import annotations
@@ -21,21 +21,28 @@ from torch import Tensor
 from cctool.transforms.kernels.by_name import kernel_matrix
 from cctool.transforms.kernels.matmul import along, both_axes, constant, full_precision
 
-__all__ = ["BlockPositions", "block_forward", "block_inverse", "block_positions", "norm_scale"]
+__all__ = [
+    "BlockPositions",
+    "block_diagonal",
+    "block_forward",
+    "block_inverse",
+    "block_positions",
+    "norm_scale",
+]
 
 _DENSE = 64
-"""Largest side that is transformed by one matrix, its blocks on the diagonal."""
+"""Largest side that is transformed by one block-diagonal matrix."""
 
 
 @dataclass(frozen=True)
 class BlockPositions:
-    """Where each coefficient of a map lies in its block; int64 tensors of shape (H, W) on the CPU.
+    """The frequency and block size of each coefficient of a map; int64 tensors (H, W) on the CPU.
 
     Attributes:
         row: vertical frequency, 0 to the block's height less 1.
         column: horizontal frequency, 0 to the block's width less 1.
-        height: of the block, smaller than the nominal one in the bottom strip.
-        width: of the block, smaller than the nominal one in the right strip.
+        height: of the block; smaller than the nominal one in the bottom strip.
+        width: of the block; smaller than the nominal one in the right strip.
     """
 
     row: Tensor
@@ -45,25 +52,22 @@ class BlockPositions:
 
 
 def block_forward(x: Tensor, kernel: str, block: int = 8, *, levels: int = 1) -> Tensor:
-    """Transform maps block by block; differentiable.
+    """Transform maps (N, C, H, W) block by block; differentiable.
 
     Args:
-        x: shape (N, C, H, W), floating point.
-        kernel: one of `cctool.transforms.kernels.by_name.KERNELS`; wavelets have square matrices.
+        x: the maps, floating point.
+        kernel: one of `cctool.transforms.kernels.by_name.KERNELS`; wavelets use their square matrices.
         block: nominal side of a block, at least 1.
         levels: of a wavelet within a block.
 
     Returns:
-        Coefficients in the shape of ``x``.
-
-    Raises:
-        TransformError: if ``x`` holds no floating-point numbers.
+        Coefficients in the shape of ``x``; TransformError is raised if that is not floating point.
     """
     return _transformed(x, kernel, block, levels, False)
 
 
 def block_inverse(c: Tensor, kernel: str, block: int = 8, *, levels: int = 1) -> Tensor:
-    """Undo `block_forward`."""
+    """Inverse of `block_forward`."""
     return _transformed(c, kernel, block, levels, True)
 
 
@@ -81,14 +85,11 @@ def block_positions(height: int, width: int, block: int = 8) -> BlockPositions:
 
 
 def norm_scale(height: int, width: int, kernel: str) -> Tensor:
-    """How much larger a block's coefficients are without normalisation than orthonormal ones.
+    """Ratio of a block's unnormalised to its orthonormal coefficients, float64 (height, width).
 
-    The convention is that of scipy's ``norm=None``: the DCT and the DST carry a factor 2 along each axis,
-    the DFT none. In an 8 x 8 DCT the factors are 16, with one zero frequency 22.63, with two 32. Kernels
-    that have no other normalisation have factors of 1.
-
-    Returns:
-        Shape (height, width), float64.
+    The convention is scipy's ``norm=None``: the DCT and the DST carry a factor 2 along each axis, the DFT
+    none. In an 8 x 8 DCT the factors are 16, with one zero frequency 22.63, with two 32. Other kernels have
+    factors of 1.
     """
     return torch.outer(_axis_scale(height, kernel), _axis_scale(width, kernel))
 
@@ -103,25 +104,24 @@ def _axis_scale(size: int, kernel: str) -> Tensor:
     if kernel not in ("dct", "dst", "dft"):
         return torch.ones(size, dtype=torch.float64)
     scale = torch.full((size,), math.sqrt(size / 2 if kernel == "dft" else 2 * size), dtype=torch.float64)
-    # Coefficients whose basis function does not oscillate between samples: constant, or alternating.
-    if kernel == "dst":
-        edges = [size - 1]
-    elif kernel == "dft" and size % 2 == 0:
-        edges = [0, size - 1]
-    else:
-        edges = [0]
-    scale[edges] *= math.sqrt(2)
+    # The basis functions that are constant (first of DCT and DFT) or alternate in sign (last of DST, and of
+    # DFT if even) have twice the energy of the others.
+    if kernel != "dst":
+        scale[0] *= math.sqrt(2)
+    if kernel == "dst" or (kernel == "dft" and size % 2 == 0):
+        scale[-1] *= math.sqrt(2)
     return scale
 
 
 def _transformed(x: Tensor, kernel: str, block: int, levels: int, synthesis: bool) -> Tensor:
     if kernel == "identity":
+        # Like the result of every other kernel, it may be modified in place.
         return x.clone()
     height, width = x.shape[2:]
     with full_precision(x) as work:
 
         def matrix(size: int) -> Tensor:
-            return constant(_diagonal, kernel, size, block, levels, synthesis, like=work)
+            return constant(block_diagonal, kernel, size, block, levels, synthesis, like=work)
 
         if max(height, width) <= _DENSE:
             return both_axes(matrix(height), matrix(width), work).to(x.dtype)
@@ -129,11 +129,9 @@ def _transformed(x: Tensor, kernel: str, block: int, levels: int, synthesis: boo
             whole = size - size % block
             parts = []
             if whole:
-                # Blocks on the diagonal of a large matrix would be lost among its zeros.
+                # One block-diagonal matrix of a long side would be mostly zeros.
                 side = _piece(whole, block)
-                pieces = work.narrow(dim, 0, whole).reshape(
-                    *work.shape[:dim], -1, side, *work.shape[dim + 1 :]
-                )
+                pieces = torch.unflatten(work.narrow(dim, 0, whole), dim, (-1, side))
                 parts.append(along(matrix(side), pieces, dim + 1).flatten(dim, dim + 1))
             if whole < size:
                 parts.append(along(matrix(size - whole), work.narrow(dim, whole, size - whole), dim))
@@ -142,13 +140,14 @@ def _transformed(x: Tensor, kernel: str, block: int, levels: int, synthesis: boo
 
 
 def _piece(whole: int, block: int) -> int:
-    """Largest divisor of ``whole`` that holds whole blocks and is not above `_DENSE`; ``block`` at least."""
+    """Largest divisor of ``whole`` that is a multiple of ``block`` and at most `_DENSE`, or ``block``."""
     blocks = whole // block
     fitting = [part for part in range(1, blocks + 1) if blocks % part == 0 and part * block <= _DENSE]
     return max(fitting, default=1) * block
 
 
-def _diagonal(kernel: str, size: int, block: int, levels: int, synthesis: bool) -> NDArray[np.float64]:
+def block_diagonal(kernel: str, size: int, block: int, levels: int, synthesis: bool) -> NDArray[np.float64]:
+    """The transform of a whole axis, (size, size): the matrices of its blocks on the diagonal."""
     sides = [block] * (size // block) + [size % block] * (size % block > 0)
     parts = {side: kernel_matrix(kernel, side, levels, True, synthesis) for side in set(sides)}
     result: NDArray[np.float64] = block_diag(*(parts[side] for side in sides))

@@ -1,19 +1,18 @@
-"""Every transform by its name: DCT-II, DST-II, real DFT, wavelets, identity, along one axis of a tensor.
+"""All transforms by name: DCT-II, DST-II, real DFT, wavelets and the identity, along one axis of a tensor.
 
 The cosine, sine and Fourier transforms are orthonormal (`fourier.py`); wavelets are those of PyWavelets with
-periodic borders (`filter_banks.py`), ``dwt`` being ``haar``. A data-driven KLT is no fixed matrix: whoever
-offers it makes its basis, and `check_kernel` knows its name.
+periodic borders (`filter_banks.py`), and ``dwt`` is ``haar``. A KLT is computed from data, so it has no fixed
+matrix here; `check_kernel` accepts its name where the caller provides the basis.
 
-bfloat16 and float16 are computed in float32 and given back as they came; autocast does not reach in here.
+bfloat16 and float16 are computed in float32 and converted back; autocast is off inside.
 
-Inverses are exact to rounding, but for the sym wavelets and bior and rbio 4.4, 5.5 and 6.8: to 3e-11, as many
-digits as PyWavelets has of their filters.
+Inverses are exact up to rounding, except for the sym wavelets and bior and rbio 4.4, 5.5 and 6.8: 3e-11, the
+precision of their filters in PyWavelets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -35,7 +34,6 @@ from cctool.transforms.kernels.matmul import along, constant, full_precision
 
 __all__ = [
     "KERNELS",
-    "analysis_matrix",
     "check_kernel",
     "coefficient_count",
     "forward",
@@ -43,29 +41,23 @@ __all__ = [
     "is_wavelet",
     "kernel_matrix",
     "max_levels",
-    "synthesis_matrix",
+    "wavelet_name",
 ]
 
-_ORTHONORMAL: MappingProxyType[str, Callable[[int], NDArray[np.float64]]] = MappingProxyType(
-    {
-        "dct": fourier.dct_matrix,
-        "dst": fourier.dst_matrix,
-        "dft": fourier.packed_dft_matrix,
-        "identity": np.eye,
-    }
-)
-_FAST: MappingProxyType[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = (
-    MappingProxyType(
-        {
-            "dct": (fourier.dct, fourier.idct),
-            "dst": (fourier.dst, fourier.idst),
-            "dft": (fourier.packed_dft, fourier.packed_idft),
-            "identity": (torch.clone, torch.clone),
-        }
-    )
-)
-# Sizes from which the FFT, or the filters of a wavelet, take less time than a product with a matrix, measured
-# on one thread of a CPU, 4 million float32 numbers. Matrices above the largest would cost too much memory.
+_ORTHONORMAL: Mapping[str, Callable[[int], NDArray[np.float64]]] = {
+    "dct": fourier.dct_matrix,
+    "dst": fourier.dst_matrix,
+    "dft": fourier.packed_dft_matrix,
+    "identity": np.eye,
+}
+_FAST: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "dct": (fourier.dct, fourier.idct),
+    "dst": (fourier.dst, fourier.idst),
+    "dft": (fourier.packed_dft, fourier.packed_idft),
+    "identity": (torch.clone, torch.clone),
+}
+# Sizes from which the FFT (or filtering, with 48 samples per filter tap) is faster than a matrix product,
+# measured with 4 million float32 values on one CPU thread. Above the largest, matrices take too much memory.
 _LARGE = 256
 _PER_TAP = 48
 _LARGEST = 1024
@@ -75,15 +67,7 @@ KERNELS: tuple[str, ...] = ("dct", "dst", "dft", "dwt", "identity", *WAVELETS)
 
 
 def check_kernel(name: str, *, klt: bool = False) -> None:
-    """Refuse what is no kernel.
-
-    Args:
-        name: what the user asked for.
-        klt: whether the caller has a data-driven Karhunen-Loeve transform to offer.
-
-    Raises:
-        UsageError: naming what is allowed.
-    """
+    """Raise UsageError, naming what is allowed, unless ``name`` is a kernel, or ``klt`` with ``klt=True``."""
     if name in KERNELS or (klt and name == "klt"):
         return
     if name == "dmey":
@@ -101,9 +85,9 @@ def is_wavelet(name: str) -> bool:
 
 
 def max_levels(name: str, size: int) -> int:
-    """Levels after which the approximation is one sample; 0 for size 1 and for kernels that have no levels.
+    """Levels until the approximation is one sample; 0 for size 1 and for kernels without levels.
 
-    More levels than these are taken as these everywhere.
+    Everywhere, more levels than this count as this many.
 
     >>> max_levels("db2", 7)
     3
@@ -112,7 +96,7 @@ def max_levels(name: str, size: int) -> int:
 
 
 def coefficient_count(name: str, size: int, *, levels: int = 1, square: bool = True) -> int:
-    """Number of coefficients of ``size`` samples; ``size`` itself but for wavelets with ``square=False``.
+    """Number of coefficients of ``size`` samples: ``size``, except for wavelets with ``square=False``.
 
     >>> coefficient_count("haar", 7, levels=3, square=False)
     8
@@ -121,94 +105,56 @@ def coefficient_count(name: str, size: int, *, levels: int = 1, square: bool = T
 
 
 def kernel_matrix(name: str, size: int, levels: int, square: bool, synthesis: bool) -> NDArray[np.float64]:
-    """`analysis_matrix` or `synthesis_matrix` as an array."""
-    if is_wavelet(name):
-        return wavelet_matrix(
-            _wavelet(name), size, _levels(name, size, levels), square=square, synthesis=synthesis
-        )
-    rows = _ORTHONORMAL[name](size)
-    return np.ascontiguousarray(rows.T) if synthesis else rows
-
-
-def analysis_matrix(
-    name: str, size: int, *, levels: int = 1, square: bool = True, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """The forward transform as a matrix, one row a coefficient.
+    """The transform as a matrix: the forward one with a row per coefficient, or the inverse one.
 
     Args:
         name: one of `KERNELS`.
         size: number of samples, at least 1.
         levels: of a wavelet, at most `max_levels`; other kernels have none.
-        square: what wavelets do with an odd number of samples. True: they hand the last one to the
-            approximation, and the matrix is square. False: they replicate it, as PyWavelets does.
-        dtype: of the result, which is rounded from float64.
+        square: how wavelets treat an odd number of samples. True: the last one goes to the approximation
+            unchanged, and the matrix is square. False: it is replicated, as in PyWavelets.
+        synthesis: whether to return the inverse.
 
     Returns:
-        Shape (coefficients, size), on the CPU; the caller's own.
+        A new array of shape (coefficients, size), or (size, coefficients) for the inverse.
     """
-    return torch.from_numpy(kernel_matrix(name, size, levels, square, False)).to(dtype)
-
-
-def synthesis_matrix(
-    name: str, size: int, *, levels: int = 1, square: bool = True, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """The inverse transform as a matrix, one column a coefficient; arguments as in `analysis_matrix`.
-
-    Returns:
-        Shape (size, coefficients), on the CPU; the caller's own.
-    """
-    return torch.from_numpy(kernel_matrix(name, size, levels, square, True)).to(dtype)
+    if is_wavelet(name):
+        levels = _levels(name, size, levels)
+        return wavelet_matrix(wavelet_name(name), size, levels, square=square, synthesis=synthesis)
+    rows = _ORTHONORMAL[name](size)
+    return np.ascontiguousarray(rows.T) if synthesis else rows
 
 
 def forward(x: Tensor, name: str, dim: int = -1, *, levels: int = 1, square: bool = True) -> Tensor:
-    """Transform along one dim; differentiable.
-
-    Args:
-        x: any shape, floating point.
-        name: one of `KERNELS`.
-        dim: along which.
-        levels: of a wavelet.
-        square: as in `analysis_matrix`.
+    """Transform ``x``, any shape, along ``dim``; differentiable. Other arguments as in `kernel_matrix`.
 
     Returns:
-        The shape of ``x`` but for ``dim``, which holds `coefficient_count` coefficients.
+        The shape of ``x``, with `coefficient_count` coefficients along ``dim``.
 
     Raises:
-        TransformError: if ``x`` holds no floating-point numbers.
+        TransformError: if ``x`` is not floating point.
     """
     with full_precision(x) as work:
         size = x.shape[dim]
         if _takes_matrix(name, size):
-            matrix = constant(
-                kernel_matrix, name, size, _levels(name, size, levels), square, False, like=work
-            )
-            result = along(matrix, work, dim)
-        elif name in _FAST:
-            result = _FAST[name][0](work.movedim(dim, -1)).movedim(-1, dim)
+            levels = _levels(name, size, levels)
+            result = along(constant(kernel_matrix, name, size, levels, square, False, like=work), work, dim)
         else:
-            result = _decomposed(work.movedim(dim, -1), name, levels, square).movedim(-1, dim)
+            last = work.movedim(dim, -1)
+            found = _FAST[name][0](last) if name in _FAST else _decomposed(last, name, levels, square)
+            result = found.movedim(-1, dim)
     return result.to(x.dtype)
 
 
 def inverse(
     c: Tensor, name: str, dim: int = -1, *, size: int, levels: int = 1, square: bool = True
 ) -> Tensor:
-    """Undo `forward` along one dim; differentiable.
+    """Inverse of `forward` along ``dim``, to ``size`` samples; differentiable.
 
-    Args:
-        c: any shape, floating point. Along ``dim`` it holds the first coefficients, up to all of them; those
-            behind are taken as zero.
-        name: one of `KERNELS`.
-        dim: along which.
-        size: number of samples.
-        levels: of a wavelet.
-        square: as in `analysis_matrix`.
-
-    Returns:
-        The shape of ``c`` but for ``dim``, which holds ``size`` samples.
+    Along ``dim``, ``c`` may hold only the first coefficients; the others count as 0.
 
     Raises:
-        TransformError: if ``c`` holds no floating-point numbers, or more coefficients than there are.
+        TransformError: if ``c`` is not floating point, or has more coefficients than there are.
     """
     count = coefficient_count(name, size, levels=levels, square=square)
     given = c.shape[dim]
@@ -220,10 +166,8 @@ def inverse(
             result = along(matrix[:, :given], work, dim)
         else:
             last = F.pad(work.movedim(dim, -1), (0, count - given))
-            if name in _FAST:
-                result = _FAST[name][1](last).movedim(-1, dim)
-            else:
-                result = _composed(last, name, size, levels, square).movedim(-1, dim)
+            found = _FAST[name][1](last) if name in _FAST else _composed(last, name, size, levels, square)
+            result = found.movedim(-1, dim)
     return result.to(c.dtype)
 
 
@@ -232,22 +176,23 @@ def _levels(name: str, size: int, levels: int) -> int:
 
 
 def _takes_matrix(name: str, size: int) -> bool:
-    """Whether one product takes less time than the FFT, or than the filters of a wavelet in turn."""
+    """Whether one matrix product is faster than the FFT, or than filtering level by level."""
     if is_wavelet(name):
-        return size <= min(max(_LARGE, _PER_TAP * filter_bank(_wavelet(name)).taps), _LARGEST)
+        return size <= min(max(_LARGE, _PER_TAP * filter_bank(wavelet_name(name)).taps), _LARGEST)
     return name != "identity" and size <= _LARGE
 
 
-def _wavelet(name: str) -> str:
+def wavelet_name(name: str) -> str:
+    """PyWavelets' name of a wavelet: ``dwt`` is ``haar``."""
     return "haar" if name == "dwt" else name
 
 
 def _decomposed(x: Tensor, name: str, levels: int, square: bool) -> Tensor:
-    """Levels of a long signal along the last dim: by filters while it is long, then by a matrix."""
+    """Wavelet levels of a long signal along the last dim: by filtering while it is long, then by a matrix."""
     levels = _levels(name, x.shape[-1], levels)
     details: list[Tensor] = []
     while levels and not _takes_matrix(name, x.shape[-1]):
-        x, detail = analyze(x, _wavelet(name), square=square)
+        x, detail = analyze(x, wavelet_name(name), square=square)
         details.insert(0, detail)
         levels -= 1
     if levels:
@@ -264,4 +209,4 @@ def _composed(c: Tensor, name: str, size: int, levels: int, square: bool) -> Ten
     detail = band_sizes(size, 1, square=square)[1]
     rest = c.shape[-1] - detail
     low = _composed(c[..., :rest], name, (size + 1) // 2, levels - 1, square)
-    return synthesize(low, c[..., rest:], _wavelet(name), size, square=square)
+    return synthesize(low, c[..., rest:], wavelet_name(name), size, square=square)

@@ -1,15 +1,15 @@
-"""DCT-II, DST-II and real DFT, orthonormal: matrices, and the same by the fast Fourier transform.
+"""DCT-II, DST-II and real DFT, orthonormal: as matrices, and by the fast Fourier transform.
 
     DCT-II:  y_k = s_k sum_n x_n cos(pi k (2n + 1) / 2N),        s_0     = sqrt(1/N), else sqrt(2/N)
     DST-II:  y_k = s_k sum_n x_n sin(pi (k + 1) (2n + 1) / 2N),  s_(N-1) = sqrt(1/N), else sqrt(2/N)
-    DFT:     y   = (Re Y_0, Re Y_1, Im Y_1, Re Y_2, ...), Y = FFT(x) sqrt(2/N), Re Y_0 and, for even N, the
-             last one by sqrt(1/N)
+    DFT:     y   = (Re Y_0, Re Y_1, Im Y_1, Re Y_2, ...), Y = FFT(x) sqrt(2/N), but sqrt(1/N) for Re Y_0 and,
+             where N is even, for the last one
 
 The first two are `scipy.fft.dct` and `dst` of type 2 with ``norm="ortho"`` (Rao and Yip, Discrete Cosine
 Transform, 1990); the third has the order of `scipy.fftpack.rfft`. The inverse of each matrix is its
 transpose. The fast DCT is that of Makhoul, "A fast cosine transform in one and two dimensions", IEEE Trans.
-ASSP 28, 1980: one FFT of N real numbers. All functions of tensors work along the last dim and are
-differentiable.
+ASSP 28, 1980: one FFT of N real numbers. Functions of tensors work along the last dim, take float32 or
+float64 of any shape, and are differentiable.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def dct_matrix(size: int) -> NDArray[np.float64]:
-    """The orthonormal DCT-II, a row a frequency, shape (size, size)."""
+    """The orthonormal DCT-II, one row per frequency, shape (size, size)."""
     rows: NDArray[np.float64] = np.cos(_phases(size, np.arange(size)))
     rows[0] /= math.sqrt(2)
     rows *= math.sqrt(2 / size)
@@ -43,7 +43,7 @@ def dct_matrix(size: int) -> NDArray[np.float64]:
 
 
 def dst_matrix(size: int) -> NDArray[np.float64]:
-    """The orthonormal DST-II, a row a frequency, shape (size, size)."""
+    """The orthonormal DST-II, one row per frequency, shape (size, size)."""
     rows: NDArray[np.float64] = np.sin(_phases(size, np.arange(1, size + 1)))
     rows[-1] /= math.sqrt(2)
     rows *= math.sqrt(2 / size)
@@ -66,7 +66,7 @@ def packed_dft_matrix(size: int) -> NDArray[np.float64]:
 
 
 def dct(x: Tensor) -> Tensor:
-    """Orthonormal DCT-II of any shape, float32 or float64."""
+    """Orthonormal DCT-II."""
     size = x.shape[-1]
     folded = torch.cat((x[..., ::2], x[..., 1::2].flip(-1)), -1)
     spectrum = torch.fft.rfft(folded) * _twiddle(size, -1, x)
@@ -77,11 +77,12 @@ def dct(x: Tensor) -> Tensor:
 def idct(y: Tensor) -> Tensor:
     """Inverse of `dct`."""
     size = y.shape[-1]
+    middle = (size + 1) // 2
     y = y / _dct_scale(size, y)
     low = y[..., : size // 2 + 1]
-    high = torch.cat((torch.zeros_like(y[..., :1]), y[..., (size + 1) // 2 :].flip(-1)), -1)
+    high = torch.cat((torch.zeros_like(y[..., :1]), y[..., middle:].flip(-1)), -1)
     folded = torch.fft.irfft(torch.complex(low, -high) * _twiddle(size, 1, y), n=size)
-    middle = (size + 1) // 2
+    # Undoes the reordering of `dct`: even samples ascending, then odd ones descending.
     order = torch.empty(size, dtype=torch.long, device=y.device)
     order[::2] = torch.arange(middle, device=y.device)
     order[1::2] = torch.arange(size - 1, middle - 1, -1, device=y.device)
@@ -90,7 +91,7 @@ def idct(y: Tensor) -> Tensor:
 
 
 def dst(x: Tensor) -> Tensor:
-    """Orthonormal DST-II of any shape: the DCT-II of the signal with alternating signs, read backwards."""
+    """Orthonormal DST-II: the DCT-II of the signal with alternating signs, in reverse order."""
     return dct(x * _signs(x)).flip(-1)
 
 
@@ -100,10 +101,10 @@ def idst(y: Tensor) -> Tensor:
 
 
 def packed_dft(x: Tensor) -> Tensor:
-    """Orthonormal real DFT of any shape, in the order of `packed_dft_matrix`."""
+    """Orthonormal real DFT in the order of `packed_dft_matrix`."""
     size = x.shape[-1]
     parts = torch.view_as_real(torch.fft.rfft(x, norm="ortho")).flatten(-2)
-    # The imaginary parts of frequency 0 and of half the sampling rate are zero and take no place.
+    # The imaginary parts of frequency 0 and of half the sampling rate are zero and are left out.
     packed = torch.cat((parts[..., :1], parts[..., 2 : size + 1]), -1)
     return packed * _dft_scale(size, x)
 
@@ -119,15 +120,15 @@ def packed_idft(y: Tensor) -> Tensor:
 
 
 def _phases(size: int, frequencies: NDArray[np.int64]) -> NDArray[np.float64]:
-    # Whole turns are taken away in integers, where they cost no precision.
+    # Reduced to one turn in integers: in floating point, large arguments of cos lose digits.
     quarters = np.outer(frequencies, 2 * np.arange(size) + 1) % (4 * size)
     return quarters.astype(np.float64) * (math.pi / (2 * size))
 
 
 def _twiddle(size: int, sign: int, like: Tensor) -> Tensor:
-    angle = torch.arange(size // 2 + 1, dtype=torch.float64, device=like.device) * (
-        sign * math.pi / (2 * size)
-    )
+    # In float64, and rounded once at the end.
+    unit = sign * math.pi / (2 * size)
+    angle = torch.arange(size // 2 + 1, dtype=torch.float64, device=like.device) * unit
     return torch.complex(angle.cos().to(like.dtype), angle.sin().to(like.dtype))
 
 

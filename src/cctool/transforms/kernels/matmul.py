@@ -1,4 +1,4 @@
-"""Matrices applied along one axis of a tensor: precision, devices, and which matrices are kept."""
+"""Matrices applied along one axis of a tensor, in sufficient precision, and a cache of these matrices."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["along", "both_axes", "constant", "full_precision"]
 
 _THIN = 8
 _CHUNK = 2**20
-"""Numbers in a piece of work: 4 MB of float32."""
+"""Values per piece: 4 MB of float32."""
 
 
 @contextmanager
 def full_precision(x: Tensor) -> Iterator[Tensor]:
-    """Give a tensor in the precision that transforms are computed in, with autocast off meanwhile.
+    """Yield ``x`` in the precision of the transforms, with autocast off.
 
-    float32 and float64 stay what they are; bfloat16 and float16 become float32.
+    float32 and float64 stay as they are; bfloat16 and float16 become float32.
 
     Raises:
-        TransformError: if ``x`` holds no floating-point numbers.
+        TransformError: if ``x`` is not floating point.
     """
     if not x.is_floating_point():
         raise TransformError(f"a transform takes floating-point numbers, not {x.dtype}")
@@ -42,16 +42,7 @@ def full_precision(x: Tensor) -> Iterator[Tensor]:
 
 
 def along(matrix: Tensor, x: Tensor, dim: int) -> Tensor:
-    """Product of a matrix with every line of a tensor along one dim.
-
-    Args:
-        matrix: shape (n, size of ``dim``).
-        x: any shape.
-        dim: along which.
-
-    Returns:
-        The shape of ``x`` with n in the place of ``dim``.
-    """
+    """Multiply a matrix (n, size of ``dim``) along one dim of ``x``, which gets size n."""
     dim %= x.dim()
     if dim == x.dim() - 1:
         return F.linear(x, matrix)
@@ -59,27 +50,18 @@ def along(matrix: Tensor, x: Tensor, dim: int) -> Tensor:
         return torch.matmul(matrix, x)
     size, line = x.shape[dim], math.prod(x.shape[dim + 1 :])
     if dim and line * _THIN < size:
-        # A batch of products with thin matrices takes twice the time of one product with a copy.
+        # A batch of products with thin matrices is twice as slow as copying and one large product.
         return F.linear(x.movedim(dim, -1), matrix).movedim(-1, dim).contiguous()
     product = torch.matmul(matrix, x.reshape(*x.shape[:dim], size, line))
     return product.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
 
 
 def both_axes(rows: Tensor, columns: Tensor, x: Tensor) -> Tensor:
-    """Product of one matrix with every column and another with every row of maps: R X C^T.
-
-    Args:
-        rows: R, shape (h, H).
-        columns: C, shape (w, W).
-        x: X, shape (..., H, W).
-
-    Returns:
-        Shape (..., h, w).
-    """
+    """Products R X C^T of the matrices R (h, H) and C (w, W) with maps X (..., H, W); shape (..., h, w)."""
     if not _in_pieces(x):
         return torch.matmul(rows, F.linear(x, columns))
     maps = x.reshape(-1, *x.shape[-2:])
-    # What lies between the two products stays in the cache, and large memory is asked for once.
+    # Piece by piece, the intermediate result stays in the cache, and only the result is allocated.
     result = x.new_empty(maps.shape[0], rows.shape[0], columns.shape[0])
     step = max(1, _CHUNK // maps[0].numel())
     for start in range(0, maps.shape[0], step):
@@ -93,17 +75,11 @@ def _in_pieces(x: Tensor) -> bool:
 
 
 def constant(make: Callable[..., NDArray[np.float64]], *arguments: Hashable, like: Tensor) -> Tensor:
-    """A matrix in the type and on the device of a tensor, kept for the next time.
+    """The matrix ``make(*arguments)``, float64, in the type and on the device of ``like``; cached.
 
-    Args:
-        make: makes it, in float64.
-        arguments: of ``make``.
-        like: whose dtype and device it gets.
-
-    Returns:
-        A tensor that others hold, too: it must not be changed.
+    The tensor is shared and must not be changed.
     """
-    # What is made while a network is traced is no tensor that may outlive the tracing.
+    # Tensors made during tracing are only valid within it and must not get into the cache.
     if torch.compiler.is_compiling():
         return _made(make, arguments, like.dtype, like.device)
     return _kept(make, arguments, like.dtype, like.device)
@@ -115,7 +91,7 @@ def _made(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    # A tensor of inference mode could not be used in training later.
+    # A cached tensor made in inference mode could not be used in training later.
     with torch.inference_mode(False):
         return torch.from_numpy(make(*arguments)).to(device, dtype)
 

@@ -1,6 +1,7 @@
-"""The spatial transform of a tap's maps, behind one interface.
+"""The spatial transforms that a codec can use, with one interface; all are linear.
 
-It has blocks of a fixed kernel or of calibrated bases, a wavelet pyramid, or nothing; all are linear.
+Blocks of a fixed kernel or of calibrated bases, a wavelet pyramid, or none. A codec sits behind a module of a
+network, at what this package calls a *tap*; the module's outputs are its *maps*.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Spatial(Protocol):
 
     @property
     def orthonormal(self) -> bool:
-        """Whether the inverse is the transpose, for maps of every size."""
+        """Whether the inverse is the transpose for maps of every size."""
         ...
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -31,7 +32,7 @@ class Spatial(Protocol):
         ...
 
     def inverse(self, bands: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Undo `forward` for maps of ``size`` (H, W)."""
+        """Inverse of `forward` for maps of ``size`` (H, W)."""
         ...
 
 
@@ -52,7 +53,7 @@ class NoTransform:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of an orthonormal kernel: one band, coefficients where their block lies.
+    """Blocks of an orthonormal kernel: one band, coefficients in the place of their block.
 
     Attributes:
         kernel: ``dct``, ``dst`` or ``dft``.
@@ -68,18 +69,18 @@ class Blocks:
         return (block_forward(x, self.kernel, self.block),)
 
     def inverse(self, bands: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Transform every block back."""
+        """Inverse transform of every block."""
         return block_inverse(bands[0], self.kernel, self.block)
 
 
 @dataclass(frozen=True)
 class CalibratedBlocks:
-    """Blocks of calibrated orthonormal bases, one for each axis and side of a block.
+    """Blocks of calibrated orthonormal bases, one for each axis and block side.
 
     Attributes:
         block: nominal side of a block.
-        bases: (side, side), one row a function: ``rows`` along the width of whole blocks, ``rows_rest`` along
-            that of the right strip, ``columns`` and ``columns_rest`` along heights.
+        bases: (side, side), one row per basis function: ``rows`` along the width of whole blocks,
+            ``rows_rest`` along that of the right strip, ``columns`` and ``columns_rest`` along heights.
     """
 
     block: int
@@ -90,17 +91,18 @@ class CalibratedBlocks:
         """Transform every block."""
         with full_precision(x) as work:
             for axis, dim in (("columns", 2), ("rows", 3)):
-                work = along(self._diagonal(axis, work.shape[dim], work), work, dim)
+                work = along(self.diagonal(axis, work.shape[dim], work), work, dim)
         return (work,)
 
     def inverse(self, bands: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Transform every block back."""
+        """Inverse transform of every block."""
         with full_precision(bands[0]) as work:
             for axis, dim in (("columns", 2), ("rows", 3)):
-                work = along(self._diagonal(axis, work.shape[dim], work).T, work, dim)
+                work = along(self.diagonal(axis, work.shape[dim], work).T, work, dim)
         return work
 
-    def _diagonal(self, axis: str, size: int, like: Tensor) -> Tensor:
+    def diagonal(self, axis: str, size: int, like: Tensor) -> Tensor:
+        """The transform along ``rows`` or ``columns`` of a map, (size, size), in the type of ``like``."""
         matrix, start = like.new_zeros(size, size), 0
         for side in block_sizes(size, self.block):
             basis = self.bases[axis if side == self.block else f"{axis}_rest"]
@@ -111,16 +113,11 @@ class CalibratedBlocks:
 
 @dataclass(frozen=True)
 class Wavelet:
-    """A dyadic pyramid with periodic borders: details (N, C, 3, h, w) from the finest on, then LL.
-
-    Attributes:
-        kernel: name of the wavelet.
-        levels: of the pyramid.
-    """
+    """A wavelet pyramid with periodic borders: details (N, C, 3, h, w), finest first, then LL."""
 
     kernel: str
     levels: int
-    orthonormal = False  # biorthogonal ones, and all where a side is odd
+    orthonormal = False  # not for biorthogonal wavelets, nor for any where a side is odd
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Decompose."""

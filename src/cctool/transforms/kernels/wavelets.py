@@ -1,8 +1,8 @@
 """Dyadic wavelet decomposition of feature maps, as `pywt.wavedec2` with mode "periodization".
 
-Each level transforms both axes; a side of odd length has its last row or column replicated first, so that
-``ceil(H / 2) x ceil(W / 2)`` coefficients of each of four bands result, and the inverse crops to the size
-that was there. Bands are named by their filters along the width, then the height:
+Each level transforms both axes. A side of odd length has its last row or column replicated first, which gives
+``ceil(H / 2) x ceil(W / 2)`` coefficients in each of four bands; the inverse crops it again. Bands are named
+by their filters along the width, then the height:
 
     LH = PyWavelets' cH (horizontal detail), HL = cV, HH = cD
 """
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cctool.transforms.kernels.by_name import max_levels
+from cctool.transforms.kernels.by_name import max_levels, wavelet_name
 from cctool.transforms.kernels.filter_banks import wavelet_matrix
 from cctool.transforms.kernels.matmul import both_axes, constant, full_precision
 
@@ -38,7 +38,7 @@ class Pyramid:
 
 
 def pyramid_levels(name: str, height: int, width: int, levels: int) -> int:
-    """How many levels `wavedec2` makes: as many as asked for, until the approximation is one sample.
+    """Number of levels that `wavedec2` makes: as asked for, but no more than reduce the map to one sample.
 
     >>> pyramid_levels("haar", 7, 4, levels=5)
     3
@@ -47,21 +47,16 @@ def pyramid_levels(name: str, height: int, width: int, levels: int) -> int:
 
 
 def wavedec2(x: Tensor, name: str, levels: int) -> Pyramid:
-    """Decompose maps.
+    """Decompose maps (N, C, H, W), floating point, by a wavelet; ``dwt`` is haar.
 
-    Args:
-        x: shape (N, C, H, W), floating point.
-        name: a wavelet, or ``dwt`` for haar.
-        levels: at least 0; see `pyramid_levels`.
-
-    Raises:
-        TransformError: if ``x`` holds no floating-point numbers.
+    At least 0 levels; see `pyramid_levels`. Raises TransformError if ``x`` is not floating point.
     """
     details = []
     with full_precision(x) as low:
         for _ in range(pyramid_levels(name, x.shape[2], x.shape[3], levels)):
             height, width = low.shape[2:]
             both = both_axes(_step(name, height, False, low), _step(name, width, False, low), low)
+            # Quadrants: LL and HL above, LH and HH below.
             top, bottom = both.chunk(2, 2)
             low, vertical = top.chunk(2, 3)
             horizontal, diagonal = bottom.chunk(2, 3)
@@ -70,17 +65,9 @@ def wavedec2(x: Tensor, name: str, levels: int) -> Pyramid:
 
 
 def waverec2(pyramid: Pyramid, name: str, size: tuple[int, int]) -> Tensor:
-    """Undo `wavedec2`.
-
-    Args:
-        pyramid: its bands.
-        name: the wavelet.
-        size: H and W of the maps.
-
-    Returns:
-        Shape (N, C, H, W).
-    """
+    """Inverse of `wavedec2` for maps of ``size`` (H, W); returns shape (N, C, H, W)."""
     sizes = [size]
+    # Sides of odd length were rounded up at each level, so the sizes follow from the first one.
     for _ in pyramid.details:
         sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
     with full_precision(pyramid.approximation) as low:
@@ -93,7 +80,7 @@ def waverec2(pyramid: Pyramid, name: str, size: tuple[int, int]) -> Tensor:
 
 
 def _step(name: str, size: int, synthesis: bool, like: Tensor) -> Tensor:
-    return constant(_one_level, "haar" if name == "dwt" else name, size, synthesis, like=like)
+    return constant(_one_level, wavelet_name(name), size, synthesis, like=like)
 
 
 def _one_level(name: str, size: int, synthesis: bool) -> NDArray[np.float64]:

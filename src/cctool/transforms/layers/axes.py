@@ -1,9 +1,9 @@
-"""One axis of a weight in a transform domain: what it is made of, and the way there and back.
+"""One axis of a weight in a transform domain: its description, the transform and its inverse.
 
-A weight goes into the domain axis by axis. Of an axis of ``size`` places there are ``kept`` coefficients,
-those of the lowest frequencies; with ``block``, so many of each block of that many places. For the fixed
-kernels (DCT, DST, DFT, wavelets) the basis follows from name and size; that of the KLT is made of the weight
-itself: the eigenvectors of its unfolding's Gram matrix, axis by axis, which is the higher-order SVD (De
+A weight is transformed axis by axis. Of an axis with ``size`` places (indices along the axis), the ``kept``
+coefficients of the lowest frequencies are stored, or ``kept`` of each block with ``block``. For the fixed
+kernels (DCT, DST, DFT, wavelets) the basis follows from name and size. That of the KLT is computed from the
+weight: the eigenvectors of the Gram matrix of its unfolding, axis by axis, which is the higher-order SVD (De
 Lathauwer et al. 2000, "A Multilinear Singular Value Decomposition", section 3).
 """
 
@@ -34,14 +34,13 @@ __all__ = [
     "narrowed",
     "pieces",
     "synthesised",
-    "unflattened",
 ]
 
 KLT = "klt"
-"""The kernel that is no fixed matrix: Karhunen-Loeve, computed from the weight."""
+"""The kernel without a fixed matrix: Karhunen-Loeve, computed from the weight."""
 
 MAX_KLT_LENGTH = 8192
-"""Longest axis, or block of one, that a KLT is made for; the time grows with the third power."""
+"""Longest axis, or block of one, of a KLT: the time for eigenvectors grows with the third power."""
 
 _CHUNK = 256
 
@@ -52,11 +51,11 @@ class TransformedAxis(Record):
     Attributes:
         dim: of the weight.
         kernel: name of the transform.
-        size: places of the axis, before any of them were cut.
+        size: places of the axis before any channels were cut.
         kept: coefficients of each block, lowest frequencies first; a smaller last block keeps the same share.
         block: places that are transformed together; None is all.
         levels: of a wavelet.
-        rows: whether a buffer says which of the places are left after channels were cut.
+        rows: whether a buffer lists the places that remain after channels were cut.
     """
 
     dim: Annotated[int, Field(ge=0, le=3, strict=True)]
@@ -69,19 +68,13 @@ class TransformedAxis(Record):
 
     @property
     def length(self) -> int:
-        """Places that are transformed together."""
+        """Number of places that are transformed together."""
         return self.size if self.block is None else min(self.block, self.size)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Blocks of one length, side by side.
-
-    Attributes:
-        blocks: how many.
-        length: places of each.
-        kept: coefficients of each.
-    """
+    """``blocks`` adjacent blocks of ``length`` places, with ``kept`` coefficients each."""
 
     blocks: int
     length: int
@@ -89,7 +82,7 @@ class Segment:
 
 
 def segments(axis: TransformedAxis) -> tuple[Segment, ...]:
-    """The blocks of an axis: whole ones, and the smaller rest."""
+    """The blocks of an axis: the whole ones, and the smaller remainder."""
     whole, rest = divmod(axis.size, axis.length)
     found = [Segment(whole, axis.length, axis.kept)]
     if rest:
@@ -103,7 +96,7 @@ def count(axis: TransformedAxis) -> int:
 
 
 def pieces(axis: TransformedAxis) -> Iterator[tuple[Segment, int, int]]:
-    """Segments with the place and the coefficient that each begins at."""
+    """Segments, with the place and the coefficient at which each begins."""
     place = coefficient = 0
     for segment in segments(axis):
         yield segment, place, coefficient
@@ -112,20 +105,14 @@ def pieces(axis: TransformedAxis) -> Iterator[tuple[Segment, int, int]]:
 
 
 def analysed(x: Tensor, axis: TransformedAxis, basis: Tensor | None = None) -> Tensor:
-    """Coefficients of an axis.
+    """Transform along an axis: ``axis.size`` places of ``x`` along ``axis.dim`` become `count` coefficients.
 
-    Args:
-        x: of ``axis.size`` along ``axis.dim``.
-        axis: how it is transformed.
-        basis: of the KLT, of shape (size, kept) as `klt.klt_bases` makes it.
-
-    Returns:
-        Of `count` along that dim.
+    ``basis`` is that of the KLT, shape (size, kept), see `klt.klt_bases`.
     """
     dim, parts = axis.dim, []
     for segment, place, _ in pieces(axis):
         part = x.narrow(dim, place, segment.blocks * segment.length)
-        part = unflattened(part, dim, segment.blocks, segment.length)
+        part = torch.unflatten(part, dim, (segment.blocks, segment.length))
         if basis is not None:
             part = _multiplied(part, dim, _block_bases(basis, segment, place).transpose(1, 2))
         else:
@@ -138,21 +125,14 @@ def analysed(x: Tensor, axis: TransformedAxis, basis: Tensor | None = None) -> T
 def synthesised(
     c: Tensor, axis: TransformedAxis, basis: Tensor | None = None, rows: Tensor | None = None
 ) -> Tensor:
-    """Weights along an axis, from coefficients; differentiable.
+    """Inverse of `analysed`; differentiable.
 
-    Args:
-        c: of `count` along ``axis.dim``.
-        axis: how it is transformed.
-        basis: of the KLT, of shape (size, kept).
-        rows: places that are left, of shape (left,), int32; None is all.
-
-    Returns:
-        Of ``axis.size``, or the number of ``rows``, along that dim.
+    ``rows`` lists the places that remain, shape (remaining,), int32; None is all. Only these are returned.
     """
     dim, parts = axis.dim, []
     for segment, place, coefficient in pieces(axis):
         part = c.narrow(dim, coefficient, segment.blocks * segment.kept)
-        part = unflattened(part, dim, segment.blocks, segment.kept)
+        part = torch.unflatten(part, dim, (segment.blocks, segment.kept))
         if basis is not None:
             part = _multiplied(part, dim, _block_bases(basis, segment, place))
         else:
@@ -170,9 +150,9 @@ def _levels(axis: TransformedAxis, segment: Segment) -> int:
 
 
 def _block_bases(basis: Tensor, segment: Segment, place: int) -> Tensor:
-    """Bases of a segment's blocks, of shape (blocks, length, kept)."""
+    """Bases of a segment's blocks, shape (blocks, length, kept)."""
     rows = basis.narrow(0, place, segment.blocks * segment.length)
-    return unflattened(rows, 0, segment.blocks, segment.length)[..., : segment.kept]
+    return torch.unflatten(rows, 0, (segment.blocks, segment.length))[..., : segment.kept]
 
 
 def _multiplied(part: Tensor, dim: int, matrices: Tensor) -> Tensor:
@@ -182,24 +162,18 @@ def _multiplied(part: Tensor, dim: int, matrices: Tensor) -> Tensor:
     return product.reshape(*product.shape[:2], *moved.shape[2:]).movedim((0, 1), (dim, dim + 1))
 
 
-def unflattened(x: Tensor, dim: int, *sizes: int) -> Tensor:
-    """Split one dim into several."""
-    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
-
-
 def narrowed(c: Tensor, axis: TransformedAxis, kept: int) -> tuple[Tensor, TransformedAxis]:
-    """Keep fewer coefficients of each block, those of the lowest frequencies.
+    """Keep only the ``kept`` coefficients of lowest frequency in each block, at most ``axis.kept``.
 
-    Args:
-        c: of `count` along ``axis.dim``.
-        axis: how it is transformed.
-        kept: of each block, at most ``axis.kept``.
+    ``c`` has `count` coefficients along ``axis.dim``.
     """
     smaller = axis.model_copy(update={"kept": kept})
     parts = []
     for (segment, _, coefficient), (left, _, _) in zip(pieces(axis), pieces(smaller), strict=True):
         part = c.narrow(axis.dim, coefficient, segment.blocks * segment.kept)
-        part = unflattened(part, axis.dim, segment.blocks, segment.kept).narrow(axis.dim + 1, 0, left.kept)
+        part = torch.unflatten(part, axis.dim, (segment.blocks, segment.kept)).narrow(
+            axis.dim + 1, 0, left.kept
+        )
         parts.append(part.flatten(axis.dim, axis.dim + 1))
     return torch.cat(parts, axis.dim), smaller
 
@@ -207,32 +181,25 @@ def narrowed(c: Tensor, axis: TransformedAxis, kept: int) -> tuple[Tensor, Trans
 def basis_matrix(
     axis: TransformedAxis, like: Tensor, basis: Tensor | None = None, rows: Tensor | None = None
 ) -> Tensor:
-    """The basis functions of an axis as columns.
+    """The basis functions of an axis as columns, shape (places, `count`), in the type and device of ``like``.
 
-    Args:
-        axis: how it is transformed.
-        like: gives type and device.
-        basis: of the KLT.
-        rows: places that are left; None is all.
-
-    Returns:
-        Of shape (places, `count`).
+    ``basis`` and ``rows`` as in `synthesised`.
     """
     units = torch.eye(count(axis), dtype=like.dtype, device=like.device)
     return synthesised(units, axis.model_copy(update={"dim": 0}), basis, rows)
 
 
 def is_orthonormal(axis: TransformedAxis) -> bool:
-    """Whether the basis functions are orthogonal and of length 1."""
-    wavelet = "haar" if axis.kernel == "dwt" else axis.kernel
-    return not kernels.is_wavelet(axis.kernel) or bool(pywt.Wavelet(wavelet).orthogonal)
+    """Whether the basis functions are orthogonal and have norm 1."""
+    name = kernels.wavelet_name(axis.kernel)
+    return not kernels.is_wavelet(axis.kernel) or bool(pywt.Wavelet(name).orthogonal)
 
 
 def coefficient_norms(axis: TransformedAxis) -> Tensor | None:
-    """Norms of the basis functions along an axis: what a coefficient of 1 adds to the weight.
+    """Norms of the basis functions along an axis: the size of the weight that a coefficient of 1 makes.
 
     Returns:
-        Of shape (`count`,), float64, on the CPU; None where all are 1.
+        Shape (`count`,), float64, on the CPU; None if all are 1.
     """
     if is_orthonormal(axis):
         return None
@@ -241,7 +208,7 @@ def coefficient_norms(axis: TransformedAxis) -> Tensor | None:
 
 def _segment_norms(axis: TransformedAxis, segment: Segment) -> Tensor:
     levels, norms = _levels(axis, segment), []
-    # The whole matrix of a long axis would be large.
+    # In chunks: the whole matrix of a long axis would be large.
     for start in range(0, segment.kept, _CHUNK):
         stop = min(start + _CHUNK, segment.kept)
         units = torch.zeros(stop - start, segment.kept, dtype=torch.float64)

@@ -1,8 +1,9 @@
-"""Layers of ours in the place of an architecture's: the `swap` edit, and what every such layer can do.
+"""The `swap` edit, and the interface of *swapped* layers: our layers in place of an architecture's.
 
-A swapped layer computes its ``weight`` from what it stores (coefficients, frequencies). Whatever must see
-ordinary layers (coupling channels, counting, exporting) works on a network whose swapped layers are set
-aside (`plain.py`); a cut that was planned there is carried over by `SwappedLayer.taken`.
+A swapped layer computes its ``weight`` from what it stores (coefficients, frequencies). Whatever needs
+ordinary layers (finding coupled channels, counting operations, exporting) works on a *plain* network instead,
+which has ordinary layers in their place (`plain.py`); a cut planned there is carried over by
+`SwappedLayer.taken`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
+import torch
 from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ _Kind = TypeVar("_Kind", bound=nn.Module)
 
 
 class Swap(Edit):
-    """One module that is replaced by a layer of ours.
+    """One module that is replaced by one of our layers.
 
     Attributes:
         layer: name of the layer in the table of swaps.
@@ -52,10 +54,10 @@ class Swap(Edit):
 
 
 class WeightCache(Cache[Tensor]):
-    """Holds a computed weight.
+    """A cache for a computed weight.
 
     Args:
-        keeps: whether a weight is kept at all; whoever follows where tensors come from must see it made.
+        keeps: whether to cache at all. Code that traces where tensors come from has to see the computation.
     """
 
     def __init__(self, *, keeps: bool = True) -> None:
@@ -63,57 +65,53 @@ class WeightCache(Cache[Tensor]):
         super().__init__()
 
     def get(self, compute: Callable[[], Tensor], sources: Sequence[Tensor]) -> Tensor:
-        """See `Cache`; making a weight is hidden from whoever watches the network's calls."""
+        """See `Cache`; the computation is hidden from those who follow the network's calls."""
         if not self._keeps:
             return compute()
-        # How a weight is made is no business of whoever counts or quantizes the layer's own calls.
+        # Counters and quantizers should see the layer's own call only, not how its weight is computed.
         with hidden():
             return super().get(compute, sources)
 
 
 class SwappedLayer(nn.Module):
-    """Base of the layers that take an architecture's layer's place."""
+    """Base of the layers that replace an architecture's layer."""
 
     @abstractmethod
     def swap(self, module: str) -> Swap:
-        """The edit that makes this layer, as it is now, out of the architecture's (thinned) layer."""
+        """The edit that builds this layer, as it is now, from the architecture's (thinned) layer."""
 
     @abstractmethod
     def plain(self) -> nn.Module | None:
         """The ordinary layer that computes the same, its weight a new parameter.
 
         Returns:
-            None where there is none, as for layers that compute with complex numbers.
+            None if there is none, as for layers that compute with complex numbers.
         """
 
     def factored(self) -> nn.Module | None:
-        """Ordinary layers one after the other that compute the same with fewer bytes and products.
-
-        Returns:
-            None where there are none.
-        """
+        """Consecutive ordinary layers that compute the same with fewer bytes and products; None if none."""
         return None
 
     @abstractmethod
     def taken(self, cuts: Mapping[str, Sequence[Cut]]) -> SwappedLayer:
-        """What is left of this layer once its plain one was cut.
+        """This layer after its plain counterpart was cut.
 
         Args:
-            cuts: of the plain layer's tensors by their own names, ``weight`` and ``bias``.
+            cuts: by the plain layer's own tensor names, ``weight`` and ``bias``.
 
         Raises:
-            TransformError: if this layer cannot be cut so.
+            TransformError: if this layer cannot be cut like that.
         """
 
 
 class ComputedLayer(SwappedLayer):
-    """A linear layer or convolution whose weight is computed from parameters of its own, and kept.
+    """A linear layer or convolution whose weight is computed from its own parameters, and cached.
 
     Attributes:
-        ordinary: the class whose place it takes.
+        ordinary: the class that it replaces.
         kind: its name in the table of swaps.
-        arguments: those of the edit.
-        cache: holds the weight.
+        arguments: of the edit.
+        cache: of the weight.
     """
 
     ordinary: type[nn.Module]
@@ -124,15 +122,16 @@ class ComputedLayer(SwappedLayer):
     @property
     @abstractmethod
     def weight(self) -> Tensor:
-        """The weight that the ordinary layer would hold."""
+        """The weight of the equivalent ordinary layer."""
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode, and forget the weight that was computed last."""
+        """Set the mode, and clear the cached weight."""
         self.cache.clear()
         return super().train(mode)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self.cache.clear()
+        # `to`, `half` and the like would leave the cached weight behind.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -141,11 +140,12 @@ class ComputedLayer(SwappedLayer):
         return Swap(module=module, layer=self.kind, arguments=self.arguments.model_dump(mode="json"))
 
     def made_ordinary(self, parameters: Sequence[str], buffers: Sequence[str]) -> nn.Module:
-        """The ordinary layer with the present weight as its parameter, trained as the first of these are.
+        """The ordinary layer with the present weight as its parameter.
 
         Args:
-            parameters: names of what the weight is made of, which go with their masks.
-            buffers: names of further tensors that go.
+            parameters: names of what the weight is computed from; they are removed, with their masks. The
+                weight requires a gradient if the first of them does.
+            buffers: names of further tensors to remove.
         """
         layer, trained = remade(self, self.ordinary), self.get_parameter(parameters[0]).requires_grad
         held = vars(layer)
@@ -157,7 +157,7 @@ class ComputedLayer(SwappedLayer):
         for name in buffers:
             layer._buffers.pop(name, None)
         weight = nn.Parameter(self.weight.detach().clone(), requires_grad=trained)
-        # In the order of the ordinary layer, whose state dict begins with the weight.
+        # As in the ordinary layer, whose state dict begins with the weight.
         layer._parameters = {"weight": weight, **layer._parameters}
         return layer
 
@@ -170,17 +170,34 @@ class ComputedLayer(SwappedLayer):
         if mask is not None:
             self._buffers[mask_name(name)] = mask.index_select(dim, keep.to(mask.device))
 
+    def fit_attributes(self, cuts: Sequence[Cut]) -> None:
+        """Set the attributes that hold widths after the weight was cut."""
+        layer = cast(Any, self)
+        if not isinstance(layer, nn.Conv2d):
+            for cut in cuts:
+                setattr(layer, ("out_features", "in_features")[cut.dim], len(cut.keep))
+            return
+        width = layer.in_channels // layer.groups
+        for cut in cuts:
+            if cut.dim == 0:
+                # A group without outputs disappears, and its inputs with it.
+                layer.groups = len(torch.unique(cut.keep // (layer.out_channels // layer.groups)))
+                layer.out_channels = len(cut.keep)
+            elif cut.dim == 1:
+                width = len(cut.keep)
+        layer.in_channels = width * layer.groups
+
 
 @dataclass(frozen=True)
 class SwapKind:
     """One kind of swapped layer.
 
     Attributes:
-        build: (the architecture's layer, arguments) -> the layer in its place, its parameters where those of
-            the architecture's are (the meta device while a file is loaded), their values to be assigned.
-            Raises SpecError where the arguments do not fit the layer, before anything is allocated.
-        check: raises CorruptCheckpointError where the values that a file gave the layer contradict its
-            arguments; None checks nothing.
+        build: (the architecture's layer, arguments) -> the layer that replaces it. Its parameters are where
+            the architecture's are (on the meta device while a file is loaded); their values are assigned
+            later. Raises SpecError if the arguments do not fit the layer, before anything is allocated.
+        check: raises CorruptCheckpointError if the values from a file contradict the arguments; None checks
+            nothing.
     """
 
     build: Callable[[nn.Module, Mapping[str, Any]], nn.Module]
@@ -188,14 +205,14 @@ class SwapKind:
 
 
 def swapped_layers(model: nn.Module) -> dict[str, SwappedLayer]:
-    """Swapped layers by qualified name, shared ones under their first."""
+    """Swapped layers by qualified name, shared ones under their first name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SwappedLayer)}
 
 
 def with_swaps(spec: ModelSpec, model: nn.Module) -> ModelSpec:
-    """The spec whose swap edits are those of ``model``, whatever it said of swaps before.
+    """The spec with the swap edits of ``model`` in place of its former ones.
 
-    Swapped modules that are no `SwappedLayer` (activations of complex networks) keep their edits.
+    Swapped modules that are not a `SwappedLayer` (activations of complex networks) keep their edits.
     """
     layers = swapped_layers(model)
     others = tuple(
@@ -206,7 +223,9 @@ def with_swaps(spec: ModelSpec, model: nn.Module) -> ModelSpec:
 
 
 def remade(layer: nn.Module, kind: type[_Kind]) -> _Kind:
-    """A module of another class with all that a layer holds: hooks, buffers, marks of masks."""
+    """A module of another class with everything that ``layer`` holds: hooks, buffers, marks of masks."""
+    # Without __init__, which would allocate and initialise a weight. The containers of parameters, buffers
+    # and hooks are copied, so that changes to one module do not reach the other.
     made = kind.__new__(kind)
     held = dict(vars(layer))
     containers = {

@@ -1,4 +1,4 @@
-"""Making layers of coefficients: from a layer with its weight, or from what a file says of one."""
+"""Building layers of coefficients: from a layer with its weight, or from the edit in a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cctool.base.errors import CorruptCheckpointError, SpecError
-from cctool.transforms.layers.axes import KLT, TransformedAxis, count
+from cctool.transforms.layers.axes import KLT, count
 from cctool.transforms.layers.base import WeightCache, remade
 from cctool.transforms.layers.coefficients import (
     PARAMETER,
@@ -32,15 +32,15 @@ _CLASSES: dict[type[nn.Module], type[CoefficientLayer]] = {
 
 
 def coefficient_layer(layer: nn.Module, arguments: Coefficients) -> CoefficientLayer:
-    """A layer that computes what ``layer`` does, as far as the kept coefficients allow.
+    """A layer that computes what ``layer`` does, as closely as the kept coefficients allow.
 
     Args:
-        layer: exactly an `nn.Linear` or `nn.Conv2d`; it stays as it is. Where its weight is on the meta
-            device, so are the coefficients.
+        layer: exactly an `nn.Linear` or `nn.Conv2d`; not changed. If its weight is on the meta device, so are
+            the coefficients.
         arguments: how its axes are transformed.
 
     Returns:
-        A layer with coefficients of its own; the bias is shared.
+        A layer with its own coefficients; the bias is shared.
 
     Raises:
         SpecError: if the arguments do not fit the layer.
@@ -58,19 +58,28 @@ def coefficient_layer(layer: nn.Module, arguments: Coefficients) -> CoefficientL
     made.coefficients = nn.Parameter(
         torch.empty(shape, dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad
     )
+    # First in the state dict, as the weight was.
     made._parameters = {PARAMETER: made._parameters.pop(PARAMETER), **made._parameters}
-    # Where there are no values yet, or not of all places, a file brings them.
+    # Without values, or with values for some places only, the coefficients come from a file.
     known = not weight.is_meta and not any(axis.rows for axis in arguments.axes)
     bases = klt_bases(weight, arguments.axes) if known else {}
+    device = torch.device("cpu") if weight.is_meta else weight.device
     for axis in arguments.axes:
-        _register_beside(made, axis, weight, bases.get(axis.dim))
+        if axis.kernel == KLT:
+            basis = bases.get(axis.dim)
+            if basis is None:
+                basis = torch.zeros(axis.size, axis.kept, dtype=weight.dtype, device=device)
+            made.register_buffer(basis_name(axis), basis)
+        if axis.rows:
+            left = torch.arange(weight.shape[axis.dim], dtype=torch.int32, device=device)
+            made.register_buffer(rows_name(axis), left)
     if known:
         made.set_weight(weight.detach())
     return made
 
 
 def _coefficient_shape(weight: Tensor, arguments: Coefficients) -> list[int]:
-    """Shape of the coefficients, once the arguments are seen to fit and nothing of them is too large."""
+    """Shape of the coefficients, after checking that the arguments fit and nothing gets too large."""
     shape = list(weight.shape)
     for axis in arguments.axes:
         if axis.dim >= weight.dim():
@@ -81,28 +90,16 @@ def _coefficient_shape(weight: Tensor, arguments: Coefficients) -> list[int]:
         shape[axis.dim] = count(axis)
     reached = list(shape)
     for axis in arguments.axes:
-        # Nothing is allocated on the meta device; while a file is loaded, this asks its budget.
+        # The intermediate shapes may be larger than both ends. On the meta device nothing is allocated, but
+        # while a file is loaded the size counts against its budget.
         reached[axis.dim] = axis.size
         torch.empty(reached, device="meta")
         reached[axis.dim] = weight.shape[axis.dim]
     return shape
 
 
-def _register_beside(
-    layer: CoefficientLayer, axis: TransformedAxis, weight: Tensor, basis: Tensor | None
-) -> None:
-    device = torch.device("cpu") if weight.is_meta else weight.device
-    if axis.kernel == KLT:
-        if basis is None:
-            basis = torch.zeros(axis.size, axis.kept, dtype=weight.dtype, device=device)
-        layer.register_buffer(basis_name(axis), basis)
-    if axis.rows:
-        left = weight.shape[axis.dim]
-        layer.register_buffer(rows_name(axis), torch.arange(left, dtype=torch.int32, device=device))
-
-
 def build_coefficients(layer: nn.Module, arguments: Mapping[str, Any]) -> CoefficientLayer:
-    """What the swap edit builds; see `SwapKind`."""
+    """The `SwapKind.build` of coefficient layers."""
     try:
         parsed = Coefficients.model_validate(arguments)
     except ValidationError as error:
@@ -114,11 +111,7 @@ def build_coefficients(layer: nn.Module, arguments: Mapping[str, Any]) -> Coeffi
 
 
 def check_coefficients(layer: nn.Module) -> None:
-    """Refuse stored rows that lie outside their axis.
-
-    Raises:
-        CorruptCheckpointError: naming the buffer.
-    """
+    """Raise CorruptCheckpointError, naming the buffer, if stored rows lie outside their axis."""
     assert isinstance(layer, CoefficientLayer)
     for axis in layer.arguments.axes:
         rows = layer._buffers.get(rows_name(axis))

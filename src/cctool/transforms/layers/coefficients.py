@@ -3,14 +3,14 @@
     W = S x_1 B_1 x_2 B_2 ...
 
 S are the coefficients, ``x_d`` multiplies along axis d, and the columns of B_d are basis functions
-(`axes.py`); for a linear layer W = B_out S B_in^T. The layers stay `nn.Linear` and `nn.Conv2d` to whoever
-asks; their ``weight`` is computed.
+(`axes.py`); for a linear layer W = B_out S B_in^T. The layers are still instances of `nn.Linear` and
+`nn.Conv2d`; their ``weight`` is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -34,9 +34,6 @@ from cctool.transforms.layers.axes import (
 from cctool.transforms.layers.base import ComputedLayer, WeightCache, remade
 from cctool.transforms.layers.factored import Beside, factored, projected, projection_pays
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = [
     "COEFFICIENT",
     "PARAMETER",
@@ -45,7 +42,6 @@ __all__ = [
     "CoefficientLinear",
     "Coefficients",
     "basis_name",
-    "remade",
     "rows_name",
 ]
 
@@ -53,7 +49,7 @@ COEFFICIENT = "coefficient"
 """Name of these layers in the table of swaps."""
 
 PARAMETER = "coefficients"
-"""Name of the parameter that holds them."""
+"""Name of their parameter."""
 
 
 class Coefficients(Record):
@@ -74,22 +70,23 @@ class Coefficients(Record):
             longest = max(axis.length, axis.kept)
             if axis.kernel == KLT and longest > MAX_KLT_LENGTH:
                 raise ValueError(f"dim {axis.dim}: klt of {longest} places, at most {MAX_KLT_LENGTH}")
-            # The basis of a KLT loses rows with channels that are cut, and keeps its columns.
+            # After a cut, the basis of a KLT has fewer rows and all its columns, so more may be kept than
+            # there are places.
             if axis.kept > axis.length and (axis.kernel != KLT or axis.block is not None):
                 raise ValueError(f"dim {axis.dim} keeps {axis.kept} coefficients of {axis.length}")
         return self
 
 
 class CoefficientLayer(ComputedLayer):
-    """What both kinds of layer share.
+    """What the linear layer and the convolution share.
 
     Attributes:
-        coefficients: the parameter; along a transformed axis as many as it has coefficients, along the others
-            the size of the weight.
+        coefficients: the parameter; along a transformed axis it has `count` places, along others as many as
+            the weight.
         arguments: how the axes are transformed.
 
-    Buffers ``basis_D`` hold the basis of a KLT, of shape (size, kept), and ``rows_D`` the places of axis D
-    that are left after channels were cut, int32.
+    Buffers ``basis_D`` hold the basis of a KLT, shape (size, kept), and ``rows_D`` the places of axis D that
+    remain after channels were cut, int32.
     """
 
     kind = COEFFICIENT
@@ -99,11 +96,11 @@ class CoefficientLayer(ComputedLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight, of the ordinary layer's shape; computed anew wherever gradients are recorded."""
+        """The weight, in the ordinary layer's shape; computed anew whenever gradients are recorded."""
         return self.cache.get(self._synthesised, self._sources())
 
     def _sources(self) -> list[Tensor]:
-        """What the weight is made of."""
+        """The tensors that the weight is computed from."""
         beside = (tensor for axis in self.arguments.axes for tensor in self._beside(axis))
         return [self.coefficients, *(tensor for tensor in beside if tensor is not None)]
 
@@ -115,21 +112,21 @@ class CoefficientLayer(ComputedLayer):
         stored = self.coefficients
         half = stored.dtype not in (torch.float32, torch.float64)
         weight = stored.float() if half else stored
-        # Under autocast the product would lose what the coefficients hold.
+        # Autocast would round the product to half precision.
         with torch.autocast(stored.device.type, enabled=False):
             for axis in self.arguments.axes:
                 weight = synthesised(weight, axis, *self._beside(axis))
-        # Strides as of a fresh tensor: of a 1x1 kernel, contiguous memory can look like channels last, and
-        # oneDNN's gradient of such strided convolutions writes past its memory (`training.fit`).
+        # Gives the strides of a fresh tensor. The contiguous memory of a 1x1 kernel can pass for channels
+        # last, and oneDNN's gradient of strided convolutions then writes past its memory (`training.fit`).
         weight = weight.flatten().view(weight.shape)
         return weight.to(stored.dtype) if half else weight
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
-        """Make coefficients of a weight; what masks took away stays zero, and a KLT keeps its basis.
+        """Set the coefficients from a weight; masked ones stay zero, and a KLT keeps its basis.
 
         Args:
-            weight: of this layer's shape before channels were cut, or of its present shape where none were.
+            weight: of this layer's shape before channels were cut.
         """
         found = weight if weight.dtype == torch.float64 else weight.float()
         for axis in self.arguments.axes:
@@ -150,10 +147,10 @@ class CoefficientLayer(ComputedLayer):
         self.set_weight(cast(Tensor, fresh.weight))
 
     def narrow(self, kept: Sequence[int]) -> None:
-        """Keep fewer coefficients of each block of an axis, those of the lowest frequencies or most energy.
+        """Keep fewer coefficients of each block of an axis: the lowest frequencies, or the most energy (KLT).
 
         Args:
-            kept: for each axis in turn, at most what it keeps.
+            kept: for each axis in turn, at most its present number.
         """
         values, mask = self.coefficients.detach(), self._buffers.get(mask_name(PARAMETER))
         axes = []
@@ -165,6 +162,7 @@ class CoefficientLayer(ComputedLayer):
             basis = self._buffers.get(basis_name(axis))
             if basis is not None:
                 self._buffers[basis_name(axis)] = basis[:, :fewer].clone()
+        # A view would keep, and save, the memory of all former coefficients.
         self.coefficients = nn.Parameter(values.clone(), requires_grad=self.coefficients.requires_grad)
         self.arguments = Coefficients(axes=tuple(axes))
         self.cache.clear()
@@ -175,10 +173,10 @@ class CoefficientLayer(ComputedLayer):
         return self.made_ordinary([PARAMETER], names)
 
     def taken(self, cuts: Mapping[str, Sequence[Cut]]) -> CoefficientLayer:
-        """What is left once channels are cut.
+        """This layer after channels were cut.
 
-        Axes that are not transformed lose coefficients; of the transformed ones all stay, and a buffer says
-        which places are left, or the basis of a KLT loses them.
+        Axes that are not transformed lose coefficients. Transformed ones keep all: a buffer lists the places
+        that remain, or the rows of a KLT basis are cut.
         """
         layer = remade(self, type(self))
         layer.cache = WeightCache()
@@ -186,7 +184,7 @@ class CoefficientLayer(ComputedLayer):
             layer._take(cut)
         for cut in cuts.get("bias", ()):
             layer.keep_rows("bias", cut.keep)
-        layer._fit_attributes(cuts.get("weight", ()))
+        layer.fit_attributes(cuts.get("weight", ()))
         return layer
 
     def _take(self, cut: Cut) -> None:
@@ -206,11 +204,8 @@ class CoefficientLayer(ComputedLayer):
         axes = tuple(changed if item is axis else item for item in self.arguments.axes)
         self.arguments = Coefficients.model_construct(axes=axes)
 
-    def _fit_attributes(self, cuts: Sequence[Cut]) -> None:
-        raise NotImplementedError
-
     def extra_repr(self) -> str:
-        """The ordinary layer's, and how many coefficients of which kernels there are."""
+        """The ordinary layer's, with kernels and numbers of coefficients."""
         parts = (f"{axis.dim}: {axis.kernel} {count(axis)} of {axis.size}" for axis in self.arguments.axes)
         return f"{super().extra_repr()}, coefficients=({', '.join(parts)})"
 
@@ -224,44 +219,25 @@ class CoefficientLinear(CoefficientLayer, nn.Linear):  # type: ignore[misc,overr
         """Map (..., in_features) to (..., out_features)."""
         shape, axes = (self.out_features, self.in_features), self.arguments.axes
         batch = input.numel() // self.in_features
+        # The factored form saves time only in training, where the weight would be computed in every step.
         recorded = torch.is_grad_enabled() and self.coefficients.requires_grad
         if not recorded or torch.compiler.is_compiling() or not projection_pays(axes, shape, batch):
             return F.linear(input, self.weight, self.bias)
         return projected(input, self.coefficients, axes, self._all_beside(), self.bias)
 
     def factored(self) -> nn.Sequential | None:
-        """Plain linear layers one after the other that compute the same, with fewer numbers than the weight.
-
-        Returns:
-            None where the weight itself has the fewest.
-        """
+        """Consecutive linear layers that compute the same with fewer numbers; None if there are none."""
         stored, shape = self.coefficients.detach(), (self.out_features, self.in_features)
         return factored(stored, self.arguments.axes, self._all_beside(), self.bias, shape)
 
     def _all_beside(self) -> dict[int, Beside]:
         return {axis.dim: self._beside(axis) for axis in self.arguments.axes}
 
-    def _fit_attributes(self, cuts: Sequence[Cut]) -> None:
-        for cut in cuts:
-            setattr(self, ("out_features", "in_features")[cut.dim], len(cut.keep))
-
 
 class CoefficientConv2d(CoefficientLayer, nn.Conv2d):  # type: ignore[misc,override]
     """A convolution; its weight's axes are (out, in / groups, height, width)."""
 
     ordinary = nn.Conv2d
-
-    def _fit_attributes(self, cuts: Sequence[Cut]) -> None:
-        width = self.in_channels // self.groups
-        for cut in cuts:
-            if cut.dim == 0:
-                # A group whose outputs are all gone is gone with its inputs.
-                per_group = self.out_channels // self.groups
-                self.groups = len(torch.unique(cut.keep // per_group))
-                self.out_channels = len(cut.keep)
-            elif cut.dim == 1:
-                width = len(cut.keep)
-        self.in_channels = width * self.groups
 
 
 def basis_name(axis: TransformedAxis) -> str:
@@ -270,5 +246,5 @@ def basis_name(axis: TransformedAxis) -> str:
 
 
 def rows_name(axis: TransformedAxis) -> str:
-    """Name of the buffer that says which places of an axis are left."""
+    """Name of the buffer that lists the remaining places of an axis."""
     return f"rows_{axis.dim}"

@@ -1,9 +1,9 @@
-"""Linear layers computed with coefficients instead of with the weight that these make.
+"""Linear layers computed with coefficients, without making the weight.
 
     y = B_out S B_in^T x + b
 
-is x transformed, a product with the coefficients, and a transform back. In training the weight would have to
-be made anew for each batch, which costs more than the batch itself where layers are large.
+transforms x, multiplies by the coefficients, and transforms back. In training the weight would have to be
+computed for every batch, which for large layers costs more than the batch itself.
 """
 
 from __future__ import annotations
@@ -27,33 +27,29 @@ from cctool.transforms.layers.axes import (
 __all__ = ["Beside", "factored", "projected", "projection_pays"]
 
 Beside = tuple[Tensor | None, Tensor | None]
-"""Basis of a KLT, and the places of an axis that are left."""
+"""Basis of a KLT, and the remaining places of an axis."""
 
 _FAST_FACTOR = 16
-"""Multiplications of a fast transform of N places, over N log2 N; found by timing."""
+"""Multiplications of a fast transform of N places, divided by N log2 N; found by timing."""
 
 
 def projection_pays(axes: tuple[TransformedAxis, ...], shape: tuple[int, int], batch: int) -> bool:
-    """Whether a batch is transformed with fewer multiplications than the weight is made.
+    """Whether transforming ``batch`` input vectors takes fewer multiplications than making the weight.
 
-    Args:
-        axes: of the weight.
-        shape: of the weight, (out, in).
-        batch: vectors to be multiplied.
+    ``shape`` is that of the weight, (out, in), ``axes`` are its transformed axes.
     """
     by_dim = {axis.dim: axis for axis in axes}
     kept = [count(by_dim[dim]) if dim in by_dim else shape[dim] for dim in (0, 1)]
     costs = [_cost(by_dim[dim]) if dim in by_dim else 0 for dim in (0, 1)]
     through = batch * (sum(costs) + kept[0] * kept[1])
-    # In the order in which the weight is made: first its rows' axis, then its columns'.
+    # The weight is made axis by axis: dim 0 of all kept columns first, then dim 1 of all rows.
     making = kept[1] * costs[0] + shape[0] * costs[1] + batch * shape[0] * shape[1]
     return through < making
 
 
 def _cost(axis: TransformedAxis) -> float:
     """Multiplications of one transform."""
-    length = axis.length
-    return axis.size * min(axis.kept, _FAST_FACTOR * math.log2(length))
+    return axis.size * min(axis.kept, _FAST_FACTOR * math.log2(axis.length))
 
 
 def projected(
@@ -63,17 +59,14 @@ def projected(
     beside: dict[int, Beside],
     bias: Tensor | None,
 ) -> Tensor:
-    """What the linear layer of these coefficients makes of ``x``.
+    """The output (..., out) of the linear layer with these coefficients for ``x`` (..., in).
 
     Args:
-        x: of shape (..., in).
-        coefficients: of shape (coefficients out, coefficients in).
+        x: the input.
+        coefficients: shape (coefficients out, coefficients in).
         axes: of the weight.
-        beside: by dim of an axis.
-        bias: of shape (out,).
-
-    Returns:
-        Of shape (..., out).
+        beside: basis and remaining places, by dim of an axis.
+        bias: shape (out,).
     """
     by_dim = {axis.dim: axis for axis in axes}
     last = x.dim() - 1
@@ -81,7 +74,7 @@ def projected(
         axis = by_dim[1].model_copy(update={"dim": last})
         basis, rows = beside[1]
         if rows is not None:
-            # Places that were cut are zero to what is left.
+            # Inputs that were cut count as zero.
             x = x.new_zeros(*x.shape[:-1], axis.size).index_copy(last, rows.long(), x)
         x = analysed(x, axis, basis) if is_orthonormal(axis) else cast(Tensor, _Adjoint.apply(x, axis))
     x = F.linear(x, coefficients)
@@ -92,7 +85,7 @@ def projected(
 
 
 class _Adjoint(torch.autograd.Function):
-    """Multiply by the transpose of a synthesis, which for biorthogonal bases is not their analysis."""
+    """Multiply by the transpose of a synthesis; for biorthogonal bases that is not the analysis."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: TransformedAxis) -> Tensor:
@@ -115,20 +108,14 @@ def factored(
     bias: Tensor | None,
     shape: tuple[int, int],
 ) -> nn.Sequential | None:
-    """Linear layers one after the other that compute the same with fewer numbers and multiplications.
+    """Consecutive linear layers that compute the same with fewer numbers and multiplications.
 
-    Args:
-        coefficients: of shape (coefficients out, coefficients in).
-        axes: of the weight.
-        beside: by dim of an axis.
-        bias: of shape (out,).
-        shape: of the weight, (out, in).
-
-    Returns:
-        None where the weight itself has the fewest.
+    Arguments as in `projected`, with the ``shape`` (out, in) of the weight. None if the weight itself has the
+    fewest numbers.
     """
     bases = {axis.dim: basis_matrix(axis, coefficients, *beside[axis.dim]) for axis in axes}
     chain = [*([bases[1].T] if 1 in bases else []), coefficients, *([bases[0]] if 0 in bases else [])]
+    # Candidates: all factors apart, or the coefficients multiplied with either basis.
     chains = [chain]
     if 0 in bases:
         chains.append([*chain[:-2], bases[0] @ coefficients])
@@ -140,6 +127,7 @@ def factored(
     layers = []
     for weight in best:
         last = weight is best[-1] and bias is not None
+        # On the meta device, so that no weight is initialised only to be replaced.
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=last, device="meta")
         layer.weight = nn.Parameter(weight.detach().clone())
         if last and bias is not None:

@@ -1,8 +1,8 @@
-"""Which coefficients stay: those of most energy, those above a threshold, or the lowest frequencies.
+"""Which coefficients are kept: the largest, those above a threshold, or the lowest frequencies.
 
-In an orthonormal basis the squared error of the weight is the sum of the squares of the coefficients that
-went, so that the largest ones are the best choice. Where the basis functions b_j are of different length, as
-those of biorthogonal wavelets, coefficients are compared by what they add to the weight, ``|s_j| * ||b_j||``.
+In an orthonormal basis the squared error of the weight is the sum of squares of the dropped coefficients, so
+keeping the largest is optimal. Where basis functions b_j have different norms, as those of biorthogonal
+wavelets, coefficients are compared by what they add to the weight, ``|s_j| * ||b_j||``.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ __all__ = ["above", "chosen", "corner", "largest", "magnitudes"]
 
 
 def chosen(layers: Mapping[str, CoefficientLayer], weights: WeightOptions) -> dict[str, Tensor]:
-    """Leave out coefficients as the options say: layers lose them where a box of them stays.
+    """Drop coefficients as the options say; layers get smaller where the kept ones form a box.
 
     Args:
         layers: with all of their coefficients, by name; narrowed in place.
         weights: the options.
 
     Returns:
-        Masks of the coefficients by layer, True stays; none where all that a layer has left stay.
+        Masks of the coefficients by layer, True is kept; no entry where a layer keeps all that it still has.
     """
     if weights.threshold is None and weights.keep in (None, 1):
         return {}
-    adaptive = {name: layer for name, layer in layers.items() if _is_klt(layer)}
+    adaptive = {
+        name: layer
+        for name, layer in layers.items()
+        if any(axis.kernel == KLT for axis in layer.arguments.axes)
+    }
     fixed = {name: layer for name, layer in layers.items() if name not in adaptive}
     masks = _chosen_adaptive(adaptive, weights) | _chosen_fixed(fixed, weights)
     return {name: mask for name, mask in masks.items() if not bool(mask.all())}
-
-
-def _is_klt(layer: CoefficientLayer) -> bool:
-    return any(axis.kernel == KLT for axis in layer.arguments.axes)
 
 
 def _chosen_fixed(layers: Mapping[str, CoefficientLayer], weights: WeightOptions) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ def _chosen_fixed(layers: Mapping[str, CoefficientLayer], weights: WeightOptions
 
 
 def _chosen_adaptive(layers: Mapping[str, CoefficientLayer], weights: WeightOptions) -> dict[str, Tensor]:
-    """Of layers with a basis of their own only those columns stay that some coefficient uses."""
+    """Layers with a KLT keep only those basis columns that some coefficient uses."""
     found = {name: (magnitudes(layer), layer.arguments.axes) for name, layer in layers.items()}
     masks: dict[str, Tensor] = {}
     if weights.threshold is not None:
@@ -81,7 +81,7 @@ def _chosen_adaptive(layers: Mapping[str, CoefficientLayer], weights: WeightOpti
 
 
 def magnitudes(layer: CoefficientLayer) -> Tensor:
-    """What each coefficient adds to the weight, of the coefficients' shape, float32 or 64, on the CPU."""
+    """What each coefficient adds to the weight; the coefficients' shape, float32 or float64, on the CPU."""
     sizes = layer.coefficients.detach().cpu().abs()
     sizes = sizes if sizes.dtype == torch.float64 else sizes.float()
     for axis in layer.arguments.axes:
@@ -93,29 +93,26 @@ def magnitudes(layer: CoefficientLayer) -> Tensor:
 
 
 def largest(sizes: Mapping[str, Tensor], keep: float, *, together: bool = False) -> dict[str, Tensor]:
-    """Keep the largest coefficients, exactly so many, but one of each layer at least.
+    """Keep exactly the largest coefficients, and at least one per layer.
 
     Args:
         sizes: from `magnitudes`, by layer.
-        keep: share that stays, in (0, 1]; rounded down to whole coefficients.
+        keep: share that is kept, in (0, 1]; rounded down to whole coefficients.
         together: whether layers compete with each other.
 
     Returns:
-        Masks of the layers' shapes, True stays; of equal coefficients the first stay.
+        Masks of the layers' shapes, True is kept; of equal coefficients the first are kept.
     """
     if not together:
-        return {name: _largest({name: size}, keep)[name] for name, size in sizes.items()}
-    return _largest(sizes, keep)
-
-
-def _largest(sizes: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:
+        return {name: largest({name: size}, keep, together=True)[name] for name, size in sizes.items()}
     flat = torch.cat([size.flatten() for size in sizes.values()])
     start = 0
     for size in sizes.values():
+        # Ranked above all others, so that every layer keeps its largest.
         flat[start + int(size.argmax())] = math.inf
         start += size.numel()
     wanted = max(len(sizes), _whole(keep * len(flat)))
-    # The last that stays; sorting millions would take many times the memory.
+    # The smallest that is kept. Sorting millions of values would take many times the memory.
     least = flat.kthvalue(len(flat) - wanted + 1).values
     mask = flat > least
     equal = (flat == least).nonzero().flatten()
@@ -128,33 +125,33 @@ def _largest(sizes: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:
 
 
 def above(sizes: Tensor, threshold: float) -> Tensor:
-    """Keep what is at least ``threshold``, and the largest in any case; a mask, True stays."""
+    """Keep what is at least ``threshold``, and the largest in any case; a mask, True is kept."""
     mask = sizes >= threshold
     mask.view(-1)[sizes.argmax()] = True
     return mask
 
 
 def corner(axes: Sequence[TransformedAxis], keep: float) -> tuple[int, ...]:
-    """A box of the lowest frequencies, the same share of each axis as far as whole numbers go.
+    """A box of the lowest frequencies with the same share of each axis, as far as whole numbers allow.
 
     Args:
-        axes: transformed axes of one weight, all of their coefficients kept.
+        axes: transformed axes of one weight, with all of their coefficients.
         keep: share of the coefficients that the box may hold, in (0, 1].
 
     Returns:
-        For each axis how many coefficients of a block stay, one at least; no box that is one larger along an
-        axis is within the share.
+        For each axis the coefficients kept per block, at least one. The box is maximal: one more along any
+        axis would exceed the share.
     """
     limit = _whole(keep * math.prod(count(axis) for axis in axes))
     share = keep ** (1 / len(axes))
     kept = [max(1, math.floor(axis.kept * share)) for axis in axes]
-    # A smaller last block rounds up.
+    # Smaller last blocks round up, so the box may be too large.
     while _box(axes, kept) > limit and max(kept) > 1:
         kept[max(range(len(axes)), key=lambda i: (kept[i] > 1, kept[i] / axes[i].kept))] -= 1
     grows = True
     while grows:
         grows = False
-        # The axis that is furthest behind its share goes first.
+        # The axis with the smallest share is first to grow.
         for i in sorted(range(len(axes)), key=lambda i: kept[i] / axes[i].kept):
             larger = [*kept[:i], kept[i] + 1, *kept[i + 1 :]]
             if larger[i] <= axes[i].kept and _box(axes, larger) <= limit:
@@ -169,5 +166,5 @@ def _box(axes: Sequence[TransformedAxis], kept: Sequence[int]) -> int:
 
 
 def _whole(number: float) -> int:
-    # 0.29 * 100 is 28.999999999999996 in floating point.
+    # Rounding down must not drop a whole one: 0.29 * 100 is 28.999999999999996 in floating point.
     return math.floor(number * (1 + 1e-12) + 1e-9)

@@ -34,8 +34,8 @@ class SelectedLayer:
     """A layer to transform.
 
     Attributes:
-        names: its names in the network; several where it is used under more than one.
-        layer: as it is now, swapped already or not.
+        names: its names in the network; several if it is shared.
+        layer: as it is now, possibly swapped already.
         plain: the ordinary layer that computes the same.
     """
 
@@ -46,7 +46,7 @@ class SelectedLayer:
 
 @dataclass(frozen=True)
 class SkippedLayer:
-    """A layer that stays as it is."""
+    """A layer that is not transformed, and why."""
 
     name: str
     reason: str
@@ -55,14 +55,14 @@ class SkippedLayer:
 def select_layers(
     model: nn.Module, patterns: Sequence[str]
 ) -> tuple[list[SelectedLayer], list[SkippedLayer]]:
-    """Choose linear layers and convolutions.
+    """Select linear layers and convolutions.
 
     Args:
         model: any network.
         patterns: ``linear`` (``fc``, ``dense``), ``conv``, ``all``, or glob patterns of module names.
 
     Returns:
-        Those that can be transformed, and those that were asked for and cannot be, in the network's order.
+        Those that can be transformed, and those that match but cannot be, in the network's order.
 
     Raises:
         UsageError: if a pattern matches nothing.
@@ -100,7 +100,7 @@ def _matches(layer: nn.Module, names: Sequence[str], pattern: str) -> bool:
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the modules that have a parameter of their own, by its id; each module once."""
+    """Names of the modules that own a parameter, by the parameter's id; each module once."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -120,13 +120,12 @@ def _reason(layer: nn.Module, plain: nn.Module | None, owners: dict[int, list[st
     weight = plain._parameters.get("weight")
     if weight is None:
         return "its weight is computed from other parameters"
-    if (
-        weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-        or not weight.numel()
-    ):
+    floating = weight.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    if not floating or not weight.numel():
         return f"its weight holds {weight.numel():,} numbers of type {weight.dtype}"
     if any(place.module is plain and place.leaf == "weight" for place in masked_places(plain)):
         return "its weight has a mask, which a transform would spread over all coefficients"
+    # The bias may be shared, because it is not transformed.
     stored = [owners[id(p)] for name, p in layer._parameters.items() if name != "bias" and p is not None]
     tied = [modules for modules in stored if len(modules) > 1]
     return f"its weight is tied: {' and '.join(tied[0])} share it" if tied else ""
@@ -135,42 +134,33 @@ def _reason(layer: nn.Module, plain: nn.Module | None, owners: dict[int, list[st
 def transformed_axes(
     weight: Tensor, kernel: str, *, axes: Axes | None, block: int | None, levels: int | None
 ) -> tuple[TransformedAxis, ...]:
-    """The axes of a weight that are transformed, all of their coefficients kept.
+    """The axes of a weight that are transformed, with all of their coefficients.
 
     Args:
         weight: of a linear layer (2-D) or a convolution (4-D).
         kernel: name of the transform.
-        axes: of a convolution; None is spatial, or channel where the kernel is 1x1.
+        axes: of a convolution; None is spatial, or channel for 1x1 kernels.
         block: places of a channel axis that are transformed together; None is all.
-        levels: of a wavelet; None is as many as the size allows, and more are taken as these.
+        levels: of a wavelet; None or more than the size allows is as many as it allows.
 
     Returns:
-        None of them where the axes asked for have size 1.
+        Axes of size 1 are left out, so there may be none.
     """
-    channel: tuple[int, ...] = (0, 1)
-    spatial = tuple(range(2, weight.dim()))
-    if weight.dim() == 2 or axes is Axes.CHANNEL:
-        dims = channel
-    elif axes is Axes.BOTH:
+    channel, spatial = (0, 1), tuple(range(2, weight.dim()))
+    pointwise = all(weight.shape[dim] == 1 for dim in spatial)
+    dims: tuple[int, ...] = spatial
+    if axes is Axes.BOTH:
         dims = (*channel, *spatial)
-    else:
-        dims = spatial
-        if axes is None and all(weight.shape[dim] == 1 for dim in spatial):
-            dims = channel
+    elif weight.dim() == 2 or axes is Axes.CHANNEL or (axes is None and pointwise):
+        dims = channel
     found = []
     for dim in dims:
         size = weight.shape[dim]
         if size > 1:
             length = size if block is None or dim > 1 else min(block, size)
+            part, deep = length if length < size else None, _levels(kernel, length, levels)
             found.append(
-                TransformedAxis(
-                    dim=dim,
-                    kernel=kernel,
-                    size=size,
-                    kept=length,
-                    block=length if length < size else None,
-                    levels=_levels(kernel, length, levels),
-                )
+                TransformedAxis(dim=dim, kernel=kernel, size=size, kept=length, block=part, levels=deep)
             )
     return tuple(found)
 
