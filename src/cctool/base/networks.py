@@ -91,7 +91,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Set a mode, without gradients; flags, buffers and the random state are put back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules()]
     random_state = torch.get_rng_state()
     # some networks count or remember in evaluation mode, too
     buffers = [(buffer, buffer.clone(), _version(buffer)) for buffer in model.buffers()]
@@ -99,7 +99,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         (m._buffers, dict(m._buffers)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)
     ]
     try:
-        for module, _ in flags:
+        for module, _ in modes:
             module.training = training
         with torch.no_grad():
             yield
@@ -112,7 +112,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
                 # Batch norm writes to its statistics without being counted.
                 if training or _version(buffer) != version or version < 0:
                     buffer.copy_(before)
-        for module, training in flags:
+        for module, training in modes:
             module.training = training
         torch.set_rng_state(random_state)
 
@@ -148,38 +148,31 @@ def _refusing(model: nn.Module, memo: Mapping[int, object]) -> dict[int, object]
     return shared
 
 
+def _companions(model: nn.Module) -> dict[str, nn.Module]:
+    children = model._modules.items()
+    return {key: child for key, child in children if child is not None and getattr(child, MARK, False)}
+
+
 def has_companions(model: nn.Module) -> bool:
     """Whether modules with the mark stand in a network."""
-    return any(getattr(child, MARK, False) for child in model._modules.values() if child is not None)
+    return bool(_companions(model))
 
 
 def drop_companions(model: nn.Module) -> None:
     """Take a network's companions away, in place."""
-    for key, child in list(model._modules.items()):
-        if getattr(child, MARK, False):
-            del model._modules[key]
-    for number in [n for n, hook in model._forward_pre_hooks.items() if getattr(hook, MARK, False)]:
-        del model._forward_pre_hooks[number]
-    for number in [n for n, hook in model._forward_hooks.items() if getattr(hook, MARK, False)]:
-        del model._forward_hooks[number]
-        model._forward_hooks_always_called.pop(number, None)
+    for key in _companions(model):
+        del model._modules[key]
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for number in [n for n, hook in hooks.items() if getattr(hook, MARK, False)]:
+            del hooks[number]
+            model._forward_hooks_always_called.pop(number, None)
 
 
 def companion_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters of companions, as learnt steps of quantizers."""
-    return [
-        parameter
-        for child in model._modules.values()
-        if child is not None and getattr(child, MARK, False)
-        for parameter in child.parameters()
-    ]
+    return [parameter for child in _companions(model).values() for parameter in child.parameters()]
 
 
 def companion_tensors(model: nn.Module) -> set[str]:
     """Names in the state dict of tensors that belong to companions."""
-    return {
-        f"{key}.{name}"
-        for key, child in model._modules.items()
-        if child is not None and getattr(child, MARK, False)
-        for name in child.state_dict()
-    }
+    return {f"{key}.{name}" for key, child in _companions(model).items() for name in child.state_dict()}

@@ -10,7 +10,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,7 +57,13 @@ def load(reference: str) -> Callable[..., Any]:
     module = _load_file(Path(place), reference) if place.endswith(".py") else _load_module(place, reference)
     function = getattr(module, name, None)
     if not callable(function):
-        offered = ", ".join(sorted(key for key, value in vars(module).items() if _is_own(value, module)))
+        offered = ", ".join(
+            sorted(
+                key
+                for key, value in vars(module).items()
+                if callable(value) and getattr(value, "__module__", None) == module.__name__
+            )
+        )
         raise UserCodeError(
             f"{reference}: there is no function {name!r} in {place} (it has: {offered or 'no functions'})"
         )
@@ -70,7 +76,7 @@ def call(reference: str, function: Callable[..., Any], *arguments: Any, **named:
     Raises:
         UserCodeError: the function raised; the message has the exception and the user's line.
     """
-    with _importable(_folder_of(reference)):
+    with importable(reference):
         return _guarded(reference, lambda: function(*arguments, **named))
 
 
@@ -84,11 +90,6 @@ def call_often(reference: str, function: Callable[..., Any], *arguments: Any) ->
         return function(*arguments)
     except Exception:
         return call(reference, function, *arguments)
-
-
-def importable(reference: str) -> AbstractContextManager[None]:
-    """Let modules beside the user's file be imported by their plain names, as pickled modules need."""
-    return _importable(_folder_of(reference))
 
 
 def _guarded(reference: str, action: Callable[[], Any]) -> Any:
@@ -132,7 +133,7 @@ def _load_file(path: Path, reference: str) -> ModuleType:
     # In sys.modules before it runs: dataclasses, pickle and multiprocessing look a class's module up there.
     sys.modules[module_name] = module
     try:
-        with _importable(path.parent):
+        with importable(reference):
             _guarded(reference, lambda: loader.exec_module(module))
     except BaseException:
         del sys.modules[module_name]
@@ -141,7 +142,7 @@ def _load_file(path: Path, reference: str) -> ModuleType:
 
 
 def _load_module(name: str, reference: str) -> ModuleType:
-    with _importable(Path.cwd()):
+    with importable(reference):
         try:
             return _guarded(reference, lambda: importlib.import_module(name))  # type: ignore[no-any-return]
         except UserCodeError as error:
@@ -156,8 +157,12 @@ def _load_module(name: str, reference: str) -> ModuleType:
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let modules in ``folder`` be imported by their plain names, and leave ``sys.path`` as it was."""
+def importable(reference: str) -> Iterator[None]:
+    """Let modules in the folder of the user's file be imported by their plain names, as pickled modules need.
+
+    ``sys.path`` and modules of the same names from elsewhere are as before afterwards.
+    """
+    folder = _folder_of(reference)
     entry = str(folder)
     displaced = {name: module for name, module in sys.modules.items() if _is_shadowed(name, module, folder)}
     for name in displaced:
@@ -192,7 +197,3 @@ def _folder_of(reference: str) -> Path:
 def _canonical(reference: str) -> str:
     place, _, name = reference.rpartition(":")
     return f"{Path(place).expanduser().resolve()}:{name}" if place.endswith(".py") else reference
-
-
-def _is_own(value: object, module: ModuleType) -> bool:
-    return callable(value) and getattr(value, "__module__", None) == module.__name__

@@ -107,14 +107,11 @@ def _edits(spec: ModelSpec, tables: Tables) -> list[tuple[EditKind, Edit]]:
         try:
             edit = kind.record.model_validate(data)
         except ValidationError as error:
-            raise SpecError(f"edit {data.get('kind')!r} is malformed: {_first(error)}") from None
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise SpecError(f"edit {data.get('kind')!r} is malformed: {where}: {problem['msg']}") from None
         found.append((kind, edit))
     return sorted(found, key=lambda pair: pair[0].order)
-
-
-def _first(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
 
 
 def assemble(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -150,7 +147,9 @@ def assemble(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             if buffer is not None and key in tensors:
                 module._buffers[name] = tensors[key]
     originals.clear()
-    _assign_extra_state(model, tensors)
+    for prefix, module in model.named_modules():
+        if (key := qualified(prefix, "_extra_state")) in tensors:
+            module.set_extra_state(tensors[key])
     return model.eval()
 
 
@@ -187,13 +186,6 @@ def _typed(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
         if not torch.equal(typed[name].to(value.dtype), value):
             raise SpecError(f"{name} is {value.dtype} in the file, {wanted.dtype} in the architecture")
     return typed
-
-
-def _assign_extra_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    for prefix, module in model.named_modules():
-        key = f"{prefix}._extra_state" if prefix else "_extra_state"
-        if key in tensors:
-            module.set_extra_state(tensors[key])
 
 
 def _refuse_untied(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

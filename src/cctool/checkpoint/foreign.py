@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,8 @@ def _read_with_pickle(path: Path) -> Any:
         with path.open("rb") as stream:
             return torch.load(stream, map_location="cpu", weights_only=False)
     except Exception as error:
-        text = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{path} cannot be unpickled: {type(error).__name__}: {text[0][:200] if text else ''}"
-        ) from error
+        text = str(error).strip().partition("\n")[0][:200]
+        raise CheckpointError(f"{path} cannot be unpickled: {type(error).__name__}: {text}") from error
 
 
 def bare_tensors(document: Any, path: Path) -> dict[str, Tensor]:
@@ -55,11 +54,8 @@ def bare_tensors(document: Any, path: Path) -> dict[str, Tensor]:
             inner = document[key]
             document = inner.state_dict() if isinstance(inner, nn.Module) else inner
     if not isinstance(document, Mapping) or not _is_state_dict(document):
-        holds = (
-            ", ".join(map(str, list(document)[:5]))
-            if isinstance(document, Mapping)
-            else type(document).__name__
-        )
+        keys = document if isinstance(document, Mapping) else [type(document).__name__]
+        holds = ", ".join(map(str, list(keys)[:5]))
         raise CheckpointError(f"{path} holds no state dict; it holds {holds or 'nothing'}")
     return {
         name: value.detach().float() if value.is_floating_point() else value.detach()
@@ -78,9 +74,8 @@ def match_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Te
     expected = model.state_dict().keys()
     nearest: dict[str, Tensor] = dict(tensors)
     for spelling in _spellings(tensors):
-        if spelling.keys() == expected:
-            return spelling
-        for candidate in (spelling, _translated(model, spelling)):
+        for translate in (dict[str, Tensor], partial(_translated, model)):
+            candidate = translate(spelling)
             if candidate.keys() == expected:
                 return candidate
             if len(candidate.keys() & expected) > len(nearest.keys() & expected):

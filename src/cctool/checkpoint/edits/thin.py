@@ -23,7 +23,6 @@ from cctool.checkpoint.tables import EditKind
 
 __all__ = ["THIN", "Cut", "Thin", "thin_edits", "thinned"]
 
-_Width = Annotated[int, Field(ge=1, le=MAX_DIMENSION, strict=True)]
 _Index = Annotated[int, Field(ge=0, le=MAX_DIMENSION, strict=True)]
 _Kept = tuple[tuple[_Index, tuple[_Index, ...]], ...]
 
@@ -40,7 +39,7 @@ class Thin(Edit):
 
     kind: Literal["thin"] = "thin"
     shapes: dict[str, tuple[Dimension, ...]] = Field(default={})
-    attributes: dict[str, _Width | tuple[_Width, ...]] = Field(default={})
+    attributes: dict[str, Dimension | tuple[Dimension, ...]] = Field(default={})
     kept: dict[str, _Kept] = Field(default={})
 
     @model_serializer(mode="wrap")
@@ -132,20 +131,17 @@ def thin_edits(
     for owner, attribute in attributes:
         value = getattr(modules[owner], attribute)
         found.setdefault(owner, ({}, {}))[1][attribute] = value if isinstance(value, int) else tuple(value)
+    left: dict[str, dict[str, _Kept]] = {}
+    for name, dims in (kept or {}).items():
+        owner, _, leaf = name.rpartition(".")
+        left.setdefault(owner, {})[leaf] = tuple(
+            (dim, tuple(indices)) for dim, indices in sorted(dims.items())
+        )
     return tuple(
-        Thin(module=name, shapes=found[name][0], attributes=found[name][1], kept=_own(kept or {}, name))
+        Thin(module=name, shapes=found[name][0], attributes=found[name][1], kept=left.get(name, {}))
         for name in modules
         if name in found
     )
-
-
-def _own(kept: Kept, module: str) -> dict[str, _Kept]:
-    prefix = f"{module}." if module else ""
-    return {
-        name.removeprefix(prefix): tuple((dim, tuple(left)) for dim, left in sorted(places.items()))
-        for name, places in kept.items()
-        if name.rpartition(".")[0] == module
-    }
 
 
 def _apply_thin(model: nn.Module, edit: Thin) -> None:
@@ -179,14 +175,13 @@ def _several(value: Any) -> tuple[int, ...]:
 
 
 def _resize(model: nn.Module, module: nn.Module, edit: Thin, name: str, shape: tuple[int, ...]) -> None:
-    owner = edit.module
     parameter, buffer = module._parameters.get(name), module._buffers.get(name)
     present = parameter if parameter is not None else buffer
     if present is None:
-        raise SpecError(f"thin: {owner or 'the model'} has no tensor {name!r}")
+        raise SpecError(f"thin: {edit.module or 'the model'} has no tensor {name!r}")
     if present.dim() != len(shape) or any(new > old for new, old in zip(shape, present.shape, strict=True)):
         raise SpecError(
-            f"thin: {owner}.{name} of shape {list(present.shape)} cannot be cut to {list(shape)}: "
+            f"thin: {edit.module}.{name} of shape {list(present.shape)} cannot be cut to {list(shape)}: "
             "the same number of dimensions, none larger, is allowed"
         )
     if parameter is None:

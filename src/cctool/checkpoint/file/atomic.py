@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
@@ -17,14 +17,14 @@ try:
 except ImportError:  # Windows has no flock; there temporary files stay until they are removed by hand.
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["write_atomically", "write_bytes"]
+__all__ = ["hold_lock", "remove_stale", "unwritable", "write_atomically", "write_bytes"]
 
 _SUFFIX = ".cctool-tmp"
 
 
 def write_atomically(
     path: Path,
-    write: Callable[[IO[bytes]], None],
+    write: Callable[[IO[bytes]], object],
     check: Callable[[Path], None] | None = None,
     *,
     overwrite: bool = True,
@@ -46,7 +46,7 @@ def write_atomically(
         raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
     if not overwrite and path.exists():
         raise _exists(path)
-    _remove_stale(path)
+    remove_stale(path.parent.glob(f".*{_SUFFIX}"), Path.unlink)
     temporary = path.with_name(f".{secrets.token_hex(8)}{_SUFFIX}")
     try:
         with _open_locked(temporary) as stream:
@@ -67,12 +67,7 @@ def write_atomically(
                 _rename_new(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        reason = (
-            "the disk is full"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else error.strerror or str(error)
-        )
-        raise CheckpointError(f"cannot write {path}: {reason}; nothing was left under that name") from error
+        raise unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -81,14 +76,18 @@ def write_atomically(
 def write_bytes(path: Path, content: bytes, *, overwrite: bool = True) -> None:
     """Write bytes, see `write_atomically`, and read them back."""
 
-    def write(stream: IO[bytes]) -> None:
-        stream.write(content)
-
     def check(temporary: Path) -> None:
         if temporary.read_bytes() != content:
             raise CctoolError(f"{path}: reading back gave other bytes than were written")
 
-    write_atomically(path, write, check, overwrite=overwrite)
+    write_atomically(path, lambda stream: stream.write(content), check, overwrite=overwrite)
+
+
+def unwritable(path: Path, error: OSError) -> CheckpointError:
+    """Give the error that says why ``path`` could not be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    reason = "the disk is full" if full else error.strerror or str(error)
+    return CheckpointError(f"cannot write {path}: {reason}; nothing was left under that name")
 
 
 def _rename_new(temporary: Path, path: Path) -> None:
@@ -148,9 +147,7 @@ def _open_locked(temporary: Path) -> IO[bytes]:
         stream = temporary.open("xb+")
         if fcntl is None:
             return stream
-        # Network file systems may not support locks; then nothing is ever judged stale there.
-        with contextlib.suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        hold_lock(stream)
         # Another writer that cleans up may have removed the file before it was locked.
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(stream.fileno()).st_ino == temporary.stat().st_ino:
@@ -158,14 +155,22 @@ def _open_locked(temporary: Path) -> IO[bytes]:
         stream.close()
 
 
-def _remove_stale(path: Path) -> None:
-    """Remove temporary files of this folder whose writers are dead: their locks are free."""
+def hold_lock(stream: IO[bytes]) -> None:
+    """Lock an open file until it is closed, where the system has locks."""
+    if fcntl is not None:
+        # Network file systems may not support locks; then nothing is ever judged stale there.
+        with contextlib.suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX)
+
+
+def remove_stale(locks: Iterable[Path], remove: Callable[[Path], None]) -> None:
+    """Call ``remove`` with each lock file whose writer is dead: its lock is free."""
     if fcntl is None:
         return
-    for left in path.parent.glob(f".*{_SUFFIX}"):
-        with contextlib.suppress(OSError), left.open("rb") as stream:
+    for lock in locks:
+        with contextlib.suppress(OSError), lock.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
+            remove(lock)
 
 
 def _sync_folder(folder: Path) -> None:

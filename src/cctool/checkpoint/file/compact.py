@@ -26,10 +26,10 @@ from cctool.checkpoint.file.payload import (
     ResumeState,
     canonical_json,
     combined_digest,
-    parse_history,
-    parse_spec,
+    parse,
     place,
 )
+from cctool.checkpoint.spec import History, ModelSpec
 
 __all__ = ["COMPACT_VERSION", "Compact", "compressed", "inflated", "packed", "unpacked"]
 
@@ -112,8 +112,8 @@ def unpacked(
     except (ValidationError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"the compressed text is malformed: {type(error).__name__}") from None
     return Payload(
-        spec=parse_spec(spec),
-        history=parse_history(history),
+        spec=parse(ModelSpec, spec, "spec"),
+        history=parse(History, history, "history"),
         tensors=_tensors(lines, reader, dict(dense)),
         resume=resume,
         digest=digest,

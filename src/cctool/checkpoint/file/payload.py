@@ -27,10 +27,10 @@ __all__ = [
     "canonical_json",
     "combined_digest",
     "content_hash",
+    "dense_payload",
+    "dense_texts",
     "fingerprint_of",
-    "parse_digests",
-    "parse_history",
-    "parse_spec",
+    "parse",
     "place",
     "tensor_digests",
 ]
@@ -163,28 +163,39 @@ def content_hash(payload: Payload, digests: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def parse_spec(text: Any) -> ModelSpec:
-    """Validate the JSON text of a spec. Raises SpecError with the first thing that is wrong."""
-    return _parse(ModelSpec, text, "spec")
+def dense_texts(payload: Payload) -> dict[str, str]:
+    """Spec, history and digests as JSON texts, for a file whose tensors are all dense."""
+    return {
+        "spec": canonical_json(payload.spec.model_dump(mode="json")),
+        "history": canonical_json(payload.history.model_dump(mode="json")),
+        "digests": canonical_json(dict(payload.digests)),
+    }
 
 
-def parse_history(text: Any) -> History:
-    """Validate the JSON text of a history. Raises SpecError with the first thing that is wrong."""
-    return _parse(History, text, "history")
+def dense_payload(
+    texts: Mapping[str, Any], tensors: Mapping[str, Tensor | EncodedTensor], resume: ResumeState | None = None
+) -> Payload:
+    """Validate what `dense_texts` gave, as a file holds it, and put it together with the file's tensors.
 
-
-def parse_digests(text: Any) -> dict[str, str]:
-    """Validate the JSON text of the digests."""
+    Raises:
+        SpecError: if spec or history are malformed.
+        CorruptCheckpointError: if the digests are.
+    """
+    spec, history = (
+        parse(ModelSpec, texts.get("spec"), "spec"),
+        parse(History, texts.get("history"), "history"),
+    )
     try:
-        found = json.loads(text)
+        digests = json.loads(texts.get("digests"))  # type: ignore[arg-type]
     except (TypeError, ValueError, RecursionError):
         raise CorruptCheckpointError("the digests are not JSON text") from None
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+    if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
         raise CorruptCheckpointError("the digests are not a table of texts")
-    return found
+    return Payload(spec, history, tensors, resume, digests)
 
 
-def _parse(record: type[_R], text: Any, what: str) -> _R:
+def parse(record: type[_R], text: Any, what: str) -> _R:
+    """Validate the JSON text of a spec or a history. Raises SpecError with the first thing that is wrong."""
     if not isinstance(text, str) or len(text) > _MAX_TEXT:
         raise SpecError(f"the {what} is missing or is not JSON text")
     try:

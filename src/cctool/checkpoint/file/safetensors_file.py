@@ -21,9 +21,8 @@ from cctool.checkpoint.file.payload import (
     Payload,
     as_bytes,
     canonical_json,
-    parse_digests,
-    parse_history,
-    parse_spec,
+    dense_payload,
+    dense_texts,
     place,
 )
 from cctool.checkpoint.file.torch_file import DENSE_VERSION
@@ -64,9 +63,7 @@ def write_safetensors(payload: Payload, stream: IO[bytes]) -> None:
             dense[name] = value
     metadata = {
         "cctool": str(DENSE_VERSION),
-        "spec": canonical_json(payload.spec.model_dump(mode="json")),
-        "history": canonical_json(payload.history.model_dump(mode="json")),
-        "digests": canonical_json(dict(payload.digests)),
+        **dense_texts(payload),
         "aliases": canonical_json(aliases),
         "order": canonical_json(list(payload.tensors)),
     }
@@ -133,12 +130,7 @@ def read_safetensors(path: Path, *, signed: bool) -> Payload | dict[str, Tensor]
             f"{path} is of format {metadata.get('cctool')!r}; this cctool reads formats {DENSE_VERSION} and "
             f"{COMPACT_VERSION}"
         )
-    return Payload(
-        spec=parse_spec(metadata.get("spec")),
-        history=parse_history(metadata.get("history")),
-        tensors=_ordered(path, metadata, tensors),
-        digests=parse_digests(metadata.get("digests")),
-    )
+    return dense_payload(metadata, _ordered(path, metadata, tensors))
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -33,9 +33,8 @@ from cctool.checkpoint.file.payload import (
     Payload,
     ResumeState,
     canonical_json,
-    parse_digests,
-    parse_history,
-    parse_spec,
+    dense_payload,
+    dense_texts,
     place,
 )
 
@@ -63,13 +62,8 @@ def write_pt(payload: Payload, stream: IO[bytes]) -> None:
             "model": _laid_out(compact.dense),
         }
     else:
-        document = {
-            "cctool": DENSE_VERSION,
-            "spec": canonical_json(payload.spec.model_dump(mode="json")),
-            "history": canonical_json(payload.history.model_dump(mode="json")),
-            "digests": canonical_json(dict(payload.digests)),
-            "model": _laid_out({k: v for k, v in payload.tensors.items() if isinstance(v, Tensor)}),
-        }
+        model = _laid_out({k: v for k, v in payload.tensors.items() if isinstance(v, Tensor)})
+        document = {"cctool": DENSE_VERSION, **dense_texts(payload), "model": model}
     if payload.resume is not None:
         document["resume"] = {
             "state": canonical_json(dict(payload.resume.state)),
@@ -257,13 +251,8 @@ def parse_pt(path: Path, document: Any) -> Payload:
     if version == COMPACT_VERSION:
         text, arena, digest = (document.get(key) for key in ("text", "arena", "digest"))
         return unpacked(text, arena, model, digest, resume)
-    return Payload(
-        spec=parse_spec(document.get("spec")),
-        history=parse_history(document.get("history")),
-        tensors=_with_encoded(path, model, document["encoded"]) if "encoded" in document else {**model},
-        resume=resume,
-        digests=parse_digests(document.get("digests")),
-    )
+    tensors = _with_encoded(path, model, document["encoded"]) if "encoded" in document else model
+    return dense_payload(document, tensors, resume)
 
 
 def _state_dict(path: Path, what: str, found: Any) -> dict[str, Tensor]:
@@ -274,7 +263,9 @@ def _state_dict(path: Path, what: str, found: Any) -> dict[str, Tensor]:
     return _apart(found)
 
 
-def _with_encoded(path: Path, model: Mapping[str, Tensor], encoded: Any) -> dict[str, Tensor | EncodedTensor]:
+def _with_encoded(
+    path: Path, model: Mapping[str, Tensor], encoded: Any
+) -> Mapping[str, Tensor | EncodedTensor]:
     try:
         found = unpack(encoded["index"], encoded["arena"])
         order = json.loads(encoded["order"])
@@ -291,8 +282,8 @@ def _parse_resume(path: Path, resume: Any) -> ResumeState | None:
         return None
     try:
         tensors, state = resume["tensors"], json.loads(resume["state"])
+        if not isinstance(state, dict):
+            raise TypeError("the state is not a table")
     except (KeyError, TypeError, ValueError, RecursionError):
         raise CorruptCheckpointError(f"{path}: the resume state is malformed") from None
-    if not isinstance(state, dict):
-        raise CorruptCheckpointError(f"{path}: the resume state is malformed")
     return ResumeState(tensors=_state_dict(path, "resume", tensors), state=state)
