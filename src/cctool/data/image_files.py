@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -93,8 +93,7 @@ class FileStream:
 
     def take(self, indices: Sequence[int]) -> "FileStream":
         """The same files, these alone, in this order."""
-        files = tuple(self.files[index] for index in indices)
-        return FileStream(self.folder, files, self.geometry, self.padding_mode)
+        return replace(self, files=tuple(self.files[index] for index in indices))
 
     def _cut(
         self, image: Image.Image, shape: Shape, augmentation: Augmentation, draw: random.Random
@@ -182,9 +181,8 @@ def _decode(path: Path, channels: int) -> Image.Image:
             image.load()
             if image.mode.startswith("I"):
                 # 16 bit gray: PIL would clip it to 255 instead of scaling it.
-                image = Image.fromarray(
-                    (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                )
+                levels = np.asarray(image).astype(np.int64) >> 8
+                image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
             elif image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")
             return image.convert(PIL_MODES[channels])

@@ -11,10 +11,11 @@ from cctool.base import user_code as user
 from cctool.base.errors import DataError
 from cctool.data.records import DataSource, Shape, Split
 from cctool.data.serving.convert import check_channels, convert_statistics, describe
-from cctool.data.sets import cifar, mnist
+from cctool.data.sets.cifar import CIFAR10, CIFAR100, open_cifar
 from cctool.data.sets.cub200 import open_cub200
 from cctool.data.sets.digits import open_digits
 from cctool.data.sets.folders import open_folder, open_labelled
+from cctool.data.sets.mnist import FASHION_MNIST, MNIST, open_mnist
 from cctool.data.sets.user_data import open_user_data
 
 __all__ = ["DATASETS", "Dataset", "DatasetRecord", "listing", "open_data"]
@@ -44,27 +45,13 @@ class DatasetRecord:
     summary: str
 
 
-def _digits(reference: str, folder: str, input_shape: Shape | None) -> DataSource:
-    if folder:
-        raise DataError(f"{reference}: the digits lie inside the package; write digits alone")
-    return open_digits(reference)
-
-
-def _cifar(layout: cifar.CifarSet, reference: str, folder: str, input_shape: Shape | None) -> DataSource:
-    return cifar.open_cifar(layout, reference, folder)
-
-
-def _mnist(layout: mnist.MnistSet, reference: str, folder: str, input_shape: Shape | None) -> DataSource:
-    return mnist.open_mnist(layout, reference, folder)
-
-
 DATASETS: dict[str, Dataset] = {
-    "digits": Dataset("digits", "1,797 handwritten digits inside the package, 1x32x32", _digits),
-    "cifar10": Dataset("cifar10[:DIR]", "CIFAR-10, 3x32x32", partial(_cifar, cifar.CIFAR10)),
-    "cifar100": Dataset("cifar100[:DIR]", "CIFAR-100, 3x32x32", partial(_cifar, cifar.CIFAR100)),
-    "mnist": Dataset("mnist[:DIR]", "MNIST, 1x28x28", partial(_mnist, mnist.MNIST)),
+    "digits": Dataset("digits", "1,797 handwritten digits inside the package, 1x32x32", open_digits),
+    "cifar10": Dataset("cifar10[:DIR]", "CIFAR-10, 3x32x32", partial(open_cifar, CIFAR10)),
+    "cifar100": Dataset("cifar100[:DIR]", "CIFAR-100, 3x32x32", partial(open_cifar, CIFAR100)),
+    "mnist": Dataset("mnist[:DIR]", "MNIST, 1x28x28", partial(open_mnist, MNIST)),
     "fashion-mnist": Dataset(
-        "fashion-mnist[:DIR]", "Fashion-MNIST, 1x28x28", partial(_mnist, mnist.FASHION_MNIST)
+        "fashion-mnist[:DIR]", "Fashion-MNIST, 1x28x28", partial(open_mnist, FASHION_MNIST)
     ),
     "folder": Dataset("folder:DIR", "a folder of images a class; train, val, test", open_folder),
     "labelled": Dataset("labelled:DIR", "files named <label>_<id>.jpg", open_labelled),

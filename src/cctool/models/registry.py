@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,8 +65,7 @@ def build(
         return _build(reference, arguments, lambda: builder(**arguments))
     collection, name = _collected(reference)
     if collection is not None:
-        found = collection
-        return _build(reference, arguments, lambda: found.build(name, arguments))
+        return _build(reference, arguments, partial(collection.build, name, arguments))
     factory = _user_factory(reference, user_code)
     model = user.call(reference, factory, **arguments)
     if not isinstance(model, nn.Module):
@@ -91,8 +91,7 @@ def defaults(
     """
     implied: dict[str, int]
     if reference in ARCHITECTURES:
-        own = ARCHITECTURES[reference]
-        implied = _given({own.channels_argument: channels, own.classes_argument: classes})
+        implied = _given({"in_channels": channels, "num_classes": classes})
     else:
         collection, _ = _collected(reference)
         if collection is not None:
@@ -144,10 +143,8 @@ def listing(family: str | None = None) -> list[ArchitectureRecord]:
     if family is not None:
         if family not in COLLECTIONS:
             raise ArchitectureError(f"no family {family!r}; there are: {', '.join(COLLECTIONS)}")
-        return [
-            ArchitectureRecord(f"{family}:{name}", COLLECTIONS[family].summary)
-            for name in COLLECTIONS[family].names()
-        ]
+        library = COLLECTIONS[family]
+        return [ArchitectureRecord(f"{family}:{name}", library.summary) for name in library.names()]
     return [_record(architecture) for architecture in ARCHITECTURES.values()] + [
         ArchitectureRecord(f"{prefix}:NAME", _collection_summary(collection))
         for prefix, collection in COLLECTIONS.items()
@@ -160,7 +157,7 @@ def _own_input_shape(own: Architecture, arguments: Mapping[str, Any], data_shape
         channels = data_shape[0]
         if not own.fixed_size and min(data_shape[1:]) >= own.minimum_size:
             height, width = data_shape[1:]
-    return int(arguments.get(own.channels_argument, channels)), height, width
+    return int(arguments.get("in_channels", channels)), height, width
 
 
 def _collected(reference: str) -> tuple[Collected | None, str]:

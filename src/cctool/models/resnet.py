@@ -10,18 +10,7 @@ Pre-activation networks normalise before they convolve (He et al. 2016, arXiv 16
 
 from torch import Tensor, nn
 
-__all__ = [
-    "BasicBlock",
-    "CifarPreActResNet",
-    "CifarResNet",
-    "PreActBlock",
-    "preact_resnet20",
-    "resnet20",
-    "resnet32",
-    "resnet44",
-    "resnet56",
-    "resnet110",
-]
+__all__ = ["BasicBlock", "CifarPreActResNet", "CifarResNet", "PreActBlock"]
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -55,9 +44,12 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A 3x3 stem and three stages of ``blocks`` blocks at ``base``, 2*``base`` and 4*``base`` channels."""
+    """A 3x3 stem and three stages of ``blocks`` blocks at ``base``, 2*``base`` and 4*``base`` channels.
 
-    def __init__(self, blocks: int, in_channels: int, num_classes: int, base: int) -> None:
+    Three blocks a stage are ResNet-20: 272,474 parameters at 3 channels and 10 classes.
+    """
+
+    def __init__(self, blocks: int, in_channels: int = 3, num_classes: int = 10, base: int = 16) -> None:
         super().__init__()
         self.conv1 = conv3x3(in_channels, base)
         self.bn1 = nn.BatchNorm2d(base)
@@ -107,7 +99,7 @@ class PreActBlock(nn.Module):
 class CifarPreActResNet(nn.Module):
     """A 3x3 stem, three stages of ``blocks`` pre-activation blocks, and a last batch norm."""
 
-    def __init__(self, blocks: int, in_channels: int, num_classes: int, base: int) -> None:
+    def __init__(self, blocks: int, in_channels: int = 3, num_classes: int = 10, base: int = 16) -> None:
         super().__init__()
         self.conv1 = conv3x3(in_channels, base)
         self.layer1 = _stage(PreActBlock, base, base, blocks, stride=1)
@@ -132,33 +124,3 @@ def _stage(
 ) -> nn.Sequential:
     first = block(in_channels, channels, stride)
     return nn.Sequential(first, *(block(channels, channels, 1) for _ in range(blocks - 1)))
-
-
-def resnet20(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarResNet:
-    """Build ResNet-20: 272,474 parameters at 3 channels and 10 classes."""
-    return CifarResNet(3, in_channels, num_classes, base)
-
-
-def resnet32(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarResNet:
-    """Build ResNet-32."""
-    return CifarResNet(5, in_channels, num_classes, base)
-
-
-def resnet44(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarResNet:
-    """Build ResNet-44."""
-    return CifarResNet(7, in_channels, num_classes, base)
-
-
-def resnet56(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarResNet:
-    """Build ResNet-56."""
-    return CifarResNet(9, in_channels, num_classes, base)
-
-
-def resnet110(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarResNet:
-    """Build ResNet-110."""
-    return CifarResNet(18, in_channels, num_classes, base)
-
-
-def preact_resnet20(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarPreActResNet:
-    """Build the pre-activation ResNet-20."""
-    return CifarPreActResNet(3, in_channels, num_classes, base)

@@ -8,7 +8,7 @@ from torch import nn
 
 from cctool.base.errors import ArchitectureError
 
-__all__ = ["build", "check_arguments", "default_arguments", "input_shape", "names"]
+__all__ = ["build", "default_arguments", "input_shape", "names"]
 
 # `checkpoint_path` would unpickle a file and `pretrained*` download one; the others make something that is
 # no classifier, or place it. A spec comes from a file that nobody vouches for.
@@ -49,29 +49,20 @@ def names() -> tuple[str, ...]:
     return tuple(timm.list_models())
 
 
-def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse what would read a file, reach the network or not give a classifier.
+def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build the timm model ``name`` with random weights.
 
     Raises:
-        ArchitectureError: naming each refused argument.
+        ArchitectureError: an argument would read a file, reach the network or not give a classifier.
     """
+    import timm
+
     refused = sorted(key for key in arguments if key in REFUSED or key.startswith("pretrained"))
     if refused:
         raise ArchitectureError(
             f"timm:{name} does not take {', '.join(refused)} here: nothing is downloaded or read from a file "
             "while a network is built; give a checkpoint file with --arch instead"
         )
-
-
-def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Build the timm model ``name`` with random weights.
-
-    Raises:
-        ArchitectureError: an argument is refused.
-    """
-    import timm
-
-    check_arguments(name, arguments)
     model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
     return model
 

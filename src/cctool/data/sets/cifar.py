@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cctool.base.errors import DataError
 from cctool.data.places import download_allowed, missing, root_folder
-from cctool.data.records import Augmentation, Crop, DataSource
+from cctool.data.records import Augmentation, Crop, DataSource, Shape
 from cctool.data.splits import official_loaders
 
 __all__ = ["CIFAR10", "CIFAR100", "CifarSet", "open_cifar"]
@@ -71,8 +71,8 @@ CIFAR100 = CifarSet(
 )
 
 
-def open_cifar(layout: CifarSet, reference: str, folder: str) -> DataSource:
-    """Open CIFAR, divided as `official_loaders` says.
+def open_cifar(layout: CifarSet, reference: str, folder: str, input_shape: Shape | None = None) -> DataSource:
+    """Open CIFAR, divided as `official_loaders` says; ``input_shape`` plays no part.
 
     Raises:
         DataError: neither layout is there; the message says which files belong where.
@@ -98,8 +98,7 @@ def open_cifar(layout: CifarSet, reference: str, folder: str) -> DataSource:
 
 def _read_binary(layout: CifarSet, folder: Path, *, train: bool) -> tuple[Tensor, Tensor]:
     files = layout.train_files if train else layout.test_files
-    parts = [_read_file(folder / name, layout) for name in files]
-    records = np.concatenate(parts)
+    records = np.concatenate([_read_file(folder / name, layout) for name in files])
     labels = torch.from_numpy(records[:, layout.label_bytes - 1].astype(np.int64))
     images = torch.from_numpy(records[:, layout.label_bytes :].reshape(-1, *SHAPE))
     return images, labels

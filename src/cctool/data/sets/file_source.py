@@ -1,7 +1,7 @@
 """Make a data source of lists of image files: class names, splits, and whether they are held in memory."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,12 +73,8 @@ def file_source(
     for name, files in divided.items():
         _check_names(reference, name, files, labels)
     load = partial(_load, folder, presentation, labels)
-    loaders: dict[str, Callable[[], Split]] = {
-        name: partial(load, name, files) for name, files in divided.items()
-    }
-    channels = presentation.shape[0]
     gray = (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else gray
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if presentation.shape[0] == 3 else gray
     return DataSource(
         name=kind,
         reference=reference,
@@ -87,7 +83,7 @@ def file_source(
         mean=mean,
         std=std,
         augmentation=presentation.augmentation,
-        loaders=loaders,
+        loaders={name: partial(load, name, files) for name, files in divided.items()},
         notes=notes,
         whole=partial(load, "whole", parts["whole"]) if "whole" in parts else None,
     )

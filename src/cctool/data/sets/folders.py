@@ -82,7 +82,10 @@ def open_labelled(reference: str, folder: str, input_shape: Shape | None = None)
     classes = None
     if names and all(name.isdecimal() for name in names):
         classes = tuple(str(label) for label in range(max(int(name) for name in names) + 1))
-        parts = {role: _plain_numbers(part) for role, part in parts.items()}
+        for role, part in parts.items():
+            if part.names is not None:
+                # 007 and 7 are one class.
+                parts[role] = FileSet(part.files, tuple(str(int(name)) for name in part.names))
     return file_source("labelled", reference, root, parts, presentation, classes)
 
 
@@ -141,10 +144,6 @@ def _images(root: Path, folder: Path) -> list[str]:
 
 def _unreadable(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
-
-
-def _plain_numbers(part: FileSet) -> FileSet:
-    return FileSet(part.files, None if part.names is None else tuple(str(int(name)) for name in part.names))
 
 
 def _first_files(reference: str, parts: dict[str, FileSet]) -> tuple[str, ...]:

@@ -12,9 +12,10 @@ The function takes no arguments and returns a mapping, or an object with attribu
 """
 
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,8 +68,7 @@ class UserStream:
 
     def take(self, indices: Sequence[int]) -> "UserStream":
         """The same items, these alone, in this order."""
-        chosen = tuple(self.indices[index] for index in indices)
-        return UserStream(self.reference, self.dataset, self.classes, chosen)
+        return replace(self, indices=tuple(self.indices[index] for index in indices))
 
 
 def open_user_data(reference: str, named: Collection[str]) -> DataSource:
@@ -102,7 +102,6 @@ def open_user_data(reference: str, named: Collection[str]) -> DataSource:
     shape = next(iter(splits.values())).shape
     divided, notes = _complete(reference, splits)
     mean, std = _statistics(returned, shape[0], reference)
-    loaders: dict[str, Callable[[], Split]] = {name: _giving(split) for name, split in divided.items()}
     return DataSource(
         name=reference,
         reference=reference,
@@ -111,17 +110,13 @@ def open_user_data(reference: str, named: Collection[str]) -> DataSource:
         mean=mean,
         std=std,
         augmentation=Augmentation(),
-        loaders=loaders,
+        loaders={name: partial(divided.__getitem__, name) for name in divided},
         notes=notes,
     )
 
 
 def _get(returned: Any, name: str) -> Any:
     return returned.get(name) if isinstance(returned, Mapping) else getattr(returned, name, None)
-
-
-def _giving(split: Split) -> Callable[[], Split]:
-    return lambda: split
 
 
 def _classes(classes: Any, reference: str) -> tuple[str, ...]:
