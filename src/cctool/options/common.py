@@ -29,20 +29,15 @@ class DataOptions(Options):
     """Which data, and how much of it at a time."""
 
     # fmt: off
-    data: str | None = option(
+    data: str | None = _data(
         None, "Data set: digits, cifar10[:DIR], folder:DIR, my.py:factory, ... See `cctool datasets`.",
-        panel=_DATA, runs_code=True, unset="the checkpoint's last")
-    val_data: str | None = option(
-        None, "Data set that replaces the validation split.", panel=_DATA, runs_code=True)
-    test_data: str | None = option(
-        None, "Data set that replaces the test split.", panel=_DATA, runs_code=True)
-    batch_size: int = option(
-        128, "Samples per step, summed over all devices.", panel=_DATA, bounds=at_least(1))
-    workers: int = option(
-        0, "Processes that decode image files; 0 decodes in the main process.", panel=_DATA,
-        bounds=at_least(0))
-    limit: int | None = option(
-        None, "Use at most this many samples of each split.", panel=_DATA, bounds=at_least(1))
+        runs_code=True, unset="the checkpoint's last")
+    val_data: str | None = _data(None, "Data set that replaces the validation split.", runs_code=True)
+    test_data: str | None = _data(None, "Data set that replaces the test split.", runs_code=True)
+    batch_size: int = _data(128, "Samples per step, summed over all devices.", bounds=at_least(1))
+    workers: int = _data(
+        0, "Processes that decode image files; 0 decodes in the main process.", bounds=at_least(0))
+    limit: int | None = _data(None, "Use at most this many samples of each split.", bounds=at_least(1))
     # fmt: on
 
 
@@ -87,25 +82,23 @@ class ModelOptions(Options):
     # fmt: off
     arch: str | None = _network(
         None, "Architecture: resnet20, torchvision:NAME, timm:NAME, net.py:factory. See `cctool models`.",
-        panel=_NETWORK, runs_code=True)
-    arguments: tuple[str, ...] = option(
+        runs_code=True)
+    arguments: tuple[str, ...] = _network(
         (), "Argument of the architecture's builder; may be repeated.", "--arg", metavar="KEY=VALUE",
-        panel=_NETWORK, repeated=True, parse=_argument)
-    input_shape: tuple[int, int, int] | None = option(
-        None, "Channels, height and width of one input.", "--input", metavar="CxHxW", panel=_NETWORK,
-        parse=parse_shape)
-    mean: tuple[float, ...] | None = option(
+        repeated=True, parse=_argument)
+    input_shape: tuple[int, int, int] | None = _network(
+        None, "Channels, height and width of one input.", "--input", metavar="CxHxW", parse=parse_shape)
+    mean: tuple[float, ...] | None = _network(
         None, "Channel means to subtract from a foreign model's inputs (images in 0..1).", metavar="M,M,M",
-        panel=_NETWORK, parse=lambda text: parse_values(text, "--mean"))
-    std: tuple[float, ...] | None = option(
+        parse=lambda text: parse_values(text, "--mean"))
+    std: tuple[float, ...] | None = _network(
         None, "Channel standard deviations to divide a foreign model's inputs by.", metavar="S,S,S",
-        panel=_NETWORK, parse=lambda text: parse_values(text, "--std"))
-    trust_pickle: bool = option(
-        False, "Unpickle a foreign file, which can run any code: only if you trust its author.",
-        panel=_NETWORK)
-    spec: str | None = option(
+        parse=lambda text: parse_values(text, "--std"))
+    trust_pickle: bool = _network(
+        False, "Unpickle a foreign file, which can run any code: only if you trust its author.")
+    spec: str | None = _network(
         None, "Build the network of a bare state dict from this spec (see `analyze --spec`).",
-        metavar="FILE.json", panel=_NETWORK)
+        metavar="FILE.json")
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
@@ -128,12 +121,10 @@ class RuntimeOptions(Options):
     """Where and how to compute."""
 
     # fmt: off
-    device: str = option("auto", "Device to compute on: auto, cpu, cuda or cuda:N.", panel=_RUN)
-    precision: Precision = option(
-        Precision.FULL, "Floating-point type of forward and backward passes.", panel=_RUN)
-    seed: int = option(0, "Seed of all random number generators.", panel=_RUN)
-    deterministic: bool = option(
-        False, "Refuse operations that have no deterministic implementation.", panel=_RUN)
+    device: str = _run("auto", "Device to compute on: auto, cpu, cuda or cuda:N.")
+    precision: Precision = _run(Precision.FULL, "Floating-point type of forward and backward passes.")
+    seed: int = _run(0, "Seed of all random number generators.")
+    deterministic: bool = _run(False, "Refuse operations that have no deterministic implementation.")
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
@@ -146,12 +137,11 @@ class OutputOptions(Options):
     """Where the product goes."""
 
     # fmt: off
-    output: str | None = option(
-        None, "Checkpoint to write: .pt or .safetensors.", "--output", "-o", panel=_OUTPUT,
+    output: str | None = _output(
+        None, "Checkpoint to write: .pt or .safetensors.", "--output", "-o",
         unset="named after INPUT and the command, as in net.prune.pt")
-    force: bool = option(False, "Replace existing files.", panel=_OUTPUT)
-    allow_nonfinite: bool = option(
-        False, "Write the file even if weights are NaN or infinite.", panel=_OUTPUT)
+    force: bool = _output(False, "Replace existing files.")
+    allow_nonfinite: bool = _output(False, "Write the file even if weights are NaN or infinite.")
     # fmt: on
 
 
@@ -160,9 +150,9 @@ class TalkOptions(Options):
     """What a command prints."""
 
     # fmt: off
-    as_json: bool = option(False, "Print the results as one JSON document.", "--json", panel=_OUTPUT)
-    quiet: bool = option(False, "Print only warnings and errors.", "--quiet", "-q", panel=_OUTPUT)
-    debug: bool = option(False, "Show the traceback when an error occurs.", panel=_OUTPUT)
+    as_json: bool = _output(False, "Print the results as one JSON document.", "--json")
+    quiet: bool = _output(False, "Print only warnings and errors.", "--quiet", "-q")
+    debug: bool = _output(False, "Show the traceback when an error occurs.")
     # fmt: on
 
 

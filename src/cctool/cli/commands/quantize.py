@@ -20,6 +20,6 @@ def quantize(call: Call) -> None:
 
 
 def _told(report: Any) -> Any:
-    from cctool.operations.prune.shown import told
+    from cctool.operations.quantize.report import told
 
     return told(report)

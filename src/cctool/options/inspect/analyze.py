@@ -29,18 +29,16 @@ class AnalyzeOptions(Options):
     """Options of one analysis."""
 
     # fmt: off
-    macs: bool = option(False, "Write STEM.macs.xlsx, one row per layer.", panel=_FILES)
-    macs_file: str | None = option(
-        None, "Write the layer table to this file: .xlsx, .csv or .json.", metavar="PATH", panel=_FILES)
-    sparsity: bool = option(False, "Write STEM.sparsity.xlsx, one row per weight tensor.", panel=_FILES)
-    sparsity_file: str | None = option(
-        None, "Write the sparsity table to this file: .xlsx, .csv or .json.", metavar="PATH", panel=_FILES)
-    onnx: bool = option(False, "Write STEM.onnx and verify it.", panel=_FILES)
-    onnx_file: str | None = option(
-        None, "Write the ONNX file here and verify it.", metavar="PATH", panel=_FILES)
-    history: bool = option(
-        False, "Print every step of the history in full, and nothing else.", panel=_PRINTED)
-    spec: bool = option(False, "Print the spec as JSON, and nothing else.", panel=_PRINTED)
+    macs: bool = _files(False, "Write STEM.macs.xlsx, one row per layer.")
+    macs_file: str | None = _files(
+        None, "Write the layer table to this file: .xlsx, .csv or .json.", metavar="PATH")
+    sparsity: bool = _files(False, "Write STEM.sparsity.xlsx, one row per weight tensor.")
+    sparsity_file: str | None = _files(
+        None, "Write the sparsity table to this file: .xlsx, .csv or .json.", metavar="PATH")
+    onnx: bool = _files(False, "Write STEM.onnx and verify it.")
+    onnx_file: str | None = _files(None, "Write the ONNX file here and verify it.", metavar="PATH")
+    history: bool = _printed(False, "Print every step of the history in full, and nothing else.")
+    spec: bool = _printed(False, "Print the spec as JSON, and nothing else.")
     data: DataOptions = sampled_data("Compare the ONNX file on at most this many samples.")
     # fmt: on
 

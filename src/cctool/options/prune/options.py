@@ -107,131 +107,106 @@ class PruneOptions(Options):
     """Options of one pruning."""
 
     # fmt: off
-    method: PruneMethod = option(
+    method: PruneMethod = _ranking(
         PruneMethod.SLIMMING, "How units are ranked; the lowest scores go. taylor, hessian, gradient, apoz "
         "and activation look at training images. Single weights are ranked by l1 if none is given.",
-        panel=_RANKING, idle=_NO_CHOICE)
-    rate: float = option(
+        idle=_NO_CHOICE)
+    rate: float = _amount(
         0.5, "Fraction of the removable units (or weights) to remove; --steps reaches it at the last step.",
-        panel=_AMOUNT, bounds=between("[0, 1)"),
+        bounds=between("[0, 1)"),
         idle=Idle(lambda asked: bool(asked.instead_of_rate), lambda asked: asked.instead_of_rate))
-    scope: Scope | None = option(
-        None, "Rank units across the network, or within each family.", panel=_RANKING,
+    scope: Scope | None = _ranking(
+        None, "Rank units across the network, or within each family.",
         unset="global for slimming, lamp, taylor and hessian, else local",
-        idle=(
-            _NO_CHOICE,
-            Idle(
-                lambda asked: asked.granularity is Granularity.NM,
-                "--granularity nm chooses within each group of M",
-            ),
-        ))
-    reduce: Reduce | None = option(
+        idle=(_NO_CHOICE,
+              Idle(lambda asked: asked.granularity is Granularity.NM,
+                   "--granularity nm chooses within each group of M")))
+    reduce: Reduce | None = _ranking(
         None, "How a unit's scores in its tensors become one; first: that of the first tensor in the pass.",
-        panel=_RANKING, unset="the method's", idle=(_NO_CHOICE, _MASKS_ONLY))
-    normalize: Normalize | None = option(
-        None, "What a family's scores are divided by before families are compared.", panel=_RANKING,
-        unset="the method's",
-        idle=(
-            _NO_CHOICE,
-            _MASKS_ONLY,
-            Idle(
-                lambda asked: asked.keep is not None or asked.rates is not None,
-                "each family's width is fixed, so that families are not compared",
-            ),
-        ))
-    granularity: Granularity = option(
+        unset="the method's", idle=(_NO_CHOICE, _MASKS_ONLY))
+    normalize: Normalize | None = _ranking(
+        None, "What a family's scores are divided by before families are compared.", unset="the method's",
+        idle=(_NO_CHOICE, _MASKS_ONLY,
+              Idle(lambda asked: asked.keep is not None or asked.rates is not None,
+                   "each family's width is fixed, so that families are not compared")))
+    granularity: Granularity = _shape(
         Granularity.CHANNEL, "Cut channels, or mask weights: single ones, N:M, kernels, rows (filters), "
-        "columns, blocks.", panel=_SHAPE)
-    pattern: Pattern | None = option(
-        None, "For --granularity nm: N of every M neighbouring inputs stay.", metavar="N:M", panel=_SHAPE,
-        unset="2:4", parse=parse_pattern)
-    block: Block | None = option(
+        "columns, blocks.")
+    pattern: Pattern | None = _shape(
+        None, "For --granularity nm: N of every M neighbouring inputs stay.", metavar="N:M", unset="2:4",
+        parse=parse_pattern)
+    block: Block | None = _shape(
         None, "For --granularity block: rows (outputs) and columns (inputs) of a block.",
-        metavar="ROWSxCOLUMNS", panel=_SHAPE, unset="4x1", parse=parse_block)
-    mask: bool = option(
-        False, "Only mask the channels that would be cut; --apply-masks cuts them later.", panel=_SHAPE)
-    apply_masks: bool = option(False, "Cut what earlier masks left empty, and nothing else.", panel=_AMOUNT)
-    target: Target | None = option(
+        metavar="ROWSxCOLUMNS", unset="4x1", parse=parse_block)
+    mask: bool = _shape(False, "Only mask the channels that would be cut; --apply-masks cuts them later.")
+    apply_masks: bool = _amount(False, "Cut what earlier masks left empty, and nothing else.")
+    target: Target | None = _amount(
         None, "What the network may cost: macs=0.5, params=30%, bytes=1.2MB, latency=0.6 (measured). Up to "
-        "1 is a fraction of INPUT's cost.", metavar="QUANTITY=VALUE", panel=_AMOUNT, parse=parse_target)
-    max_drop: float | None = option(
+        "1 is a fraction of INPUT's cost.", metavar="QUANTITY=VALUE", parse=parse_target)
+    max_drop: float | None = _amount(
         None, "Percentage points of validation top-1 that may be lost; finds the largest such rate.",
-        metavar="POINTS", panel=_AMOUNT, bounds=at_least(0))
-    rates: str | None = option(
-        None, "Table of rates: family or layer, and its rate.", metavar="FILE.csv|.json", panel=_AMOUNT)
-    round_to: int | None = option(
-        1, f"Round kept widths up to a multiple of this; auto: of {AUTO_ROUND} in families with that many "
-        f"channels.", metavar="N|auto", panel=_SHAPE, parse=_round, shown="1", bounds=at_least(1),
-        idle=(_NO_CHOICE, _MASKS_ONLY))
+        metavar="POINTS", bounds=at_least(0))
+    rates: str | None = _amount(
+        None, "Table of rates: family or layer, and its rate.", metavar="FILE.csv|.json")
+    round_to: int | None = _shape(
+        1, "Round kept widths up to a multiple of this; auto: of 8 in families with that many channels.",
+        metavar="N|auto", parse=_round, shown="1", bounds=at_least(1), idle=(_NO_CHOICE, _MASKS_ONLY))
     min_channels: int = _shape(
         1, "Keep at least this many channels in every family.", bounds=at_least(1),
         idle=(_NO_CHOICE, _MASKS_ONLY))
     exclude: tuple[str, ...] = _shape(
         (), "Modules, tensors or families that keep their width; may be repeated.", metavar="GLOB",
-        panel=_SHAPE, repeated=True)
-    only: tuple[str, ...] = option(
-        (), "Prune only these; may be repeated.", metavar="GLOB", panel=_SHAPE, repeated=True)
-    exact: bool = option(
+        repeated=True)
+    only: tuple[str, ...] = _shape((), "Prune only these; may be repeated.", metavar="GLOB", repeated=True)
+    exact: bool = _shape(
         False, "Keep widths that statistics run over (layer norm, attention), so that the cut is exact.",
-        panel=_SHAPE, idle=(_NO_WIDTHS, _MASKS_ONLY))
-    attention: AttentionUnit = option(
+        idle=(_NO_WIDTHS, _MASKS_ONLY))
+    attention: AttentionUnit = _shape(
         AttentionUnit.POSITIONS, "What to cut from attention: equal positions of every head, or whole heads "
-        "where the code allows.", panel=_SHAPE, idle=(_NO_WIDTHS, _MASKS_ONLY))
-    keep: float | None = option(
+        "where the code allows.", idle=(_NO_WIDTHS, _MASKS_ONLY))
+    keep: float | None = _amount(
         None, "Fraction of each width that a step keeps: int(width * keep^i) after step i.",
-        panel=_AMOUNT, bounds=between("(0, 1]"))
-    steps: int = option(
-        1, "Prune in this many steps, one checkpoint each.", panel=_TRAINING, bounds=at_least(1),
-        idle=_NO_CHOICE)
-    step_mode: StepMode = option(
-        StepMode.INDEPENDENT, "Start each step from INPUT, or from the step before.", panel=_TRAINING,
-        idle=_ONE_STEP)
-    growth: Growth = option(
+        bounds=between("(0, 1]"))
+    steps: int = _training(
+        1, "Prune in this many steps, one checkpoint each.", bounds=at_least(1), idle=_NO_CHOICE)
+    step_mode: StepMode = _training(
+        StepMode.INDEPENDENT, "Start each step from INPUT, or from the step before.", idle=_ONE_STEP)
+    growth: Growth = _training(
         Growth.EXPONENTIAL, "How the rate grows from step to step; agp: fast at first (Zhu and Gupta 2017, "
-        "equation 1).", panel=_TRAINING,
-        idle=(
-            _ONE_STEP,
-            Idle(
-                lambda asked: asked.keep is not None,
-                "--keep shrinks each width by the same factor at each step",
-            ),
-        ))
-    finetune_epochs: int = option(
-        0, "Epochs of fine-tuning after each step, with a new optimizer.", panel=_TRAINING,
-        bounds=at_least(0))
+        "equation 1).",
+        idle=(_ONE_STEP,
+              Idle(lambda asked: asked.keep is not None,
+                   "--keep shrinks each width by the same factor at each step")))
+    finetune_epochs: int = _training(
+        0, "Epochs of fine-tuning after each step, with a new optimizer.", bounds=at_least(0))
     optimizer: str = optimizer_option("adamw", _UNTRAINED, _TRAINING)
     lr: float | None = lr_option(_UNTUNED, _TRAINING)
-    rewind: str | None = option(
-        None, "Reset the remaining weights to those of this earlier checkpoint.", metavar="CHECKPOINT",
-        panel=_TRAINING)
-    from_scratch: bool = option(
-        False, "Reinitialise the pruned network: the control that pruning has to beat.", panel=_TRAINING)
+    rewind: str | None = _training(
+        None, "Reset the remaining weights to those of this earlier checkpoint.", metavar="CHECKPOINT")
+    from_scratch: bool = _training(
+        False, "Reinitialise the pruned network: the control that pruning has to beat.")
     sparsify: SparsifyOptions | None = nested(
         SparsifyOptions, key="method", panel=_TRAINING, changed={"method": {"idle": (_NO_CHOICE,)}})
     teacher: TeacherOptions | None = teacher_option(_UNTUNED)
     keep_storage: bool = keep_storage_option(_TRAINING, _UNTUNED)
-    recalibrate: int = option(
+    recalibrate: int = _training(
         0, "Estimate batch-norm statistics again from N training images; 0 keeps them.", metavar="N",
-        panel=_TRAINING, bounds=at_least(0))
-    recalibrate_images: Images | None = option(
+        bounds=at_least(0))
+    recalibrate_images: Images | None = _training(
         None, "Take these images as they are, or augmented as in training, whose statistics the network "
-        "learnt with.", panel=_TRAINING,
-        unset="plain; for --max-drop whichever suits the dense network better",
-        idle=Idle(
-            lambda asked: asked.recalibrate == 0 and asked.max_drop is None,
-            "no statistics are estimated again; --recalibrate says from how many images",
-        ))
-    samples: int = option(
-        1024, "Training images that data-driven methods look at.", panel=_RANKING, bounds=at_least(1),
-        idle=Idle(
-            lambda asked: not asked.needs_data, lambda asked: f"--method {asked.method} looks at no images"
-        ))
-    plot: bool = option(
-        False, "Draw the kept widths next to the product (.widths.png).", panel=_REPORT, recorded=False,
+        "learnt with.", unset="plain; for --max-drop whichever suits the dense network better",
+        idle=Idle(lambda asked: asked.recalibrate == 0 and asked.max_drop is None,
+                  "no statistics are estimated again; --recalibrate says from how many images"))
+    samples: int = _ranking(
+        1024, "Training images that data-driven methods look at.", bounds=at_least(1),
+        idle=Idle(lambda asked: not asked.needs_data,
+                  lambda asked: f"--method {asked.method} looks at no images"))
+    plot: bool = _report(
+        False, "Draw the kept widths next to the product (.widths.png).", recorded=False,
         idle=(_NO_WIDTHS, _MASKS_ONLY))
-    plot_file: str | None = option(
-        None, "Draw the kept widths to this file: .png, .svg or .pdf.", metavar="PATH", panel=_REPORT,
-        recorded=False, idle=(_NO_WIDTHS, _MASKS_ONLY))
+    plot_file: str | None = _report(
+        None, "Draw the kept widths to this file: .png, .svg or .pdf.", metavar="PATH", recorded=False,
+        idle=(_NO_WIDTHS, _MASKS_ONLY))
     preset: PrunePreset | None = option(
         None, "Set the options of a published method; options that you give win.")
     data: DataOptions = nested(DataOptions)

@@ -53,68 +53,61 @@ class QuantizeOptions(Options):
 
     # fmt: off
     method: QuantizeMethod = option(
-        QuantizeMethod.UINT8, "Stored weights only: fp16, bf16, uint8, int2 to int7, codebook, apot. Weights "
-        "and activations, calibrated: int8; trained: qat, lsq, pact, dorefa, wrpn.")
-    weight_bits: int | None = option(
-        None, "Bits per weight.", panel=_WEIGHTS,
+        QuantizeMethod.UINT8, "Stored weights only: fp16, bf16, uint8, int2 to int7, codebook, apot. "
+        "Weights and activations, calibrated: int8; trained: qat, lsq, pact, dorefa, wrpn.")
+    weight_bits: int | None = _weights(
+        None, "Bits per weight.",
         unset="as the method's name says; codebook 5, apot, lsq, pact, dorefa and wrpn 4, uint8 and qat 8")
-    activation_bits: int | None = option(
-        None, "Bits per activation.", panel=_ACTIVATIONS, unset="8; for lsq, pact, dorefa and wrpn 4")
-    weight_only: bool = option(False, "Leave activations in floating point.", panel=_ACTIVATIONS)
-    per_channel: bool | None = option(
+    activation_bits: int | None = _activations(
+        None, "Bits per activation.", unset="8; for lsq, pact, dorefa and wrpn 4")
+    weight_only: bool = _activations(False, "Leave activations in floating point.")
+    per_channel: bool | None = _weights(
         None, "One scale for each output channel, or one for the tensor.", "--per-channel/--per-tensor",
-        panel=_WEIGHTS, unset="--per-channel; for uint8 and lsq --per-tensor")
-    group: int | None = option(
+        unset="--per-channel; for uint8 and lsq --per-tensor")
+    group: int | None = _weights(
         None, "One scale for every N neighbouring weights of a channel (stored integers).", "--group-size",
-        metavar="N", panel=_WEIGHTS, bounds=at_least(1))
-    asymmetric: bool = option(
-        False, "Whether weights have a zero point (intN, qat).", "--asymmetric/--symmetric", panel=_WEIGHTS)
-    rounding: Rounding = option(
-        Rounding.NEAREST, "Round to the nearest level, or as learnt for each layer's output (intN).",
-        panel=_WEIGHTS)
-    rounding_steps: int = option(
-        1000, "Optimisation steps of AdaRound for each layer.", panel=_WEIGHTS, bounds=at_least(1),
+        metavar="N", bounds=at_least(1))
+    asymmetric: bool = _weights(
+        False, "Whether weights have a zero point (intN, qat).", "--asymmetric/--symmetric")
+    rounding: Rounding = _weights(
+        Rounding.NEAREST, "Round to the nearest level, or as learnt for each layer's output (intN).")
+    rounding_steps: int = _weights(
+        1000, "Optimisation steps of AdaRound for each layer.", bounds=at_least(1),
         idle=Idle(lambda asked: asked.rounding is Rounding.NEAREST, "there is no --rounding adaround"))
-    init: CodebookInit = option(
+    init: CodebookInit = _weights(
         CodebookInit.LINEAR, "Initial centroids of codebook's k-means (Han et al. 2016, section 3.2).",
-        panel=_WEIGHTS,
-        idle=Idle(
-            lambda asked: asked.method is not QuantizeMethod.CODEBOOK,
-            lambda asked: f"--method {asked.method} has no codebook",
-        ))
-    terms: int | None = option(
-        None, "Powers of two per weight that apot adds up.", panel=_WEIGHTS, unset="one for every two bits")
-    edges: Edges | None = option(
+        idle=Idle(lambda asked: asked.method is not QuantizeMethod.CODEBOOK,
+                  lambda asked: f"--method {asked.method} has no codebook"))
+    terms: int | None = _weights(
+        None, "Powers of two per weight that apot adds up.", unset="one for every two bits")
+    edges: Edges | None = _layers(
         None, "First and last layer, where activations are quantized: 8 bits, as the others, or float.",
-        panel=_LAYERS, unset="8",
-        idle=Idle(
-            lambda asked: not asked.activations,
-            lambda asked: f"--method {asked.method} treats all layers alike; --layer names some",
-        ))
-    layers: tuple[LayerBits, ...] = option(
+        unset="8",
+        idle=Idle(lambda asked: not asked.activations,
+                  lambda asked: f"--method {asked.method} treats all layers alike; --layer names some"))
+    layers: tuple[LayerBits, ...] = _layers(
         (), "Bits of some layers: fc=8, layer1.*=w4a8 or conv1=float; the first match counts; may be "
-        "repeated.", "--layer", metavar="GLOB=BITS", panel=_LAYERS, repeated=True, parse=parse_layer_bits)
-    include_1d: bool = option(
+        "repeated.", "--layer", metavar="GLOB=BITS", repeated=True, parse=parse_layer_bits)
+    include_1d: bool = _layers(
         False, "Also quantize 1-D tensors: biases, batch norm's scales and running statistics.",
-        panel=_LAYERS,
         idle=Idle(lambda asked: asked.activations, "biases stay as they are next to integer kernels"))
-    include: tuple[str, ...] = option(
+    include: tuple[str, ...] = _layers(
         (), "Quantize only these layers or tensors; a tensor's full name always takes it; may be repeated.",
-        metavar="GLOB", panel=_LAYERS, repeated=True)
-    exclude: tuple[str, ...] = option(
-        (), "Do not quantize these layers or tensors; wins over --include; may be repeated.",
-        metavar="GLOB", panel=_LAYERS, repeated=True)
+        metavar="GLOB", repeated=True)
+    exclude: tuple[str, ...] = _layers(
+        (), "Do not quantize these layers or tensors; wins over --include; may be repeated.", metavar="GLOB",
+        repeated=True)
     calibration: CalibrationOptions = nested(CalibrationOptions)
     tuning: TuningOptions = nested(TuningOptions)
-    target: Target | None = option(
+    target: Target | None = _layers(
         None, "Bytes that the weights may take, absolute or as a fraction; chooses bits layer by layer.",
-        metavar="bytes=VALUE", panel=_LAYERS, parse=parse_target)
-    max_drop: float | None = option(
+        metavar="bytes=VALUE", parse=parse_target)
+    max_drop: float | None = _layers(
         None, "Percentage points of validation accuracy that may be lost; chooses bits layer by layer.",
-        metavar="POINTS", panel=_LAYERS)
-    choices: tuple[int, ...] = option(
-        (2, 4, 8), "Bits that --target and --max-drop choose from.", metavar="B,B,...", panel=_LAYERS,
-        parse=_choices, shown="2,4,8",
+        metavar="POINTS", bounds=positive())
+    choices: tuple[int, ...] = _layers(
+        (2, 4, 8), "Bits that --target and --max-drop choose from.", metavar="B,B,...", parse=_choices,
+        shown="2,4,8",
         idle=Idle(lambda asked: not asked.searches, "nothing is chosen; --target or --max-drop choose"))
     preset: QuantizePreset | None = option(
         None, "Set the options of a published method; options that you give win.")

@@ -33,53 +33,37 @@ class CalibrationOptions(Options):
     """How ranges of activations are found, and weights are made fit for few bits."""
 
     # fmt: off
-    images: int = option(
+    images: int = _activations(
         1024, "Training images to calibrate on, without augmentation.", "--calibration", metavar="N",
-        panel=_ACTIVATIONS, bounds=at_least(1),
-        idle=Idle(
-            lambda asked: not asked.looks_at_images,
-            lambda asked: f"--method {asked.method} looks at no images",
-        ))
-    observer: Observer = option(
-        Observer.MIN_MAX, "How the ranges of activations are found.", panel=_ACTIVATIONS,
-        idle=_CALIBRATES_NONE)
-    percentile: float = option(
-        99.99, "Percentile of --observer percentile.", panel=_ACTIVATIONS,
+        bounds=at_least(1),
+        idle=Idle(lambda asked: not asked.looks_at_images,
+                  lambda asked: f"--method {asked.method} looks at no images"))
+    observer: Observer = _activations(
+        Observer.MIN_MAX, "How the ranges of activations are found.", idle=_CALIBRATES_NONE)
+    percentile: float = _activations(
+        99.99, "Percentile of --observer percentile.",
         bounds=Bounds(50, 100, low_open=True, text="above 50 and up to 100 is allowed"),
-        idle=(
-            _CALIBRATES_NONE,
-            Idle(
-                lambda asked: asked.calibration.observer is not Observer.PERCENTILE,
-                "it is for --observer percentile",
-            ),
-        ))
-    deviations: float = option(
-        3.0, "Standard deviations of --observer n-std.", panel=_ACTIVATIONS, bounds=positive(),
-        idle=(
-            _CALIBRATES_NONE,
-            Idle(
-                lambda asked: asked.calibration.observer is not Observer.N_STD, "it is for --observer n-std"
-            ),
-        ))
-    symmetric: bool = option(
-        False, "Quantize activations without a zero point.", "--symmetric-activations", panel=_ACTIVATIONS,
-        idle=Idle(
-            lambda asked: not asked.observes or asked.method is QuantizeMethod.LSQ,
-            lambda asked: f"--method {asked.method} has no such choice",
-        ))
-    reduce_range: bool | None = option(
+        idle=(_CALIBRATES_NONE,
+              Idle(lambda asked: asked.calibration.observer is not Observer.PERCENTILE,
+                   "it is for --observer percentile")))
+    deviations: float = _activations(
+        3.0, "Standard deviations of --observer n-std.", bounds=positive(),
+        idle=(_CALIBRATES_NONE,
+              Idle(lambda asked: asked.calibration.observer is not Observer.N_STD,
+                   "it is for --observer n-std")))
+    symmetric: bool = _activations(
+        False, "Quantize activations without a zero point.", "--symmetric-activations",
+        idle=Idle(lambda asked: not asked.observes or asked.method is QuantizeMethod.LSQ,
+                  lambda asked: f"--method {asked.method} has no such choice"))
+    reduce_range: bool | None = _weights(
         None, "Use 7 of 8 bits for weights, because CPUs without VNNI saturate otherwise.",
-        "--reduce-range/--full-range", panel=_WEIGHTS, unset="--reduce-range where activations are quantized",
-        idle=Idle(
-            lambda asked: not (asked.method in INTEGERS or asked.activations),
-            lambda asked: f"--method {asked.method} has no 8-bit integers of weights to reduce",
-        ))
-    equalize: bool = option(
-        False, "First equalize channels' ranges across layers (Nagel et al. 2019, section 4.1; intN).",
-        panel=_WEIGHTS)
-    bias_correction: bool = option(
-        False, "Correct biases by the layers' mean output error (Nagel et al. 2019, section 4.2; intN).",
-        panel=_WEIGHTS)
+        "--reduce-range/--full-range", unset="--reduce-range where activations are quantized",
+        idle=Idle(lambda asked: not (asked.method in INTEGERS or asked.activations),
+                  lambda asked: f"--method {asked.method} has no 8-bit integers of weights to reduce"))
+    equalize: bool = _weights(
+        False, "First equalize channels' ranges across layers (Nagel et al. 2019, section 4.1; intN).")
+    bias_correction: bool = _weights(
+        False, "Correct biases by the layers' mean output error (Nagel et al. 2019, section 4.2; intN).")
     # fmt: on
 
 
@@ -88,8 +72,8 @@ class TuningOptions(Options):
     """Training with quantizers in the loop, or of codebooks."""
 
     # fmt: off
-    epochs: int | None = option(
-        None, "Epochs of training with quantizers in the loop; 0 only calibrates.", panel=_TRAINING,
+    epochs: int | None = _training(
+        None, "Epochs of training with quantizers in the loop; 0 only calibrates.",
         unset="10 for methods that are trained, else 0", bounds=at_least(0))
     optimizer: str = optimizer_option("sgd", _UNTRAINED, _TRAINING)
     lr: float | None = lr_option(_UNTRAINED, _TRAINING)

@@ -88,65 +88,60 @@ class FitOptions(Options):
     """How a network is trained. None means that the default depends on another option."""
 
     # fmt: off
-    epochs: int = option(
-        30, "Passes over the training split, warm-up included; 0 trains nothing.",
-        panel=_OPTIMIZER, bounds=at_least(0))
-    optimizer: str = option(
+    epochs: int = _optimizer(
+        30, "Passes over the training split, warm-up included; 0 trains nothing.", bounds=at_least(0))
+    optimizer: str = _optimizer(
         OptimizerName.ADAMW.value, "Optimizer: sgd, adam, adamw or my.py:factory(groups, lr=...).",
-        panel=_OPTIMIZER, runs_code=True)
-    lr: float | None = option(
-        None, "Learning rate that the schedule multiplies.", panel=_RATE, unset=_rates(), bounds=positive())
-    momentum: float | None = option(
-        None, "Momentum of sgd.", panel=_OPTIMIZER, unset=f"{_DEFAULT_MOMENTUM:g}", bounds=between("[0, 1)"))
-    nesterov: bool = option(False, "Nesterov momentum for sgd.", panel=_OPTIMIZER)
-    weight_decay: float = option(
-        5e-4, "L2 penalty (sgd, adam) or decoupled decay (adamw).", panel=_OPTIMIZER, bounds=at_least(0))
-    decay: DecayScope = option(
-        DecayScope.ALL, "Decay all parameters, or only weights (no biases, no normalisation).",
-        panel=_OPTIMIZER)
-    schedule: Schedule = option(
-        Schedule.COSINE, "How the learning rate changes after the warm-up.", "--lr-schedule", "--schedule",
-        panel=_RATE)
-    milestones: tuple[int, ...] = option(
-        (), "multistep: epochs after the warm-up at which the rate drops.", metavar="E,E,...", panel=_RATE,
+        runs_code=True)
+    lr: float | None = _rate(
+        None, "Learning rate that the schedule multiplies.", unset=_rates(), bounds=positive())
+    momentum: float | None = _optimizer(
+        None, "Momentum of sgd.", unset=f"{_DEFAULT_MOMENTUM:g}", bounds=between("[0, 1)"))
+    nesterov: bool = _optimizer(False, "Nesterov momentum for sgd.")
+    weight_decay: float = _optimizer(
+        5e-4, "L2 penalty (sgd, adam) or decoupled decay (adamw).", bounds=at_least(0))
+    decay: DecayScope = _optimizer(
+        DecayScope.ALL, "Decay all parameters, or only weights (no biases, no normalisation).")
+    schedule: Schedule = _rate(
+        Schedule.COSINE, "How the learning rate changes after the warm-up.", "--lr-schedule", "--schedule")
+    milestones: tuple[int, ...] = _rate(
+        (), "multistep: epochs after the warm-up at which the rate drops.", metavar="E,E,...",
         parse=_milestones)
-    lr_gamma: float | None = option(
-        None, "multistep: factor of each drop.", panel=_RATE, unset="0.1", bounds=between("(0, 1]"))
-    power: float | None = option(
-        None, "poly: exponent of the decay.", panel=_RATE, unset="1", bounds=positive())
-    min_lr: float = option(0.0, "cosine and poly: final learning rate.", panel=_RATE, bounds=at_least(0))
-    onecycle_warm: float | None = option(
-        None, "onecycle: fraction of the steps in which the rate rises.", panel=_RATE, unset="0.3",
+    lr_gamma: float | None = _rate(
+        None, "multistep: factor of each drop.", unset="0.1", bounds=between("(0, 1]"))
+    power: float | None = _rate(None, "poly: exponent of the decay.", unset="1", bounds=positive())
+    min_lr: float = _rate(0.0, "cosine and poly: final learning rate.", bounds=at_least(0))
+    onecycle_warm: float | None = _rate(
+        None, "onecycle: fraction of the steps in which the rate rises.", unset="0.3",
         bounds=between("(0, 1)"))
-    warmup: Warmup | None = option(
-        None, "Raise the rate linearly, or fourfold each epoch (exponential).", panel=_RATE,
+    warmup: Warmup | None = _rate(
+        None, "Raise the rate linearly, or fourfold each epoch (exponential).",
         unset="linear with --warmup-epochs, else none")
-    warmup_epochs: int | None = option(
-        None, "Epochs of warm-up, counted in --epochs.", panel=_RATE,
+    warmup_epochs: int | None = _rate(
+        None, "Epochs of warm-up, counted in --epochs.",
         unset=f"{_DEFAULT_WARMUP_EPOCHS} with --warmup, else 0", bounds=at_least(0))
-    label_smoothing: float = option(
-        0.0, "Share of the target probability spread over all classes.", panel=_LOSS,
-        bounds=between("[0, 1)"))
-    clip_norm: float | None = option(
-        None, "Clip gradients to this L2 norm over all parameters.", panel=_OPTIMIZER, bounds=positive())
-    gamma_l1: float = option(
+    label_smoothing: float = _loss(
+        0.0, "Share of the target probability spread over all classes.", bounds=between("[0, 1)"))
+    clip_norm: float | None = _optimizer(
+        None, "Clip gradients to this L2 norm over all parameters.", bounds=positive())
+    gamma_l1: float = _loss(
         0.0, "Weight of the L1 norm of batch-norm scales in the loss (Liu et al. 2017, equation 1).",
-        panel=_LOSS, bounds=at_least(0))
-    rate_weight: float = option(
-        0.0, "Weight of coded feature maps' bits per value in the loss; needs codecs.", panel=_LOSS,
+        bounds=at_least(0))
+    rate_weight: float = _loss(
+        0.0, "Weight of coded feature maps' bits per value in the loss; needs codecs.",
         bounds=between("[0, inf)"))
     loss: str | None = _loss(
         None, "Your loss(outputs, labels), a scalar tensor.", metavar="FILE.py:FN", unset="cross-entropy",
         runs_code=True)
     metric: str | None = _loss(
         None, "Your metric(outputs, labels) of a whole split; decides which epoch is best.",
-        metavar="FILE.py:FN", panel=_LOSS, unset="top-1", runs_code=True)
-    metric_mode: MetricMode = option(
-        MetricMode.MAX, "Whether larger or smaller values of --metric are better.", panel=_LOSS)
-    eval_from: int = option(
-        1, "First epoch after which to evaluate; the last one always is.", panel=_LOSS, bounds=at_least(1))
-    augment: bool = option(
-        True, "Augment training images as the data set recommends.", "--augment/--no-augment", panel=_LOSS)
+        metavar="FILE.py:FN", unset="top-1", runs_code=True)
+    metric_mode: MetricMode = _loss(
+        MetricMode.MAX, "Whether larger or smaller values of --metric are better.")
+    eval_from: int = _loss(
+        1, "First epoch after which to evaluate; the last one always is.", bounds=at_least(1))
+    augment: bool = _loss(
+        True, "Augment training images as the data set recommends.", "--augment/--no-augment")
     freeze_norm: bool = freeze_norm_option(_LOSS)
     ema: float = _loss(
         0.0, "Average the weights over about 1/(1-DECAY) steps; the average is validated and written.",

@@ -29,26 +29,15 @@ class RunOptions(Options):
     resume: bool = _run_folder(False, "Continue from the run folder's last.pt.", recorded=False)
     stop_after: int | None = _run_folder(
         None, "Stop after this many epochs of this call; --resume continues.", metavar="EPOCHS",
-        panel=_RUN_FOLDER, recorded=False, bounds=at_least(1))
-    save_every: int | None = option(
-        None, "Keep epoch-NNNN.pt in the run folder at this interval.", metavar="EPOCHS", panel=_RUN_FOLDER,
         recorded=False, bounds=at_least(1))
-    tensorboard: bool = option(False, "Write TensorBoard event files.", panel=_RUN_FOLDER, recorded=False)
-    mlflow: bool = option(
-        False, "Log to a local MLflow file store.", panel=_RUN_FOLDER, recorded=False)
-    mlflow_dir: str | None = option(
-        None, "Folder of MLflow's file store.", metavar="DIR", panel=_RUN_FOLDER, recorded=False,
-        unset="in the run folder")
-    devices: int = option(
-        1, "Processes on this machine, one device each.", panel=_MACHINES, bounds=at_least(1))
-    nodes: int = option(
-        1, "Machines; set MASTER_ADDR, MASTER_PORT and NODE_RANK on each of them.", panel=_MACHINES,
+    save_every: int | None = _run_folder(
+        None, "Keep epoch-NNNN.pt in the run folder at this interval.", metavar="EPOCHS", recorded=False,
         bounds=at_least(1))
     tensorboard: bool = _run_folder(False, "Write TensorBoard event files.", recorded=False)
-    mlflow: bool = _run_folder(False, "Write a run into a local MLflow file store.", recorded=False)
+    mlflow: bool = _run_folder(False, "Log to a local MLflow file store.", recorded=False)
     mlflow_dir: str | None = _run_folder(
-        None, "MLflow's file store.", metavar="DIR", recorded=False, unset="in the run folder")
-    devices: int = _machines(1, "Processes on this machine, a device each.", bounds=at_least(1))
+        None, "Folder of MLflow's file store.", metavar="DIR", recorded=False, unset="in the run folder")
+    devices: int = _machines(1, "Processes on this machine, one device each.", bounds=at_least(1))
     nodes: int = _machines(
         1, "Machines; set MASTER_ADDR, MASTER_PORT and NODE_RANK on each of them.", bounds=at_least(1))
     # fmt: on

@@ -35,27 +35,24 @@ class WeightOptions(Options):
     """How layers go into a transform domain."""
 
     # fmt: off
-    mode: Mode = option(
-        Mode.COEFFICIENT, "Transform the weights, or train basis functions in their place.", panel=_WEIGHTS)
-    layers: tuple[str, ...] = option(
+    mode: Mode = _weights(Mode.COEFFICIENT, "Transform the weights, or train basis functions in their place.")
+    layers: tuple[str, ...] = _weights(
         ("all",), "Layers: linear (fc, dense), conv, all, or a pattern of module names; may be repeated.",
-        metavar="KIND|GLOB", panel=_WEIGHTS, repeated=True, unset="all")
-    axes: Axes | None = option(
-        None, "Axes of a convolution to transform; linear layers have channel axes only.", panel=_WEIGHTS,
+        metavar="KIND|GLOB", repeated=True, unset="all")
+    axes: Axes | None = _weights(
+        None, "Axes of a convolution to transform; linear layers have channel axes only.",
         unset="spatial, and channel where the kernel is 1x1")
-    keep: float | None = option(
-        None, "Fraction of the coefficients to keep.", panel=_WEIGHTS, unset="1, which loses nothing",
+    keep: float | None = _weights(
+        None, "Fraction of the coefficients to keep.", unset="1, which loses nothing",
         bounds=between("(0, 1]"))
-    threshold: float | None = option(
-        None, "Keep coefficients of at least this magnitude, in place of --keep.", panel=_WEIGHTS,
-        bounds=at_least(0))
-    select: Select = option(
-        Select.ENERGY, "Keep the coefficients of most energy, or a corner of low frequencies.",
-        panel=_WEIGHTS)
-    scope: Scope = option(
-        Scope.LOCAL, "Let coefficients compete within their layer, or across the network.", panel=_WEIGHTS)
-    block: int | None = option(
-        None, "Transform channel axes, or feature maps, in blocks of this size.", panel=_BOTH,
+    threshold: float | None = _weights(
+        None, "Keep coefficients of at least this magnitude, in place of --keep.", bounds=at_least(0))
+    select: Select = _weights(
+        Select.ENERGY, "Keep the coefficients of most energy, or a corner of low frequencies.")
+    scope: Scope = _weights(
+        Scope.LOCAL, "Let coefficients compete within their layer, or across the network.")
+    block: int | None = _both(
+        None, "Transform channel axes, or feature maps, in blocks of this size.",
         unset="whole axes for weights, 8 for features", bounds=at_least(2))
     levels: int | None = _both(
         None, "Levels of a wavelet.", unset="as many as fit for weights, 3 for features", bounds=at_least(1))
@@ -116,43 +113,38 @@ class FeatureOptions(Options):
     # fmt: off
     taps: tuple[str, ...] = _features(
         (BLOCKS,), "Modules whose output is coded: blocks (every residual block), or a pattern of module "
-        "names; may be repeated.", metavar="blocks|GLOB", panel=_FEATURES, repeated=True, unset=BLOCKS)
-    bits: int = option(
-        8, "Bits of the quantizer before the transform.", panel=_FEATURES, bounds=between("[2, 16]"))
-    symbol_bits: int | None = option(
-        None, "Bits that quantized coefficients are clamped to.", panel=_FEATURES,
-        unset="enough for every value", bounds=between("[2, 32]"))
-    q_table: str | None = option(
-        None, "Step sizes of the coefficients' quantizer.", metavar="FILE.json|.csv", panel=_FEATURES,
+        "names; may be repeated.", metavar="blocks|GLOB", repeated=True, unset=BLOCKS)
+    bits: int = _features(8, "Bits of the quantizer before the transform.", bounds=between("[2, 16]"))
+    symbol_bits: int | None = _features(
+        None, "Bits that quantized coefficients are clamped to.", unset="enough for every value",
+        bounds=between("[2, 32]"))
+    q_table: str | None = _features(
+        None, "Step sizes of the coefficients' quantizer.", metavar="FILE.json|.csv",
         unset="the default table")
-    norm: Norm = option(
-        Norm.ORTHO, "Scale of the transform that the steps refer to; none is scipy's norm=None.",
-        panel=_FEATURES)
-    mean_shift: bool | None = option(
-        None, "Send each sample's mean separately.", "--mean-shift/--no-mean-shift", panel=_FEATURES,
+    norm: Norm = _features(
+        Norm.ORTHO, "Scale of the transform that the steps refer to; none is scipy's norm=None.")
+    mean_shift: bool | None = _features(
+        None, "Send each sample's mean separately.", "--mean-shift/--no-mean-shift",
         unset="--mean-shift for wavelets only")
-    block: int = option(8, "Side of a block of the transform.", panel=_BOTH, bounds=between("[2, 64]"))
-    levels: int = option(3, "Levels of a wavelet.", panel=_BOTH, bounds=between("[1, 10]"))
-    k: int | None = option(
+    block: int = _both(8, "Side of a block of the transform.", bounds=between("[2, 64]"))
+    levels: int = _both(3, "Levels of a wavelet.", bounds=between("[1, 10]"))
+    k: int | None = _features(
         None, "Order of the exponential-Golomb code, 0 to 5, or auto: each tap's best on the calibration "
-        "images.", metavar="0-5|auto", panel=_FEATURES, parse=_order, shown="auto", bounds=between("[0, 5]"))
-    prequantizer: Prequantizer = option(
-        Prequantizer.AUTO, "How values become integers before the transform.", panel=_FEATURES)
-    quality: float | None = option(
-        None, "1 to 100: scale the steps as JPEG does; 50 leaves them unscaled.", panel=_FEATURES,
-        bounds=between("[1, 100]"))
+        "images.", metavar="0-5|auto", parse=_order, shown="auto", bounds=between("[0, 5]"))
+    prequantizer: Prequantizer = _features(
+        Prequantizer.AUTO, "How values become integers before the transform.")
+    quality: float | None = _features(
+        None, "1 to 100: scale the steps as JPEG does; 50 leaves them unscaled.", bounds=between("[1, 100]"))
     ratio: float | None = None
-    sweep: bool = option(
+    sweep: bool = _report(
         False, "Measure a range of qualities: a table and a plot next to the product.", metavar="quality",
-        panel=_REPORT, parse=_sweep)
-    dead_zone: float = option(
+        parse=_sweep)
+    dead_zone: float = _features(
         0.0, "Widen the quantizer's zero: round magnitudes up only from 0.5 + this many steps on.",
-        panel=_FEATURES, bounds=between("[0, 0.5)"))
-    channel_klt: bool = option(
-        False, "First decorrelate channels by a calibrated orthogonal basis.", panel=_FEATURES)
-    allocate: bool = option(
-        False, "Choose the steps by how much each coefficient changes the outputs.", panel=_FEATURES)
-    calibration: int = option(1024, "Training images to calibrate on.", panel=_FEATURES, bounds=at_least(1))
+        bounds=between("[0, 0.5)"))
+    channel_klt: bool = _features(False, "First decorrelate channels by a calibrated orthogonal basis.")
+    allocate: bool = _features(False, "Choose the steps by how much each coefficient changes the outputs.")
+    calibration: int = _features(1024, "Training images to calibrate on.", bounds=at_least(1))
     report_file: str | None = report_file_option(_REPORT)
     histograms: str | None = histograms_option(_REPORT)
     zero_bar: bool = zero_bar_option(_REPORT)
@@ -189,17 +181,17 @@ class TransformOptions(Options):
     """Options of one transform."""
 
     # fmt: off
-    target: TransformTarget = option(
+    target: TransformTarget = _both(
         TransformTarget.WEIGHTS, "weights or features; with features also ratio=N, the compression ratio "
-        "against 8 bit to search for.", metavar="weights|features|ratio=N", panel=_BOTH, repeated=True,
-        parse=_target, unset="weights")
-    kernel: str = option(
+        "against 8 bit to search for.", metavar="weights|features|ratio=N", repeated=True, parse=_target,
+        unset="weights")
+    kernel: str = _both(
         "dct", "dct, dst, dft, dwt (haar), klt (from the data), identity, or a wavelet such as db2 or "
         "bior2.2.")
     weights: WeightOptions = nested(WeightOptions)
     features: FeatureOptions = nested(FeatureOptions)
-    preset: TransformPreset | None = option(
-        None, "Set the options of a published method; options that you give win.", panel=_BOTH)
+    preset: TransformPreset | None = _both(
+        None, "Set the options of a published method; options that you give win.")
     data: DataOptions = nested(DataOptions)
     # fmt: on
 
