@@ -34,11 +34,7 @@ def recalibrate(
     Raises:
         DataError: if there are no images.
     """
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-    ]
+    norms = _with_statistics(model)
     if not norms:
         return 0
     device = device or device_of(model)
@@ -76,6 +72,10 @@ def freeze_statistics(model: nn.Module) -> None:
     Args:
         model: in training mode; its batch norms with running statistics go to eval mode.
     """
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            module.eval()
+    for norm in _with_statistics(model):
+        norm.eval()
+
+
+def _with_statistics(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return [norm for norm in norms if norm.running_mean is not None]

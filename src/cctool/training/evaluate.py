@@ -83,8 +83,7 @@ class _EvaluationSums:
         self._loss = loss
         self._metric = metric
         # n, sum of losses, correct among the first, correct among the first five.
-        dtype = torch.float64
-        self._sums = torch.zeros(4, dtype=dtype, device=device)
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._classifies = True
         self._outputs: list[Tensor] = []
         self._labels: list[Tensor] = []

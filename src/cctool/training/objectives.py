@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -70,11 +71,6 @@ def main_output(outputs: Any) -> Tensor:
     return first
 
 
-def auxiliary_outputs(outputs: Any) -> list[Tensor]:
-    """Give the logits of auxiliary classifiers: what follows the first of a tuple."""
-    return [item for item in outputs[1:] if isinstance(item, Tensor)] if isinstance(outputs, tuple) else []
-
-
 def cross_entropy(outputs: Any, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy; auxiliary classifiers count 0.3 each.
 
@@ -95,8 +91,10 @@ def cross_entropy(outputs: Any, labels: Tensor, label_smoothing: float = 0.0) ->
             "cross-entropy needs (N, classes), or give your own --loss"
         )
     loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    for auxiliary in auxiliary_outputs(outputs):
-        loss = loss + _AUXILIARY_WEIGHT * F.cross_entropy(auxiliary, labels, label_smoothing=label_smoothing)
+    for auxiliary in outputs[1:] if isinstance(outputs, tuple) else ():
+        if isinstance(auxiliary, Tensor):
+            extra = F.cross_entropy(auxiliary, labels, label_smoothing=label_smoothing)
+            loss = loss + _AUXILIARY_WEIGHT * extra
     return loss
 
 
@@ -119,9 +117,13 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return temperature**2 * divergence
 
 
+def _batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether any module is a batch norm."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    return bool(_batch_norms(model))
 
 
 def gamma_penalty(model: nn.Module, weight: float) -> Callable[[], Tensor] | None:
@@ -134,12 +136,8 @@ def gamma_penalty(model: nn.Module, weight: float) -> Callable[[], Tensor] | Non
     """
     if not weight:
         return None
-    gammas: list[Tensor] = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None
-    ]
-    gammas = [gamma for gamma in gammas if gamma.requires_grad]
+    scales = [norm.weight for norm in _batch_norms(model) if norm.weight is not None]
+    gammas = [scale for scale in scales if scale.requires_grad]
     if not gammas:
         raise TrainingError("--gamma-l1: the network has no batch norm with a trainable scale")
     return absolute_sum(gammas, weight)
@@ -169,11 +167,7 @@ class Supervised:
 
     def __init__(self, label_smoothing: float = 0.0, loss: UserLoss | None = None) -> None:
         self.user = loss.reference if loss is not None else None
-        self._loss: Callable[[Any, Tensor], Tensor]
-        if loss is not None:
-            self._loss = loss
-        else:
-            self._loss = lambda outputs, labels: cross_entropy(outputs, labels, label_smoothing)
+        self._loss = loss or partial(cross_entropy, label_smoothing=label_smoothing)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Terms:
         """Run the network and compare its outputs with the labels."""
@@ -200,11 +194,9 @@ class Distillation:
         label_smoothing: float = 0.0,
         loss: UserLoss | None = None,
     ) -> None:
-        self.user = loss.reference if loss is not None else None
-        self._teacher = teacher
-        self._temperature = temperature
-        self._alpha = alpha
+        self._teacher, self._temperature, self._alpha = teacher, temperature, alpha
         self._supervised = Supervised(label_smoothing, loss)
+        self.user = self._supervised.user
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Terms:
         """Run both networks on the same images."""

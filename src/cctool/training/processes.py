@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -109,18 +109,16 @@ def make_fabric(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*srun.*command is available")
-            if devices * nodes == 1:
-                chosen: list[int] | int = [device.index or 0] if device.type == "cuda" else 1
-                fabric = Fabric(accelerator=device.type, devices=chosen, precision=_PRECISIONS[precision])
-            else:
-                fabric = Fabric(
-                    accelerator=device.type,
-                    devices=devices,
-                    num_nodes=nodes,
-                    strategy=DDPStrategy(find_unused_parameters=True),
-                    precision=_PRECISIONS[precision],
-                    plugins=[TorchElasticEnvironment()],
-                )
+            chosen: list[int] | int = devices
+            several: dict[str, Any] = {}
+            if devices * nodes > 1:
+                strategy, plugins = DDPStrategy(find_unused_parameters=True), [TorchElasticEnvironment()]
+                several = {"num_nodes": nodes, "strategy": strategy, "plugins": plugins}
+            elif device.type == "cuda":
+                chosen = [device.index or 0]
+            fabric = Fabric(
+                accelerator=device.type, devices=chosen, precision=_PRECISIONS[precision], **several
+            )
             fabric.launch()
     finally:
         talk.setLevel(level)

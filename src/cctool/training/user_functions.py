@@ -43,23 +43,18 @@ class UserLoss:
     def __call__(self, outputs: Any, labels: Tensor) -> Tensor:
         """Loss of one batch."""
         value = user_code.call_often(self.reference, self._function, outputs, labels)
+        wrong = None
         if not isinstance(value, Tensor):
-            raise UserCodeError(
-                f"{self.reference} returned a {type(value).__name__}; "
-                "a loss is a scalar tensor that depends on the outputs"
-            )
-        if value.numel() != 1:
-            raise UserCodeError(
-                f"{self.reference} returned shape {list(value.shape)}; a loss is one number: take its mean"
-            )
-        if not value.is_floating_point():
-            raise UserCodeError(f"{self.reference} returned {value.dtype}; a loss is a floating-point tensor")
-        if torch.is_grad_enabled() and not value.requires_grad:
-            raise UserCodeError(
-                f"{self.reference} returned a loss without a gradient: "
-                "compute it from the outputs by torch functions"
-            )
-        return value.reshape(())
+            wrong = f"a {type(value).__name__}; a loss is a scalar tensor that depends on the outputs"
+        elif value.numel() != 1:
+            wrong = f"shape {list(value.shape)}; a loss is one number: take its mean"
+        elif not value.is_floating_point():
+            wrong = f"{value.dtype}; a loss is a floating-point tensor"
+        elif torch.is_grad_enabled() and not value.requires_grad:
+            wrong = "a loss without a gradient: compute it from the outputs by torch functions"
+        if wrong is not None:
+            raise UserCodeError(f"{self.reference} returned {wrong}")
+        return value.reshape(())  # type: ignore[no-any-return]
 
 
 class UserMetric:

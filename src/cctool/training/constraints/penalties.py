@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,11 @@ class GroupLasso(Constraint):
 
     def __init__(self, families: Sequence[Sequence[Part]], strength: float) -> None:
         self._strength = strength
-        self._families = [[_beside(part) for part in family] for family in families if family]
+        self._families = [
+            [replace(part, indices=part.indices.to(part.parameter.device)) for part in family]
+            for family in families
+            if family
+        ]
         if not self._families:
             raise TrainingError("the group lasso has no unit to act on: nothing can be cut")
 
@@ -105,10 +109,6 @@ class GroupLasso(Constraint):
             norms = _safe_sqrt(torch.stack(owned).sum(dim=0))
             terms.append(math.sqrt(size) * norms.sum())
         return self._strength * torch.stack(terms).sum()
-
-
-def _beside(part: Part) -> Part:
-    return Part(part.parameter, part.dim, part.indices.to(part.parameter.device))
 
 
 class _PerIndex:
@@ -164,7 +164,7 @@ class GrowingPenalty(Constraint):
         self._delta, self._every, self._ceiling = delta, every, ceiling
         self._steps = 0
         chosen = [
-            Part(part.parameter, part.dim, part.indices[units.to(part.indices.device)])
+            replace(part, indices=part.indices[units.to(part.indices.device)])
             for family, units in zip(families, doomed, strict=True)
             for part in family
         ]

@@ -81,13 +81,12 @@ class _EntryTable:
             )
         given = shared.entries.reshape(-1)
         alone = int(given.max()) + 1 if given.numel() else 0
-        index = torch.where(given < 0, alone, given)
-        self.alone = (given < 0).reshape(shared.entries.shape)
-        self.index = index
-        self.sizes = torch.bincount(index, minlength=alone + 1).clamp_(min=1)
-        places = torch.arange(len(index), device=index.device)
+        self.alone = shared.entries < 0
+        self.index = torch.where(given < 0, alone, given)
+        self.sizes = torch.bincount(self.index, minlength=alone + 1).clamp_(min=1)
+        places = torch.arange(len(given), device=given.device)
         first = torch.zeros_like(self.sizes)
-        self.first = first.scatter_reduce(0, index, places, "amin", include_self=False)
+        self.first = first.scatter_reduce(0, self.index, places, "amin", include_self=False)
 
     def move(self) -> None:
         """Go to the parameter's device."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from cctool.checkpoint.file.atomic import write_bytes
 from cctool.checkpoint.spec import Metrics
@@ -86,11 +86,7 @@ def weight_sparsity(model: nn.Module) -> Mapping[str, float]:
     Biases and normalisation are left out; tied weights count once.
     """
     weights = {name: value for name, value in model.named_parameters() if value.dim() >= 2}
-    zeros = {name: _zeros(value) for name, value in weights.items()}
+    zeros = {name: int(value.numel() - value.detach().count_nonzero()) for name, value in weights.items()}
     elements = sum(value.numel() for value in weights.values())
     shares = {name: 100 * zeros[name] / value.numel() for name, value in weights.items() if value.numel()}
     return shares | {TOTAL: 100 * sum(zeros.values()) / elements if elements else 0.0}
-
-
-def _zeros(value: Tensor) -> int:
-    return int(value.numel() - value.detach().count_nonzero())

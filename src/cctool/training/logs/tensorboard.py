@@ -35,8 +35,7 @@ class TensorBoardLog:
                 raise TrainingError(
                     "--tensorboard needs the package tensorboard: pip install 'cctool[tensorboard]'"
                 ) from None
-        purge = first_epoch + 1 if first_epoch else None
-        self._writer = SummaryWriter(str(folder), purge_step=purge)
+        self._writer = SummaryWriter(str(folder), purge_step=first_epoch + 1 if first_epoch else None)
         self._last = first_epoch
 
     def parameters(self, values: Mapping[str, object]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -120,8 +120,7 @@ def fit(task: Task) -> FitResult:
         if task.stop_after is not None and loop.progress.epoch - first >= task.stop_after:
             break
         loop.run_epoch()
-    completed = loop.progress.epoch >= task.options.epochs
-    best = loop.progress.best
+    completed, best = loop.progress.epoch >= task.options.epochs, loop.progress.best
     if completed and best is not None:
         task.model.load_state_dict(best.weights)
     task.model.to(memory_format=torch.contiguous_format)
@@ -258,7 +257,7 @@ class _Loop:
         if not self._is_better(metrics):
             return row
         self.progress.best = Best(row.epoch, metrics, _copy_of_state(self.bare))
-        return row.as_best()
+        return replace(row, best=True)
 
     def _record(self, row: EpochRow) -> None:
         progress = self.progress

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -56,10 +56,6 @@ class EpochRow:
     validation_n: int = 0
     best: bool = False
     sparsity: float = 0.0
-
-    def as_best(self) -> EpochRow:
-        """Return this row, marked as the best so far."""
-        return replace(self, best=True)
 
 
 @dataclass(frozen=True)

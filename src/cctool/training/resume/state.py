@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from pydantic import JsonValue
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from cctool.base.errors import CorruptCheckpointError, TrainingError
@@ -77,10 +77,8 @@ def generator_states(fabric: Fabric) -> dict[str, Tensor]:
     }
     if fabric.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(fabric.device)
-    if fabric.world_size == 1:
-        return {f"generators/{name}": state[None] for name, state in states.items()}
-    group = Together(fabric)
-    return {f"generators/{name}": group.stack(state) for name, state in states.items()}
+    stack = Together(fabric).stack if fabric.world_size > 1 else lambda state: state[None]
+    return {f"generators/{name}": stack(state) for name, state in states.items()}
 
 
 def restore_generators(tensors: Mapping[str, Tensor], fabric: Fabric) -> None:
@@ -123,17 +121,10 @@ def restore_optimizer(optimizer: Optimizer, state: JsonValue, tensors: Mapping[s
         optimizer.load_state_dict(unflatten(state, tensors))
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise TrainingError(f"the stored optimizer state does not fit this optimizer: {error}") from None
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            _as_laid_out(optimizer.state.get(parameter, {}), parameter)
-
-
-def _as_laid_out(moments: dict[str, Any], parameter: nn.Parameter) -> None:
-    """Lay moments out in memory like their parameter, which the fast multi-tensor kernels ask for."""
-    for name, value in moments.items():
-        if (
-            isinstance(value, Tensor)
-            and value.shape == parameter.shape
-            and value.stride() != parameter.stride()
-        ):
-            moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    # The fast multi-tensor kernels ask for moments that lie in memory like their parameter.
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        moments = optimizer.state.get(parameter, {})
+        for name, value in moments.items():
+            same = isinstance(value, Tensor) and value.shape == parameter.shape
+            if same and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
