@@ -24,26 +24,6 @@ A message is one line: the value, what is allowed, and the way out. For example:
         print(error)
 """
 
-__all__ = [
-    "ArchitectureError",
-    "BitstreamError",
-    "CctoolError",
-    "CheckpointError",
-    "CorruptCheckpointError",
-    "DataError",
-    "DeviceError",
-    "DivergedError",
-    "ExportError",
-    "PruningError",
-    "QuantizationError",
-    "SpecError",
-    "TrainingError",
-    "TransformError",
-    "UnsafeCheckpointError",
-    "UsageError",
-    "UserCodeError",
-]
-
 
 class CctoolError(Exception):
     """Base of all errors raised on purpose; ends a command with exit status 1."""

@@ -12,24 +12,10 @@ __all__ = ["build", "default_arguments", "input_shape", "names"]
 
 # `checkpoint_path` would unpickle a file and `pretrained*` download one; the others make something that is
 # no classifier, or place it. A spec comes from a file that nobody vouches for.
-REFUSED = frozenset(
-    {
-        "cache_dir",
-        "checkpoint_path",
-        "device",
-        "dtype",
-        "exportable",
-        "feature_cfg",
-        "feature_cls",
-        "features_only",
-        "kwargs_filter",
-        "model_cfg",
-        "no_jit",
-        "out_indices",
-        "pruned",
-        "scriptable",
-    }
-)
+REFUSED = frozenset({
+    "cache_dir", "checkpoint_path", "device", "dtype", "exportable", "feature_cfg", "feature_cls",
+    "features_only", "kwargs_filter", "model_cfg", "no_jit", "out_indices", "pruned", "scriptable",
+})  # fmt: skip
 DEFAULT_SHAPE = (3, 224, 224)
 
 

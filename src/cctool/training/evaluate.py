@@ -15,7 +15,7 @@ from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
 from cctool.graph.execution import blaming_the_size
 from cctool.training.objectives import cross_entropy, main_output
-from cctool.training.processes import Alone, Group
+from cctool.training.processes import Group
 from cctool.training.user_functions import UserMetric
 
 __all__ = ["LossFunction", "count_correct", "evaluate", "outputs_of", "trial_output"]
@@ -153,7 +153,7 @@ def evaluate(
             _refuse_unknown_classes(main_output(outputs), labels, split)
         with torch.no_grad():
             totals.add(outputs, labels)
-    return totals.metrics(split, group or Alone())
+    return totals.metrics(split, group or Group())
 
 
 def _refuse_unknown_classes(logits: Tensor, labels: Tensor, split: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from cctool.options.common import Precision
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Alone", "Group", "Together", "group_of", "make_fabric"]
+__all__ = ["Group", "Together", "group_of", "make_fabric"]
 
 _PRECISIONS: dict[Precision, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
     Precision.FULL: "32-true",
@@ -24,29 +24,19 @@ _PRECISIONS: dict[Precision, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
 }
 
 
-class Group(Protocol):
-    """Puts together what each process has."""
+class Group:
+    """Puts together what each process has; this one is a single process."""
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all processes, element by element."""
+        return values
 
     def concatenate(self, values: Tensor) -> Tensor:
         """Put the rows of all processes behind each other, however many each has."""
-
-
-class Alone:
-    """A group of one process."""
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Return ``values``."""
-        return values
-
-    def concatenate(self, values: Tensor) -> Tensor:
-        """Return ``values``."""
         return values
 
 
-class Together:
+class Together(Group):
     """The processes of a Fabric."""
 
     def __init__(self, fabric: Fabric) -> None:
@@ -76,7 +66,7 @@ class Together:
 
 def group_of(fabric: Fabric) -> Group:
     """Give the group that ``fabric`` belongs to."""
-    return Together(fabric) if fabric.world_size > 1 else Alone()
+    return Together(fabric) if fabric.world_size > 1 else Group()
 
 
 def make_fabric(
