@@ -44,7 +44,7 @@ def apot_levels(bits: int, terms: int) -> Numbers:
         QuantizationError: if there are other numbers of bits or terms.
 
     >>> apot_levels(3, 1).tolist()
-    [-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0]
+    [-1.0, -0.5, -0.25, -0.0, 0.25, 0.5, 1.0]
     """
     if not 2 <= bits <= 8 or not 1 <= terms < bits:
         raise QuantizationError(
