@@ -1,7 +1,7 @@
-"""Code of the user's own, named as ``path/to/net.py:factory`` or ``package.module:factory``.
+"""The user's own code, named as ``path/to/net.py:factory`` or ``package.module:factory``.
 
-Nothing here decides that a reference may run: the caller passes the references that stand on this command
-line, and every other one is refused before a file is opened. Standard library only.
+Nothing here decides which code may run: callers pass the references that the command line names, and refuse
+every other one before a file is opened. Standard library only.
 """
 
 import hashlib
@@ -35,20 +35,18 @@ def looks_like_user_code(reference: str) -> bool:
 
 
 def is_named(reference: str, named: Collection[str]) -> bool:
-    """Whether ``reference`` is one of ``named``, two spellings of one path being the same.
+    """Whether ``reference``, perhaps out of a checkpoint, is one of those that the command line names.
 
-    Args:
-        reference: a reference, perhaps out of a checkpoint.
-        named: the references that stand on this command line.
+    Two spellings of one path are the same.
     """
     return _canonical(reference) in {_canonical(candidate) for candidate in named}
 
 
 def load(reference: str) -> Callable[..., Any]:
-    """Import the file or module of ``reference`` and give the function (or class) that it names.
+    """Import the file or module of ``reference`` and return the function (or class) that it names.
 
-    A file is imported once under a private module name made of its path and its content, so that no two
-    files called ``net.py`` meet, and an edited file is read again. Modules beside it can be imported by it.
+    A file is imported once, under a private module name made of its path and content: two files called
+    ``net.py`` do not clash, and an edited file is read again. It can import modules from its own folder.
 
     Raises:
         UserCodeError: there is no such file, module or function, or importing it raised.
@@ -71,7 +69,7 @@ def load(reference: str) -> Callable[..., Any]:
 
 
 def call(reference: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Call a function of the user's, and say its name and the line where it raised.
+    """Call a user's function, so that an error names it and the line that raised.
 
     Raises:
         UserCodeError: the function raised; the message has the exception and the user's line.
@@ -81,10 +79,10 @@ def call(reference: str, function: Callable[..., Any], *arguments: Any, **named:
 
 
 def call_often(reference: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of the user's as `call` does, fast where it does not fail.
+    """Call a user's function as `call` does, at full speed unless it fails.
 
-    Preparing imports and finding the line to blame is too slow for every step or image, so it is done, with a
-    second call, only after the first one raised.
+    Preparing imports and finding the line to blame is too slow for every step or image, so a function that
+    raised is called a second time, by `call`.
     """
     try:
         return function(*arguments)
@@ -97,7 +95,7 @@ def _guarded(reference: str, action: Callable[[], Any]) -> Any:
         return action()
     except CctoolError:
         raise
-    # A script that calls sys.exit() at module level must not end the command without a word.
+    # SystemExit, too: a script that calls sys.exit() at module level must not end the command silently.
     except (Exception, SystemExit) as error:
         raise UserCodeError(f"{reference} raised {_describe(error, reference)}") from error
 
@@ -158,9 +156,9 @@ def _load_module(name: str, reference: str) -> ModuleType:
 
 @contextmanager
 def importable(reference: str) -> Iterator[None]:
-    """Let modules in the folder of the user's file be imported by their plain names, as pickled modules need.
+    """Let modules in the folder of the user's file be imported by their own names, as pickled modules need.
 
-    ``sys.path`` and modules of the same names from elsewhere are as before afterwards.
+    Afterwards ``sys.path``, and modules of the same names from other folders, are as before.
     """
     folder = _folder_of(reference)
     entry = str(folder)
@@ -180,7 +178,7 @@ def importable(reference: str) -> Iterator[None]:
 def _is_shadowed(name: str, module: ModuleType, folder: Path) -> bool:
     """Whether ``name`` was imported from another folder although ``folder`` has a module of that name.
 
-    Two networks that each have a ``layers.py`` beside them (a teacher and a student) must each get their own.
+    A teacher and a student that each have a ``layers.py`` in their folders must each get their own.
     """
     if "." in name or name in sys.stdlib_module_names or name.startswith(PRIVATE_PREFIX):
         return False

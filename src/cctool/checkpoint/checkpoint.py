@@ -48,16 +48,16 @@ class Opened:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model that trains, with all that a file remembers of it.
+    """A model that trains, with everything else that its file holds.
 
     Attributes:
         model: the built module with its tensors, on the CPU.
         spec: how to build it again.
         history: the steps that led to it.
-        stored: how tensors lie in the file where that is not dense. The model holds the decoded values;
-            whoever changes a tensor cuts, encodes again or drops its entry.
-        resume: state for continuing a training.
-        origin: the file that it came from; None for a fresh one.
+        stored: encoded forms of the tensors that the file does not hold dense. The model holds the decoded
+            values; code that changes a tensor must cut, re-encode or drop its entry.
+        resume: state for continuing a training run.
+        origin: the file that it came from; None for a fresh network.
     """
 
     model: nn.Module
@@ -72,7 +72,11 @@ class Checkpoint:
         return replace(self, history=(*self.history, step))
 
     def payload(self) -> Payload:
-        """What a file of this checkpoint holds, digests included."""
+        """What a file of this checkpoint holds, including digests.
+
+        Raises:
+            CheckpointError: if an entry of the state dict is not a tensor, or a stored tensor has no entry.
+        """
         tensors: dict[str, Tensor | EncodedTensor] = {}
         for name, value in self.model.state_dict().items():
             if not isinstance(value, Tensor):
@@ -109,7 +113,7 @@ def open_file(path: Path, *, trust_pickle: bool = False, suffix: str | None = No
     if (suffix or path.suffix) == ".safetensors":
         document = read_safetensors(path, signed=signed)
     else:
-        # Files of ours never need pickle, whatever the user trusts.
+        # Files of ours never need pickle, so it stays off for them even with --trust-pickle.
         document = read_foreign(path, trust_pickle=trust_pickle and not signed)
         if isinstance(document, dict) and "cctool" in document:
             if not signed:
@@ -158,7 +162,7 @@ def build(opened: Opened, spec: ModelSpec, tables: Tables) -> Checkpoint:
         return Checkpoint(assembled, spec, origin=opened.origin)
     stored = {k: v for k, v in opened.payload.tensors.items() if isinstance(v, EncodedTensor)}
     model = instantiate(spec, tables, opened.payload.tensors)
-    # Before anything is decoded, for decoding allocates what the shapes say.
+    # Before anything is decoded, because decoding allocates what the shapes say.
     refuse_misfit(model, {name: value.shape for name, value in opened.payload.tensors.items()})
     assembled = assemble(model, _decode(opened.payload.tensors, tables))
     check_edits(assembled, spec, tables)
@@ -189,9 +193,9 @@ def save(checkpoint: Checkpoint, path: Path | str, tables: Tables, *, overwrite:
     """Write a checkpoint so that a crash leaves the old file or the new one, whole, and read it back.
 
     Args:
-        checkpoint: what to write.
+        checkpoint: what to write; its stored tensors must decode to what the model holds.
         path: the target; its suffix decides the format.
-        tables: registries, to check that stored tensors decode to what the model holds.
+        tables: registries.
         overwrite: whether an existing file may be replaced.
 
     Returns:

@@ -29,17 +29,17 @@ def write_atomically(
     *,
     overwrite: bool = True,
 ) -> None:
-    """Write to a temporary file beside ``path``, flush it to disk, check it, rename it into place.
+    """Write to a temporary file next to ``path``, flush it to disk, check it, rename it into place.
 
     Args:
         path: the target; a symbolic link is followed.
         write: fills the open temporary file.
-        check: reads the temporary file back and raises if it is not what was meant.
+        check: reads the temporary file back and raises if the content is not what was meant.
         overwrite: whether an existing target may be replaced.
 
     Raises:
-        CheckpointError: if the folder is missing, the disk is full or the target exists; nothing is left
-            under the final name then.
+        CheckpointError: if the folder is missing, the disk is full or the target exists; the target is then
+            unchanged.
     """
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
@@ -74,7 +74,7 @@ def write_atomically(
 
 
 def write_bytes(path: Path, content: bytes, *, overwrite: bool = True) -> None:
-    """Write bytes, see `write_atomically`, and read them back."""
+    """Write bytes as `write_atomically` does, and read them back."""
 
     def check(temporary: Path) -> None:
         if temporary.read_bytes() != content:
@@ -107,7 +107,7 @@ def _exists(path: Path) -> CheckpointError:
 
 
 class _Guarded:
-    """A file whose first OSError is remembered: torch's writer would replace it by its own message."""
+    """A file that remembers its first OSError, which torch's writer would replace by a message of its own."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -142,7 +142,7 @@ class _Guarded:
 
 
 def _open_locked(temporary: Path) -> IO[bytes]:
-    """Create ``temporary`` and hold a lock on it, which the system releases even when we are killed."""
+    """Create ``temporary`` and lock it; the system releases the lock even when this process is killed."""
     while True:
         stream = temporary.open("xb+")
         if fcntl is None:
@@ -158,13 +158,13 @@ def _open_locked(temporary: Path) -> IO[bytes]:
 def hold_lock(stream: IO[bytes]) -> None:
     """Lock an open file until it is closed, where the system has locks."""
     if fcntl is not None:
-        # Network file systems may not support locks; then nothing is ever judged stale there.
+        # Some network file systems have no locks. `remove_stale` gets none either there, and removes nothing.
         with contextlib.suppress(OSError):
             fcntl.flock(stream, fcntl.LOCK_EX)
 
 
 def remove_stale(locks: Iterable[Path], remove: Callable[[Path], None]) -> None:
-    """Call ``remove`` with each lock file whose writer is dead: its lock is free."""
+    """Call ``remove`` with each of the lock files whose lock is free, which means that its writer is dead."""
     if fcntl is None:
         return
     for lock in locks:

@@ -20,12 +20,13 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def folder_atomically(path: Path, *, overwrite: bool, ours: Callable[[str], bool]) -> Iterator[Path]:
-    """Give a temporary folder beside ``path`` to fill, which takes its name when the block ends well.
+    """Yield a temporary folder to fill, which is renamed to ``path`` if the block ends without an error.
 
     Args:
         path: the target; a symbolic link is followed.
         overwrite: whether an existing folder of ours may be replaced.
-        ours: whether a folder of ours may hold an entry of that name. What holds another is never replaced.
+        ours: whether a folder of ours may hold an entry of that name; a folder that holds any other entry is
+            never replaced.
 
     Raises:
         CheckpointError: as `refuse_existing_folder`, or if the disk is full; nothing is left then.
@@ -53,7 +54,7 @@ def folder_atomically(path: Path, *, overwrite: bool, ours: Callable[[str], bool
 
 
 def refuse_existing_folder(path: Path, *, overwrite: bool, ours: Callable[[str], bool]) -> None:
-    """Refuse to start work whose folder could not be written.
+    """Refuse a folder that could not be written, before the work for it starts.
 
     Raises:
         CheckpointError: if ``path`` exists and may not be replaced, or its parent does not exist.
@@ -76,7 +77,7 @@ def _remove_folder_of(lock: Path) -> None:
 
 
 def _rename(temporary: Path, path: Path) -> None:
-    """Rename into place; an older folder is moved aside first, for a rename replaces no full one."""
+    """Rename into place; an existing folder is moved away first, because rename replaces only empty ones."""
     if not path.exists():
         temporary.rename(path)
         return

@@ -50,7 +50,7 @@ _R = TypeVar("_R", bound=BaseModel)
 
 @dataclass(frozen=True)
 class ResumeState:
-    """What training needs besides the weights to go on bit for bit.
+    """What training needs besides the weights to continue bit for bit.
 
     Attributes:
         tensors: optimizer moments, generator states, best weights.
@@ -66,8 +66,8 @@ class Payload:
     """Spec, history and tensors of one file, dense or encoded, on the CPU.
 
     Attributes:
-        digests: SHA-256 of each tensor, as `tensor_digests` gives them; empty where the file holds `digest`.
-        digest: `combined_digest` of them, of a file that holds this alone.
+        digests: SHA-256 of each tensor, see `tensor_digests`; empty if the file holds only `digest`.
+        digest: `combined_digest` of them, from a file that holds no others.
     """
 
     spec: ModelSpec
@@ -82,7 +82,7 @@ MemoryPlace = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
 
 
 def place(tensor: Tensor) -> MemoryPlace:
-    """Where a tensor lies in memory, and how: equal for tensors that are tied."""
+    """Address, type, shape and strides of a tensor: equal for tensors that are tied."""
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
 
 
@@ -144,14 +144,14 @@ def tensor_digests(payload: Payload) -> dict[str, str]:
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
-    """SHA-256 over all digests and their names, for files that have no room for each."""
+    """SHA-256 over all digests and their names, for files too small to hold one for each tensor."""
     return hashlib.sha256(canonical_json(dict(digests)).encode()).hexdigest()
 
 
 def content_hash(payload: Payload, digests: Mapping[str, str]) -> str:
-    """SHA-256 over spec, history and the model's tensors: what lineage refers to.
+    """SHA-256 over spec, history and the model's tensors, by which history refers to a parent.
 
-    Equal for the same content in ``.pt`` and ``.safetensors``; resume state does not count.
+    Equal for the same content in ``.pt`` and ``.safetensors``; resume state is left out.
     """
     text = canonical_json(
         {
@@ -200,7 +200,7 @@ def parse(record: type[_R], text: Any, what: str) -> _R:
         raise SpecError(f"the {what} is missing or is not JSON text")
     try:
         found = record.model_validate_json(text)
-        # JSON values inside may hold NaN or 1e999, which pydantic lets pass.
+        # JSON values inside may hold NaN or 1e999, which pydantic accepts.
         canonical_json(found.model_dump(mode="json"))
         return found
     except ValidationError as error:
@@ -210,12 +210,7 @@ def parse(record: type[_R], text: Any, what: str) -> _R:
 
 
 def fingerprint_of(model: nn.Module, without: Collection[str] = ()) -> str:
-    """SHA-256 over a network's tensors and their names.
-
-    Args:
-        model: any network; its companions are left out.
-        without: names in the state dict that are left out, too.
-    """
+    """SHA-256 over a network's tensors and their names, except those of companions and those ``without``."""
     ours = {*without, *companion_tensors(model)}
     hashed = hashlib.sha256()
     for name, tensor in model.state_dict().items():

@@ -41,7 +41,7 @@ _DTYPES = {
 def write_safetensors(payload: Payload, stream: IO[bytes]) -> None:
     """Write ``payload``; tied tensors are stored once and named in the metadata.
 
-    The library's own writer copies every tensor twice and orders the metadata by a random hash.
+    Not by the library's own writer, which copies every tensor twice and orders the metadata by a random hash.
     """
     if payload.resume is not None:
         raise CheckpointError("a .safetensors file cannot hold the state for --resume; write a .pt file")
@@ -71,7 +71,7 @@ def write_safetensors(payload: Payload, stream: IO[bytes]) -> None:
 
 
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], stream: IO[bytes]) -> None:
-    # The largest element type first: then every tensor is aligned.
+    # The largest element type first, so that every tensor is aligned without padding.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
@@ -99,11 +99,11 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], stream: IO[byte
 
 
 def read_safetensors(path: Path, *, signed: bool) -> Payload | dict[str, Tensor]:
-    """Read a file; one without our metadata comes back as its bare tensors.
+    """Read a file; one without our metadata gives its tensors alone.
 
     Args:
         path: the file.
-        signed: whether it holds a checksum of ours, which was right.
+        signed: whether it holds a checksum of ours, which `verify_checksum` found right.
 
     Raises:
         CorruptCheckpointError: if it cannot be read.
@@ -115,7 +115,7 @@ def read_safetensors(path: Path, *, signed: bool) -> Payload | dict[str, Tensor]
             metadata = file.metadata() or {}
             names = list(file.keys())
             tensors: dict[str, Tensor] = {name: _aligned(file.get_tensor(name)) for name in names}
-    # The library raises KeyError, AttributeError or its own error, by what is wrong.
+    # The library raises KeyError, AttributeError or its own error, depending on what is wrong.
     except Exception as error:
         raise CorruptCheckpointError(f"{path} is not a readable safetensors file: {error}") from None
     if "cctool" not in metadata and not signed:
@@ -134,9 +134,9 @@ def read_safetensors(path: Path, *, signed: bool) -> Payload | dict[str, Tensor]
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor at an address where torch puts its own.
+    """The tensor at an address that is aligned as torch's own allocations are.
 
-    Kernels choose how they sum by the address, too: elsewhere the logits differ in their last bits.
+    Kernels choose the order of their sums by alignment, too: otherwise the logits differ in their last bits.
     """
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
