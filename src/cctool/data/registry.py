@@ -26,9 +26,9 @@ class Dataset:
     """A kind of data set.
 
     Attributes:
-        form: how it is named.
+        form: how references to it are written.
         summary: one line for the list of data sets.
-        open: (reference, folder, input shape or None) -> source; the folder is empty where none is named.
+        open: (reference, folder, input shape or None) -> source; the folder is "" if none is named.
     """
 
     form: str
@@ -68,18 +68,18 @@ def open_data(
     input_shape: Shape | None = None,
     limit: int | None = None,
 ) -> DataSource:
-    """Find a data set; its images are read when a split is asked for.
+    """Find a data set; its images are read when a split is first used.
 
     Args:
         reference: ``KIND``, ``KIND:DIR``, ``my.py:factory`` or ``package.module:factory``.
-        val_data: another reference, whose validation split is used (or all of it, where nobody divided it).
+        val_data: another reference, whose validation split is used (or all of it, if it has no splits).
         test_data: likewise, for the test split.
-        user_code: references that the user named on this command line, the only ones whose code may run.
-        input_shape: (C, H, W) that the network takes; others are converted, and a note says so.
-        limit: at most so many images of each split, evenly spread.
+        user_code: references that the command line names, the only ones whose code may run.
+        input_shape: (C, H, W) that the network takes; other images are converted, and a note says so.
+        limit: largest number of images of each split, evenly spread.
 
     Raises:
-        DataError: the data set is unknown, missing or damaged, or user code that was not named.
+        DataError: the data set is unknown, missing or damaged, or is user code that was not named.
         UserCodeError: the user's function failed or returned the wrong thing.
     """
     if limit is not None and limit < 1:
@@ -95,7 +95,7 @@ def open_data(
 
 
 def listing() -> list[DatasetRecord]:
-    """What there is, in the order of the table, and the user's own."""
+    """All data sets in the order of the table, and a line for the user's own."""
     own = DatasetRecord("my.py:factory", "my.py:factory", "your own, see docs/datasets.md")
     return [DatasetRecord(name, entry.form, entry.summary) for name, entry in DATASETS.items()] + [own]
 
@@ -115,7 +115,7 @@ def _open(reference: str, named: Collection[str], input_shape: Shape | None) -> 
 
 
 def _override(source: DataSource, other: DataSource, role: str) -> Callable[[], Split]:
-    """What reads the ``role`` split of another source, its labels numbered as in ``source``."""
+    """A function that reads the ``role`` split of another source, with labels numbered as in ``source``."""
     unknown = sorted(set(other.classes) - set(source.classes))
     if unknown:
         raise DataError(

@@ -28,7 +28,7 @@ TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", 
 
 @dataclass(frozen=True)
 class CifarSet:
-    """Where one of the two sets keeps its images and what is known of it."""
+    """The files of one of the two sets, and its classes and statistics."""
 
     name: str
     folder: str
@@ -72,10 +72,10 @@ CIFAR100 = CifarSet(
 
 
 def open_cifar(layout: CifarSet, reference: str, folder: str, input_shape: Shape | None = None) -> DataSource:
-    """Open CIFAR, divided as `official_loaders` says; ``input_shape`` plays no part.
+    """Open CIFAR, with the splits of `official_loaders`; ``input_shape`` has no effect.
 
     Raises:
-        DataError: neither layout is there; the message says which files belong where.
+        DataError: neither layout was found; the message says which files belong where.
     """
     root = root_folder(folder)
     places = [root / layout.folder, root]
@@ -129,7 +129,7 @@ def _read_torchvision(layout: CifarSet, root: Path, *, train: bool) -> tuple[Ten
 
     try:
         with warnings.catch_warnings():
-            # The official files were pickled by NumPy 1, whose dtypes a newer one takes with this warning.
+            # The official files were pickled by NumPy 1; newer versions warn when they read its dtypes.
             warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
             kind = getattr(datasets, layout.torchvision_class)
             found = kind(str(root), train=train, download=download_allowed())

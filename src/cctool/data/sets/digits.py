@@ -26,8 +26,8 @@ STD = 0.3236
 def open_digits(reference: str, folder: str = "", input_shape: Shape | None = None) -> DataSource:
     """Open the digits: 1,200 training, 237 validation and 360 test images, stratified by class.
 
-    The source has no division of its own for this file, so a fixed stratified permutation makes it. The 13
-    writers stand in all three parts. ``input_shape`` plays no part: the images are served as they are.
+    The source defines no splits for this file, so a fixed stratified permutation does. All 13 writers are in
+    all three splits. ``input_shape`` has no effect.
 
     Raises:
         DataError: a folder is named, or the file in the package is damaged.

@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST from their idx files, packed (.gz) or not (LeCun's format)."""
+"""MNIST and Fashion-MNIST from their files in LeCun's idx format, compressed (.gz) or not."""
 
 import gzip
 import math
@@ -30,7 +30,7 @@ _CLOTHES = (
 
 @dataclass(frozen=True)
 class MnistSet:
-    """Where one of the two sets keeps its images and what is known of it."""
+    """The name, classes, statistics and augmentation of one of the two sets."""
 
     name: str
     torchvision_class: str
@@ -59,10 +59,10 @@ FASHION_MNIST = MnistSet(
 
 
 def open_mnist(layout: MnistSet, reference: str, folder: str, input_shape: Shape | None = None) -> DataSource:
-    """Open MNIST or Fashion-MNIST, divided as `official_loaders` says; ``input_shape`` plays no part.
+    """Open MNIST or Fashion-MNIST, with the splits of `official_loaders`; ``input_shape`` has no effect.
 
     Raises:
-        DataError: the files are not there; the message says where they belong.
+        DataError: the files were not found; the message says where they belong.
     """
     root = root_folder(folder)
     places = [root / layout.torchvision_class / "raw", root / "raw", root]
@@ -87,10 +87,10 @@ def open_mnist(layout: MnistSet, reference: str, folder: str, input_shape: Shape
 
 
 def read_idx(path: Path, magic: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """Read an idx file of unsigned bytes: magic, one big-endian 32-bit size a dimension, then the values.
+    """Read an idx file of unsigned bytes: magic, a big-endian 32-bit size per dimension, then the values.
 
     Args:
-        path: the file, packed by gzip if it ends in ``.gz``.
+        path: the file, compressed by gzip if it ends in ``.gz``.
         magic: 0x0803 for images, 0x0801 for labels.
 
     Raises:
@@ -100,6 +100,7 @@ def read_idx(path: Path, magic: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}; fetch it again") from error
+    # The last byte of an idx magic is the number of dimensions.
     header = 4 * (1 + (magic & 0xFF))
     sizes = np.frombuffer(content[:header], dtype=">u4") if len(content) >= header else np.zeros(1, ">u4")
     if int(sizes[0]) != magic:
