@@ -9,8 +9,8 @@ class AlexNet(nn.Module):
     """Five 3x3 convolutions (the first with stride 2), three max poolings, three fully connected layers.
 
     The classifier reads a 256x2x2 map, so the input must be 32x32. 23,272,266 parameters at 3 channels and
-    10 classes, of which 21 million are in the fully connected layers. ``dropout``, in [0, 1), stands before
-    both hidden layers.
+    10 classes, of which 21 million are in the fully connected layers. ``dropout``, in [0, 1), is applied
+    before both hidden layers.
     """
 
     def __init__(self, in_channels: int = 3, num_classes: int = 10, dropout: float = 0.5) -> None:

@@ -27,13 +27,13 @@ class Architecture:
     """One of our own networks.
 
     Attributes:
-        name: the reference that names it.
+        name: its reference on the command line.
         build: the builder; ``--arg`` may set its keyword arguments, ``in_channels`` and ``num_classes`` among
             them.
-        input_shape: (C, H, W) where neither data nor the user says otherwise.
+        input_shape: (C, H, W) unless data or the user say otherwise.
         summary: one line for the list of architectures.
-        minimum_size: the smallest H and W that pass through it.
-        fixed_size: whether H and W of `input_shape` are the only ones that it takes.
+        minimum_size: the smallest H and W that it takes.
+        fixed_size: whether it takes only H and W of `input_shape`.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Collected:
-    """A library's networks behind one prefix.
+    """The networks of a library, whose references share a prefix.
 
     Attributes:
-        names: all names, sorted; raises ArchitectureError where the library is missing.
+        names: all names, sorted; raises ArchitectureError if the library is missing.
         build: (name, arguments) -> module with random weights.
-        default_arguments: (channels, classes) -> arguments that a data set implies.
+        default_arguments: (channels, classes) of a data set -> arguments for it.
         input_shape: (name, arguments) -> (C, H, W).
         summary: one line for the list of architectures.
     """
@@ -63,6 +63,7 @@ class Collected:
     summary: str
 
 
+# Signatures of the builders say which arguments may be set; `partial` hides those that are fixed.
 _preact20 = partial(CifarPreActResNet, 3)
 _OWN = (
     Architecture("lenet", LeNet, (1, 32, 32), "LeNet-5 with ReLU", 32, fixed_size=True),

@@ -8,8 +8,8 @@ __all__ = ["LeNet"]
 class LeNet(nn.Module):
     """Three 5x5 convolutions (6, 16, 120 channels) and two fully connected layers.
 
-    The third convolution reduces the map to 1x1, so the input must be 32x32.
-    61,706 parameters on one channel and ten classes.
+    The third convolution reduces the map to 1x1, so the input must be 32x32. 61,706 parameters at one channel
+    and ten classes.
     """
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10) -> None:

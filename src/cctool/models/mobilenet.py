@@ -17,8 +17,8 @@ POOLED = range(1, 4)
 class MobileNetStudent(nn.Module):
     """A 3x3 convolution and seven depthwise-separable blocks, the first three of them pooled.
 
-    Four poolings halve the map, so the input must be at least 16x16. ``width``, in (0, 1], multiplies the
-    channels of blocks 3 to 6 (truncated).
+    Four poolings each halve the map, so the input must be at least 16x16. ``width``, in (0, 1], multiplies
+    the channels of blocks 3 to 6 (truncated).
     """
 
     def __init__(

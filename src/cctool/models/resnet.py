@@ -1,9 +1,9 @@
 """Residual networks for CIFAR (He et al. 2016, arXiv 1512.03385, section 4.2): depth 6n+2, three stages.
 
-Parameter names are those of torchvision's ResNet, so CIFAR networks trained elsewhere load. Three things
-differ from the paper: shortcuts of changing width are 1x1 convolutions (the paper's option B, not A), the
-last batch norm of each block starts at zero (Goyal et al. 2017, arXiv 1706.02677, section 5.1), and the map
-is averaged globally, so that any input size works.
+Parameter names are those of torchvision's ResNet, so that CIFAR networks trained elsewhere can be loaded.
+Three things differ from the paper: shortcuts that change the width are 1x1 convolutions (the paper's option
+B, not A), the last batch norm of each block starts at zero (Goyal et al. 2017, arXiv 1706.02677, section
+5.1), and the map is averaged globally, so that any input size works.
 
 Pre-activation networks normalise before they convolve (He et al. 2016, arXiv 1603.05027, figure 1b).
 """
@@ -62,6 +62,7 @@ class CifarResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            # Each block starts as its shortcut alone, which eases the start of training.
             if isinstance(module, BasicBlock):
                 nn.init.zeros_(module.bn2.weight)
 
@@ -73,12 +74,12 @@ class CifarResNet(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """conv(relu(bn(conv(relu(bn x))))) + shortcut; a widening shortcut reads the activated input."""
+    """conv(relu(bn(conv(relu(bn x))))) + shortcut, whose 1x1 convolution, if any, reads relu(bn x)."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
-        # Not in place: an identity shortcut still needs the input as it came.
+        # Not in place, because an identity shortcut still needs the block's input.
         self.relu = nn.ReLU()
         self.conv1 = conv3x3(in_channels, channels, stride)
         self.bn2 = nn.BatchNorm2d(channels)

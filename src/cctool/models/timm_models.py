@@ -10,8 +10,8 @@ from cctool.base.errors import ArchitectureError
 
 __all__ = ["build", "default_arguments", "input_shape", "names"]
 
-# `checkpoint_path` would unpickle a file and `pretrained*` download one; the others make something that is
-# no classifier, or place it. A spec comes from a file that nobody vouches for.
+# A spec may come from an untrusted file: `checkpoint_path` would unpickle a file, and `pretrained*` download
+# one. The others would build something other than a classifier, or on another device.
 REFUSED = frozenset({
     "cache_dir", "checkpoint_path", "device", "dtype", "exportable", "feature_cfg", "feature_cls",
     "features_only", "kwargs_filter", "model_cfg", "no_jit", "out_indices", "pruned", "scriptable",
@@ -60,7 +60,7 @@ def default_arguments(channels: int | None, classes: int | None) -> dict[str, in
 
 
 def input_shape(name: str, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-    """The size (C, H, W) in timm's configuration of ``name``, or what ``in_chans`` and ``img_size`` say."""
+    """The input size (C, H, W) of timm's configuration of ``name``, or of ``in_chans`` and ``img_size``."""
     import timm
 
     configuration = timm.get_pretrained_cfg(name)

@@ -15,7 +15,7 @@ STAGES_E = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
 class CifarVGG(nn.Module):
     """Stages of 3x3 convolution, batch norm and ReLU, each ended by max pooling; then one linear classifier.
 
-    Five poolings halve the map, so the input must be at least 32x32.
+    Five poolings each halve the map, so the input must be at least 32x32.
     """
 
     def __init__(self, stages: Sequence[Sequence[int]], in_channels: int = 3, num_classes: int = 10) -> None:

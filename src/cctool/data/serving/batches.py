@@ -168,6 +168,6 @@ def batches(
 
 
 def _parts(order: Tensor, batch_size: int, smallest: int) -> tuple[Tensor, ...]:
-    """Cut ``order`` into batches; one of fewer than ``smallest`` images at the end is dropped, unless alone."""
+    """Cut ``order`` into batches; a last one of fewer than ``smallest`` images is dropped, unless alone."""
     whole = tuple(order[start : start + batch_size] for start in range(0, len(order), batch_size))
     return whole[:-1] if len(whole) > 1 and len(whole[-1]) < smallest else whole
