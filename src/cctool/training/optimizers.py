@@ -1,4 +1,4 @@
-"""Optimizers over a network's present parameters, and what weight decay acts on."""
+"""Optimizers over a network's parameters, and which of them are decayed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, scope: DecayScope) -
     """Group trainable parameters by their weight decay, each parameter once.
 
     With `DecayScope.WEIGHTS`, parameters of at most one dimension (biases, normalisation) are not decayed.
-    Those of companions (quantizers' steps and clipping levels) never are: a penalty of their own may be.
+    Those of companions (quantizers' step sizes and clipping levels) never are; `ClippingDecay` may do that.
     """
     companions = companion_parameters(model)
     theirs = {id(parameter) for parameter in companions}
@@ -54,10 +54,10 @@ def make_optimizer(
     """Build the optimizer that ``options`` ask for.
 
     Args:
-        model: its parameters as they are now are what is trained.
+        model: its present parameters are trained.
         lr: base learning rate.
         options: which optimizer, and its settings.
-        named: references of user code that stand on this command line.
+        named: references of user code that the command line names.
 
     Raises:
         TrainingError: if nothing in the network can be trained.

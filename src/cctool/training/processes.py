@@ -1,4 +1,4 @@
-"""The processes that work on one training together, through Lightning Fabric."""
+"""The processes that train one network together, through Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _PRECISIONS: dict[Precision, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
 
 
 class Group:
-    """Puts together what each process has; this one is a single process."""
+    """Combines values of all processes; this class is for a single process."""
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all processes, element by element."""
         return values
 
     def concatenate(self, values: Tensor) -> Tensor:
-        """Put the rows of all processes behind each other, however many each has."""
+        """Concatenate the rows of all processes, which may have different numbers of them."""
         return values
 
 
@@ -49,7 +49,8 @@ class Together(Group):
         return total
 
     def concatenate(self, values: Tensor) -> Tensor:
-        """Put the rows of all processes behind each other, however many each has."""
+        """Concatenate the rows of all processes, which may have different numbers of them."""
+        # all_gather needs equal shapes: everyone pads to the longest, and the padding is cut off again.
         counts = self.stack(torch.tensor(values.shape[0]))
         padded = values.new_zeros((int(counts.max()), *values.shape[1:]))
         padded[: values.shape[0]] = values
@@ -57,7 +58,7 @@ class Together(Group):
         return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
 
     def stack(self, values: Tensor) -> Tensor:
-        """Put equally shaped tensors of all processes into a new first dimension, on the CPU."""
+        """Stack equally shaped tensors of all processes in a new first dimension, on the CPU."""
         mine = values.to(self._fabric.device).contiguous()
         gathered = [torch.empty_like(mine) for _ in range(self._fabric.world_size)]
         torch.distributed.all_gather(gathered, mine)
@@ -65,7 +66,7 @@ class Together(Group):
 
 
 def group_of(fabric: Fabric) -> Group:
-    """Give the group that ``fabric`` belongs to."""
+    """The group of the processes of ``fabric``."""
     return Together(fabric) if fabric.world_size > 1 else Group()
 
 
@@ -74,14 +75,14 @@ def make_fabric(
 ) -> Fabric:
     """Set up this process for training.
 
-    With more than one process in all, each was started already and finds its place in the environment
+    With more than one process in total, each has been started already and finds its place in the environment
     (``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``).
 
     Args:
-        device: where this process computes; with several on CUDA, each takes the one of its local rank.
+        device: this process's device; of several CUDA devices, each process takes that of its local rank.
         precision: arithmetic of forward and backward passes.
-        devices: processes on this machine.
-        nodes: machines.
+        devices: number of processes on this machine.
+        nodes: number of machines.
 
     Raises:
         DeviceError: if the device cannot compute in this precision.
@@ -94,7 +95,7 @@ def make_fabric(
 
     talk = logging.getLogger("lightning_fabric.utilities.rank_zero")
     level = talk.level
-    # It announces the precision that was asked for.
+    # Fabric logs the precision, which the user has just asked for.
     talk.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():

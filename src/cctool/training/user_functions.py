@@ -1,4 +1,4 @@
-"""The user's loss, metric and optimizer: called so that every failure names the function."""
+"""The user's loss, metric and optimizer, called so that every error names the function."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["UserLoss", "UserMetric", "named_function"]
 
 
 def named_function(reference: str, named: Collection[str], option: str) -> Callable[..., Any]:
-    """Load a function that stands on this command line.
+    """Load a function that the command line names.
 
     Raises:
-        UserCodeError: if it was not named there, is not found, or is no function.
+        UserCodeError: if it is not named there, is not found, or is not a function.
     """
     if not user_code.looks_like_user_code(reference):
         raise UserCodeError(f"{option} {reference}: my.py:function or package.module:function is expected")
@@ -31,9 +31,9 @@ def named_function(reference: str, named: Collection[str], option: str) -> Calla
 
 
 class UserLoss:
-    """A loss of the user's: (outputs, labels) -> scalar tensor.
+    """A user's loss: (outputs, labels) -> scalar tensor.
 
-    Raises UserCodeError where the function raises or returns something else.
+    Raises UserCodeError if the function raises or returns something else.
     """
 
     def __init__(self, reference: str, function: Callable[..., Any]) -> None:
@@ -58,9 +58,9 @@ class UserLoss:
 
 
 class UserMetric:
-    """A metric of the user's: (outputs of a whole split, labels) -> number.
+    """A user's metric: (outputs of a whole split, labels) -> number.
 
-    Raises UserCodeError where the function raises or returns something that is not one finite number.
+    Raises UserCodeError if the function raises or returns something other than one finite number.
     """
 
     def __init__(self, reference: str, function: Callable[..., Any]) -> None:

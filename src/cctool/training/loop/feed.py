@@ -1,4 +1,4 @@
-"""Serving a data source to one network: training batches of each epoch, and splits as they are."""
+"""Serving a data source to a network: augmented training batches of each epoch, and unchanged splits."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["Feed"]
 
 @dataclass(frozen=True)
 class Feed:
-    """The batches that a network gets from a data source, in its own preprocessing.
+    """The batches that a network gets from a data source, in the network's preprocessing.
 
     Attributes:
         source: an opened data set.
         preprocessing: the network's mean and std.
         batch_size: of all processes together.
-        device: where the batches come to lie.
+        device: where the batches are served.
         seed: decides order and augmentation.
         workers: processes that read files.
         rank: this process.
-        world_size: how many there are.
+        world_size: number of processes.
     """
 
     source: DataSource
@@ -45,12 +45,12 @@ class Feed:
         return split in self.source.loaders
 
     def training(self, *, augment: bool = True) -> Callable[[int], Batches]:
-        """Give a function from an epoch to its shuffled training batches."""
+        """A function from an epoch, from 0, to its shuffled training batches."""
         augmentation = self.source.augmentation if augment else None
         return lambda epoch: self._batches("train", augmentation=augmentation, epoch=epoch, shuffle=True)
 
     def plain(self, split: str, *, shuffle: bool = False) -> Batches:
-        """Give the batches of a split as they are, every image once unless shuffled."""
+        """The batches of a split without augmentation, every image once unless shuffled."""
         return self._batches(split, shuffle=shuffle)
 
     def _batches(self, split: str, **order: Any) -> Batches:
