@@ -14,11 +14,11 @@ _T = TypeVar("_T")
 
 
 class Cache(Generic[_T]):
-    """Holds one value, as a layer's weight; copies and files of its module begin with an empty one.
+    """Holds one computed value, such as a layer's weight. Copies and pickles of its module start empty.
 
-    A value is only kept where no gradients are recorded for it. It counts as current as long as its sources
-    are the same memory and were not changed in place; what is written through ``.data`` is seen by nobody, so
-    that `clear` is called where modules change between training and evaluation.
+    A value is kept only if autograd records nothing for it. It is current as long as its sources occupy the
+    same memory and were not changed in place. Writes through ``.data`` go unnoticed, which is why modules
+    call `clear` when they change between training and evaluation.
     """
 
     def __init__(self) -> None:
@@ -26,16 +26,12 @@ class Cache(Generic[_T]):
 
     def clear(self) -> None:
         """Forget the value."""
-        # In one object, for replicas of a network on several devices share their caches across threads.
+        # One tuple that is replaced as a whole: replicas of a network on several devices share their caches
+        # across threads, and must not see half of an update.
         self._held: tuple[tuple[Any, ...], _T, list[Tensor]] | None = None
 
     def get(self, compute: Callable[[], _T], sources: Sequence[Tensor]) -> _T:
-        """The value, computed where it is not at hand.
-
-        Args:
-            compute: makes it.
-            sources: what it is made of.
-        """
+        """The value that ``compute`` makes of ``sources``; computed only if the one held is outdated."""
         recorded = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
         if recorded or torch.compiler.is_compiling() or any(map(_untracked, sources)):
             return compute()
@@ -55,7 +51,7 @@ class Cache(Generic[_T]):
 
 
 def _untracked(source: Tensor) -> bool:
-    # Fake tensors of a tracing, and those of inference mode, have no version to go by.
+    # Fake tensors (tracing) and tensors of inference mode have no version counter to compare.
     return type(source) not in (Tensor, torch.nn.Parameter) or source.is_meta or source.is_inference()
 
 

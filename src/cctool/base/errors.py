@@ -9,12 +9,14 @@ CctoolError                     exit 1, one line on stderr
 ├── ArchitectureError           unknown architecture, or arguments that it does not take
 ├── DataError                   a data set that is missing, damaged or unknown
 ├── UserCodeError               a function named by the user failed or returned the wrong thing
-├── TrainingError               training cannot go on
+├── TrainingError               training cannot start or continue
 │   └── DivergedError           the loss became NaN or infinite
-├── PruningError                nothing can be cut, or the cut network is not the masked one
+├── PruningError                nothing can be cut, or the cut network does not equal the masked one
 ├── QuantizationError           a tensor or layer that a method cannot take
-├── ExportError                 the exported model does not equal the model
-└── DeviceError                 the device or precision asked for is not there
+├── TransformError              a layer or feature map that a transform cannot take
+├── BitstreamError              a coded stream that is truncated or altered
+├── ExportError                 the exported model does not compute what the model does
+└── DeviceError                 the device or precision asked for is not available
 
 A message is one line: the value, what is allowed, and the way out. For example::
 
@@ -23,26 +25,6 @@ A message is one line: the value, what is allowed, and the way out. For example:
     except cctool.base.errors.CheckpointError as error:
         print(error)
 """
-
-__all__ = [
-    "ArchitectureError",
-    "BitstreamError",
-    "CctoolError",
-    "CheckpointError",
-    "CorruptCheckpointError",
-    "DataError",
-    "DeviceError",
-    "DivergedError",
-    "ExportError",
-    "PruningError",
-    "QuantizationError",
-    "SpecError",
-    "TrainingError",
-    "TransformError",
-    "UnsafeCheckpointError",
-    "UsageError",
-    "UserCodeError",
-]
 
 
 class CctoolError(Exception):
@@ -86,7 +68,7 @@ class UserCodeError(CctoolError):
 
 
 class TrainingError(CctoolError):
-    """Training cannot start or go on."""
+    """Training cannot start or continue."""
 
 
 class DivergedError(TrainingError):

@@ -1,8 +1,8 @@
 """What every package asks of a network: its device, names, modes, copies, and what is attached to it.
 
 Companions are modules and hooks that work in a network without being part of it, such as quantizers. They
-carry a mark, so that whoever must see the network alone (coupling channels, counting, fingerprints of
-weights) sets them aside without knowing what they are.
+carry a mark, so that code that must see the network alone (coupling channels, counting, fingerprints of
+weights) can leave them out without knowing what they are.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 MARK = "is_companion"
-"""Attribute that is true of a companion's module or hook."""
+"""Attribute that is true on a companion's module or hook."""
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -65,7 +65,7 @@ def some(names: Sequence[str]) -> str:
 
 @contextmanager
 def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Take hooks off again at the end."""
+    """Remove hooks when the block ends."""
     try:
         yield
     finally:
@@ -82,7 +82,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        # Modules that keep what they computed drop it in `train`.
+        # By `train` first: modules that cache what they computed drop it there.
         model.train(was_training)
         for module, training in modes.items():
             module.training = training
@@ -90,16 +90,16 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set a mode, without gradients; flags, buffers and the random state are put back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
+    """Set a mode, without gradients; modes, buffers and the random state are put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
     random_state = torch.get_rng_state()
-    # some networks count or remember in evaluation mode, too
+    # Some networks write to buffers or replace them in evaluation mode, too.
     buffers = [(buffer, buffer.clone(), _version(buffer)) for buffer in model.buffers()]
     tables = [
         (m._buffers, dict(m._buffers)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)
     ]
     try:
-        for module, _ in flags:
+        for module, _ in modes:
             module.training = training
         with torch.no_grad():
             yield
@@ -108,17 +108,17 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             table.update(earlier)
         with torch.no_grad():
             for buffer, before, version in buffers:
-                # A backward pass that still needs one would refuse it even where its values stay.
-                # Batch norm writes to its statistics without being counted.
+                # Only what changed: a pending backward pass refuses a buffer that was written to, even with
+                # the same values. In training all, for batch norm's kernels write without being counted.
                 if training or _version(buffer) != version or version < 0:
                     buffer.copy_(before)
-        for module, training in flags:
+        for module, training in modes:
             module.training = training
         torch.set_rng_state(random_state)
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; -1 where nobody counts."""
+    """How often a tensor was written to in place; -1 for tensors of inference mode, which do not count."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -127,7 +127,7 @@ def copied(model: nn.Module, memo: Mapping[int, object] | None = None) -> nn.Mod
 
     Args:
         model: any module.
-        memo: what takes the place of objects in the copy, by `id`.
+        memo: by `id`, what replaces an object in the copy, as `copy.deepcopy` takes it.
     """
     known = dict(memo or {})
     try:
@@ -148,38 +148,31 @@ def _refusing(model: nn.Module, memo: Mapping[int, object]) -> dict[int, object]
     return shared
 
 
+def _companions(model: nn.Module) -> dict[str, nn.Module]:
+    children = model._modules.items()
+    return {key: child for key, child in children if child is not None and getattr(child, MARK, False)}
+
+
 def has_companions(model: nn.Module) -> bool:
-    """Whether modules with the mark stand in a network."""
-    return any(getattr(child, MARK, False) for child in model._modules.values() if child is not None)
+    """Whether a network has companions that are modules."""
+    return bool(_companions(model))
 
 
 def drop_companions(model: nn.Module) -> None:
-    """Take a network's companions away, in place."""
-    for key, child in list(model._modules.items()):
-        if getattr(child, MARK, False):
-            del model._modules[key]
-    for number in [n for n, hook in model._forward_pre_hooks.items() if getattr(hook, MARK, False)]:
-        del model._forward_pre_hooks[number]
-    for number in [n for n, hook in model._forward_hooks.items() if getattr(hook, MARK, False)]:
-        del model._forward_hooks[number]
-        model._forward_hooks_always_called.pop(number, None)
+    """Remove a network's companions, in place."""
+    for key in _companions(model):
+        del model._modules[key]
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for number in [n for n, hook in hooks.items() if getattr(hook, MARK, False)]:
+            del hooks[number]
+            model._forward_hooks_always_called.pop(number, None)
 
 
 def companion_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of companions, as learnt steps of quantizers."""
-    return [
-        parameter
-        for child in model._modules.values()
-        if child is not None and getattr(child, MARK, False)
-        for parameter in child.parameters()
-    ]
+    """Parameters of companions, such as the learned step sizes of quantizers."""
+    return [parameter for child in _companions(model).values() for parameter in child.parameters()]
 
 
 def companion_tensors(model: nn.Module) -> set[str]:
     """Names in the state dict of tensors that belong to companions."""
-    return {
-        f"{key}.{name}"
-        for key, child in model._modules.items()
-        if child is not None and getattr(child, MARK, False)
-        for name in child.state_dict()
-    }
+    return {f"{key}.{name}" for key, child in _companions(model).items() for name in child.state_dict()}

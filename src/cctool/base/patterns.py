@@ -10,12 +10,7 @@ from cctool.base.errors import UsageError
 
 
 def refuse_unmatched(patterns: Sequence[str], known: Collection[str], kinds: str) -> None:
-    """Refuse a glob pattern that matches no name, and say which names are near.
-
-    Args:
-        patterns: as the user gave them.
-        known: all names.
-        kinds: what they are names of.
+    """Refuse a glob pattern that matches none of the ``known`` names of ``kinds``, and suggest similar ones.
 
     Raises:
         UsageError: if a pattern matches nothing.

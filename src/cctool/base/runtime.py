@@ -1,4 +1,4 @@
-"""Device, precision, seeds, and the voice with which long work speaks."""
+"""Device, precision, seeds, and how long-running work reports what it does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Reporter(Protocol):
-    """Where long work says what it does; the commands print it to stderr."""
+    """Takes the messages and the progress of long-running work; commands print them to stderr."""
 
     def note(self, text: str) -> None:
         """Say something worth knowing."""
@@ -27,7 +27,7 @@ class Reporter(Protocol):
         """Say something that may be wrong."""
 
     def progress(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-        """Pass ``items`` on and show how far it is, where someone looks."""
+        """Yield ``items`` and show how many are done, on a terminal."""
 
 
 class Silent:
@@ -40,12 +40,12 @@ class Silent:
         """Say nothing."""
 
     def progress(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-        """Pass ``items`` on."""
+        """Yield ``items``."""
         yield from items
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that is there.
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that is available.
 
     Raises:
         DeviceError: if it is unknown or absent.
@@ -74,7 +74,7 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
     # cuBLAS reads this when it is first used.
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Setting it loads torch's compiler, a second that a command without need of it should not wait.
+    # Setting it imports torch's compiler, which takes a second: only where it changes something.
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic

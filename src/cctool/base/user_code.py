@@ -1,7 +1,7 @@
-"""Code of the user's own, named as ``path/to/net.py:factory`` or ``package.module:factory``.
+"""The user's own code, named as ``path/to/net.py:factory`` or ``package.module:factory``.
 
-Nothing here decides that a reference may run: the caller passes the references that stand on this command
-line, and every other one is refused before a file is opened. Standard library only.
+Nothing here decides which code may run: callers pass the references that the command line names, and refuse
+every other one before a file is opened. Standard library only.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,20 +35,18 @@ def looks_like_user_code(reference: str) -> bool:
 
 
 def is_named(reference: str, named: Collection[str]) -> bool:
-    """Whether ``reference`` is one of ``named``, two spellings of one path being the same.
+    """Whether ``reference``, perhaps out of a checkpoint, is one of those that the command line names.
 
-    Args:
-        reference: a reference, perhaps out of a checkpoint.
-        named: the references that stand on this command line.
+    Two spellings of one path are the same.
     """
     return _canonical(reference) in {_canonical(candidate) for candidate in named}
 
 
 def load(reference: str) -> Callable[..., Any]:
-    """Import the file or module of ``reference`` and give the function (or class) that it names.
+    """Import the file or module of ``reference`` and return the function (or class) that it names.
 
-    A file is imported once under a private module name made of its path and its content, so that no two
-    files called ``net.py`` meet, and an edited file is read again. Modules beside it can be imported by it.
+    A file is imported once, under a private module name made of its path and content: two files called
+    ``net.py`` do not clash, and an edited file is read again. It can import modules from its own folder.
 
     Raises:
         UserCodeError: there is no such file, module or function, or importing it raised.
@@ -57,7 +55,13 @@ def load(reference: str) -> Callable[..., Any]:
     module = _load_file(Path(place), reference) if place.endswith(".py") else _load_module(place, reference)
     function = getattr(module, name, None)
     if not callable(function):
-        offered = ", ".join(sorted(key for key, value in vars(module).items() if _is_own(value, module)))
+        offered = ", ".join(
+            sorted(
+                key
+                for key, value in vars(module).items()
+                if callable(value) and getattr(value, "__module__", None) == module.__name__
+            )
+        )
         raise UserCodeError(
             f"{reference}: there is no function {name!r} in {place} (it has: {offered or 'no functions'})"
         )
@@ -65,20 +69,20 @@ def load(reference: str) -> Callable[..., Any]:
 
 
 def call(reference: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Call a function of the user's, and say its name and the line where it raised.
+    """Call a user's function, so that an error names it and the line that raised.
 
     Raises:
         UserCodeError: the function raised; the message has the exception and the user's line.
     """
-    with _importable(_folder_of(reference)):
+    with importable(reference):
         return _guarded(reference, lambda: function(*arguments, **named))
 
 
 def call_often(reference: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of the user's as `call` does, fast where it does not fail.
+    """Call a user's function as `call` does, at full speed unless it fails.
 
-    Preparing imports and finding the line to blame is too slow for every step or image, so it is done, with a
-    second call, only after the first one raised.
+    Preparing imports and finding the line to blame is too slow for every step or image, so a function that
+    raised is called a second time, by `call`.
     """
     try:
         return function(*arguments)
@@ -86,17 +90,12 @@ def call_often(reference: str, function: Callable[..., Any], *arguments: Any) ->
         return call(reference, function, *arguments)
 
 
-def importable(reference: str) -> AbstractContextManager[None]:
-    """Let modules beside the user's file be imported by their plain names, as pickled modules need."""
-    return _importable(_folder_of(reference))
-
-
 def _guarded(reference: str, action: Callable[[], Any]) -> Any:
     try:
         return action()
     except CctoolError:
         raise
-    # A script that calls sys.exit() at module level must not end the command without a word.
+    # SystemExit, too: a script that calls sys.exit() at module level must not end the command silently.
     except (Exception, SystemExit) as error:
         raise UserCodeError(f"{reference} raised {_describe(error, reference)}") from error
 
@@ -132,7 +131,7 @@ def _load_file(path: Path, reference: str) -> ModuleType:
     # In sys.modules before it runs: dataclasses, pickle and multiprocessing look a class's module up there.
     sys.modules[module_name] = module
     try:
-        with _importable(path.parent):
+        with importable(reference):
             _guarded(reference, lambda: loader.exec_module(module))
     except BaseException:
         del sys.modules[module_name]
@@ -141,7 +140,7 @@ def _load_file(path: Path, reference: str) -> ModuleType:
 
 
 def _load_module(name: str, reference: str) -> ModuleType:
-    with _importable(Path.cwd()):
+    with importable(reference):
         try:
             return _guarded(reference, lambda: importlib.import_module(name))  # type: ignore[no-any-return]
         except UserCodeError as error:
@@ -156,8 +155,12 @@ def _load_module(name: str, reference: str) -> ModuleType:
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let modules in ``folder`` be imported by their plain names, and leave ``sys.path`` as it was."""
+def importable(reference: str) -> Iterator[None]:
+    """Let modules in the folder of the user's file be imported by their own names, as pickled modules need.
+
+    Afterwards ``sys.path``, and modules of the same names from other folders, are as before.
+    """
+    folder = _folder_of(reference)
     entry = str(folder)
     displaced = {name: module for name, module in sys.modules.items() if _is_shadowed(name, module, folder)}
     for name in displaced:
@@ -175,7 +178,7 @@ def _importable(folder: Path) -> Iterator[None]:
 def _is_shadowed(name: str, module: ModuleType, folder: Path) -> bool:
     """Whether ``name`` was imported from another folder although ``folder`` has a module of that name.
 
-    Two networks that each have a ``layers.py`` beside them (a teacher and a student) must each get their own.
+    A teacher and a student that each have a ``layers.py`` in their folders must each get their own.
     """
     if "." in name or name in sys.stdlib_module_names or name.startswith(PRIVATE_PREFIX):
         return False
@@ -192,7 +195,3 @@ def _folder_of(reference: str) -> Path:
 def _canonical(reference: str) -> str:
     place, _, name = reference.rpartition(":")
     return f"{Path(place).expanduser().resolve()}:{name}" if place.endswith(".py") else reference
-
-
-def _is_own(value: object, module: ModuleType) -> bool:
-    return callable(value) and getattr(value, "__module__", None) == module.__name__

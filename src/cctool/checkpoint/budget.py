@@ -1,7 +1,7 @@
-"""How much a spec may have built before its tensors are seen to fit: a kilobyte must not ask for terabytes.
+"""Bounds on what a spec may build before its tensors are known to fit: a kilobyte must not ask for terabytes.
 
-Parameters are moved to the meta device at the moment a module registers them, so initialising costs
-nothing and no second copy exists.
+Parameters are moved to the meta device as soon as a module registers them, so that initialising costs nothing
+and no second copy exists.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ TOO_LARGE = "the spec asks for a much larger network than the tensors of the fil
 
 _EMPTY = (torch.empty,)
 _FILLED = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye)
-# Parameters cost nothing on the meta device, so they may be many times what the file holds: a thinned network
-# is built at its full width before it is cut, and a network may be built from a larger one.
+# Times the elements that the file holds. Parameters cost nothing on the meta device: a thinned network is
+# built at its full width before it is cut, and a network may be built from a larger one.
 _BUILT_ALLOWANCE = 64
 _CUT_ALLOWANCE = 4096
 _REAL_ALLOWANCE = 64
+# Elements that any file may ask for (64 MiB of float32).
 _SMALLEST_LIMIT = 2**24
-# One stored byte may hold several packed weights, and a codebook one of very few.
+# One stored byte may hold eight packed weights, and even more where a codebook has very few entries.
 _PACKED_PER_BYTE = 16
 _PATCHING = threading.RLock()
 
@@ -49,9 +50,9 @@ class Budget:
     """How much building may ask for, and whether it asked for more.
 
     Attributes:
-        parameters: elements of all parameters together.
-        real: elements of all buffers together, and of one tensor that is filled, which memory must hold.
-        count: number of parameters, for many small ones cost time.
+        parameters: most elements of all parameters together.
+        real: most elements of all buffers together, and of one tensor that is filled: memory must hold them.
+        count: most parameters, because many small ones cost time.
     """
 
     def __init__(self, spec: ModelSpec, tensors: Mapping[str, Tensor | EncodedTensor]) -> None:
@@ -87,7 +88,7 @@ class Budget:
 
 
 def _stored_elements(tensors: Mapping[str, Tensor | EncodedTensor]) -> int:
-    """Elements that a file holds, tied tensors once."""
+    """Elements that a file holds at most, tied tensors counted once."""
     dense = {place(value): value.numel() for value in tensors.values() if isinstance(value, Tensor)}
     encoded = {id(value): value.nbytes for value in tensors.values() if isinstance(value, EncodedTensor)}
     return sum(dense.values()) + sum(encoded.values()) * _PACKED_PER_BYTE
@@ -120,11 +121,11 @@ def registering(budget: Budget, *, meta: bool) -> AbstractContextManager[None]:
 
 @contextmanager
 def registering_by(make: Callable[[Register, Register], tuple[Register, Register]]) -> Iterator[None]:
-    """Let other functions stand for `nn.Module.register_parameter` and `register_buffer`.
+    """Replace `nn.Module.register_parameter` and `register_buffer` while the block runs.
 
     Args:
-        make: the two methods -> what stands for them meanwhile, for every thread: they must let the
-            registrations of threads other than the caller's pass.
+        make: the two methods -> their replacements. These act in every thread, and must pass on what other
+            threads than the caller's register.
     """
     with _PATCHING:
         register_parameter, register_buffer = nn.Module.register_parameter, nn.Module.register_buffer

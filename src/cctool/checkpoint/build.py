@@ -1,7 +1,7 @@
 """From spec and tensors to a module: bounded building, edits, strict assignment.
 
-Parameters are built on the meta device; buffers and scalar arithmetic stay on the CPU, because RegNets
-compute with them and non-persistent buffers are in no file.
+Parameters are built on the meta device. Buffers and scalar arithmetic stay on the CPU, because RegNets
+compute with them and no file holds non-persistent buffers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def build_fresh(spec: ModelSpec, tables: Tables) -> nn.Module:
     """Build and initialise the module of ``spec`` for training from scratch, edits applied.
 
     Raises:
-        SpecError: if layers only learn their sizes from data, so that no file could be checked against them.
+        SpecError: if it has lazy layers, against whose sizes no file could be checked.
     """
     model = _apply_edits(tables.build(spec.architecture, spec.arguments), spec, tables)
     lazy = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if is_lazy(value)]
@@ -41,15 +41,12 @@ def build_fresh(spec: ModelSpec, tables: Tables) -> nn.Module:
 
 
 def instantiate(spec: ModelSpec, tables: Tables, tensors: Mapping[str, Tensor | EncodedTensor]) -> nn.Module:
-    """Build the module of ``spec`` without allocating its parameters, where the architecture allows it.
+    """Build the module of ``spec``, if the architecture allows it without allocating its parameters.
 
-    Args:
-        spec: validated spec.
-        tables: registries.
-        tensors: what the file holds; bounds what may be built.
+    What the file's ``tensors`` could fill bounds what may be built.
 
     Raises:
-        SpecError: if the spec builds more than the file can back, or an edit does not fit.
+        SpecError: if the spec builds more than the file can fill, or an edit does not fit.
     """
     budget = Budget(spec, tensors)
     for meta in (True, False):
@@ -60,8 +57,8 @@ def instantiate(spec: ModelSpec, tables: Tables, tensors: Mapping[str, Tensor | 
         except Exception:
             if budget.exceeded:
                 raise SpecError(TOO_LARGE) from None
-            # Architectures that compute with parameter values while they are built need real ones; what is
-            # truly wrong is raised by the second round.
+            # Architectures that compute with parameter values in their constructors need real ones; any other
+            # error is raised again by the second round.
             if not meta:
                 raise
         else:
@@ -71,7 +68,7 @@ def instantiate(spec: ModelSpec, tables: Tables, tensors: Mapping[str, Tensor | 
 
 
 def _kept_meta(model: nn.Module) -> bool:
-    """Whether something that no file fills, a buffer or a plain attribute, was computed from parameters."""
+    """Whether a buffer or a plain attribute, which no file fills, was computed from meta parameters."""
     attributes = (value for module in model.modules() for value in vars(module).values())
     plain = (value for value in attributes if isinstance(value, Tensor))
     return any(tensor.is_meta for tensor in (*model.buffers(), *plain))
@@ -84,7 +81,7 @@ def _apply_edits(model: nn.Module, spec: ModelSpec, tables: Tables) -> nn.Module
 
 
 def check_edits(model: nn.Module, spec: ModelSpec, tables: Tables) -> None:
-    """Compare the tensors that `assemble` gave a module with what its edits say of their values.
+    """Check the values that `assemble` gave a module against its edits.
 
     Raises:
         CorruptCheckpointError: if they contradict each other.
@@ -107,22 +104,15 @@ def _edits(spec: ModelSpec, tables: Tables) -> list[tuple[EditKind, Edit]]:
         try:
             edit = kind.record.model_validate(data)
         except ValidationError as error:
-            raise SpecError(f"edit {data.get('kind')!r} is malformed: {_first(error)}") from None
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise SpecError(f"edit {data.get('kind')!r} is malformed: {where}: {problem['msg']}") from None
         found.append((kind, edit))
     return sorted(found, key=lambda pair: pair[0].order)
 
 
-def _first(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-
-
 def assemble(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Assign ``tensors`` to ``model`` strictly, without a second copy, keeping ties.
-
-    Args:
-        model: a built module, parameters on any device.
-        tensors: its whole state dict, decoded.
+    """Assign a whole decoded state dict to ``model``, without a second copy; tied parameters stay tied.
 
     Returns:
         The same module, in eval mode.
@@ -144,13 +134,16 @@ def assemble(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
                 trains = parameter.requires_grad and value.is_floating_point()
                 assigned[id(parameter)] = nn.Parameter(value, requires_grad=trains)
                 assigned[id(assigned[id(parameter)])] = assigned[id(parameter)]  # for modules met twice
-            setattr(module, name, assigned[id(parameter)])  # recurrent layers keep a list of their own
+            # By setattr, because recurrent layers keep a list of their weights besides `_parameters`.
+            setattr(module, name, assigned[id(parameter)])
         for name, buffer in list(module._buffers.items()):
             key = qualified(prefix, name)
             if buffer is not None and key in tensors:
                 module._buffers[name] = tensors[key]
     originals.clear()
-    _assign_extra_state(model, tensors)
+    for prefix, module in model.named_modules():
+        if (key := qualified(prefix, "_extra_state")) in tensors:
+            module.set_extra_state(tensors[key])
     return model.eval()
 
 
@@ -174,7 +167,7 @@ def refuse_misfit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> No
 
 
 def _typed(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert what is not of the model's kind of number, as counters that were saved as floats."""
+    """Convert tensors of another kind of number than the model's, such as counters saved as floats."""
     expected = model.state_dict()
     typed = {}
     for name, value in tensors.items():
@@ -187,13 +180,6 @@ def _typed(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
         if not torch.equal(typed[name].to(value.dtype), value):
             raise SpecError(f"{name} is {value.dtype} in the file, {wanted.dtype} in the architecture")
     return typed
-
-
-def _assign_extra_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    for prefix, module in model.named_modules():
-        key = f"{prefix}._extra_state" if prefix else "_extra_state"
-        if key in tensors:
-            module.set_extra_state(tensors[key])
 
 
 def _refuse_untied(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,16 +48,16 @@ class Opened:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model that trains, with all that a file remembers of it.
+    """A model that trains, with everything else that its file holds.
 
     Attributes:
         model: the built module with its tensors, on the CPU.
         spec: how to build it again.
         history: the steps that led to it.
-        stored: how tensors lie in the file where that is not dense. The model holds the decoded values;
-            whoever changes a tensor cuts, encodes again or drops its entry.
-        resume: state for continuing a training.
-        origin: the file that it came from; None for a fresh one.
+        stored: encoded forms of the tensors that the file does not hold dense. The model holds the decoded
+            values; code that changes a tensor must cut, re-encode or drop its entry.
+        resume: state for continuing a training run.
+        origin: the file that it came from; None for a fresh network.
     """
 
     model: nn.Module
@@ -71,7 +72,11 @@ class Checkpoint:
         return replace(self, history=(*self.history, step))
 
     def payload(self) -> Payload:
-        """What a file of this checkpoint holds, digests included."""
+        """What a file of this checkpoint holds, including digests.
+
+        Raises:
+            CheckpointError: if an entry of the state dict is not a tensor, or a stored tensor has no entry.
+        """
         tensors: dict[str, Tensor | EncodedTensor] = {}
         for name, value in self.model.state_dict().items():
             if not isinstance(value, Tensor):
@@ -85,20 +90,17 @@ class Checkpoint:
         return replace(payload, digests=tensor_digests(payload))
 
 
-def open_file(path: Path, *, trust_pickle: bool = False) -> Opened:
+def open_file(path: Path, *, trust_pickle: bool = False, suffix: str | None = None) -> Opened:
     """Read and verify a file, without building a module.
 
     Args:
         path: a ``.pt``, ``.pth``, ``.safetensors`` or any other torch file.
         trust_pickle: whether a foreign file may run code; never applies to files of ours.
+        suffix: the format, where the file's own name does not say it.
 
     Raises:
         CheckpointError: if it is missing, damaged or unsafe.
     """
-    return _open(path, path.suffix, trust_pickle)
-
-
-def _open(path: Path, suffix: str, trust_pickle: bool = False) -> Opened:
     try:
         if not path.is_file():
             raise CheckpointError(f"{path} is not a file" if path.exists() else f"{path}: no such file")
@@ -108,10 +110,10 @@ def _open(path: Path, suffix: str, trust_pickle: bool = False) -> Opened:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     document: Any
-    if suffix == ".safetensors":
+    if (suffix or path.suffix) == ".safetensors":
         document = read_safetensors(path, signed=signed)
     else:
-        # Files of ours never need pickle, whatever the user trusts.
+        # Files of ours never need pickle, so it stays off for them even with --trust-pickle.
         document = read_foreign(path, trust_pickle=trust_pickle and not signed)
         if isinstance(document, dict) and "cctool" in document:
             if not signed:
@@ -120,11 +122,10 @@ def _open(path: Path, suffix: str, trust_pickle: bool = False) -> Opened:
     if not isinstance(document, Payload):
         origin = Parent(path=path.name, content=None, file=file_hash)
         return Opened(origin, tensors=bare_tensors(document, path))
-    payload = document
-    digests = tensor_digests(payload)
-    _refuse_damaged(path, payload, digests)
-    origin = Parent(path=path.name, content=content_hash(payload, digests), file=file_hash)
-    return Opened(origin, payload=payload)
+    digests = tensor_digests(document)
+    _refuse_damaged(path, document, digests)
+    origin = Parent(path=path.name, content=content_hash(document, digests), file=file_hash)
+    return Opened(origin, payload=document)
 
 
 def _refuse_damaged(path: Path, payload: Payload, digests: Mapping[str, str]) -> None:
@@ -161,18 +162,12 @@ def build(opened: Opened, spec: ModelSpec, tables: Tables) -> Checkpoint:
         return Checkpoint(assembled, spec, origin=opened.origin)
     stored = {k: v for k, v in opened.payload.tensors.items() if isinstance(v, EncodedTensor)}
     model = instantiate(spec, tables, opened.payload.tensors)
-    # Before anything is decoded, for decoding allocates what the shapes say.
+    # Before anything is decoded, because decoding allocates what the shapes say.
     refuse_misfit(model, {name: value.shape for name, value in opened.payload.tensors.items()})
     assembled = assemble(model, _decode(opened.payload.tensors, tables))
     check_edits(assembled, spec, tables)
-    return Checkpoint(
-        model=assembled,
-        spec=spec,
-        history=opened.payload.history.steps,
-        stored=stored,
-        resume=opened.payload.resume,
-        origin=opened.origin,
-    )
+    history, resume = opened.payload.history.steps, opened.payload.resume
+    return Checkpoint(assembled, spec, history, stored, resume, opened.origin)
 
 
 def _decode(tensors: Mapping[str, Tensor | EncodedTensor], tables: Tables) -> dict[str, Tensor]:
@@ -198,9 +193,9 @@ def save(checkpoint: Checkpoint, path: Path | str, tables: Tables, *, overwrite:
     """Write a checkpoint so that a crash leaves the old file or the new one, whole, and read it back.
 
     Args:
-        checkpoint: what to write.
+        checkpoint: what to write; its stored tensors must decode to what the model holds.
         path: the target; its suffix decides the format.
-        tables: registries, to check that stored tensors decode to what the model holds.
+        tables: registries.
         overwrite: whether an existing file may be replaced.
 
     Returns:
@@ -221,16 +216,13 @@ def save(checkpoint: Checkpoint, path: Path | str, tables: Tables, *, overwrite:
     content = content_hash(payload, payload.digests)
     written: list[Parent] = []
 
-    def write(stream: IO[bytes]) -> None:
-        writer(payload, stream)
-
     def check(temporary: Path) -> None:
-        reread = _open(temporary, path.suffix)
+        reread = open_file(temporary, suffix=path.suffix)
         if reread.origin.content != content:
             raise CheckpointError(f"{path}: reading back gave other content than was written")
         written.append(reread.origin.model_copy(update={"path": path.name}))
 
-    write_atomically(path, write, check, overwrite=overwrite)
+    write_atomically(path, partial(writer, payload), check, overwrite=overwrite)
     return written[0]
 
 

@@ -1,7 +1,7 @@
-"""How one tensor lies in a file: an encoding, its parameters and its parts.
+"""How one tensor is stored in a file: an encoding, its parameters and its parts.
 
-Encodings are a property of the file, apart from the module's edits: the module always computes with the
-decoded tensor. The methods themselves live above (`quantization/encodings/table.py`) and come in by `Tables`.
+Encodings belong to the file and not to the module, which always computes with the decoded tensor. The methods
+themselves are in higher layers (`quantization/encodings/table.py`) and are passed in by `Tables`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class EncodedTensor:
     Attributes:
         encoding: name in `Tables.encodings`.
         shape: of the decoded tensor.
-        dtype: of the decoded tensor, as ``float32``.
+        dtype: of the decoded tensor, such as ``float32``.
         parts: the stored tensors by name (integers, scales, ...), on the CPU.
         parameters: what encoding again with the same settings needs.
     """
@@ -44,10 +44,10 @@ class Encoding:
     """One way to store a tensor.
 
     Attributes:
-        name: as it stands in the file.
+        name: as files hold it.
         encode: (tensor, parameters) -> EncodedTensor.
-        decode: EncodedTensor -> tensor of its shape and dtype. Raises CorruptCheckpointError where the
-            parts contradict the shape, before it allocates more than the shape says.
+        decode: EncodedTensor -> tensor of its shape and dtype. Raises CorruptCheckpointError if the parts
+            contradict the shape, before it allocates more than the shape says.
         take: (encoded, dim, indices) -> the encoded tensor with only these indices of one dimension, so
             that pruning cuts the stored integers and scales and does not quantize a second time.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,25 @@ __all__ = ["bare_tensors", "match_names", "read_foreign"]
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "module", "weights", "params", "model_state")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
-# torchvision's published DenseNets have dots where attributes may no longer have any.
+# torchvision's published DenseNets have names such as `norm.1`; attribute names may no longer contain dots.
 _OLD_NAMES = ((re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), r"\1\2"),)
 
 
 def _read_with_pickle(path: Path) -> Any:
-    """Unpickle a file, running whatever code it contains: only on the user's explicit word."""
+    """Unpickle a file, which runs any code that it contains: only with --trust-pickle."""
     try:
         with path.open("rb") as stream:
             return torch.load(stream, map_location="cpu", weights_only=False)
     except Exception as error:
-        text = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{path} cannot be unpickled: {type(error).__name__}: {text[0][:200] if text else ''}"
-        ) from error
+        text = str(error).strip().partition("\n")[0][:200]
+        raise CheckpointError(f"{path} cannot be unpickled: {type(error).__name__}: {text}") from error
 
 
 def bare_tensors(document: Any, path: Path) -> dict[str, Tensor]:
     """Find the state dict in what a foreign file holds.
 
-    Looks into the usual wrappers (``state_dict``, ``model``, ...) and takes a pickled module's own state
-    dict. Floating-point tensors come out as float32.
+    Looks into the usual wrappers (``state_dict``, ``model``, ...), up to three deep, and takes the state dict
+    of a pickled module. Floating-point tensors come out as float32.
 
     Raises:
         CheckpointError: if there is no state dict in it.
@@ -55,11 +54,8 @@ def bare_tensors(document: Any, path: Path) -> dict[str, Tensor]:
             inner = document[key]
             document = inner.state_dict() if isinstance(inner, nn.Module) else inner
     if not isinstance(document, Mapping) or not _is_state_dict(document):
-        holds = (
-            ", ".join(map(str, list(document)[:5]))
-            if isinstance(document, Mapping)
-            else type(document).__name__
-        )
+        keys = document if isinstance(document, Mapping) else [type(document).__name__]
+        holds = ", ".join(map(str, list(keys)[:5]))
         raise CheckpointError(f"{path} holds no state dict; it holds {holds or 'nothing'}")
     return {
         name: value.detach().float() if value.is_floating_point() else value.detach()
@@ -71,16 +67,15 @@ def bare_tensors(document: Any, path: Path) -> dict[str, Tensor]:
 def match_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Name a foreign file's tensors as ``model`` does.
 
-    Drops a prefix such as ``module.`` that all names share, knows names that libraries used in the past,
-    and lets the model's own modules translate older versions of themselves (``num_batches_tracked`` came
-    with torch 0.4.1). Names that fit nothing come back as they are, nearest to what fits.
+    Drops a prefix such as ``module.`` that all names share, knows names that libraries used in the past, and
+    lets the model's own modules translate older versions of themselves (``num_batches_tracked`` came with
+    torch 0.4.1). If no spelling fits entirely, the one with the most matching names is returned.
     """
     expected = model.state_dict().keys()
     nearest: dict[str, Tensor] = dict(tensors)
     for spelling in _spellings(tensors):
-        if spelling.keys() == expected:
-            return spelling
-        for candidate in (spelling, _translated(model, spelling)):
+        for translate in (dict[str, Tensor], partial(_translated, model)):
+            candidate = translate(spelling)
             if candidate.keys() == expected:
                 return candidate
             if len(candidate.keys() & expected) > len(nearest.keys() & expected):
@@ -101,7 +96,7 @@ def _spellings(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def _translated(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Let each module rewrite the names of its older versions, as `load_state_dict` does on its way."""
+    """Let each module rename what older versions of it stored, as `load_state_dict` does internally."""
     state: dict[str, Any] = dict(tensors)
     for prefix, module in copy.deepcopy(model).named_modules(remove_duplicate=False):
         start = f"{prefix}." if prefix else ""
@@ -120,7 +115,7 @@ def read_foreign(path: Path, *, trust_pickle: bool) -> Any:
     """Read a torch file of unknown origin; unpickle only with ``trust_pickle``.
 
     Raises:
-        UnsafeCheckpointError: if it needs pickle and nobody vouched for it.
+        UnsafeCheckpointError: if it needs pickle and ``trust_pickle`` is off.
     """
     try:
         return load_torch_file(path)

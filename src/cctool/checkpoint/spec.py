@@ -1,7 +1,7 @@
 """What a checkpoint says about its model: how to build it again, and what was done to it.
 
 Everything here is data, validated by pydantic before anything is allocated: no code, no pickles.
-It does not know which architectures, edits or encodings exist; `tables.py` carries those in.
+Which architectures, edits and encodings exist is not known here; `tables.py` passes them in.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Edit(Record):
 
 
 class ModelSpec(Record):
-    """How to build the module again, what it takes in, and what it was made for.
+    """How to build the module again, what its inputs are, and what it was made for.
 
     Attributes:
         architecture: name in the table of architectures, or the user's ``file.py:factory``.
@@ -62,8 +62,8 @@ class ModelSpec(Record):
         input_shape: (channels, height, width) of one input.
         task: what the outputs mean.
         classes: names of the classes, in the order of the logits.
-        preprocessing: normalisation that the inputs need; None where nobody said.
-        data: reference of the last data set, never the data.
+        preprocessing: normalisation that the inputs need; None if unknown.
+        data: reference of the last data set, never the data themselves.
         edits: changes of structure, applied in order after building.
     """
 
@@ -77,7 +77,7 @@ class ModelSpec(Record):
     edits: tuple[dict[str, JsonValue], ...] = Field(default=(), max_length=MAX_EDITS)
 
     def with_edits(self, edits: tuple[Edit, ...]) -> ModelSpec:
-        """Return this spec with ``edits`` merged in: the last of a kind for a module stands."""
+        """Return this spec with ``edits`` merged in; they replace earlier ones of their kind and module."""
         merged: dict[tuple[str, str], dict[str, Any]] = {
             (str(edit["kind"]), str(edit["module"])): dict(edit) for edit in self.edits
         }
@@ -96,7 +96,7 @@ class Metrics(Record):
     @field_validator("values", mode="before")
     @classmethod
     def _finite(cls, values: Any) -> Any:
-        # JSON has no NaN; a value that was not finite is left out rather than written as invalid JSON.
+        # JSON has no NaN: a value that is not finite is left out.
         if isinstance(values, dict):
             return {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         return values
@@ -125,7 +125,7 @@ class Parent(Record):
 
 
 class Step(Record):
-    """One line of history: a command, what it read, what it found.
+    """One line of history: a command, what it read, and what it measured.
 
     Attributes:
         verb: the command's name.

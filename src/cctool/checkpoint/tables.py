@@ -1,7 +1,7 @@
-"""What `checkpoint` must know of the layers above to load a file, passed in as explicit tables.
+"""What `checkpoint` needs from the layers above to load a file, passed in as explicit tables.
 
-One composition root (`operations/registries.py`) fills them; the library, the commands and the worker
-processes all use that one.
+One composition root (`operations/registries.py`) fills them, for the library, the commands and the worker
+processes alike.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ class EditKind:
     Attributes:
         record: pydantic model of the edit.
         apply: changes the freshly built module in place; its parameters may be on the meta device.
-        order: edits are applied from the lowest to the highest, in whatever order they were recorded: what
-            says how large tensors are comes before what lies beside them.
-        check: raises CorruptCheckpointError where the assigned tensors contradict the edit; None checks
-            nothing.
+        order: edits are applied from the lowest to the highest, whatever order they were recorded in: edits
+            that change tensors' sizes come before those that add tensors to fit them.
+        check: raises CorruptCheckpointError if the assigned tensors contradict the edit; None checks nothing.
     """
 
     record: type[Edit]
@@ -42,8 +41,8 @@ class Tables:
     """Everything open-ended that a checkpoint may name.
 
     Attributes:
-        build: (architecture, arguments) -> module. Raises ArchitectureError for what is not registered
-            and for user code that was not named on this command line.
+        build: (architecture, arguments) -> module. Raises ArchitectureError for unknown names and for user
+            code that the command line does not name.
         edits: kinds of edit by name.
         encodings: ways to store a tensor by name.
     """

@@ -1,1 +1,1 @@
-"""Data sets and the table that names them."""
+"""Data sets and the table of their names."""

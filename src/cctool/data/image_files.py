@@ -1,10 +1,10 @@
-"""Images in files: decoded, scaled, cropped and varied one by one, or held in memory where they are small."""
+"""Image files: decoded, scaled, cropped and augmented one by one, or held in memory if they are small."""
 
 import math
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,12 @@ DECODING_THREADS = 4
 
 @dataclass(frozen=True)
 class Resize:
-    """How an image of any size comes to the served size H x W, before the crop.
+    """How an image of any size is scaled before it is cropped to the served size H x W.
 
     Attributes:
-        margin: the shorter side is resized to ``margin`` times the served one (ImageNet: 256/224).
-        native: where given, images are not fitted but scaled by max(H, W) / ``native``, so at the native
-            size the crop is cut out of the image as it is.
+        margin: the image covers ``margin`` times the served size (ImageNet: 256/224).
+        native: if given, images are scaled by max(H, W) / ``native`` instead, so that crops of the native
+            size are cut out of images that are not scaled at all.
     """
 
     margin: float = 1.0
@@ -50,12 +50,12 @@ class Resize:
 
 @dataclass(frozen=True)
 class FileStream:
-    """Image files read one by one, as `cctool.data.records.Stream` asks.
+    """Image files read one by one; implements `cctool.data.records.Stream`.
 
     Attributes:
         folder: the data set's folder.
         files: paths relative to it.
-        geometry: how images of any size are fitted.
+        geometry: how images are scaled.
         padding_mode: what fills an image that is smaller than the crop.
     """
 
@@ -70,12 +70,13 @@ class FileStream:
     def read(
         self, index: int, shape: Shape, augmentation: Augmentation | None, seed: int
     ) -> tuple[Tensor, int | None]:
-        """Give image ``index`` as uint8 [C, H, W]; without augmentation its centre.
+        """Return image ``index`` as uint8 [C, H, W]; without augmentation its centre.
 
         Raises:
-            DataError: the file is missing or damaged; the message has its path.
+            DataError: the file is missing or damaged; the message names it.
         """
         image = _decode(self.folder / self.files[index], shape[0])
+        # A separate generator, so that the seed alone decides, whatever else draws random numbers.
         draw = random.Random(seed)
         chosen = augmentation or Augmentation()
         if chosen.crop is Crop.RESIZED:
@@ -92,9 +93,8 @@ class FileStream:
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), None
 
     def take(self, indices: Sequence[int]) -> "FileStream":
-        """The same files, these alone, in this order."""
-        files = tuple(self.files[index] for index in indices)
-        return FileStream(self.folder, files, self.geometry, self.padding_mode)
+        """A stream of these images only, in this order."""
+        return replace(self, files=tuple(self.files[index] for index in indices))
 
     def _cut(
         self, image: Image.Image, shape: Shape, augmentation: Augmentation, draw: random.Random
@@ -102,6 +102,7 @@ class FileStream:
         padded = augmentation.crop is Crop.PADDED
         if padded and augmentation.padding:
             image = _padded(image, augmentation.padding, augmentation.padding, augmentation.padding_mode)
+        # An image smaller than the crop is filled up, evenly on both sides.
         missing_x, missing_y = max(0, shape[2] - image.width), max(0, shape[1] - image.height)
         if missing_x or missing_y:
             image = _padded(image, math.ceil(missing_x / 2), math.ceil(missing_y / 2), self.padding_mode)
@@ -117,8 +118,8 @@ class ImageSizes:
 
     Attributes:
         channels: 1 if all of them are gray, else 3.
-        common: (H, W) if all of them have one size, else None.
-        longest: the longest side of any, in pixels.
+        common: (H, W) if all of them have the same size, else None.
+        longest: the longest side of any of them, in pixels.
     """
 
     channels: int
@@ -148,7 +149,7 @@ def hold(stream: FileStream, shape: Shape) -> Tensor:
     """Decode all files at the served size: uint8 [N, C, H, W].
 
     Raises:
-        DataError: a file is missing or damaged; the message has its path.
+        DataError: a file is missing or damaged; the message names it.
     """
     images = torch.empty((len(stream), *shape), dtype=torch.uint8)
 
@@ -168,7 +169,7 @@ def _opened(path: Path) -> Image.Image:
         raise DataError(f"{path} is missing, though the data set lists it") from error
     except UnidentifiedImageError as error:
         raise DataError(f"{path} is damaged, or no image that PIL knows") from error
-    # PIL's decoders raise what they please on damaged files.
+    # PIL's decoders may raise any exception on damaged files.
     except Exception as error:
         raise DataError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
@@ -181,10 +182,9 @@ def _decode(path: Path, channels: int) -> Image.Image:
         try:
             image.load()
             if image.mode.startswith("I"):
-                # 16 bit gray: PIL would clip it to 255 instead of scaling it.
-                image = Image.fromarray(
-                    (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                )
+                # 16-bit gray: PIL's `convert` would clip it to 255 instead of scaling it.
+                levels = np.asarray(image).astype(np.int64) >> 8
+                image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
             elif image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")
             return image.convert(PIL_MODES[channels])

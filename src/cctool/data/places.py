@@ -1,4 +1,4 @@
-"""Where data sets are looked for, and how to say that one is not there."""
+"""Where data sets are looked for, and the error if one is not found."""
 
 import os
 from pathlib import Path
@@ -17,10 +17,10 @@ def root_folder(folder: str) -> Path:
 
 
 def named_folder(kind: str, folder: str) -> Path:
-    """The folder that the reference of a kind without a default place must name.
+    """The folder that a reference must name if its kind of data set has no default folder.
 
     Raises:
-        DataError: none is named, or it is no folder.
+        DataError: no folder is named, or it does not exist.
     """
     if not folder:
         raise DataError(f"{kind} needs the folder of the images: {kind}:DIR")
@@ -31,7 +31,7 @@ def named_folder(kind: str, folder: str) -> Path:
 
 
 def download_allowed() -> bool:
-    """Whether the user asked, by CCTOOL_DOWNLOAD=1, that torchvision fetch what is missing."""
+    """Whether CCTOOL_DOWNLOAD=1 lets torchvision download what is missing."""
     return os.environ.get(DOWNLOAD_VARIABLE, "") not in ("", "0")
 
 
@@ -39,10 +39,10 @@ def missing(reference: str, wanted: str, places: list[Path], *, downloadable: bo
     """The error that says what was looked for, where, and what to do.
 
     Args:
-        reference: what the user wrote.
+        reference: as the user wrote it.
         wanted: the files, in words.
-        places: where they were looked for, the best first.
-        downloadable: whether torchvision can fetch them.
+        places: where they were looked for, best first.
+        downloadable: whether torchvision can download them.
     """
     looked = ", ".join(str(place) for place in places)
     kind = reference.partition(":")[0]

@@ -1,4 +1,4 @@
-"""The nouns of a data set: its splits, how training images are varied, and the source that gives both."""
+"""What a data set is made of: its splits, how training images are augmented, and the source of both."""
 
 import dataclasses
 import hashlib
@@ -39,7 +39,7 @@ FINGERPRINT_BYTES = 65536
 
 
 class Crop(str, Enum):
-    """How a training image is cut: not at all, padded and cut at random, or a random part resized."""
+    """How a training image is cropped: not at all, at random after padding, or a random part resized."""
 
     NONE = "none"
     PADDED = "padded"
@@ -47,7 +47,7 @@ class Crop(str, Enum):
 
 
 class Padding(str, Enum):
-    """What stands beyond the border of a padded image: black, or the image mirrored at its edge."""
+    """What fills the border of a padded image: black, or the image mirrored at its edge."""
 
     ZERO = "zero"
     SYMMETRIC = "symmetric"
@@ -55,15 +55,15 @@ class Padding(str, Enum):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images are varied, each drawn by (seed, epoch, image) alone.
+    """How training images are augmented; (seed, epoch, image) alone decide what is drawn.
 
     Attributes:
         crop: see `Crop`.
         padding: pixels added on every side before a padded crop.
         padding_mode: what these pixels are.
-        flip: mirror left to right in half of the cases.
-        rotation: the largest angle in degrees, to either side; what turns in is black.
-        area: the smallest and largest part of the image's area that a resized crop takes, in (0, 1].
+        flip: mirror left to right with probability 1/2.
+        rotation: the largest angle in degrees, in both directions; corners that open are black.
+        area: smallest and largest share of the image's area that a resized crop takes, in (0, 1].
     """
 
     crop: Crop = Crop.NONE
@@ -84,18 +84,18 @@ class Stream(Protocol):
     def read(
         self, index: int, shape: Shape, augmentation: Augmentation | None, seed: int
     ) -> tuple[Tensor, int | None]:
-        """Give image ``index`` as uint8 [C, H, W] of ``shape``, and its label where the stream knows it.
+        """Return image ``index`` as uint8 of ``shape`` [C, H, W], and its label if the stream knows it.
 
         Args:
             index: 0 <= index < len.
             shape: (C, H, W) to serve.
             augmentation: None for evaluation.
-            seed: all that the augmentation may depend on.
+            seed: the only thing that random augmentation may depend on.
         """
         ...
 
     def take(self, indices: Sequence[int]) -> "Stream":
-        """The same images, these alone, in this order."""
+        """A stream of these images only, in this order."""
         ...
 
 
@@ -120,11 +120,11 @@ class Split:
     Attributes:
         name: ``train``, ``validation`` or ``test``.
         shape: (C, H, W) of the images that `cctool.data.serving.batches` serves from it.
-        images: uint8 [N, c, h, w] as stored (perhaps not yet of `shape`); None where `stream` reads them.
-        labels: int64 [N]; None where there are none, or where only reading an image tells (`stream`).
+        images: uint8 [N, c, h, w] as stored (perhaps not yet of `shape`); None if `stream` reads them.
+        labels: int64 [N]; None if there are none, or if a label is only known once `stream` reads its image.
         stream: reads images that are not in memory.
-        files: the images' paths, relative to `folder`, where there are any.
-        folder: where the files lie.
+        files: the images' paths relative to `folder`, if they are files.
+        folder: the folder of the files.
         as_given: whether `images` are floating point [N, C, H, W] that the network takes as they are: neither
             normalised nor varied.
         loaded: the caller's batches, likewise taken as they are; in place of `images` and `stream`.
@@ -157,7 +157,7 @@ class Split:
         return self._on_device[device]
 
     def take(self, indices: Sequence[int]) -> "Split":
-        """The split of these images alone, in this order."""
+        """The split of these images only, in this order."""
         if self.loaded is not None:
             raise DataError("batches of a loader are served whole: give a loader over fewer images")
         chosen = torch.as_tensor(list(indices), dtype=torch.int64)
@@ -173,20 +173,20 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class DataSource:
-    """A data set that was found: what it holds, how it is best served, and its splits, read when asked for.
+    """A data set that was found: what it holds, how it is best served, and its splits, read on demand.
 
     Attributes:
         name: the kind, such as ``cifar10``.
-        reference: what the user wrote, such as ``cifar10:DIR``.
+        reference: as the user wrote it, such as ``cifar10:DIR``.
         classes: class names in the order of the labels; empty for unlabelled images.
         shape: (C, H, W) as served.
         mean: recommended preprocessing, per served channel, of images in 0..1.
         std: likewise.
         augmentation: recommended for training.
+        loaders: split name -> function that reads it.
         notes: what was converted, held out or found unusual, one sentence each.
-        loaders: split name -> what reads it.
-        limit: at most so many images of each split are served.
-        whole: reads all images at once, where the splits were made by us and not by the source.
+        whole: reads all images together; None unless the splits were made here and not by the source.
+        limit: the largest number of images that are served of a split.
     """
 
     name: str
@@ -204,10 +204,7 @@ class DataSource:
     _served: dict[str, Split] = field(default_factory=dict, repr=False)
 
     def split(self, name: str) -> Split:
-        """Read a split, once.
-
-        Args:
-            name: ``train``, ``validation`` or ``test``.
+        """Return the split ``train``, ``validation`` or ``test``, which is read the first time only.
 
         Raises:
             DataError: the data set has no such split, or its files are damaged.
@@ -218,9 +215,9 @@ class DataSource:
         return self._served[name]
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the class names, and each split's size and a bounded sample of it as stored.
+        """SHA-256 (hex) over the class names, and each split's size and a sample of its images as stored.
 
-        Neither the served shape nor ``--limit`` enters, so one data set has one fingerprint.
+        It does not depend on the served shape or on ``--limit``, so one data set has one fingerprint.
         """
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for name in SPLITS:
@@ -241,7 +238,7 @@ class DataSource:
 
 
 def _limited(split: Split, limit: int | None) -> Split:
-    """At most ``limit`` images, evenly spread, so that sources sorted by class keep all their classes."""
+    """At most ``limit`` images, evenly spread, so that a source that is sorted by class keeps all classes."""
     if limit is None or limit >= len(split):
         return split
     return split.take([index * len(split) // limit for index in range(limit)])
@@ -249,6 +246,7 @@ def _limited(split: Split, limit: int | None) -> Split:
 
 def _add_to_digest(digest: "hashlib._Hash", split: Split) -> None:
     digest.update(f"{split.name} {len(split)}".encode())
+    # A bounded sample, because reading all of a large data set takes minutes.
     sample = np.linspace(0, max(len(split) - 1, 0), num=min(FINGERPRINT_SAMPLES, len(split)), dtype=np.int64)
     for index in sample.tolist():
         if split.labels is not None:

@@ -11,10 +11,11 @@ from cctool.base import user_code as user
 from cctool.base.errors import DataError
 from cctool.data.records import DataSource, Shape, Split
 from cctool.data.serving.convert import check_channels, convert_statistics, describe
-from cctool.data.sets import cifar, mnist
+from cctool.data.sets.cifar import CIFAR10, CIFAR100, open_cifar
 from cctool.data.sets.cub200 import open_cub200
 from cctool.data.sets.digits import open_digits
 from cctool.data.sets.folders import open_folder, open_labelled
+from cctool.data.sets.mnist import FASHION_MNIST, MNIST, open_mnist
 from cctool.data.sets.user_data import open_user_data
 
 __all__ = ["DATASETS", "Dataset", "DatasetRecord", "listing", "open_data"]
@@ -25,9 +26,9 @@ class Dataset:
     """A kind of data set.
 
     Attributes:
-        form: how it is named.
+        form: how references to it are written.
         summary: one line for the list of data sets.
-        open: (reference, folder, input shape or None) -> source; the folder is empty where none is named.
+        open: (reference, folder, input shape or None) -> source; the folder is "" if none is named.
     """
 
     form: str
@@ -44,27 +45,13 @@ class DatasetRecord:
     summary: str
 
 
-def _digits(reference: str, folder: str, input_shape: Shape | None) -> DataSource:
-    if folder:
-        raise DataError(f"{reference}: the digits lie inside the package; write digits alone")
-    return open_digits(reference)
-
-
-def _cifar(layout: cifar.CifarSet, reference: str, folder: str, input_shape: Shape | None) -> DataSource:
-    return cifar.open_cifar(layout, reference, folder)
-
-
-def _mnist(layout: mnist.MnistSet, reference: str, folder: str, input_shape: Shape | None) -> DataSource:
-    return mnist.open_mnist(layout, reference, folder)
-
-
 DATASETS: dict[str, Dataset] = {
-    "digits": Dataset("digits", "1,797 handwritten digits inside the package, 1x32x32", _digits),
-    "cifar10": Dataset("cifar10[:DIR]", "CIFAR-10, 3x32x32", partial(_cifar, cifar.CIFAR10)),
-    "cifar100": Dataset("cifar100[:DIR]", "CIFAR-100, 3x32x32", partial(_cifar, cifar.CIFAR100)),
-    "mnist": Dataset("mnist[:DIR]", "MNIST, 1x28x28", partial(_mnist, mnist.MNIST)),
+    "digits": Dataset("digits", "1,797 handwritten digits inside the package, 1x32x32", open_digits),
+    "cifar10": Dataset("cifar10[:DIR]", "CIFAR-10, 3x32x32", partial(open_cifar, CIFAR10)),
+    "cifar100": Dataset("cifar100[:DIR]", "CIFAR-100, 3x32x32", partial(open_cifar, CIFAR100)),
+    "mnist": Dataset("mnist[:DIR]", "MNIST, 1x28x28", partial(open_mnist, MNIST)),
     "fashion-mnist": Dataset(
-        "fashion-mnist[:DIR]", "Fashion-MNIST, 1x28x28", partial(_mnist, mnist.FASHION_MNIST)
+        "fashion-mnist[:DIR]", "Fashion-MNIST, 1x28x28", partial(open_mnist, FASHION_MNIST)
     ),
     "folder": Dataset("folder:DIR", "a folder of images a class; train, val, test", open_folder),
     "labelled": Dataset("labelled:DIR", "files named <label>_<id>.jpg", open_labelled),
@@ -81,18 +68,18 @@ def open_data(
     input_shape: Shape | None = None,
     limit: int | None = None,
 ) -> DataSource:
-    """Find a data set; its images are read when a split is asked for.
+    """Find a data set; its images are read when a split is first used.
 
     Args:
         reference: ``KIND``, ``KIND:DIR``, ``my.py:factory`` or ``package.module:factory``.
-        val_data: another reference, whose validation split is used (or all of it, where nobody divided it).
+        val_data: another reference, whose validation split is used (or all of it, if it has no splits).
         test_data: likewise, for the test split.
-        user_code: references that the user named on this command line, the only ones whose code may run.
-        input_shape: (C, H, W) that the network takes; others are converted, and a note says so.
-        limit: at most so many images of each split, evenly spread.
+        user_code: references that the command line names, the only ones whose code may run.
+        input_shape: (C, H, W) that the network takes; other images are converted, and a note says so.
+        limit: largest number of images of each split, evenly spread.
 
     Raises:
-        DataError: the data set is unknown, missing or damaged, or user code that was not named.
+        DataError: the data set is unknown, missing or damaged, or is user code that was not named.
         UserCodeError: the user's function failed or returned the wrong thing.
     """
     if limit is not None and limit < 1:
@@ -108,7 +95,7 @@ def open_data(
 
 
 def listing() -> list[DatasetRecord]:
-    """What there is, in the order of the table, and the user's own."""
+    """All data sets in the order of the table, and a line for the user's own."""
     own = DatasetRecord("my.py:factory", "my.py:factory", "your own, see docs/datasets.md")
     return [DatasetRecord(name, entry.form, entry.summary) for name, entry in DATASETS.items()] + [own]
 
@@ -128,7 +115,7 @@ def _open(reference: str, named: Collection[str], input_shape: Shape | None) -> 
 
 
 def _override(source: DataSource, other: DataSource, role: str) -> Callable[[], Split]:
-    """What reads the ``role`` split of another source, its labels numbered as in ``source``."""
+    """A function that reads the ``role`` split of another source, with labels numbered as in ``source``."""
     unknown = sorted(set(other.classes) - set(source.classes))
     if unknown:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Deterministic divisions of a data set: the same files and labels give the same splits, for ever."""
+"""Deterministic splits of a data set: the same files and labels always give the same splits."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ def held_out(size: int, count: int) -> tuple[list[int], list[int]]:
     """Divide range(size) by a fixed permutation; both parts come back in ascending order.
 
     Args:
-        size: how many images there are.
-        count: how many of them to hold out.
+        size: number of images.
+        count: number of images to hold out.
 
     Returns:
         (the others, the last ``count`` of the permutation).
@@ -36,10 +36,10 @@ def official_loaders(
 ) -> dict[str, Callable[[], Split]]:
     """The official test set, and the official training set less 5,000 images held out for validation.
 
-    The held-out images are the last of a fixed permutation (a tenth, where there are fewer than 50,000).
+    The held-out images are the last of a fixed permutation (a tenth, if there are fewer than 50,000).
 
     Args:
-        read: (train=bool) -> images [N, C, H, W] and labels [N] of an official set; that for training once.
+        read: (train=bool) -> images [N, C, H, W] and labels [N] of an official set; called once for training.
         shape: (C, H, W).
     """
 
@@ -57,13 +57,10 @@ def official_loaders(
 
 
 def stratified(labels: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
-    """Divide the indices of ``labels`` into parts of exactly ``counts``, each with its share of every class.
+    """Divide the indices of ``labels`` into parts of exactly the sizes ``counts``, stratified by class.
 
-    Within a class a fixed permutation decides. The class shares are rounded so that the totals are exact.
-
-    Args:
-        labels: a class for each image.
-        counts: the sizes of the parts; they add up to len(labels).
+    A fixed permutation orders each class, and shares are rounded so that the sizes, which add up to
+    len(labels), are exact.
     """
     array = np.asarray(labels)
     random = np.random.RandomState(SEED)
@@ -84,9 +81,9 @@ def stratified_by_name(
 
     Args:
         names: the files' paths relative to the data set's folder, with ``/`` between parts.
-        labels: a class for each file, or None to divide all at once.
-        fractions: the parts; they add up to one. Every part after the first gets at least one file of
-            each class that has as many files as there are parts.
+        labels: a class for each file, or None to treat all as one class.
+        fractions: the sizes of the parts, which add up to 1. Every part after the first gets at least one
+            file of each class that has as many files as there are parts.
     """
     classes: dict[int, list[int]] = {}
     for index in range(len(names)):
@@ -95,6 +92,7 @@ def stratified_by_name(
     for members in classes.values():
         members.sort(key=lambda index: hashlib.sha256(names[index].encode()).digest())
         start = 0
+        # From the last part on, so that training, the first, takes what rounding leaves.
         for part in range(len(fractions) - 1, 0, -1):
             least = 1 if len(members) >= len(fractions) else 0
             count = max(least, round(fractions[part] * len(members)))

@@ -1,1 +1,1 @@
-"""Architectures and the table that names them."""
+"""Architectures and the tables of their names."""

@@ -2,17 +2,18 @@
 
 from torch import Tensor, nn
 
-__all__ = ["AlexNet", "alexnet"]
+__all__ = ["AlexNet"]
 
 
 class AlexNet(nn.Module):
     """Five 3x3 convolutions (the first with stride 2), three max poolings, three fully connected layers.
 
     The classifier reads a 256x2x2 map, so the input must be 32x32. 23,272,266 parameters at 3 channels and
-    10 classes, of which 21 million are in the fully connected layers.
+    10 classes, of which 21 million are in the fully connected layers. ``dropout``, in [0, 1), is applied
+    before both hidden layers.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, dropout: float) -> None:
+    def __init__(self, in_channels: int = 3, num_classes: int = 10, dropout: float = 0.5) -> None:
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(in_channels, 64, kernel_size=3, stride=2, padding=1),
@@ -42,8 +43,3 @@ class AlexNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images [N, in_channels, 32, 32] to logits [N, num_classes]."""
         return self.classifier(self.features(x).flatten(1))  # type: ignore[no-any-return]
-
-
-def alexnet(in_channels: int = 3, num_classes: int = 10, dropout: float = 0.5) -> AlexNet:
-    """Build the CIFAR form of AlexNet for 32x32 images; ``dropout`` in [0, 1) before both hidden layers."""
-    return AlexNet(in_channels, num_classes, dropout)

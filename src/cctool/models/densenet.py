@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CifarDenseNet", "DenseLayer", "densenet40"]
+__all__ = ["CifarDenseNet", "DenseLayer"]
 
 
 class DenseLayer(nn.Module):
@@ -23,9 +23,14 @@ class DenseLayer(nn.Module):
 
 
 class CifarDenseNet(nn.Module):
-    """Three dense blocks of ``layers`` layers at full, half and quarter size, joined by 1x1 transitions."""
+    """Three dense blocks of ``layers`` layers at full, half and quarter size, joined by 1x1 transitions.
 
-    def __init__(self, layers: int, growth_rate: int, in_channels: int, num_classes: int) -> None:
+    Every layer adds ``growth_rate`` channels, the paper's k.
+    """
+
+    def __init__(
+        self, layers: int, in_channels: int = 3, num_classes: int = 10, growth_rate: int = 12
+    ) -> None:
         super().__init__()
         channels = 16
         parts: OrderedDict[str, nn.Module] = OrderedDict()
@@ -67,8 +72,3 @@ def _transition(channels: int) -> nn.Sequential:
             pool=nn.AvgPool2d(2),
         )
     )
-
-
-def densenet40(in_channels: int = 3, num_classes: int = 10, growth_rate: int = 12) -> CifarDenseNet:
-    """Build DenseNet-40 (three blocks of 12 layers), k = ``growth_rate``."""
-    return CifarDenseNet(12, growth_rate, in_channels, num_classes)

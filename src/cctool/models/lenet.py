@@ -2,17 +2,17 @@
 
 from torch import Tensor, nn
 
-__all__ = ["LeNet", "lenet"]
+__all__ = ["LeNet"]
 
 
 class LeNet(nn.Module):
     """Three 5x5 convolutions (6, 16, 120 channels) and two fully connected layers.
 
-    The third convolution reduces the map to 1x1, so the input must be 32x32.
-    61,706 parameters on one channel and ten classes.
+    The third convolution reduces the map to 1x1, so the input must be 32x32. 61,706 parameters at one channel
+    and ten classes.
     """
 
-    def __init__(self, in_channels: int, num_classes: int) -> None:
+    def __init__(self, in_channels: int = 1, num_classes: int = 10) -> None:
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(in_channels, 6, kernel_size=5),
@@ -29,8 +29,3 @@ class LeNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images [N, in_channels, 32, 32] to logits [N, num_classes]."""
         return self.classifier(self.features(x).flatten(1))  # type: ignore[no-any-return]
-
-
-def lenet(in_channels: int = 1, num_classes: int = 10) -> LeNet:
-    """Build LeNet-5 for 32x32 images."""
-    return LeNet(in_channels, num_classes)

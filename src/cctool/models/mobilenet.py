@@ -6,7 +6,7 @@ names are ``cnn.{i}.0`` depthwise, ``.1`` batch norm, ``.3`` pointwise, and ``fc
 
 from torch import Tensor, nn
 
-__all__ = ["MobileNetStudent", "mobilenet_student"]
+__all__ = ["MobileNetStudent"]
 
 # Channels after each block, in units of the base; the width multiplier acts on blocks 3 to 6 only.
 MULTIPLES = (1, 2, 4, 8, 16, 16, 16, 16)
@@ -17,10 +17,13 @@ POOLED = range(1, 4)
 class MobileNetStudent(nn.Module):
     """A 3x3 convolution and seven depthwise-separable blocks, the first three of them pooled.
 
-    Four poolings halve the map, so the input must be at least 16x16.
+    Four poolings each halve the map, so the input must be at least 16x16. ``width``, in (0, 1], multiplies
+    the channels of blocks 3 to 6 (truncated).
     """
 
-    def __init__(self, in_channels: int, num_classes: int, base: int, width: float) -> None:
+    def __init__(
+        self, in_channels: int = 3, num_classes: int = 11, base: int = 16, width: float = 1.0
+    ) -> None:
         super().__init__()
         widths = [base * multiple for multiple in MULTIPLES]
         for index in SLIMMED:
@@ -51,10 +54,3 @@ def _block(in_channels: int, out_channels: int, *, pooled: bool) -> nn.Sequentia
     if pooled:
         block.append(nn.MaxPool2d(2))
     return block
-
-
-def mobilenet_student(
-    in_channels: int = 3, num_classes: int = 11, base: int = 16, width: float = 1.0
-) -> MobileNetStudent:
-    """Build the student; ``width`` in (0, 1] multiplies the channels of blocks 3 to 6 (truncated)."""
-    return MobileNetStudent(in_channels, num_classes, base, width)

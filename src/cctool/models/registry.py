@@ -1,8 +1,8 @@
 """All architectures by reference: our own, ``torchvision:NAME``, ``timm:NAME`` and the user's own code.
 
 A reference and its JSON arguments are all that a checkpoint holds of an architecture, and both may come from
-a file that nobody vouches for: arguments are checked against what each builder takes, and user code runs only
-when its reference stands on this command line.
+an untrusted file: arguments are checked against what each builder takes, and user code runs only if the
+command line names it.
 """
 
 import difflib
@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ArchitectureRecord:
-    """A line in the list of architectures; ``parameters`` and what follows are of the default arguments."""
+    """A line in the list of architectures; the figures are those at the default arguments."""
 
     name: str
     summary: str
@@ -52,11 +53,11 @@ def build(
         reference: ``resnet20``, ``torchvision:resnet18``, ``timm:resnet18``, ``net.py:factory`` or
             ``package.module:factory``.
         arguments: JSON values by the builder's argument names.
-        user_code: references that the user named on this command line, the only ones whose code may run.
+        user_code: references that the command line names, the only ones whose code may run.
 
     Raises:
         ArchitectureError: the reference is unknown or not named, or an argument is unknown or out of range.
-        UserCodeError: the user's function failed or gave something that is not an ``nn.Module``.
+        UserCodeError: the user's function failed or returned something other than an ``nn.Module``.
     """
     if reference in ARCHITECTURES:
         builder = ARCHITECTURES[reference].build
@@ -64,8 +65,7 @@ def build(
         return _build(reference, arguments, lambda: builder(**arguments))
     collection, name = _collected(reference)
     if collection is not None:
-        found = collection
-        return _build(reference, arguments, lambda: found.build(name, arguments))
+        return _build(reference, arguments, partial(collection.build, name, arguments))
     factory = _user_factory(reference, user_code)
     model = user.call(reference, factory, **arguments)
     if not isinstance(model, nn.Module):
@@ -81,18 +81,17 @@ def defaults(
     arguments: Mapping[str, Any] | None = None,
     user_code: Collection[str] = frozenset(),
 ) -> dict[str, Any]:
-    """Complete ``arguments`` with the channels and classes of a data set; what is given stays as it is.
+    """Add the channels and classes of a data set to ``arguments``, which take precedence.
 
-    torchvision's networks always take three channels. A user's factory gets those of ``num_classes``,
-    ``in_channels`` and ``in_chans`` that it names.
+    torchvision's networks always take three channels. A user's factory gets ``num_classes``, ``in_channels``
+    and ``in_chans`` if it has parameters of these names.
 
     Raises:
         ArchitectureError: the reference is unknown, or user code that was not named.
     """
     implied: dict[str, int]
     if reference in ARCHITECTURES:
-        own = ARCHITECTURES[reference]
-        implied = _given({own.channels_argument: channels, own.classes_argument: classes})
+        implied = _given({"in_channels": channels, "num_classes": classes})
     else:
         collection, _ = _collected(reference)
         if collection is not None:
@@ -105,14 +104,14 @@ def defaults(
 
 
 def input_shape(reference: str, arguments: Mapping[str, Any], data_shape: Shape | None = None) -> Shape:
-    """The input size (C, H, W) of an architecture, given its arguments and perhaps the data's own size.
+    """The input size (C, H, W) of an architecture, given its arguments and perhaps the data's size.
 
-    The data's H and W win for our own networks (unless too small, or the network takes one size only) and
-    for the user's; torchvision's and timm's networks keep the size that they were made for. The channels are
-    those of the arguments wherever they say.
+    Our own networks (unless the data are too small, or the network takes only one size) and the user's take
+    the data's H and W; torchvision's and timm's networks keep the size that they were made for. Channels in
+    the arguments take precedence.
 
     Raises:
-        ArchitectureError: the reference is unknown, or user code, which only data or ``--input`` can size.
+        ArchitectureError: the reference is unknown, or is user code without data to give its size.
     """
     if reference in ARCHITECTURES:
         return _own_input_shape(ARCHITECTURES[reference], arguments, data_shape)
@@ -128,26 +127,21 @@ def input_shape(reference: str, arguments: Mapping[str, Any], data_shape: Shape 
 
 
 def is_user_code(reference: str) -> bool:
-    """Whether a reference names the user's own function rather than a network of ours or of a library."""
+    """Whether a reference names a user's function, not a network of ours or of a library."""
     return user.looks_like_user_code(reference) and reference.partition(":")[0] not in COLLECTIONS
 
 
 def listing(family: str | None = None) -> list[ArchitectureRecord]:
-    """What there is: our own networks and a line for each library, or all names of one library.
-
-    Args:
-        family: None, ``torchvision`` or ``timm``.
+    """Our own networks and a line for each library, or all of the library ``family`` (torchvision or timm).
 
     Raises:
-        ArchitectureError: no such family, or its library is missing.
+        ArchitectureError: there is no such family, or its library is missing.
     """
     if family is not None:
         if family not in COLLECTIONS:
             raise ArchitectureError(f"no family {family!r}; there are: {', '.join(COLLECTIONS)}")
-        return [
-            ArchitectureRecord(f"{family}:{name}", COLLECTIONS[family].summary)
-            for name in COLLECTIONS[family].names()
-        ]
+        library = COLLECTIONS[family]
+        return [ArchitectureRecord(f"{family}:{name}", library.summary) for name in library.names()]
     return [_record(architecture) for architecture in ARCHITECTURES.values()] + [
         ArchitectureRecord(f"{prefix}:NAME", _collection_summary(collection))
         for prefix, collection in COLLECTIONS.items()
@@ -160,11 +154,11 @@ def _own_input_shape(own: Architecture, arguments: Mapping[str, Any], data_shape
         channels = data_shape[0]
         if not own.fixed_size and min(data_shape[1:]) >= own.minimum_size:
             height, width = data_shape[1:]
-    return int(arguments.get(own.channels_argument, channels)), height, width
+    return int(arguments.get("in_channels", channels)), height, width
 
 
 def _collected(reference: str) -> tuple[Collected | None, str]:
-    """The library and name of ``PREFIX:NAME``, (None, "") for any other form; an unknown NAME is refused."""
+    """The library and NAME of a reference ``PREFIX:NAME``, or (None, ""); an unknown NAME is refused."""
     prefix, colon, name = reference.partition(":")
     if not colon or prefix not in COLLECTIONS:
         return None, ""
@@ -207,10 +201,10 @@ def _near(name: str, candidates: Sequence[str]) -> str:
 def _build(reference: str, arguments: Mapping[str, Any], builder: Callable[[], nn.Module]) -> nn.Module:
     try:
         return builder()
-    # Also what a checkpoint's loader raises to stop a network that its file does not back.
+    # These keep their meaning: a loader raises SpecError to stop a network too large for its file.
     except (CctoolError, MemoryError):
         raise
-    # The arguments may come from any file, and each library rejects a bad one by an exception of its choice.
+    # The arguments may come from any file, and each library has its own exceptions for bad ones.
     except Exception as error:
         text = " ".join(str(error).split())
         raise ArchitectureError(
@@ -252,6 +246,7 @@ def _given(arguments: Mapping[str, int | None]) -> dict[str, int]:
 
 
 def _record(architecture: Architecture) -> ArchitectureRecord:
+    # On the meta device: counting parameters needs no memory and no initialisation.
     with torch.device("meta"):
         module = architecture.build()
     return ArchitectureRecord(

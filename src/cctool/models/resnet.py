@@ -1,27 +1,16 @@
 """Residual networks for CIFAR (He et al. 2016, arXiv 1512.03385, section 4.2): depth 6n+2, three stages.
 
-Parameter names are those of torchvision's ResNet, so CIFAR networks trained elsewhere load. Three things
-differ from the paper: shortcuts of changing width are 1x1 convolutions (the paper's option B, not A), the
-last batch norm of each block starts at zero (Goyal et al. 2017, arXiv 1706.02677, section 5.1), and the map
-is averaged globally, so that any input size works.
+Parameter names are those of torchvision's ResNet, so that CIFAR networks trained elsewhere can be loaded.
+Three things differ from the paper: shortcuts that change the width are 1x1 convolutions (the paper's option
+B, not A), the last batch norm of each block starts at zero (Goyal et al. 2017, arXiv 1706.02677, section
+5.1), and the map is averaged globally, so that any input size works.
 
 Pre-activation networks normalise before they convolve (He et al. 2016, arXiv 1603.05027, figure 1b).
 """
 
 from torch import Tensor, nn
 
-__all__ = [
-    "BasicBlock",
-    "CifarPreActResNet",
-    "CifarResNet",
-    "PreActBlock",
-    "preact_resnet20",
-    "resnet20",
-    "resnet32",
-    "resnet44",
-    "resnet56",
-    "resnet110",
-]
+__all__ = ["BasicBlock", "CifarPreActResNet", "CifarResNet", "PreActBlock"]
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -55,9 +44,12 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A 3x3 stem and three stages of ``blocks`` blocks at ``base``, 2*``base`` and 4*``base`` channels."""
+    """A 3x3 stem and three stages of ``blocks`` blocks at ``base``, 2*``base`` and 4*``base`` channels.
 
-    def __init__(self, blocks: int, in_channels: int, num_classes: int, base: int) -> None:
+    Three blocks a stage are ResNet-20: 272,474 parameters at 3 channels and 10 classes.
+    """
+
+    def __init__(self, blocks: int, in_channels: int = 3, num_classes: int = 10, base: int = 16) -> None:
         super().__init__()
         self.conv1 = conv3x3(in_channels, base)
         self.bn1 = nn.BatchNorm2d(base)
@@ -70,6 +62,7 @@ class CifarResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            # Each block starts as its shortcut alone, which eases the start of training.
             if isinstance(module, BasicBlock):
                 nn.init.zeros_(module.bn2.weight)
 
@@ -81,12 +74,12 @@ class CifarResNet(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """conv(relu(bn(conv(relu(bn x))))) + shortcut; a widening shortcut reads the activated input."""
+    """conv(relu(bn(conv(relu(bn x))))) + shortcut, whose 1x1 convolution, if any, reads relu(bn x)."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
-        # Not in place: an identity shortcut still needs the input as it came.
+        # Not in place, because an identity shortcut still needs the block's input.
         self.relu = nn.ReLU()
         self.conv1 = conv3x3(in_channels, channels, stride)
         self.bn2 = nn.BatchNorm2d(channels)
@@ -107,7 +100,7 @@ class PreActBlock(nn.Module):
 class CifarPreActResNet(nn.Module):
     """A 3x3 stem, three stages of ``blocks`` pre-activation blocks, and a last batch norm."""
 
-    def __init__(self, blocks: int, in_channels: int, num_classes: int, base: int) -> None:
+    def __init__(self, blocks: int, in_channels: int = 3, num_classes: int = 10, base: int = 16) -> None:
         super().__init__()
         self.conv1 = conv3x3(in_channels, base)
         self.layer1 = _stage(PreActBlock, base, base, blocks, stride=1)
@@ -132,33 +125,3 @@ def _stage(
 ) -> nn.Sequential:
     first = block(in_channels, channels, stride)
     return nn.Sequential(first, *(block(channels, channels, 1) for _ in range(blocks - 1)))
-
-
-def resnet20(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarResNet:
-    """Build ResNet-20: 272,474 parameters at 3 channels and 10 classes."""
-    return CifarResNet(3, in_channels, num_classes, base)
-
-
-def resnet32(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarResNet:
-    """Build ResNet-32."""
-    return CifarResNet(5, in_channels, num_classes, base)
-
-
-def resnet44(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarResNet:
-    """Build ResNet-44."""
-    return CifarResNet(7, in_channels, num_classes, base)
-
-
-def resnet56(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarResNet:
-    """Build ResNet-56."""
-    return CifarResNet(9, in_channels, num_classes, base)
-
-
-def resnet110(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarResNet:
-    """Build ResNet-110."""
-    return CifarResNet(18, in_channels, num_classes, base)
-
-
-def preact_resnet20(in_channels: int = 3, num_classes: int = 10, base: int = 16) -> CifarPreActResNet:
-    """Build the pre-activation ResNet-20."""
-    return CifarPreActResNet(3, in_channels, num_classes, base)

@@ -8,28 +8,14 @@ from torch import nn
 
 from cctool.base.errors import ArchitectureError
 
-__all__ = ["build", "check_arguments", "default_arguments", "input_shape", "names"]
+__all__ = ["build", "default_arguments", "input_shape", "names"]
 
-# `checkpoint_path` would unpickle a file and `pretrained*` download one; the others make something that is
-# no classifier, or place it. A spec comes from a file that nobody vouches for.
-REFUSED = frozenset(
-    {
-        "cache_dir",
-        "checkpoint_path",
-        "device",
-        "dtype",
-        "exportable",
-        "feature_cfg",
-        "feature_cls",
-        "features_only",
-        "kwargs_filter",
-        "model_cfg",
-        "no_jit",
-        "out_indices",
-        "pruned",
-        "scriptable",
-    }
-)
+# A spec may come from an untrusted file: `checkpoint_path` would unpickle a file, and `pretrained*` download
+# one. The others would build something other than a classifier, or on another device.
+REFUSED = frozenset({
+    "cache_dir", "checkpoint_path", "device", "dtype", "exportable", "feature_cfg", "feature_cls",
+    "features_only", "kwargs_filter", "model_cfg", "no_jit", "out_indices", "pruned", "scriptable",
+})  # fmt: skip
 DEFAULT_SHAPE = (3, 224, 224)
 
 
@@ -49,29 +35,20 @@ def names() -> tuple[str, ...]:
     return tuple(timm.list_models())
 
 
-def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse what would read a file, reach the network or not give a classifier.
+def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build the timm model ``name`` with random weights.
 
     Raises:
-        ArchitectureError: naming each refused argument.
+        ArchitectureError: an argument would read a file, reach the network or not give a classifier.
     """
+    import timm
+
     refused = sorted(key for key in arguments if key in REFUSED or key.startswith("pretrained"))
     if refused:
         raise ArchitectureError(
             f"timm:{name} does not take {', '.join(refused)} here: nothing is downloaded or read from a file "
             "while a network is built; give a checkpoint file with --arch instead"
         )
-
-
-def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Build the timm model ``name`` with random weights.
-
-    Raises:
-        ArchitectureError: an argument is refused.
-    """
-    import timm
-
-    check_arguments(name, arguments)
     model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
     return model
 
@@ -83,7 +60,7 @@ def default_arguments(channels: int | None, classes: int | None) -> dict[str, in
 
 
 def input_shape(name: str, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-    """The size (C, H, W) in timm's configuration of ``name``, or what ``in_chans`` and ``img_size`` say."""
+    """The input size (C, H, W) of timm's configuration of ``name``, or of ``in_chans`` and ``img_size``."""
     import timm
 
     configuration = timm.get_pretrained_cfg(name)

@@ -23,9 +23,9 @@ __all__ = [
     "segmentation_networks",
 ]
 
-# These reach for files or the network, or print; a spec comes from a file that nobody vouches for.
+# These read files, download or print, and a spec may come from an untrusted file.
 REFUSED = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress"})
-# Their constructors warn that the default will change, unless it is given.
+# Their constructors warn that the default of `init_weights` will change, unless it is given.
 NEED_INIT_WEIGHTS = frozenset({"googlenet", "inception_v3"})
 INPUT_SIZES = {"inception_v3": 299}
 DEFAULT_SIZE = 224
@@ -48,12 +48,12 @@ def segmentation_networks() -> tuple[str, ...]:
 
 
 def names() -> tuple[str, ...]:
-    """The names of all that can be built, sorted."""
+    """The names of all networks that can be built, sorted."""
     return tuple(sorted({*classifiers(), *segmentation_networks()}))
 
 
 def allowed_arguments(name: str) -> tuple[str, ...]:
-    """The arguments that may be set: those of plain values that the builder does not fix itself."""
+    """The arguments that may be set: those with JSON values that the builder does not set itself."""
     from torchvision import models
 
     if name in segmentation_networks():
@@ -65,7 +65,7 @@ def allowed_arguments(name: str) -> tuple[str, ...]:
         if parameter.default is not inspect.Parameter.empty and "Callable" not in str(parameter.annotation)
     }
     if name.startswith("vit_"):
-        # The builder sets it to 224 unless it is given, so the constructor shows no default.
+        # The builder sets it to 224 unless it is given, so it has no default in the constructor.
         found.add("image_size")
     if name == "maxvit_t":
         found.add("input_size")
@@ -102,7 +102,7 @@ def default_arguments(channels: int | None, classes: int | None) -> dict[str, in
 
 
 def input_shape(name: str, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-    """The size (3, H, W) that ``name`` was made for (224x224 or 299x299), or as the arguments say."""
+    """The input size (3, H, W) that ``name`` was made for (224x224 or 299x299), or that of the arguments."""
     size = arguments.get("image_size", arguments.get("input_size", INPUT_SIZES.get(name, DEFAULT_SIZE)))
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return 3, int(height), int(width)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-__all__ = ["CifarVGG", "vgg11", "vgg16", "vgg19"]
+__all__ = ["STAGES_A", "STAGES_D", "STAGES_E", "CifarVGG"]
 
 # Columns A, D and E of the paper's table 1: output channels of each 3x3 convolution, stage by stage.
 STAGES_A = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -15,10 +15,10 @@ STAGES_E = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
 class CifarVGG(nn.Module):
     """Stages of 3x3 convolution, batch norm and ReLU, each ended by max pooling; then one linear classifier.
 
-    Five poolings halve the map, so the input must be at least 32x32.
+    Five poolings each halve the map, so the input must be at least 32x32.
     """
 
-    def __init__(self, stages: Sequence[Sequence[int]], in_channels: int, num_classes: int) -> None:
+    def __init__(self, stages: Sequence[Sequence[int]], in_channels: int = 3, num_classes: int = 10) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = in_channels
@@ -40,18 +40,3 @@ class CifarVGG(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images [N, in_channels, H, W], H and W at least 32, to logits [N, num_classes]."""
         return self.classifier(self.avgpool(self.features(x)).flatten(1))  # type: ignore[no-any-return]
-
-
-def vgg11(in_channels: int = 3, num_classes: int = 10) -> CifarVGG:
-    """Build VGG-11 with batch norm for CIFAR."""
-    return CifarVGG(STAGES_A, in_channels, num_classes)
-
-
-def vgg16(in_channels: int = 3, num_classes: int = 10) -> CifarVGG:
-    """Build VGG-16 with batch norm for CIFAR."""
-    return CifarVGG(STAGES_D, in_channels, num_classes)
-
-
-def vgg19(in_channels: int = 3, num_classes: int = 10) -> CifarVGG:
-    """Build VGG-19 with batch norm for CIFAR."""
-    return CifarVGG(STAGES_E, in_channels, num_classes)

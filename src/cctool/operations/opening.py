@@ -17,7 +17,7 @@ from cctool.base.errors import ArchitectureError, CheckpointError, SpecError, Us
 from cctool.base.runtime import Reporter
 from cctool.checkpoint.build import build_fresh, instantiate
 from cctool.checkpoint.checkpoint import Checkpoint, Opened, build, open_file
-from cctool.checkpoint.file.payload import parse_spec
+from cctool.checkpoint.file.payload import parse
 from cctool.checkpoint.foreign import match_names
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.checkpoint.tables import Tables
@@ -195,7 +195,7 @@ def _preprocessing(options: ModelOptions) -> Preprocessing | None:
 
 def _read_spec(path: str) -> ModelSpec:
     try:
-        return parse_spec(Path(path).read_text(encoding="utf-8"))
+        return parse(ModelSpec, Path(path).read_text(encoding="utf-8"), "spec")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"--spec {path}: {error}") from None
 

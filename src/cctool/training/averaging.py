@@ -4,7 +4,7 @@ After each step t, from 0, with d_t = min(d, (1 + t) / (10 + t)), which forgets 
 
     average <- average + (1 - d_t) (weights - average)
 
-Running statistics are averaged like weights; what is not floating point is that of the last step.
+Running statistics are averaged like weights; tensors that are not floating point are those of the last step.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _STEPS = f"{_PREFIX}steps"
 
 
 class WeightAverage:
-    """The average of a network in training.
+    """The average of a network in training, which starts with its present weights and stays on its device.
 
     Args:
-        model: starts the average with its present weights, on its device.
-        decay: d, in (0, 1): about 1 / (1 - d) steps count.
+        model: the network.
+        decay: d, in (0, 1): the average is over about 1 / (1 - d) steps.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -43,16 +43,16 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Count the weights after a step."""
+        """Add the weights to the average, after a step."""
         share = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
         for name, value in self._tensors():
-            # As a step towards the weights, so that what never changes stays to the last bit.
+            # As a step towards the weights: values that never change stay the same to the last bit.
             self._values[name].lerp_(value, share)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The network holds the average; changes that are made meanwhile belong to the average."""
+        """Exchange weights and average while the block runs; changes made there belong to the average."""
         self._exchange()
         try:
             yield
@@ -64,7 +64,7 @@ class WeightAverage:
         seen = set()
         for name, value in self._tensors():
             average = self._values[name]
-            # Tied tensors are exchanged once, and have equal averages.
+            # Tied tensors have equal averages, and exchanging them twice would undo the exchange.
             if value.data_ptr() in seen:
                 continue
             seen.add(value.data_ptr())
@@ -73,13 +73,13 @@ class WeightAverage:
             average.copy_(held)
 
     def state(self) -> dict[str, Tensor]:
-        """What resuming needs, by names that begin with ``average/``, on the CPU."""
+        """What resuming needs, on the CPU, with names that begin with ``average/``."""
         tensors = {f"{_PREFIX}{name}": value.detach().cpu().clone() for name, value in self._values.items()}
         return tensors | {_STEPS: torch.tensor(self.steps)}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave.
+        """Restore what `state` returned.
 
         Raises:
             CorruptCheckpointError: if a tensor is missing or has another shape.

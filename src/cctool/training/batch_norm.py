@@ -1,4 +1,4 @@
-"""Batch norm: statistics estimated again for changed weights, or left as they are in training."""
+"""Batch norm: statistics estimated again for changed weights, or frozen during training."""
 
 from __future__ import annotations
 
@@ -19,26 +19,22 @@ def recalibrate(
 ) -> int:
     """Replace running means and variances by the average over ``n`` images.
 
-    Batch norms alone run in train mode, so dropout and the like stay off. Each batch counts by its number
-    of images, which is the cumulative average of ``momentum=None`` where batches are equal.
+    Only batch norms run in training mode, so dropout and the like stay off. Batches are weighted by their
+    number of images, which is the cumulative average of ``momentum=None`` if all have the same size.
 
     Args:
-        model: changed in place; modes and momenta come back as they were.
-        batches: un-augmented training images (N, C, H, W), normalised; labels are not looked at.
+        model: changed in place; modes and momenta are as before afterwards.
+        batches: training images (N, C, H, W), normalised, without augmentation; labels are ignored.
         n: images to use, at least 1.
-        device: where the network lies; None takes that of its first parameter.
+        device: the network's device; None takes that of its first parameter.
 
     Returns:
-        How many images were used; 0 if the network has no batch norm with running statistics.
+        Number of images used; 0 if the network has no batch norm with running statistics.
 
     Raises:
         DataError: if there are no images.
     """
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-    ]
+    norms = _with_statistics(model)
     if not norms:
         return 0
     device = device or device_of(model)
@@ -50,9 +46,10 @@ def recalibrate(
         try:
             for batch in batches:
                 images = batch.images[: n - used]
-                # A single image has no variance behind a global pooling.
+                # After a global pooling, a single image has no variance.
                 if len(images) < 2 and used:
                     break
+                # Momentum m sets running <- running + m (batch - running); this m makes it the mean so far.
                 for norm in norms:
                     norm.momentum = len(images) / (used + len(images))
                 model(images.to(device))
@@ -68,14 +65,16 @@ def recalibrate(
 
 
 def freeze_statistics(model: nn.Module) -> None:
-    """Take batch norm out of training mode: it normalises by its running statistics, and these stay.
+    """Put the batch norms with running statistics of a network in training mode into eval mode.
 
-    Its scales and shifts are trained as before. Statistics of maps with noise in them, a codec's or a coarse
-    quantizer's, are those of signal and noise together; a network that is normalised by them loses signal.
-
-    Args:
-        model: in training mode; its batch norms with running statistics go to eval mode.
+    They then normalise by their running statistics, which no longer change, while scales and shifts are still
+    trained. Statistics of feature maps with noise from a codec or a coarse quantizer are those of signal and
+    noise together; a network that is normalised by them loses signal.
     """
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            module.eval()
+    for norm in _with_statistics(model):
+        norm.eval()
+
+
+def _with_statistics(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return [norm for norm in norms if norm.running_mean is not None]

@@ -15,7 +15,7 @@ from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
 from cctool.graph.execution import blaming_the_size
 from cctool.training.objectives import cross_entropy, main_output
-from cctool.training.processes import Alone, Group
+from cctool.training.processes import Group
 from cctool.training.user_functions import UserMetric
 
 __all__ = ["LossFunction", "count_correct", "evaluate", "outputs_of", "trial_output"]
@@ -26,15 +26,11 @@ _TOP = 5
 
 
 def trial_output(model: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
-    """Main output of a network for two images of zeros.
-
-    Args:
-        model: on any device; its modes come back as they were.
-        input_shape: (C, H, W) of one image.
+    """Main output of a network, in eval mode, for two images of zeros of ``input_shape`` (C, H, W).
 
     Raises:
         ArchitectureError: if it does not run on them.
-        TrainingError: if its outputs are none that can be trained on.
+        TrainingError: if its outputs cannot be trained on.
     """
     device = device_of(model)
     with blaming_the_size(input_shape), in_eval_mode(model), torch.no_grad():
@@ -49,18 +45,18 @@ def outputs_of(
 
     Args:
         model: on ``device`` already.
-        batches: normalised images (N, C, H, W), with labels (N,) where there are any.
-        device: where the network lies.
+        batches: normalised images (N, C, H, W), with labels (N,) if there are any.
+        device: the network's device.
         precision: ``32``, ``bf16`` or ``16``.
 
     Yields:
-        What the network returned, in float32 where it is a tensor, and the batch.
+        What the network returned, in float32 if it is a tensor, and the batch.
 
     Raises:
         ArchitectureError: if the network does not run on images of this size.
     """
     for batch in batches:
-        # The caller's code runs between the batches: it must find its own modes there.
+        # Modes are set for each batch, because the caller's code runs between them and expects its own.
         images = batch.images.to(device, non_blocking=True)
         shape = tuple(images.shape[1:])
         with blaming_the_size(shape), in_eval_mode(model), torch.no_grad(), autocast(device, precision):
@@ -77,14 +73,13 @@ def count_correct(logits: Tensor, labels: Tensor, top: int) -> Tensor:
 
 
 class _EvaluationSums:
-    """Sums over the batches of one split, kept on the device so that no step waits for them."""
+    """Sums over the batches of one split, kept on the device so that no batch waits for them."""
 
     def __init__(self, device: torch.device, loss: LossFunction, metric: UserMetric | None) -> None:
         self._loss = loss
         self._metric = metric
-        # n, sum of losses, correct among the first, correct among the first five.
-        dtype = torch.float64
-        self._sums = torch.zeros(4, dtype=dtype, device=device)
+        # Samples, sum of losses, labels that have the largest logit, labels among the largest five.
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._classifies = True
         self._outputs: list[Tensor] = []
         self._labels: list[Tensor] = []
@@ -129,13 +124,13 @@ def evaluate(
     """Measure a network on one split.
 
     Args:
-        model: on ``device`` already; its modes and weights come back as they were.
+        model: on ``device`` already; its modes and weights do not change.
         batches: normalised images (N, C, H, W) and labels (N,); each sample once.
         split: name of the split, for the record.
-        device: where the network lies.
+        device: the network's device.
         precision: ``32``, ``bf16`` or ``16``.
-        loss: (outputs, labels) -> mean loss of a batch; cross-entropy where None.
-        metric: the user's metric, computed over all samples at once.
+        loss: (outputs, labels) -> mean loss of a batch; None is cross-entropy.
+        metric: the user's metric, computed over all samples together.
         group: the processes that share the split, each with its own part of it.
 
     Returns:
@@ -154,11 +149,11 @@ def evaluate(
             _refuse_unknown_classes(main_output(outputs), labels, split)
         with torch.no_grad():
             totals.add(outputs, labels)
-    return totals.metrics(split, group or Alone())
+    return totals.metrics(split, group or Group())
 
 
 def _refuse_unknown_classes(logits: Tensor, labels: Tensor, split: str) -> None:
-    # On a GPU the comparison would wait for every batch, and cross-entropy itself stops there.
+    # Not on a GPU, where reading the labels would wait for every batch, and where cross-entropy itself fails.
     if logits.device.type != "cpu" or logits.dim() != 2 or not labels.numel():
         return
     low, high = int(labels.min()), int(labels.max())

@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions from a step to a multiplier of the base learning rate.
 
-They are functions of the step, never of the value before, so a resumed training needs nothing but its step.
-Warm-up comes first and the schedule's own clock starts when it ends.
+They depend on the step and not on the previous value, so a resumed training run needs only its step. Warm-up
+comes first, and the schedule's steps are counted from its end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["SCHEDULES", "WARMUPS", "Clock", "multiplier"]
 
 @dataclass(frozen=True)
 class Clock:
-    """Where a phase stands.
+    """How far a phase, warm-up or schedule, has come.
 
     Attributes:
         step: steps done since the phase began, from 0.
@@ -37,7 +37,7 @@ def constant(clock: Clock, options: FitOptions, floor: float) -> float:
 
 
 def multistep(clock: Clock, options: FitOptions, floor: float) -> float:
-    """``lr_gamma`` to the power of the milestones passed, as torch's MultiStepLR by epochs."""
+    """``lr_gamma`` to the power of the number of milestones passed, like torch's MultiStepLR by epochs."""
     passed = bisect.bisect_right(options.milestones, clock.step // clock.per_epoch)
     return float((0.1 if options.lr_gamma is None else options.lr_gamma) ** passed)
 
@@ -56,10 +56,11 @@ def poly(clock: Clock, options: FitOptions, floor: float) -> float:
 def onecycle(clock: Clock, options: FitOptions, floor: float) -> float:
     """Rise from 1/25 to 1 and fall to 1/250,000 in two half cosines (Smith and Topin 2019, arXiv 1708.07120).
 
-    The same numbers as torch's OneCycleLR with its defaults; momentum stays as it is.
+    The same numbers as torch's OneCycleLR with its defaults, except that momentum is not cycled.
     """
     first, last = 1 / 25, 1 / 25 / 1e4
     share = 0.3 if options.onecycle_warm is None else options.onecycle_warm
+    # torch counts the peak as step share * total - 1, which may be fractional.
     top = share * clock.total - 1
     if clock.step <= top:
         return _half_cosine(first, 1.0, clock.step / top if top > 0 else 1.0)
@@ -76,7 +77,7 @@ def linear(clock: Clock) -> float:
 
 
 def exponential(clock: Clock) -> float:
-    """Grow x4 an epoch; over five epochs from 1/1024."""
+    """Grow fourfold each epoch; over five epochs from 1/1024."""
     return float(4.0 ** (clock.step // clock.per_epoch - clock.total // clock.per_epoch))
 
 
@@ -105,6 +106,6 @@ def multiplier(step: int, steps_per_epoch: int, options: FitOptions, floor: floa
     schedule = SCHEDULES[options.schedule]
     if step >= warm:
         return schedule(Clock(step - warm, total, steps_per_epoch), options, floor)
-    # A schedule that starts low is reached without a jump.
+    # Up to the schedule's first value, so that one that starts low is reached without a jump.
     start = schedule(Clock(0, total, steps_per_epoch), options, floor)
     return start * WARMUPS[options.warmup or Warmup.LINEAR](Clock(step, warm, steps_per_epoch))

@@ -1,12 +1,13 @@
 """What training minimises: a loss of the network's outputs, or of a student's and a teacher's.
 
-Penalties on the weights are not here: `fit` adds them to whichever objective it is given.
+Penalties on the weights are not part of an objective: `fit` adds them to any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +40,7 @@ class Terms:
     Attributes:
         loss: what is minimised, a scalar.
         logits: the network's main output, shape (N, classes).
-        components: the summands of ``loss`` as they enter it, where there are several.
+        components: the summands of ``loss``, with their weights, if there are several.
     """
 
     loss: Tensor
@@ -57,7 +58,7 @@ class Objective(Protocol):
 
 
 def main_output(outputs: Any) -> Tensor:
-    """Give the logits of what a network returned: a tensor, or a tuple that starts with it.
+    """The logits in what a network returned: a tensor, or a tuple or list that starts with it.
 
     Raises:
         TrainingError: for anything else.
@@ -68,11 +69,6 @@ def main_output(outputs: Any) -> Tensor:
             f"the network returned a {type(outputs).__name__}; a tensor of logits (N, classes) is expected"
         )
     return first
-
-
-def auxiliary_outputs(outputs: Any) -> list[Tensor]:
-    """Give the logits of auxiliary classifiers: what follows the first of a tuple."""
-    return [item for item in outputs[1:] if isinstance(item, Tensor)] if isinstance(outputs, tuple) else []
 
 
 def cross_entropy(outputs: Any, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -86,7 +82,7 @@ def cross_entropy(outputs: Any, labels: Tensor, label_smoothing: float = 0.0) ->
         label_smoothing: share of the target spread evenly over all classes.
 
     Raises:
-        TrainingError: if the outputs are no logits of these classes.
+        TrainingError: if the outputs are not logits (N, classes).
     """
     logits = main_output(outputs)
     if logits.dim() != 2 or logits.shape[0] != labels.shape[0]:
@@ -95,20 +91,18 @@ def cross_entropy(outputs: Any, labels: Tensor, label_smoothing: float = 0.0) ->
             "cross-entropy needs (N, classes), or give your own --loss"
         )
     loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    for auxiliary in auxiliary_outputs(outputs):
-        loss = loss + _AUXILIARY_WEIGHT * F.cross_entropy(auxiliary, labels, label_smoothing=label_smoothing)
+    for auxiliary in outputs[1:] if isinstance(outputs, tuple) else ():
+        if isinstance(auxiliary, Tensor):
+            extra = F.cross_entropy(auxiliary, labels, label_smoothing=label_smoothing)
+            loss = loss + _AUXILIARY_WEIGHT * extra
     return loss
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """``T^2 * KL(softmax(teacher / T) || softmax(student / T))``, mean over the batch.
 
-    Hinton et al. 2015, arXiv 1503.02531, section 2; T^2 keeps gradients of the same size at every T.
-
-    Args:
-        student: logits (N, classes).
-        teacher: logits (N, classes), taken as constants.
-        temperature: T, above 0.
+    Hinton et al. 2015, arXiv 1503.02531, section 2; the factor T^2 keeps the size of gradients about the same
+    for every T > 0. Both logits are (N, classes); the teacher's are constants.
     """
     divergence = F.kl_div(
         F.log_softmax(student / temperature, dim=1),
@@ -119,27 +113,25 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return temperature**2 * divergence
 
 
+def _batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether any module is a batch norm."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    return bool(_batch_norms(model))
 
 
 def gamma_penalty(model: nn.Module, weight: float) -> Callable[[], Tensor] | None:
-    """Give a function that computes ``weight * sum |gamma|`` over the batch norms of a network.
-
-    None where ``weight`` is 0.
+    """A function that computes ``weight * sum |gamma|`` over a network's batch norms; None if weight is 0.
 
     Raises:
         TrainingError: if there is no batch norm with a trainable scale.
     """
     if not weight:
         return None
-    gammas: list[Tensor] = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None
-    ]
-    gammas = [gamma for gamma in gammas if gamma.requires_grad]
+    scales = [norm.weight for norm in _batch_norms(model) if norm.weight is not None]
+    gammas = [scale for scale in scales if scale.requires_grad]
     if not gammas:
         raise TrainingError("--gamma-l1: the network has no batch norm with a trainable scale")
     return absolute_sum(gammas, weight)
@@ -148,16 +140,16 @@ def gamma_penalty(model: nn.Module, weight: float) -> Callable[[], Tensor] | Non
 def absolute_sum(
     tensors: Sequence[Tensor], weight: float, chosen: Tensor | None = None
 ) -> Callable[[], Tensor]:
-    """Give a function that computes ``weight * sum |x|``, with the subgradient 0 at 0.
+    """A function that computes ``weight * sum |x|``, with the subgradient 0 at 0.
 
     Args:
-        tensors: of one dim each, taken as they are at each call.
+        tensors: of one dim each; each call takes their present values.
         weight: factor of the sum.
-        chosen: indices into all of them, one behind the other, that count; None counts all.
+        chosen: indices into their concatenation that count; None counts all.
     """
 
     def total() -> Tensor:
-        # One concatenation is much cheaper than a sum a layer.
+        # One concatenation is much cheaper than one sum per layer.
         together = torch.cat(list(tensors))
         return weight * (together if chosen is None else together[chosen]).abs().sum()
 
@@ -165,15 +157,11 @@ def absolute_sum(
 
 
 class Supervised:
-    """Cross-entropy, or the user's own loss, of outputs and labels."""
+    """Cross-entropy, or the user's loss, of outputs and labels."""
 
     def __init__(self, label_smoothing: float = 0.0, loss: UserLoss | None = None) -> None:
         self.user = loss.reference if loss is not None else None
-        self._loss: Callable[[Any, Tensor], Tensor]
-        if loss is not None:
-            self._loss = loss
-        else:
-            self._loss = lambda outputs, labels: cross_entropy(outputs, labels, label_smoothing)
+        self._loss = loss or partial(cross_entropy, label_smoothing=label_smoothing)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Terms:
         """Run the network and compare its outputs with the labels."""
@@ -182,10 +170,10 @@ class Supervised:
 
 
 class Distillation:
-    """``alpha * T^2 * KL(teacher || student) + (1 - alpha) * hard``, ``hard`` being a `Supervised` loss.
+    """``alpha * T^2 * KL(teacher || student) + (1 - alpha) * hard``, where ``hard`` is a `Supervised` loss.
 
     Args:
-        teacher: images as the student gets them -> teacher logits (N, classes), without gradients.
+        teacher: the student's images -> teacher logits (N, classes), without gradients.
         temperature: T, above 0.
         alpha: weight of the teacher, in [0, 1].
         label_smoothing: of the hard loss.
@@ -200,11 +188,9 @@ class Distillation:
         label_smoothing: float = 0.0,
         loss: UserLoss | None = None,
     ) -> None:
-        self.user = loss.reference if loss is not None else None
-        self._teacher = teacher
-        self._temperature = temperature
-        self._alpha = alpha
+        self._teacher, self._temperature, self._alpha = teacher, temperature, alpha
         self._supervised = Supervised(label_smoothing, loss)
+        self.user = self._supervised.user
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Terms:
         """Run both networks on the same images."""

@@ -1,4 +1,4 @@
-"""Optimizers over a network's present parameters, and what weight decay acts on."""
+"""Optimizers over a network's parameters, and which of them are decayed."""
 
 from __future__ import annotations
 
@@ -20,22 +20,12 @@ __all__ = ["OPTIMIZERS", "make_optimizer", "parameter_groups"]
 Groups = list[dict[str, Any]]
 
 
-def _sgd(groups: Groups, lr: float, options: FitOptions) -> Optimizer:
-    return torch.optim.SGD(groups, lr=lr, momentum=options.sgd_momentum, nesterov=options.nesterov)
-
-
-def _adam(groups: Groups, lr: float, options: FitOptions) -> Optimizer:
-    return torch.optim.Adam(groups, lr=lr)
-
-
-def _adamw(groups: Groups, lr: float, options: FitOptions) -> Optimizer:
-    return torch.optim.AdamW(groups, lr=lr)
-
-
 OPTIMIZERS: dict[OptimizerName, Callable[[Groups, float, FitOptions], Optimizer]] = {
-    OptimizerName.SGD: _sgd,
-    OptimizerName.ADAM: _adam,
-    OptimizerName.ADAMW: _adamw,
+    OptimizerName.SGD: lambda groups, lr, options: torch.optim.SGD(
+        groups, lr=lr, momentum=options.sgd_momentum, nesterov=options.nesterov
+    ),
+    OptimizerName.ADAM: lambda groups, lr, options: torch.optim.Adam(groups, lr=lr),
+    OptimizerName.ADAMW: lambda groups, lr, options: torch.optim.AdamW(groups, lr=lr),
 }
 
 
@@ -43,24 +33,17 @@ def parameter_groups(model: nn.Module, weight_decay: float, scope: DecayScope) -
     """Group trainable parameters by their weight decay, each parameter once.
 
     With `DecayScope.WEIGHTS`, parameters of at most one dimension (biases, normalisation) are not decayed.
-    Those of companions (quantizers' steps and clipping levels) never are: a penalty of their own may be.
+    Those of companions (quantizers' step sizes and clipping levels) never are; `ClippingDecay` may do that.
     """
-    beside = companion_parameters(model)
-    ours = {id(parameter) for parameter in beside}
-    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
-    groups = _network_groups(trainable, weight_decay, scope)
-    learnt = [parameter for parameter in beside if parameter.requires_grad]
-    return [*groups, {"params": learnt, "weight_decay": 0.0}] if learnt else groups
-
-
-def _network_groups(trainable: list[nn.Parameter], weight_decay: float, scope: DecayScope) -> Groups:
-    if scope is DecayScope.ALL:
-        return [{"params": trainable, "weight_decay": weight_decay}]
-    weights = [parameter for parameter in trainable if parameter.dim() > 1]
-    others = [parameter for parameter in trainable if parameter.dim() <= 1]
+    companions = companion_parameters(model)
+    theirs = {id(parameter) for parameter in companions}
+    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in theirs]
+    decayed = [p for p in trainable if scope is DecayScope.ALL or p.dim() > 1]
+    others = [p for p in trainable if scope is not DecayScope.ALL and p.dim() <= 1]
+    learnt = [p for p in companions if p.requires_grad]
     return [
         {"params": members, "weight_decay": decay}
-        for members, decay in ((weights, weight_decay), (others, 0.0))
+        for members, decay in ((decayed, weight_decay), (others, 0.0), (learnt, 0.0))
         if members
     ]
 
@@ -71,17 +54,17 @@ def make_optimizer(
     """Build the optimizer that ``options`` ask for.
 
     Args:
-        model: its parameters as they are now are what is trained.
+        model: its present parameters are trained.
         lr: base learning rate.
         options: which optimizer, and its settings.
-        named: references of user code that stand on this command line.
+        named: references of user code that the command line names.
 
     Raises:
         TrainingError: if nothing in the network can be trained.
         UserCodeError: if the user's factory fails or returns something else.
     """
     groups = parameter_groups(model, options.weight_decay, options.decay)
-    if not any(group["params"] for group in groups):
+    if not groups:
         raise TrainingError("the network has no trainable parameters; --epochs 0 writes it as it is")
     for name in OptimizerName:
         if options.optimizer == name.value:

@@ -1,10 +1,10 @@
-"""The processes that work on one training together, through Lightning Fabric."""
+"""The processes that train one network together, through Lightning Fabric."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from cctool.options.common import Precision
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Alone", "Group", "Together", "group_of", "make_fabric"]
+__all__ = ["Group", "Together", "group_of", "make_fabric"]
 
 _PRECISIONS: dict[Precision, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
     Precision.FULL: "32-true",
@@ -24,29 +24,19 @@ _PRECISIONS: dict[Precision, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
 }
 
 
-class Group(Protocol):
-    """Puts together what each process has."""
+class Group:
+    """Combines values of all processes; this class is for a single process."""
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all processes, element by element."""
-
-    def concatenate(self, values: Tensor) -> Tensor:
-        """Put the rows of all processes behind each other, however many each has."""
-
-
-class Alone:
-    """A group of one process."""
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Return ``values``."""
         return values
 
     def concatenate(self, values: Tensor) -> Tensor:
-        """Return ``values``."""
+        """Concatenate the rows of all processes, which may have different numbers of them."""
         return values
 
 
-class Together:
+class Together(Group):
     """The processes of a Fabric."""
 
     def __init__(self, fabric: Fabric) -> None:
@@ -59,7 +49,8 @@ class Together:
         return total
 
     def concatenate(self, values: Tensor) -> Tensor:
-        """Put the rows of all processes behind each other, however many each has."""
+        """Concatenate the rows of all processes, which may have different numbers of them."""
+        # all_gather needs equal shapes: everyone pads to the longest, and the padding is cut off again.
         counts = self.stack(torch.tensor(values.shape[0]))
         padded = values.new_zeros((int(counts.max()), *values.shape[1:]))
         padded[: values.shape[0]] = values
@@ -67,7 +58,7 @@ class Together:
         return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
 
     def stack(self, values: Tensor) -> Tensor:
-        """Put equally shaped tensors of all processes into a new first dimension, on the CPU."""
+        """Stack equally shaped tensors of all processes in a new first dimension, on the CPU."""
         mine = values.to(self._fabric.device).contiguous()
         gathered = [torch.empty_like(mine) for _ in range(self._fabric.world_size)]
         torch.distributed.all_gather(gathered, mine)
@@ -75,8 +66,8 @@ class Together:
 
 
 def group_of(fabric: Fabric) -> Group:
-    """Give the group that ``fabric`` belongs to."""
-    return Together(fabric) if fabric.world_size > 1 else Alone()
+    """The group of the processes of ``fabric``."""
+    return Together(fabric) if fabric.world_size > 1 else Group()
 
 
 def make_fabric(
@@ -84,14 +75,14 @@ def make_fabric(
 ) -> Fabric:
     """Set up this process for training.
 
-    With more than one process in all, each was started already and finds its place in the environment
+    With more than one process in total, each has been started already and finds its place in the environment
     (``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``).
 
     Args:
-        device: where this process computes; with several on CUDA, each takes the one of its local rank.
+        device: this process's device; of several CUDA devices, each process takes that of its local rank.
         precision: arithmetic of forward and backward passes.
-        devices: processes on this machine.
-        nodes: machines.
+        devices: number of processes on this machine.
+        nodes: number of machines.
 
     Raises:
         DeviceError: if the device cannot compute in this precision.
@@ -104,23 +95,21 @@ def make_fabric(
 
     talk = logging.getLogger("lightning_fabric.utilities.rank_zero")
     level = talk.level
-    # It announces the precision that was asked for.
+    # Fabric logs the precision, which the user has just asked for.
     talk.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*srun.*command is available")
-            if devices * nodes == 1:
-                chosen: list[int] | int = [device.index or 0] if device.type == "cuda" else 1
-                fabric = Fabric(accelerator=device.type, devices=chosen, precision=_PRECISIONS[precision])
-            else:
-                fabric = Fabric(
-                    accelerator=device.type,
-                    devices=devices,
-                    num_nodes=nodes,
-                    strategy=DDPStrategy(find_unused_parameters=True),
-                    precision=_PRECISIONS[precision],
-                    plugins=[TorchElasticEnvironment()],
-                )
+            chosen: list[int] | int = devices
+            several: dict[str, Any] = {}
+            if devices * nodes > 1:
+                strategy, plugins = DDPStrategy(find_unused_parameters=True), [TorchElasticEnvironment()]
+                several = {"num_nodes": nodes, "strategy": strategy, "plugins": plugins}
+            elif device.type == "cuda":
+                chosen = [device.index or 0]
+            fabric = Fabric(
+                accelerator=device.type, devices=chosen, precision=_PRECISIONS[precision], **several
+            )
             fabric.launch()
     finally:
         talk.setLevel(level)

@@ -1,4 +1,4 @@
-"""The user's loss, metric and optimizer: called so that every failure names the function."""
+"""The user's loss, metric and optimizer, called so that every error names the function."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["UserLoss", "UserMetric", "named_function"]
 
 
 def named_function(reference: str, named: Collection[str], option: str) -> Callable[..., Any]:
-    """Load a function that stands on this command line.
+    """Load a function that the command line names.
 
     Raises:
-        UserCodeError: if it was not named there, is not found, or is no function.
+        UserCodeError: if it is not named there, is not found, or is not a function.
     """
     if not user_code.looks_like_user_code(reference):
         raise UserCodeError(f"{option} {reference}: my.py:function or package.module:function is expected")
@@ -31,9 +31,9 @@ def named_function(reference: str, named: Collection[str], option: str) -> Calla
 
 
 class UserLoss:
-    """A loss of the user's: (outputs, labels) -> scalar tensor.
+    """A user's loss: (outputs, labels) -> scalar tensor.
 
-    Raises UserCodeError where the function raises or returns something else.
+    Raises UserCodeError if the function raises or returns something else.
     """
 
     def __init__(self, reference: str, function: Callable[..., Any]) -> None:
@@ -43,29 +43,24 @@ class UserLoss:
     def __call__(self, outputs: Any, labels: Tensor) -> Tensor:
         """Loss of one batch."""
         value = user_code.call_often(self.reference, self._function, outputs, labels)
+        wrong = None
         if not isinstance(value, Tensor):
-            raise UserCodeError(
-                f"{self.reference} returned a {type(value).__name__}; "
-                "a loss is a scalar tensor that depends on the outputs"
-            )
-        if value.numel() != 1:
-            raise UserCodeError(
-                f"{self.reference} returned shape {list(value.shape)}; a loss is one number: take its mean"
-            )
-        if not value.is_floating_point():
-            raise UserCodeError(f"{self.reference} returned {value.dtype}; a loss is a floating-point tensor")
-        if torch.is_grad_enabled() and not value.requires_grad:
-            raise UserCodeError(
-                f"{self.reference} returned a loss without a gradient: "
-                "compute it from the outputs by torch functions"
-            )
-        return value.reshape(())
+            wrong = f"a {type(value).__name__}; a loss is a scalar tensor that depends on the outputs"
+        elif value.numel() != 1:
+            wrong = f"shape {list(value.shape)}; a loss is one number: take its mean"
+        elif not value.is_floating_point():
+            wrong = f"{value.dtype}; a loss is a floating-point tensor"
+        elif torch.is_grad_enabled() and not value.requires_grad:
+            wrong = "a loss without a gradient: compute it from the outputs by torch functions"
+        if wrong is not None:
+            raise UserCodeError(f"{self.reference} returned {wrong}")
+        return value.reshape(())  # type: ignore[no-any-return]
 
 
 class UserMetric:
-    """A metric of the user's: (outputs of a whole split, labels) -> number.
+    """A user's metric: (outputs of a whole split, labels) -> number.
 
-    Raises UserCodeError where the function raises or returns something that is not one finite number.
+    Raises UserCodeError if the function raises or returns something other than one finite number.
     """
 
     def __init__(self, reference: str, function: Callable[..., Any]) -> None:

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from cctool.checkpoint.edits.mask import add_masks, masks_of
-from cctool.models.lenet import lenet
-from cctool.models.mobilenet import mobilenet_student
-from cctool.models.resnet import resnet20
+from cctool.models.lenet import LeNet
+from cctool.models.mobilenet import MobileNetStudent
+from cctool.models.resnet import CifarResNet
 from cctool.quantization.network.calls import flow_of
 from cctool.quantization.refine.equalize import equalize, find_pairs
 
@@ -51,10 +51,10 @@ def _images(*shape):
 @pytest.mark.parametrize(
     ("model", "shape", "count"),
     [
-        (lambda: lenet(1, 10), (2, 1, 32, 32), 4),
-        (lambda: resnet20(3, 10, base=4), (2, 3, 16, 16), 9),
-        (lambda: mobilenet_student(3, 5, base=2), (1, 3, 32, 32), 7),
-        (lambda: _with_relu(mobilenet_student(3, 5, base=2)), (1, 3, 32, 32), 15),
+        (lambda: LeNet(1, 10), (2, 1, 32, 32), 4),
+        (lambda: CifarResNet(3, 3, 10, base=4), (2, 3, 16, 16), 9),
+        (lambda: MobileNetStudent(3, 5, base=2), (1, 3, 32, 32), 7),
+        (lambda: _with_relu(MobileNetStudent(3, 5, base=2)), (1, 3, 32, 32), 15),
     ],
 )
 @torch.no_grad()
@@ -254,7 +254,7 @@ def test_pairs_name_both_layers_and_the_features_of_a_channel():
 @torch.no_grad()
 def test_weights_equalized_on_a_gpu_are_those_of_the_cpu():
     x = _images(2, 1, 32, 32)
-    here, there = (_trained_like(lenet(1, 10)) for _ in range(2))
+    here, there = (_trained_like(LeNet(1, 10)) for _ in range(2))
     there.load_state_dict(here.state_dict())
     there.cuda()
     equalize(here, flow_of(here, (x,)))

@@ -1,9 +1,9 @@
 """Masks: weights that are zero and stay zero, and the `mask` edit that says which tensors have one.
 
-A masked parameter ``weight`` has a persistent bool buffer ``weight_mask`` of its shape beside it, True where
-the weight stays. The parameter holds exact zeros where the mask is False; nothing is multiplied in a forward
-pass, and the classes of the modules stay what they are. This lies below training, quantization, pruning and
-formats because all of them honour masks.
+The module of a masked parameter ``weight`` has a persistent bool buffer ``weight_mask`` of its shape, True
+for weights that stay. The parameter holds exact zeros where the mask is False: nothing is multiplied in a
+forward pass, and modules keep their classes. This is in a layer below training, quantization, pruning and
+formats because all of them respect masks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ __all__ = [
 ]
 
 _SUFFIX = "_mask"
-# Which buffers are masks is written on the module: a network's own buffer may be called so, too.
+# Set on the module: its masked parameters. The suffix alone does not tell, as a network may have a buffer
+# of such a name.
 _MARK = "_masked_parameters"
 
 
@@ -67,7 +68,7 @@ class MaskedPlace:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter as it is now: moving a model to a device may replace it."""
+        """The parameter as it is now: moving a model to a device may replace the object."""
         found = self.module._parameters[self.leaf]
         assert found is not None
         return found
@@ -98,7 +99,7 @@ def masked_places(model: nn.Module, *, remove_duplicate: bool = True) -> Iterato
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
-    """Masks by the qualified name of the parameter that they belong to; True stays."""
+    """Masks by the qualified name of their parameter; True stays."""
     return {place.name: place.mask for place in masked_places(model)}
 
 
@@ -109,14 +110,14 @@ def mask_buffers(model: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def add_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Mask parameters in place and zero what goes; where a parameter is masked already, both masks hold.
+    """Mask parameters in place and zero the weights that go; a mask that is there already is ANDed.
 
     Args:
         model: any module.
         masks: bool tensors of the parameters' shapes by qualified name, True stays.
 
     Raises:
-        SpecError: if a name is no parameter, or its module has something called like the mask.
+        SpecError: if a name is no parameter, or its module has an attribute of the mask's name.
     """
     present = masks_of(model)
     for name, mask in masks.items():
@@ -132,13 +133,13 @@ def add_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def zero_masked(model: nn.Module) -> None:
-    """Set every masked weight to exactly zero, as after weights were loaded from elsewhere."""
+    """Set every masked weight to exactly zero, for example after weights were loaded from elsewhere."""
     for place in masked_places(model):
         place.parameter.masked_fill_(place.mask.logical_not(), 0)
 
 
 def drop_masks(model: nn.Module, names: Collection[str]) -> None:
-    """Take the masks of these parameters away; the weights stay as they are."""
+    """Remove the masks of these parameters; the weights do not change."""
     for place in list(masked_places(model)):
         if place.name in names:
             left = tuple(leaf for leaf in getattr(place.module, _MARK) if leaf != place.leaf)
@@ -147,7 +148,7 @@ def drop_masks(model: nn.Module, names: Collection[str]) -> None:
 
 
 def with_masks(spec: ModelSpec, model: nn.Module) -> ModelSpec:
-    """The spec whose mask edits are those of ``model``, whatever it said of masks before."""
+    """The spec with its mask edits replaced by those of ``model``."""
     others = tuple(edit for edit in spec.edits if edit.get("kind") != "mask")
     owned: dict[str, list[str]] = {}
     for place in masked_places(model):
@@ -157,11 +158,9 @@ def with_masks(spec: ModelSpec, model: nn.Module) -> ModelSpec:
 
 
 def derived_masks(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks that a bare state dict lacks, as exports leave them out: what is zero stays zero.
+    """Masks that a bare state dict lacks, because exports leave them out: what is zero there stays zero.
 
-    Args:
-        model: built with its mask edits.
-        tensors: the state dict.
+    ``model`` was built with its mask edits; ``tensors`` is the state dict.
     """
     return {
         mask_name(place.name): tensors[place.name] != 0
@@ -183,7 +182,7 @@ def _register(model: nn.Module, owner: str, leaf: str) -> None:
     name = mask_name(leaf)
     if hasattr(module, name):
         raise SpecError(f"mask: {owner or 'the model'} has a {name!r} of its own")
-    # A parameter that is only being built lies on the meta device; its mask is registered as it will be.
+    # While a network is built for loading, parameters are on the meta device, but buffers on the CPU.
     device = torch.device("cpu") if parameter.is_meta else parameter.device
     module.register_buffer(name, torch.ones(tuple(parameter.shape), dtype=torch.bool, device=device))
     setattr(module, _MARK, (*getattr(module, _MARK, ()), leaf))

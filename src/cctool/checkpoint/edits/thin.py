@@ -23,36 +23,33 @@ from cctool.checkpoint.tables import EditKind
 
 __all__ = ["THIN", "Cut", "Thin", "thin_edits", "thinned"]
 
-_Width = Annotated[int, Field(ge=1, le=MAX_DIMENSION, strict=True)]
 _Index = Annotated[int, Field(ge=0, le=MAX_DIMENSION, strict=True)]
 _Kept = tuple[tuple[_Index, tuple[_Index, ...]], ...]
 
 
 class Thin(Edit):
-    """Final shapes of a module's own tensors and its integer attributes that hold a width.
+    """Final shapes of a module's own tensors, and its integer attributes that are widths, by name.
 
     Attributes:
-        shapes: by the tensor's own name.
-        attributes: by name.
-        kept: for buffers that no file holds, as the architecture makes them itself: pairs of a dim and the
-            indices of it that are left, ascending.
+        kept: for non-persistent buffers, which the architecture makes and no file holds: pairs of a dim and
+            the indices of it that remain, ascending.
     """
 
     kind: Literal["thin"] = "thin"
     shapes: dict[str, tuple[Dimension, ...]] = Field(default={})
-    attributes: dict[str, _Width | tuple[_Width, ...]] = Field(default={})
+    attributes: dict[str, Dimension | tuple[Dimension, ...]] = Field(default={})
     kept: dict[str, _Kept] = Field(default={})
 
     @model_serializer(mode="wrap")
     def _without_empty(self, handler: Callable[[Thin], dict[str, Any]]) -> dict[str, Any]:
-        """Leave `kept` out where there is none, as files from before it have it."""
+        """Leave an empty `kept` out, so that such an edit is written as before there was a `kept`."""
         document = handler(self)
         return document if document["kept"] else {k: v for k, v in document.items() if k != "kept"}
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Indices of one dim that stay, ascending, of `size` that there were."""
+    """Indices of one dim that remain, ascending, out of `size`."""
 
     dim: int
     keep: Tensor
@@ -60,7 +57,7 @@ class Cut:
 
 
 Kept = dict[str, dict[int, list[int]]]
-"""For each buffer that no file holds, by dim, the indices left of the one that the architecture makes."""
+"""For each non-persistent buffer, by dim, the remaining indices of the one that the architecture makes."""
 
 
 def thinned(
@@ -71,14 +68,14 @@ def thinned(
 ) -> ModelSpec:
     """Record a cut: the spec whose thin edits describe the present widths of ``model``.
 
-    What an earlier cut changed stays recorded, also where this one left it alone: an edit is the final state
-    of its module.
+    An edit is the final state of its module, so what earlier cuts changed stays recorded, even if this one
+    did not change it.
 
     Args:
         spec: of the model before this cut.
         model: the model after it.
-        shapes: qualified names of the parameters and buffers that were cut, best with the cuts: buffers that
-            are not stored cannot be cut again without; masks among them are left out.
+        shapes: qualified names of the parameters and buffers that were cut; masks among them are left out.
+            Non-persistent buffers need their cuts as well, or loading cannot repeat them.
         attributes: (module name, attribute) pairs that were changed.
     """
     earlier = [Thin.model_validate(edit) for edit in spec.edits if edit.get("kind") == "thin"]
@@ -93,7 +90,7 @@ def thinned(
 
 
 def _kept(earlier: Sequence[Thin], model: nn.Module, cuts: Mapping[str, Sequence[Cut]]) -> Kept:
-    """What is left of the buffers that no file holds, after earlier cuts and this one."""
+    """What remains of non-persistent buffers after earlier cuts and this one."""
     kept: Kept = {
         qualified(edit.module, leaf): {dim: list(indices) for dim, indices in pairs}
         for edit in earlier
@@ -118,7 +115,7 @@ def thin_edits(
         model: the model after cutting.
         shapes: qualified names of the parameters and buffers that were cut.
         attributes: (module name, attribute) pairs that were changed.
-        kept: by qualified name, what is left of buffers that no file holds.
+        kept: by qualified name, what remains of non-persistent buffers.
 
     Returns:
         One edit per touched module, in the order of `model.named_modules()`.
@@ -132,20 +129,17 @@ def thin_edits(
     for owner, attribute in attributes:
         value = getattr(modules[owner], attribute)
         found.setdefault(owner, ({}, {}))[1][attribute] = value if isinstance(value, int) else tuple(value)
+    left: dict[str, dict[str, _Kept]] = {}
+    for name, dims in (kept or {}).items():
+        owner, _, leaf = name.rpartition(".")
+        left.setdefault(owner, {})[leaf] = tuple(
+            (dim, tuple(indices)) for dim, indices in sorted(dims.items())
+        )
     return tuple(
-        Thin(module=name, shapes=found[name][0], attributes=found[name][1], kept=_own(kept or {}, name))
+        Thin(module=name, shapes=found[name][0], attributes=found[name][1], kept=left.get(name, {}))
         for name in modules
         if name in found
     )
-
-
-def _own(kept: Kept, module: str) -> dict[str, _Kept]:
-    prefix = f"{module}." if module else ""
-    return {
-        name.removeprefix(prefix): tuple((dim, tuple(left)) for dim, left in sorted(places.items()))
-        for name, places in kept.items()
-        if name.rpartition(".")[0] == module
-    }
 
 
 def _apply_thin(model: nn.Module, edit: Thin) -> None:
@@ -179,18 +173,17 @@ def _several(value: Any) -> tuple[int, ...]:
 
 
 def _resize(model: nn.Module, module: nn.Module, edit: Thin, name: str, shape: tuple[int, ...]) -> None:
-    owner = edit.module
     parameter, buffer = module._parameters.get(name), module._buffers.get(name)
     present = parameter if parameter is not None else buffer
     if present is None:
-        raise SpecError(f"thin: {owner or 'the model'} has no tensor {name!r}")
+        raise SpecError(f"thin: {edit.module or 'the model'} has no tensor {name!r}")
     if present.dim() != len(shape) or any(new > old for new, old in zip(shape, present.shape, strict=True)):
         raise SpecError(
-            f"thin: {owner}.{name} of shape {list(present.shape)} cannot be cut to {list(shape)}: "
+            f"thin: {edit.module}.{name} of shape {list(present.shape)} cannot be cut to {list(shape)}: "
             "the same number of dimensions, none larger, is allowed"
         )
     if parameter is None:
-        # Stored values replace this one; of a buffer that no file holds, it keeps the right part.
+        # Stored values replace this buffer later; a non-persistent one must already have the right values.
         if present.shape != shape:
             left = _cut_buffer(present, edit, name)
             module._buffers[name] = left[tuple(slice(0, size) for size in shape)].clone()
@@ -202,7 +195,8 @@ def _resize(model: nn.Module, module: nn.Module, edit: Thin, name: str, shape: t
     for other in model.modules():
         for key, value in other._parameters.items():
             if value is parameter:
-                setattr(other, key, resized)  # recurrent layers keep a list of their own
+                # By setattr, because recurrent layers keep a list of their weights besides `_parameters`.
+                setattr(other, key, resized)
 
 
 def _cut_buffer(buffer: Tensor, edit: Thin, name: str) -> Tensor:

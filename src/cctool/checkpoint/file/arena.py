@@ -1,7 +1,7 @@
-"""Tensors in one byte arena, and the entries that say where they lie.
+"""Tensors in one byte arena, and the index entries that say where each of them is.
 
-A zip entry costs about 300 bytes, which would eat the gain of small packed tensors; here a tensor costs its
-bytes and a line of index. Each starts at a multiple of its element size.
+A zip entry costs about 300 bytes, which would cancel the gain of small packed tensors. Here a tensor costs
+its bytes and a line of the index. Each starts at a multiple of its element size.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ __all__ = ["ArenaReader", "ArenaWriter", "Entry", "PlainEntry", "unpack"]
 
 
 class PlainEntry(BaseModel):
-    """A tensor as it is, in the arena.
+    """A tensor that is stored as it is: its type (such as ``float32``), shape, and place in the arena.
 
     Attributes:
-        dtype: of the tensor, as ``float32``.
-        shape: of the tensor.
         offset: bytes into the arena; a multiple of the element size.
     """
 
@@ -39,7 +37,7 @@ class PlainEntry(BaseModel):
 
 
 class Entry(BaseModel):
-    """An encoded tensor: what `EncodedTensor` says, and where its parts lie."""
+    """An encoded tensor: what `EncodedTensor` says, and where its parts are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     encoding: str
@@ -50,7 +48,7 @@ class Entry(BaseModel):
 
 
 class ArenaWriter:
-    """Lays tensors one after the other; equal calls give equal bytes."""
+    """Appends tensors to an arena; equal calls give equal bytes."""
 
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []
@@ -60,9 +58,9 @@ class ArenaWriter:
         self._parts: dict[bytes, int] = {}
 
     def entry(self, encoded: EncodedTensor) -> dict[str, Any]:
-        """Lay the parts of an encoded tensor; a part that is the same object as an earlier one lies once."""
+        """Append the parts of an encoded tensor; parts that are the same object are stored once."""
         parts = {}
-        # Sorted, as the index has them: what was loaded lies as what was made.
+        # Sorted as in the index, so that a loaded checkpoint is written with the bytes that it was read from.
         for key, value in sorted(encoded.parts.items()):
             if id(value) not in self._offsets:
                 self._held.append(value)
@@ -78,7 +76,7 @@ class ArenaWriter:
         }
 
     def plain(self, tensor: Tensor) -> dict[str, Any]:
-        """Lay a tensor as it is. One that has the bytes of a part is put in its place, one for each part."""
+        """Append a tensor as it is, or let it share a part that has the same bytes; one tensor a part."""
         key = _hash(tensor)
         offset = self._parts.get(key)
         if not tensor.numel() or offset is None or offset % tensor.element_size():
@@ -91,6 +89,7 @@ class ArenaWriter:
         return torch.cat(self._chunks) if self._chunks else torch.empty(0, dtype=torch.uint8)
 
     def _lay(self, tensor: Tensor) -> int:
+        # Rounded up to a multiple of the element size, so that readers can take aligned views.
         start = -(-self._end // tensor.element_size()) * tensor.element_size()
         if start > self._end:
             self._chunks.append(torch.zeros(start - self._end, dtype=torch.uint8))
@@ -109,10 +108,7 @@ def _line(tensor: Tensor, offset: int) -> dict[str, Any]:
 
 
 class ArenaReader:
-    """Reads what `ArenaWriter` laid.
-
-    Args:
-        arena: uint8 (bytes,).
+    """Reads tensors from an arena, uint8 (bytes,), as `ArenaWriter` makes it.
 
     Raises:
         CorruptCheckpointError: if it is something else; by all methods, if an entry points outside of it.
@@ -137,7 +133,7 @@ class ArenaReader:
         return EncodedTensor(entry.encoding, entry.shape, entry.dtype, parts, entry.parameters)
 
     def plain(self, name: str, entry: PlainEntry) -> Tensor:
-        """A copy of a tensor. All copies together have no more bytes than the arena."""
+        """A copy of a tensor. Entries that overlap are refused once their copies exceed the arena's size."""
         view = self._view(entry, name)
         self._copied += view.nbytes
         if self._copied > self._arena.numel():
@@ -152,7 +148,7 @@ class ArenaReader:
         try:
             return self._arena[part.offset : part.offset + length].view(dtype).reshape(part.shape)
         except RuntimeError:
-            # Sizes next to a 0 are backed by nothing and may still overflow.
+            # If one size is 0, no bytes back the others, and their product may overflow.
             raise CorruptCheckpointError(f"{name}: shape {list(part.shape)} is impossible") from None
 
 

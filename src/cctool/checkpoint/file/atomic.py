@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
@@ -17,36 +17,36 @@ try:
 except ImportError:  # Windows has no flock; there temporary files stay until they are removed by hand.
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["write_atomically", "write_bytes"]
+__all__ = ["hold_lock", "remove_stale", "unwritable", "write_atomically", "write_bytes"]
 
 _SUFFIX = ".cctool-tmp"
 
 
 def write_atomically(
     path: Path,
-    write: Callable[[IO[bytes]], None],
+    write: Callable[[IO[bytes]], object],
     check: Callable[[Path], None] | None = None,
     *,
     overwrite: bool = True,
 ) -> None:
-    """Write to a temporary file beside ``path``, flush it to disk, check it, rename it into place.
+    """Write to a temporary file next to ``path``, flush it to disk, check it, rename it into place.
 
     Args:
         path: the target; a symbolic link is followed.
         write: fills the open temporary file.
-        check: reads the temporary file back and raises if it is not what was meant.
+        check: reads the temporary file back and raises if the content is not what was meant.
         overwrite: whether an existing target may be replaced.
 
     Raises:
-        CheckpointError: if the folder is missing, the disk is full or the target exists; nothing is left
-            under the final name then.
+        CheckpointError: if the folder is missing, the disk is full or the target exists; the target is then
+            unchanged.
     """
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
     if not overwrite and path.exists():
         raise _exists(path)
-    _remove_stale(path)
+    remove_stale(path.parent.glob(f".*{_SUFFIX}"), Path.unlink)
     temporary = path.with_name(f".{secrets.token_hex(8)}{_SUFFIX}")
     try:
         with _open_locked(temporary) as stream:
@@ -67,28 +67,27 @@ def write_atomically(
                 _rename_new(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        reason = (
-            "the disk is full"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else error.strerror or str(error)
-        )
-        raise CheckpointError(f"cannot write {path}: {reason}; nothing was left under that name") from error
+        raise unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 def write_bytes(path: Path, content: bytes, *, overwrite: bool = True) -> None:
-    """Write bytes, see `write_atomically`, and read them back."""
-
-    def write(stream: IO[bytes]) -> None:
-        stream.write(content)
+    """Write bytes as `write_atomically` does, and read them back."""
 
     def check(temporary: Path) -> None:
         if temporary.read_bytes() != content:
             raise CctoolError(f"{path}: reading back gave other bytes than were written")
 
-    write_atomically(path, write, check, overwrite=overwrite)
+    write_atomically(path, lambda stream: stream.write(content), check, overwrite=overwrite)
+
+
+def unwritable(path: Path, error: OSError) -> CheckpointError:
+    """Give the error that says why ``path`` could not be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    reason = "the disk is full" if full else error.strerror or str(error)
+    return CheckpointError(f"cannot write {path}: {reason}; nothing was left under that name")
 
 
 def _rename_new(temporary: Path, path: Path) -> None:
@@ -108,7 +107,7 @@ def _exists(path: Path) -> CheckpointError:
 
 
 class _Guarded:
-    """A file whose first OSError is remembered: torch's writer would replace it by its own message."""
+    """A file that remembers its first OSError, which torch's writer would replace by a message of its own."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -143,14 +142,12 @@ class _Guarded:
 
 
 def _open_locked(temporary: Path) -> IO[bytes]:
-    """Create ``temporary`` and hold a lock on it, which the system releases even when we are killed."""
+    """Create ``temporary`` and lock it; the system releases the lock even when this process is killed."""
     while True:
         stream = temporary.open("xb+")
         if fcntl is None:
             return stream
-        # Network file systems may not support locks; then nothing is ever judged stale there.
-        with contextlib.suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        hold_lock(stream)
         # Another writer that cleans up may have removed the file before it was locked.
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(stream.fileno()).st_ino == temporary.stat().st_ino:
@@ -158,14 +155,22 @@ def _open_locked(temporary: Path) -> IO[bytes]:
         stream.close()
 
 
-def _remove_stale(path: Path) -> None:
-    """Remove temporary files of this folder whose writers are dead: their locks are free."""
+def hold_lock(stream: IO[bytes]) -> None:
+    """Lock an open file until it is closed, where the system has locks."""
+    if fcntl is not None:
+        # Some network file systems have no locks. `remove_stale` gets none either there, and removes nothing.
+        with contextlib.suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX)
+
+
+def remove_stale(locks: Iterable[Path], remove: Callable[[Path], None]) -> None:
+    """Call ``remove`` with each of the lock files whose lock is free, which means that its writer is dead."""
     if fcntl is None:
         return
-    for left in path.parent.glob(f".*{_SUFFIX}"):
-        with contextlib.suppress(OSError), left.open("rb") as stream:
+    for lock in locks:
+        with contextlib.suppress(OSError), lock.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
+            remove(lock)
 
 
 def _sync_folder(folder: Path) -> None:

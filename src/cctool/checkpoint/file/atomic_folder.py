@@ -10,11 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cctool.base.errors import CheckpointError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; there temporary folders stay until they are removed by hand.
-    fcntl = None  # type: ignore[assignment]
+from cctool.checkpoint.file.atomic import hold_lock, remove_stale, unwritable
 
 __all__ = ["folder_atomically", "refuse_existing_folder"]
 
@@ -24,37 +20,41 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def folder_atomically(path: Path, *, overwrite: bool, ours: Callable[[str], bool]) -> Iterator[Path]:
-    """Give a temporary folder beside ``path`` to fill, which takes its name when the block ends well.
+    """Yield a temporary folder to fill, which is renamed to ``path`` if the block ends without an error.
 
     Args:
         path: the target; a symbolic link is followed.
         overwrite: whether an existing folder of ours may be replaced.
-        ours: whether a folder of ours may hold an entry of that name. What holds another is never replaced.
+        ours: whether a folder of ours may hold an entry of that name; a folder that holds any other entry is
+            never replaced.
 
     Raises:
         CheckpointError: as `refuse_existing_folder`, or if the disk is full; nothing is left then.
     """
     path = Path(os.path.realpath(path))
     refuse_existing_folder(path, overwrite=overwrite, ours=ours)
-    _remove_stale(path.parent)
+    remove_stale(path.parent.glob(f".*{_SUFFIX}/{_LOCK}"), _remove_folder_of)
     temporary = path.with_name(f".{secrets.token_hex(8)}{_SUFFIX}")
     try:
         temporary.mkdir()
-        with _locked(temporary):
+        # The system releases the lock even when this process is killed.
+        with (temporary / _LOCK).open("xb") as stream:
+            hold_lock(stream)
             yield temporary
-            _sync(temporary)
+            for entry in temporary.iterdir():
+                with entry.open("rb") as written:
+                    os.fsync(written.fileno())
             refuse_existing_folder(path, overwrite=overwrite, ours=ours)
             (temporary / _LOCK).unlink()
             _rename(temporary, path)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(f"cannot write {path}: {reason}; nothing was left under that name") from error
+        raise unwritable(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def refuse_existing_folder(path: Path, *, overwrite: bool, ours: Callable[[str], bool]) -> None:
-    """Refuse to start work whose folder could not be written.
+    """Refuse a folder that could not be written, before the work for it starts.
 
     Raises:
         CheckpointError: if ``path`` exists and may not be replaced, or its parent does not exist.
@@ -72,35 +72,12 @@ def refuse_existing_folder(path: Path, *, overwrite: bool, ours: Callable[[str],
         raise CheckpointError(f"{path} holds {foreign[0]}, which is not of this command: name another folder")
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock inside the folder, which the system releases even when we are killed."""
-    with (folder / _LOCK).open("xb") as stream:
-        if fcntl is not None:
-            # Network file systems may not support locks; then nothing is ever judged stale there.
-            with contextlib.suppress(OSError):
-                fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-def _remove_stale(parent: Path) -> None:
-    """Remove temporary folders whose writers are dead: their locks are free."""
-    if fcntl is None:
-        return
-    for left in parent.glob(f".*{_SUFFIX}"):
-        with contextlib.suppress(OSError), (left / _LOCK).open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    for entry in folder.iterdir():
-        with entry.open("rb") as stream:
-            os.fsync(stream.fileno())
+def _remove_folder_of(lock: Path) -> None:
+    shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _rename(temporary: Path, path: Path) -> None:
-    """Rename into place; an older folder is moved aside first, for a rename replaces no full one."""
+    """Rename into place; an existing folder is moved away first, because rename replaces only empty ones."""
     if not path.exists():
         temporary.rename(path)
         return

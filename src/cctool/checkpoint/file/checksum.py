@@ -1,7 +1,7 @@
-"""The checksum inside a file of ours: then any flipped bit is seen, in headers and padding too.
+"""The checksum inside a file of ours, which reveals any flipped bit, even in headers and padding.
 
-It stands behind `MARK`, at the end of a ``.pt`` (the zip's comment) or in the metadata of a ``.safetensors``,
-and is SHA-256 of the whole file with the checksum's own 64 digits replaced by zeros.
+It follows `MARK`, at the end of a ``.pt`` (the zip's comment) or in the metadata of a ``.safetensors``, and
+is the SHA-256 of the whole file with the checksum's own 64 digits replaced by zeros.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def verify_checksum(path: Path) -> tuple[str, bool]:
     """Hash a file in one pass.
 
     Returns:
-        SHA-256 of the whole file, and whether it holds a checksum of ours (which then was right).
+        SHA-256 of the whole file, and whether it holds a checksum of ours, which then is right.
 
     Raises:
-        CorruptCheckpointError: if the checksum is not that of the bytes around it.
+        CorruptCheckpointError: if the checksum does not match the file.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -49,11 +49,12 @@ def verify_checksum(path: Path) -> tuple[str, bool]:
 
 
 def _position(stream: IO[bytes], size: int) -> int | None:
-    """Where the checksum's digits begin; None where there is no checksum."""
+    """Offset of the checksum's digits; None if there is no checksum."""
     if size >= len(MARK) + DIGITS:
         stream.seek(size - len(MARK) - DIGITS)
         if stream.read(len(MARK)) == MARK:
             return size - DIGITS
+    # Otherwise as .safetensors: the length of a JSON header as 8 bytes, then the header.
     stream.seek(0)
     start = stream.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else size

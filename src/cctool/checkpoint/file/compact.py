@@ -1,8 +1,7 @@
-"""The compact form, of files with encoded tensors: one arena of bytes and one compressed text beside it.
+"""The compact form of files with encoded tensors: one arena of bytes and one compressed text.
 
-A zip entry costs about 300 bytes, a pickled tensor 150 and a digest in a table 100, which is as much as the
-weights of a small network in few bits. Here a tensor costs its bytes and what its line of the index leaves
-after compression.
+A zip entry costs about 300 bytes, a pickled tensor 150 and a digest in a table 100. Together that is as much
+as the weights of a small network in few bits. Here a tensor costs its bytes and its compressed index line.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ from cctool.checkpoint.file.payload import (
     ResumeState,
     canonical_json,
     combined_digest,
-    parse_history,
-    parse_spec,
+    parse,
     place,
 )
+from cctool.checkpoint.spec import History, ModelSpec
 
 __all__ = ["COMPACT_VERSION", "Compact", "compressed", "inflated", "packed", "unpacked"]
 
 COMPACT_VERSION = 2
 """Format version of files of this form."""
 _SMALL = 4096
-"""Bytes up to which dense tensors lie in the arena."""
+"""Bytes up to which dense tensors go into the arena."""
 _LINES: TypeAdapter[list[tuple[str, Entry | PlainEntry | str | None]]] = TypeAdapter(
     list[tuple[str, Entry | PlainEntry | str | None]]
 )
@@ -44,12 +43,12 @@ _LINES: TypeAdapter[list[tuple[str, Entry | PlainEntry | str | None]]] = TypeAda
 
 @dataclass(frozen=True)
 class Compact:
-    """What a file of this form holds, whatever its container, besides resume state.
+    """What a file of this form holds in either container, except resume state.
 
     Attributes:
         text: uint8 (bytes,), the compressed JSON of ``{"history", "index", "spec"}``.
         arena: uint8 (bytes,), all encoded and all small tensors.
-        dense: the other tensors by name, tied ones once.
+        dense: the other tensors by name, tied ones only once.
         digest: SHA-256 over the digests of all tensors, hexadecimal.
     """
 
@@ -60,13 +59,13 @@ class Compact:
 
 
 def packed(payload: Payload) -> Compact:
-    """Lay a payload out; equal payloads give equal bytes."""
+    """Put a payload into the compact form; equal payloads give equal bytes."""
     writer = ArenaWriter()
     lines: dict[str, dict[str, Any] | str | None] = {}
     dense: dict[str, Tensor] = {}
     first: dict[object, str] = {}
     sources = {name: first.setdefault(_identity(name, v), name) for name, v in payload.tensors.items()}
-    # Encoded ones first: the scale of a weight's quantizer has the bytes of a part of that weight.
+    # Encoded ones first, so that the scale of a quantizer can share the bytes of its encoded weight's scale.
     for name, value in payload.tensors.items():
         if isinstance(value, EncodedTensor) and sources[name] == name:
             lines[name] = writer.entry(value)
@@ -87,7 +86,7 @@ def packed(payload: Payload) -> Compact:
 
 
 def _identity(name: str, value: Tensor | EncodedTensor) -> object:
-    """Equal for tied tensors."""
+    """A key that is equal for tied tensors."""
     if isinstance(value, EncodedTensor):
         return id(value)
     return place(value) if value.numel() else name
@@ -96,7 +95,7 @@ def _identity(name: str, value: Tensor | EncodedTensor) -> object:
 def unpacked(
     text: Any, arena: Any, dense: Mapping[str, Tensor], digest: Any, resume: ResumeState | None = None
 ) -> Payload:
-    """Read what `packed` wrote, as a file gives it; parts of encoded tensors are views of the arena.
+    """Read what `packed` wrote, with types not checked yet; parts of encoded tensors are views of the arena.
 
     Raises:
         CorruptCheckpointError: if it is malformed.
@@ -112,8 +111,8 @@ def unpacked(
     except (ValidationError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"the compressed text is malformed: {type(error).__name__}") from None
     return Payload(
-        spec=parse_spec(spec),
-        history=parse_history(history),
+        spec=parse(ModelSpec, spec, "spec"),
+        history=parse(History, history, "history"),
         tensors=_tensors(lines, reader, dict(dense)),
         resume=resume,
         digest=digest,
@@ -146,7 +145,7 @@ _HEAD = struct.Struct("<I")
 _MAX_TEXT = 16 * 2**20
 _MAX_RATIO = 64
 _FREE = 2**20
-"""Bytes of text that a stream of any length may hold."""
+"""Bytes of text that even the shortest stream may expand to."""
 
 
 def compressed(text: str) -> Tensor:
@@ -159,20 +158,18 @@ def compressed(text: str) -> Tensor:
     if len(data) > _MAX_TEXT:
         raise CheckpointError(f"spec, history and index are {len(data):,} bytes; {_MAX_TEXT:,} are allowed")
     stream = zlib.compress(data, 9)
+    # A text that shrinks more than readers accept is stored uncompressed.
     if len(data) > _allowed(len(stream)):
         stream = zlib.compress(data, 0)
     return torch.frombuffer(bytearray(_HEAD.pack(len(data)) + stream), dtype=torch.uint8)
 
 
 def inflated(stored: Any) -> str:
-    """Read what `compressed` wrote.
-
-    Args:
-        stored: uint8 (bytes,).
+    """Read what `compressed` wrote, uint8 (bytes,).
 
     Raises:
-        CorruptCheckpointError: if it is malformed, or claims a length above 16 MiB, or above 1 MiB and 64
-            times its own; that is seen before anything is inflated.
+        CorruptCheckpointError: if it is malformed, or, before anything is inflated, if it claims more than
+            16 MiB, or more than both 1 MiB and 64 times its own length.
     """
     if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.dim() != 1:
         raise CorruptCheckpointError("the compressed text is not a row of bytes")
@@ -184,7 +181,7 @@ def inflated(stored: Any) -> str:
         raise CorruptCheckpointError(f"the compressed text claims {length:,} bytes, more than is allowed")
     inflater = zlib.decompressobj()
     try:
-        # One byte more than declared is asked for: 0 would mean no limit, and a longer text is seen.
+        # One byte more than declared: a longer text is noticed, and 0 would mean no limit.
         found = inflater.decompress(data[_HEAD.size :], length + 1)
         if len(found) != length or not inflater.eof or inflater.unused_data:
             raise CorruptCheckpointError("the compressed text has another length than it declares")

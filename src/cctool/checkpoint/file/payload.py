@@ -27,10 +27,10 @@ __all__ = [
     "canonical_json",
     "combined_digest",
     "content_hash",
+    "dense_payload",
+    "dense_texts",
     "fingerprint_of",
-    "parse_digests",
-    "parse_history",
-    "parse_spec",
+    "parse",
     "place",
     "tensor_digests",
 ]
@@ -50,7 +50,7 @@ _R = TypeVar("_R", bound=BaseModel)
 
 @dataclass(frozen=True)
 class ResumeState:
-    """What training needs besides the weights to go on bit for bit.
+    """What training needs besides the weights to continue bit for bit.
 
     Attributes:
         tensors: optimizer moments, generator states, best weights.
@@ -66,8 +66,8 @@ class Payload:
     """Spec, history and tensors of one file, dense or encoded, on the CPU.
 
     Attributes:
-        digests: SHA-256 of each tensor, as `tensor_digests` gives them; empty where the file holds `digest`.
-        digest: `combined_digest` of them, of a file that holds this alone.
+        digests: SHA-256 of each tensor, see `tensor_digests`; empty if the file holds only `digest`.
+        digest: `combined_digest` of them, from a file that holds no others.
     """
 
     spec: ModelSpec
@@ -82,7 +82,7 @@ MemoryPlace = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
 
 
 def place(tensor: Tensor) -> MemoryPlace:
-    """Where a tensor lies in memory, and how: equal for tensors that are tied."""
+    """Address, type, shape and strides of a tensor: equal for tensors that are tied."""
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
 
 
@@ -144,14 +144,14 @@ def tensor_digests(payload: Payload) -> dict[str, str]:
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
-    """SHA-256 over all digests and their names, for files that have no room for each."""
+    """SHA-256 over all digests and their names, for files too small to hold one for each tensor."""
     return hashlib.sha256(canonical_json(dict(digests)).encode()).hexdigest()
 
 
 def content_hash(payload: Payload, digests: Mapping[str, str]) -> str:
-    """SHA-256 over spec, history and the model's tensors: what lineage refers to.
+    """SHA-256 over spec, history and the model's tensors, by which history refers to a parent.
 
-    Equal for the same content in ``.pt`` and ``.safetensors``; resume state does not count.
+    Equal for the same content in ``.pt`` and ``.safetensors``; resume state is left out.
     """
     text = canonical_json(
         {
@@ -163,33 +163,44 @@ def content_hash(payload: Payload, digests: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def parse_spec(text: Any) -> ModelSpec:
-    """Validate the JSON text of a spec. Raises SpecError with the first thing that is wrong."""
-    return _parse(ModelSpec, text, "spec")
+def dense_texts(payload: Payload) -> dict[str, str]:
+    """Spec, history and digests as JSON texts, for a file whose tensors are all dense."""
+    return {
+        "spec": canonical_json(payload.spec.model_dump(mode="json")),
+        "history": canonical_json(payload.history.model_dump(mode="json")),
+        "digests": canonical_json(dict(payload.digests)),
+    }
 
 
-def parse_history(text: Any) -> History:
-    """Validate the JSON text of a history. Raises SpecError with the first thing that is wrong."""
-    return _parse(History, text, "history")
+def dense_payload(
+    texts: Mapping[str, Any], tensors: Mapping[str, Tensor | EncodedTensor], resume: ResumeState | None = None
+) -> Payload:
+    """Validate what `dense_texts` gave, as a file holds it, and put it together with the file's tensors.
 
-
-def parse_digests(text: Any) -> dict[str, str]:
-    """Validate the JSON text of the digests."""
+    Raises:
+        SpecError: if spec or history are malformed.
+        CorruptCheckpointError: if the digests are.
+    """
+    spec, history = (
+        parse(ModelSpec, texts.get("spec"), "spec"),
+        parse(History, texts.get("history"), "history"),
+    )
     try:
-        found = json.loads(text)
+        digests = json.loads(texts.get("digests"))  # type: ignore[arg-type]
     except (TypeError, ValueError, RecursionError):
         raise CorruptCheckpointError("the digests are not JSON text") from None
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+    if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
         raise CorruptCheckpointError("the digests are not a table of texts")
-    return found
+    return Payload(spec, history, tensors, resume, digests)
 
 
-def _parse(record: type[_R], text: Any, what: str) -> _R:
+def parse(record: type[_R], text: Any, what: str) -> _R:
+    """Validate the JSON text of a spec or a history. Raises SpecError with the first thing that is wrong."""
     if not isinstance(text, str) or len(text) > _MAX_TEXT:
         raise SpecError(f"the {what} is missing or is not JSON text")
     try:
         found = record.model_validate_json(text)
-        # JSON values inside may hold NaN or 1e999, which pydantic lets pass.
+        # JSON values inside may hold NaN or 1e999, which pydantic accepts.
         canonical_json(found.model_dump(mode="json"))
         return found
     except ValidationError as error:
@@ -199,12 +210,7 @@ def _parse(record: type[_R], text: Any, what: str) -> _R:
 
 
 def fingerprint_of(model: nn.Module, without: Collection[str] = ()) -> str:
-    """SHA-256 over a network's tensors and their names.
-
-    Args:
-        model: any network; its companions are left out.
-        without: names in the state dict that are left out, too.
-    """
+    """SHA-256 over a network's tensors and their names, except those of companions and those ``without``."""
     ours = {*without, *companion_tensors(model)}
     hashed = hashlib.sha256()
     for name, tensor in model.state_dict().items():

@@ -21,9 +21,8 @@ from cctool.checkpoint.file.payload import (
     Payload,
     as_bytes,
     canonical_json,
-    parse_digests,
-    parse_history,
-    parse_spec,
+    dense_payload,
+    dense_texts,
     place,
 )
 from cctool.checkpoint.file.torch_file import DENSE_VERSION
@@ -42,7 +41,7 @@ _DTYPES = {
 def write_safetensors(payload: Payload, stream: IO[bytes]) -> None:
     """Write ``payload``; tied tensors are stored once and named in the metadata.
 
-    The library's own writer copies every tensor twice and orders the metadata by a random hash.
+    Not by the library's own writer, which copies every tensor twice and orders the metadata by a random hash.
     """
     if payload.resume is not None:
         raise CheckpointError("a .safetensors file cannot hold the state for --resume; write a .pt file")
@@ -64,9 +63,7 @@ def write_safetensors(payload: Payload, stream: IO[bytes]) -> None:
             dense[name] = value
     metadata = {
         "cctool": str(DENSE_VERSION),
-        "spec": canonical_json(payload.spec.model_dump(mode="json")),
-        "history": canonical_json(payload.history.model_dump(mode="json")),
-        "digests": canonical_json(dict(payload.digests)),
+        **dense_texts(payload),
         "aliases": canonical_json(aliases),
         "order": canonical_json(list(payload.tensors)),
     }
@@ -74,7 +71,7 @@ def write_safetensors(payload: Payload, stream: IO[bytes]) -> None:
 
 
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], stream: IO[bytes]) -> None:
-    # The largest element type first: then every tensor is aligned.
+    # The largest element type first, so that every tensor is aligned without padding.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
@@ -102,11 +99,11 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], stream: IO[byte
 
 
 def read_safetensors(path: Path, *, signed: bool) -> Payload | dict[str, Tensor]:
-    """Read a file; one without our metadata comes back as its bare tensors.
+    """Read a file; one without our metadata gives its tensors alone.
 
     Args:
         path: the file.
-        signed: whether it holds a checksum of ours, which was right.
+        signed: whether it holds a checksum of ours, which `verify_checksum` found right.
 
     Raises:
         CorruptCheckpointError: if it cannot be read.
@@ -118,7 +115,7 @@ def read_safetensors(path: Path, *, signed: bool) -> Payload | dict[str, Tensor]
             metadata = file.metadata() or {}
             names = list(file.keys())
             tensors: dict[str, Tensor] = {name: _aligned(file.get_tensor(name)) for name in names}
-    # The library raises KeyError, AttributeError or its own error, by what is wrong.
+    # The library raises KeyError, AttributeError or its own error, depending on what is wrong.
     except Exception as error:
         raise CorruptCheckpointError(f"{path} is not a readable safetensors file: {error}") from None
     if "cctool" not in metadata and not signed:
@@ -133,18 +130,13 @@ def read_safetensors(path: Path, *, signed: bool) -> Payload | dict[str, Tensor]
             f"{path} is of format {metadata.get('cctool')!r}; this cctool reads formats {DENSE_VERSION} and "
             f"{COMPACT_VERSION}"
         )
-    return Payload(
-        spec=parse_spec(metadata.get("spec")),
-        history=parse_history(metadata.get("history")),
-        tensors=_ordered(path, metadata, tensors),
-        digests=parse_digests(metadata.get("digests")),
-    )
+    return dense_payload(metadata, _ordered(path, metadata, tensors))
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor at an address where torch puts its own.
+    """The tensor at an address that is aligned as torch's own allocations are.
 
-    Kernels choose how they sum by the address, too: elsewhere the logits differ in their last bits.
+    Kernels choose the order of their sums by alignment, too: otherwise the logits differ in their last bits.
     """
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 

@@ -1,7 +1,7 @@
-"""The `.pt` file: a plain ``torch.save`` zip of strings and tensors, ended by a checksum of all its bytes.
+"""The `.pt` file: a plain ``torch.save`` zip of strings and tensors that ends with a checksum of itself.
 
 ``torch.load(path, weights_only=True)`` opens it anywhere and gives a dictionary; docs/checkpoint-format.md
-documents it to the byte. Nothing here unpickles anything but tensors.
+documents every byte. Nothing here unpickles anything but tensors and plain containers.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ from cctool.checkpoint.file.payload import (
     Payload,
     ResumeState,
     canonical_json,
-    parse_digests,
-    parse_history,
-    parse_spec,
+    dense_payload,
+    dense_texts,
     place,
 )
 
@@ -44,6 +43,7 @@ __all__ = ["DENSE_VERSION", "load_torch_file", "parse_pt", "write_pt"]
 DENSE_VERSION = 1
 """Format version of files whose tensors are all dense, and of older ones with encoded tensors."""
 _CHUNK = 1 << 20
+# Times the file's size that all tensors together may have, views of the same bytes counted each.
 _MAX_OVERLAP = 4
 _SMALL = 4096
 """Bytes up to which tensors share a storage in the file."""
@@ -63,19 +63,14 @@ def write_pt(payload: Payload, stream: IO[bytes]) -> None:
             "model": _laid_out(compact.dense),
         }
     else:
-        document = {
-            "cctool": DENSE_VERSION,
-            "spec": canonical_json(payload.spec.model_dump(mode="json")),
-            "history": canonical_json(payload.history.model_dump(mode="json")),
-            "digests": canonical_json(dict(payload.digests)),
-            "model": _laid_out({k: v for k, v in payload.tensors.items() if isinstance(v, Tensor)}),
-        }
+        model = _laid_out({k: v for k, v in payload.tensors.items() if isinstance(v, Tensor)})
+        document = {"cctool": DENSE_VERSION, **dense_texts(payload), "model": model}
     if payload.resume is not None:
         document["resume"] = {
             "state": canonical_json(dict(payload.resume.state)),
             "tensors": _laid_out(payload.resume.tensors),
         }
-    # A path would put its temporary name into the archive.
+    # To the stream: from a path, torch would take the temporary file's name into the archive.
     torch.save(document, stream)
     _append_checksum(stream)
 
@@ -83,7 +78,7 @@ def write_pt(payload: Payload, stream: IO[bytes]) -> None:
 def _laid_out(tensors: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
     """Tensors as the file holds them: contiguous, tied ones still tied, none with more storage than it needs.
 
-    Small ones of a type lie side by side in one storage, for a zip entry costs about 300 bytes.
+    Small ones of one type share a storage, because a zip entry costs about 300 bytes.
     """
     keys = {name: place(tensor) if tensor.numel() else name for name, tensor in tensors.items()}
     made: dict[object, Tensor] = {}
@@ -101,7 +96,7 @@ def _laid_out(tensors: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
         for key in group:
             start, end = end, end + made[key].numel()
             made[key] = row[start:end].view(made[key].shape)
-    # pickle writes a text once per object: equal names must be the same object for equal bytes.
+    # pickle writes a string once per object, so equal names must be one object to give equal bytes.
     return OrderedDict((sys.intern(name), made[keys[name]]) for name in tensors)
 
 
@@ -110,7 +105,7 @@ def _alone(tensor: Tensor) -> bool:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo what `_laid_out` put side by side: only tied tensors of a module share storage."""
+    """Give the small tensors that share a storage in the file one each; tied tensors stay tied."""
     made: dict[MemoryPlace, Tensor] = {}
     for tensor in tensors.values():
         if place(tensor) not in made:
@@ -120,6 +115,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _append_checksum(stream: IO[bytes]) -> None:
     """Make the checksum the archive's comment."""
+    # The last two bytes of a zip without a comment are the comment's length, 0.
     stream.seek(-2, 2)
     stream.write(struct.pack("<H", len(MARK) + DIGITS) + MARK + ZEROS)
     stream.flush()
@@ -142,7 +138,7 @@ def load_torch_file(path: Path) -> Any:
         if zipfile.is_zipfile(path):
             _refuse_odd_archive(path)
         with path.open("rb") as stream, warnings.catch_warnings():
-            # Legacy files and old protocols draw remarks that a user can do nothing about.
+            # Warnings about legacy files and old protocols, about which a user can do nothing.
             for message in _REMARKS:
                 warnings.filterwarnings("ignore", message)
             document = torch.load(stream, map_location="cpu", weights_only=True)
@@ -152,7 +148,7 @@ def load_torch_file(path: Path) -> Any:
         raise _refused_pickle(path, error) from None
     except MemoryError:
         raise CorruptCheckpointError(f"{path} asks for more memory than there is") from None
-    # torch raises whatever a damaged file makes it trip over.
+    # On a damaged file torch may raise anything.
     except Exception as error:
         raise CorruptCheckpointError(f"{path} is not a readable checkpoint: {_line(error)}") from None
     _refuse_unbacked(path, document)
@@ -176,7 +172,7 @@ def _refuse_odd_archive(path: Path) -> None:
 
 
 def _refuse_unbacked(path: Path, document: Any) -> None:
-    """Refuse tensors whose size no byte of the file stands for: a kilobyte would claim a terabyte."""
+    """Refuse tensors that are larger than the data behind them: a kilobyte would claim a terabyte."""
     storages: dict[int, int] = {}
     places: dict[MemoryPlace, int] = {}
     for tensor in _tensors(document):
@@ -194,7 +190,7 @@ def _refuse_unbacked(path: Path, document: Any) -> None:
         storages[storage.data_ptr()] = storage.nbytes()
         places[place(tensor)] = tensor.nbytes
     size = path.stat().st_size
-    # Views may overlap, as a weight and its halves do, but not so that thousands claim the same bytes.
+    # Views may overlap, such as a weight and its halves, but thousands must not claim the same bytes.
     if sum(storages.values()) > size or sum(places.values()) > _MAX_OVERLAP * size:
         raise CorruptCheckpointError(f"{path} claims to hold more bytes than it has")
 
@@ -206,7 +202,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _tensors(document: Any) -> Iterator[Tensor]:
-    """All tensors in nested containers; each container is entered once, for they may contain themselves."""
+    """All tensors in nested containers; each container is entered once, because it may contain itself."""
     seen: set[int] = set()
     waiting = [document]
     while waiting:
@@ -219,10 +215,10 @@ def _tensors(document: Any) -> Iterator[Tensor]:
 
 
 def _refused_pickle(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
-    """Say what torch says of a pickle, without its advice to switch the safety off."""
+    """The error for a pickle that torch refused, without torch's advice to load it unsafely."""
     text = str(error)
     names = set(re.findall(r"GLOBAL ([\w.]+)", text))
-    # torch stops at the first name; of a zip it can list them all, if the zip is not legacy or damaged.
+    # torch stops at the first name; it can list all of a zip, unless that is a legacy one or damaged.
     with contextlib.suppress(Exception):
         names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     if names:
@@ -257,13 +253,8 @@ def parse_pt(path: Path, document: Any) -> Payload:
     if version == COMPACT_VERSION:
         text, arena, digest = (document.get(key) for key in ("text", "arena", "digest"))
         return unpacked(text, arena, model, digest, resume)
-    return Payload(
-        spec=parse_spec(document.get("spec")),
-        history=parse_history(document.get("history")),
-        tensors=_with_encoded(path, model, document["encoded"]) if "encoded" in document else {**model},
-        resume=resume,
-        digests=parse_digests(document.get("digests")),
-    )
+    tensors = _with_encoded(path, model, document["encoded"]) if "encoded" in document else model
+    return dense_payload(document, tensors, resume)
 
 
 def _state_dict(path: Path, what: str, found: Any) -> dict[str, Tensor]:
@@ -274,7 +265,9 @@ def _state_dict(path: Path, what: str, found: Any) -> dict[str, Tensor]:
     return _apart(found)
 
 
-def _with_encoded(path: Path, model: Mapping[str, Tensor], encoded: Any) -> dict[str, Tensor | EncodedTensor]:
+def _with_encoded(
+    path: Path, model: Mapping[str, Tensor], encoded: Any
+) -> Mapping[str, Tensor | EncodedTensor]:
     try:
         found = unpack(encoded["index"], encoded["arena"])
         order = json.loads(encoded["order"])
@@ -291,8 +284,8 @@ def _parse_resume(path: Path, resume: Any) -> ResumeState | None:
         return None
     try:
         tensors, state = resume["tensors"], json.loads(resume["state"])
+        if not isinstance(state, dict):
+            raise TypeError("the state is not a table")
     except (KeyError, TypeError, ValueError, RecursionError):
         raise CorruptCheckpointError(f"{path}: the resume state is malformed") from None
-    if not isinstance(state, dict):
-        raise CorruptCheckpointError(f"{path}: the resume state is malformed")
     return ResumeState(tensors=_state_dict(path, "resume", tensors), state=state)

@@ -1,1 +1,1 @@
-"""Batches of normalised, varied and converted images."""
+"""Batches of normalised, augmented and converted images."""

@@ -1,7 +1,7 @@
-"""Vary whole batches of in-memory images at once: padded crop, flip, rotation and resized crop.
+"""Augment whole batches of in-memory images: padded crop, flip, rotation and resized crop.
 
-The draws of an epoch are made for all images at once, on the CPU, from (seed, epoch): what happens to an
-image depends neither on the batch it falls in, nor on the device, nor on the number of processes.
+The random numbers of an epoch are drawn for all images together, on the CPU, from (seed, epoch): what happens
+to an image depends neither on its batch, nor on the device, nor on the number of processes.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from cctool.data.records import Augmentation, Crop, Padding
 
 __all__ = ["Draws", "apply", "derive", "draw", "generator"]
 
-# Width over height of a resized crop, as the Inception networks were trained (Szegedy et al. 2015).
+# Range of width over height of a resized crop, as for the Inception networks (Szegedy et al. 2015).
 RATIO = (3 / 4, 4 / 3)
 
 
@@ -27,8 +27,8 @@ class Draws:
     Attributes:
         offsets: int64 [N, 2], the crop's first row and column in the padded image.
         flips: bool [N].
-        matrices: float32 [N, 2, 3], output to input coordinates in -1..1 as for `F.affine_grid`, or None
-            where nothing is rotated or resized.
+        matrices: float32 [N, 2, 3], output to input coordinates in -1..1 as for `F.affine_grid`; None if
+            nothing is rotated or resized.
     """
 
     offsets: Tensor
@@ -47,9 +47,9 @@ class Draws:
 
 
 def draw(count: int, size: tuple[int, int], augmentation: Augmentation, seed: int, epoch: int) -> Draws:
-    """Draw for ``count`` images of ``size`` (H, W); each kind has a stream of its own.
+    """Draw for ``count`` images of ``size`` (H, W).
 
-    So switching one kind off leaves the draws of the others as they were.
+    Each kind has its own random stream, so that switching one off does not change the others.
     """
     padding = augmentation.padding if augmentation.crop is Crop.PADDED else 0
     offsets = torch.randint(0, 2 * padding + 1, (count, 2), generator=generator(seed, epoch, "crop"))
@@ -65,15 +65,10 @@ def draw(count: int, size: tuple[int, int], augmentation: Augmentation, seed: in
 
 
 def apply(images: Tensor, draws: Draws, augmentation: Augmentation) -> Tensor:
-    """Vary a batch.
-
-    Args:
-        images: uint8 [B, C, H, W].
-        draws: of these B images.
-        augmentation: what the draws were made for.
+    """Augment a batch, uint8 [B, C, H, W], by the draws of its B images.
 
     Returns:
-        uint8 [B, C, H, W]; float32 in 0..255 where images were rotated or resized (bilinear, black outside).
+        uint8 [B, C, H, W]; float32 in 0..255 if images were rotated or resized (bilinear, black outside).
     """
     padding = augmentation.padding if augmentation.crop is Crop.PADDED else 0
     if padding or augmentation.flip:
@@ -90,20 +85,22 @@ def _crop_and_flip(images: Tensor, draws: Draws, padding: int, mode: Padding) ->
     batch, channels, height, width = images.shape
     rows = draws.offsets[:, :1] + torch.arange(height, device=images.device) - padding
     columns = draws.offsets[:, 1:] + torch.arange(width, device=images.device) - padding
+    # Flipping is reading the columns backwards, so crop and flip are one gather.
     columns = torch.where(draws.flips[:, None], columns.flip(1), columns)
     row_source, column_source = _inside(rows, height, mode), _inside(columns, width, mode)
-    # One gather over flat pixels: three times as fast on a CPU as indexing with three index tensors.
+    # Over flat pixels: three times as fast on a CPU as indexing with three index tensors.
     source = (row_source[:, :, None] * width + column_source[:, None, :]).view(batch, 1, -1)
     pixels = images.reshape(batch, channels, -1).gather(2, source.expand(batch, channels, -1))
     cut = pixels.view(batch, channels, height, width)
     if mode is Padding.SYMMETRIC or not padding:
         return cut
+    # Positions that `_inside` had to move are padding: they become 0.
     inside = ((rows == row_source)[:, :, None] & (columns == column_source)[:, None, :]).unsqueeze(1)
     return cut * inside
 
 
 def _inside(positions: Tensor, size: int, mode: Padding) -> Tensor:
-    """Positions inside 0..size-1: the nearest one, or mirrored at the edge (-1 -> 0, size -> size - 1)."""
+    """Positions moved into 0..size-1: to the nearest one, or mirrored (-1 -> 0, size -> size - 1)."""
     if mode is Padding.ZERO:
         return positions.clamp(0, size - 1)
     folded = positions.remainder(2 * size)
@@ -113,6 +110,7 @@ def _inside(positions: Tensor, size: int, mode: Padding) -> Tensor:
 def _rotations(angles: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = size
     cosine, sine, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    # Coordinates run from -1 to 1 along both sides, so without these factors oblong images would shear.
     first = torch.stack([cosine, -sine * height / width, zero], dim=1)
     second = torch.stack([sine * width / height, cosine, zero], dim=1)
     return torch.stack([first, second], dim=1)
@@ -143,11 +141,11 @@ def _compose(outer: Tensor, inner: Tensor) -> Tensor:
 
 
 def derive(*parts: int | str) -> int:
-    """A 63-bit seed from numbers and words; different parts give independent streams."""
+    """A 63-bit seed made of numbers and words; different parts give independent streams."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by `derive`; the global generators are left alone."""
+    """A CPU generator seeded by `derive`; global generators are not touched."""
     return torch.Generator().manual_seed(derive(*parts))

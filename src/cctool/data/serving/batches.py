@@ -1,7 +1,7 @@
-"""Batches of normalised images on a device, in an order that (seed, epoch) alone decide.
+"""Batches of normalised images on a device, in an order that depends on (seed, epoch) only.
 
-In-memory splits live on the device as uint8 and are varied there, whole batches at a time; streamed ones are
-read and varied in worker processes. No global random state is read or changed.
+In-memory splits are kept on the device as uint8 and augmented there, whole batches at a time; streamed ones
+are read and augmented in worker processes. No global random state is read or changed.
 """
 
 import math
@@ -29,7 +29,7 @@ class Batch:
 
     Attributes:
         images: floating point [B, C, H, W], normalised.
-        labels: int64 [B], or None where there are none.
+        labels: int64 [B], or None if there are none.
         indices: int64 [B] into the split, on the CPU.
     """
 
@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of one epoch that fall to one process; iterating twice gives the same batches twice."""
+    """One process's batches of one epoch; iterating twice gives the same batches twice."""
 
     split: Split
     parts: tuple[Tensor, ...]
@@ -58,7 +58,7 @@ class Batches:
 
     @property
     def samples(self) -> int:
-        """How many images these batches hold together."""
+        """Number of images in all these batches."""
         return sum(len(part) for part in self.parts)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -71,7 +71,7 @@ class Batches:
             if self.split.as_given:
                 yield Batch(images.to(self.dtype), labels, indices)
                 continue
-            # (x / 255 - mean) / std as one product and one sum
+            # (x / 255 - mean) / std as one multiplication and one addition.
             normalised = (convert(images, self.split.shape) * scale).add_(shift)
             yield Batch(normalised.to(self.dtype), labels, indices)
 
@@ -90,6 +90,7 @@ class Batches:
             yield Batch(images.to(self.device, self.dtype), moved, indices)
 
     def _affine(self) -> tuple[Tensor, Tensor]:
+        # Computed in float64, so that the two factors are rounded only once, to float32.
         mean = torch.tensor(self.mean, dtype=torch.float64)
         std = torch.tensor(self.std, dtype=torch.float64)
         scale = (1 / (255 * std)).to(self.device, torch.float32)
@@ -105,7 +106,7 @@ class Batches:
             draws = augment.draw(len(images), size, self.augmentation, self.seed, self.epoch).to(self.device)
         if not self.parts:
             return
-        # Moved once: a copy a batch would make a GPU wait for each.
+        # All indices in one copy: one for each batch would make the GPU wait for each.
         order, start = torch.cat(self.parts).to(self.device), 0
         for indices in self.parts:
             chosen = order[start : start + len(indices)]
@@ -142,24 +143,24 @@ def batches(
     world_size: int = 1,
     drop_last: bool = False,
 ) -> Batches:
-    """Divide a split into batches, and these among processes.
+    """Divide a split into batches, and each batch among processes.
 
     Args:
         split: what to serve.
         batch_size: images in a batch of all processes together.
-        device: where the batches come to lie.
+        device: where the batches are served.
         mean: per channel, of images in 0..1.
         std: likewise.
-        dtype: of the images given.
+        dtype: of the served images.
         augmentation: None for evaluation.
-        seed: decides, with ``epoch``, the order and all variation.
+        seed: decides, with ``epoch``, the order and all augmentation.
         epoch: counted by the caller.
-        shuffle: for training. A last batch with fewer than two images a process is then left out, unless it
-            is the only one, because batch norm cannot normalise a single one.
+        shuffle: for training. A last batch with fewer than two images per process is then left out, unless it
+            is the only one, because batch norm cannot normalise a single image.
         workers: processes that read a streamed split; 0 reads in this one.
         rank: this process.
-        world_size: how many there are. Each image falls to exactly one process, none is repeated, and the
-            processes' parts of a batch differ by at most one image.
+        world_size: number of processes. Each image goes to exactly one process, and the processes' parts of a
+            batch differ by at most one image.
         drop_last: leave out a last batch that is not full, unless it is the only one.
 
     Raises:
@@ -195,6 +196,6 @@ def batches(
 
 
 def _parts(order: Tensor, batch_size: int, smallest: int) -> tuple[Tensor, ...]:
-    """Cut ``order`` into batches; a last one of fewer than ``smallest`` images is left out, unless alone."""
+    """Cut ``order`` into batches; a last one of fewer than ``smallest`` images is dropped, unless alone."""
     whole = tuple(order[start : start + batch_size] for start in range(0, len(order), batch_size))
     return whole[:-1] if len(whole) > 1 and len(whole[-1]) < smallest else whole

@@ -1,4 +1,4 @@
-"""Turn images into the channels and size that a network takes."""
+"""Convert images to the channels and size that a network takes."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from cctool.data.records import Shape
 
 __all__ = ["check_channels", "convert", "convert_statistics", "describe"]
 
-# ITU-R BT.601, the weights that PIL uses for "L".
+# ITU-R BT.601: the weights of red, green and blue that PIL uses for mode "L".
 LUMA = (0.299, 0.587, 0.114)
 
 
@@ -21,8 +21,8 @@ def convert(images: Tensor, shape: Shape) -> Tensor:
         shape: (C, H, W); C equals c, or one of them is 1 and the other 3.
 
     Returns:
-        The images themselves where nothing changes, else float32 [N, C, H, W] in 0..255 (or uint8 where only
-        gray was repeated). Resizing is bilinear with antialiasing.
+        The images themselves if nothing changes, else float32 [N, C, H, W] in 0..255 (or uint8 if gray was
+        repeated only). Resizing is bilinear with antialiasing.
 
     Raises:
         DataError: other numbers of channels.
@@ -36,13 +36,14 @@ def convert(images: Tensor, shape: Shape) -> Tensor:
         images = F.interpolate(
             images.float(), size=(height, width), mode="bilinear", align_corners=False, antialias=True
         )
+    # Last, so that gray images are resized once and not three times.
     if images.shape[1] == 1 and channels == 3:
         images = images.expand(-1, 3, -1, -1)
     return images
 
 
 def convert_statistics(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Means or deviations per channel of images whose channels `convert` changes to ``channels``.
+    """Means or standard deviations per channel of images that `convert` has given ``channels`` channels.
 
     >>> convert_statistics((0.5,), 3)
     (0.5, 0.5, 0.5)
@@ -53,11 +54,7 @@ def convert_statistics(values: tuple[float, ...], channels: int) -> tuple[float,
 
 
 def check_channels(found: int, wanted: int) -> None:
-    """Refuse a change of channels other than between gray and RGB.
-
-    Raises:
-        DataError: naming both.
-    """
+    """Raise DataError for any change of channels but that between gray (1) and RGB (3)."""
     if found != wanted and {found, wanted} != {1, 3}:
         raise DataError(
             f"the images have {found} channels and the network takes {wanted}: only gray (1) and RGB (3) are "
@@ -66,7 +63,7 @@ def check_channels(found: int, wanted: int) -> None:
 
 
 def describe(found: Shape, wanted: Shape) -> str:
-    """One sentence that says what `convert` does.
+    """A sentence that says what `convert` does.
 
     >>> describe((1, 28, 28), (3, 32, 32))
     'gray images are repeated to RGB and resized from 28x28 to 32x32'

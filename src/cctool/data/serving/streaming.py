@@ -1,4 +1,4 @@
-"""Read and vary images one by one in worker processes, for splits that do not fit in memory."""
+"""Read and augment images one by one in worker processes, for splits that do not fit in memory."""
 
 import multiprocessing
 import warnings
@@ -23,7 +23,7 @@ Read = tuple[Tensor, Tensor | None, Tensor]
 class _ImageDataset(Dataset[Any]):
     """What a worker does: read the images of one batch and stack them.
 
-    An error comes back as a value: a worker's traceback would otherwise become part of the message.
+    Errors are returned, not raised: DataLoader would put the worker's traceback into the message.
     """
 
     split: Split
@@ -65,10 +65,10 @@ def stream_batches(
     *,
     pinned: bool,
 ) -> Iterator[Read]:
-    """Give (images uint8 [B, C, H, W], labels int64 [B] or None, indices int64 [B]) for each part, in order.
+    """Yield (images uint8 [B, C, H, W], labels int64 [B] or None, indices int64 [B]) of each part, in order.
 
     Raises:
-        DataError: an image is missing or damaged; the message has its path.
+        DataError: an image is missing or damaged; the message names it.
         UserCodeError: the user's data set failed.
     """
     reader = _ImageDataset(split, augmentation, seed, epoch)
@@ -78,12 +78,12 @@ def stream_batches(
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pinned,
-        # Without one of its own the loader would draw from the global generator.
+        # Without a generator the loader would draw from the global one.
         generator=generator(seed, epoch, "workers"),
         multiprocessing_context=_context(workers),
     )
     with warnings.catch_warnings():
-        # Python 3.12 warns of any fork beside threads; workers only decode, on one thread of their own.
+        # Python 3.12 warns of a fork while threads run; workers only decode, in a single thread each.
         warnings.filterwarnings(
             "ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning
         )
@@ -95,7 +95,7 @@ def stream_batches(
 
 
 def _context(workers: int) -> str | None:
-    # A user's data set lives in a module that only this process has imported: forked workers have it too.
+    # Forked, because a user's data set may be defined in a module that only this process has imported.
     return "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cctool.base.errors import DataError
 from cctool.data.places import download_allowed, missing, root_folder
-from cctool.data.records import Augmentation, Crop, DataSource
+from cctool.data.records import Augmentation, Crop, DataSource, Shape
 from cctool.data.splits import official_loaders
 
 __all__ = ["CIFAR10", "CIFAR100", "CifarSet", "open_cifar"]
@@ -28,7 +28,7 @@ TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", 
 
 @dataclass(frozen=True)
 class CifarSet:
-    """Where one of the two sets keeps its images and what is known of it."""
+    """The files of one of the two sets, and its classes and statistics."""
 
     name: str
     folder: str
@@ -71,11 +71,11 @@ CIFAR100 = CifarSet(
 )
 
 
-def open_cifar(layout: CifarSet, reference: str, folder: str) -> DataSource:
-    """Open CIFAR, divided as `official_loaders` says.
+def open_cifar(layout: CifarSet, reference: str, folder: str, input_shape: Shape | None = None) -> DataSource:
+    """Open CIFAR, with the splits of `official_loaders`; ``input_shape`` has no effect.
 
     Raises:
-        DataError: neither layout is there; the message says which files belong where.
+        DataError: neither layout was found; the message says which files belong where.
     """
     root = root_folder(folder)
     places = [root / layout.folder, root]
@@ -98,8 +98,7 @@ def open_cifar(layout: CifarSet, reference: str, folder: str) -> DataSource:
 
 def _read_binary(layout: CifarSet, folder: Path, *, train: bool) -> tuple[Tensor, Tensor]:
     files = layout.train_files if train else layout.test_files
-    parts = [_read_file(folder / name, layout) for name in files]
-    records = np.concatenate(parts)
+    records = np.concatenate([_read_file(folder / name, layout) for name in files])
     labels = torch.from_numpy(records[:, layout.label_bytes - 1].astype(np.int64))
     images = torch.from_numpy(records[:, layout.label_bytes :].reshape(-1, *SHAPE))
     return images, labels
@@ -130,7 +129,7 @@ def _read_torchvision(layout: CifarSet, root: Path, *, train: bool) -> tuple[Ten
 
     try:
         with warnings.catch_warnings():
-            # The official files were pickled by NumPy 1, whose dtypes a newer one takes with this warning.
+            # The official files were pickled by NumPy 1; newer versions warn when they read its dtypes.
             warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
             kind = getattr(datasets, layout.torchvision_class)
             found = kind(str(root), train=train, download=download_allowed())

@@ -1,4 +1,4 @@
-"""Caltech-UCSD Birds-200-2011 by its own lists (Wah et al. 2011): images, labels, classes and division."""
+"""Caltech-UCSD Birds-200-2011 by its own lists (Wah et al. 2011): images, labels, classes and splits."""
 
 from pathlib import Path
 
@@ -17,10 +17,7 @@ DEFAULT_SHAPE = (3, 224, 224)
 def open_cub200(reference: str, folder: str, input_shape: Shape | None = None) -> DataSource:
     """Open CUB-200-2011: its own test images, and its training images less a tenth of each class held out.
 
-    Args:
-        reference: what the user wrote.
-        folder: the folder it names, which is or holds ``CUB_200_2011``.
-        input_shape: (C, H, W) to serve instead of 3x224x224.
+    ``folder`` is or holds ``CUB_200_2011``; ``input_shape`` (C, H, W) is served instead of 3x224x224.
 
     Raises:
         DataError: a list is missing, damaged, or does not fit the others.
@@ -49,7 +46,7 @@ def open_cub200(reference: str, folder: str, input_shape: Shape | None = None) -
 
 
 def _table(path: Path) -> dict[str, str]:
-    """A list of ``<number> <value>`` lines, by number."""
+    """The values of a list of ``<number> <value>`` lines, by number."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

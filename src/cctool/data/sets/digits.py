@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cctool.base.errors import DataError
-from cctool.data.records import Augmentation, Crop, DataSource, Split
+from cctool.data.records import Augmentation, Crop, DataSource, Shape, Split
 from cctool.data.splits import stratified
 
 __all__ = ["open_digits"]
@@ -23,19 +23,20 @@ MEAN = 0.3053
 STD = 0.3236
 
 
-def open_digits(reference: str) -> DataSource:
+def open_digits(reference: str, folder: str = "", input_shape: Shape | None = None) -> DataSource:
     """Open the digits: 1,200 training, 237 validation and 360 test images, stratified by class.
 
-    The source has no division of its own for this file, so a fixed stratified permutation makes it. The 13
-    writers stand in all three parts.
+    The source defines no splits for this file, so a fixed stratified permutation does. All 13 writers are in
+    all three splits. ``input_shape`` has no effect.
+
+    Raises:
+        DataError: a folder is named, or the file in the package is damaged.
     """
+    if folder:
+        raise DataError(f"{reference}: the digits lie inside the package; write digits alone")
     images, labels = _read()
     parts = dict(zip(COUNTS, stratified(labels.tolist(), list(COUNTS.values())), strict=True))
     whole = Split("train", SHAPE, images=images, labels=labels)
-
-    def take(name: str) -> Split:
-        return whole.take(parts[name])
-
     return DataSource(
         name="digits",
         reference=reference,
@@ -44,7 +45,7 @@ def open_digits(reference: str) -> DataSource:
         mean=(MEAN,),
         std=(STD,),
         augmentation=Augmentation(crop=Crop.PADDED, padding=2, rotation=10.0),
-        loaders={name: partial(take, name) for name in COUNTS},
+        loaders={name: partial(whole.take, part) for name, part in parts.items()},
     )
 
 

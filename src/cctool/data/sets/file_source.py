@@ -1,7 +1,7 @@
-"""Make a data source of lists of image files: class names, splits, and whether they are held in memory."""
+"""Make a data source from lists of image files: class names, splits, and whether they are held in memory."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from cctool.data.splits import stratified_by_name
 
 __all__ = ["FileSet", "Presentation", "file_source"]
 
-# Parts of files that the user did not divide: training, validation, test.
+# Shares of training, validation and test in files that have no splits.
 FRACTIONS = (0.8, 0.1, 0.1)
 VALIDATION_FRACTION = 0.1
 HELD_BYTES = 512 * 2**20
@@ -23,20 +23,20 @@ HELD_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class FileSet:
-    """Image files and the class name of each; ``names`` is None where they have none."""
+    """Image files and the class name of each; ``names`` is None if they have no labels."""
 
     files: tuple[str, ...]
     names: tuple[str, ...] | None
 
     def take(self, indices: list[int]) -> "FileSet":
-        """These files alone."""
+        """These files only."""
         names = None if self.names is None else tuple(self.names[index] for index in indices)
         return FileSet(tuple(self.files[index] for index in indices), names)
 
 
 @dataclass(frozen=True)
 class Presentation:
-    """How the files are served: the size, the way there, and whether small images may be held in memory."""
+    """How the files are served: size, scaling, augmentation, and whether they may be held in memory."""
 
     shape: Shape
     geometry: Resize
@@ -52,17 +52,17 @@ def file_source(
     presentation: Presentation,
     classes: tuple[str, ...] | None = None,
 ) -> DataSource:
-    """Make the source.
+    """Make a data source from image files.
 
     Args:
         kind: the data source's name.
-        reference: what the user wrote.
+        reference: as the user wrote it.
         folder: what the files' paths are relative to.
-        parts: split name -> files, with ``whole`` alone where nobody divided them. A missing validation
-            part is held out of the training files (a tenth of each class, by the hash of the names); where
-            there is no test part, the validation images stand in, and a note says so.
-        presentation: how they are served.
-        classes: in the order of the labels; None: the sorted names of the training files.
+        parts: split name -> files, or ``whole`` alone for files without splits. A missing validation split is
+            held out of the training files (a tenth of each class, by the hash of the names). The validation
+            images replace a missing test split, and a note says so.
+        presentation: how the files are served.
+        classes: in the order of the labels; None takes the sorted class names of the training files.
 
     Raises:
         DataError: there are no images, or a class that the training files do not have.
@@ -73,12 +73,8 @@ def file_source(
     for name, files in divided.items():
         _check_names(reference, name, files, labels)
     load = partial(_load, folder, presentation, labels)
-    loaders: dict[str, Callable[[], Split]] = {
-        name: partial(load, name, files) for name, files in divided.items()
-    }
-    channels = presentation.shape[0]
     gray = (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else gray
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if presentation.shape[0] == 3 else gray
     return DataSource(
         name=kind,
         reference=reference,
@@ -87,7 +83,7 @@ def file_source(
         mean=mean,
         std=std,
         augmentation=presentation.augmentation,
-        loaders=loaders,
+        loaders={name: partial(load, name, files) for name, files in divided.items()},
         notes=notes,
         whole=partial(load, "whole", parts["whole"]) if "whole" in parts else None,
     )

@@ -1,4 +1,4 @@
-"""Folders of images: one folder a class (ImageNet's layout too), or the label in each file's name."""
+"""Folders of images: one folder per class (also ImageNet's layout), or the label in each file's name."""
 
 import os
 from collections.abc import Callable
@@ -17,7 +17,7 @@ ROLES = {
     "validation": ("val", "validation", "valid"),
     "test": ("test", "testing"),
 }
-# Up to this size images are served as they are, held in memory and cropped with padding, as CIFAR's.
+# Pixels up to which images are served as they are, held in memory, and cropped with padding like CIFAR.
 SMALL = 96
 PHOTO_SIZE = 224
 LABELLED_SIZE = 256
@@ -29,15 +29,11 @@ def open_folder(reference: str, folder: str, input_shape: Shape | None = None) -
     """Open class folders: ``DIR/CLASS/*.jpg``, or these under train, val and test.
 
     Images of one size up to 96 pixels are served as they are; others at 224x224, the shorter side resized to
-    256 and the centre cut out. A folder that holds images and no folders is unlabelled.
-
-    Args:
-        reference: what the user wrote.
-        folder: the folder it names.
-        input_shape: (C, H, W) to serve instead of the images' own.
+    256 and the centre cropped; all at ``input_shape`` (C, H, W) if it is given. A folder that holds images
+    but no folders is unlabelled.
 
     Raises:
-        DataError: no such folder, no images, or a damaged one.
+        DataError: the folder does not exist, or holds no images or a damaged one.
     """
     root = named_folder("folder", folder)
     parts = _parts(root, _by_folder)
@@ -58,18 +54,13 @@ def open_folder(reference: str, folder: str, input_shape: Shape | None = None) -
 def open_labelled(reference: str, folder: str, input_shape: Shape | None = None) -> DataSource:
     """Open files named ``<label>_<id>.jpg``, perhaps under training, validation and testing.
 
-    Served at 256x256 (smaller, where all images are): training images are cropped at random, padded
-    symmetrically where needed, flipped and rotated by up to 15 degrees; others are cropped at the centre. At
-    another input size the images are scaled by its ratio to 256 first. Labels that are numbers are classes
-    0..largest; others are sorted. A part in which no file has a label is unlabelled.
-
-    Args:
-        reference: what the user wrote.
-        folder: the folder it names.
-        input_shape: (C, H, W) to serve instead.
+    Served at 256x256, or smaller if all images are smaller. Training images are cropped at random (padded
+    symmetrically if needed), flipped, and rotated by up to 15 degrees; others are cropped at the centre. For
+    another ``input_shape`` (C, H, W), images are first scaled by its ratio to that size. If all labels are
+    numbers, the classes are 0..largest; otherwise they are sorted. A split without any label is unlabelled.
 
     Raises:
-        DataError: no such folder, no images, a damaged one, or one without a label among others.
+        DataError: the folder does not exist or holds no images, or an image is damaged or alone has no label.
     """
     root = named_folder("labelled", folder)
     parts = _parts(root, _by_name)
@@ -82,7 +73,10 @@ def open_labelled(reference: str, folder: str, input_shape: Shape | None = None)
     classes = None
     if names and all(name.isdecimal() for name in names):
         classes = tuple(str(label) for label in range(max(int(name) for name in names) + 1))
-        parts = {role: _plain_numbers(part) for role, part in parts.items()}
+        for role, part in parts.items():
+            if part.names is not None:
+                # 007 and 7 are one class.
+                parts[role] = FileSet(part.files, tuple(str(int(name)) for name in part.names))
     return file_source("labelled", reference, root, parts, presentation, classes)
 
 
@@ -121,7 +115,7 @@ def _by_name(root: Path, part: Path) -> FileSet:
 def _images(root: Path, folder: Path) -> list[str]:
     """All image files below ``folder``, as sorted POSIX paths relative to ``root``.
 
-    Links are followed, but none into a folder that stands above it: that would go round for ever.
+    Links are followed, except to a folder above themselves, which would never end.
     """
     found = []
     for place, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
@@ -141,10 +135,6 @@ def _images(root: Path, folder: Path) -> list[str]:
 
 def _unreadable(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
-
-
-def _plain_numbers(part: FileSet) -> FileSet:
-    return FileSet(part.files, None if part.names is None else tuple(str(int(name)) for name in part.names))
 
 
 def _first_files(reference: str, parts: dict[str, FileSet]) -> tuple[str, ...]:

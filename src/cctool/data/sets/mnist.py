@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST from their idx files, packed (.gz) or not (LeCun's format)."""
+"""MNIST and Fashion-MNIST from their files in LeCun's idx format, compressed (.gz) or not."""
 
 import gzip
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cctool.base.errors import DataError
 from cctool.data.places import download_allowed, missing, root_folder
-from cctool.data.records import Augmentation, Crop, DataSource
+from cctool.data.records import Augmentation, Crop, DataSource, Shape
 from cctool.data.splits import official_loaders
 
 __all__ = ["FASHION_MNIST", "MNIST", "MnistSet", "open_mnist", "read_idx"]
@@ -23,11 +23,14 @@ IMAGES_MAGIC = 0x00000803
 LABELS_MAGIC = 0x00000801
 CLASSES = 10
 PARTS = {True: "train", False: "t10k"}
+_CLOTHES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class MnistSet:
-    """Where one of the two sets keeps its images and what is known of it."""
+    """The name, classes, statistics and augmentation of one of the two sets."""
 
     name: str
     torchvision_class: str
@@ -48,29 +51,18 @@ MNIST = MnistSet(
 FASHION_MNIST = MnistSet(
     "fashion-mnist",
     "FashionMNIST",
-    (
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    ),
+    _CLOTHES,
     0.2860,
     0.3530,
     Augmentation(crop=Crop.PADDED, padding=2, flip=True),
 )
 
 
-def open_mnist(layout: MnistSet, reference: str, folder: str) -> DataSource:
-    """Open MNIST or Fashion-MNIST, divided as `official_loaders` says.
+def open_mnist(layout: MnistSet, reference: str, folder: str, input_shape: Shape | None = None) -> DataSource:
+    """Open MNIST or Fashion-MNIST, with the splits of `official_loaders`; ``input_shape`` has no effect.
 
     Raises:
-        DataError: the files are not there; the message says where they belong.
+        DataError: the files were not found; the message says where they belong.
     """
     root = root_folder(folder)
     places = [root / layout.torchvision_class / "raw", root / "raw", root]
@@ -82,7 +74,6 @@ def open_mnist(layout: MnistSet, reference: str, folder: str) -> DataSource:
         raise missing(reference, "train-images-idx3-ubyte[.gz] and its siblings", places, downloadable=True)
     first, _ = _read(place, train=False)
     shape = (1, first.shape[2], first.shape[3])
-    read = partial(_read, place)
     return DataSource(
         name=layout.name,
         reference=reference,
@@ -91,15 +82,15 @@ def open_mnist(layout: MnistSet, reference: str, folder: str) -> DataSource:
         mean=(layout.mean,),
         std=(layout.std,),
         augmentation=layout.augmentation,
-        loaders=official_loaders(read, shape),
+        loaders=official_loaders(partial(_read, place), shape),
     )
 
 
 def read_idx(path: Path, magic: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """Read an idx file of unsigned bytes: magic, one big-endian 32-bit size a dimension, then the values.
+    """Read an idx file of unsigned bytes: magic, a big-endian 32-bit size per dimension, then the values.
 
     Args:
-        path: the file, packed by gzip if it ends in ``.gz``.
+        path: the file, compressed by gzip if it ends in ``.gz``.
         magic: 0x0803 for images, 0x0801 for labels.
 
     Raises:
@@ -109,8 +100,8 @@ def read_idx(path: Path, magic: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}; fetch it again") from error
-    dimensions = magic & 0xFF
-    header = 4 * (1 + dimensions)
+    # The last byte of an idx magic is the number of dimensions.
+    header = 4 * (1 + (magic & 0xFF))
     sizes = np.frombuffer(content[:header], dtype=">u4") if len(content) >= header else np.zeros(1, ">u4")
     if int(sizes[0]) != magic:
         raise DataError(f"{path} is damaged: an idx file of this kind starts with 0x{magic:08x}")
@@ -127,8 +118,7 @@ def _find(places: list[Path]) -> Path | None:
 
 
 def _file(place: Path, name: str) -> Path | None:
-    found = [path for path in (place / name, place / f"{name}.gz") if path.is_file()]
-    return found[0] if found else None
+    return next((path for path in (place / name, place / f"{name}.gz") if path.is_file()), None)
 
 
 def _read(place: Path, *, train: bool) -> tuple[Tensor, Tensor]:

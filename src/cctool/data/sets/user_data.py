@@ -3,18 +3,19 @@
 The function takes no arguments and returns a mapping, or an object with attributes:
 
 - ``train``, ``validation``, ``test``: each is either a pair of arrays (uint8 images [N, H, W], [N, H, W, C]
-  or [N, C, H, W]; whole-number labels [N]) that is held in memory, or a map-style data set (``__len__`` and
-  ``__getitem__``) of pairs (image, label) that is read as it goes. An image is a PIL image, a uint8 array
+  or [N, C, H, W]; integer labels [N]) that is held in memory, or a map-style data set (``__len__`` and
+  ``__getitem__``) of pairs (image, label) that is read on demand. An image is a PIL image, a uint8 array
   [H, W] or [H, W, C], a uint8 tensor [C, H, W], or a floating-point tensor [C, H, W] in 0..1. At least one
-  part must be there.
+  split is required.
 - ``classes``: the class names, or their number.
 - ``mean``, ``std`` (optional): recommended preprocessing per channel, of images in 0..1.
 """
 
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ __all__ = ["UserStream", "open_user_data"]
 
 @dataclass(frozen=True)
 class UserStream:
-    """A user's map-style data set, read one item at a time, as `cctool.data.records.Stream` asks."""
+    """A user's map-style data set, read one item at a time; implements `cctool.data.records.Stream`."""
 
     reference: str
     dataset: Any
@@ -47,10 +48,10 @@ class UserStream:
     def read(
         self, index: int, shape: Shape, augmentation: Augmentation | None, seed: int
     ) -> tuple[Tensor, int | None]:
-        """Give item ``index`` as uint8 [C, H, W] and its label; the item sees random states made of ``seed``.
+        """Return item ``index`` as uint8 [C, H, W] and its label, with all random states set by ``seed``.
 
         Raises:
-            UserCodeError: the data set raised, or gave something else than (image, label).
+            UserCodeError: the data set raised, or gave something other than (image, label).
         """
         position = self.indices[index]
         with _seeded(seed):
@@ -66,20 +67,19 @@ class UserStream:
         return (served if served.dtype == torch.uint8 else served.round().to(torch.uint8)), label
 
     def take(self, indices: Sequence[int]) -> "UserStream":
-        """The same items, these alone, in this order."""
-        chosen = tuple(self.indices[index] for index in indices)
-        return UserStream(self.reference, self.dataset, self.classes, chosen)
+        """A stream of these items only, in this order."""
+        return replace(self, indices=tuple(self.indices[index] for index in indices))
 
 
 def open_user_data(reference: str, named: Collection[str]) -> DataSource:
     """Call the user's function and check what it returns.
 
-    A missing validation part is held out of the training part (a tenth, by a fixed permutation); a missing
-    test part is replaced by the validation part, and a note says so.
+    A missing validation split is held out of the training split (a tenth, by a fixed permutation); a missing
+    test split is replaced by the validation split. A note reports either.
 
     Args:
         reference: ``my.py:factory`` or ``package.module:factory``.
-        named: the references that stand on this command line.
+        named: the references that the command line names.
 
     Raises:
         DataError: the reference was not named.
@@ -102,7 +102,6 @@ def open_user_data(reference: str, named: Collection[str]) -> DataSource:
     shape = next(iter(splits.values())).shape
     divided, notes = _complete(reference, splits)
     mean, std = _statistics(returned, shape[0], reference)
-    loaders: dict[str, Callable[[], Split]] = {name: _giving(split) for name, split in divided.items()}
     return DataSource(
         name=reference,
         reference=reference,
@@ -111,17 +110,13 @@ def open_user_data(reference: str, named: Collection[str]) -> DataSource:
         mean=mean,
         std=std,
         augmentation=Augmentation(),
-        loaders=loaders,
+        loaders={name: partial(divided.__getitem__, name) for name in divided},
         notes=notes,
     )
 
 
 def _get(returned: Any, name: str) -> Any:
     return returned.get(name) if isinstance(returned, Mapping) else getattr(returned, name, None)
-
-
-def _giving(split: Split) -> Callable[[], Split]:
-    return lambda: split
 
 
 def _classes(classes: Any, reference: str) -> tuple[str, ...]:
@@ -195,6 +190,7 @@ def _images(images: Any, where: str) -> Tensor:
         )
     if tensor.dim() == 3:
         return tensor.unsqueeze(1)
+    # Images 1 or 3 pixels high are taken as channels first: the size alone cannot tell.
     channels_last = tensor.shape[3] in (1, 3) and tensor.shape[1] not in (1, 3)
     return tensor.permute(0, 3, 1, 2).contiguous() if channels_last else tensor.contiguous()
 
@@ -208,7 +204,7 @@ def _image(image: Any, where: str) -> Tensor:
     if isinstance(image, Tensor) and image.dim() == 3:
         if image.dtype == torch.uint8:
             return image
-        # An exact test: NaN fails it, too.
+        # NaN fails this test, too.
         if image.is_floating_point() and bool(((image >= 0) & (image <= 1)).all()):
             return (image * 255).round().to(torch.uint8)
         raise UserCodeError(
@@ -236,7 +232,7 @@ def _shape(image: Tensor) -> Shape:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Give torch, numpy and random states made of ``seed``, and put theirs back."""
+    """Seed torch, numpy and random with ``seed``, and restore their states afterwards."""
     python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -1,1 +1,1 @@
-"""What training must respect besides its loss: penalties, masks, shared entries, frozen statistics."""
+"""What training must respect apart from its loss: penalties, masks, shared entries."""

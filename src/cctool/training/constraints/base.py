@@ -1,4 +1,4 @@
-"""What training must respect besides its loss: penalties on weights, weights that stay zero."""
+"""What training must respect apart from its loss: penalties on weights, weights that stay zero."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["Constraint"]
 
 
 class Constraint:
-    """One such thing; each method is called at its place in every step of training and may do nothing.
+    """Hooks into the steps of training, each of which may do nothing.
 
-    A constraint holds the parameters that it acts on; `fit` trains these very objects.
+    A constraint holds the parameters that it acts on; `fit` trains these same objects.
     """
 
     name = "constraint"
@@ -20,7 +20,7 @@ class Constraint:
         """Called before each epoch, numbered from 0."""
 
     def penalty(self) -> Tensor | None:
-        """Give a scalar that is added to the loss."""
+        """Return a scalar that is added to the loss."""
         return None
 
     def gradients(self) -> None:

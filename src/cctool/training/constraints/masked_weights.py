@@ -1,4 +1,4 @@
-"""Weights that a mask took away stay exactly zero, whatever the optimizer remembers of them."""
+"""Masked weights stay exactly zero, whatever state the optimizer has for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["KeepMasks", "keeping_masks"]
 
 
 def keeping_masks(model: nn.Module) -> tuple[Constraint, ...]:
-    """What training a network has to respect for its masks: nothing where it has none."""
+    """The constraint that keeps a network's masks; none if it has no masks."""
     places = tuple(masked_places(model))
     return (KeepMasks(places),) if places else ()
 
@@ -21,12 +21,12 @@ def keeping_masks(model: nn.Module) -> tuple[Constraint, ...]:
 class KeepMasks(Constraint):
     """Zeroes masked gradients before they are clipped, and masked weights after the step.
 
-    With no gradient, momentum and decay have nothing to work on; but what an optimizer brings along from
-    elsewhere, or adds on its own, would revive a weight, so that weights are zeroed all the same.
+    Without gradients, momentum and decay leave a zero weight at zero. But an optimizer that has state from
+    before the mask, or that adds noise, would revive it, so the weights are zeroed as well.
 
     Args:
-        places: masked parameters; their tensors are looked up at each step, for a model that is moved to a
-            device gets new buffers.
+        places: masked parameters. Their tensors are looked up at each step, because a model that is moved to
+            another device gets new buffers.
     """
 
     name = "masks"
@@ -36,7 +36,7 @@ class KeepMasks(Constraint):
         self._gone: dict[str, Tensor] = {}
 
     def epoch(self, epoch: int) -> None:
-        """Note what is gone; masks do not change while training runs."""
+        """Invert the masks once; they do not change during an epoch."""
         self._gone = {place.name: place.mask.logical_not() for place in self._places}
 
     def gradients(self) -> None:

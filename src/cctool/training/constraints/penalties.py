@@ -1,13 +1,13 @@
 """Penalties in training: those that drive whole units towards zero before they are cut, and PACT's.
 
-What a unit is, is handed in as plain data: nothing here knows how channels were found to go together.
+Units are passed in as plain data: nothing here knows how channels were found to be coupled.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,10 @@ __all__ = ["ClippingDecay", "GroupLasso", "GrowingPenalty", "Part", "ScaleL1", "
 
 @dataclass(frozen=True)
 class Part:
-    """What the units of one family own of one parameter.
+    """The slices of one parameter that the units of one family own.
 
     Attributes:
-        parameter: the very object that is trained.
+        parameter: the object that is trained.
         dim: the dim that `indices` index.
         indices: row u holds the indices that unit u owns; shape [units, indices per unit].
     """
@@ -46,11 +46,11 @@ class ScaleL1(Constraint):
     the subgradient 0 at 0. The sum of `objectives.gamma_penalty`, without the scales that cannot be removed.
 
     Args:
-        parts: of batch-norm scales, one dim each; an element that stands in several counts once.
+        parts: of batch-norm scales, one dim each; an element that is in several counts once.
         strength: weight of the sum, above 0.
 
     Raises:
-        TrainingError: if there is no scale that can be trained.
+        TrainingError: if no scale can be trained.
     """
 
     name = "gamma_l1"
@@ -67,7 +67,7 @@ class ScaleL1(Constraint):
         self._sum = absolute_sum(scales, strength, None if len(indices) == start else indices)
 
     def penalty(self) -> Tensor:
-        """Give the weighted sum, a scalar."""
+        """Return the weighted sum, a scalar."""
         return self._sum()
 
 
@@ -76,8 +76,8 @@ class GroupLasso(Constraint):
 
     Yuan and Lin 2006, "Model selection and estimation in regression with grouped variables", equation 2.1;
     Wen et al. 2016, "Learning Structured Sparsity in Deep Neural Networks", equation 2, for filters; over
-    coupled groups as in Fang et al. 2023, "DepGraph", section 3.3. sqrt(p) weighs units of unlike size
-    alike. Groups overlap where a weight lies between two families. The subgradient at w = 0 is 0.
+    coupled groups as in Fang et al. 2023, "DepGraph", section 3.3. The factor sqrt(p) makes up for different
+    sizes of units. Groups overlap where a weight connects two families. The subgradient at w = 0 is 0.
 
     Args:
         families: the parts of each family, with the same number of units.
@@ -91,12 +91,16 @@ class GroupLasso(Constraint):
 
     def __init__(self, families: Sequence[Sequence[Part]], strength: float) -> None:
         self._strength = strength
-        self._families = [[_beside(part) for part in family] for family in families if family]
+        self._families = [
+            [replace(part, indices=part.indices.to(part.parameter.device)) for part in family]
+            for family in families
+            if family
+        ]
         if not self._families:
             raise TrainingError("the group lasso has no unit to act on: nothing can be cut")
 
     def penalty(self) -> Tensor:
-        """Give the weighted sum, a scalar."""
+        """Return the weighted sum, a scalar."""
         squares = _PerIndex()
         terms = []
         for family in self._families:
@@ -107,12 +111,8 @@ class GroupLasso(Constraint):
         return self._strength * torch.stack(terms).sum()
 
 
-def _beside(part: Part) -> Part:
-    return Part(part.parameter, part.dim, part.indices.to(part.parameter.device))
-
-
 class _PerIndex:
-    """Sums of squares along one dim, each computed once however many families lie in that dim."""
+    """Sums of squares for each index of a dim, computed once even if several families use that dim."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[int, int], Tensor] = {}
@@ -129,26 +129,27 @@ class _PerIndex:
 
 def _safe_sqrt(values: Tensor) -> Tensor:
     """Square root whose gradient at 0 is 0 and not infinite."""
+    # The inner `where` keeps sqrt away from 0: its infinite gradient times the outer zero would be NaN.
     positive = values > 0
     return torch.where(positive, torch.where(positive, values, 1.0).sqrt(), 0.0)
 
 
 class GrowingPenalty(Constraint):
-    """``c / 2 * sum w^2`` over the weights of the units that will go, c growing from step to step.
+    """``c / 2 * sum w^2`` over the weights of the units that will be cut, with c growing from step to step.
 
     GReg-1 of Wang et al. 2021, "Neural Pruning via Growing Regularization", arXiv 2012.09243, section 3.2:
-    the units are chosen before, and their penalty grows until the network has learnt to do without them. A
-    weight that lies in two such units counts once; all others keep the optimizer's weight decay alone.
+    the units are chosen before, and their penalty grows until the network has learned to do without them. A
+    weight that belongs to two of these units counts once; other weights get no penalty from this one.
 
     Args:
         families: the parts of each family.
-        doomed: for each family which units will go; shape [units], True goes.
-        delta: what the coefficient grows by.
+        doomed: for each family which units will be cut; shape [units], True is cut.
+        delta: increase of the coefficient.
         every: steps between two increases.
         ceiling: largest coefficient.
 
     Raises:
-        TrainingError: if no unit is to go.
+        TrainingError: if no unit is to be cut.
     """
 
     name = "growing"
@@ -164,7 +165,7 @@ class GrowingPenalty(Constraint):
         self._delta, self._every, self._ceiling = delta, every, ceiling
         self._steps = 0
         chosen = [
-            Part(part.parameter, part.dim, part.indices[units.to(part.indices.device)])
+            replace(part, indices=part.indices[units.to(part.indices.device)])
             for family, units in zip(families, doomed, strict=True)
             for part in family
         ]
@@ -174,16 +175,16 @@ class GrowingPenalty(Constraint):
 
     @property
     def coefficient(self) -> float:
-        """Coefficient of the present step."""
+        """Coefficient of the current step."""
         return growing_coefficient(self._steps, self._delta, self._every, self._ceiling)
 
     def penalty(self) -> Tensor:
-        """Give the penalty of the present step, a scalar."""
+        """Return the penalty of the current step, a scalar."""
         sums = [(parameter * owned).square().sum() for parameter, owned in self._weights]
         return self.coefficient / 2 * torch.stack(sums).sum()
 
     def weights(self) -> None:
-        """Count the step that was done."""
+        """Count the step, which is done."""
         self._steps += 1
 
 
@@ -213,7 +214,7 @@ class ClippingDecay(Constraint):
 
     Args:
         levels: the parameters alpha, each of any shape.
-        strength: weight of the sum, from 0 on.
+        strength: weight of the sum, at least 0.
     """
 
     name = "alpha_decay"
@@ -222,7 +223,7 @@ class ClippingDecay(Constraint):
         self._levels, self._strength = list(levels), strength
 
     def penalty(self) -> Tensor | None:
-        """Give the weighted sum, a scalar; None where there are no levels."""
+        """Return the weighted sum, a scalar; None if there are no levels or the strength is 0."""
         if not self._levels or not self._strength:
             return None
         return self._strength * torch.stack([level.square().sum() for level in self._levels]).sum()

@@ -1,4 +1,4 @@
-"""Weights that share the entries of a table keep sharing them: the fine-tuning of Deep Compression."""
+"""Weights that share an entry of a codebook keep sharing it: the fine-tuning of Deep Compression."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["KeepCodebooks", "SharedWeights"]
 
 @dataclass(frozen=True)
 class SharedWeights:
-    """Which weights of a parameter are one number.
+    """Which weights of a parameter share a value.
 
     Attributes:
         parameter: what is trained.
-        entries: int64 of its shape: weights with the same number, from 0, are one; those with -1 are on
-            their own.
+        entries: int64 of its shape: weights with the same number, from 0, share a value; those with -1 share
+            theirs with none.
     """
 
     parameter: nn.Parameter
@@ -29,19 +29,20 @@ class SharedWeights:
 
 
 class KeepCodebooks(Constraint):
-    """Averages gradients of weights that share an entry before these are clipped, and weights after a step.
+    """Averages gradients of weights that share an entry, before clipping, and the weights after a step.
 
-    Han et al. 2016 (section 3.3, figure 3) add these gradients up, which is the gradient of the entry itself.
-    The average is that sum divided by how many weights share the entry: entries then move at the pace of
-    single weights, so that a learning rate for weights fits, and optimizers that divide by the size of
-    gradients, as Adam, make nearly the same steps of both. Which weight has which entry never changes.
+    Han et al. 2016 (section 3.3, figure 3) sum these gradients, which gives the gradient of the entry itself.
+    The average is that sum divided by the number of weights that share the entry. Entries then move as fast
+    as single weights, so that a learning rate for weights fits; optimizers that divide by the size of
+    gradients, such as Adam, make nearly the same steps with either. Which weight has which entry never
+    changes.
 
-    Weights of one entry have the same value, gradient and state of the optimizer, and a step should leave
-    them the same. That is not left to the roundings of vectorised code, nor to an optimizer that mixes
-    weights: they are averaged, as differences to one of them, so that equal values stay what they are.
+    Weights of one entry have the same value, gradient and optimizer state, and a step should keep them equal.
+    Roundings of vectorised code, or an optimizer that mixes weights, may not: so the weights are averaged, as
+    differences to one of them, which leaves equal values exactly as they are.
 
     Args:
-        shared: parameters; `fit` trains these very objects.
+        shared: parameters; `fit` trains these same objects.
 
     Raises:
         TrainingError: if entries have another shape than their parameter.
@@ -53,7 +54,7 @@ class KeepCodebooks(Constraint):
         self._tables = [_EntryTable(one) for one in shared]
 
     def epoch(self, epoch: int) -> None:
-        """Bring the numbers of the entries to where the parameters are."""
+        """Move the numbers of the entries to the parameters' devices."""
         for table in self._tables:
             table.move()
 
@@ -71,7 +72,7 @@ class KeepCodebooks(Constraint):
 
 
 class _EntryTable:
-    """Members of the entries of one parameter; what is on its own has an entry behind the last one."""
+    """Members of the entries of one parameter; weights without one are put into an entry after the last."""
 
     def __init__(self, shared: SharedWeights) -> None:
         self.parameter = shared.parameter
@@ -81,16 +82,15 @@ class _EntryTable:
             )
         given = shared.entries.reshape(-1)
         alone = int(given.max()) + 1 if given.numel() else 0
-        index = torch.where(given < 0, alone, given)
-        self.alone = (given < 0).reshape(shared.entries.shape)
-        self.index = index
-        self.sizes = torch.bincount(index, minlength=alone + 1).clamp_(min=1)
-        places = torch.arange(len(index), device=index.device)
+        self.alone = shared.entries < 0
+        self.index = torch.where(given < 0, alone, given)
+        self.sizes = torch.bincount(self.index, minlength=alone + 1).clamp_(min=1)
+        places = torch.arange(len(given), device=given.device)
         first = torch.zeros_like(self.sizes)
-        self.first = first.scatter_reduce(0, index, places, "amin", include_self=False)
+        self.first = first.scatter_reduce(0, self.index, places, "amin", include_self=False)
 
     def move(self) -> None:
-        """Go to the parameter's device."""
+        """Move to the parameter's device."""
         device = self.parameter.device
         self.alone, self.index = self.alone.to(device), self.index.to(device)
         self.sizes, self.first = self.sizes.to(device), self.first.to(device)
@@ -99,7 +99,7 @@ class _EntryTable:
         """Replace values in place by the means of their entries."""
         flat = values.detach().reshape(-1)
         if from_first:
-            # Differences of what should be equal need no more digits than they have.
+            # Differences of nearly equal values are exact, so nothing is gained by float64 here.
             base = flat.index_select(0, self.first)
             means = base + self._means(flat - base.index_select(0, self.index)).to(base.dtype)
         else:

@@ -19,7 +19,7 @@ from cctool.training.resume.progress import EpochRow
 
 __all__ = ["MlflowLog"]
 
-# No figure leaves this machine, and since MLflow 3 its file store must be asked for.
+# No data leave this machine, and since MLflow 3 its file store must be enabled.
 _SETTINGS = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 _BINS = 30
 _LONGEST_PARAMETER = 500
@@ -27,12 +27,12 @@ _LONGEST_PARAMETER = 500
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Set what MLflow reads from the environment, for the length of one call."""
+    """Set what MLflow reads from the environment, and ignore warnings, during one call."""
     before = {name: os.environ.get(name) for name in _SETTINGS}
     os.environ.update(_SETTINGS)
     try:
         with warnings.catch_warnings():
-            # Its own dependencies, and its advice to use a database.
+            # Of its dependencies, and its advice to use a database.
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -49,8 +49,8 @@ class MlflowLog:
     Args:
         store: folder of the file store, for ``mlflow ui --backend-store-uri``.
         name: of the run.
-        note: file that remembers the run's id, so that a resumed training goes on in it.
-        resume: whether to go on in the run that ``note`` names.
+        note: file that holds the run's id, so that a resumed training run continues it.
+        resume: whether to continue the run in ``note``.
     """
 
     def __init__(self, store: Path, name: str, note: Path, *, resume: bool = False) -> None:
@@ -97,7 +97,7 @@ class MlflowLog:
             self._client.set_terminated(self._run)
 
     def close(self) -> None:
-        """End the run as killed."""
+        """End the run with the status "killed"."""
         with _quiet():
             self._client.set_terminated(self._run, status="KILLED")
 

@@ -1,6 +1,6 @@
-"""Where a training writes its figures: a CSV table always, TensorBoard and MLflow on request.
+"""Where training writes its figures: always a CSV table, TensorBoard and MLflow on request.
 
-Each log takes one row an epoch and the metrics at the end. A resumed training goes on in the same place.
+Each log takes one row per epoch and the metrics at the end. A resumed training run continues the same log.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from cctool.checkpoint.file.atomic import write_bytes
 from cctool.checkpoint.spec import Metrics
@@ -21,19 +21,19 @@ __all__ = ["TOTAL", "Log", "figures", "weight_sparsity", "write_csv"]
 
 
 class Log(Protocol):
-    """A place for the figures of one training."""
+    """A place for the figures of one training run."""
 
     def parameters(self, values: Mapping[str, object]) -> None:
         """Write the options, flat, once."""
 
     def epoch(self, row: EpochRow, model: nn.Module) -> None:
-        """Write the figures of one epoch and look at the weights as they are after it."""
+        """Write the figures of one epoch and, of the weights after it, sparsity or histograms."""
 
     def finish(self, metrics: Sequence[Metrics]) -> None:
         """Write the metrics of the finished network and close."""
 
     def close(self) -> None:
-        """Close without an end, after an interruption or an error."""
+        """Close early, after an interruption or an error."""
 
 
 def figures(row: EpochRow, model: nn.Module) -> dict[str, float]:
@@ -47,7 +47,7 @@ def figures(row: EpochRow, model: nn.Module) -> dict[str, float]:
 
 
 def write_csv(rows: Iterable[EpochRow], path: Path) -> None:
-    """Write one line an epoch, whole each time, so that a crash or a resume leaves no half table.
+    """Write one line per epoch; always the whole table, so that a crash or a resume leaves none half written.
 
     Columns: epoch, learning_rate, batch_ms, seconds, best, sparsity (percent), then train_n, train_* and
     validation_n, validation_*.
@@ -86,11 +86,7 @@ def weight_sparsity(model: nn.Module) -> Mapping[str, float]:
     Biases and normalisation are left out; tied weights count once.
     """
     weights = {name: value for name, value in model.named_parameters() if value.dim() >= 2}
-    zeros = {name: _zeros(value) for name, value in weights.items()}
+    zeros = {name: int(value.numel() - value.detach().count_nonzero()) for name, value in weights.items()}
     elements = sum(value.numel() for value in weights.values())
     shares = {name: 100 * zeros[name] / value.numel() for name, value in weights.items() if value.numel()}
     return shares | {TOTAL: 100 * sum(zeros.values()) / elements if elements else 0.0}
-
-
-def _zeros(value: Tensor) -> int:
-    return int(value.numel() - value.detach().count_nonzero())

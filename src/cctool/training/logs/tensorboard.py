@@ -21,13 +21,13 @@ class TensorBoardLog:
     """Writes into a folder that ``tensorboard --logdir`` shows.
 
     Args:
-        folder: made if it is not there.
+        folder: made if it does not exist.
         first_epoch: epochs done before; what an interrupted run wrote after them is hidden.
     """
 
     def __init__(self, folder: Path, first_epoch: int = 0) -> None:
         with warnings.catch_warnings():
-            # tensorboard still imports what setuptools and numpy have announced to remove.
+            # tensorboard still imports what setuptools and numpy have deprecated.
             warnings.simplefilter("ignore", DeprecationWarning)
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -35,8 +35,7 @@ class TensorBoardLog:
                 raise TrainingError(
                     "--tensorboard needs the package tensorboard: pip install 'cctool[tensorboard]'"
                 ) from None
-        purge = first_epoch + 1 if first_epoch else None
-        self._writer = SummaryWriter(str(folder), purge_step=purge)
+        self._writer = SummaryWriter(str(folder), purge_step=first_epoch + 1 if first_epoch else None)
         self._last = first_epoch
 
     def parameters(self, values: Mapping[str, object]) -> None:

@@ -1,7 +1,7 @@
-"""The training loop: one for `train`, `distill` and the fine-tuning after a cut.
+"""The training loop, for `train`, `distill` and the fine-tuning after a cut.
 
-It knows neither files nor commands. What it minimises is an `Objective`, what it measures a function; what it
-finds out goes to observers.
+It knows neither files nor commands: it minimises an `Objective`, validates by a function that it is given,
+and reports to observers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FitResult", "Task", "fit", "main_metric"]
 
-# Looking at a loss waits for the device; on the CPU that costs nothing.
+# Steps between two looks at the losses. A look waits for the device, which costs nothing on the CPU.
 _LOOK_EVERY = {"cpu": 1, "cuda": 50}
 
 
@@ -60,17 +60,18 @@ class Task:
         options: epochs, optimizer, schedule and so on.
         objective: what is minimised.
         lr: base learning rate.
-        input_shape: (C, H, W) of one input; with it, channels-last memory is used where the network takes it.
-        constraints: what is respected besides the objective.
         fabric: device, precision and the processes that train together.
-        validate: measures the bare network; called by all processes. None keeps the last epoch as the best.
-        user_code: references that stand on this command line.
-        reporter: where to speak.
-        observers: called by the first process after each epoch with its row and the bare network.
-        save: called by the first process after each epoch with the bare network and what resuming needs; the
-            network holds its own weights, not their average.
-        resume: what an earlier `save` was given; the network must have its weights.
-        stop_after: stop after so many epochs of this call.
+        validate: measures the network, not wrapped by Fabric; called by all processes. None keeps the last
+            epoch as the best.
+        user_code: references that the command line names.
+        reporter: takes messages and progress.
+        observers: called by the first process after each epoch with its row and the network.
+        save: called by the first process after each epoch with the network and what resuming needs; the
+            network then holds its own weights, not their average.
+        resume: what an earlier `save` was given; the network must have the weights saved with it.
+        stop_after: number of epochs after which this call stops.
+        input_shape: (C, H, W) of one input; if given, and if the network runs in it, memory is channels last.
+        constraints: what training must respect apart from the objective.
     """
 
     model: nn.Module
@@ -95,8 +96,8 @@ class FitResult:
     """How training went.
 
     Attributes:
-        rows: one per epoch, from the first on.
-        best: the best epoch by the validation metric, else the last; None where no epoch was trained.
+        rows: one per epoch, including those of resumed runs.
+        best: the best epoch by the validation metric, else the last; None if no epoch was trained.
         completed: whether all epochs are done.
     """
 
@@ -106,11 +107,11 @@ class FitResult:
 
 
 def fit(task: Task) -> FitResult:
-    """Train a network; afterwards it holds the weights of the best epoch, or of the last if training stopped.
+    """Train a network, which then holds the weights of the best epoch, or of the last if stopped early.
 
     Raises:
-        DivergedError: if the loss or the weights become NaN or infinite; names epoch and step.
-        UserCodeError: if a function of the user's fails.
+        DivergedError: if the loss or the weights become NaN or infinite; names the epoch.
+        UserCodeError: if a user's function fails.
     """
     if task.options.epochs == 0:
         return FitResult((), None, completed=True)
@@ -120,8 +121,7 @@ def fit(task: Task) -> FitResult:
         if task.stop_after is not None and loop.progress.epoch - first >= task.stop_after:
             break
         loop.run_epoch()
-    completed = loop.progress.epoch >= task.options.epochs
-    best = loop.progress.best
+    completed, best = loop.progress.epoch >= task.options.epochs, loop.progress.best
     if completed and best is not None:
         task.model.load_state_dict(best.weights)
     task.model.to(memory_format=torch.contiguous_format)
@@ -129,7 +129,7 @@ def fit(task: Task) -> FitResult:
 
 
 class _Loop:
-    """The state of one training."""
+    """The state of one training run; ``bare`` is the network, ``model`` Fabric's wrapper of it."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -141,6 +141,7 @@ class _Loop:
         self.bare.to(memory_format=self.layout)
         self.bare.train()
         plain = make_optimizer(self.bare, task.lr, self.options, task.user_code)
+        # A user's factory may give groups different rates; the schedule scales each from its own.
         for group in plain.param_groups:
             group["initial_lr"] = group["lr"]
         self.model, self.optimizer = self.fabric.setup(self.bare, plain, move_to_device=False)
@@ -247,18 +248,18 @@ class _Loop:
         if self.task.validate is None or (epoch + 1 < self.options.eval_from and not last):
             return None
         if self.fabric.world_size > 1:
-            # Running statistics differ between processes; those of the first are the ones that are saved.
+            # Running statistics differ between processes; those of the first are measured and saved.
             for buffer in self.bare.buffers():
                 torch.distributed.broadcast(buffer, src=0)
         return self.task.validate(self.bare)
 
     def _compared(self, row: EpochRow, metrics: Metrics | None) -> EpochRow:
-        """The row; where its epoch is the best so far, the network's weights are kept and the row says so."""
+        """The row; if its epoch is the best so far, it is marked so and the network's weights are kept."""
         self.progress.epoch = row.epoch
         if not self._is_better(metrics):
             return row
         self.progress.best = Best(row.epoch, metrics, _copy_of_state(self.bare))
-        return row.as_best()
+        return replace(row, best=True)
 
     def _record(self, row: EpochRow) -> None:
         progress = self.progress
@@ -280,7 +281,7 @@ class _Loop:
         if best is None or best.metrics is None:
             return True
         new, old, name = metrics.values, best.metrics.values, main_metric(self.options)
-        # Outputs that are no logits have no top-1.
+        # Outputs other than logits have no top-1; the loss is compared instead.
         lower = self.options.metric_mode is MetricMode.MIN or name not in new
         if name not in new:
             name = "loss"
@@ -288,19 +289,19 @@ class _Loop:
 
 
 def main_metric(options: FitOptions) -> str:
-    """Name of the validation metric that decides which epoch is best."""
+    """Name of the validation metric by which the best epoch is chosen."""
     return "top1" if options.metric is None else options.metric.rpartition(":")[2]
 
 
 def _memory_format(
     model: nn.Module, device: torch.device, input_shape: tuple[int, ...] | None
 ) -> torch.memory_format:
-    """Channels last wherever the network computes in it: both cuDNN and oneDNN are faster so.
+    """Channels last if the network runs in it, because both cuDNN and oneDNN are faster then.
 
-    Code such as ``x.view(x.size(0), -1)`` behind a convolution asks for contiguous memory; a trial tells.
+    Code such as ``x.view(x.size(0), -1)`` after a convolution needs contiguous memory; a trial run shows it.
     """
     has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    # Tensors of five dimensions (3-D convolutions) have no such layout.
+    # Tensors of five dimensions (3-D convolutions) have no channels-last format.
     fits = all(tensor.dim() <= 4 for tensor in (*model.parameters(), *model.buffers()))
     if input_shape is None or not has_convolutions or not fits or _corrupts_memory(model, device):
         return torch.contiguous_format
@@ -311,17 +312,17 @@ def _memory_format(
             with in_mode(model, training=training), torch.no_grad():
                 model(inputs)
     except Exception:
-        # Whatever is wrong beside the memory format is raised again by the first step of training.
+        # An error of another cause is raised again by the first step of training.
         model.to(memory_format=torch.contiguous_format)
         return torch.contiguous_format
     return torch.channels_last
 
 
 def _corrupts_memory(model: nn.Module, device: torch.device) -> bool:
-    """Whether training channels last would end the process.
+    """Whether training channels last would crash the process.
 
-    The gradient of a strided 1x1 convolution of fewer than 8 input channels writes past its memory there
-    (torch 2.14.1 with oneDNN 3.12 on x86 CPUs); a thinned residual network has such.
+    The gradient of a strided 1x1 convolution with fewer than 8 input channels then writes past its memory
+    (torch 2.14.1 with oneDNN 3.12 on x86 CPUs); thinned residual networks have such convolutions.
     """
     return device.type == "cpu" and any(
         isinstance(module, nn.Conv2d)

@@ -1,4 +1,4 @@
-"""Adding up the losses of an epoch, and noticing the first that is no number."""
+"""Sums of the losses of an epoch; training stops at the first that is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Tally:
 
     Args:
         epoch: from 0.
-        user: reference of the user's loss, to be named where it is no number.
+        user: reference of the user's loss, for the error if it is NaN or infinite.
         every: steps between two looks at the losses.
     """
 
@@ -36,7 +36,7 @@ class Tally:
         self._waiting: list[tuple[int, dict[str, Tensor]]] = []
 
     def add(self, terms: Terms, labels: Tensor) -> None:
-        """Take in one step.
+        """Add the figures of one step.
 
         Raises:
             DivergedError: if a loss since the last look was NaN or infinite.
@@ -52,7 +52,7 @@ class Tally:
             self._look()
 
     def finish(self, group: Group, device: torch.device) -> None:
-        """Look at what is left, and add up over all processes."""
+        """Look at the remaining losses, and sum over all processes."""
         if self._waiting:
             self._look()
         together = torch.tensor([self.n, *self._sums.values()], dtype=torch.float64, device=device)
@@ -61,7 +61,7 @@ class Tally:
         self._sums = dict(zip(self._sums, sums, strict=True))
 
     def means(self) -> dict[str, float]:
-        """``loss``, ``top1`` in percent where there are classes, and the loss's components."""
+        """``loss``, ``top1`` in percent if the outputs are logits, and the loss's components."""
         means = {name: total / self.n for name, total in self._sums.items() if name != "correct"}
         if "correct" in self._sums:
             means["top1"] = 100 * self._sums["correct"] / self.n
@@ -70,7 +70,7 @@ class Tally:
     def _look(self) -> None:
         first = self._steps - len(self._waiting)
         names = list(self._waiting[0][1])
-        # One transfer for all of them.
+        # One transfer from the device for all steps and figures.
         values = torch.stack(
             [torch.stack([step[name].float() for name in names]) for _, step in self._waiting]
         )

@@ -1,1 +1,1 @@
-"""What a training needs to go on bit for bit."""
+"""What training needs to continue bit for bit."""

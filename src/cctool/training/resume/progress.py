@@ -1,9 +1,9 @@
-"""How far a training is, and its way into a `ResumeState` and back."""
+"""How far a training run has come, and how that is stored in a `ResumeState`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -36,13 +36,13 @@ class EpochRow:
     Attributes:
         epoch: from 1.
         lr: learning rate of its last step.
-        batch_ms: milliseconds a step, data included.
+        batch_ms: milliseconds per step, including loading data.
         seconds: of its training, without validation.
         n: training images seen by all processes.
         train: ``loss``, ``top1`` (percent) and the loss's components, means over the training images.
-        validation: metrics of the validation split; empty where it was not evaluated.
-        validation_n: its images.
-        best: whether no epoch before was as good.
+        validation: metrics of the validation split; empty if it was not evaluated.
+        validation_n: number of its images.
+        best: whether it was the best epoch so far.
         sparsity: percentage of zeros in all weights after it.
     """
 
@@ -57,10 +57,6 @@ class EpochRow:
     best: bool = False
     sparsity: float = 0.0
 
-    def as_best(self) -> EpochRow:
-        """Return this row, marked as the best so far."""
-        return replace(self, best=True)
-
 
 @dataclass(frozen=True)
 class Best:
@@ -73,7 +69,7 @@ class Best:
 
 @dataclass
 class Progress:
-    """Epochs that are done, a row for each, and the best of them."""
+    """The number of epochs done, a row for each, and the best of them."""
 
     epoch: int = 0
     rows: list[EpochRow] = field(default_factory=list)
@@ -83,7 +79,7 @@ class Progress:
 def capture(
     progress: Progress, optimizer: Optimizer, fabric: Fabric, average: WeightAverage | None = None
 ) -> ResumeState:
-    """Store everything that the next epoch depends on, besides the weights; called by all processes."""
+    """Store everything except the weights that the next epoch depends on; called by all processes."""
     tensors = generator_states(fabric) | ({} if average is None else average.state())
     best = progress.best
     state: dict[str, Any] = {
@@ -94,7 +90,7 @@ def capture(
         "best": None,
     }
     if best is not None:
-        # Where the last epoch is the best, its weights stand in the file already, unless they are an average.
+        # If the last epoch is the best, the file holds its weights already, unless those are an average.
         elsewhere = best.epoch != progress.epoch or average is not None
         metrics = best.metrics.model_dump(mode="json") if best.metrics else None
         state["best"] = {"epoch": best.epoch, "metrics": metrics, "elsewhere": elsewhere}
@@ -106,13 +102,13 @@ def capture(
 def restore(
     resume: ResumeState, weights: Mapping[str, Any], optimizer: Optimizer, fabric: Fabric
 ) -> Progress:
-    """Put everything back that `capture` stored.
+    """Restore everything that `capture` stored.
 
     Args:
         resume: from a file.
-        weights: state dict of the network as it was stored beside it.
+        weights: state dict of the network in the same file.
         optimizer: over the same parameters.
-        fabric: of as many processes as before.
+        fabric: with as many processes as before.
 
     Raises:
         TrainingError: if it does not fit this training.
@@ -134,12 +130,7 @@ def restore(
 
 
 def best_of(resume: ResumeState, weights: Mapping[str, Any]) -> Best | None:
-    """Give the best epoch that a resume state remembers.
-
-    Args:
-        resume: from a file.
-        weights: state dict of the network as it was stored beside it.
-    """
+    """The best epoch in a resume state, of which ``weights`` are those of the network in the same file."""
     found: Any = resume.state["best"]
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""Everything besides the weights that training needs to go on bit for bit, to and from a `ResumeState`."""
+"""Everything except the weights that training needs to continue bit for bit, to and from a `ResumeState`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from pydantic import JsonValue
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from cctool.base.errors import CorruptCheckpointError, TrainingError
@@ -24,15 +24,10 @@ _TENSOR, _TUPLE, _KEYS = "__tensor__", "__tuple__", "__int_keys__"
 
 
 def flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> JsonValue:
-    """Turn nested containers into JSON, and move their tensors to ``tensors``.
-
-    Args:
-        value: what to take apart.
-        name: how the names of its tensors begin.
-        tensors: gets the tensors.
+    """Turn nested containers into JSON, with their tensors in ``tensors`` by names that begin with ``name``.
 
     Raises:
-        TrainingError: for anything that is not a container, a number, a text or a tensor.
+        TrainingError: for anything but containers, numbers, strings and tensors.
     """
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().clone()
@@ -49,7 +44,7 @@ def flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> JsonValue:
 
 
 def unflatten(value: JsonValue, tensors: Mapping[str, Tensor]) -> Any:
-    """Put together again what `flatten` took apart."""
+    """Undo `flatten`."""
     if isinstance(value, list):
         return [unflatten(item, tensors) for item in value]
     if not isinstance(value, dict):
@@ -65,7 +60,7 @@ def unflatten(value: JsonValue, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def generator_states(fabric: Fabric) -> dict[str, Tensor]:
-    """Give the states of Python's, numpy's and torch's generators, each of shape (processes, ...)."""
+    """The states of Python's, numpy's and torch's generators, each of shape (processes, ...)."""
     version, internal, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states = {
@@ -77,17 +72,16 @@ def generator_states(fabric: Fabric) -> dict[str, Tensor]:
     }
     if fabric.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(fabric.device)
-    if fabric.world_size == 1:
-        return {f"generators/{name}": state[None] for name, state in states.items()}
-    group = Together(fabric)
-    return {f"generators/{name}": group.stack(state) for name, state in states.items()}
+    stack = Together(fabric).stack if fabric.world_size > 1 else lambda state: state[None]
+    return {f"generators/{name}": stack(state) for name, state in states.items()}
 
 
 def restore_generators(tensors: Mapping[str, Tensor], fabric: Fabric) -> None:
     """Set every generator of this process to its stored state.
 
     Raises:
-        TrainingError: if another number of processes was at work.
+        TrainingError: if another number of processes stored them.
+        CorruptCheckpointError: if there are none.
     """
     found = {
         name.removeprefix("generators/"): value for name, value in tensors.items() if "generators/" in name
@@ -100,7 +94,7 @@ def restore_generators(tensors: Mapping[str, Tensor], fabric: Fabric) -> None:
             f"{processes} processes trained this, now there are {fabric.world_size}: "
             "give the same --devices and --nodes"
         )
-    # torch reads a state from the start of its storage, whatever a view's offset says.
+    # Cloned, because torch reads a state from the start of its storage and ignores a view's offset.
     mine = {name: value[fabric.global_rank].clone() for name, value in found.items()}
     version, *internal = mine["python"].tolist()
     has_gauss, gauss = mine["python_gauss"].tolist()
@@ -114,7 +108,7 @@ def restore_generators(tensors: Mapping[str, Tensor], fabric: Fabric) -> None:
 
 
 def restore_optimizer(optimizer: Optimizer, state: JsonValue, tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimizer over the same parameters its stored state.
+    """Restore the stored state of an optimizer over the same parameters.
 
     Raises:
         TrainingError: if the state is another optimizer's.
@@ -123,17 +117,10 @@ def restore_optimizer(optimizer: Optimizer, state: JsonValue, tensors: Mapping[s
         optimizer.load_state_dict(unflatten(state, tensors))
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise TrainingError(f"the stored optimizer state does not fit this optimizer: {error}") from None
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            _as_laid_out(optimizer.state.get(parameter, {}), parameter)
-
-
-def _as_laid_out(moments: dict[str, Any], parameter: nn.Parameter) -> None:
-    """Lay moments out in memory like their parameter, which the fast multi-tensor kernels ask for."""
-    for name, value in moments.items():
-        if (
-            isinstance(value, Tensor)
-            and value.shape == parameter.shape
-            and value.stride() != parameter.stride()
-        ):
-            moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    # The fast multi-tensor kernels need moments with the strides of their parameter.
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        moments = optimizer.state.get(parameter, {})
+        for name, value in moments.items():
+            same = isinstance(value, Tensor) and value.shape == parameter.shape
+            if same and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
