@@ -215,10 +215,7 @@ def _foreign_spec(
         arguments = registry.defaults(arch, **attempt, arguments=given, user_code=named)
         shape = options.input_shape or _input_shape(arch, arguments, tables, tensors, data)
         spec = ModelSpec(
-            architecture=arch,
-            arguments=arguments,
-            input_shape=shape,
-            preprocessing=_preprocessing(options),
+            architecture=arch, arguments=arguments, input_shape=shape, preprocessing=_preprocessing(options)
         )
         with contextlib.suppress(ArchitectureError, SpecError):
             if _fits(spec, tables, tensors):

@@ -34,9 +34,7 @@ def tables(user_code: Collection[str] = ()) -> Tables:
         user_code: references of the user's functions that were named by the caller; no other user code runs.
     """
     return Tables(
-        build=partial(_build, user_code=frozenset(user_code)),
-        edits=events.edit_kinds(),
-        encodings=ENCODINGS,
+        build=partial(_build, user_code=frozenset(user_code)), edits=events.edit_kinds(), encodings=ENCODINGS
     )
 
 

@@ -60,10 +60,7 @@ def why_no_images(checkpoint: Checkpoint, source: DataSource | None) -> str:
 
 
 def put_taps(
-    checkpoint: Checkpoint,
-    sites: Sequence[Site],
-    configs: Mapping[str, CodecConfig],
-    images: _Images,
+    checkpoint: Checkpoint, sites: Sequence[Site], configs: Mapping[str, CodecConfig], images: _Images
 ) -> Checkpoint:
     """Calibrate codecs and put them behind modules, in place of all taps that there are.
 

@@ -110,9 +110,7 @@ def in_step(checkpoint: Checkpoint, tables: Tables) -> Checkpoint:
     return replace(checkpoint, spec=with_quantizers(checkpoint.spec, checkpoint.model))
 
 
-def quantized_weights(
-    model: nn.Module,
-) -> Iterator[tuple[str, nn.Parameter, Quantizer, Tensor | None]]:
+def quantized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Quantizer, Tensor | None]]:
     """Weights with a quantizer that are parameters themselves: name, parameter, quantizer, fold."""
     held = quantizers_of(model)
     if held is None:

@@ -64,11 +64,7 @@ class Changer:
     """
 
     def __init__(
-        self,
-        source: DataSource | None,
-        options: PruneOptions,
-        context: Context,
-        metrics: tuple[Metrics, ...],
+        self, source: DataSource | None, options: PruneOptions, context: Context, metrics: tuple[Metrics, ...]
     ) -> None:
         self._source = source
         self._options = options

@@ -146,11 +146,7 @@ def _value(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def _calibrated(
-    product: Checkpoint,
-    planned: Plan,
-    options: QuantizeOptions,
-    source: DataSource | None,
-    context: Context,
+    product: Checkpoint, planned: Plan, options: QuantizeOptions, source: DataSource | None, context: Context
 ) -> tuple[tuple[ActivationReport, ...], int, list[str]]:
     if not planned.activations:
         return (), 0, []
@@ -168,11 +164,7 @@ def _calibrated(
 
 
 def _corrected(
-    product: Checkpoint,
-    planned: Plan,
-    options: QuantizeOptions,
-    source: DataSource | None,
-    context: Context,
+    product: Checkpoint, planned: Plan, options: QuantizeOptions, source: DataSource | None, context: Context
 ) -> list[str]:
     """Biases and rounding fitted to images."""
     asked, notes = options.calibration, []

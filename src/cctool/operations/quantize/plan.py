@@ -225,11 +225,7 @@ _CLIPS: dict[QuantizeMethod, Any] = {
 
 def _uniform(bits: int, options: QuantizeOptions) -> QuantizerConfig:
     return QuantizerConfig(
-        method="uniform",
-        bits=bits,
-        signed=False,
-        symmetric=options.calibration.symmetric,
-        momentum=_MOMENTUM,
+        method="uniform", bits=bits, signed=False, symmetric=options.calibration.symmetric, momentum=_MOMENTUM
     )
 
 

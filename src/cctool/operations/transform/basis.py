@@ -170,11 +170,7 @@ def _refuse_none(selected: Sequence[SelectedLayer], skipped: Sequence[SkippedLay
 
 
 def _changed(
-    checkpoint: Checkpoint,
-    selected: Sequence[SelectedLayer],
-    kernel: str,
-    *,
-    normalize_gradients: bool,
+    checkpoint: Checkpoint, selected: Sequence[SelectedLayer], kernel: str, *, normalize_gradients: bool
 ) -> tuple[Checkpoint, tuple[str, ...]]:
     """The checkpoint of the changed network, and which of its modules compute with complex numbers since."""
     if kernel == "dft" and any(edit.get("kind") == "tap" for edit in checkpoint.spec.edits):

@@ -137,12 +137,7 @@ def search_quality(
 
 
 def reach_ratio(
-    checkpoint: Checkpoint,
-    source: DataSource,
-    ratio: float,
-    count: int,
-    data: DataOptions,
-    context: Context,
+    checkpoint: Checkpoint, source: DataSource, ratio: float, count: int, data: DataOptions, context: Context
 ) -> SearchReport:
     """Find the best quality that compresses by ``ratio``, and set it on all taps.
 

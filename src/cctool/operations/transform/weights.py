@@ -151,11 +151,7 @@ def _coded(
     weights, coded, untouched = options.weights, [], []
     for item in context.reporter.progress(selected, "transforming", len(selected)):
         axes = transformed_axes(
-            item.plain.weight,
-            options.kernel,
-            axes=weights.axes,
-            block=weights.block,
-            levels=weights.levels,
+            item.plain.weight, options.kernel, axes=weights.axes, block=weights.block, levels=weights.levels
         )
         if not axes:
             where = f"{weights.axes or 'channel and spatial'} axes of size 1"
