@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cctool import __version__
 from cctool.base.errors import CheckpointError
 from cctool.base.runtime import Reporter
 from cctool.checkpoint.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ from cctool.options.common import ModelOptions, RuntimeOptions
 if TYPE_CHECKING:
     from cctool.data.records import DataSource
 
-__all__ = ["Context", "Outcome", "ShownTables", "Told", "beside", "metric_lines", "refuse_existing"]
+__all__ = ["Context", "Outcome", "ShownTables", "Told", "beside", "header", "metric_lines", "refuse_existing"]
 
 Told = str | tuple[str, Sequence[str], Sequence[Sequence[object]]]
 """What a report tells people: a sentence, or title, columns and rows of a table."""
@@ -102,6 +103,17 @@ def refuse_existing(paths: tuple[Path, ...], context: Context) -> None:
             raise CheckpointError(f"{path} is the input itself; name another file")
         if not path.parent.is_dir():
             raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
+
+
+def header(checkpoint: Checkpoint, counted: tuple[str, str]) -> list[tuple[str, str]]:
+    """Name and value of each line that says which checkpoint a workbook is about, ``counted`` among them."""
+    spec, origin = checkpoint.spec, checkpoint.origin
+    arguments = ", ".join(f"{key}={value}" for key, value in spec.arguments.items())
+    verbs = " > ".join(step.verb for step in checkpoint.history) or "none"
+    notes = [("Network", f"{spec.architecture}({arguments})"), counted, ("History", verbs)]
+    if origin is not None:
+        notes += [("File", origin.path), ("SHA-256 of the file", origin.file)]
+    return [*notes, ("Written by", f"cctool {__version__}")]
 
 
 def metric_lines(before: Sequence[Metrics], after: Sequence[Metrics]) -> Iterator[str]:
