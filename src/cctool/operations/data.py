@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cctool.base.errors import DataError, UsageError
-from cctool.base.networks import in_mode
+from cctool.base.networks import device_of, in_mode
 from cctool.base.user_code import looks_like_user_code
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Preprocessing
@@ -161,7 +161,6 @@ def feed_of(
     options: DataOptions,
     context: Context,
     *,
-    preprocessing: Preprocessing | None = None,
     fabric: Fabric | None = None,
 ) -> Feed:
     """Serve a data set to a checkpoint's network.
@@ -171,12 +170,11 @@ def feed_of(
         source: opened for the checkpoint's input shape.
         options: batch size and workers.
         context: device and seed.
-        preprocessing: where the caller has asked for it already.
         fabric: of the processes that share the data; None where there is only this one.
     """
     return Feed(
         source,
-        preprocessing or preprocessing_of(checkpoint, source, context),
+        preprocessing_of(checkpoint, source, context),
         batch_size=options.batch_size,
         device=context.device if fabric is None else fabric.device,
         seed=context.runtime.seed,
@@ -203,13 +201,7 @@ def serve(
 
 
 def measured(
-    checkpoint: Checkpoint,
-    source: DataSource,
-    options: DataOptions,
-    context: Context,
-    *,
-    split: str = "test",
-    preprocessing: Preprocessing | None = None,
+    checkpoint: Checkpoint, source: DataSource, options: DataOptions, context: Context, *, split: str = "test"
 ) -> Metrics:
     """Measure top-1, top-5 and loss on a split; every metric names its split and n.
 
@@ -219,12 +211,11 @@ def measured(
         options: batch size and workers.
         context: device and precision.
         split: ``train``, ``validation`` or ``test``.
-        preprocessing: where the caller has asked for it already.
 
     Raises:
         DataError: if the data has no such split, or other classes than the network.
     """
-    served = feed_of(checkpoint, source, options, context, preprocessing=preprocessing).plain(split)
+    served = serve(checkpoint, source, split, options, context)
     return evaluate(
         checkpoint.model.to(context.device),
         context.reporter.progress(served, f"evaluating on {split}", len(served)),
@@ -251,8 +242,7 @@ def example(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
         ArchitectureError: the network does not run on its own input size.
     """
     generator = torch.Generator().manual_seed(0)
-    device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
-    images = torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device)
+    images = torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device_of(checkpoint.model))
     with blaming_the_size(checkpoint.spec.input_shape), in_mode(checkpoint.model, training=False):
         checkpoint.model(images)
     return (images,)

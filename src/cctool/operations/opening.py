@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,13 @@ __all__ = ["DataShape", "fresh", "open_checkpoint", "parse_arguments"]
 _COMMON_SIZES = (32, 224, 28, 64, 96, 128, 256, 299, 16, 8)
 
 
+@dataclass(frozen=True)
 class DataShape:
     """What a data set says about a network for it: channels, height, width and classes."""
 
-    def __init__(
-        self, shape: tuple[int, int, int], classes: tuple[str, ...], preprocessing: Preprocessing | None
-    ):
-        self.shape = shape
-        self.classes = classes
-        self.preprocessing = preprocessing
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing | None
 
 
 def parse_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from cctool.base.networks import in_eval_mode
+from cctool.base.networks import in_eval_mode, removing, some
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.context import Context
 from cctool.operations.keep.follower import Change, Cutting, Followed, Follower, sharing_copy
@@ -81,9 +82,8 @@ class Codecs(Follower):
         stale = stale_taps(checkpoint.model)
         if not stale:
             return ""
-        some = ", ".join(stale[:3]) + (f" and {len(stale) - 3} more" if len(stale) > 3 else "")
         return (
-            f"{some}: calibrated for other weights than the network has now; "
+            f"{some(stale)}: calibrated for other weights than the network has now; "
             "`cctool transform --target features` calibrates again"
         )
 
@@ -169,7 +169,7 @@ def trained_taps(checkpoint: Checkpoint, source: DataSource, data: DataOptions, 
     notes = tuple(
         f"{name}: after training {found.percent():.2f} % of its values saturate; they reach from "
         f"{found.low:.4g} to {found.high:.4g}, its codec from "
-        f"{' to '.join(f'{value:.4g}' for value in _bounds(model, name))}"
+        f"{' to '.join(f'{x:.4g}' for x in model.get_submodule(name).get_buffer('tap_range').tolist())}"
         for name, found in outgrown.items()
     )
     if notes:
@@ -198,11 +198,6 @@ class _Seen:
         return 100 * self.clamped / self.values if self.values else 0.0
 
 
-def _bounds(model: nn.Module, name: str) -> list[float]:
-    found: list[float] = model.get_submodule(name).get_buffer("tap_range").tolist()
-    return found
-
-
 def _passing(planner: Planner, channels: Mapping[str, int]) -> dict[str, str]:
     """Families whose cut would change how many channels these modules put out."""
     found = {}
@@ -223,16 +218,10 @@ def _widths(model: nn.Module, inputs: Sequence[Tensor], names: Iterable[str]) ->
 
     widths: dict[str, int] = {}
 
-    def note(name: str, output: Tensor) -> None:
+    def note(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         widths[name] = output.shape[1]
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: note(name, output))
-        for name in names
-    ]
-    try:
+    handles = [model.get_submodule(name).register_forward_hook(partial(note, name)) for name in names]
+    with removing(handles):
         execute(model, inputs, [])
-    finally:
-        for handle in handles:
-            handle.remove()
     return widths

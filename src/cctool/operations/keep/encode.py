@@ -9,6 +9,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
+from cctool.base.networks import in_eval_mode
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import masked_places, masks_of
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
@@ -86,7 +87,7 @@ def settled(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> C
         if mask is not None:
             # Zeros of the mask are stored apart, and need not lie on the grid.
             decoded = decoded * mask
-            form = None if not _zero_on_grid(quantizer) else form
+            form = form if quantizer.config.method in ("uniform", "lsq", "wrpn", "apot") else None
         if not _same(quantizer, values, decoded, fold, mask):
             continue
         if settle:
@@ -159,21 +160,12 @@ def _encoded(values: Tensor, quantizer: Quantizer, fold: Tensor | None) -> Encod
     return encode_integers(integers - grid.low, scale, zero - grid.low, bits=bits, axis=axis)
 
 
-def _zero_on_grid(quantizer: Quantizer) -> bool:
-    return quantizer.config.method in ("uniform", "lsq", "wrpn", "apot")
-
-
 def _same(
     quantizer: Quantizer, before: Tensor, after: Tensor, fold: Tensor | None, mask: Tensor | None
 ) -> bool:
     """Whether the network computes with the same numbers after its weight was replaced."""
-    was_training = quantizer.training
-    quantizer.eval()
-    try:
-        with torch.no_grad():
-            old, new = quantizer(before, fold), quantizer(after, fold)
-    finally:
-        quantizer.train(was_training)
+    with torch.no_grad(), in_eval_mode(quantizer):
+        old, new = quantizer(before, fold), quantizer(after, fold)
     if mask is not None:
         old, new = old * mask, new * mask
     return torch.equal(old, new)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from cctool.base.errors import PruningError
+from cctool.base.networks import qualified, some
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import with_masks
 from cctool.checkpoint.edits.thin import THIN, thinned
@@ -59,11 +60,8 @@ class SwappedLayers(Follower):
             TransformError: a swapped layer cannot be cut so.
             PruningError: a plan touches a layer that has no ordinary counterpart.
         """
-        layers = {
-            name: module
-            for name, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, SwappedLayer)
-        }
+        modules = dict(model.named_modules(remove_duplicate=False))
+        layers = {name: module for name, module in modules.items() if isinstance(module, SwappedLayer)}
         replaced: dict[int, SwappedLayer] = {}
         for name, layer in layers.items():
             cuts = own_cuts(plan, name)
@@ -120,8 +118,9 @@ class SwappedLayers(Follower):
             names = (place.tensor for place in family.places)
             holder = next((owner for name in names for owner in owners if name.startswith(f"{owner}.")), None)
             if holder is not None:
-                why = "computes with complex numbers, and has no ordinary counterpart"
-                found[family.name] = f"{holder} {why}"
+                found[family.name] = (
+                    f"{holder} computes with complex numbers, and has no ordinary counterpart"
+                )
         return found
 
 
@@ -132,17 +131,16 @@ def _not_smaller(model: nn.Module, cutting: Cutting) -> tuple[str, ...]:
         for name, layer in swapped_layers(model).items()
         if own_cuts(cutting.plan, name)
         and all(
-            parameter.shape == cutting.before[f"{name}.{leaf}" if name else leaf].shape
+            parameter.shape == cutting.before[qualified(name, leaf)].shape
             for leaf, parameter in layer.named_parameters(recurse=False)
             if leaf != "bias"
         )
     ]
     if not whole:
         return ()
-    some = ", ".join(whole[:3]) + (f" and {len(whole) - 3} more" if len(whole) > 3 else "")
     return (
-        f"{some} compute fewer channels from as many coefficients: they are transformed along what was cut; "
-        "`cctool transform` again fits fewer to them",
+        f"{some(whole)} compute fewer channels from as many coefficients: they are transformed along what "
+        "was cut; `cctool transform` again fits fewer to them",
     )
 
 

@@ -87,9 +87,7 @@ def stored_with_masks(checkpoint: Checkpoint) -> Checkpoint:
             continue
         bits = BITS.encode(mask, {})
         stored |= dict.fromkeys(names.get(place(mask), [mask_name(masked.name)]), bits)
-        packed = bits.parts["bits"]
-        form = (
-            encode_masked(tensor, mask, bits=packed) if earlier is None else narrowed(earlier, mask, packed)
-        )
+        part = bits.parts["bits"]
+        form = encode_masked(tensor, mask, bits=part) if earlier is None else narrowed(earlier, mask, part)
         stored |= dict.fromkeys(names.get(place(tensor), [masked.name]), form)
     return replace(checkpoint, stored=stored)

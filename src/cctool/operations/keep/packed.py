@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from cctool.base.networks import qualified
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.encoding import EncodedTensor
@@ -133,7 +134,12 @@ def _cuts_of_owned(
     Returns:
         Cuts by name, None for a tensor that no cut explains; without names outside of swapped layers.
     """
-    owners = _owned_by_swapped(model)
+    owners = {
+        qualified(name, leaf): name
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, SwappedLayer)
+        for leaf in layer.state_dict()
+    }
     after = model.state_dict() if owners else {}
     return {
         name: _explained(cutting.before[name], after[name].detach(), own_cuts(cutting.plan, owners[name]))
@@ -142,31 +148,15 @@ def _cuts_of_owned(
     }
 
 
-def _owned_by_swapped(model: nn.Module) -> dict[str, str]:
-    """Names of tensors that lie in swapped layers, with the name of the layer."""
-    return {
-        f"{name}.{leaf}" if name else leaf: name
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, SwappedLayer)
-        for leaf in layer.state_dict()
-    }
-
-
 def _explained(before: Tensor, after: Tensor, cuts: Mapping[str, Sequence[Cut]]) -> tuple[Cut, ...] | None:
     """Which cuts of a layer's ordinary tensors make one tensor of another; None where none do."""
     if before.dim() != after.dim():
         return None
     given = [cut for several in cuts.values() for cut in several]
-    changed = [
-        dim for dim, (old, new) in enumerate(zip(before.shape, after.shape, strict=True)) if old != new
-    ]
     fitting = [
-        [
-            replace(cut, dim=dim)
-            for cut in given
-            if cut.size == before.shape[dim] and cut.keep.numel() == after.shape[dim]
-        ]
-        for dim in changed
+        [replace(cut, dim=dim) for cut in given if (cut.size, cut.keep.numel()) == (old, new)]
+        for dim, (old, new) in enumerate(zip(before.shape, after.shape, strict=True))
+        if old != new
     ]
     for chosen in product(*fitting):
         small = before

@@ -83,7 +83,8 @@ class TapWatch:
     def finish(self, metrics: Metrics | None) -> Seen:
         """Write everything that was asked for, once all batches have passed."""
         figures, written = self.statistics.figures(), []
-        bitstream, streams = self.options.bitstream, ()
+        bitstream = self.options.bitstream
+        streams: tuple[StreamFigures, ...] = ()
         if self.streams is not None:
             streams, entries = self.streams.finish(None if bitstream is None else Path(bitstream))
             if self.folder is not None:
