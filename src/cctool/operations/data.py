@@ -17,8 +17,7 @@ from cctool.checkpoint.spec import Metrics, Preprocessing
 from cctool.data.serving.batches import Batch, Batches
 from cctool.graph.execution import blaming_the_size
 from cctool.operations.context import Context
-from cctool.operations.opening import DataShape
-from cctool.options.common import DataOptions, ModelOptions
+from cctool.options.common import DataOptions
 from cctool.training.evaluate import evaluate
 from cctool.training.loop.feed import Feed
 
@@ -28,29 +27,18 @@ if TYPE_CHECKING:
     from cctool.data.records import DataSource
 
 __all__ = [
-    "described",
     "example",
     "feed_of",
     "first_images",
     "measured",
     "measured_splits",
-    "open_first",
+    "open_named",
     "open_source",
     "preprocessing_of",
     "require_source",
     "serve",
     "with_preprocessing",
 ]
-
-
-def open_first(options: DataOptions, model: ModelOptions, named: frozenset[str]) -> DataSource:
-    """Open the data set that the command line names, before there is a network for it."""
-    return _open(options, str(options.data), named, model.input_shape)
-
-
-def described(source: DataSource) -> DataShape:
-    """Say what a data set wants of a fresh network."""
-    return DataShape(source.shape, source.classes, Preprocessing(mean=source.mean, std=source.std))
 
 
 def open_source(options: DataOptions, checkpoint: Checkpoint, context: Context) -> DataSource | None:
@@ -68,7 +56,7 @@ def open_source(options: DataOptions, checkpoint: Checkpoint, context: Context) 
     if remembered:
         context.reporter.note(f"data: {reference}, the checkpoint's last (--data names another)")
     try:
-        source = _opened_first(options, checkpoint, context) or _open(
+        source = _opened_first(options, checkpoint, context) or open_named(
             options, reference, context.user_code, checkpoint.spec.input_shape
         )
     except DataError as error:
@@ -83,9 +71,10 @@ def open_source(options: DataOptions, checkpoint: Checkpoint, context: Context) 
     return source
 
 
-def _open(
+def open_named(
     options: DataOptions, reference: str, named: frozenset[str], input_shape: tuple[int, int, int] | None
 ) -> DataSource:
+    """Open a data set, for a network of that input shape or before there is one."""
     from cctool.data.registry import open_data
 
     return open_data(
@@ -99,7 +88,7 @@ def _open(
 
 
 def _opened_first(options: DataOptions, checkpoint: Checkpoint, context: Context) -> DataSource | None:
-    """What `open_first` has opened, where opening it for the checkpoint would give the same."""
+    """What was opened before there was a network, where opening it for the checkpoint would give the same."""
     found = context.opened
     if found is None or (found.reference, found.limit) != (options.data, options.limit):
         return None

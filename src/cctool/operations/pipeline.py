@@ -23,12 +23,12 @@ from cctool.base.runtime import Reporter, Silent, resolve_device, seed_everythin
 from cctool.base.user_code import looks_like_user_code
 from cctool.checkpoint.checkpoint import SUFFIXES, Checkpoint, save
 from cctool.checkpoint.file.payload import content_hash
-from cctool.checkpoint.spec import Parent, Size, Step
+from cctool.checkpoint.spec import Parent, Preprocessing, Size, Step
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import described, open_first
+from cctool.operations.data import open_named
 from cctool.operations.keep import events
-from cctool.operations.opening import fresh, open_checkpoint
+from cctool.operations.opening import DataShape, fresh, open_checkpoint
 from cctool.operations.registries import tables
 from cctool.operations.size import measure
 from cctool.options.common import ModelOptions, RuntimeOptions
@@ -198,8 +198,11 @@ def _prepare(
     data = getattr(options, "data", None)
     opened = source
     if source is None and data is not None and data.data:
-        opened = open_first(data, request.model, named)
-    shape = None if opened is None else described(opened)
+        opened = open_named(data, data.data, named, request.model.input_shape)
+    shape = None
+    if opened is not None:
+        preprocessing = Preprocessing(mean=opened.mean, std=opened.std)
+        shape = DataShape(opened.shape, opened.classes, preprocessing)
     remembered = (data.data or None) if data is not None and source is None else None
     if given is not None:
         checkpoint = given

@@ -6,12 +6,9 @@ accident of an import.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from cctool.base.runtime import Silent
 from cctool.base.user_code import looks_like_user_code
@@ -34,12 +31,10 @@ def tables(user_code: Collection[str] = ()) -> Tables:
         user_code: references of the user's functions that were named by the caller; no other user code runs.
     """
     return Tables(
-        build=partial(_build, user_code=frozenset(user_code)), edits=events.edit_kinds(), encodings=ENCODINGS
+        build=partial(registry.build, user_code=frozenset(user_code)),
+        edits=events.edit_kinds(),
+        encodings=ENCODINGS,
     )
-
-
-def _build(reference: str, arguments: Mapping[str, Any], *, user_code: frozenset[str]) -> nn.Module:
-    return registry.build(reference, arguments, user_code=user_code)
 
 
 def load(path: Path | str, *, arch: str | None = None) -> Checkpoint:
