@@ -42,9 +42,9 @@ __all__ = [
 
 
 def open_source(options: DataOptions, checkpoint: Checkpoint, context: Context) -> DataSource | None:
-    """Open the data for a checkpoint; None where none was named and none is remembered or to be found.
+    """Open the data for a checkpoint; None if no data set is given, or a remembered one cannot be opened.
 
-    A data set that is only remembered and cannot be opened is a warning; one that was named is an error.
+    A remembered data set that cannot be opened gives a warning; one that was given is an error.
     """
     remembered = options.data is None
     reference = checkpoint.spec.data if remembered else options.data
@@ -88,21 +88,21 @@ def open_named(
 
 
 def _opened_first(options: DataOptions, checkpoint: Checkpoint, context: Context) -> DataSource | None:
-    """What was opened before there was a network, where opening it for the checkpoint would give the same."""
+    """The data set opened before there was a network, if opening it for the checkpoint gives the same."""
     found = context.opened
     if found is None or (found.reference, found.limit) != (options.data, options.limit):
         return None
-    # Other sets beside it are served in a shape of their own; a user's function may give others each time.
+    # Data sets of other splits may have other shapes; a user's function may return other data each time.
     if options.val_data or options.test_data or looks_like_user_code(found.reference):
         return None
     return found if found.shape == checkpoint.spec.input_shape else None
 
 
 def require_source(options: DataOptions, checkpoint: Checkpoint, context: Context, why: str) -> DataSource:
-    """Open the data for a checkpoint, or fail with the way out.
+    """Open the data for a checkpoint; ``why`` says in the error message what needs them.
 
     Raises:
-        UsageError: if no data set was named and none is remembered.
+        UsageError: if no data set is given or remembered.
         DataError: if it cannot be opened.
     """
     reference = options.data or checkpoint.spec.data
@@ -122,7 +122,7 @@ def preprocessing_of(
     whose: str = "this model",
     options: str = "--mean and --std",
 ) -> Preprocessing:
-    """The preprocessing that the model was trained with; the data set's own, with a warning, if unknown."""
+    """The preprocessing that the model was trained with; if unknown, the data set's, with a warning."""
     if checkpoint.spec.preprocessing is not None:
         return checkpoint.spec.preprocessing
     context.reporter.warn(
@@ -133,7 +133,7 @@ def preprocessing_of(
 
 
 def with_preprocessing(checkpoint: Checkpoint, source: DataSource, context: Context) -> Checkpoint:
-    """The checkpoint whose spec says how its inputs are normalised: trained so, it needs inputs so."""
+    """Record in the spec the preprocessing that the network was just trained with, if none is recorded."""
     if checkpoint.spec.preprocessing is not None:
         return checkpoint
     update = {"preprocessing": preprocessing_of(checkpoint, source, context)}
@@ -152,14 +152,9 @@ def feed_of(
     *,
     fabric: Fabric | None = None,
 ) -> Feed:
-    """Serve a data set to a checkpoint's network.
+    """Serve a data set, opened for the checkpoint's input shape, normalised as the checkpoint says.
 
-    Args:
-        checkpoint: says how inputs are normalised.
-        source: opened for the checkpoint's input shape.
-        options: batch size and workers.
-        context: device and seed.
-        fabric: of the processes that share the data; None where there is only this one.
+    ``fabric`` belongs to the processes that share the data; None if there is only this one.
     """
     return Feed(
         source,
@@ -174,7 +169,7 @@ def feed_of(
 
 
 def first_images(batches: Iterable[Batch], count: int) -> Iterator[Tensor]:
-    """The first ``count`` images of batches."""
+    """The first ``count`` images of batches, (N, C, H, W) each."""
     for batch in batches:
         yield batch.images[:count]
         count -= len(batch.images)
@@ -192,14 +187,9 @@ def serve(
 def measured(
     checkpoint: Checkpoint, source: DataSource, options: DataOptions, context: Context, *, split: str = "test"
 ) -> Metrics:
-    """Measure top-1, top-5 and loss on a split; every metric names its split and n.
+    """Measure top-1 and top-5 in percent and the loss on ``train``, ``validation`` or ``test``.
 
-    Args:
-        checkpoint: its model is moved to the context's device.
-        source: opened for the checkpoint.
-        options: batch size and workers.
-        context: device and precision.
-        split: ``train``, ``validation`` or ``test``.
+    Moves the model to the context's device.
 
     Raises:
         DataError: if the data has no such split, or other classes than the network.
@@ -217,7 +207,7 @@ def measured(
 def measured_splits(
     checkpoint: Checkpoint, source: DataSource | None, options: DataOptions, context: Context
 ) -> tuple[Metrics, ...]:
-    """Measure on the validation and test splits, as far as the data has them; on nothing without data."""
+    """Measure on the validation and test splits that the data has; () without data."""
     if source is None:
         return ()
     splits = [split for split in ("validation", "test") if split in source.loaders]
@@ -225,11 +215,12 @@ def measured_splits(
 
 
 def example(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
-    """Inputs that show which channels go together; the numbers serve the comparison of cut and masked.
+    """Two random images on the model's device, the same each time, to trace the network with.
 
     Raises:
         ArchitectureError: the network does not run on its own input size.
     """
+    # Normal noise, not zeros: the cut and the masked network are compared on these very images.
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device_of(checkpoint.model))
     with blaming_the_size(checkpoint.spec.input_shape), in_mode(checkpoint.model, training=False):

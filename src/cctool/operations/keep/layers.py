@@ -1,8 +1,8 @@
-"""Widths of layers, and layers of ours in the place of an architecture's, which are cut by themselves.
+"""Widths of layers, and swapped layers: those of cctool that replace layers of the architecture.
 
-Channels are coupled, scored and compared on the plain network, in which ordinary layers stand for swapped
-ones and no codec is at work. What was planned there is carried out on the network itself: ordinary tensors
-are cut as everywhere, swapped layers by their own `taken`.
+Channels are coupled, scored and compared on the plain network, which has ordinary layers instead of swapped
+ones, and no codecs. The plan is carried out on the network itself: ordinary tensors are cut as always,
+swapped layers by their method `taken`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Widths(Follower):
     in_programs = True
 
     def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
-        """Write them into the spec."""
+        """Write the new shapes and attributes into the spec."""
         plan = cutting.plan
         attributes = [(module, name) for module, values in plan.attributes.items() for name in values]
         spec = thinned(checkpoint.spec, checkpoint.model, plan.tensors, attributes)
@@ -54,7 +54,7 @@ class SwappedLayers(Follower):
     in_programs = True
 
     def cut(self, model: nn.Module, plan: CutPlan) -> Collection[str]:
-        """Let every layer that is touched cut what it stores.
+        """Let every swapped layer that the plan touches cut what it stores.
 
         Raises:
             TransformError: a swapped layer cannot be cut so.
@@ -77,7 +77,7 @@ class SwappedLayers(Follower):
         return layers.keys()
 
     def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
-        """Say what the layers are now, and which of them store as much as before."""
+        """Write the layers' arguments into the spec; notes name those that store as much as before."""
         model = checkpoint.model
         if not swapped_layers(model):
             return Followed(checkpoint)
@@ -85,10 +85,7 @@ class SwappedLayers(Follower):
         return Followed(replace(checkpoint, spec=spec), _not_smaller(model, cutting))
 
     def plain(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Ordinary layers take the place of swapped ones; all other tensors are shared.
-
-        The copy that has them has no codecs and no quantizers either.
-        """
+        """The network of ordinary layers without codecs and quantizers; it shares all other tensors."""
         model = plain_model(checkpoint.model)
         if model is checkpoint.model:
             return checkpoint
@@ -105,7 +102,7 @@ class SwappedLayers(Follower):
         return replace(checkpoint, model=model, spec=spec, stored=stored, resume=None)
 
     def fixed_widths(self, planner: Planner, checkpoint: Checkpoint) -> Mapping[str, str]:
-        """Layers that compute with complex numbers keep their widths; they may be all that there is."""
+        """Families of layers that compute with complex numbers, which have no plain form to plan a cut on."""
         owners, layers = _uncut(planner.model, checkpoint.spec), list(swapped_layers(planner.model))
         if layers and not planner.graph.families:
             more = f" and {len(layers) - 1} layers more" if len(layers) > 1 else ""
@@ -125,7 +122,7 @@ class SwappedLayers(Follower):
 
 
 def _not_smaller(model: nn.Module, cutting: Cutting) -> tuple[str, ...]:
-    """Swapped layers that were cut and store as much as before."""
+    """A note on swapped layers that were cut and store as much as before."""
     whole = [
         name
         for name, layer in swapped_layers(model).items()
@@ -145,7 +142,7 @@ def _not_smaller(model: nn.Module, cutting: Cutting) -> tuple[str, ...]:
 
 
 def _uncut(plain: nn.Module, spec: ModelSpec) -> list[str]:
-    """Modules that stay swapped in the plain network, but for those that hold the architecture's tensors."""
+    """Modules of swap edits that are still swapped in the plain network, or have modules inside them."""
     edits = (str(edit["module"]) for edit in spec.edits if edit.get("kind") == "swap")
     layers = swapped_layers(plain)
     return [
