@@ -1,4 +1,4 @@
-"""What every operation is handed beside its checkpoint and options, and what it hands back."""
+"""What every operation gets with its checkpoint and options, and what it returns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cctool import __version__
 from cctool.base.errors import CheckpointError
 from cctool.base.runtime import Reporter
 from cctool.checkpoint.checkpoint import Checkpoint
@@ -19,10 +20,10 @@ from cctool.options.common import ModelOptions, RuntimeOptions
 if TYPE_CHECKING:
     from cctool.data.records import DataSource
 
-__all__ = ["Context", "Outcome", "ShownTables", "Told", "beside", "metric_lines", "refuse_existing"]
+__all__ = ["Context", "Outcome", "ShownTables", "Told", "beside", "header", "metric_lines", "refuse_existing"]
 
 Told = str | tuple[str, Sequence[str], Sequence[Sequence[object]]]
-"""What a report tells people: a sentence, or title, columns and rows of a table."""
+"""A part of a report as people read it: a sentence, or title, columns and rows of a table."""
 
 ShownTables = Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]]
 """Title, columns and rows of each table that a command shows of its report."""
@@ -34,14 +35,14 @@ class Outcome:
 
     Attributes:
         checkpoint: the result, without the new line of history, which the pipeline adds.
-        report: what was found out: a frozen dataclass that becomes JSON.
+        report: a frozen dataclass that becomes JSON.
         label: distinguishes several products of one command in their file names, as ``step1``.
-        metrics_before: measured on the network that came in.
-        metrics_after: measured on the network that goes out.
+        metrics_before: of the input network.
+        metrics_after: of the result.
         notes: what was not done, and why.
-        others: further files that were read, by role.
-        continues: the unfinished line of history that this one takes the place of, after a resumed
-            training; its parent and size before are kept. It must not stand in ``checkpoint.history`` too.
+        others: other files that were read, by role.
+        continues: after a resumed training, the unfinished line of history that the new one replaces; its
+            parent and size before are kept. It must not be in ``checkpoint.history`` too.
     """
 
     checkpoint: Checkpoint
@@ -59,17 +60,17 @@ class Context:
     """Where an operation runs.
 
     Attributes:
-        device: resolved device.
-        runtime: precision, seed and determinism as asked for.
-        model_options: how networks were named on the command line.
+        device: where it computes.
+        runtime: precision, seed and determinism.
+        model_options: how networks are named on the command line.
         tables: registries for loading and saving.
-        user_code: references of the user's functions that were named on this command line.
-        reporter: where to speak.
-        output: where the product will be written.
+        user_code: references of the user's functions that are named on this command line.
+        reporter: prints notes, warnings and progress.
+        output: path of the product.
         force: whether existing files may be replaced.
-        stamp: (checkpoint, outcome) -> checkpoint with the line of history that the pipeline would add;
-            for files that are written before the operation ends.
-        opened: the data set that the command line names, opened before there was a network for it.
+        stamp: outcome -> its checkpoint with the line of history that the pipeline would add; for files
+            that are written before the operation ends.
+        opened: the data set that the command line names, if it was opened before there was a network.
     """
 
     device: torch.device
@@ -85,7 +86,7 @@ class Context:
 
 
 def beside(source: Path, suffix: str) -> Path:
-    """Replace the suffix of the input's name, as in `student.pt` -> `student.onnx`."""
+    """The path of a file next to the input, as `student.pt` -> `student.onnx`."""
     return source.with_name(f"{source.stem}{suffix}")
 
 
@@ -104,8 +105,19 @@ def refuse_existing(paths: tuple[Path, ...], context: Context) -> None:
             raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
 
 
+def header(checkpoint: Checkpoint, counted: tuple[str, str]) -> list[tuple[str, str]]:
+    """Name and value of each line of a workbook's header: what it is about, ``counted`` included."""
+    spec, origin = checkpoint.spec, checkpoint.origin
+    arguments = ", ".join(f"{key}={value}" for key, value in spec.arguments.items())
+    verbs = " > ".join(step.verb for step in checkpoint.history) or "none"
+    notes = [("Network", f"{spec.architecture}({arguments})"), counted, ("History", verbs)]
+    if origin is not None:
+        notes += [("File", origin.path), ("SHA-256 of the file", origin.file)]
+    return [*notes, ("Written by", f"cctool {__version__}")]
+
+
 def metric_lines(before: Sequence[Metrics], after: Sequence[Metrics]) -> Iterator[str]:
-    """One sentence a metric and split: what was measured before and after."""
+    """One line for each metric and split: its value before and after."""
     earlier = {metrics.split: metrics for metrics in before}
     for metrics in after:
         for name, value in metrics.values.items():

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from cctool.base.errors import DataError, UsageError
-from cctool.base.networks import in_mode
+from cctool.base.networks import device_of, in_mode
 from cctool.base.user_code import looks_like_user_code
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Preprocessing
 from cctool.data.serving.batches import Batch, Batches
 from cctool.graph.execution import blaming_the_size
 from cctool.operations.context import Context
-from cctool.operations.opening import DataShape
-from cctool.options.common import DataOptions, ModelOptions
+from cctool.options.common import DataOptions
 from cctool.training.evaluate import evaluate
 from cctool.training.loop.feed import Feed
 
@@ -28,13 +27,12 @@ if TYPE_CHECKING:
     from cctool.data.records import DataSource
 
 __all__ = [
-    "described",
     "example",
     "feed_of",
     "first_images",
     "measured",
     "measured_splits",
-    "open_first",
+    "open_named",
     "open_source",
     "preprocessing_of",
     "require_source",
@@ -43,20 +41,10 @@ __all__ = [
 ]
 
 
-def open_first(options: DataOptions, model: ModelOptions, named: frozenset[str]) -> DataSource:
-    """Open the data set that the command line names, before there is a network for it."""
-    return _open(options, str(options.data), named, model.input_shape)
-
-
-def described(source: DataSource) -> DataShape:
-    """Say what a data set wants of a fresh network."""
-    return DataShape(source.shape, source.classes, Preprocessing(mean=source.mean, std=source.std))
-
-
 def open_source(options: DataOptions, checkpoint: Checkpoint, context: Context) -> DataSource | None:
-    """Open the data for a checkpoint; None where none was named and none is remembered or to be found.
+    """Open the data for a checkpoint; None if no data set is given, or a remembered one cannot be opened.
 
-    A data set that is only remembered and cannot be opened is a warning; one that was named is an error.
+    A remembered data set that cannot be opened gives a warning; one that was given is an error.
     """
     remembered = options.data is None
     reference = checkpoint.spec.data if remembered else options.data
@@ -68,7 +56,7 @@ def open_source(options: DataOptions, checkpoint: Checkpoint, context: Context) 
     if remembered:
         context.reporter.note(f"data: {reference}, the checkpoint's last (--data names another)")
     try:
-        source = _opened_first(options, checkpoint, context) or _open(
+        source = _opened_first(options, checkpoint, context) or open_named(
             options, reference, context.user_code, checkpoint.spec.input_shape
         )
     except DataError as error:
@@ -83,9 +71,10 @@ def open_source(options: DataOptions, checkpoint: Checkpoint, context: Context) 
     return source
 
 
-def _open(
+def open_named(
     options: DataOptions, reference: str, named: frozenset[str], input_shape: tuple[int, int, int] | None
 ) -> DataSource:
+    """Open a data set, for a network of that input shape or before there is one."""
     from cctool.data.registry import open_data
 
     return open_data(
@@ -99,21 +88,21 @@ def _open(
 
 
 def _opened_first(options: DataOptions, checkpoint: Checkpoint, context: Context) -> DataSource | None:
-    """What `open_first` has opened, where opening it for the checkpoint would give the same."""
+    """The data set opened before there was a network, if opening it for the checkpoint gives the same."""
     found = context.opened
     if found is None or (found.reference, found.limit) != (options.data, options.limit):
         return None
-    # Other sets beside it are served in a shape of their own; a user's function may give others each time.
+    # Data sets of other splits may have other shapes; a user's function may return other data each time.
     if options.val_data or options.test_data or looks_like_user_code(found.reference):
         return None
     return found if found.shape == checkpoint.spec.input_shape else None
 
 
 def require_source(options: DataOptions, checkpoint: Checkpoint, context: Context, why: str) -> DataSource:
-    """Open the data for a checkpoint, or fail with the way out.
+    """Open the data for a checkpoint; ``why`` says in the error message what needs them.
 
     Raises:
-        UsageError: if no data set was named and none is remembered.
+        UsageError: if no data set is given or remembered.
         DataError: if it cannot be opened.
     """
     reference = options.data or checkpoint.spec.data
@@ -133,7 +122,7 @@ def preprocessing_of(
     whose: str = "this model",
     options: str = "--mean and --std",
 ) -> Preprocessing:
-    """The preprocessing that the model was trained with; the data set's own, with a warning, if unknown."""
+    """The preprocessing that the model was trained with; if unknown, the data set's, with a warning."""
     if checkpoint.spec.preprocessing is not None:
         return checkpoint.spec.preprocessing
     context.reporter.warn(
@@ -144,7 +133,7 @@ def preprocessing_of(
 
 
 def with_preprocessing(checkpoint: Checkpoint, source: DataSource, context: Context) -> Checkpoint:
-    """The checkpoint whose spec says how its inputs are normalised: trained so, it needs inputs so."""
+    """Record in the spec the preprocessing that the network was just trained with, if none is recorded."""
     if checkpoint.spec.preprocessing is not None:
         return checkpoint
     update = {"preprocessing": preprocessing_of(checkpoint, source, context)}
@@ -161,22 +150,15 @@ def feed_of(
     options: DataOptions,
     context: Context,
     *,
-    preprocessing: Preprocessing | None = None,
     fabric: Fabric | None = None,
 ) -> Feed:
-    """Serve a data set to a checkpoint's network.
+    """Serve a data set, opened for the checkpoint's input shape, normalised as the checkpoint says.
 
-    Args:
-        checkpoint: says how inputs are normalised.
-        source: opened for the checkpoint's input shape.
-        options: batch size and workers.
-        context: device and seed.
-        preprocessing: where the caller has asked for it already.
-        fabric: of the processes that share the data; None where there is only this one.
+    ``fabric`` belongs to the processes that share the data; None if there is only this one.
     """
     return Feed(
         source,
-        preprocessing or preprocessing_of(checkpoint, source, context),
+        preprocessing_of(checkpoint, source, context),
         batch_size=options.batch_size,
         device=context.device if fabric is None else fabric.device,
         seed=context.runtime.seed,
@@ -187,7 +169,7 @@ def feed_of(
 
 
 def first_images(batches: Iterable[Batch], count: int) -> Iterator[Tensor]:
-    """The first ``count`` images of batches."""
+    """The first ``count`` images of batches, (N, C, H, W) each."""
     for batch in batches:
         yield batch.images[:count]
         count -= len(batch.images)
@@ -203,28 +185,16 @@ def serve(
 
 
 def measured(
-    checkpoint: Checkpoint,
-    source: DataSource,
-    options: DataOptions,
-    context: Context,
-    *,
-    split: str = "test",
-    preprocessing: Preprocessing | None = None,
+    checkpoint: Checkpoint, source: DataSource, options: DataOptions, context: Context, *, split: str = "test"
 ) -> Metrics:
-    """Measure top-1, top-5 and loss on a split; every metric names its split and n.
+    """Measure top-1 and top-5 in percent and the loss on ``train``, ``validation`` or ``test``.
 
-    Args:
-        checkpoint: its model is moved to the context's device.
-        source: opened for the checkpoint.
-        options: batch size and workers.
-        context: device and precision.
-        split: ``train``, ``validation`` or ``test``.
-        preprocessing: where the caller has asked for it already.
+    Moves the model to the context's device.
 
     Raises:
         DataError: if the data has no such split, or other classes than the network.
     """
-    served = feed_of(checkpoint, source, options, context, preprocessing=preprocessing).plain(split)
+    served = serve(checkpoint, source, split, options, context)
     return evaluate(
         checkpoint.model.to(context.device),
         context.reporter.progress(served, f"evaluating on {split}", len(served)),
@@ -237,7 +207,7 @@ def measured(
 def measured_splits(
     checkpoint: Checkpoint, source: DataSource | None, options: DataOptions, context: Context
 ) -> tuple[Metrics, ...]:
-    """Measure on the validation and test splits, as far as the data has them; on nothing without data."""
+    """Measure on the validation and test splits that the data has; () without data."""
     if source is None:
         return ()
     splits = [split for split in ("validation", "test") if split in source.loaders]
@@ -245,14 +215,14 @@ def measured_splits(
 
 
 def example(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
-    """Inputs that show which channels go together; the numbers serve the comparison of cut and masked.
+    """Two random images on the model's device, the same each time, to trace the network with.
 
     Raises:
         ArchitectureError: the network does not run on its own input size.
     """
+    # Normal noise, not zeros: the cut and the masked network are compared on these very images.
     generator = torch.Generator().manual_seed(0)
-    device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
-    images = torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device)
+    images = torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device_of(checkpoint.model))
     with blaming_the_size(checkpoint.spec.input_shape), in_mode(checkpoint.model, training=False):
         checkpoint.model(images)
     return (images,)

@@ -1,4 +1,4 @@
-"""From what the command line says of a network to a checkpoint: ours, a foreign file, or a fresh one."""
+"""Open the checkpoint that a command line names: a file of cctool's, a foreign file, or a fresh network."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,21 @@ from cctool.options.common import ModelOptions
 __all__ = ["DataShape", "fresh", "open_checkpoint", "parse_arguments"]
 
 
+# Heights and widths to try, the commonest in image classification first.
 _COMMON_SIZES = (32, 224, 28, 64, 96, 128, 256, 299, 16, 8)
 
 
+@dataclass(frozen=True)
 class DataShape:
-    """What a data set says about a network for it: channels, height, width and classes."""
+    """What a data set asks of a network: input shape (C, H, W), classes and preprocessing."""
 
-    def __init__(
-        self, shape: tuple[int, int, int], classes: tuple[str, ...], preprocessing: Preprocessing | None
-    ):
-        self.shape = shape
-        self.classes = classes
-        self.preprocessing = preprocessing
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing | None
 
 
 def parse_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """Parse ``key=value`` texts; a value is JSON where it can be, else text.
+    """Parse ``key=value`` strings; a value that is not JSON is taken as text.
 
     >>> parse_arguments(("num_classes=11", "act=relu"))
     {'num_classes': 11, 'act': 'relu'}
@@ -64,14 +64,10 @@ def fresh(
     data: DataShape | None,
     reference: str | None,
 ) -> Checkpoint:
-    """Build and initialise a new network from ``--arch``, completed from a data set.
+    """Build and initialise the network that ``--arch`` names.
 
-    Args:
-        options: the command line; ``arch`` must be given.
-        tables: registries.
-        named: user code on this command line.
-        data: gives channels, classes, size and preprocessing where the command line does not.
-        reference: of the data set, remembered by the spec.
+    ``data`` gives channels, classes, input size and preprocessing that the command line does not; the spec
+    remembers its ``reference``. ``named`` is the user code that may run.
     """
     if options.arch is None:
         raise UsageError(
@@ -105,18 +101,12 @@ def open_checkpoint(
     reporter: Reporter,
     data: DataShape | None = None,
 ) -> Checkpoint:
-    """Load a file, ours or foreign, as the command line says.
+    """Load a file, cctool's or foreign, as the command line describes it.
 
-    Args:
-        path: the file.
-        options: what the command line says of it.
-        tables: registries.
-        named: user code on this command line.
-        reporter: where to say what was assumed of a foreign file.
-        data: of the data set that the command line names; sizes the input of a foreign network.
+    ``data`` gives the input size of a foreign network; ``named`` is the user code that may run.
 
     Raises:
-        CheckpointError: if it is missing, damaged, unsafe, or foreign and nobody named its architecture.
+        CheckpointError: if it is missing, damaged, unsafe, or foreign and its architecture is not given.
         UsageError: if the command line contradicts the file.
     """
     with _classes_at_hand(options):
@@ -141,9 +131,10 @@ def open_checkpoint(
 
 @contextlib.contextmanager
 def _classes_at_hand(options: ModelOptions) -> Iterator[None]:
-    """Let a trusted pickle find the classes of the user's file, also those pickled by a script of that file.
+    """Let a trusted pickle find the classes that the user's file defines.
 
-    A module that was saved by ``python net.py`` names its class ``__main__.Net``.
+    A module that was saved by ``python net.py`` names its class ``__main__.Net``, so the file's classes are
+    lent to ``__main__`` while the pickle is read.
     """
     if options.arch is None or not options.trust_pickle or not registry.is_user_code(options.arch):
         yield
@@ -166,7 +157,7 @@ def _adjusted(spec: ModelSpec, options: ModelOptions, path: Path) -> ModelSpec:
         raise UsageError(f"{path} has a spec of its own; --spec is for bare state dicts")
     named, present = options.arch, spec.architecture
     if named is not None and named != present:
-        # The user's file may have moved; which of the two spellings counts is the user's word.
+        # The user's file may have moved since: --arch says where it is now.
         if not (registry.is_user_code(named) and registry.is_user_code(present)):
             raise UsageError(f"{path} holds {present}, --arch says {named}: leave --arch out")
         spec = spec.model_copy(update={"architecture": named})
@@ -203,7 +194,7 @@ def _read_spec(path: str) -> ModelSpec:
 def _foreign_spec(
     opened: Opened, options: ModelOptions, tables: Tables, named: frozenset[str], data: DataShape | None
 ) -> ModelSpec:
-    """Build a spec for bare tensors, taking channels and classes from them where nobody said."""
+    """Build a spec for bare tensors; they tell channels and classes that the command line does not give."""
     arch, tensors = str(options.arch), dict(opened.tensors or {})
     given = parse_arguments(options.arguments)
     channels = options.input_shape[0] if options.input_shape else None
@@ -215,15 +206,12 @@ def _foreign_spec(
         arguments = registry.defaults(arch, **attempt, arguments=given, user_code=named)
         shape = options.input_shape or _input_shape(arch, arguments, tables, tensors, data)
         spec = ModelSpec(
-            architecture=arch,
-            arguments=arguments,
-            input_shape=shape,
-            preprocessing=_preprocessing(options),
+            architecture=arch, arguments=arguments, input_shape=shape, preprocessing=_preprocessing(options)
         )
         with contextlib.suppress(ArchitectureError, SpecError):
             if _fits(spec, tables, tensors):
                 return spec
-    # Neither fits: the error of what the command line alone says is the one to show.
+    # Neither fits: building by the command line alone gives the error that the user can act on.
     arguments = registry.defaults(arch, **attempts[0], arguments=given, user_code=named)
     return spec.model_copy(update={"arguments": arguments})
 
@@ -235,13 +223,13 @@ def _input_shape(
     tensors: Mapping[str, Tensor],
     data: DataShape | None,
 ) -> tuple[int, int, int]:
-    """The size that an architecture takes; of the user's own, the first common size that it computes on."""
+    """The input shape (C, H, W) of an architecture; for the user's own, the first common size that runs."""
     if data is not None or not registry.is_user_code(arch):
         return registry.input_shape(arch, arguments, data.shape if data else None)
     model = tables.build(arch, arguments).eval()
     channels = _channels(tensors) or 3
     for size in _COMMON_SIZES:
-        # A size that does not fit raises whatever the user's code raises.
+        # On a size that does not fit, the user's code may raise anything. Batch norm needs a batch of two.
         with contextlib.suppress(Exception), torch.no_grad():
             model(torch.zeros(2, channels, size, size))
             return channels, size, size
@@ -255,6 +243,7 @@ def _fits(spec: ModelSpec, tables: Tables, tensors: Mapping[str, Tensor]) -> boo
 
 
 def _channels(tensors: Mapping[str, Tensor]) -> int | None:
+    # The first convolution's weight is (out, in, H, W); the last matrix's rows are the classes.
     return next((int(value.shape[1]) for value in tensors.values() if value.dim() == 4), None)
 
 

@@ -2,8 +2,8 @@
 
     INPUT or --arch -> Checkpoint -> operation.run -> Outcome(s) -> + one line of history -> file
 
-An operation never opens its own input or writes its own product; it is handed a checkpoint and yields
-outcomes. What it writes beside the product (a run folder, a workbook) is its own affair.
+An operation never opens its input or writes its product: it gets a checkpoint and yields outcomes. Other
+files (a run folder, a workbook) it writes itself.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from cctool.base.runtime import Reporter, Silent, resolve_device, seed_everythin
 from cctool.base.user_code import looks_like_user_code
 from cctool.checkpoint.checkpoint import SUFFIXES, Checkpoint, save
 from cctool.checkpoint.file.payload import content_hash
-from cctool.checkpoint.spec import Parent, Size, Step
+from cctool.checkpoint.spec import Parent, Preprocessing, Size, Step
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import described, open_first
+from cctool.operations.data import open_named
 from cctool.operations.keep import events
-from cctool.operations.opening import fresh, open_checkpoint
+from cctool.operations.opening import DataShape, fresh, open_checkpoint
 from cctool.operations.registries import tables
 from cctool.operations.size import measure
 from cctool.options.common import ModelOptions, RuntimeOptions
@@ -48,7 +48,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Request:
-    """What every command is told, whatever its verb.
+    """The options that every verb has.
 
     Attributes:
         verb: the command's name, part of the default output's name.
@@ -56,11 +56,11 @@ class Request:
         output: path of the product; None for the default.
         force: replace existing files.
         allow_nonfinite: write even NaN or infinite weights.
-        model: how the network was named.
+        model: how the network is named.
         runtime: device, precision, seed.
-        user_code: further references of user functions on this command line.
-        reporter: where to speak.
-        resumes: whether the command goes on with its own earlier run, whose product it may replace.
+        user_code: references of user functions, besides the architecture.
+        reporter: prints notes, warnings and progress.
+        resumes: whether the command continues its earlier run, whose product it may replace.
     """
 
     verb: str
@@ -77,7 +77,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Product:
-    """A file that was written, and what is known of it."""
+    """A file that was written: path, content hash, SHA-256 of the file, new line of history, report."""
 
     path: str
     content: str | None
@@ -91,7 +91,7 @@ Operation = Callable[[Checkpoint, Any, Context], Iterator[Outcome]]
 
 
 def write(operation: Operation, options: Any, request: Request) -> Iterator[Product]:
-    """Run an operation that writes checkpoints, and write each outcome as soon as it is there.
+    """Run an operation that writes checkpoints, and write each outcome as soon as it is yielded.
 
     Raises:
         UsageError: if the output has an unknown suffix, or is the input and ``force`` is not given.
@@ -108,13 +108,15 @@ def write(operation: Operation, options: Any, request: Request) -> Iterator[Prod
 def _finished(
     operation: Operation, options: Any, request: Request, checkpoint: Checkpoint, context: Context
 ) -> Iterator[tuple[Checkpoint, Outcome]]:
-    """Run an operation; give each outcome in the form that files store, with its line of history."""
+    """Run an operation; yield each outcome as files store it, with its line of history."""
     if not request.allow_nonfinite:
         _refuse_nonfinite(checkpoint, "INPUT holds")
+    # Measured before the operation, which may change the model in place.
     before = measure(checkpoint) if checkpoint.origin is not None else None
     context = replace(context, stamp=lambda outcome: _stamped(outcome, options, request, checkpoint, before))
     checkpoint.model.to(context.device)
     for outcome in operation(checkpoint, options, context):
+        # Encodings are defined by what the CPU computes, so that files do not depend on the device.
         outcome.checkpoint.model.to("cpu")
         outcome = replace(outcome, checkpoint=events.stored(outcome.checkpoint, context.tables))
         finished = context.stamp(outcome)
@@ -130,14 +132,9 @@ def write_in_memory(
     given: Checkpoint | None,
     source: DataSource | None = None,
 ) -> Iterator[tuple[Checkpoint, Any]]:
-    """Run an operation on a checkpoint in memory; give its products and their reports.
+    """Run an operation on a copy of a checkpoint in memory; yield its products and their reports.
 
-    Args:
-        operation: generator of outcomes.
-        options: of its verb.
-        request: what every command is told.
-        given: the checkpoint, which stays as it is; None builds a fresh one.
-        source: data in memory; None opens what the options name.
+    Without ``given`` a fresh network is built; without ``source`` the data set of the options is opened.
     """
     output = Path(request.output or default_output(request.verb, None, request.model.arch))
     copy = None if given is None else _copy(given)
@@ -153,7 +150,7 @@ def read_in_memory(
     given: Checkpoint,
     source: DataSource | None = None,
 ) -> Any:
-    """Run an operation that makes no checkpoint on one in memory, and return its report."""
+    """Run an operation that writes no checkpoint on a copy of one in memory, and return its report."""
     checkpoint, context = _prepare(options, request, Path(request.output or "."), _copy(given), source)
     checkpoint.model.to(context.device)
     return operation(checkpoint, options, context)
@@ -167,7 +164,7 @@ def _copy(given: Checkpoint) -> Checkpoint:
 
 
 def _origin(checkpoint: Checkpoint) -> Parent:
-    """The file of a checkpoint; one made or changed in memory has the content hash of such a file."""
+    """Where a checkpoint comes from; one changed in memory has the content hash that its file would have."""
     payload = checkpoint.payload()
     content = content_hash(payload, payload.digests)
     if checkpoint.origin is not None and checkpoint.origin.content == content:
@@ -198,8 +195,11 @@ def _prepare(
     data = getattr(options, "data", None)
     opened = source
     if source is None and data is not None and data.data:
-        opened = open_first(data, request.model, named)
-    shape = None if opened is None else described(opened)
+        opened = open_named(data, data.data, named, request.model.input_shape)
+    shape = None
+    if opened is not None:
+        preprocessing = Preprocessing(mean=opened.mean, std=opened.std)
+        shape = DataShape(opened.shape, opened.classes, preprocessing)
     remembered = (data.data or None) if data is not None and source is None else None
     if given is not None:
         checkpoint = given
@@ -210,7 +210,7 @@ def _prepare(
             Path(request.source), request.model, registries, named, request.reporter, shape
         )
     if remembered is not None:
-        # The last data set is remembered; whose classes the outputs are, it cannot say of a foreign network.
+        # Only the data set: its class names need not be those of a foreign network's outputs.
         checkpoint = replace(checkpoint, spec=checkpoint.spec.model_copy(update={"data": remembered}))
     context = Context(
         device=device,
@@ -228,7 +228,7 @@ def _prepare(
 
 
 def default_output(verb: str, source: str | None, arch: str | None) -> Path:
-    """Name the product of a command where nobody did: beside the input, or after the architecture.
+    """The default path of a product: next to the input, or named after the architecture.
 
     Raises:
         UsageError: if neither is given.
@@ -242,7 +242,7 @@ def default_output(verb: str, source: str | None, arch: str | None) -> Path:
 
 
 def labelled(output: Path, label: str) -> Path:
-    """Name one of several products of a command.
+    """The path of one of several products of a command.
 
     >>> str(labelled(Path("a.prune.pt"), "step1"))
     'a.prune.step1.pt'
@@ -265,7 +265,7 @@ def _output(request: Request) -> Path:
 
 
 def _file_stem(architecture: str) -> str:
-    """Name a file after an architecture: ``net.py:make_net`` gives ``make_net``."""
+    """A file name for an architecture: ``make_net`` for ``net.py:make_net``."""
     name = architecture.rpartition(":")[2]
     return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
 
@@ -273,6 +273,7 @@ def _file_stem(architecture: str) -> str:
 def _stamped(
     outcome: Outcome, options: Any, request: Request, source: Checkpoint, before: Size | None
 ) -> Checkpoint:
+    # A resumed training replaces its unfinished line of history, and keeps that line's parent and size.
     earlier = outcome.continues
     step = Step(
         verb=request.verb,

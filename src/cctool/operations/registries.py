@@ -1,17 +1,14 @@
-"""The composition root: the one place where the tables that a checkpoint may name are put together.
+"""The composition root: the one place that puts together the registries that a checkpoint refers to.
 
-The library's `cctool.load`, every command and every worker process use this; no table is filled by the
-accident of an import.
+The library's `cctool.load`, every command and every worker process use this. No registry depends on which
+modules happen to be imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from cctool.base.runtime import Silent
 from cctool.base.user_code import looks_like_user_code
@@ -28,20 +25,12 @@ __all__ = ["load", "save", "tables"]
 
 
 def tables(user_code: Collection[str] = ()) -> Tables:
-    """Put together everything that a checkpoint may name.
-
-    Args:
-        user_code: references of the user's functions that were named by the caller; no other user code runs.
-    """
+    """The registries that a checkpoint refers to; of user code only the references in ``user_code`` run."""
     return Tables(
-        build=partial(_build, user_code=frozenset(user_code)),
+        build=partial(registry.build, user_code=frozenset(user_code)),
         edits=events.edit_kinds(),
         encodings=ENCODINGS,
     )
-
-
-def _build(reference: str, arguments: Mapping[str, Any], *, user_code: frozenset[str]) -> nn.Module:
-    return registry.build(reference, arguments, user_code=user_code)
 
 
 def load(path: Path | str, *, arch: str | None = None) -> Checkpoint:
@@ -50,7 +39,7 @@ def load(path: Path | str, *, arch: str | None = None) -> Checkpoint:
     Args:
         path: a file that cctool wrote, or a foreign one whose architecture ``arch`` names.
         arch: ``net.py:factory`` of a network of the caller's own (its code runs only if it is named here,
-            and may have moved since the file was written), or a foreign file's architecture.
+            and may have moved since the file was written), or the architecture of a foreign file.
 
     Raises:
         CheckpointError: if the file is missing, damaged or unsafe, or foreign and ``arch`` is not given.
@@ -64,7 +53,7 @@ def load(path: Path | str, *, arch: str | None = None) -> Checkpoint:
 def save(checkpoint: Checkpoint, path: Path | str, *, overwrite: bool = False) -> None:
     """Write a checkpoint atomically and read it back.
 
-    Masked weights are stored without their zeros, quantized ones that lie on their grid as integers.
+    Masked weights are stored without their zeros, quantized weights that are on their grid as integers.
 
     Raises:
         CheckpointError: if it cannot be written, or exists and ``overwrite`` is false.

@@ -1,4 +1,4 @@
-"""What a checkpoint costs, for its line of history."""
+"""Parameters, multiply-accumulates and bytes of a checkpoint, for its line of history."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ __all__ = ["measure", "stored_bytes"]
 def measure(checkpoint: Checkpoint) -> Size:
     """Count parameters, multiply-accumulates of one input and bytes of stored tensors.
 
-    Parameters and bytes are those of what is stored, as coefficients; multiply-accumulates are those of the
-    layers that these make, without codecs.
-    A network that does not run on its own input shape has no count of multiply-accumulates.
+    Parameters and bytes are those of what is stored, such as coefficients; multiply-accumulates those of the
+    ordinary layers computed from it, without codecs, or None if the network does not run on its input shape.
     """
     parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
     try:
@@ -34,7 +33,7 @@ def stored_bytes(checkpoint: Checkpoint) -> int:
     seen: set[int] = set()
     for name, tensor in checkpoint.model.state_dict().items():
         if not isinstance(tensor, Tensor):
-            # Extra state: what it may be is for the file's writer to refuse.
+            # A module's extra state; the file's writer refuses what it cannot store.
             continue
         stored = checkpoint.stored.get(name)
         pieces = [tensor] if stored is None else list(stored.parts.values())

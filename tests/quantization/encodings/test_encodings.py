@@ -261,7 +261,7 @@ def test_names_and_methods_are_complete() -> None:
     assert {encoding.name for encoding in ENCODINGS.values()} == set(ENCODINGS)
     assert all(encoding.name == name for name, encoding in ENCODINGS.items())
     assert set(METHODS) == set(QuantizeMethod) - TRAINED
-    assert all(ENCODINGS[method.encoding.name] is method.encoding for method in METHODS.values())
+    assert all(ENCODINGS[encoding.name] is encoding for encoding in METHODS.values())
 
 
 def test_level_arithmetic_for_other_numbers_of_levels() -> None:

@@ -16,7 +16,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec, Parent, Step
 from cctool.formats.records import Written
 from cctool.graph.cost import measure
-from cctool.operations.context import Context, beside, refuse_existing
+from cctool.operations.context import Context, beside, header, refuse_existing
 from cctool.operations.inspect.export import export
 from cctool.options.inspect.analyze import AnalyzeOptions, View
 from cctool.options.inspect.export import ExportFormat
@@ -76,18 +76,15 @@ def run(checkpoint: Checkpoint, options: AnalyzeOptions, context: Context) -> An
         bad = sum(fault.nan + fault.infinite for fault in faults)
         context.reporter.warn(f"{bad:,} NaN or infinite values in {len(faults)} tensors")
     analysis = _analyze(checkpoint) if options.view is View.LAYERS or targets else None
-    written = [
+    written = []
+    if "onnx" in targets:
         # First, because it is the one that may fail: then nothing was written.
-        export(checkpoint, ExportFormat.ONNX, targets[kind], options.data, context)
-        for kind in ("onnx",)
-        if kind in targets
-    ]
+        written.append(export(checkpoint, ExportFormat.ONNX, targets["onnx"], options.data, context))
     if analysis is not None:
-        written += [
-            _write(report, targets[kind], kind, context)
-            for kind, report in _reports(checkpoint, analysis, faults).items()
-            if kind in targets
-        ]
+        for kind, report in _reports(checkpoint, analysis, faults).items():
+            if kind in targets:
+                write_report(report, targets[kind], overwrite=context.force)
+                written.append(Written(str(targets[kind]), kind, targets[kind].stat().st_size))
     return AnalyzeReport(
         source=checkpoint.origin,
         spec=checkpoint.spec,
@@ -127,30 +124,11 @@ def _analyze(checkpoint: Checkpoint) -> Analysis:
 
 
 def _reports(checkpoint: Checkpoint, analysis: Analysis, faults: tuple[NonFinite, ...]) -> dict[str, Report]:
-    notes = _identity(checkpoint)
+    shape, origin = "x".join(map(str, checkpoint.spec.input_shape)), checkpoint.origin
+    notes = header(checkpoint, ("Input counted", f"{shape}, batch of one"))
+    if origin is not None and origin.content is not None:
+        notes.insert(-1, ("SHA-256 of the content", origin.content))
     return {
-        "macs": macs_report(analysis.layers, analysis.cross_check, notes),
-        "sparsity": sparsity_report(analysis.sparsity, faults, notes),
+        "macs": macs_report(analysis.layers, analysis.cross_check, tuple(notes)),
+        "sparsity": sparsity_report(analysis.sparsity, faults, tuple(notes)),
     }
-
-
-def _identity(checkpoint: Checkpoint) -> tuple[tuple[str, str], ...]:
-    from cctool import __version__
-
-    spec, origin = checkpoint.spec, checkpoint.origin
-    arguments = ", ".join(f"{key}={value}" for key, value in spec.arguments.items())
-    notes = [
-        ("Network", f"{spec.architecture}({arguments})"),
-        ("Input counted", "x".join(map(str, spec.input_shape)) + ", batch of one"),
-        ("History", " > ".join(step.verb for step in checkpoint.history) or "none"),
-    ]
-    if origin is not None:
-        notes += [("File", origin.path), ("SHA-256 of the file", origin.file)]
-        if origin.content is not None:
-            notes.append(("SHA-256 of the content", origin.content))
-    return (*notes, ("Written by", f"cctool {__version__}"))
-
-
-def _write(report: Report, path: Path, kind: str, context: Context) -> Written:
-    write_report(report, path, overwrite=context.force)
-    return Written(str(path), kind, path.stat().st_size)

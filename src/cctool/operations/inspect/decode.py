@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -140,7 +141,10 @@ def _decode(
         with source.path.open("rb") as stream:
             reader = StreamReader(stream)
             header, chunks = header_of(reader.metadata), iter(reader)
-            state = state_of_stream(header, _first(chunks).side, device)
+            first = next(chunks, None)
+            if first is None:
+                raise BitstreamError("the stream has no codec")
+            state = state_of_stream(header, first.side, device)
             for chunk in chunks:
                 found = pass_of(chunk.values, chunk.side, header)
                 maps = decoded_maps(found.symbols, state, header.dtype)
@@ -170,14 +174,6 @@ def _decode(
         )
         for number, (array, verdict) in enumerate(zip(arrays, verdicts, strict=True))
     ]
-
-
-def _first(chunks: Any) -> Chunk:
-    try:
-        found: Chunk = next(chunks)
-    except StopIteration:
-        raise BitstreamError("the stream has no codec") from None
-    return found
 
 
 def _compare_file(path: Path, entry: IndexedStream) -> None:
@@ -217,10 +213,7 @@ class _Array:
     @property
     def elements(self) -> int:
         """Product of the shape."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     def add(self, chunk: Chunk, data: bytes, shape: tuple[int, ...]) -> None:
         """Append the maps of one batch."""

@@ -7,13 +7,12 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 
 from cctool.base.errors import DataError
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.file.atomic import write_atomically
+from cctool.checkpoint.file.atomic import write_bytes
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import SPLITS, DataSource, Split
 from cctool.data.serving.batches import Batch
@@ -91,7 +90,9 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
         shown = watch.batches(_shown(checkpoint, source, split, options, context))
         metrics = _metrics(checkpoint, shown, split, options, context) if has_labels else None
         if not has_labels and options.asks_for_taps:
-            _run_through(checkpoint, shown, context)
+            # Images without labels pass for what the taps see of them.
+            for _ in outputs_of(checkpoint.model, shown, context.device, str(context.runtime.precision)):
+                pass
         seen = watch.finish(metrics)
     if options.predictions is not None:
         _write(_predicted(checkpoint, source, split, options, context), Path(options.predictions), context)
@@ -123,12 +124,6 @@ def _has_labels(split: Split) -> bool:
     if split.labels is not None or split.stream is None or not len(split):
         return split.labels is not None
     return split.stream.read(0, split.shape, None, 0)[1] is not None
-
-
-def _run_through(checkpoint: Checkpoint, batches: Iterable[Batch], context: Context) -> None:
-    """Pass all images, for what is seen on the way."""
-    for _ in outputs_of(checkpoint.model, batches, context.device, str(context.runtime.precision)):
-        pass
 
 
 def _metrics(
@@ -186,9 +181,4 @@ def _write(rows: Iterator[dict[str, object]], path: Path, context: Context) -> N
     writer = csv.DictWriter(text, ["file", "predicted", "probability", "label"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    content = text.getvalue().encode()
-
-    def write(stream: IO[bytes]) -> None:
-        stream.write(content)
-
-    write_atomically(path, write, overwrite=context.force)
+    write_bytes(path, text.getvalue().encode(), overwrite=context.force)

@@ -81,13 +81,11 @@ def _stored(checkpoint: Checkpoint) -> tuple[dict[str, IntegerWeight], tuple[str
             # The quantizer has its integers.
             continue
         weight, tensor = from_stored(name, form), tensors.get(name)
-        if (
-            weight is not None
-            and isinstance(tensor, torch.Tensor)
-            and torch.equal(weight.values(), tensor.cpu())
-        ):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if weight is not None and torch.equal(weight.values(), tensor.cpu()):
             found[name] = weight
-        elif isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+        elif tensor.is_floating_point():
             others.append(name)
     if not others:
         return found, ()
@@ -109,12 +107,10 @@ def quantizer_notes(checkpoint: Checkpoint, kind: ExportFormat) -> tuple[str, ..
     if held is None:
         return ()
     weights, activations = len(held.state.weights), len(held.activation_keys)
-    if kind in (ExportFormat.ONNX, ExportFormat.PT2):
-        return (
-            (f"{weights} weights and {activations} activations are quantized",)
-            if kind is ExportFormat.PT2
-            else ()
-        )
+    if kind is ExportFormat.ONNX:
+        return ()
+    if kind is ExportFormat.PT2:
+        return (f"{weights} weights and {activations} activations are quantized",)
     found = [f"{weights} weights are written as their quantizers make them"]
     if activations:
         found.append(

@@ -24,7 +24,7 @@ __all__ = ["calibration_images", "put_taps", "recalibrate_taps", "why_no_images"
 
 @dataclass(frozen=True)
 class _Images:
-    """The first ``count`` images of batches, again each time; shows how far it is."""
+    """The first ``count`` images of batches, anew at each iteration, with a progress bar."""
 
     batches: Batches
     count: int
@@ -39,13 +39,12 @@ class _Images:
 def calibration_images(
     checkpoint: Checkpoint, source: DataSource, count: int, data: DataOptions, context: Context
 ) -> tuple[_Images, int]:
-    """Un-augmented training images, in an order that the seed decides, and how many there are.
-
-    Shuffled, because the first images of a sorted set are all of one class.
+    """At most ``count`` un-augmented training images in an order drawn from the seed, and their number.
 
     Raises:
         DataError: if there are none.
     """
+    # Shuffled, because the first images of a sorted data set are all of one class.
     served = feed_of(checkpoint, source, data, context).plain("train", shuffle=True)
     if not served.samples:
         raise DataError(f"{source.reference} has no training images to calibrate on")
@@ -53,31 +52,26 @@ def calibration_images(
 
 
 def why_no_images(checkpoint: Checkpoint, source: DataSource | None) -> str:
-    """Why a network cannot be shown training images; "" where it can."""
+    """Why a network cannot be calibrated on training images; "" if it can."""
     if source is None or "train" not in source.loaders:
         return "no training images"
     return "" if checkpoint.spec.preprocessing is not None else "the preprocessing is unknown"
 
 
 def put_taps(
-    checkpoint: Checkpoint,
-    sites: Sequence[Site],
-    configs: Mapping[str, CodecConfig],
-    images: _Images,
+    checkpoint: Checkpoint, sites: Sequence[Site], configs: Mapping[str, CodecConfig], images: _Images
 ) -> Checkpoint:
-    """Calibrate codecs and put them behind modules, in place of all taps that there are.
+    """Calibrate codecs, one for each site, and put them behind modules in place of all earlier taps.
 
-    Args:
-        checkpoint: its model is changed, and lies on the device.
-        sites: where.
-        configs: by the site's name.
-        images: training images.
+    A tap is a codec behind a module, through which that module's feature maps pass. The model is changed in
+    place and must be on the device of the images.
     """
     model = checkpoint.model
     now = fingerprint(model)
     found = calibrate(model, sites, configs, images, now)
     drop_taps(model)
     set_taps(model, found)
+    # Last: the best order of a code depends on the symbols of maps that have passed all earlier codecs.
     choose_orders(model, images)
     return replace(checkpoint, spec=with_taps(checkpoint.spec, model), resume=None)
 
@@ -85,16 +79,10 @@ def put_taps(
 def recalibrate_taps(
     checkpoint: Checkpoint, source: DataSource, data: DataOptions, context: Context
 ) -> Checkpoint:
-    """Calibrate the codecs of a checkpoint again, for the weights and widths that it has now.
+    """Calibrate the codecs of a checkpoint again, for its present weights and widths; in place.
 
-    Ranges, bases, and what calibration chose at first (orders, prequantizers, the scale of default tables)
-    are found anew, on as many images as then; quality and everything else stay.
-
-    Args:
-        checkpoint: its model is changed in place, and moved to the context's device.
-        source: opened for the checkpoint.
-        data: batch size and workers.
-        context: device and seed.
+    Ranges, bases and all that calibration chose (orders, prequantizers, the scale of default tables) are
+    found again on as many images as the first time. Quality and everything else stay.
 
     Raises:
         DataError: if there are no training images.
@@ -103,6 +91,7 @@ def recalibrate_taps(
     model = checkpoint.model.to(context.device)
     hooks = taps_of(model)
     configs = {name: hook.codec for name, hook in hooks.items()}
+    # Sites are looked for on the network without codecs, whose maps may no longer have the codecs' shapes.
     parts = drop_taps(model)
     try:
         sites = find_sites(model, example(checkpoint), tuple(hooks))

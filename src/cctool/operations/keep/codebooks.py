@@ -1,8 +1,7 @@
-"""Weights stored by codebooks, while they train and after it: the assignment stays, the tables move.
+"""Weights stored by codebooks, during and after training: the assignment stays, the entries move.
 
-Which weights share an entry is read off their values: a network computes with decoded values, so that weights
-are equal exactly where they share an entry. A training that is resumed, or runs in other processes, needs
-nothing but the weights for it.
+Which weights share an entry is read off their values: the network holds decoded values, so weights that are
+equal share an entry. A resumed training, or one in other processes, needs only the weights to know.
 """
 
 from __future__ import annotations
@@ -27,15 +26,10 @@ __all__ = ["codebooks_after", "keeping_codebooks"]
 
 
 def keeping_codebooks(checkpoint: Checkpoint) -> tuple[Constraint, ...]:
-    """What training has to respect for weights that are stored by codebooks to be stored so again.
+    """Constraints that keep weights storable by their codebooks; () if no weight is stored by one.
 
-    Levels that follow a rule, as sums of powers of two, cannot move on their own; such weights train freely.
-
-    Args:
-        checkpoint: its model has the values of its stored forms, whose parts are not looked at.
-
-    Returns:
-        Nothing where no weight is stored so.
+    Levels that follow a rule, such as sums of powers of two, cannot move one by one; their weights train
+    freely. The model must hold the values of its stored forms, whose parts are not read.
     """
     masks = masks_by_place(checkpoint.model)
     parameters = dict(checkpoint.model.named_parameters())
@@ -55,12 +49,12 @@ def codebooks_after(checkpoint: Checkpoint, earlier: Checkpoint) -> dict[str, En
     """Store weights by codebooks as ``earlier`` did, without rounding: their values become the tables.
 
     Args:
-        checkpoint: trained with `keeping_codebooks`; dense, on any device.
-        earlier: its stored forms tell what was stored so; their parts are not looked at.
+        checkpoint: dense, on any device, trained with `keeping_codebooks`.
+        earlier: its stored forms say which weights; their parts are not read.
 
     Returns:
-        Forms by name. What has more distinct values than a table's bits tell apart, because it trained
-        without the constraint, is not among them.
+        Forms by name, without weights that trained without the constraint and have more distinct values
+        than a table of their bits holds.
     """
     state, masks = checkpoint.model.state_dict(), masks_by_place(checkpoint.model)
     stored: dict[str, EncodedTensor] = {}
@@ -77,7 +71,7 @@ def codebooks_after(checkpoint: Checkpoint, earlier: Checkpoint) -> dict[str, En
 
 
 def _movable(stored: Mapping[str, EncodedTensor]) -> dict[str, Inner]:
-    """How those tensors are stored whose tables may move."""
+    """Codebooks whose entries may move, by the tensor's name."""
     found = {}
     for name, form in stored.items():
         if form.encoding in (CODEBOOK.name, MASKED.name):
@@ -93,14 +87,16 @@ def _distinct(tensor: Tensor, mask: Tensor | None, inner: Inner) -> EncodedTenso
         form = encode_under_mask(tensor.detach().cpu(), mask, CODEBOOK, wanted)
     except QuantizationError:
         return None
+    # The form keeps the parameters of its first encoding, so that a later training knows its kind again.
     kept = {key: value for key, value in form.parameters.items() if key not in wanted}
     return replace(form, parameters={**kept, **inner.parameters})
 
 
 def _entries(weight: Tensor, mask: Tensor | None, inner: Inner) -> Tensor | None:
-    """For each weight the number of its entry, -1 where it is masked; None for more than tables hold."""
+    """For each weight the number of its entry, -1 if it is masked; None if tables hold fewer entries."""
     values, inverse = torch.unique(weight, return_inverse=True)
     if inner.axis is not None:
+        # Each channel has its own table: equal values in two channels are two entries.
         sizes = [-1 if dim == inner.axis else 1 for dim in range(weight.dim())]
         channel = torch.arange(weight.shape[inner.axis], device=weight.device).view(sizes)
         _, inverse = torch.unique(inverse + channel * len(values), return_inverse=True)

@@ -1,20 +1,21 @@
-"""Codecs of feature maps, in step with the weights around them.
+"""Codecs of feature maps, kept in step with the weights around them.
 
-A tap is calibrated for the weights of its network. Commands that change these without the codecs at work
-(a cut, a quantization) calibrate again where training images are at hand. A training has the codecs in its
-loop, so that weights are fitted to the ranges: these stay, and a warning says where maps outgrew them.
+A tap is a codec behind a module, calibrated for the network's weights. Commands that change the weights
+without the codecs (a cut, a quantization) calibrate again if they have training images. Training runs the
+codecs, so that weights adapt to their ranges: the ranges stay, and a warning names maps that outgrew them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from cctool.base.networks import in_eval_mode
+from cctool.base.networks import in_eval_mode, removing, some
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.context import Context
 from cctool.operations.keep.follower import Change, Cutting, Followed, Follower, sharing_copy
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Codecs", "recalibrated_taps", "trained_taps"]
 
 _TOLERATED = 0.1
-"""Percent of a tap's values that may saturate after a training without a word."""
+"""Percent of a tap's values that may saturate after training without a warning."""
 
 
 class Codecs(Follower):
@@ -53,8 +54,8 @@ class Codecs(Follower):
     in_programs = True
 
     def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
-        """Take over the shape of the maps."""
-        # Whoever loads a checkpoint imports this file, and not what cuts, runs and calibrates networks.
+        """Take over the new shapes of the maps."""
+        # Loading a checkpoint imports this module; it must not import what runs and calibrates networks.
         from cctool.operations.data import example
         from cctool.transforms.codec.sites import find_sites
 
@@ -72,23 +73,22 @@ class Codecs(Follower):
         return recalibrated_taps(checkpoint, change.source, change.data, change.context)
 
     def after_training(self, checkpoint: Checkpoint, change: Change) -> Followed:
-        """Accept what the training had in its loop."""
+        """Accept codecs that the weights were trained with."""
         assert change.source is not None
         return trained_taps(checkpoint, change.source, change.data, change.context)
 
     def stale(self, checkpoint: Checkpoint) -> str:
-        """Say which codecs were calibrated for other weights than the network has."""
+        """Which codecs were calibrated for other weights than the network has."""
         stale = stale_taps(checkpoint.model)
         if not stale:
             return ""
-        some = ", ".join(stale[:3]) + (f" and {len(stale) - 3} more" if len(stale) > 3 else "")
         return (
-            f"{some}: calibrated for other weights than the network has now; "
+            f"{some(stale)}: calibrated for other weights than the network has now; "
             "`cctool transform --target features` calibrates again"
         )
 
     def plain(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Maps are not coded; all other tensors are shared."""
+        """The network without codecs, which shares all other tensors."""
         gone = tap_buffers(checkpoint.model)
         if not gone:
             return checkpoint
@@ -98,7 +98,7 @@ class Codecs(Follower):
         return replace(checkpoint, model=model, spec=with_taps(checkpoint.spec, model), stored=stored)
 
     def fixed_widths(self, planner: Planner, checkpoint: Checkpoint) -> Mapping[str, str]:
-        """Codecs that mix channels by a calibrated basis keep the number of these."""
+        """Families that pass through a codec which mixes channels by a calibrated basis."""
         hooks = taps_of(checkpoint.model)
         mixed = {name: hook.shape[0] for name, hook in hooks.items() if hook.codec.channel_klt}
         return _passing(planner, mixed) if mixed else {}
@@ -107,17 +107,9 @@ class Codecs(Follower):
 def recalibrated_taps(
     checkpoint: Checkpoint, source: DataSource | None, data: DataOptions, context: Context
 ) -> Followed:
-    """Calibrate codecs again for weights that were changed without them, where there are images for it.
+    """Calibrate codecs again, in place, for weights that were changed without them.
 
-    Args:
-        checkpoint: its model may be changed in place.
-        source: opened for the checkpoint; None where there are no data.
-        data: batch size and workers.
-        context: device, seed, reporter.
-
-    Returns:
-        The checkpoint whose taps are in step, and what the history should say. Without training images, or
-        where the preprocessing is unknown, taps stay as they are, with a warning.
+    Without training images, or if the preprocessing is unknown, taps stay as they are, with a warning.
     """
     from cctool.operations.keep.calibrate import recalibrate_taps, why_no_images
 
@@ -133,15 +125,14 @@ def recalibrated_taps(
     images = max(hook.codec.images for hook in taps_of(found.model).values())
     note = f"{len(taps_of(found.model))} codecs were calibrated again on {images:,} training images"
     context.reporter.note(note)
-    # What becomes of the training's state is the caller's to decide.
+    # Calibration drops the training state; here its followers decide about it.
     return Followed(replace(found, resume=checkpoint.resume), (note,))
 
 
 def trained_taps(checkpoint: Checkpoint, source: DataSource, data: DataOptions, context: Context) -> Followed:
-    """Accept the codecs that a training had in its loop, unless their maps outgrew them.
+    """Accept the codecs that a network was trained with, unless its maps outgrew their ranges.
 
-    Arguments and result as `recalibrated_taps`. Taps whose values saturate by more than a thousandth count
-    as stale from then on.
+    Taps of which more than a thousandth of the values saturate count as stale from then on.
     """
     from cctool.operations.keep.calibrate import calibration_images
 
@@ -160,6 +151,7 @@ def trained_taps(checkpoint: Checkpoint, source: DataSource, data: DataOptions, 
     with torch.no_grad(), recording(model, sink), in_eval_mode(model):
         for batch in images:
             model(batch)
+    # The weights have adapted to the ranges; calibrating again would undo that.
     worst = sorted(seen.items(), key=lambda item: -item[1].percent())
     outgrown = {name: found for name, found in worst if found.percent() > _TOLERATED}
     now = fingerprint(model)
@@ -169,7 +161,7 @@ def trained_taps(checkpoint: Checkpoint, source: DataSource, data: DataOptions, 
     notes = tuple(
         f"{name}: after training {found.percent():.2f} % of its values saturate; they reach from "
         f"{found.low:.4g} to {found.high:.4g}, its codec from "
-        f"{' to '.join(f'{value:.4g}' for value in _bounds(model, name))}"
+        f"{' to '.join(f'{x:.4g}' for x in model.get_submodule(name).get_buffer('tap_range').tolist())}"
         for name, found in outgrown.items()
     )
     if notes:
@@ -180,7 +172,7 @@ def trained_taps(checkpoint: Checkpoint, source: DataSource, data: DataOptions, 
 
 @dataclass
 class _Seen:
-    """What went through one tap."""
+    """Number of values that passed one tap and of those that were clamped, and their range."""
 
     values: int = 0
     clamped: int = 0
@@ -198,15 +190,11 @@ class _Seen:
         return 100 * self.clamped / self.values if self.values else 0.0
 
 
-def _bounds(model: nn.Module, name: str) -> list[float]:
-    found: list[float] = model.get_submodule(name).get_buffer("tap_range").tolist()
-    return found
-
-
 def _passing(planner: Planner, channels: Mapping[str, int]) -> dict[str, str]:
-    """Families whose cut would change how many channels these modules put out."""
+    """Families whose cut would change the number of output channels of these modules."""
     found = {}
     for number, family in enumerate(planner.graph.families):
+        # A trial cut of the family's first unit, on a copy of views, shows which widths depend on it.
         kept = [torch.ones(other.units, dtype=torch.bool) for other in planner.graph.families]
         kept[number][0] = family.units == 1
         plan = plan_cut(planner.model, planner.graph, Selection(tuple(kept), {}))
@@ -218,21 +206,15 @@ def _passing(planner: Planner, channels: Mapping[str, int]) -> dict[str, str]:
 
 
 def _widths(model: nn.Module, inputs: Sequence[Tensor], names: Iterable[str]) -> dict[str, int]:
-    """Channels that modules put out."""
+    """Number of output channels of each of these modules."""
     from cctool.graph.execution import execute
 
     widths: dict[str, int] = {}
 
-    def note(name: str, output: Tensor) -> None:
+    def note(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         widths[name] = output.shape[1]
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: note(name, output))
-        for name in names
-    ]
-    try:
+    handles = [model.get_submodule(name).register_forward_hook(partial(note, name)) for name in names]
+    with removing(handles):
         execute(model, inputs, [])
-    finally:
-        for handle in handles:
-            handle.remove()
     return widths

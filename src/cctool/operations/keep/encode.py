@@ -1,4 +1,4 @@
-"""Giving tensors stored forms: under a mask, and on the grid of a quantizer."""
+"""Encode tensors for a file: under a mask, and on the grid of a quantizer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
+from cctool.base.networks import in_eval_mode
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import masked_places, masks_of
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
@@ -28,7 +29,7 @@ _MOST_BITS = 8
 
 
 def names_by_place(model: nn.Module) -> dict[MemoryPlace, list[str]]:
-    """Names in the state dict by where tensors lie in memory: those of a tied one together."""
+    """Names in the state dict by the tensor's place in memory, so that a tied tensor has all its names."""
     names: dict[MemoryPlace, list[str]] = {}
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
@@ -37,23 +38,23 @@ def names_by_place(model: nn.Module) -> dict[MemoryPlace, list[str]]:
 
 
 def masks_by_place(model: nn.Module) -> dict[MemoryPlace, Tensor]:
-    """Masks by where their parameters lie in memory, which finds them under every name of a tied one."""
+    """Masks by their parameter's place in memory, which is one for all names of a tied parameter."""
     return {place(masked.parameter.detach()): masked.mask for masked in masked_places(model)}
 
 
 def encode_under_mask(
     tensor: Tensor, mask: Tensor | None, encoding: Encoding, parameters: Mapping[str, JsonValue]
 ) -> EncodedTensor:
-    """Store a tensor by an encoding; where it has a mask, what that takes away stays exactly zero.
+    """Encode a tensor; what its mask takes away stays exactly zero.
 
     Args:
         tensor: on the CPU.
-        mask: of its shape, True stays; None where it has none.
+        mask: bool of the same shape, True for what stays; None for an unmasked tensor.
         encoding: of the whole tensor, or of the values that the mask leaves.
         parameters: of that encoding, for the whole tensor.
 
     Raises:
-        QuantizationError: if it cannot be stored so.
+        QuantizationError: if the encoding cannot store it.
     """
     if mask is None:
         return encoding.encode(tensor, parameters)
@@ -61,15 +62,11 @@ def encode_under_mask(
 
 
 def settled(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> Checkpoint:
-    """The checkpoint whose weights with quantizers are stored as the integers that these make of them.
+    """The checkpoint whose weights with quantizers are stored as integers.
 
-    While a network trains its weights are floats that quantizers round in every pass. What is stored are the
-    rounded values, on which the quantizers act as on the floats.
-
-    Args:
-        checkpoint: where ``settle``, its quantized weights get the values that are stored.
-        tables: to decode what was encoded.
-        settle: whether weights may change; else those stay as they are stored that are not on their grid.
+    During training weights are floats that quantizers round in every pass. Stored are the rounded values,
+    which the quantizers map to the same results. With ``settle`` the model's weights get these values;
+    without it only weights that already have them are stored as integers.
     """
     model = checkpoint.model
     if quantizers_of(model) is None:
@@ -84,10 +81,11 @@ def settled(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> C
         decoded = tables.encodings[form.encoding].decode(form).to(values.device)
         mask = masks.get(name)
         if mask is not None:
-            # Zeros of the mask are stored apart, and need not lie on the grid.
+            # Zeros of the mask are stored apart, and need not be on the grid.
             decoded = decoded * mask
-            form = None if not _zero_on_grid(quantizer) else form
+            form = form if quantizer.config.method in ("uniform", "lsq", "wrpn", "apot") else None
         if not _same(quantizer, values, decoded, fold, mask):
+            # The rounded values would give other results: the weight stays as it is.
             continue
         if settle:
             with torch.no_grad():
@@ -101,7 +99,7 @@ def settled(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> C
 
 
 def in_step(checkpoint: Checkpoint, tables: Tables) -> Checkpoint:
-    """Say that the ranges are those of the weights as they are now, which get the values that are stored."""
+    """Settle the weights, and record that the quantizers' ranges belong to them."""
     held = quantizers_of(checkpoint.model)
     if held is None:
         return checkpoint
@@ -110,10 +108,12 @@ def in_step(checkpoint: Checkpoint, tables: Tables) -> Checkpoint:
     return replace(checkpoint, spec=with_quantizers(checkpoint.spec, checkpoint.model))
 
 
-def quantized_weights(
-    model: nn.Module,
-) -> Iterator[tuple[str, nn.Parameter, Quantizer, Tensor | None]]:
-    """Weights with a quantizer that are parameters themselves: name, parameter, quantizer, fold."""
+def quantized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Quantizer, Tensor | None]]:
+    """Name, parameter, quantizer and fold of each quantized weight that is a parameter itself.
+
+    The fold is the batch norm's factor for each output channel (O,), by which the weight is multiplied before
+    it is rounded; None for none.
+    """
     held = quantizers_of(model)
     if held is None:
         return
@@ -125,13 +125,14 @@ def quantized_weights(
 
 
 def _fold(model: nn.Module, point: WeightPoint) -> Tensor | None:
+    # With a scale for each channel the norm's factor goes into the scale after rounding, exactly.
     if point.norm is None or point.config.axis is not None:
         return None
     return norm_factors(model.get_submodule(point.norm))
 
 
 def _encoded(values: Tensor, quantizer: Quantizer, fold: Tensor | None) -> EncodedTensor | None:
-    """None where there is no form of fewer bits."""
+    """The weight as integers or table entries; None if its quantizer has no form of few bits."""
     config = quantizer.config
     if config.bits > _MOST_BITS or not values.numel():
         return None
@@ -143,10 +144,11 @@ def _encoded(values: Tensor, quantizer: Quantizer, fold: Tensor | None) -> Encod
     if fold is None:
         integers = grid.integers(values)
     else:
+        # A factor of zero silences its channel whatever the weights are; 1 avoids dividing by it.
         factor = torch.where(fold == 0, torch.ones_like(fold), fold).float()
         shape = [-1] + [1] * (values.dim() - 1)
         integers = grid.integers(values * factor.view(shape))
-        # A negative factor turns the channel's integers over; scales are positive.
+        # A negative factor mirrors the channel's integers at the zero point; scales are positive.
         turned = (factor < 0).view(shape)
         middle = 2 * zero if zero.dim() else int(2 * zero)
         integers = torch.where(turned, middle - integers, integers)
@@ -161,21 +163,12 @@ def _encoded(values: Tensor, quantizer: Quantizer, fold: Tensor | None) -> Encod
     return encode_integers(integers - grid.low, scale, zero - grid.low, bits=bits, axis=axis)
 
 
-def _zero_on_grid(quantizer: Quantizer) -> bool:
-    return quantizer.config.method in ("uniform", "lsq", "wrpn", "apot")
-
-
 def _same(
     quantizer: Quantizer, before: Tensor, after: Tensor, fold: Tensor | None, mask: Tensor | None
 ) -> bool:
-    """Whether the network computes with the same numbers after its weight was replaced."""
-    was_training = quantizer.training
-    quantizer.eval()
-    try:
-        with torch.no_grad():
-            old, new = quantizer(before, fold), quantizer(after, fold)
-    finally:
-        quantizer.train(was_training)
+    """Whether the quantizer gives the same values for the replaced weight."""
+    with torch.no_grad(), in_eval_mode(quantizer):
+        old, new = quantizer(before, fold), quantizer(after, fold)
     if mask is not None:
         old, new = old * mask, new * mask
     return torch.equal(old, new)

@@ -1,7 +1,7 @@
-"""What became of the weights, told to everything that must follow them: one table, in one order.
+"""Events that happen to weights, passed on to everything that must follow them: one table, one order.
 
-A verb announces what it did (`cut`, `masked`, `changed`, `trained`), the pipeline announces `stored` before
-it writes; neither knows who listens. A new kind of follower is a class and a line in `FOLLOWERS`.
+A verb announces what it did (`cut`, `masked`, `changed`, `trained`); the pipeline announces `stored` before
+it writes. Neither knows the followers. A new kind of follower is a class and a line in `FOLLOWERS`.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ FOLLOWERS: tuple[Follower, ...] = (
     SwappedLayers(),
     # ... and by the integers of quantizers: codecs and ranges are calibrated for these values.
     Quantizers(),
-    # Codecs before ranges: quantizers of activations see the maps that codecs give.
+    # Codecs before ranges: quantizers of activations see the maps that codecs return.
     Codecs(),
     Ranges(),
     # Last, because a mask takes its zeros out of whatever form the others have given its weight.
     Masks(),
 )
-"""Every kind, in the order in which each event reaches them."""
+"""Every kind of follower, in the order in which each event reaches them."""
 
 
 def edit_kinds() -> dict[str, EditKind]:
@@ -74,12 +74,15 @@ def edit_kinds() -> dict[str, EditKind]:
 
 
 def cut_model(model: nn.Module, plan: CutPlan) -> None:
-    """Cut a network in place as it was planned on its plain one.
+    """Cut a network in place by a plan that was made on its plain network.
+
+    The plain network has ordinary layers in place of swapped ones, and no codecs or quantizers.
 
     Raises:
         TransformError: a swapped layer cannot be cut so.
         PruningError: a plan touches a layer that has no ordinary counterpart.
     """
+    # Followers first: the plan's names in these modules are those of ordinary layers, which are not there.
     done = {name for follower in FOLLOWERS for name in follower.cut(model, plan)}
     apply_cut(
         model,
@@ -91,26 +94,16 @@ def cut_model(model: nn.Module, plan: CutPlan) -> None:
 
 
 def thin_copy(model: nn.Module, plan: CutPlan) -> nn.Module:
-    """A cut copy of a network, as it was planned on its plain one; it shares the tensors that stay whole."""
+    """A copy of a network after `cut_model`; it shares the tensors that are not cut."""
     copy = sharing_copy(model)
     cut_model(copy, plan)
     return copy
 
 
 def cut(checkpoint: Checkpoint, plan: CutPlan, context: Context) -> Followed:
-    """Cut a checkpoint in place as it was planned on its plain network, with all that belongs to it.
+    """Cut a checkpoint's model in place as `cut_model` does, and with it all that follows the weights.
 
-    Args:
-        checkpoint: its model is changed.
-        plan: of the plain network.
-        context: knows the encodings.
-
-    Returns:
-        The checkpoint whose model is the one that was cut, and what could not follow.
-
-    Raises:
-        TransformError: a swapped layer cannot be cut so.
-        PruningError: a plan touches a layer that has no ordinary counterpart.
+    The notes say what could not be cut along.
     """
     before = {name: tensor.detach() for name, tensor in named_tensors(checkpoint.model)}
     cut_model(checkpoint.model, plan)
@@ -119,7 +112,7 @@ def cut(checkpoint: Checkpoint, plan: CutPlan, context: Context) -> Followed:
 
 
 def masked(checkpoint: Checkpoint) -> Checkpoint:
-    """Follow masks that were set on a checkpoint's model, or dropped."""
+    """Announce that masks were set on a checkpoint's model, or dropped."""
     for follower in FOLLOWERS:
         checkpoint = follower.after_masking(checkpoint)
     return checkpoint
@@ -132,17 +125,10 @@ def changed(
     context: Context,
     forms: Mapping[str, EncodedTensor] | None = None,
 ) -> Followed:
-    """Follow weights that were changed otherwise than by a training.
+    """Announce weights that were changed, but not by training; the model may be changed in place.
 
-    Args:
-        checkpoint: its model may be changed in place.
-        source: opened for the checkpoint; None where there are no data.
-        data: batch size and workers.
-        context: device, seed, reporter.
-        forms: how tensors are to be stored again, where they were decoded; see `forms_of`.
-
-    Returns:
-        The checkpoint as its file will be, and what the history should say.
+    ``forms`` are those by which tensors that were decoded are to be stored again, see `forms_of`. Returns the
+    checkpoint as its file will be, and notes for the history.
     """
     change = Change(source, data, context, forms or {})
     return _passed_on(checkpoint, lambda follower, found: follower.after_change(found, change))
@@ -155,18 +141,16 @@ def trained(
     context: Context,
     forms: Mapping[str, EncodedTensor] | None = None,
 ) -> Followed:
-    """Follow weights that were trained. Arguments and result as `changed`."""
+    """Announce weights that were trained with their followers at work. Arguments and result as `changed`."""
     change = Change(source, data, context, forms or {})
     return _passed_on(checkpoint, lambda follower, found: follower.after_training(found, change))
 
 
 def stored(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> Checkpoint:
-    """The checkpoint whose tensors are stored in as many bits as they need.
+    """The checkpoint whose tensors have the form of a file, in no more bits than they need.
 
-    Args:
-        checkpoint: where ``settle``, its quantized weights get the values that are stored.
-        tables: to decode what was encoded.
-        settle: whether weights may change; else those stay dense that are not on their grid already.
+    With ``settle`` quantized weights get the values that are stored; without it the model does not change,
+    and weights that are not on their grid stay dense.
     """
     for follower in FOLLOWERS:
         checkpoint = follower.as_stored(checkpoint, tables, settle=settle)
@@ -174,13 +158,13 @@ def stored(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> Ch
 
 
 def forms_of(checkpoint: Checkpoint) -> dict[str, EncodedTensor]:
-    """Stored forms that a training loses: those of tensors that no follower stores anew by itself."""
+    """Stored forms that training loses: those of tensors that no follower encodes again by itself."""
     own = {name for follower in FOLLOWERS for name in follower.own_forms(checkpoint)}
     return {name: form for name, form in checkpoint.stored.items() if name not in own}
 
 
 def decoded(checkpoint: Checkpoint, context: Context) -> Checkpoint:
-    """The checkpoint with all tensors dense, to be trained; says so where some were rounded."""
+    """The checkpoint with all tensors dense, for training; a note says which encodings were decoded."""
     forms = forms_of(checkpoint)
     if forms:
         methods = ", ".join(sorted({form.encoding for form in forms.values()}))
@@ -194,19 +178,14 @@ def decoded(checkpoint: Checkpoint, context: Context) -> Checkpoint:
 def constraints_of(
     checkpoint: Checkpoint, forms: Mapping[str, EncodedTensor] | None = None
 ) -> tuple[Constraint, ...]:
-    """What a training must respect.
-
-    Args:
-        checkpoint: that is trained.
-        forms: how its tensors will be stored again.
-    """
+    """Constraints on the training of a checkpoint whose tensors will be stored again as ``forms`` say."""
     return tuple(
         constraint for follower in FOLLOWERS for constraint in follower.constraints(checkpoint, forms or {})
     )
 
 
 def warn_of_stale(checkpoint: Checkpoint, reporter: Reporter) -> None:
-    """Say what was made for other weights than the network has now."""
+    """Warn of followers that were fitted to other weights than the network has now."""
     for follower in FOLLOWERS:
         text = follower.stale(checkpoint)
         if text:
@@ -214,15 +193,15 @@ def warn_of_stale(checkpoint: Checkpoint, reporter: Reporter) -> None:
 
 
 def plain_checkpoint(checkpoint: Checkpoint, kinds: Collection[str] | None = None) -> Checkpoint:
-    """The checkpoint of ordinary layers and tensors alone, without what follows them.
+    """The checkpoint of the plain network: ordinary layers and tensors, without followers.
 
     Args:
-        checkpoint: stays as it is.
-        kinds: of edits: only these followers are left out.
+        checkpoint: is not changed.
+        kinds: of edits; only their followers are left out.
 
     Returns:
-        The checkpoint itself where there is nothing to leave out; else one of a network that shares all
-        tensors but the weights of swapped layers.
+        The checkpoint itself if there is nothing to leave out; else one whose network shares all tensors
+        except the weights of swapped layers.
     """
     for follower in FOLLOWERS:
         if kinds is None or follower.kind in kinds:
@@ -231,7 +210,7 @@ def plain_checkpoint(checkpoint: Checkpoint, kinds: Collection[str] | None = Non
 
 
 def for_programs(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint without what other programs have no terms for."""
+    """The checkpoint without followers that cannot be written for other programs."""
     for follower in FOLLOWERS:
         if not follower.in_programs:
             checkpoint = follower.plain(checkpoint)
@@ -239,16 +218,13 @@ def for_programs(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def fixed_widths(planner: Planner, checkpoint: Checkpoint) -> dict[str, str]:
-    """Families that followers keep at their width, by name, with the reason; the first in the table has its.
-
-    Args:
-        planner: of the plain network.
-        checkpoint: the network itself.
+    """Families that followers keep at their width, with the reason; ``planner`` has the plain network.
 
     Raises:
-        PruningError: if nothing else is left to cut.
+        PruningError: if there is nothing else to cut.
     """
     found: dict[str, str] = {}
+    # Reversed, so that the first follower in the table gives the reason.
     for follower in reversed(FOLLOWERS):
         found |= follower.fixed_widths(planner, checkpoint)
     return found

@@ -1,8 +1,8 @@
-"""What must follow the weights of a network, as one protocol: a kind is a class here and a line in `events`.
+"""One protocol for what must follow the weights of a network.
 
-A checkpoint is a network and much that only fits these very weights: how they lie in the file, scales and
-ranges, codecs, the state of an optimizer. Each kind of that is a `Follower`. Verbs do not know them; they say
-what they have done to the weights, and `events` passes it on to every follower, in the order of one table:
+A checkpoint holds a network and much that fits only its present weights: their form in the file, scales and
+ranges, codecs, the state of an optimizer. Each kind is a subclass of `Follower` and a line in `events`. Verbs
+do not know the followers: they announce what they did to the weights, and `events` tells each follower:
 
     prune      plan on `plain` -> ordinary tensors cut, `cut` among them -> after_cut
                masks set or dropped                                      -> after_masking
@@ -11,9 +11,9 @@ what they have done to the weights, and `events` passes it on to every follower,
     pipeline   before every file that it writes                          -> as_stored
     evaluate   `stale` -> a warning           export   `plain`, `in_programs`
 
-After `after_change` and after `after_training` a checkpoint is as its file will be, so that reports count and
-measure what is written; `as_stored` then finds nothing left to do, and serves networks of which nobody said
-anything. A method hands back the checkpoint, and what the history should say. Models are changed in place.
+After `after_change` and `after_training` a checkpoint is as its file will be, so that reports count and
+measure what is written. `as_stored` then has nothing left to do; it is for checkpoints whose verb announced
+nothing. Methods return the checkpoint and notes for the history. Models are changed in place.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["Change", "Cutting", "Followed", "Follower", "own_cuts", "sharing_cop
 
 
 class Followed(NamedTuple):
-    """A checkpoint after an event, and what the history should say of it."""
+    """A checkpoint after an event, and notes for its history."""
 
     checkpoint: Checkpoint
     notes: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class Cutting:
     Attributes:
         plan: of the plain network.
         before: tensors before the cut, by name.
-        context: knows the encodings.
+        context: of the command.
     """
 
     plan: CutPlan
@@ -66,10 +66,10 @@ class Change:
     """What followers may use after weights were changed or trained.
 
     Attributes:
-        source: opened for the checkpoint; None where there are no data.
+        source: opened for the checkpoint; None without data.
         data: batch size and workers.
         context: device, seed, tables, reporter.
-        forms: how tensors are to be stored again that were decoded for a training; parts are not looked at.
+        forms: by which tensors that were decoded for training are stored again; their parts are not read.
     """
 
     source: DataSource | None
@@ -79,12 +79,12 @@ class Change:
 
 
 class Follower:
-    """One kind of what must follow the weights; by itself it does nothing.
+    """One kind of thing that must follow the weights; every method here does nothing.
 
     Attributes:
-        kind: name of its edit in a spec; "" where it has none.
-        edit: how that edit is read and applied; None where it has none.
-        in_programs: whether `export` knows how to write it into other programs; else it is left out there.
+        kind: name of its edit in a spec; "" without one.
+        edit: how that edit is read and applied; None without one.
+        in_programs: whether `export` can write it for other programs; if not, it is left out there.
     """
 
     kind: str = ""
@@ -92,70 +92,60 @@ class Follower:
     in_programs: bool = False
 
     def cut(self, model: nn.Module, plan: CutPlan) -> Collection[str]:
-        """Cut what of it lies in a network, just before the ordinary tensors are; also in trial networks.
+        """Cut its part of a network, just before ordinary tensors are cut; in trial networks, too.
 
         Returns:
-            Names of modules of which nothing else is to be cut.
+            Names of modules that are done, of which no ordinary tensor is to be cut.
         """
         return ()
 
     def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
-        """Bring spec, stored forms and state in line with a network that was cut."""
+        """Update spec, stored forms and training state after a cut."""
         return Followed(checkpoint)
 
     def after_masking(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Bring spec and stored forms in line with masks that were set or dropped."""
+        """Update spec and stored forms after masks were set or dropped."""
         return checkpoint
 
     def constraints(self, checkpoint: Checkpoint, forms: Mapping[str, EncodedTensor]) -> Sequence[Constraint]:
-        """What training must respect, where tensors will be stored again as ``forms`` says."""
+        """Constraints on training, if tensors will be stored again as ``forms`` say."""
         return ()
 
     def after_change(self, checkpoint: Checkpoint, change: Change) -> Followed:
-        """Follow weights that were changed without it at work."""
+        """Follow weights that were changed while it did not take part in the forward pass."""
         return Followed(checkpoint)
 
     def after_training(self, checkpoint: Checkpoint, change: Change) -> Followed:
-        """Follow weights that were trained with it in the loop; ``change.source`` is there."""
+        """Follow weights that were trained while it took part; ``change.source`` is not None."""
         return Followed(checkpoint)
 
     def as_stored(self, checkpoint: Checkpoint, tables: Tables, *, settle: bool) -> Checkpoint:
-        """Give tensors the form that they have in a file.
-
-        Args:
-            checkpoint: any.
-            tables: to decode what was encoded.
-            settle: whether weights may change to the values that the form leaves.
-        """
+        """Give tensors their form in a file; with ``settle`` weights may change to the decoded values."""
         return checkpoint
 
     def own_forms(self, checkpoint: Checkpoint) -> Collection[str]:
-        """Names of stored tensors whose forms it makes anew by itself, whatever becomes of them."""
+        """Names of stored tensors that it encodes again by itself after any change."""
         return ()
 
     def stale(self, checkpoint: Checkpoint) -> str:
-        """What to warn of where it was made for other weights than the network has; else ""."""
+        """A warning if it was fitted to other weights than the network has; else ""."""
         return ""
 
     def plain(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint without it, of ordinary layers and tensors; the checkpoint itself stays as it is."""
+        """The checkpoint without it, of ordinary layers and tensors; the given one is not changed."""
         return checkpoint
 
     def fixed_widths(self, planner: Planner, checkpoint: Checkpoint) -> Mapping[str, str]:
-        """Families whose width it keeps, by name, with the reason.
-
-        Args:
-            planner: of the plain network.
-            checkpoint: the network itself.
+        """Families whose width it keeps, by name, with the reason; ``planner`` has the plain network.
 
         Raises:
-            PruningError: if nothing else is left to cut.
+            PruningError: if there is nothing else to cut.
         """
         return {}
 
 
 def own_cuts(plan: CutPlan, module: str) -> dict[str, Sequence[Cut]]:
-    """Cuts of a module's own tensors, by their names in it."""
+    """Cuts of a module's own tensors, by their local names."""
     return {
         name.rpartition(".")[2]: cuts
         for name, cuts in plan.tensors.items()
@@ -164,6 +154,6 @@ def own_cuts(plan: CutPlan, module: str) -> dict[str, Sequence[Cut]]:
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy that shares all tensors but those of companions, such as quantizers, which are cut in place."""
+    """A copy that shares all tensors except those of companions (quantizers), which are cut in place."""
     own = tuple(f"{key}." for key, child in model._modules.items() if getattr(child, MARK, False))
     return copied(model, {id(t): t for name, t in named_tensors(model) if not name.startswith(own)})

@@ -1,8 +1,8 @@
-"""Widths of layers, and layers of ours in the place of an architecture's, which are cut by themselves.
+"""Widths of layers, and swapped layers: those of cctool that replace layers of the architecture.
 
-Channels are coupled, scored and compared on the plain network, in which ordinary layers stand for swapped
-ones and no codec is at work. What was planned there is carried out on the network itself: ordinary tensors
-are cut as everywhere, swapped layers by their own `taken`.
+Channels are coupled, scored and compared on the plain network, which has ordinary layers instead of swapped
+ones, and no codecs. The plan is carried out on the network itself: ordinary tensors are cut as always,
+swapped layers by their method `taken`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from cctool.base.errors import PruningError
+from cctool.base.networks import qualified, some
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import with_masks
 from cctool.checkpoint.edits.thin import THIN, thinned
@@ -38,7 +39,7 @@ class Widths(Follower):
     in_programs = True
 
     def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
-        """Write them into the spec."""
+        """Write the new shapes and attributes into the spec."""
         plan = cutting.plan
         attributes = [(module, name) for module, values in plan.attributes.items() for name in values]
         spec = thinned(checkpoint.spec, checkpoint.model, plan.tensors, attributes)
@@ -53,17 +54,14 @@ class SwappedLayers(Follower):
     in_programs = True
 
     def cut(self, model: nn.Module, plan: CutPlan) -> Collection[str]:
-        """Let every layer that is touched cut what it stores.
+        """Let every swapped layer that the plan touches cut what it stores.
 
         Raises:
             TransformError: a swapped layer cannot be cut so.
             PruningError: a plan touches a layer that has no ordinary counterpart.
         """
-        layers = {
-            name: module
-            for name, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, SwappedLayer)
-        }
+        modules = dict(model.named_modules(remove_duplicate=False))
+        layers = {name: module for name, module in modules.items() if isinstance(module, SwappedLayer)}
         replaced: dict[int, SwappedLayer] = {}
         for name, layer in layers.items():
             cuts = own_cuts(plan, name)
@@ -79,7 +77,7 @@ class SwappedLayers(Follower):
         return layers.keys()
 
     def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
-        """Say what the layers are now, and which of them store as much as before."""
+        """Write the layers' arguments into the spec; notes name those that store as much as before."""
         model = checkpoint.model
         if not swapped_layers(model):
             return Followed(checkpoint)
@@ -87,10 +85,7 @@ class SwappedLayers(Follower):
         return Followed(replace(checkpoint, spec=spec), _not_smaller(model, cutting))
 
     def plain(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Ordinary layers take the place of swapped ones; all other tensors are shared.
-
-        The copy that has them has no codecs and no quantizers either.
-        """
+        """The network of ordinary layers without codecs and quantizers; it shares all other tensors."""
         model = plain_model(checkpoint.model)
         if model is checkpoint.model:
             return checkpoint
@@ -107,7 +102,7 @@ class SwappedLayers(Follower):
         return replace(checkpoint, model=model, spec=spec, stored=stored, resume=None)
 
     def fixed_widths(self, planner: Planner, checkpoint: Checkpoint) -> Mapping[str, str]:
-        """Layers that compute with complex numbers keep their widths; they may be all that there is."""
+        """Families of layers that compute with complex numbers, which have no plain form to plan a cut on."""
         owners, layers = _uncut(planner.model, checkpoint.spec), list(swapped_layers(planner.model))
         if layers and not planner.graph.families:
             more = f" and {len(layers) - 1} layers more" if len(layers) > 1 else ""
@@ -120,34 +115,34 @@ class SwappedLayers(Follower):
             names = (place.tensor for place in family.places)
             holder = next((owner for name in names for owner in owners if name.startswith(f"{owner}.")), None)
             if holder is not None:
-                why = "computes with complex numbers, and has no ordinary counterpart"
-                found[family.name] = f"{holder} {why}"
+                found[family.name] = (
+                    f"{holder} computes with complex numbers, and has no ordinary counterpart"
+                )
         return found
 
 
 def _not_smaller(model: nn.Module, cutting: Cutting) -> tuple[str, ...]:
-    """Swapped layers that were cut and store as much as before."""
+    """A note on swapped layers that were cut and store as much as before."""
     whole = [
         name
         for name, layer in swapped_layers(model).items()
         if own_cuts(cutting.plan, name)
         and all(
-            parameter.shape == cutting.before[f"{name}.{leaf}" if name else leaf].shape
+            parameter.shape == cutting.before[qualified(name, leaf)].shape
             for leaf, parameter in layer.named_parameters(recurse=False)
             if leaf != "bias"
         )
     ]
     if not whole:
         return ()
-    some = ", ".join(whole[:3]) + (f" and {len(whole) - 3} more" if len(whole) > 3 else "")
     return (
-        f"{some} compute fewer channels from as many coefficients: they are transformed along what was cut; "
-        "`cctool transform` again fits fewer to them",
+        f"{some(whole)} compute fewer channels from as many coefficients: they are transformed along what "
+        "was cut; `cctool transform` again fits fewer to them",
     )
 
 
 def _uncut(plain: nn.Module, spec: ModelSpec) -> list[str]:
-    """Modules that stay swapped in the plain network, but for those that hold the architecture's tensors."""
+    """Modules of swap edits that are still swapped in the plain network, or have modules inside them."""
     edits = (str(edit["module"]) for edit in spec.edits if edit.get("kind") == "swap")
     layers = swapped_layers(plain)
     return [

@@ -1,6 +1,6 @@
-"""Masks: as bits in files, and what they mask as the values that the bits leave.
+"""Masks, stored as bits, and masked weights, stored as the values that the bits leave.
 
-Masks never change while a network trains, so storing them again loses nothing; every product gets this form.
+Training never changes a mask, so storing it again loses nothing. Every product gets this form.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from cctool.training.constraints.masked_weights import keeping_masks
 __all__ = ["Masks", "stored_with_masks"]
 
 _SMALLEST = 512
-"""Elements below which a line in the index of encoded tensors costs more than bits save."""
+"""Number of elements below which the entry in the file's index costs more bytes than the bits save."""
 
 
 class Masks(Follower):
-    """Masks, and masked weights without their zeros. A cut takes them along as it takes their parameters."""
+    """Masks, and masked weights without their zeros. A cut treats a mask like its parameter."""
 
     kind = "mask"
     edit = MASK
     in_programs = True
 
     def after_masking(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Say in the spec what has a mask, and store it so."""
+        """Record in the spec which parameters have masks, and store these as bits."""
         present = checkpoint.model.state_dict().keys()
         stored = {name: form for name, form in checkpoint.stored.items() if name in present}
         spec = with_masks(checkpoint.spec, checkpoint.model)
@@ -57,7 +57,7 @@ class Masks(Follower):
         return stored_with_masks(checkpoint)
 
     def own_forms(self, checkpoint: Checkpoint) -> Collection[str]:
-        """Masks, and weights of which nothing but the zeros is left out."""
+        """Masks, and masked weights whose remaining values are stored dense."""
         return {
             name
             for name, form in checkpoint.stored.items()
@@ -67,10 +67,10 @@ class Masks(Follower):
 
 
 def stored_with_masks(checkpoint: Checkpoint) -> Checkpoint:
-    """Store masks as bits and masked weights without their zeros; nothing is rounded, now or again.
+    """Store masks as bits and masked weights without their zeros, without rounding anything.
 
-    A weight that is stored in few bits keeps its levels, and one whose mask is gone its inner form. The bits
-    of a mask are one tensor that the mask and its weight share. Small tensors lie as they are.
+    A weight that is stored in few bits keeps its levels; one whose mask was dropped gets its inner form. A
+    mask and its weight share one tensor of bits. Small tensors stay dense.
     """
     masks = {masked.name: masked for masked in masked_places(checkpoint.model, remove_duplicate=False)}
     stored = {}
@@ -87,9 +87,7 @@ def stored_with_masks(checkpoint: Checkpoint) -> Checkpoint:
             continue
         bits = BITS.encode(mask, {})
         stored |= dict.fromkeys(names.get(place(mask), [mask_name(masked.name)]), bits)
-        packed = bits.parts["bits"]
-        form = (
-            encode_masked(tensor, mask, bits=packed) if earlier is None else narrowed(earlier, mask, packed)
-        )
+        part = bits.parts["bits"]
+        form = encode_masked(tensor, mask, bits=part) if earlier is None else narrowed(earlier, mask, part)
         stored |= dict.fromkeys(names.get(place(tensor), [masked.name]), form)
     return replace(checkpoint, stored=stored)

@@ -1,4 +1,4 @@
-"""The state of a training that can be resumed, so that `train --resume` goes on with the thinned network."""
+"""The state of a resumable training, cut so that `train --resume` continues with the thinned network."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = ["OptimizerState"]
 
 
 class OptimizerState(Follower):
-    """Moments of the optimizer. Whoever changes weights otherwise than by a cut drops them."""
+    """Moments of the optimizer. Verbs that change weights in other ways than by a cut drop the state."""
 
     in_programs = True
 
     def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
-        """Cut moments as their parameters; epochs, rates and generators stay.
+        """Cut moments like their parameters; epoch, learning rates and random generators stay.
 
-        The best epoch so far is forgotten: no thinned network should have to beat the dense one. Where
-        moments cannot be cut the state is left out, and the note says why.
+        The best epoch so far is forgotten: the thinned network should not have to beat the dense one. If
+        moments cannot be cut, the state is dropped, and a note says why.
         """
         if checkpoint.resume is None:
             return Followed(checkpoint)
@@ -38,7 +38,7 @@ class OptimizerState(Follower):
             return _left_out(checkpoint, "no plan says how to cut the moments of coefficients")
         try:
             resume = _cut(checkpoint.model, checkpoint.resume, cutting)
-        # The state of an optimizer of the user's may hold anything.
+        # The user's own optimizer may keep anything in its state.
         except (CctoolError, KeyError, TypeError, ValueError, AttributeError) as error:
             text = str(error) if isinstance(error, CctoolError) else f"{type(error).__name__}: {error}"
             return _left_out(checkpoint, text)
@@ -65,7 +65,8 @@ def _cut(model: nn.Module, resume: ResumeState, cutting: Cutting) -> ResumeState
 
 
 def _names(model: nn.Module, groups: list[Mapping[str, Any]]) -> dict[int, str]:
-    """Qualified name of each parameter by its number in the optimizer."""
+    """Name of each parameter by its number in the optimizer's state."""
+    # The state does not say which parameters decay; the scope whose groups have the same sizes was used.
     numbers = [number for group in groups for number in group["params"]]
     named = {id(parameter): name for name, parameter in model.named_parameters()}
     for scope in DecayScope:
@@ -77,6 +78,7 @@ def _names(model: nn.Module, groups: list[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def _moment(key: str, value: Any, name: str, cutting: Cutting) -> Any:
+    # Counters of steps, and moments of parameters of one element, which no cut can shorten.
     if not isinstance(value, Tensor) or value.numel() == 1:
         return value
     shape = cutting.before[name].shape

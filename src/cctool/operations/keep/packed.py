@@ -1,4 +1,4 @@
-"""Tensors that files store in few bits: cut as they lie, and stored so again after a training."""
+"""Tensors that files store in few bits: cut without decoding, and encoded again after training."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from cctool.base.networks import qualified
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.encoding import EncodedTensor
@@ -25,12 +26,12 @@ __all__ = ["PackedTensors", "cut_stored", "encoded_again"]
 
 
 class PackedTensors(Follower):
-    """Stored forms: integers, scales, codebooks, float16."""
+    """Encoded tensors: integers with scales, codebooks, float16."""
 
     in_programs = True
 
     def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
-        """Cut forms as their tensors were, those of swapped layers as these cut their own."""
+        """Cut stored forms like their tensors; those of swapped layers as the layers cut themselves."""
         found = _cuts_of_owned(checkpoint.model, checkpoint.stored, cutting)
         lost = [name for name, cuts in found.items() if cuts is None]
         tensors = {**cutting.plan.tensors, **{name: cuts for name, cuts in found.items() if cuts is not None}}
@@ -40,29 +41,25 @@ class PackedTensors(Follower):
         return Followed(replace(checkpoint, stored=stored), notes)
 
     def constraints(self, checkpoint: Checkpoint, forms: Mapping[str, EncodedTensor]) -> Sequence[Constraint]:
-        """Weights that share an entry of a codebook keep sharing it."""
+        """Weights that share an entry of a codebook must stay equal."""
         return keeping_codebooks(replace(checkpoint, stored=forms))
 
     def after_change(self, checkpoint: Checkpoint, change: Change) -> Followed:
-        """Store again what was decoded for a training."""
+        """Encode again what was decoded."""
         return self.after_training(checkpoint, change)
 
     def after_training(self, checkpoint: Checkpoint, change: Change) -> Followed:
-        """Store again what was decoded for the training."""
+        """Encode again what was decoded for training."""
         if not change.forms:
             return Followed(checkpoint)
         return Followed(encoded_again(checkpoint, replace(checkpoint, stored=change.forms), change.context))
 
 
 def encoded_again(checkpoint: Checkpoint, earlier: Checkpoint, context: Context) -> Checkpoint:
-    """Store tensors as ``earlier`` stored them; the model gets the values that this leaves.
+    """Encode a dense checkpoint's tensors as ``earlier`` stored them; the model gets the decoded values.
 
-    Weights that trained with `keeping_codebooks` keep their assignment and are not rounded.
-
-    Args:
-        checkpoint: a trained one, all dense, on any device.
-        earlier: tells each tensor's encoding and its parameters; parts are not looked at.
-        context: tables.
+    Weights that trained with `keeping_codebooks` keep their assignment and are not rounded. Of ``earlier``
+    only encodings and their parameters are used.
     """
     state = checkpoint.model.state_dict()
     masks = masks_by_place(checkpoint.model)
@@ -89,13 +86,7 @@ def encoded_again(checkpoint: Checkpoint, earlier: Checkpoint, context: Context)
 def cut_stored(
     stored: Mapping[str, EncodedTensor], plan: CutPlan, context: Context
 ) -> dict[str, EncodedTensor]:
-    """Cut stored integers, scales and bits as a plan cuts the model's tensors; nothing is rounded again.
-
-    Args:
-        stored: forms by name.
-        plan: what stays of each tensor.
-        context: knows the encodings.
-    """
+    """Cut stored integers, scales and bits as a plan cuts the model's tensors; nothing is rounded again."""
     cut: dict[str, EncodedTensor] = {}
     done: dict[int, EncodedTensor] = {}
     parts: dict[int, Tensor] = {}
@@ -111,7 +102,7 @@ def cut_stored(
 
 
 def _sharing(smaller: EncodedTensor, encoded: EncodedTensor, parts: dict[int, Tensor]) -> EncodedTensor:
-    """Let what was one part before the cut, as the bits of a mask and its weight, be one part after it."""
+    """Share again the parts that forms shared before the cut, as a mask and its weight share bits."""
     shared = {}
     for name, part in smaller.parts.items():
         before = encoded.parts.get(name)
@@ -123,17 +114,17 @@ def _sharing(smaller: EncodedTensor, encoded: EncodedTensor, parts: dict[int, Te
 def _cuts_of_owned(
     model: nn.Module, names: Collection[str], cutting: Cutting
 ) -> dict[str, tuple[Cut, ...] | None]:
-    """How a cut changed tensors that lie in swapped layers, which no plan names.
-
-    Args:
-        model: after the cut.
-        names: of tensors, also of others.
-        cutting: the cut.
+    """The cuts of tensors in swapped layers, which a plan does not name, read off the model after the cut.
 
     Returns:
-        Cuts by name, None for a tensor that no cut explains; without names outside of swapped layers.
+        Cuts by name, for those of ``names`` in swapped layers; None for a tensor that no cut explains.
     """
-    owners = _owned_by_swapped(model)
+    owners = {
+        qualified(name, leaf): name
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, SwappedLayer)
+        for leaf in layer.state_dict()
+    }
     after = model.state_dict() if owners else {}
     return {
         name: _explained(cutting.before[name], after[name].detach(), own_cuts(cutting.plan, owners[name]))
@@ -142,32 +133,17 @@ def _cuts_of_owned(
     }
 
 
-def _owned_by_swapped(model: nn.Module) -> dict[str, str]:
-    """Names of tensors that lie in swapped layers, with the name of the layer."""
-    return {
-        f"{name}.{leaf}" if name else leaf: name
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, SwappedLayer)
-        for leaf in layer.state_dict()
-    }
-
-
 def _explained(before: Tensor, after: Tensor, cuts: Mapping[str, Sequence[Cut]]) -> tuple[Cut, ...] | None:
-    """Which cuts of a layer's ordinary tensors make one tensor of another; None where none do."""
+    """The cuts of the ordinary layer's tensors that turn ``before`` into ``after``; None if none do."""
     if before.dim() != after.dim():
         return None
     given = [cut for several in cuts.values() for cut in several]
-    changed = [
-        dim for dim, (old, new) in enumerate(zip(before.shape, after.shape, strict=True)) if old != new
-    ]
     fitting = [
-        [
-            replace(cut, dim=dim)
-            for cut in given
-            if cut.size == before.shape[dim] and cut.keep.numel() == after.shape[dim]
-        ]
-        for dim in changed
+        [replace(cut, dim=dim) for cut in given if (cut.size, cut.keep.numel()) == (old, new)]
+        for dim, (old, new) in enumerate(zip(before.shape, after.shape, strict=True))
+        if old != new
     ]
+    # Several cuts may have the right sizes; only the one whose result is equal is the layer's own.
     for chosen in product(*fitting):
         small = before
         for cut in chosen:

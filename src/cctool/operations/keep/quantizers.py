@@ -1,7 +1,7 @@
-"""Quantizers: their scales, the integers that weights lie in files as, and the ranges of activations.
+"""Quantizers: their scales, the integers that files store for weights, and the ranges of activations.
 
-As with codecs of feature maps: commands that change weights without the quantizers at work calibrate ranges
-again where training images are at hand, and say so where none are. A training has them in its loop.
+As with codecs of feature maps, commands that change weights calibrate ranges again if they have training
+images, and warn if not. Training runs the quantizers, so that ranges and weights adapt to each other.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["Quantizers", "Ranges"]
 
 
 class Quantizers(Follower):
-    """Quantizers with their scales, and weights stored as the integers that they make."""
+    """Quantizers with their scales, and weights stored as integers."""
 
     kind = "quantize"
     edit = QUANTIZE
     in_programs = True
 
     def cut(self, model: nn.Module, plan: CutPlan) -> Collection[str]:
-        """Keep the scales of the channels that stay."""
+        """Keep only the scales of the channels that stay."""
         held = quantizers_of(model)
         for name, point in ({} if held is None else dict(held.state.weights)).items():
             for cut in plan.tensors.get(name, ()):
@@ -42,11 +42,11 @@ class Quantizers(Follower):
         return ()
 
     def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
-        """Say how many scales there are."""
+        """Write the number of scales into the spec."""
         return Followed(replace(checkpoint, spec=with_quantizers(checkpoint.spec, checkpoint.model)))
 
     def after_training(self, checkpoint: Checkpoint, change: Change) -> Followed:
-        """Give weights the values that are stored."""
+        """Give weights the rounded values that are stored."""
         checkpoint = settled(checkpoint, change.context.tables)
         return Followed(replace(checkpoint, spec=with_quantizers(checkpoint.spec, checkpoint.model)))
 
@@ -61,16 +61,13 @@ class Quantizers(Follower):
 
 
 class Ranges(Follower):
-    """Ranges of activations, which belong to the weights that they were found for."""
+    """Ranges of activations, which are valid for the weights that they were found with."""
 
     in_programs = True
 
     def after_change(self, checkpoint: Checkpoint, change: Change) -> Followed:
-        """Find ranges again.
-
-        Without training images, or where the preprocessing is unknown, they stay as they are, with a warning.
-        """
-        # Whoever loads a checkpoint imports this file, and not what calibrates.
+        """Calibrate ranges again; without images or a known preprocessing they stay, with a warning."""
+        # Loading a checkpoint imports this module; it must not import what calibrates.
         from cctool.operations.keep.calibrate import calibration_images, why_no_images
 
         held = quantizers_of(checkpoint.model)
@@ -94,7 +91,7 @@ class Ranges(Follower):
         return Followed(in_step(checkpoint, context.tables), (note,))
 
     def after_training(self, checkpoint: Checkpoint, change: Change) -> Followed:
-        """Ranges were trained with the weights, and are theirs."""
+        """Record that the ranges, trained together with the weights, are valid for them."""
         held = quantizers_of(checkpoint.model)
         if held is None:
             return Followed(checkpoint)
@@ -105,7 +102,7 @@ class Ranges(Follower):
         return Followed(replace(checkpoint, spec=spec.model_copy(update={"edits": edits})))
 
     def stale(self, checkpoint: Checkpoint) -> str:
-        """Say that ranges were found for other weights than the network has now."""
+        """A warning if ranges were found for other weights than the network has now."""
         held = quantizers_of(checkpoint.model)
         if held is None or not held.activation_keys or not _stale(checkpoint):
             return ""
@@ -116,6 +113,6 @@ class Ranges(Follower):
 
 
 def _stale(checkpoint: Checkpoint) -> bool:
-    """Whether ranges belong to other weights than the network has now."""
+    """Whether ranges were found for other weights than the network has now."""
     held = quantizers_of(checkpoint.model)
     return held is not None and held.state.fingerprint != fingerprint_of(checkpoint.model)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from cctool.analysis.latency import Latency, compare, measure_latency
 from cctool.base.errors import ArchitectureError
-from cctool.base.networks import copied
+from cctool.base.networks import copied, device_of
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.graph import cost
 from cctool.operations.context import Context
@@ -55,8 +54,7 @@ class Scales:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        size = measure(checkpoint)
-        self._before = Costs(size.parameters, size.macs, size.bytes or 0, None)
+        self._before = _counted(checkpoint)
         # Networks that take turns can be compared on a busy machine; a copy of a large one costs too much.
         tensors = (t for t in checkpoint.model.state_dict().values() if isinstance(t, Tensor))
         small = sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= _LARGEST_COPY
@@ -66,16 +64,20 @@ class Scales:
 
     def weigh(self, checkpoint: Checkpoint) -> tuple[Costs, Costs]:
         """Count and time a checkpoint's network where it lies; gives the first one's costs, and its own."""
-        size = measure(checkpoint)
-        after = Costs(size.parameters, size.macs, size.bytes or 0, None)
+        after = _counted(checkpoint)
         if self._dense is None:
             return self._before, replace(after, latency=_timed(checkpoint))
-        device = next((parameter.device for parameter in checkpoint.model.parameters()), torch.device("cpu"))
+        dense = self._dense.to(device_of(checkpoint.model))
         try:
-            pair = compare([self._dense.to(device), checkpoint.model], checkpoint.spec.input_shape)
+            pair = compare([dense, checkpoint.model], checkpoint.spec.input_shape)
         except ArchitectureError:
             return self._before, after
         return replace(self._before, latency=pair[0]), replace(after, latency=pair[1])
+
+
+def _counted(checkpoint: Checkpoint) -> Costs:
+    size = measure(checkpoint)
+    return Costs(size.parameters, size.macs, size.bytes or 0, None)
 
 
 def _timed(checkpoint: Checkpoint) -> Latency | None:

@@ -54,12 +54,13 @@ def reinitialised(checkpoint: Checkpoint, context: Context) -> Checkpoint:
     """
     spec, model = checkpoint.spec, checkpoint.model
     widths = plain_model(model).state_dict(keep_vars=True)
+    thinned = [Thin.model_validate(edit) for edit in spec.edits if edit.get("kind") == "thin"]
     try:
         with torch.random.fork_rng(devices=[]):
             fresh = _built_thin(
                 lambda: context.tables.build(spec.architecture, spec.arguments),
                 {name: tuple(tensor.shape) for name, tensor in widths.items()},
-                _attributes(spec),
+                {edit.module: edit.attributes for edit in thinned},
                 context.runtime.seed,
             )
             _swap_again(fresh, checkpoint, context)
@@ -97,11 +98,6 @@ def _drawn_anew(present: CoefficientLayer, drawn: nn.Module) -> CoefficientLayer
     layer.set_weight(weight)
     layer._parameters["bias"] = drawn._parameters["bias"]
     return layer
-
-
-def _attributes(spec: ModelSpec) -> dict[str, Mapping[str, int | tuple[int, ...]]]:
-    edits = [Thin.model_validate(edit) for edit in spec.edits if edit.get("kind") == "thin"]
-    return {edit.module: edit.attributes for edit in edits}
 
 
 def _drawn(model: nn.Module, fresh: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:

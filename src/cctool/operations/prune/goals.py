@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cctool.base.errors import PruningError, UsageError
 from cctool.base.networks import copied
@@ -151,16 +151,8 @@ def within_target(
         context.reporter.note(f"searching: {target.quantity} at most {limit:,.0f} of {start:,.0f}{unit}")
         grains = {number: grain_of(planner.graph.families[number], options) for number in chosen.scores}
         reached = fewest_removed(ordered, cost, limit, f"--target {target}", grains)
-        found.append(
-            TargetReport(
-                target.quantity.value,
-                limit,
-                start,
-                reached.chosen.cost,
-                reached.above.cost if reached.above else None,
-                reached.trials,
-            )
-        )
+        above, costs = reached.above.cost if reached.above else None, reached.chosen.cost
+        found.append(TargetReport(target.quantity.value, limit, start, costs, above, reached.trials))
         return reached.counts
 
     result = planner.verified(counts)
@@ -227,10 +219,10 @@ def within_budget(
     search.choose_images()
     rate = search.largest(budget)
     if not search.removed(rate):
-        worst = min(search.trials.values(), key=lambda trial: trial.rate)
+        least = min(search.trials.values(), key=lambda trial: trial.rate)
         raise PruningError(
-            f"--max-drop {budget:g}: no unit can go within this budget; at rate {worst.rate:.3f} validation "
-            f"top-1 falls by {worst.drop:.2f} points (n={dense.n:,})"
+            f"--max-drop {budget:g}: no unit can go within this budget; at rate {least.rate:.3f} validation "
+            f"top-1 falls by {least.drop:.2f} points (n={dense.n:,})"
         )
     result = planner.verified(lambda chosen: search.counts(chosen, rate))
     curve = tuple(sorted(search.trials.values(), key=lambda trial: trial.rate))
@@ -248,27 +240,19 @@ def within_budget(
     return result, report
 
 
+@dataclass
 class _BudgetSearch:
     """Measures the network at one rate after the other, each rate once."""
 
-    def __init__(
-        self,
-        planner: Planner,
-        checkpoint: Checkpoint,
-        source: DataSource,
-        dense: Metrics,
-        options: PruneOptions,
-        context: Context,
-    ) -> None:
-        self.planner = planner
-        self.checkpoint = checkpoint
-        self.source = source
-        self.dense = dense
-        self.options = options
-        self.context = context
-        self.recalibrated = 0
-        self.augmented = False
-        self.trials: dict[float, BudgetTrial] = {}
+    planner: Planner
+    checkpoint: Checkpoint
+    source: DataSource
+    dense: Metrics
+    options: PruneOptions
+    context: Context
+    recalibrated: int = 0
+    augmented: bool = False
+    trials: dict[float, BudgetTrial] = field(default_factory=dict)
 
     def counts(self, chosen: Candidates, rate: float) -> Mapping[int, int]:
         options = replace(self.options, rate=rate, steps=1, step_mode=StepMode.INDEPENDENT)
@@ -298,16 +282,9 @@ class _BudgetSearch:
         trial = replace(self.checkpoint, model=copied(self.checkpoint.model))
         if plan is not None:
             cut_model(trial.model, plan)
-        self.recalibrated = recalibrated(
-            trial,
-            self.source,
-            self.options.recalibrate or RECALIBRATION,
-            self.options.data,
-            self.context,
-            augmented=augmented,
-        )
-        found = measured(trial, self.source, self.options.data, self.context, split="validation")
-        return found.values["top1"]
+        source, data, images = self.source, self.options.data, self.options.recalibrate or RECALIBRATION
+        self.recalibrated = recalibrated(trial, source, images, data, self.context, augmented=augmented)
+        return measured(trial, source, data, self.context, split="validation").values["top1"]
 
     def look(self, rate: float) -> BudgetTrial:
         if rate not in self.trials:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 from cctool.base.errors import UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
-from cctool.data.serving.batches import Batches
 from cctool.operations.context import Context
 from cctool.operations.data import feed_of
 from cctool.options.prune.options import PruneOptions
@@ -51,20 +52,10 @@ def evidence_for(
         )
     # Shuffled, because the first images of a sorted set are all of one class.
     served = feed_of(checkpoint, source, options.data, context).plain("train", shuffle=True)
-    shown = context.reporter.progress(
-        served, f"{method.value}: looking at images", _batches(served, options.samples)
-    )
+    enough = 1 + sum(images < options.samples for images in accumulate(map(len, served.parts)))
+    steps = min(enough, len(served.parts))
+    shown = context.reporter.progress(served, f"{method.value}: looking at images", steps)
     found = gather(checkpoint.model.to(context.device), shown, options.samples, method, loss=cross_entropy)
     if found.images < options.samples:
         context.reporter.note(f"{method.value}: {found.images} training images were there to look at")
     return found
-
-
-def _batches(served: Batches, samples: int) -> int:
-    """How many batches hold so many images."""
-    count, images = 0, 0
-    for part in served.parts:
-        count, images = count + 1, images + len(part)
-        if images >= samples:
-            break
-    return count

@@ -21,17 +21,11 @@ from cctool.options.prune.choices import Granularity
 from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.report import ThinResult
 from cctool.pruning.masks.choose import Saliency, choose_masks, magnitude, unit_masks
-from cctool.pruning.masks.emptied import Emptied, find_emptied
+from cctool.pruning.masks.emptied import find_emptied
 from cctool.pruning.masks.report import MaskReport, report_masks, zero_percent
 from cctool.transforms.layers.base import swapped_layers
 
-__all__ = [
-    "EmptiedReport",
-    "MaskReport",
-    "emptied_cut",
-    "mask_channels",
-    "mask_weights",
-]
+__all__ = ["EmptiedReport", "MaskReport", "emptied_cut", "mask_channels", "mask_weights"]
 
 
 @dataclass(frozen=True)
@@ -144,7 +138,11 @@ def emptied_cut(
     idle = tuple(name for name, mask in masks_of(model).items() if bool(mask.all()))
     drop_masks(model, idle)
     return events.masked(cut), EmptiedReport(
-        families=_families(found),
+        families=tuple(
+            (family.name, family.units, int(kept.sum()))
+            for family, kept in zip(found.graph.families, found.selection.kept, strict=True)
+            if not bool(kept.all())
+        ),
         parameters_before=before,
         parameters_after=sum(parameter.numel() for parameter in model.parameters()),
         error=found.error,
@@ -191,11 +189,3 @@ def _with(checkpoint: Checkpoint, masks: Mapping[str, Tensor]) -> Checkpoint:
     add_masks(checkpoint.model, masks)
     # Optimizer state belongs to the weights before.
     return events.masked(replace(checkpoint, resume=None))
-
-
-def _families(found: Emptied) -> tuple[tuple[str, int, int], ...]:
-    return tuple(
-        (family.name, family.units, int(kept.sum()))
-        for family, kept in zip(found.graph.families, found.selection.kept, strict=True)
-        if not bool(kept.all())
-    )

@@ -71,7 +71,14 @@ def pictured(report: StepReport, options: PruneOptions, context: Context, label:
     path = picture_path(options, context, label)
     if path is None or report.cut is None:
         return report
-    _write_picture(report.cut, path, context)
+    widths = [
+        WidthBar(family.name, family.units * family.width, family.kept * family.width, family.note)
+        for family in report.cut.families
+    ]
+    before, after = report.cut.parameters_before, report.cut.parameters_after
+    share = f"parameters {before:,} -> {after:,} ({after / before:.1%})"
+    title = f"{path.name.split('.')[0]}: kept widths, {share}"
+    write_widths(widths, path, title, overwrite=context.force)
     return replace(report, picture=str(path))
 
 
@@ -88,16 +95,3 @@ def picture_path(options: PruneOptions, context: Context, label: str) -> Path | 
     path = Path(options.plot_file)
     check_picture_suffix(path)
     return labelled(path, label)
-
-
-def _write_picture(report: PruneReport, path: Path, context: Context) -> None:
-    """Draw the widths before and after a cut."""
-    widths = [
-        WidthBar(family.name, family.units * family.width, family.kept * family.width, family.note)
-        for family in report.families
-    ]
-    before, after = report.parameters_before, report.parameters_after
-    title = (
-        f"{path.name.split('.')[0]}: kept widths, parameters {before:,} -> {after:,} ({after / before:.1%})"
-    )
-    write_widths(widths, path, title, overwrite=context.force)

@@ -105,9 +105,16 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
     """
     labels = _labels(options)
     _refuse_existing(labels, options, context)
-    work = _begun(checkpoint, options, context)
-    changer = Changer(work.source, options, context, work.metrics)
-    start = current = _sparsified(checkpoint, changer, work)
+    # All that is read is opened first, so that no hours of training end in a refusal.
+    source = _data(checkpoint, options, context)
+    work = _opened(checkpoint, source, options, context)
+    work.metrics = measured_splits(checkpoint, source, options.data, context)
+    changer = Changer(source, options, context, work.metrics)
+    start = checkpoint
+    if options.sparsify is not None and source is not None:
+        # Training drives units towards zero down to the widths of the last step.
+        start = sparsified(checkpoint, source, options, context, changer.last_step(checkpoint))
+    current = start
     for step, label in enumerate(labels, start=1):
         base = current if options.step_mode is StepMode.PROGRESSIVE else start
         # A single step works on what it was given: a copy of a large network would not fit beside it.
@@ -117,9 +124,9 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
         current = _reset(changed, work)
         with bypassed(current.model):
             images = _recalibrate(current, changed, work)
-        current, of_change = events.changed(current, work.source, options.data, context)
+        current, of_change = events.changed(current, source, options.data, context)
         current, of_training = _finetuned(current, work)
-        after = measured_splits(current, work.source, options.data, context)
+        after = measured_splits(current, source, options.data, context)
         _warn_of_collapse(current, after, images, work)
         report = replace(
             step_report(changed, step, options, *work.scales.weigh(current)),
@@ -144,14 +151,6 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
         )
         # The pipeline moves what it writes to the CPU.
         current.model.to(context.device)
-
-
-def _begun(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> _Run:
-    """Open everything that is read, before hours of training end in a refusal."""
-    source = _data(checkpoint, options, context)
-    work = _opened(checkpoint, source, options, context)
-    work.metrics = measured_splits(checkpoint, source, options.data, context)
-    return work
 
 
 def _opened(
@@ -202,15 +201,6 @@ def _data(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Da
         if needed:
             return require_source(options.data, checkpoint, context, why)
     return open_source(options.data, checkpoint, context)
-
-
-def _sparsified(checkpoint: Checkpoint, changer: Changer, work: _Run) -> Checkpoint:
-    """Train towards the widths of the last step, where that was asked for."""
-    options = work.options
-    if options.sparsify is None or work.source is None:
-        return checkpoint
-    found = changer.last_step(checkpoint)
-    return sparsified(checkpoint, work.source, options, work.context, found)
 
 
 def _reset(changed: Changed, work: _Run) -> Checkpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from cctool.base.networks import some
 from cctool.operations.context import Told, metric_lines
 
 __all__ = ["planned", "told"]
@@ -37,7 +38,11 @@ def planned(report: Any) -> Iterator[Told]:
     title = f"step {report.step} of {report.steps}" if report.steps > 1 else ""
     if report.cut is not None:
         yield title, _FAMILY, [_family(family) for family in report.cut.families]
-        yield "cannot be cut", _FROZEN, [_frozen(place) for place in report.cut.frozen]
+        frozen = [
+            (x.parameter, x.dim, f"{x.indices} of {x.of}", x.op, x.module, x.reason)
+            for x in report.cut.frozen
+        ]
+        yield "cannot be cut", _FROZEN, frozen
     if report.masks is not None:
         yield title or "masks", _MASKS, [_mask(row) for row in report.masks.tensors]
     if report.emptied is not None:
@@ -59,19 +64,13 @@ def _shortened(title: str, columns: tuple[str, ...], rows: list[Any], kind: str)
 _FROZEN = ("parameter", "dim", "indices", "by", "in module", "why")
 
 
-def _frozen(place: Any) -> tuple[object, ...]:
-    indices = f"{place.indices} of {place.of}"
-    return place.parameter, place.dim, indices, place.op, place.module, place.reason
-
-
 def _comparison(cut: Any) -> str:
     same = f"cut equals masked within {cut.error:.1e} ({cut.precision or 'nothing was cut'})"
     if not cut.statistics:
         return same
     places = [f"{found.op} of {found.module}" if found.module else found.op for found in cut.statistics]
-    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
     return (
-        f"{same}, statistics running over the kept channels in both: {', '.join(places[:3])}{more} "
+        f"{same}, statistics running over the kept channels in both: {some(places)} "
         "(--exact leaves such widths alone)"
     )
 

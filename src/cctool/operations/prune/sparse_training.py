@@ -74,17 +74,20 @@ def sparsified(
     dense = replace(checkpoint, model=copied(checkpoint.model), resume=None)
     if found is None:
         plain = plain_checkpoint(dense)
-        found = plan_thinning(plain.model, example(plain), _at_once(options), seed=context.runtime.seed)
+        # What all steps remove, in one.
+        keep = None if options.keep is None else options.keep**options.steps
+        once = replace(options, steps=1, keep=keep)
+        found = plan_thinning(plain.model, example(plain), once, seed=context.runtime.seed)
     feed = feed_of(dense, source, options.data, context)
     penalty = _penalty(dense.model, found, wanted, wanted.epochs * len(feed.training()(0)))
     context.reporter.note(
         f"sparse training with {wanted.method}, {wanted.epochs} epoch{'s' if wanted.epochs > 1 else ''}"
     )
-    layers = swapped_layers(dense.model)
+    layers = len(swapped_layers(dense.model))
     if layers and wanted.method is not Sparsifier.GAMMA_L1:
         context.reporter.note(
-            "the penalty acts on biases, norms and ordinary weights; the coefficients of "
-            f"{len(layers)} layers are no channel's own"
+            f"the penalty acts on biases, norms and ordinary weights; the coefficients of {layers} layers "
+            "are no channel's own"
         )
     return finetune(
         dense,
@@ -96,12 +99,6 @@ def sparsified(
         # Validation would choose an early epoch, which is hardly sparse.
         choose_best=False,
     )
-
-
-def _at_once(options: PruneOptions) -> PruneOptions:
-    """The options that remove in one step what these remove in all of theirs."""
-    keep = None if options.keep is None else options.keep**options.steps
-    return replace(options, steps=1, keep=keep)
 
 
 def _penalty(model: nn.Module, found: ThinResult, wanted: SparsifyOptions, steps: int) -> Constraint:

@@ -53,28 +53,23 @@ class Changed:
     notes: tuple[str, ...] = ()
 
 
+@dataclass
 class Changer:
     """Does the steps of one command.
 
-    Args:
+    Attributes:
         source: its data; None without.
         options: what is asked for.
         context: device, reporter, tables.
         metrics: of the network that came in, for a budget.
+        target: where the search for a target ended in the step before.
     """
 
-    def __init__(
-        self,
-        source: DataSource | None,
-        options: PruneOptions,
-        context: Context,
-        metrics: tuple[Metrics, ...],
-    ) -> None:
-        self._source = source
-        self._options = options
-        self._context = context
-        self._metrics = metrics
-        self._target: TargetReport | None = None
+    source: DataSource | None
+    options: PruneOptions
+    context: Context
+    metrics: tuple[Metrics, ...]
+    target: TargetReport | None = None
 
     def changed(self, checkpoint: Checkpoint, step: int) -> Changed:
         """Cut or mask a checkpoint's network in place.
@@ -87,9 +82,9 @@ class Changer:
             PruningError: nothing can be cut, or a target or budget cannot be met.
             UsageError: a pattern or a table of rates names nothing of this network.
         """
-        options = self._options
+        options = self.options
         if options.apply_masks:
-            cut, emptied = emptied_cut(checkpoint, self._context, exclude=options.exclude, only=options.only)
+            cut, emptied = emptied_cut(checkpoint, self.context, exclude=options.exclude, only=options.only)
             return Changed(cut, emptied=emptied, notes=emptied.notes)
         if options.granularity is not Granularity.CHANNEL:
             return self._weights_masked(checkpoint, step)
@@ -104,44 +99,44 @@ class Changer:
 
     def last_step(self, checkpoint: Checkpoint) -> ThinResult:
         """Plan what all steps together will remove, from the network as it is; it stays so."""
-        at_once = replace(self._options, step_mode=StepMode.INDEPENDENT)
-        return self._planned(checkpoint, at_once, self._options.steps)[0]
+        at_once = replace(self.options, step_mode=StepMode.INDEPENDENT)
+        return self._planned(checkpoint, at_once, self.options.steps)[0]
 
     def _planned(
         self, checkpoint: Checkpoint, options: PruneOptions, step: int
     ) -> tuple[ThinResult, TargetReport | None, BudgetReport | None]:
-        context, plain = self._context, events.plain_checkpoint(checkpoint)
+        context, plain = self.context, events.plain_checkpoint(checkpoint)
         planner = Planner(
             plain.model,
             example(plain),
             options,
             seed=context.runtime.seed,
-            evidence=evidence_for(plain, self._source, options, context),
+            evidence=evidence_for(plain, self.source, options, context),
         )
         planner.spared |= events.fixed_widths(planner, checkpoint)
         if options.target is not None:
             found, target = within_target(
-                planner, options.target, self._target, checkpoint, options, context, step
+                planner, options.target, self.target, checkpoint, options, context, step
             )
             # Later steps of a progressive pruning start from less; the target is a share of what came in.
-            self._target = target
+            self.target = target
             return found, target, None
-        if options.max_drop is not None and self._source is not None:
-            found, budget = within_budget(planner, checkpoint, self._source, self._metrics, options, context)
+        if options.max_drop is not None and self.source is not None:
+            found, budget = within_budget(planner, checkpoint, self.source, self.metrics, options, context)
             return found, None, budget
         return planner.verified(planner.by_options(step)), None, None
 
     def _cut(self, checkpoint: Checkpoint, found: ThinResult) -> Changed:
         """Carry a plan out, and say what could not follow."""
-        cut, remarks = events.cut(checkpoint, found.plan, self._context)
+        cut, remarks = events.cut(checkpoint, found.plan, self.context)
         for remark in remarks:
-            self._context.reporter.warn(remark)
+            self.context.reporter.warn(remark)
         notes = (*found.report.notes, *_frozen_notes(found.report), *remarks)
         return Changed(cut, found.plan, found.report, notes=notes)
 
     def _weights_masked(self, checkpoint: Checkpoint, step: int) -> Changed:
-        options, context = self._options, self._context
-        evidence = evidence_for(checkpoint, self._source, options, context)
+        options, context = self.options, self.context
+        evidence = evidence_for(checkpoint, self.source, options, context)
         generator = torch.Generator().manual_seed(context.runtime.seed)
         saliency = partial(weight_saliency, options.method, evidence=evidence, generator=generator)
         rates = None if options.rates is None else read_rates(options.rates)
@@ -150,9 +145,9 @@ class Changer:
 
     def _table_notes(self) -> tuple[str, ...]:
         """The table of rates in words, for its file may change."""
-        if self._options.rates is None:
+        if self.options.rates is None:
             return ()
-        rows = (f"{name} {rate:g}" for name, rate in read_rates(self._options.rates).items())
+        rows = (f"{name} {rate:g}" for name, rate in read_rates(self.options.rates).items())
         return (f"rates: {', '.join(rows)}",)
 
 

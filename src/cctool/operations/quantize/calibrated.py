@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from cctool.base.errors import UsageError
@@ -49,7 +48,7 @@ from cctool.quantization.refine.adaround import adaround
 from cctool.quantization.refine.bias_correction import correct_biases
 from cctool.quantization.refine.equalize import equalize
 
-__all__ = ["run", "tensor_reports"]
+__all__ = ["float_weights", "run", "tensor_reports"]
 
 
 def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> Iterator[Outcome]:
@@ -65,14 +64,16 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     product, notes = in_floats(checkpoint, context, ordinary=options.activations)
     product.model.to(context.device)
     if options.calibration.equalize:
-        notes += _equalized(product, options)
+        found = equalize(product.model, plan(product, options).flow)
+        notes.append(f"the channels of {len(found.pairs)} pairs of layers were equalized")
+        notes += [f"not equalized: {item.name}: {item.reason}" for item in found.skipped]
     sensitivity: tuple[SensitivityReport, ...] = ()
     bits: Mapping[str, int] = {}
     if options.searches:
-        bits, sensitivity, found = searched_bits(product, options, source, context)
-        notes += found
+        bits, sensitivity, more = searched_bits(product, options, source, context)
+        notes += more
     planned = plan(product, options, bits)
-    floats = {layer.weight: _value(product, layer.weight) for layer in planned.layers}
+    floats = float_weights(product, planned)
     product = attached(product, planned)
     activations, images, more = _calibrated(product, planned, options, source, context)
     notes += more
@@ -123,9 +124,8 @@ def _refuse_blind(options: QuantizeOptions, source: DataSource | None) -> None:
 
 
 def _of_ranges(product: Checkpoint, options: QuantizeOptions) -> list[str]:
-    if options.calibration.reduce_range is not None:
-        return []
-    if not any(quantizer.config.reduce_range for _, _, quantizer, _ in quantized_weights(product.model)):
+    reduced = any(quantizer.config.reduce_range for _, _, quantizer, _ in quantized_weights(product.model))
+    if options.calibration.reduce_range is not None or not reduced:
         return []
     return [
         "weights of 8 bits use 7, because integer kernels of CPUs without VNNI saturate otherwise "
@@ -133,34 +133,25 @@ def _of_ranges(product: Checkpoint, options: QuantizeOptions) -> list[str]:
     ]
 
 
-def _equalized(product: Checkpoint, options: QuantizeOptions) -> list[str]:
-
-    found = equalize(product.model, plan(product, options).flow)
-    notes = [f"the channels of {len(found.pairs)} pairs of layers were equalized"]
-    return notes + [f"not equalized: {item.name}: {item.reason}" for item in found.skipped]
-
-
-def _value(checkpoint: Checkpoint, name: str) -> Tensor:
+def float_weights(checkpoint: Checkpoint, planned: Plan) -> dict[str, Tensor]:
+    """Copies on the CPU of the parameters that a plan will quantize, by name."""
     parameters = dict(checkpoint.model.named_parameters(remove_duplicate=False))
-    return parameters[name].detach().cpu().clone() if name in parameters else torch.empty(0)
+    names = [layer.weight for layer in planned.layers if layer.weight in parameters]
+    return {name: parameters[name].detach().cpu().clone() for name in names}
 
 
 def _calibrated(
-    product: Checkpoint,
-    planned: Plan,
-    options: QuantizeOptions,
-    source: DataSource | None,
-    context: Context,
+    product: Checkpoint, planned: Plan, options: QuantizeOptions, source: DataSource | None, context: Context
 ) -> tuple[tuple[ActivationReport, ...], int, list[str]]:
     if not planned.activations:
         return (), 0, []
     assert source is not None
     images, used = calibration_images(product, source, options.calibration.images, options.data, context)
     found = calibrated(product.model, planned, images, observing(options))
-    broken = [item for item in found if item.nonfinite]
     notes = [
         f"{item.name}: {item.nonfinite:,} infinities or NaN were left out when its range was found"
-        for item in broken
+        for item in found
+        if item.nonfinite
     ]
     for note in notes:
         context.reporter.warn(note)
@@ -168,11 +159,7 @@ def _calibrated(
 
 
 def _corrected(
-    product: Checkpoint,
-    planned: Plan,
-    options: QuantizeOptions,
-    source: DataSource | None,
-    context: Context,
+    product: Checkpoint, planned: Plan, options: QuantizeOptions, source: DataSource | None, context: Context
 ) -> list[str]:
     """Biases and rounding fitted to images."""
     asked, notes = options.calibration, []
@@ -249,5 +236,5 @@ def _weights_alone(
     parameters = {name for name, _ in product.model.named_parameters(remove_duplicate=False)}
     detach(product.model)
     product = replace(product, spec=with_quantizers(product.spec, product.model))
-    left = {f"{item.name}" for item in planned.left}
+    left = {item.name for item in planned.left}
     return encoded_directly(product, before, options, context, done=taken & parameters, left=left)

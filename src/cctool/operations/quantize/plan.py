@@ -142,13 +142,14 @@ def _unwanted(layer: PlacedLayer, options: QuantizeOptions) -> str:
         return "no --include matches it"
     if given is not None:
         return f"--layer {given.pattern}=float" if given.weights is None else ""
-    if options.activations and _edge(layer) and options.effective_edges is Edges.FLOAT:
+    if _edge(layer, options) is Edges.FLOAT:
         return "the first or the last layer (--edges float)"
     return "its weight has no elements" if 0 in layer.shape else ""
 
 
-def _edge(layer: PlacedLayer) -> bool:
-    return layer.first or layer.last
+def _edge(layer: PlacedLayer, options: QuantizeOptions) -> Edges | None:
+    """What ``--edges`` says of a layer; None where activations are not quantized, and for inner layers."""
+    return options.effective_edges if options.activations and (layer.first or layer.last) else None
 
 
 def fixed_bits(layer: PlacedLayer, options: QuantizeOptions) -> int | None:
@@ -156,8 +157,7 @@ def fixed_bits(layer: PlacedLayer, options: QuantizeOptions) -> int | None:
     given = _override(layer, options)
     if given is not None and given.weights is not None:
         return given.weights
-    edge = options.activations and _edge(layer) and options.effective_edges is Edges.EIGHT
-    return _EDGE_BITS if edge else None
+    return _EDGE_BITS if _edge(layer, options) is Edges.EIGHT else None
 
 
 def _weight_config(layer: PlacedLayer, options: QuantizeOptions, searched: int | None) -> QuantizerConfig:
@@ -168,7 +168,7 @@ def _weight_config(layer: PlacedLayer, options: QuantizeOptions, searched: int |
         bits = searched
     elif given is not None and given.weights is not None:
         bits = given.weights
-    elif options.activations and _edge(layer) and options.effective_edges is Edges.EIGHT:
+    elif _edge(layer, options) is Edges.EIGHT:
         # What a method of few bits does to the first and last layer is not for their 8.
         uniform, per_channel = uniform or bits != _EDGE_BITS, per_channel or not uniform
         bits = _EDGE_BITS
@@ -225,11 +225,7 @@ _CLIPS: dict[QuantizeMethod, Any] = {
 
 def _uniform(bits: int, options: QuantizeOptions) -> QuantizerConfig:
     return QuantizerConfig(
-        method="uniform",
-        bits=bits,
-        signed=False,
-        symmetric=options.calibration.symmetric,
-        momentum=_MOMENTUM,
+        method="uniform", bits=bits, signed=False, symmetric=options.calibration.symmetric, momentum=_MOMENTUM
     )
 
 

@@ -8,8 +8,8 @@ relative to the mean square instead. Weights are rounded to nearest for this, an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,14 @@ from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.encode import quantized_weights
 from cctool.operations.quantize.allocate_bits import Assignment, LayerChoice, cheapest, fewest_bytes
-from cctool.operations.quantize.plan import Plan, fixed_bits, plan
+from cctool.operations.quantize.plan import fixed_bits, plan
 from cctool.operations.quantize.prepare import attached, calibrated, observing
 from cctool.operations.quantize.report import SensitivityReport
 from cctool.operations.size import stored_bytes
 from cctool.options.quantize.options import QuantizeOptions
+from cctool.options.target import Target
 from cctool.quantization.calibration.weight_ranges import fit_weight
-from cctool.quantization.network.attach import attach, detach, only, quantizers_of
+from cctool.quantization.network.attach import attach, detach, only
 from cctool.quantization.network.edit import with_quantizers
 from cctool.quantization.network.points import CallPoint, weight_key
 
@@ -40,14 +41,6 @@ __all__ = ["damage_between", "searched_bits"]
 
 _MOST_IMAGES = 256
 """Images that damages are measured on: as many passes over them are needed as layers have choices."""
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Bytes by bits and weight, and of everything that does not depend on the choice."""
-
-    weights: Mapping[tuple[str, int], int]
-    others: int
 
 
 def searched_bits(
@@ -77,24 +70,23 @@ def searched_bits(
     if not names:
         raise QuantizationError("there is no layer whose bits can be chosen: all of them are given")
     tried = sorted(set(options.choices))
-    sizes = _sizes(product, options, names, tried, context)
-    images, used = _images(product, options, source, context)
-    damages = _damages(product, options, names, tried, images, context)
+    sizes, others = _sizes(product, options, names, tried, context)
+    wanted = min(options.calibration.images, _MOST_IMAGES)
+    images, used = calibration_images(product, source, wanted, options.data, context)
+    damages = _damages(product, options, names, tried, list(images), context)
     choices = [
-        LayerChoice(name, bits, damages[name, bits], sizes.weights[name, bits])
-        for name in names
-        for bits in tried
+        LayerChoice(name, bits, damages[name, bits], sizes[name, bits]) for name in names for bits in tried
     ]
     notes = [f"damages of {len(names)} layers were measured on {used:,} training images"]
     if options.target is not None:
-        found, more = _within_target(choices, sizes, product, options)
+        found, note = _within_target(choices, others, product, options.target)
     else:
-        found, more = _within_drop(choices, product, options, source, context)
+        found, note = _within_drop(choices, product, options, source, context)
     report = tuple(
         SensitivityReport(c.layer, c.bits, c.damage, c.bytes, chosen=found.bits[c.layer] == c.bits)
         for c in choices
     )
-    return dict(found.bits), report, notes + more
+    return dict(found.bits), report, [*notes, note]
 
 
 def damage_between(outputs: Tensor, wanted: Tensor) -> float:
@@ -117,22 +109,14 @@ def damage_between(outputs: Tensor, wanted: Tensor) -> float:
     return max(0.0, float(F.kl_div(q, p, log_target=True, reduction="none").sum(1).mean()))
 
 
-def _images(
-    product: Checkpoint, options: QuantizeOptions, source: DataSource, context: Context
-) -> tuple[list[Tensor], int]:
-    wanted = min(options.calibration.images, _MOST_IMAGES)
-    images, used = calibration_images(product, source, wanted, options.data, context)
-    return list(images), used
-
-
 def _sizes(
     product: Checkpoint,
     options: QuantizeOptions,
     names: Sequence[str],
     tried: Sequence[int],
     context: Context,
-) -> _Sizes:
-    """What weights take, as files store them."""
+) -> tuple[dict[tuple[str, int], int], int]:
+    """Bytes in a file by weight and bits, and of everything that does not depend on the choice."""
     weights: dict[tuple[str, int], int] = {}
     others = 0
     for bits in tried:
@@ -147,7 +131,7 @@ def _sizes(
         if not options.activations:
             detach(trial.model)
         others = stored_bytes(trial) - sum(weights[name, bits] for name in names)
-    return _Sizes(weights, others)
+    return weights, others
 
 
 @torch.no_grad()
@@ -169,7 +153,7 @@ def _damages(
             wanted = [_outputs(model, batch).cpu() for batch in images]
             for bits, name in context.reporter.progress(pairs, "measuring layers", len(pairs)):
                 if bits != present:
-                    _attach_weights(model, _plan_of(product, options, names, bits))
+                    _attach_weights(product, options, names, bits)
                     present = bits
                 with only(model, {weight_key(name)}):
                     found[name, bits] = _mean_damage(model, images, wanted)
@@ -178,13 +162,11 @@ def _damages(
     return found
 
 
-def _plan_of(product: Checkpoint, options: QuantizeOptions, names: Sequence[str], bits: int) -> Plan:
-    """The plan with the same bits for some weights; quantizers that there are do not count."""
-    detach(product.model)
-    return plan(product, options, dict.fromkeys(names, bits))
-
-
-def _attach_weights(model: nn.Module, planned: Plan) -> None:
+def _attach_weights(product: Checkpoint, options: QuantizeOptions, names: Sequence[str], bits: int) -> None:
+    """Attach quantizers of weights with these bits, in place of all that there are."""
+    model = product.model
+    detach(model)
+    planned = plan(product, options, dict.fromkeys(names, bits))
     calls = {
         layer.place: CallPoint(weight=layer.weight)
         for layer in planned.points.layers
@@ -212,18 +194,14 @@ def _mean_damage(model: nn.Module, images: Iterable[Tensor], wanted: Iterable[Te
 
 
 def _within_target(
-    choices: Sequence[LayerChoice], sizes: _Sizes, product: Checkpoint, options: QuantizeOptions
-) -> tuple[Assignment, list[str]]:
-    target = options.target
-    assert target is not None
-    before = stored_bytes(product)
-    limit = int(target.value * before if target.relative else target.value)
-    found = cheapest(choices, limit - sizes.others)
-    note = (
-        f"--target {target}: {found.bytes + sizes.others:,} of {limit:,} bytes, {sizes.others:,} of them for "
+    choices: Sequence[LayerChoice], others: int, product: Checkpoint, target: Target
+) -> tuple[Assignment, str]:
+    limit = int(target.value * stored_bytes(product) if target.relative else target.value)
+    found = cheapest(choices, limit - others)
+    return found, (
+        f"--target {target}: {found.bytes + others:,} of {limit:,} bytes, {others:,} of them for "
         "what has no bits to choose"
     )
-    return found, [note]
 
 
 def _within_drop(
@@ -232,7 +210,7 @@ def _within_drop(
     options: QuantizeOptions,
     source: DataSource,
     context: Context,
-) -> tuple[Assignment, list[str]]:
+) -> tuple[Assignment, str]:
     if "validation" not in source.loaders:
         raise UsageError(
             "--max-drop searches on the validation split: the data has none (--val-data names one)"
@@ -241,11 +219,10 @@ def _within_drop(
     assert options.max_drop is not None
     found, trials = fewest_bytes(choices, drop, options.max_drop)
     reached = next(trial for trial in trials if trial.assignment is found)
-    notes = [
+    return found, (
         f"{len(trials)} assignments of bits were measured on the validation split; the chosen one loses "
         f"{reached.drop:.2f} of {options.max_drop:g} points"
-    ]
-    return found, notes
+    )
 
 
 def _drop(
@@ -264,7 +241,6 @@ def _drop(
             images, _ = calibration_images(trial, source, options.calibration.images, options.data, context)
             calibrated(trial.model, planned, images, observing(options))
             trial = replace(trial, spec=with_quantizers(trial.spec, trial.model))
-        assert quantizers_of(trial.model) is not None
         after = measured(trial, source, options.data, context, split="validation")
         lost = before.values["top1"] - after.values["top1"]
         context.reporter.note(f"{assignment.bytes:,} bytes: {0 - lost:+.2f} points (n={after.n:,})")

@@ -6,8 +6,8 @@ The numbers come out the same on every device: tensors are encoded on the CPU, w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -34,52 +34,32 @@ from cctool.quantization.encodings.intn import INTN
 from cctool.quantization.encodings.uint8 import AFFINE_U8
 from cctool.quantization.network.tensors import SelectedTensor, Skipped, select
 
-__all__ = ["METHODS", "Method", "encode_selected", "encoded_directly", "run"]
+__all__ = ["METHODS", "encode_selected", "encoded_directly", "run"]
 
 
-@dataclass(frozen=True)
-class Method:
-    """An encoding, and its parameters for a tensor: (tensor, options, seed) -> parameters."""
-
-    encoding: Encoding
-    parameters: Callable[[SelectedTensor, QuantizeOptions, int], dict[str, JsonValue]]
-
-
-def _none(selected: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
-    return {}
-
-
-def _axis(selected: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
-    return {"axis": selected.channels if options.channelwise else None}
-
-
-def _integers(selected: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
-    return {
-        "bits": options.bits,
-        "symmetric": not options.asymmetric,
-        "axis": selected.channels if options.channelwise else None,
-        "group": options.group,
-    }
-
-
-def _clusters(selected: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
-    return {"kind": "kmeans", "bits": options.bits, "axis": None, "init": str(options.init), "seed": seed}
-
-
-def _powers(selected: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
-    axis = selected.channels if options.channelwise else None
-    terms = options.terms or default_terms(options.bits)
-    return {"kind": "apot", "bits": options.bits, "axis": axis, "terms": terms}
-
-
-METHODS: dict[QuantizeMethod, Method] = {
-    QuantizeMethod.FP16: Method(FP16, _none),
-    QuantizeMethod.BF16: Method(BF16, _none),
-    QuantizeMethod.UINT8: Method(AFFINE_U8, _axis),
-    QuantizeMethod.CODEBOOK: Method(CODEBOOK, _clusters),
-    QuantizeMethod.APOT: Method(CODEBOOK, _powers),
-    **dict.fromkeys(INTEGERS, Method(INTN, _integers)),
+METHODS: dict[QuantizeMethod, Encoding] = {
+    QuantizeMethod.FP16: FP16,
+    QuantizeMethod.BF16: BF16,
+    QuantizeMethod.UINT8: AFFINE_U8,
+    QuantizeMethod.CODEBOOK: CODEBOOK,
+    QuantizeMethod.APOT: CODEBOOK,
+    **dict.fromkeys(INTEGERS, INTN),
 }
+
+
+def _parameters(item: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
+    """What the encoding of the options' method is told of one tensor."""
+    method, bits, axis = options.method, options.bits, item.channels if options.channelwise else None
+    if method in (QuantizeMethod.FP16, QuantizeMethod.BF16):
+        return {}
+    if method is QuantizeMethod.UINT8:
+        return {"axis": axis}
+    if method is QuantizeMethod.CODEBOOK:
+        return {"kind": "kmeans", "bits": bits, "axis": None, "init": str(options.init), "seed": seed}
+    if method is QuantizeMethod.APOT:
+        terms = options.terms or default_terms(bits)
+        return {"kind": "apot", "bits": bits, "axis": axis, "terms": terms}
+    return {"bits": bits, "symmetric": not options.asymmetric, "axis": axis, "group": options.group}
 
 
 def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> Iterator[Outcome]:
@@ -144,9 +124,11 @@ def encode_selected(
         )
         stored |= dict.fromkeys(item.names, encoded)
         reports.append(found)
-    product = replace(product, stored=stored)
-    _decode_into(product, [item.names[0] for item in selected], context)
-    return product, reports
+    with torch.no_grad():
+        for item in selected:
+            encoded = stored[item.names[0]]
+            state[item.names[0]].copy_(context.tables.encodings[encoded.encoding].decode(encoded))
+    return replace(product, stored=stored), reports
 
 
 def encoded_directly(
@@ -188,11 +170,11 @@ def encoded_directly(
 
 
 def _refused(name: str, options: QuantizeOptions) -> bool:
-    names = (name, name.rpartition(".")[0])
-    if any(fnmatchcase(known, pattern) for pattern in options.exclude for known in names):
-        return True
-    included = any(fnmatchcase(known, pattern) for pattern in options.include for known in names)
-    return bool(options.include) and not included
+    def matches(patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, pattern) or fnmatchcase(module, pattern) for pattern in patterns)
+
+    module = name.rpartition(".")[0]
+    return matches(options.exclude) or (bool(options.include) and not matches(options.include))
 
 
 def _quantized(
@@ -202,11 +184,10 @@ def _quantized(
     options: QuantizeOptions,
     context: Context,
 ) -> tuple[EncodedTensor, TensorReport]:
-    method = METHODS[options.method]
     tensor = item.tensor.detach().cpu()
-    parameters = method.parameters(item, options, context.runtime.seed)
+    parameters = _parameters(item, options, context.runtime.seed)
     try:
-        encoded = encode_under_mask(tensor, mask, method.encoding, parameters)
+        encoded = encode_under_mask(tensor, mask, METHODS[options.method], parameters)
     except QuantizationError as error:
         raise QuantizationError(f"{item.names[0]}: {error}; --exclude leaves it as it is") from None
     max_error, sqnr = errors_between(tensor, context.tables.encodings[encoded.encoding].decode(encoded))
@@ -222,15 +203,6 @@ def _quantized(
         sqnr_db=sqnr,
     )
     return encoded, report
-
-
-def _decode_into(checkpoint: Checkpoint, names: Iterable[str], context: Context) -> None:
-    """Give the model the values that its stored tensors decode to."""
-    state = checkpoint.model.state_dict()
-    with torch.no_grad():
-        for name in names:
-            encoded = checkpoint.stored[name]
-            state[name].copy_(context.tables.encodings[encoded.encoding].decode(encoded))
 
 
 def _storage_notes(before: Checkpoint, after: Checkpoint, reports: list[TensorReport]) -> list[str]:

@@ -23,7 +23,7 @@ from cctool.operations.data import measured_splits, require_source, with_preproc
 from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.encode import settled
-from cctool.operations.quantize.calibrated import tensor_reports
+from cctool.operations.quantize.calibrated import float_weights, tensor_reports
 from cctool.operations.quantize.plan import Plan, plan
 from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing, reported
 from cctool.operations.quantize.report import QuantizeReport, counted, in_floating_point
@@ -53,7 +53,10 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     """
     source = require_source(options.data, checkpoint, context, "quantize")
     before = measured_splits(checkpoint, source, options.data, context)
-    objective, others = _objective(checkpoint, options, source, context)
+    objective: Objective | None = None
+    others: Mapping[str, Parent] = {}
+    if options.tuning.teacher is not None and options.epochs:
+        objective, others = distillation(checkpoint, source, options.tuning.teacher, context)
     make = _codebooks if options.method is QuantizeMethod.CODEBOOK else _quantizers
     product, found = make(checkpoint, options, source, objective, context)
     after = measured_splits(product, source, options.data, context)
@@ -70,14 +73,6 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     )
 
 
-def _objective(
-    checkpoint: Checkpoint, options: QuantizeOptions, source: DataSource, context: Context
-) -> tuple[Objective | None, Mapping[str, Parent]]:
-    if options.tuning.teacher is None or not options.epochs:
-        return None, {}
-    return distillation(checkpoint, source, options.tuning.teacher, context)
-
-
 def _quantizers(
     checkpoint: Checkpoint,
     options: QuantizeOptions,
@@ -88,8 +83,7 @@ def _quantizers(
     product, notes = in_floats(checkpoint, context, ordinary=True)
     product.model.to(context.device)
     planned = plan(product, options)
-    parameters = dict(product.model.named_parameters(remove_duplicate=False))
-    floats = {layer.weight: parameters[layer.weight].detach().cpu().clone() for layer in planned.layers}
+    floats = float_weights(product, planned)
     product, used = _attached(product, planned, options, source, context)
     if options.epochs:
         product = _trained(product, options, source, objective, context)

@@ -153,18 +153,18 @@ def _stopped(
     """Hand out the best epoch of a training that was stopped early; a resumed one takes its place."""
     last = folder.load(folder.last)
     step = last.history[-1]
-    best = best_of(last.resume, last.model.state_dict()) if last.resume is not None else None
+    resume = last.resume
+    best = best_of(resume, last.model.state_dict()) if resume is not None else None
     if best is not None:
         last.model.load_state_dict(best.weights)
-    elif last.resume is not None:
-        last.model.load_state_dict(last.model.state_dict() | average_in(last.resume.tensors))
+    elif resume is not None:
+        last.model.load_state_dict(last.model.state_dict() | average_in(resume.tensors))
     epoch = best.epoch if best is not None else done
     note = f"stopped after epoch {done} of {options.fit.epochs}, with the weights of epoch {epoch}"
     context.reporter.note(f"{note}; the same command with --resume goes on ({folder.last})")
     metrics = step.metrics_after if best is None or best.metrics is None else (best.metrics,)
     product = replace(last, history=last.history[:-1], resume=None)
-    keeps = options.keep_storage and last.resume is not None
-    forms = forms_from(last.resume.state.get("storage")) if keeps and last.resume is not None else {}
+    forms = forms_from(resume.state.get("storage")) if options.keep_storage and resume is not None else {}
     product, followed = events.trained(product, source, options.data, context, forms)
     if forms:
         metrics = metrics_of(product, source, options, context)

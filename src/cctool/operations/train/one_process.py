@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,10 @@ def fit_here(
         )
     first = int(str(start.resume.state["epoch"])) if start.resume else 0
     logs = open_logs(options, context, folder, first) if fabric.is_global_zero else ()
-    group = group_of(fabric)
+    measure = partial(
+        _measure, feed=feed, split="validation", options=options, context=context, group=group_of(fabric)
+    )
+    result = None
     try:
         with rate_penalties(model, fit_options.rate_weight) as penalties:
             result = fit(
@@ -102,26 +106,21 @@ def fit_here(
                     objective=objective,
                     lr=fit_options.learning_rate(fresh=start.fresh, normalised=has_batch_norm(model)),
                     fabric=fabric,
-                    validate=(lambda model: _measure(model, feed, "validation", options, context, group))
-                    if has_validation
-                    else None,
+                    validate=measure if has_validation else None,
                     user_code=context.user_code,
                     reporter=context.reporter,
-                    observers=(_Speaker(context, fit_options.epochs), *(log.epoch for log in logs)),
-                    save=_Saver(start, options, context, folder),
+                    observers=(partial(_speak, context, fit_options.epochs), *(log.epoch for log in logs)),
+                    save=partial(_save, start, options, context, folder),
                     resume=start.resume,
                     stop_after=run.stop_after,
                     input_shape=start.checkpoint.spec.input_shape,
                     constraints=(*events.constraints_of(start.checkpoint, forms), *penalties),
                 )
             )
-    except BaseException:
-        for log in logs:
-            log.close()
-        raise
-    if not result.completed:
-        for log in logs:
-            log.close()
+    finally:
+        if result is None or not result.completed:
+            for log in logs:
+                log.close()
     return Fitted(result.rows, result.best.epoch if result.best else None, result.completed, logs)
 
 
@@ -185,57 +184,41 @@ def open_logs(options: Any, context: Context, folder: RunFolder, first_epoch: in
     return tuple(logs)
 
 
-class _Speaker:
-    """Says after each epoch how it went."""
-
-    def __init__(self, context: Context, epochs: int) -> None:
-        self._reporter = context.reporter
-        self._epochs = epochs
-
-    def __call__(self, row: EpochRow, model: nn.Module) -> None:
-        parts = [f"loss {row.train['loss']:.4f}"]
-        if "top1" in row.train:
-            parts.append(f"top-1 {row.train['top1']:.2f} %")
-        parts += [
-            f"validation {name} {value:.4g}"
-            for name, value in row.validation.items()
-            if name not in ("top5",)
-        ]
-        parts += [f"lr {row.lr:.3g}", f"{row.batch_ms:.1f} ms a step"]
-        mark = " (best)" if row.best else ""
-        self._reporter.note(f"epoch {row.epoch}/{self._epochs}: {', '.join(parts)}{mark}")
+def _speak(context: Context, epochs: int, row: EpochRow, model: nn.Module) -> None:
+    """Say after an epoch how it went."""
+    parts = [f"loss {row.train['loss']:.4f}"]
+    if "top1" in row.train:
+        parts.append(f"top-1 {row.train['top1']:.2f} %")
+    parts += [f"validation {name} {value:.4g}" for name, value in row.validation.items() if name != "top5"]
+    parts += [f"lr {row.lr:.3g}", f"{row.batch_ms:.1f} ms a step"]
+    mark = " (best)" if row.best else ""
+    context.reporter.note(f"epoch {row.epoch}/{epochs}: {', '.join(parts)}{mark}")
 
 
-class _Saver:
-    """Writes ``last.pt`` and the CSV table after each epoch."""
-
-    def __init__(self, start: Start, options: Any, context: Context, folder: RunFolder) -> None:
-        self._start = start
-        self._options = options
-        self._context = context
-        self._folder = folder
-
-    def __call__(self, model: nn.Module, state: ResumeState, progress: Progress) -> None:
-        start, row = self._start, progress.rows[-1]
-        storage = {"storage": forms_to(start.forms)}
-        after = (
-            (Metrics(split="validation", n=row.validation_n, values=dict(row.validation)),)
-            if row.validation
-            else ()
-        )
-        unfinished = Outcome(
-            replace(
-                start.checkpoint, model=model, resume=ResumeState(state.tensors, {**state.state, **storage})
-            ),
-            None,
-            metrics_before=start.metrics_before,
-            metrics_after=after,
-            notes=start.notes(keep_storage=False),
-            others=start.others,
-            continues=start.continues,
-        )
-        self._folder.save(self._context.stamp(unfinished), self._folder.last)
-        write_csv(progress.rows, self._folder.path / "metrics.csv")
-        every = self._options.run.save_every
-        if every is not None and progress.epoch % every == 0:
-            self._folder.keep_copy(progress.epoch)
+def _save(
+    start: Start,
+    options: Any,
+    context: Context,
+    folder: RunFolder,
+    model: nn.Module,
+    state: ResumeState,
+    progress: Progress,
+) -> None:
+    """Write ``last.pt`` and the CSV table after an epoch."""
+    row = progress.rows[-1]
+    resume = ResumeState(state.tensors, {**state.state, "storage": forms_to(start.forms)})
+    measured = Metrics(split="validation", n=row.validation_n, values=dict(row.validation))
+    unfinished = Outcome(
+        replace(start.checkpoint, model=model, resume=resume),
+        None,
+        metrics_before=start.metrics_before,
+        metrics_after=(measured,) if row.validation else (),
+        notes=start.notes(keep_storage=False),
+        others=start.others,
+        continues=start.continues,
+    )
+    folder.save(context.stamp(unfinished), folder.last)
+    write_csv(progress.rows, folder.path / "metrics.csv")
+    every = options.run.save_every
+    if every is not None and progress.epoch % every == 0:
+        folder.keep_copy(progress.epoch)

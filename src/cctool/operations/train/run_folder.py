@@ -49,21 +49,11 @@ class RunFolder:
     def __init__(self, output: Path, tables: Tables) -> None:
         self.path = output.with_name(f"{output.stem}.run")
         self._tables = tables
-
-    @property
-    def last(self) -> Path:
-        """Checkpoint of the last completed epoch, with everything that resuming needs."""
-        return self.path / "last.pt"
-
-    @property
-    def start(self) -> Path:
-        """What worker processes start from."""
-        return self.path / "start.pt"
-
-    @property
-    def best(self) -> Path:
-        """The best epoch so far, where training broke off."""
-        return self.path / "best.pt"
+        # Checkpoints: the last completed epoch, with all that resuming needs; what worker processes start
+        # from; the best epoch so far, of a training that was interrupted.
+        self.last = self.path / "last.pt"
+        self.start = self.path / "start.pt"
+        self.best = self.path / "best.pt"
 
     def refuse_earlier(self, *, force: bool) -> None:
         """Refuse to write over the completed epochs of an earlier training.

@@ -118,8 +118,7 @@ class Teacher:
             return main_output(self.model(self._converted(images))).float()
 
     def _converted(self, images: Tensor) -> Tensor:
-        same_values = self._own == self._given
-        if same_values and tuple(images.shape[1:]) == self._shape:
+        if self._own == self._given and tuple(images.shape[1:]) == self._shape:
             return images
         plain = images * _row(self._given.std, images) + _row(self._given.mean, images)
         plain = convert(plain, self._shape)

@@ -94,11 +94,9 @@ def _job(verb: str, start: Start, options: Any, context: Context) -> dict[str, A
     ).history[-1]
     return {
         "verb": verb,
-        "options": TypeAdapter(type(options)).dump_python(options, mode="json"),
-        "model_options": TypeAdapter(type(context.model_options)).dump_python(
-            context.model_options, mode="json"
-        ),
-        "runtime": TypeAdapter(type(context.runtime)).dump_python(context.runtime, mode="json"),
+        "options": _dumped(options),
+        "model_options": _dumped(context.model_options),
+        "runtime": _dumped(context.runtime),
         "device": str(context.device),
         "user_code": sorted(context.user_code),
         "output": str(context.output),
@@ -106,6 +104,10 @@ def _job(verb: str, start: Start, options: Any, context: Context) -> dict[str, A
         "forms": forms_to(start.forms),
         "step": template.model_dump(mode="json"),
     }
+
+
+def _dumped(options: Any) -> Any:
+    return TypeAdapter(type(options)).dump_python(options, mode="json")
 
 
 def _environment(run: RunOptions, device: torch.device) -> dict[str, str]:
@@ -158,20 +160,15 @@ def _listen(
                     failures[rank] = ("", f"worker {rank} ended with status {message['end']}")
             elif "error" in message:
                 failures[rank] = tuple(message["error"])
-            else:
-                _pass_on(message, context)
+            elif "note" in message:
+                context.reporter.note(message["note"])
+            elif "warn" in message:
+                context.reporter.warn(message["warn"])
             if failures:
                 # The others fail because this one has gone; the first cause may still be on its way.
                 deadline = min(deadline, time.monotonic() + _PATIENCE)
     if failures:
         raise _error(failures, folder)
-
-
-def _pass_on(message: dict[str, Any], context: Context) -> None:
-    if "note" in message:
-        context.reporter.note(message["note"])
-    elif "warn" in message:
-        context.reporter.warn(message["warn"])
 
 
 def _error(failures: dict[int, Any], folder: RunFolder) -> CctoolError:

@@ -99,8 +99,7 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
         TransformError: if nothing can be replaced, or the network cannot compute with complex numbers.
     """
     kernel = basis_kernel(options.kernel, "--kernel")
-    selected, skipped = select_layers(checkpoint.model, options.weights.layers)
-    _refuse_none(selected, skipped)
+    selected, skipped = _selected(checkpoint, options.weights.layers)
     source = open_source(options.data, checkpoint, context)
     before = measured_splits(checkpoint, source, options.data, context)
     stored = events.stored(checkpoint, context.tables, settle=False)
@@ -148,8 +147,7 @@ def with_basis(checkpoint: Checkpoint, kernel: str, layers: Sequence[str], optio
         TransformError: if a layer cannot be replaced, or the network cannot compute with complex numbers.
     """
     known = basis_kernel(kernel, option)
-    selected, skipped = select_layers(checkpoint.model, layers)
-    _refuse_none(selected, skipped)
+    selected, _ = _selected(checkpoint, layers)
     return _changed(checkpoint, selected, known, normalize_gradients=False)[0]
 
 
@@ -164,17 +162,17 @@ def basis_kernel(name: str, option: str) -> str:
     return name
 
 
-def _refuse_none(selected: Sequence[SelectedLayer], skipped: Sequence[SkippedLayer]) -> None:
+def _selected(
+    checkpoint: Checkpoint, layers: Sequence[str]
+) -> tuple[Sequence[SelectedLayer], Sequence[SkippedLayer]]:
+    selected, skipped = select_layers(checkpoint.model, layers)
     if not selected:
         raise TransformError(f"nothing is left to replace: {'; '.join(counted(skipped))}")
+    return selected, skipped
 
 
 def _changed(
-    checkpoint: Checkpoint,
-    selected: Sequence[SelectedLayer],
-    kernel: str,
-    *,
-    normalize_gradients: bool,
+    checkpoint: Checkpoint, selected: Sequence[SelectedLayer], kernel: str, *, normalize_gradients: bool
 ) -> tuple[Checkpoint, tuple[str, ...]]:
     """The checkpoint of the changed network, and which of its modules compute with complex numbers since."""
     if kernel == "dft" and any(edit.get("kind") == "tap" for edit in checkpoint.spec.edits):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -157,16 +158,9 @@ def codec_configs(options: TransformOptions, sites: Sequence[Site], images: int)
     features, kernel = options.features, options.kernel
     plain = kernel == "identity" and not features.channel_klt
     tables = None if plain and features.q_table is None else _tables(options)
-    calibrated: list[Any] = [
-        name
-        for name, chosen in (
-            ("k", features.k is None),
-            ("prequantizer", features.prequantizer is Prequantizer.AUTO),
-        )
-        if chosen
-    ]
-    signed = "unsigned" if features.prequantizer is Prequantizer.AUTO else str(features.prequantizer)
-    shift = features.mean_shift
+    auto = features.prequantizer is Prequantizer.AUTO
+    calibrated: list[Any] = ["k"] if features.k is None else []
+    calibrated += ["prequantizer"] if auto else []
     shared: dict[str, Any] = {
         "kernel": kernel,
         "bits": features.bits,
@@ -174,9 +168,9 @@ def codec_configs(options: TransformOptions, sites: Sequence[Site], images: int)
         "block": features.block,
         "levels": features.levels,
         "norm": str(features.norm),
-        "mean_shift": is_wavelet(kernel) if shift is None else shift,
-        "prequantizer": signed,
-        "k": 0 if features.k is None else features.k,
+        "mean_shift": is_wavelet(kernel) if features.mean_shift is None else features.mean_shift,
+        "prequantizer": "unsigned" if auto else str(features.prequantizer),
+        "k": features.k or 0,
         "quality": features.quality,
         "dead_zone": features.dead_zone,
         "channel_klt": features.channel_klt,
@@ -193,7 +187,7 @@ def codec_configs(options: TransformOptions, sites: Sequence[Site], images: int)
                 **shared,
                 table=table.steps,
                 original_units=table.original,
-                calibrated=tuple([*calibrated, "table"] if table.scaled else calibrated),
+                calibrated=(*calibrated, "table") if table.scaled else tuple(calibrated),
             )
         except ValidationError as error:
             raise UsageError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from None
@@ -203,11 +197,8 @@ def codec_configs(options: TransformOptions, sites: Sequence[Site], images: int)
 def _tables(options: TransformOptions) -> TableChoice:
     features, kernel = options.features, options.kernel
     default = TableChoice(default_table(kernel, features.block, features.levels, features.bits))
-    choice = (
-        preset_tables(options.preset, features.block, features.levels) if features.q_table is None else None
-    )
     if features.q_table is None:
-        return choice or default
+        return preset_tables(options.preset, features.block, features.levels) or default
     found = read_tables(features.q_table)
     for pattern, steps in found.items():
         who = f"--q-table {features.q_table}: {pattern}"
@@ -233,12 +224,8 @@ def measured_with_figures(
     metrics, statistics = [], NetworkStatistics(checkpoint.model)
     shown = splits[-1] if splits else "train"
     for split in splits or [shown]:
-        if split == shown:
-            with recording(checkpoint.model, statistics):
-                found = measured(checkpoint, source, data, context, split=split)
-        else:
-            found = measured(checkpoint, source, data, context, split=split)
-        metrics.append(found)
+        with recording(checkpoint.model, statistics) if split == shown else nullcontext():
+            metrics.append(measured(checkpoint, source, data, context, split=split))
     return tuple(metrics), shown, statistics.figures()
 
 
@@ -249,8 +236,7 @@ def _ratio(figures: Sequence[TapFigures], bits: int) -> float:
 def _notes(
     product: Checkpoint, figures: Sequence[TapFigures], options: TransformOptions, used: int, replaced: int
 ) -> tuple[str, ...]:
-    hooks: Mapping[str, Any] = taps_of(product.model)
-    offsets = [name for name, hook in hooks.items() if hook.codec.prequantizer == "offset"]
+    offsets = [name for name, hook in taps_of(product.model).items() if hook.codec.prequantizer == "offset"]
     notes = [f"calibrated on {used} training images"]
     if replaced:
         notes.append(f"{replaced} taps that were there were replaced")

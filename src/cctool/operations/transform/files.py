@@ -13,7 +13,7 @@ from cctool.analysis.workbook import check_suffix, write_report
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.atomic_folder import folder_atomically, refuse_existing_folder
 from cctool.checkpoint.spec import Metrics
-from cctool.operations.context import Context, refuse_existing
+from cctool.operations.context import Context, header, refuse_existing
 from cctool.transforms.codec.figures import TapFigures
 
 __all__ = ["file_stems", "refuse_reports", "write_reports"]
@@ -73,7 +73,9 @@ def write_reports(
     """
     written = []
     if wanted.report_file is not None:
-        notes = (*_identity(checkpoint, figures, measured_on), *_accuracy(before, after))
+        samples = max((tap.samples for tap in figures), default=0)
+        measured = ("Measured on", f"{measured_on}, n={samples:,}")
+        notes = (*header(checkpoint, measured), *_accuracy(before, after))
         write_report(feature_report(figures, notes), Path(wanted.report_file), overwrite=context.force)
         written.append(wanted.report_file)
     if wanted.histograms is not None:
@@ -108,23 +110,6 @@ def file_stems(names: Sequence[str]) -> list[str]:
 
 def _is_picture(name: str) -> bool:
     return name.endswith(".png")
-
-
-def _identity(
-    checkpoint: Checkpoint, figures: Sequence[TapFigures], measured_on: str
-) -> list[tuple[str, str]]:
-    from cctool import __version__
-
-    arguments = ", ".join(f"{key}={value}" for key, value in checkpoint.spec.arguments.items())
-    samples = max((tap.samples for tap in figures), default=0)
-    notes = [
-        ("Network", f"{checkpoint.spec.architecture}({arguments})"),
-        ("Measured on", f"{measured_on}, n={samples:,}"),
-        ("History", " > ".join(step.verb for step in checkpoint.history) or "none"),
-    ]
-    if checkpoint.origin is not None:
-        notes += [("File", checkpoint.origin.path), ("SHA-256 of the file", checkpoint.origin.file)]
-    return [*notes, ("Written by", f"cctool {__version__}")]
 
 
 def _accuracy(before: Sequence[Metrics], after: Sequence[Metrics]) -> list[tuple[str, str]]:

@@ -137,12 +137,7 @@ def search_quality(
 
 
 def reach_ratio(
-    checkpoint: Checkpoint,
-    source: DataSource,
-    ratio: float,
-    count: int,
-    data: DataOptions,
-    context: Context,
+    checkpoint: Checkpoint, source: DataSource, ratio: float, count: int, data: DataOptions, context: Context
 ) -> SearchReport:
     """Find the best quality that compresses by ``ratio``, and set it on all taps.
 
@@ -195,9 +190,8 @@ def sweep_qualities(
     data: DataOptions,
     context: Context,
     choose_orders: Callable[[], None],
-    qualities: Sequence[float] = QUALITIES,
 ) -> tuple[SweepPoint, ...]:
-    """Measure qualities on the validation and test splits, or the training split where there are none.
+    """Measure `QUALITIES` on the validation and test splits, or the training split where there are none.
 
     Args:
         checkpoint: with calibrated taps; they end with the quality and orders that they have.
@@ -205,13 +199,12 @@ def sweep_qualities(
         data: batch size and workers.
         context: device and precision.
         choose_orders: sets the orders of the code for the steps as they are.
-        qualities: 1 to 100.
     """
     model = checkpoint.model
     codecs = {name: hook.codec for name, hook in taps_of(model).items()}
     splits = [split for split in ("validation", "test") if split in source.loaders] or ["train"]
     points = []
-    for quality in qualities:
+    for quality in QUALITIES:
         set_quality(model, quality)
         choose_orders()
         for split in splits:

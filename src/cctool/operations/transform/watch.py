@@ -58,62 +58,49 @@ def refuse_unwatched(checkpoint: Checkpoint, options: EvaluateOptions, context: 
         refuse_existing_folder(Path(options.bitstream), overwrite=context.force, ours=is_ours)
 
 
+@dataclass(frozen=True)
 class TapWatch:
     """Looks at every pass through a tap, once on the way of a split through the network."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        data: str,
-        split: str,
-        options: EvaluateOptions,
-        context: Context,
-        folder: Path | None,
-    ) -> None:
-        self._checkpoint, self._data, self._split = checkpoint, data, split
-        self._options, self._context, self._folder = options, context, folder
-        self._statistics = NetworkStatistics(checkpoint.model)
-        self._streams: Bitstreams | None = None
-        if options.through_bitstream or folder is not None:
-            self._streams = Bitstreams(checkpoint.model, folder, through=options.through_bitstream)
+    checkpoint: Checkpoint
+    data: str
+    split: str
+    options: EvaluateOptions
+    context: Context
+    folder: Path | None
+    statistics: NetworkStatistics
+    streams: Bitstreams | None
 
     def __call__(self, name: str, symbols: Symbols, x: Tensor, y: Tensor) -> Tensor | None:
         """Count one pass, and write it; what it decodes to, where that goes on."""
-        self._statistics(name, symbols, x, y)
-        return None if self._streams is None else self._streams(name, symbols, x, y)
+        self.statistics(name, symbols, x, y)
+        return None if self.streams is None else self.streams(name, symbols, x, y)
 
     def batches(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """Pass the batches of the split on."""
-        return batches if self._streams is None else self._streams.batches(batches)
+        return batches if self.streams is None else self.streams.batches(batches)
 
     def finish(self, metrics: Metrics | None) -> Seen:
         """Write everything that was asked for, once all batches have passed."""
-        figures = self._statistics.figures()
-        options, written = self._options, []
+        figures, written = self.statistics.figures(), []
+        bitstream = self.options.bitstream
         streams: tuple[StreamFigures, ...] = ()
-        if self._streams is not None:
-            streams, entries = self._streams.finish(
-                None if options.bitstream is None else Path(options.bitstream)
-            )
-            if self._folder is not None:
+        if self.streams is not None:
+            streams, entries = self.streams.finish(None if bitstream is None else Path(bitstream))
+            if self.folder is not None:
                 index = Index(
-                    network=self._checkpoint.spec.architecture,
-                    data=self._data,
-                    split=self._split,
-                    made_with=made_with(self._context.device),
+                    network=self.checkpoint.spec.architecture,
+                    data=self.data,
+                    split=self.split,
+                    made_with=made_with(self.context.device),
                     streams=entries,
                 )
-                write_index(index, self._folder)
-                written.append(str(options.bitstream))
-        measured_on = f"{self._data}, {self._split} split"
+                write_index(index, self.folder)
+                written.append(str(bitstream))
+        measured_on = f"{self.data}, {self.split} split"
         after = () if metrics is None else (metrics,)
-        written += write_reports(figures, options, self._checkpoint, measured_on, (), after, self._context)
+        written += write_reports(figures, self.options, self.checkpoint, measured_on, (), after, self.context)
         return Seen(figures, streams, tuple(written))
-
-    def close(self) -> None:
-        """Close all files, also where something failed."""
-        if self._streams is not None:
-            self._streams.close()
 
 
 @contextlib.contextmanager
@@ -130,12 +117,15 @@ def watched(
         context: device, and whether files may be replaced.
     """
     with contextlib.ExitStack() as stack:
-        folder = None
+        folder = streams = None
         if options.bitstream is not None:
             folder = stack.enter_context(
                 folder_atomically(Path(options.bitstream), overwrite=context.force, ours=is_ours)
             )
-        watch = TapWatch(checkpoint, data, split, options, context, folder)
-        stack.callback(watch.close)
+        if options.through_bitstream or folder is not None:
+            streams = Bitstreams(checkpoint.model, folder, through=options.through_bitstream)
+            stack.callback(streams.close)
+        statistics = NetworkStatistics(checkpoint.model)
+        watch = TapWatch(checkpoint, data, split, options, context, folder, statistics, streams)
         stack.enter_context(recording(checkpoint.model, watch))
         yield watch

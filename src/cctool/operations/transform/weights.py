@@ -6,25 +6,22 @@ select -> plain weight -> coefficients per axis -> corner | mask -> swap edits, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cctool.base.errors import TransformError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import add_masks, mask_name
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.tables import Tables
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import measured_splits, open_source
 from cctool.operations.keep import events
 from cctool.operations.size import stored_bytes
 from cctool.operations.transform.weights_report import (
-    CodedLayerReport,
     TransformWeightsReport,
     coded_layer_report,
     counted,
     layer_bytes,
-    unshrunk,
 )
 from cctool.options.transform.choices import Select
 from cctool.options.transform.options import TransformOptions, WeightOptions
@@ -47,12 +44,10 @@ class _Coded:
     Attributes:
         selected: the layer as it was.
         layer: that takes its place.
-        places: coefficients before any were left out.
     """
 
     selected: SelectedLayer
     layer: CoefficientLayer
-    places: int
 
     @property
     def name(self) -> str:
@@ -71,7 +66,9 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     selected, skipped = select_layers(checkpoint.model, options.weights.layers)
     source = open_source(options.data, checkpoint, context)
     before = measured_splits(checkpoint, source, options.data, context)
-    sizes = _Sizes.of(checkpoint, selected, context.tables)
+    stored = events.stored(checkpoint, context.tables, settle=False)
+    bytes_before = {item.names[0]: layer_bytes(stored, item.names[0]) for item in selected}
+    network_before = stored_bytes(stored)
     coded, untouched = _coded(selected, options, context)
     skipped = [*skipped, *untouched]
     if not coded:
@@ -80,44 +77,27 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     product = _with_layers(checkpoint, coded, options.weights)
     product, followed = events.changed(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
-    layers = _layer_reports(coded, sizes, product)
-    notes += [*followed, *unshrunk(layers)]
+    layers = tuple(
+        coded_layer_report(item.name, item.selected.plain, item.layer, bytes_before[item.name], product)
+        for item in coded
+    )
+    notes += followed
+    notes += [
+        f"{layer.name} does not shrink: {layer.bytes_before:,} -> {layer.bytes_after:,} bytes"
+        for layer in layers
+        if layer.bytes_after > layer.bytes_before
+    ]
     report = TransformWeightsReport(
         kernel=options.kernel,
         layers=layers,
         skipped=tuple(skipped),
-        bytes_before=sizes.network,
+        bytes_before=network_before,
         bytes_after=stored_bytes(product),
         metrics_before=before,
         metrics_after=after,
         notes=tuple(notes),
     )
     yield Outcome(product, report, metrics_before=before, metrics_after=after, notes=tuple(notes))
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Bytes of a network as it is stored, and of its layers by name."""
-
-    network: int
-    layers: Mapping[str, int]
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, selected: Sequence[SelectedLayer], tables: Tables) -> _Sizes:
-        stored = events.stored(checkpoint, tables, settle=False)
-        layers = {item.names[0]: layer_bytes(stored, item.names[0]) for item in selected}
-        return cls(stored_bytes(stored), layers)
-
-
-def _layer_reports(
-    coded: Sequence[_Coded], sizes: _Sizes, product: Checkpoint
-) -> tuple[CodedLayerReport, ...]:
-    return tuple(
-        coded_layer_report(
-            item.name, item.selected.plain, item.layer, item.places, sizes.layers[item.name], product
-        )
-        for item in coded
-    )
 
 
 def with_coefficients(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> Checkpoint:
@@ -151,22 +131,14 @@ def _coded(
     weights, coded, untouched = options.weights, [], []
     for item in context.reporter.progress(selected, "transforming", len(selected)):
         axes = transformed_axes(
-            item.plain.weight,
-            options.kernel,
-            axes=weights.axes,
-            block=weights.block,
-            levels=weights.levels,
+            item.plain.weight, options.kernel, axes=weights.axes, block=weights.block, levels=weights.levels
         )
-        if not axes:
-            where = f"{weights.axes or 'channel and spatial'} axes of size 1"
-            untouched.append(SkippedLayer(item.names[0], f"it has only {where}"))
-            continue
-        reason = _too_long(axes)
+        small = f"it has only {weights.axes or 'channel and spatial'} axes of size 1"
+        reason = _too_long(axes) if axes else small
         if reason:
             untouched.append(SkippedLayer(item.names[0], reason))
-            continue
-        layer = coefficient_layer(item.plain, Coefficients(axes=axes))
-        coded.append(_Coded(item, layer, item.plain.weight.numel()))
+        else:
+            coded.append(_Coded(item, coefficient_layer(item.plain, Coefficients(axes=axes))))
     return coded, untouched
 
 

@@ -19,14 +19,7 @@ from cctool.transforms.layers.axes import TransformedAxis
 from cctool.transforms.layers.coefficients import CoefficientLayer
 from cctool.transforms.layers.which import SkippedLayer
 
-__all__ = [
-    "CodedLayerReport",
-    "TransformWeightsReport",
-    "coded_layer_report",
-    "counted",
-    "layer_bytes",
-    "unshrunk",
-]
+__all__ = ["CodedLayerReport", "TransformWeightsReport", "coded_layer_report", "counted", "layer_bytes"]
 
 _AXES = {2: ("out", "in"), 4: ("out", "in", "height", "width")}
 
@@ -106,12 +99,7 @@ class TransformWeightsReport:
 
 
 def coded_layer_report(
-    name: str,
-    before: nn.Linear | nn.Conv2d,
-    layer: CoefficientLayer,
-    places: int,
-    bytes_before: int,
-    product: Checkpoint,
+    name: str, before: nn.Linear | nn.Conv2d, layer: CoefficientLayer, bytes_before: int, product: Checkpoint
 ) -> CodedLayerReport:
     """Compare a layer with the ordinary one that it took the place of."""
     mask = layer._buffers.get(mask_name("coefficients"))
@@ -122,7 +110,7 @@ def coded_layer_report(
         shape=tuple(before.weight.shape),
         axes=", ".join(_described(axis, before.weight.dim()) for axis in layer.arguments.axes),
         kept=kept,
-        places=places,
+        places=before.weight.numel(),
         bytes_before=bytes_before,
         bytes_after=layer_bytes(product, name),
         relative_error=error,
@@ -160,15 +148,6 @@ def _parts(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
             continue
         form = checkpoint.stored.get(f"{name}.{leaf}")
         yield from [tensor] if form is None else form.parts.values()
-
-
-def unshrunk(layers: Sequence[CodedLayerReport]) -> list[str]:
-    """What the notes say of layers that take more bytes than before."""
-    return [
-        f"{layer.name} does not shrink: {layer.bytes_before:,} -> {layer.bytes_after:,} bytes"
-        for layer in layers
-        if layer.bytes_after > layer.bytes_before
-    ]
 
 
 def counted(skipped: Sequence[SkippedLayer]) -> list[str]:

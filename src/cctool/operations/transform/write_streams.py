@@ -106,13 +106,12 @@ class _Hashes:
 class _TapStream:
     """The stream of one tap while it is written."""
 
-    def __init__(self, name: str, model: nn.Module, path: Path | None, file: str | None) -> None:
-        self.name, self.file = name, file
+    def __init__(self, name: str, model: nn.Module, path: Path | None) -> None:
+        self.name, self.file = name, "" if path is None else path.name
         self._state, self._shape = state_of(model, name), taps_of(model)[name].shape
-        self._target = _Target(path)
+        self.target = _Target(path)
         self._writer: Writer | None = None
         self._front = b""
-        self.header: StreamHeader | None = None
         self.payload_bits = 0
         self.elements = 0
         self.passes: list[_Hashes] = []
@@ -125,29 +124,28 @@ class _TapStream:
             TransformError: if a pass has maps of another size than the same pass of earlier batches.
         """
         if self._writer is None:
-            self._begin(y)
-        assert self._writer is not None
-        assert self.header is not None
+            self._writer = self._begun(y)
         codec, number = self._state.config, self.pass_now
         self.pass_now += 1
         flat = flat_symbols(symbols, signed=codec.signed)
         self._writer.append(flat, codec.k, signed=codec.signed, side=side_bytes(number, symbols))
         self.payload_bits += int(code_bits(histogram(flat, signed=codec.signed))[codec.k])
         self.elements += y.numel()
-        chunk = self._target.take()
+        chunk = self.target.take()
         decoded = self._decoded(chunk, y.device) if decode else None
         self._hash(number, flat, y if decoded is None else decoded)
         return decoded
 
-    def _begin(self, y: Tensor) -> None:
+    def _begun(self, y: Tensor) -> Writer:
         dtype = str(y.dtype).removeprefix("torch.")
-        self.header = StreamHeader.model_validate(
+        header = StreamHeader.model_validate(
             {"tap": self.name, "codec": self._state.config, "shape": self._shape, "dtype": dtype}
         )
-        self._writer = Writer(cast("BinaryIO", self._target), self.header.model_dump(mode="json"))
+        writer = Writer(cast("BinaryIO", self.target), header.model_dump(mode="json"))
         nothing = torch.zeros(0, dtype=torch.int8)
-        self._writer.append(nothing, 0, signed=True, side=state_bytes(self._state, self._shape))
-        self._front = self._target.take()
+        writer.append(nothing, 0, signed=True, side=state_bytes(self._state, self._shape))
+        self._front = self.target.take()
+        return writer
 
     def _decoded(self, chunk: bytes, device: torch.device) -> Tensor:
         """What the bytes alone say: those of the header and the codec, and those of one chunk."""
@@ -170,18 +168,30 @@ class _TapStream:
         hashes.symbols.update(symbols_as_bytes(flat))
         hashes.maps.update(maps_as_bytes(y))
 
-    def finish(self) -> IndexedStream | None:
+    def finish(self, folder: Path | None) -> tuple[StreamFigures, IndexedStream] | None:
         """Write the end; None where the tap was never passed."""
         if self._writer is not None:
             self._writer.finish()
-        self.close()
+        self.target.close()
         if self._writer is None:
             return None
-        return IndexedStream(
+        size = self._writer.written
+        figures = StreamFigures(
             tap=self.name,
-            file=self.file or "",
-            bytes=self._writer.written,
-            sha256=self._target.sha256.hexdigest(),
+            file=str(folder / self.file) if folder is not None and self.file else None,
+            elements=self.elements,
+            payload_bits=self.payload_bits,
+            side_bits=8 * size - self.payload_bits,
+            file_bytes=size,
+            bits_per_element=8 * size / self.elements,
+            ratio_8bit=self.elements / size,
+            ratio_float32=4 * self.elements / size,
+        )
+        return figures, IndexedStream(
+            tap=self.name,
+            file=self.file,
+            bytes=size,
+            sha256=self.target.sha256.hexdigest(),
             payload_bits=self.payload_bits,
             passes=tuple(
                 IndexedMaps(
@@ -192,26 +202,6 @@ class _TapStream:
                 )
                 for number, hashes in enumerate(self.passes)
             ),
-        )
-
-    def close(self) -> None:
-        """Close the file."""
-        self._target.close()
-
-    def figures(self, folder: Path | None) -> StreamFigures:
-        """Sizes, once it is finished."""
-        assert self._writer is not None
-        size = self._writer.written
-        return StreamFigures(
-            tap=self.name,
-            file=None if folder is None or self.file is None else str(folder / self.file),
-            elements=self.elements,
-            payload_bits=self.payload_bits,
-            side_bits=8 * size - self.payload_bits,
-            file_bytes=size,
-            bits_per_element=8 * size / self.elements,
-            ratio_8bit=self.elements / size,
-            ratio_float32=4 * self.elements / size,
         )
 
 
@@ -228,12 +218,7 @@ class Bitstreams:
         names = list(taps_of(model))
         self._through = through
         self._streams = {
-            name: _TapStream(
-                name,
-                model,
-                None if folder is None else folder / f"{stem}{SUFFIX}",
-                None if folder is None else f"{stem}{SUFFIX}",
-            )
+            name: _TapStream(name, model, None if folder is None else folder / f"{stem}{SUFFIX}")
             for name, stem in zip(names, file_stems(names), strict=True)
         }
 
@@ -254,11 +239,11 @@ class Bitstreams:
         Args:
             folder: the name that the streams' folder will have.
         """
-        finished = [(stream, stream.finish()) for stream in self._streams.values()]
-        passed = [(stream, entry) for stream, entry in finished if entry is not None]
-        return tuple(stream.figures(folder) for stream, _ in passed), tuple(entry for _, entry in passed)
+        finished = [stream.finish(folder) for stream in self._streams.values()]
+        passed = [found for found in finished if found is not None]
+        return tuple(figures for figures, _ in passed), tuple(entry for _, entry in passed)
 
     def close(self) -> None:
         """Close all files, also where something failed."""
         for stream in self._streams.values():
-            stream.close()
+            stream.target.close()
