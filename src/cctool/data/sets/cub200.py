@@ -66,5 +66,5 @@ def _check_values(path: Path, values: dict[str, str], allowed: set[str]) -> None
     for key, value in values.items():
         if value not in allowed:
             raise DataError(
-                f"{path}: image {key} has {value!r}, which is none of {len(allowed)} allowed values"
+                f"{path}: image {key} has {value!r}, which is not one of the {len(allowed)} allowed values"
             )

@@ -108,7 +108,7 @@ def _by_name(root: Path, part: Path) -> FileSet:
         return FileSet(files, None)
     if not all(names):
         bad = files[names.index("")]
-        raise DataError(f"{root / bad} has no label in its name, <label>_<id>, though others beside it have")
+        raise DataError(f"{root / bad} has no label in its name, <label>_<id>, though other files have one")
     return FileSet(files, names)
 
 

@@ -127,7 +127,7 @@ def _read(place: Path, *, train: bool) -> tuple[Tensor, Tensor]:
         name = f"{PARTS[train]}-{kind}-ubyte"
         path = _file(place, name)
         if path is None:
-            raise DataError(f"{place / name}[.gz] is missing; put it beside the other files")
+            raise DataError(f"{place / name}[.gz] is missing; put it into the folder of the other files")
         arrays.append(read_idx(path, magic))
     images, labels = arrays
     if len(images) != len(labels) or not len(images):
