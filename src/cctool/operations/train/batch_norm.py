@@ -1,4 +1,4 @@
-"""Estimating batch-norm statistics again, on the training images that a checkpoint's data set has."""
+"""Estimating batch-norm statistics again, on training images of a checkpoint's data set."""
 
 from __future__ import annotations
 
@@ -22,16 +22,9 @@ def recalibrated(
     *,
     augmented: bool = False,
 ) -> int:
-    """Estimate a network's statistics from training images; returns how many were used.
+    """Estimate a network's batch-norm statistics in place from at most ``images`` training images.
 
-    Args:
-        checkpoint: its model is changed in place.
-        source: opened for the checkpoint.
-        images: how many to use.
-        data: batch size and workers.
-        context: device and seed.
-        augmented: vary the images as for training, whose statistics are those of varied images; else they
-            are taken as they are.
+    With ``augmented`` images are augmented as in training. Returns the number that was used.
 
     Raises:
         UsageError: the preprocessing of the network is unknown.
@@ -39,13 +32,13 @@ def recalibrated(
     """
     refuse_unknown_preprocessing(checkpoint, "--recalibrate")
     feed = feed_of(checkpoint, source, data, context)
-    # Shuffled, because the first images of a sorted set are all of one class.
+    # Shuffled, because the first images of a sorted data set are all of one class.
     served = feed.training()(0) if augmented else feed.plain("train", shuffle=True)
     return recalibrate(checkpoint.model.to(context.device), served, images, context.device)
 
 
 def refuse_unknown_preprocessing(checkpoint: Checkpoint, option: str) -> None:
-    """Refuse to look at images that may be scaled wrongly.
+    """Refuse to estimate statistics from images that may be scaled wrongly.
 
     Raises:
         UsageError: the preprocessing of the network is unknown.

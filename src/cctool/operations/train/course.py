@@ -1,4 +1,4 @@
-"""The course of a training, which `train` and `distill` share: begin or resume, fit, measure, hand out."""
+"""The course of a training, shared by `train` and `distill`: start or resume, fit, measure, yield."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Goal:
 
     Attributes:
         objective: given to `fit`.
-        others: further files that were read for it, by role.
+        others: files that were read for it, such as a teacher, by role.
     """
 
     objective: Objective
@@ -45,11 +45,11 @@ class TrainReport:
     """How a training went.
 
     Attributes:
-        epochs: completed.
-        best_epoch: the epoch whose weights the product has; None where none was trained.
-        metrics_before: of the network that came in.
-        metrics_after: of the product, after it was encoded again where that was asked for.
-        run_folder: where logs and ``last.pt`` lie; None where nothing was trained.
+        epochs: number of completed epochs.
+        best_epoch: the epoch whose weights the product has; None without training.
+        metrics_before: of the input network.
+        metrics_after: of the product, after it was encoded again (--keep-storage).
+        run_folder: path of the logs and ``last.pt``; None without training.
         rows: one per epoch.
     """
 
@@ -67,18 +67,18 @@ MakeGoal = Callable[[Checkpoint, DataSource, Any, Context], Goal]
 def conduct(
     verb: str, make_goal: MakeGoal, checkpoint: Checkpoint, options: Any, context: Context
 ) -> Iterator[Outcome]:
-    """Train a checkpoint's network and hand out the best epoch, the best so far where it was stopped early.
+    """Train a checkpoint's network and yield the best epoch, or the best so far if it was stopped early.
 
     Args:
         verb: the command.
         make_goal: (checkpoint, data, options, context) -> what is minimised.
-        checkpoint: trained, bare or fresh.
+        checkpoint: trained, foreign or fresh.
         options: of `train` or `distill`: ``fit``, ``data``, ``run`` and ``keep_storage``.
-        context: device, seed, reporter.
+        context: of the command.
 
     Raises:
         DataError: if there is no data, or it has more classes than the network.
-        TrainingError: if training cannot start, go on or diverges.
+        TrainingError: if training cannot start or continue, or diverges.
     """
     if options.fit.epochs == 0:
         yield _untrained(make_goal, checkpoint, options, context)
@@ -98,6 +98,7 @@ def conduct(
     if start.continues is not None:
         refuse_other_files(start.continues, goal.others)
     start = replace(start, others=goal.others)
+    # A fresh network's accuracy is chance; a resumed training has its first metrics in the history.
     if start.resume is None and checkpoint.origin is not None:
         start = replace(start, metrics_before=metrics_of(start.checkpoint, source, options, context))
     folder.begin(context.device, resume=start.resume is not None)
@@ -123,6 +124,7 @@ def _fit(
             yield _stopped(len(result.rows), start, source, options, context, folder)
         return
     if options.run.nodes > 1 and node_rank() > 0:
+        # Only one machine may write the product.
         context.reporter.note("this machine trained along; the first one writes the product")
         return
     finished = replace(start.checkpoint, resume=None)
@@ -150,7 +152,7 @@ def _fit(
 def _stopped(
     done: int, start: Start, source: DataSource, options: Any, context: Context, folder: RunFolder
 ) -> Outcome:
-    """Hand out the best epoch of a training that was stopped early; a resumed one takes its place."""
+    """Yield the best epoch of a training that was stopped early; resuming it replaces this product."""
     last = folder.load(folder.last)
     step = last.history[-1]
     resume = last.resume
@@ -158,6 +160,7 @@ def _stopped(
     if best is not None:
         last.model.load_state_dict(best.weights)
     elif resume is not None:
+        # Without a best epoch the average of the weights counts, if the options ask for one.
         last.model.load_state_dict(last.model.state_dict() | average_in(resume.tensors))
     epoch = best.epoch if best is not None else done
     note = f"stopped after epoch {done} of {options.fit.epochs}, with the weights of epoch {epoch}"
@@ -180,7 +183,7 @@ def _stopped(
 
 
 def _untrained(make_goal: MakeGoal, checkpoint: Checkpoint, options: Any, context: Context) -> Outcome:
-    """Hand out the network as it came, measured where there is data."""
+    """Yield the network as it came in (--epochs 0), measured if there is data."""
     source = open_source(options.data, checkpoint, context)
     if source is None:
         return Outcome(checkpoint, TrainReport(0, None, (), ()), notes=("no epoch was trained",))
@@ -198,7 +201,7 @@ def _untrained(make_goal: MakeGoal, checkpoint: Checkpoint, options: Any, contex
 
 
 def _completed(checkpoint: Checkpoint, source: DataSource, context: Context) -> Checkpoint:
-    """The checkpoint whose spec remembers the data, its classes and the preprocessing that is used."""
+    """The checkpoint whose spec has the data set, its classes and the preprocessing that is used."""
     spec = checkpoint.spec
     update: dict[str, Any] = {
         "data": source.reference,
@@ -214,13 +217,13 @@ def _completed(checkpoint: Checkpoint, source: DataSource, context: Context) -> 
 
 
 def _resumed(verb: str, checkpoint: Checkpoint, options: Any, context: Context, folder: RunFolder) -> Start:
-    """What ``last.pt`` in the run folder holds, or INPUT itself if that is one."""
+    """Where ``last.pt`` in the run folder left off, or INPUT itself if that is a ``last.pt``."""
     found = folder.load(folder.last) if folder.last.exists() else checkpoint
     if found.resume is None or not found.history:
         raise TrainingError(
             f"there is nothing to resume: {folder.last} does not exist; leave --resume out to begin"
         )
-    # A cut keeps the training's state, and its own line of history behind the training's.
+    # `prune` keeps the state of training, and adds its line of history after the training's.
     cut = found.history[-1].verb == "prune"
     earlier = next((step for step in reversed(found.history) if step.verb != "prune"), found.history[-1])
     now = recorded(options) | {"runtime": recorded(context.runtime)}
@@ -249,13 +252,13 @@ def _refuse_other_classes(checkpoint: Checkpoint, source: DataSource, options: A
 
 
 def _width(checkpoint: Checkpoint) -> int | None:
-    """Number of logits; None where the outputs are none."""
+    """Number of logits; None if the outputs are not (N, classes)."""
     logits = trial_output(checkpoint.model, checkpoint.spec.input_shape)
     return logits.shape[1] if logits.dim() == 2 else None
 
 
 def _left(folder: RunFolder, context: Context) -> str:
-    """Write the best epoch so far, and say what is left of a training that broke off."""
+    """Write the best epoch so far, and say what remains of a training that was interrupted."""
     if not folder.last.exists():
         return "no epoch was completed"
     last = folder.load(folder.last)

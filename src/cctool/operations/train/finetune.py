@@ -1,4 +1,4 @@
-"""Training a network that an operation has just changed, with a new optimizer over its parameters."""
+"""Fine-tuning a network that an operation has changed, with a new optimizer."""
 
 from __future__ import annotations
 
@@ -38,22 +38,19 @@ def finetune(
     fresh: bool = False,
     forms: Mapping[str, EncodedTensor] | None = None,
 ) -> Checkpoint:
-    """Train a checkpoint's model in place; it ends with the weights of the best epoch by validation.
+    """Train a checkpoint's model in place, to the weights of the best epoch by validation.
 
     Args:
-        checkpoint: its stored tensors are dropped, because training works on decoded values.
+        checkpoint: training works on decoded values; the result is dense.
         source: opened for the checkpoint.
         options: epochs, optimizer, learning rate.
         data: batch size and workers.
         context: device, seed, reporter.
-        objective: what is minimised; None is cross-entropy. `teaching.distillation` gives one with a teacher.
-        constraints: what is respected besides; they hold the parameters of the checkpoint's own model.
-        choose_best: whether the best epoch counts; else the last one does, and nothing is validated.
+        objective: what is minimised; None is cross-entropy. `teacher.distillation` gives one with a teacher.
+        constraints: on the parameters of this model, in addition to the followers'.
+        choose_best: take the best epoch; if false the last, without validation.
         fresh: whether the weights were never trained, which decides the default learning rate.
-        forms: how tensors will be stored again, which training respects.
-
-    Returns:
-        The same model, stored dense.
+        forms: by which tensors will be stored again; training respects them.
     """
     trained = events.decoded(checkpoint, context)
     feed = feed_of(checkpoint, source, data, context)

@@ -1,4 +1,4 @@
-"""One process's part in a training: batches, validation, logs and the file after each epoch."""
+"""One process's part of a training: batches, validation, logs and the checkpoint after each epoch."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ __all__ = ["Fitted", "Start", "fit_here", "metrics_of", "open_logs", "user_loss"
 
 @dataclass(frozen=True)
 class Start:
-    """What a training starts or goes on from.
+    """What a training starts or resumes from.
 
     Attributes:
         checkpoint: dense, its spec complete, without the line of history that this training will add.
         fresh: whether the network was never trained before, which decides the default learning rate.
-        forms: how the input stored its tensors, where that was not dense.
-        resume: what an earlier call left.
-        continues: the line of history that it left.
-        metrics_before: of the network that came in.
-        others: further files that were read, by role.
+        forms: of the input's tensors that were not stored dense.
+        resume: state of the training that is resumed.
+        continues: its unfinished line of history.
+        metrics_before: of the input network.
+        others: other files that were read, by role.
     """
 
     checkpoint: Checkpoint
@@ -59,7 +59,7 @@ class Start:
     others: Mapping[str, Parent] = field(default_factory=dict)
 
     def notes(self, *, keep_storage: bool) -> tuple[str, ...]:
-        """What the history says of stored tensors."""
+        """Notes for the history about encoded tensors."""
         if not self.forms:
             return ()
         done = "encoded again" if keep_storage else "left dense"
@@ -68,7 +68,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Fitted:
-    """How far a training came; its logs are still open."""
+    """How far a training got; the logs of a completed one are still open."""
 
     rows: tuple[EpochRow, ...]
     best_epoch: int | None
@@ -118,6 +118,7 @@ def fit_here(
                 )
             )
     finally:
+        # The logs of a completed training get the final metrics first.
         if result is None or not result.completed:
             for log in logs:
                 log.close()
@@ -127,7 +128,7 @@ def fit_here(
 def metrics_of(
     checkpoint: Checkpoint, source: DataSource, options: Any, context: Context
 ) -> tuple[Metrics, ...]:
-    """Measure a checkpoint on the validation and the test split, where there are."""
+    """Measure a checkpoint on the validation and test splits that the data has."""
     feed = feed_of(checkpoint, source, options.data, context)
     model = checkpoint.model.to(context.device)
     return tuple(
@@ -151,21 +152,21 @@ def _measure(
 
 
 def user_loss(reference: str | None, context: Context) -> UserLoss | None:
-    """Load the user's loss, where one was named."""
+    """Load the user's loss, if one is named."""
     if reference is None:
         return None
     return UserLoss(reference, named_function(reference, context.user_code, "--loss"))
 
 
 def user_metric(reference: str | None, context: Context) -> UserMetric | None:
-    """Load the user's metric, where one was named."""
+    """Load the user's metric, if one is named."""
     if reference is None:
         return None
     return UserMetric(reference, named_function(reference, context.user_code, "--metric"))
 
 
 def open_logs(options: Any, context: Context, folder: RunFolder, first_epoch: int) -> tuple[Log, ...]:
-    """Open the logs that were asked for beside the CSV table."""
+    """Open the logs that the options ask for in addition to the CSV table."""
     run: RunOptions = options.run
     logs: list[Log] = []
     if run.tensorboard:
@@ -185,7 +186,7 @@ def open_logs(options: Any, context: Context, folder: RunFolder, first_epoch: in
 
 
 def _speak(context: Context, epochs: int, row: EpochRow, model: nn.Module) -> None:
-    """Say after an epoch how it went."""
+    """Report loss, metrics and speed of an epoch."""
     parts = [f"loss {row.train['loss']:.4f}"]
     if "top1" in row.train:
         parts.append(f"top-1 {row.train['top1']:.2f} %")
@@ -205,6 +206,7 @@ def _save(
     progress: Progress,
 ) -> None:
     """Write ``last.pt`` and the CSV table after an epoch."""
+    # The forms are not in the model, and a resumed training must know how to encode the product.
     row = progress.rows[-1]
     resume = ResumeState(state.tensors, {**state.state, "storage": forms_to(start.forms)})
     measured = Metrics(split="validation", n=row.validation_n, values=dict(row.validation))

@@ -1,4 +1,4 @@
-"""The rate of coded feature maps as a part of what training minimises."""
+"""The rate (bits a value) of coded feature maps as a penalty in training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["RatePenalty", "rate_penalties", "refuse_rate_without_taps"]
 
 
 class RatePenalty(Constraint):
-    """``weight * bits``, bits being those a value of the maps that the taps coded in this step.
+    """``weight * bits``: estimated bits per value of all maps that the taps coded in this step.
 
     Args:
         rates: of the network that is trained.
-        weight: above 0, in units of the loss for a bit a value.
+        weight: above 0, in units of the loss per bit per value.
     """
 
     name = "rate"
@@ -29,14 +29,14 @@ class RatePenalty(Constraint):
         self._weight = weight
 
     def penalty(self) -> Tensor | None:
-        """Give the weighted rate, a scalar; None where no map of this step has a gradient."""
+        """The weighted rate, a scalar; None if no map of this step has a gradient."""
         found = self._rates.per_element()
         return None if found is None else self._weight * found
 
 
 @contextmanager
 def rate_penalties(model: nn.Module, weight: float) -> Iterator[Sequence[Constraint]]:
-    """Give what a training with ``--rate-weight`` respects besides: nothing where the weight is 0.
+    """The penalty of ``--rate-weight``, for a training within the block; none if the weight is 0.
 
     Raises:
         UsageError: if the network has no taps.
@@ -50,7 +50,7 @@ def rate_penalties(model: nn.Module, weight: float) -> Iterator[Sequence[Constra
 
 
 def refuse_rate_without_taps(model: nn.Module, weight: float) -> None:
-    """Refuse a weight of the rate where nothing is coded. Raises UsageError."""
+    """Raise UsageError for ``--rate-weight`` without coded feature maps."""
     if weight and not taps_of(model):
         raise UsageError(
             f"--rate-weight {weight:g}: the network has no coded feature maps; "

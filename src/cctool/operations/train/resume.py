@@ -1,4 +1,4 @@
-"""Going on with an interrupted training: what was asked for then, and whether the same is asked for now."""
+"""Resuming an interrupted training: what it was asked to do, and whether this command asks for the same."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ __all__ = [
     "starts_afresh",
 ]
 
-# Neither decides what is computed, only where and how fast.
+# These decide where and how fast training runs, not what it computes.
 _FREE = {"runtime.device", "data.workers"}
+# Under these schedules the learning rate of an epoch does not depend on the number of epochs.
 _LENGTH_FREE = {Schedule.CONSTANT.value, Schedule.MULTISTEP.value}
 
 
@@ -37,7 +38,7 @@ def last_step(path: Path) -> Step:
     """Read the unfinished line of history of a ``last.pt``.
 
     Raises:
-        CheckpointError: if the file holds no training that can go on.
+        CheckpointError: if the file holds no training that can be resumed.
     """
     opened = open_file(path)
     if opened.payload is None or opened.payload.resume is None or not opened.payload.history.steps:
@@ -46,13 +47,13 @@ def last_step(path: Path) -> Step:
 
 
 def refuse_other_options(earlier: Step, verb: str, now: Mapping[str, JsonValue], data: str | None) -> None:
-    """Refuse to go on under other options than training began with.
+    """Refuse to resume with other options than training began with.
 
     Args:
         earlier: the unfinished line of history.
-        verb: the command now.
+        verb: of the present command.
         now: its options as the history would store them.
-        data: the data set that the checkpoint remembers, which no ``--data`` stands for.
+        data: the checkpoint's data set, which is used without ``--data``.
 
     Raises:
         TrainingError: naming every difference that matters.
@@ -77,14 +78,10 @@ def refuse_other_options(earlier: Step, verb: str, now: Mapping[str, JsonValue],
 
 
 def refuse_other_files(earlier: Step, now: Mapping[str, Parent]) -> None:
-    """Refuse to go on with other files, such as a teacher, than training began with.
-
-    Args:
-        earlier: the unfinished line of history.
-        now: the files that were read now, by role.
+    """Refuse to resume with other files, such as a teacher, than the unfinished line of history names.
 
     Raises:
-        TrainingError: naming the first whose content is another one.
+        TrainingError: naming the first whose content differs.
     """
     for role, before in earlier.others.items():
         found = now.get(role)
@@ -96,17 +93,16 @@ def refuse_other_files(earlier: Step, now: Mapping[str, Parent]) -> None:
 
 
 def never_trained(history: Sequence[Step]) -> bool:
-    """Whether all that a history tells is that a network was built here, and perhaps cut or stored."""
+    """Whether a history begins with a fresh network and has no epoch of training."""
     epochs = [step.options.get("finetune_epochs") for step in history]
     epochs += [flat(step.options).get("fit.epochs") for step in history]
     return bool(history) and history[0].parent is None and not any(epochs)
 
 
 def starts_afresh(history: Sequence[Step]) -> bool:
-    """Whether the next training is a first one, which decides the default learning rate.
+    """Whether the weights are untrained, which decides the default learning rate of the next training.
 
-    That is so for a network that was never trained, and for one whose layers became fresh basis functions
-    since.
+    True for a network that was never trained, and for one that got fresh basis functions since.
     """
     trained = [i for i, step in enumerate(history) if flat(step.options).get("fit.epochs")]
     since = history[trained[-1] + 1 :] if trained else history
@@ -117,7 +113,7 @@ def starts_afresh(history: Sequence[Step]) -> bool:
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested options into one level.
+    """Flatten nested options to one level, with dotted names.
 
     >>> flat({"fit": {"lr": 0.1}, "seed": 0})
     {'fit.lr': 0.1, 'seed': 0}
@@ -132,7 +128,7 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def forms_to(stored: Mapping[str, EncodedTensor]) -> dict[str, JsonValue]:
-    """Turn how tensors were stored, without their content, into JSON."""
+    """Stored forms as JSON, without the tensors' content."""
     return {
         name: {
             "encoding": form.encoding,
@@ -145,7 +141,7 @@ def forms_to(stored: Mapping[str, EncodedTensor]) -> dict[str, JsonValue]:
 
 
 def forms_from(data: Any) -> dict[str, EncodedTensor]:
-    """Put together again what `forms_to` wrote; the parts are empty."""
+    """Stored forms from what `forms_to` gave; their parts are empty."""
     return {
         name: EncodedTensor(form["encoding"], tuple(form["shape"]), form["dtype"], {}, form["parameters"])
         for name, form in (data or {}).items()
@@ -163,15 +159,10 @@ def run_folder_of(output: str) -> PurePath:
 
 
 def find_resumed(source: str | None, output: str | None, verb: str) -> tuple[str | None, str | None]:
-    """Find what ``--resume`` means: input and output of the training to go on with.
+    """Input and output of the training that ``--resume`` continues, from INPUT and ``--output`` as given.
 
-    The same command line finds its run folder by its output. A ``last.pt`` in a run folder, or a product
-    whose run folder lies beside it, continues that training and writes its product.
-
-    Args:
-        source: INPUT as it was given.
-        output: ``--output`` as it was given.
-        verb: the command.
+    The same command line finds its run folder by its output. INPUT may also be a ``last.pt`` in a run folder,
+    or a product with its run folder next to it: then that training continues and writes its product.
     """
     if source is None or source == "-":
         return source, output

@@ -1,4 +1,4 @@
-"""`cctool train`: train a fresh network, or go on with any checkpoint; `cctool distill`: by a teacher."""
+"""`cctool train`: train a fresh network or any checkpoint; `cctool distill`: the same, with a teacher."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(checkpoint: Checkpoint, options: TrainOptions, context: Context) -> Iter
         UsageError: if layers of a checkpoint, rather than of a fresh network, are to be swapped.
         CctoolError: see `conduct`.
     """
-    # What is resumed brings its swapped layers along.
+    # A resumed checkpoint has its swapped layers already.
     if options.swap and not options.run.resume:
         checkpoint = _swapped(checkpoint, options, context)
     yield from conduct("train", goal, checkpoint, options, context)
@@ -45,7 +45,7 @@ def distill(checkpoint: Checkpoint, options: DistillOptions, context: Context) -
     """Distil a teacher into a checkpoint's network; yields the best epoch by validation.
 
     Raises:
-        TrainingError: if teacher and student tell different numbers of classes apart.
+        TrainingError: if teacher and student have different numbers of classes.
         CctoolError: see `conduct`.
     """
     yield from conduct("distill", distill_goal, checkpoint, options, context)
@@ -54,7 +54,7 @@ def distill(checkpoint: Checkpoint, options: DistillOptions, context: Context) -
 def distill_goal(
     checkpoint: Checkpoint, source: DataSource, options: DistillOptions, context: Context
 ) -> Goal:
-    """Load the teacher, and minimise the distance to it and to the labels."""
+    """Load the teacher; minimise the distance to its outputs, and the loss on the labels."""
     teacher = TeacherOptions(options.teacher, options.teacher_model, options.temperature, options.alpha)
     objective, others = distillation(
         checkpoint,

@@ -1,8 +1,8 @@
-"""The folder of one training: what it says, where it is, and what resuming needs.
+"""The run folder of one training: logs, environment, and what resuming needs.
 
-``NAME.run`` beside the product ``NAME.pt`` holds ``log.txt``, ``command.txt``, ``environment.json``,
+``NAME.run`` next to the product ``NAME.pt`` holds ``log.txt``, ``command.txt``, ``environment.json``,
 ``metrics.csv`` and ``last.pt``; on request ``epoch-NNNN.pt``, ``tensorboard`` and ``mlflow``; ``best.pt``
-where training broke off; and the job and logs of worker processes.
+if training was interrupted; and the job and logs of worker processes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ __all__ = ["LoggedReporter", "RunFolder"]
 
 T = TypeVar("T")
 
+# What a new training may delete; other files in the folder are the user's.
 _OURS = (
     "log.txt", "command.txt", "environment.json", "metrics.csv", "last.pt", "best.pt", "start.pt",
     "mlflow-run.txt", "epoch-*.pt", "job*.json", "worker-*.log", "tensorboard", "mlflow",
@@ -39,12 +40,7 @@ _OURS = (
 
 
 class RunFolder:
-    """Paths in the run folder of a product, and what is written there.
-
-    Args:
-        output: path of the product.
-        tables: registries, to write checkpoints with.
-    """
+    """Paths in the run folder of the product ``output``, and what is written there."""
 
     def __init__(self, output: Path, tables: Tables) -> None:
         self.path = output.with_name(f"{output.stem}.run")
@@ -56,10 +52,10 @@ class RunFolder:
         self.best = self.path / "best.pt"
 
     def refuse_earlier(self, *, force: bool) -> None:
-        """Refuse to write over the completed epochs of an earlier training.
+        """Refuse to overwrite the completed epochs of an earlier training.
 
         Raises:
-            CheckpointError: naming what goes on with it, and what starts anew.
+            CheckpointError: naming the options that resume it or start again.
         """
         if self.last.exists() and not force:
             raise CheckpointError(
@@ -67,7 +63,7 @@ class RunFolder:
             )
 
     def begin(self, device: torch.device, *, resume: bool) -> None:
-        """Make the folder, clean unless resuming, and write down command and environment."""
+        """Make the folder, empty it unless resuming, and write the command and the environment."""
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"{self.path} is a file; the run folder cannot be made there")
         with self._writing():
@@ -81,7 +77,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turn what the system refuses into an error that names the folder."""
+        """Turn an OSError into a CheckpointError that names the folder."""
         try:
             yield
         except OSError as error:
@@ -102,7 +98,7 @@ class RunFolder:
                 stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def save(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Write a checkpoint into the folder, over an earlier one of that name."""
+        """Write a checkpoint into the folder, replacing an earlier one of that name."""
         save(checkpoint, path, self._tables, overwrite=True)
 
     def load(self, path: Path) -> Checkpoint:
@@ -110,7 +106,7 @@ class RunFolder:
         return load(path, self._tables)
 
     def keep_copy(self, epoch: int) -> None:
-        """Keep ``last.pt`` under the number of its epoch."""
+        """Copy ``last.pt`` to a name with the number of its epoch."""
 
         def copy(stream: IO[bytes]) -> None:
             with self.last.open("rb") as source:
@@ -120,7 +116,7 @@ class RunFolder:
 
 
 class LoggedReporter:
-    """Speaks where another reporter speaks, and into ``log.txt``."""
+    """Passes everything to another reporter, and writes notes and warnings to ``log.txt``."""
 
     def __init__(self, reporter: Reporter, folder: RunFolder) -> None:
         self._reporter = reporter

@@ -1,4 +1,4 @@
-"""A teacher beside a network that is trained: `distill` and the fine-tuning after a cut share it."""
+"""Training with a teacher, for `distill` and for fine-tuning after a cut or a quantization."""
 
 from __future__ import annotations
 
@@ -36,26 +36,23 @@ def distillation(
     label_smoothing: float = 0.0,
     loss: UserLoss | None = None,
 ) -> tuple[Distillation, Mapping[str, Parent]]:
-    """Load a teacher, and give the distance to it and to the labels as what training minimises.
+    """Load a teacher; give the objective of imitating it, and its file by role for the history.
 
-    It serves any network of the checkpoint's preprocessing and classes, so that one loading does for all
-    steps of a pruning.
+    The objective works for any student of the same preprocessing and classes, so all steps of a pruning
+    share it.
 
     Args:
-        checkpoint: the student, of which only outputs' width and preprocessing matter. A foreign file that
-            is the student's own needs no name of its own: it is what the command line says of the student.
+        checkpoint: the student. If the teacher is the student's own foreign file, the options that describe
+            the student describe it, too.
         source: opened for the student.
-        options: the teacher's file and name, temperature and alpha.
+        options: the teacher's file and architecture, temperature and alpha.
         context: device, precision, user code.
-        label_smoothing: of the loss against the labels.
+        label_smoothing: of the loss on the labels.
         loss: the user's loss in place of cross-entropy.
-
-    Returns:
-        The objective, and the teacher's file by its role, for the history.
 
     Raises:
         CheckpointError: if the file cannot be read.
-        TrainingError: if teacher and student tell different numbers of classes apart.
+        TrainingError: if teacher and student have different numbers of classes.
     """
     found = open_checkpoint(
         Path(options.path),
@@ -88,14 +85,14 @@ def _named(checkpoint: Checkpoint, options: TeacherOptions, context: Context) ->
 
 
 class Teacher:
-    """A network that is asked and never changed; takes images as the student gets them.
+    """A frozen network that takes the student's images and converts them to its own input.
 
     Args:
-        model: the teacher, on the device where it is asked.
-        input_shape: (C, H, W) that it takes; images are converted to it.
+        model: the teacher, on the device of the images.
+        input_shape: (C, H, W) that it takes.
         own: its preprocessing.
-        given: the student's preprocessing, which images arrive in.
-        precision: arithmetic of its forward pass.
+        given: the student's preprocessing, which was applied to the images.
+        precision: of its forward pass.
     """
 
     def __init__(
@@ -121,12 +118,13 @@ class Teacher:
         if self._own == self._given and tuple(images.shape[1:]) == self._shape:
             return images
         plain = images * _row(self._given.std, images) + _row(self._given.mean, images)
+        # Grey to RGB and back mixes channels, which must not be normalised differently then.
         plain = convert(plain, self._shape)
         return (plain - _row(self._own.mean, plain)) / _row(self._own.std, plain)
 
 
 def _of_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
-    """The data set's own values stand in for unknown ones, and may be of another number of channels."""
+    """Statistics for a number of channels: a data set's, used for unknown ones, may have another number."""
     if {len(preprocessing.mean), channels} != {1, 3}:
         return preprocessing
     return Preprocessing(
@@ -146,7 +144,7 @@ def _refuse_other_outputs(checkpoint: Checkpoint, teacher: Teacher, path: str) -
         taught = teacher(images)
     except CctoolError:
         raise
-    # Whatever the teacher's own code raises on a size that it was not made for.
+    # On an input size that it does not support, the teacher's code may raise anything.
     except Exception as error:
         text = " ".join(str(error).split())[:200]
         raise TrainingError(

@@ -1,7 +1,7 @@
 """One of several processes that train together: ``python -m cctool.operations.train.worker job.json``.
 
-`processes.py` starts it. It loads the checkpoint itself, through the same composition root as every command,
-and speaks to its parent in lines of JSON: ``{"note": ...}``, ``{"warn": ...}``, ``{"error": [kind, text]}``.
+`workers.py` starts it. It loads the checkpoint itself, through the same composition root as every command,
+and writes lines of JSON to its parent: ``{"note": ...}``, ``{"warn": ...}``, ``{"error": [kind, text]}``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _VERBS: dict[str, tuple[type[Any], MakeGoal]] = {
 
 
 class _Channel:
-    """Speaks to the parent process."""
+    """A reporter that writes to the parent process."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -71,7 +71,7 @@ class _Channel:
 def main(job_path: str) -> int:
     """Do this process's part of a job; returns the exit status."""
     channel = _Channel(os.fdopen(os.dup(1), "w", encoding="utf-8"))
-    # Whatever a library prints goes to the log.
+    # The channel has its own copy of stdout: what a library prints goes to the log, not between the messages.
     os.dup2(2, 1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -89,7 +89,7 @@ def main(job_path: str) -> int:
 
 
 def _end_with_parent() -> None:
-    # A buffered reader would hold a lock that the interpreter wants when it ends.
+    # A buffered reader would hold a lock that the interpreter needs at its exit.
     while os.read(0, 1):
         pass
     os._exit(1)
@@ -102,7 +102,7 @@ def _work(job: dict[str, Any], channel: _Channel) -> None:
     rank = int(os.environ["RANK"])
     seed_everything(context.runtime.seed, deterministic=context.runtime.deterministic)
     if rank:
-        # Dropout must differ between processes; the weights come from the first.
+        # Dropout must differ between processes; the weights are copied from the first.
         torch.manual_seed(context.runtime.seed + rank)
     folder = RunFolder(context.output, context.tables)
     checkpoint = load(folder.start, context.tables)

@@ -1,7 +1,7 @@
-"""Training in several processes: starting workers, listening to them, ending them.
+"""Training in several processes: starts workers, listens to them and ends them.
 
-Nothing is pickled and no command line is run again: a worker gets a JSON file that names the checkpoint to
-start from, the options, and the user's code that stands on this command line.
+Nothing is pickled and no command line is run again: a worker gets a JSON file with the options, the path of
+the checkpoint to start from, and the user's code that this command line names.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from cctool.training.resume.progress import EpochRow, best_of
 
 __all__ = ["fit_in_processes", "node_rank"]
 
+# Seconds to wait for the cause of a failure, after the first worker has failed.
 _PATIENCE = 3.0
 _PLACE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 
@@ -41,7 +42,7 @@ _Heard = queue.Queue[tuple[int, dict[str, Any]]]
 
 
 def node_rank() -> int:
-    """Number of this machine among those that train together."""
+    """Number of this machine among those that train together, from 0."""
     return int(os.environ.get("NODE_RANK", "0"))
 
 
@@ -76,7 +77,7 @@ def fit_in_processes(verb: str, start: Start, options: Any, context: Context, fo
     if completed and best is not None:
         start.checkpoint.model.load_state_dict(best.weights)
     rows = tuple(EpochRow(**row) for row in state["rows"])
-    # The workers wrote the epochs; what comes at the end is added here.
+    # The workers have logged the epochs; the final metrics are added to the same logs here.
     logs = open_logs(options, context, folder, max(first, state["epoch"])) if completed else ()
     return Fitted(rows, best.epoch if best else None, completed, logs)
 
@@ -122,6 +123,7 @@ def _environment(run: RunOptions, device: torch.device) -> dict[str, str]:
             )
     if run.nodes > 1 and (missing := [name for name in _PLACE if name not in os.environ]):
         raise UsageError(f"--nodes {run.nodes}: set {', '.join(missing)} in the environment of every machine")
+    # Otherwise each worker would start as many threads as there are CPUs.
     threads = max(1, (os.cpu_count() or 1) // run.devices)
     package = str(Path(cctool.base.errors.__file__).parents[1])
     return {
@@ -145,7 +147,7 @@ def _free_port() -> int:
 def _listen(
     job: Path, environment: dict[str, str], run: RunOptions, context: Context, folder: RunFolder
 ) -> None:
-    """Run the workers and pass on what they say, until all have ended well or one has failed."""
+    """Run the workers and relay their messages, until all have ended well or one has failed."""
     heard: _Heard = queue.Queue()
     with _workers(job, environment, run, folder, heard) as workers:
         running, failures, deadline = len(workers), {}, float("inf")
@@ -165,14 +167,14 @@ def _listen(
             elif "warn" in message:
                 context.reporter.warn(message["warn"])
             if failures:
-                # The others fail because this one has gone; the first cause may still be on its way.
+                # One failure makes the other workers fail; the message with the cause may come later.
                 deadline = min(deadline, time.monotonic() + _PATIENCE)
     if failures:
         raise _error(failures, folder)
 
 
 def _error(failures: dict[int, Any], folder: RunFolder) -> CctoolError:
-    """The error that says most: one raised on purpose before any other."""
+    """The most telling error: a CctoolError of any worker, else the first failure."""
     named = {rank: failure for rank, failure in failures.items() if failure[0]}
     rank, (kind, text) = min((named or failures).items())
     found = getattr(cctool.base.errors, kind, None) if kind else None
@@ -185,7 +187,7 @@ def _error(failures: dict[int, Any], folder: RunFolder) -> CctoolError:
 def _workers(
     job: Path, environment: dict[str, str], run: RunOptions, folder: RunFolder, heard: _Heard
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start the workers, each with a thread that listens to it; none of them outlives the block."""
+    """Start the workers, each with a thread that listens to it; all have ended when the block ends."""
     workers: list[subprocess.Popen[str]] = []
     listeners: list[threading.Thread] = []
     with contextlib.ExitStack() as files:
@@ -211,13 +213,13 @@ def _start_worker(
 ) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "cctool.operations.train.worker", str(job)],
-        # The worker ends when this pipe does, so that it cannot outlive a killed parent.
+        # The worker exits when this pipe closes, so that it cannot outlive a killed parent.
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
         encoding="utf-8",
         env=environment | {"RANK": str(rank), "LOCAL_RANK": str(local)},
-        # Ctrl-C in the terminal reaches the parent alone, which ends its workers.
+        # Ctrl-C in the terminal then reaches only the parent, which ends its workers.
         start_new_session=True,
     )
 

@@ -1,4 +1,4 @@
-"""`cctool transform --mode basis`, and `--swap` of `cctool train`: basis functions in the place of weights.
+"""`cctool transform --mode basis`, and `--swap` of `cctool train`: layers whose weights are basis functions.
 
 select -> basis layers -> trial run with complex numbers (dft) -> swap edits
 """
@@ -31,10 +31,10 @@ class BasisLayerReport:
     """What became of one layer.
 
     Attributes:
-        name: its first name.
-        layer: its class now.
+        name: of the layer; the first, if it is used under several.
+        layer: its new class.
         shape: of its weight.
-        parameters_before: of the layer, its bias included.
+        parameters_before: number of the layer's parameters, with bias.
         parameters_after: likewise.
         bytes_before: of its weight as it was stored.
         bytes_after: of what the weight is computed from.
@@ -55,16 +55,16 @@ class TransformBasisReport:
 
     Attributes:
         kernel: family of the functions.
-        layers: what was replaced.
-        complex_modules: names of modules that compute with complex numbers since.
-        skipped: what was asked for and was not replaced, and why.
+        layers: that were replaced.
+        complex_modules: names of other modules that compute with complex numbers now.
+        skipped: selected layers that were not replaced, and why.
         parameters_before: of the network.
         parameters_after: of the network.
-        bytes_before: of all tensors of the network as they were stored.
-        bytes_after: of all tensors as they are stored now.
-        metrics_before: of the network that came in.
-        metrics_after: of the network with fresh basis functions, before any training.
-        notes: what else is worth knowing.
+        bytes_before: of all tensors of the input as stored.
+        bytes_after: of all tensors of the product as stored.
+        metrics_before: of the input network.
+        metrics_after: of the network with fresh basis functions, before training.
+        notes: for the history.
     """
 
     kernel: str
@@ -80,7 +80,7 @@ class TransformBasisReport:
     notes: tuple[str, ...]
 
     def tables(self) -> ShownTables:
-        """A row a layer and one for the network."""
+        """A row for each layer and one for the network."""
         columns = ("layer", "now", "shape", "parameters", "after", "bytes", "after")
         rows: list[tuple[object, ...]] = [
             (layer.name, layer.layer, "x".join(map(str, layer.shape)), *astuple(layer)[3:])
@@ -92,7 +92,7 @@ class TransformBasisReport:
 
 
 def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> Iterator[Outcome]:
-    """Replace the chosen layers of the network in place; their weights are lost.
+    """Replace the selected layers of the network in place; their weights are lost.
 
     Raises:
         UsageError: if the kernel has no basis layers, or a pattern matches nothing.
@@ -134,13 +134,13 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
 
 
 def with_basis(checkpoint: Checkpoint, kernel: str, layers: Sequence[str], option: str) -> Checkpoint:
-    """A fresh network with basis functions in the place of the chosen layers, for training from scratch.
+    """Replace layers of a fresh network in place by basis functions, for training from scratch.
 
     Args:
-        checkpoint: its model is changed in place.
+        checkpoint: of the fresh network.
         kernel: family of the functions.
         layers: kinds or patterns, as of ``--layers``.
-        option: how the user asked for it, for messages.
+        option: that the user gave, for error messages.
 
     Raises:
         UsageError: if the kernel has no basis layers, or a pattern matches nothing.
@@ -152,11 +152,7 @@ def with_basis(checkpoint: Checkpoint, kernel: str, layers: Sequence[str], optio
 
 
 def basis_kernel(name: str, option: str) -> str:
-    """The kernel if it has basis layers.
-
-    Raises:
-        UsageError: naming those that have.
-    """
+    """The kernel if it has basis layers. Raises UsageError, which names those that have."""
     if name not in BASIS_KERNELS:
         raise UsageError(f"{option} {name}: basis functions are {', '.join(BASIS_KERNELS)}")
     return name
@@ -174,7 +170,7 @@ def _selected(
 def _changed(
     checkpoint: Checkpoint, selected: Sequence[SelectedLayer], kernel: str, *, normalize_gradients: bool
 ) -> tuple[Checkpoint, tuple[str, ...]]:
-    """The checkpoint of the changed network, and which of its modules compute with complex numbers since."""
+    """The checkpoint of the changed network, and its other modules that compute with complex numbers now."""
     if kernel == "dft" and any(edit.get("kind") == "tap" for edit in checkpoint.spec.edits):
         raise TransformError(
             "codecs of feature maps do not take complex numbers: change layers first, then tap"
@@ -186,6 +182,7 @@ def _changed(
     spec = with_swaps(checkpoint.spec, model).with_edits(swaps)
     names = {name for item in selected for name in item.names}
     names |= {swap.module for swap in swaps}
+    # Forms of replaced tensors are of values that are gone.
     stored = {name: form for name, form in checkpoint.stored.items() if name.rpartition(".")[0] not in names}
     product = events.masked(replace(checkpoint, spec=spec, stored=stored, resume=None))
     return product, tuple(swap.module for swap in swaps)

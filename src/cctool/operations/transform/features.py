@@ -1,4 +1,7 @@
-"""`cctool transform --target features`: put a calibrated codec behind chosen modules."""
+"""`cctool transform --target features`: calibrated codecs of feature maps behind selected modules.
+
+A tap is a codec behind a module: the module's output, a feature map, passes it as it would pass a file.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ from cctool.transforms.kernels.by_name import check_kernel, is_wavelet
 __all__ = ["FeaturesReport", "codec_configs", "measured_with_figures", "run"]
 
 _MUCH = 0.01
-"""Share of clamped values that is worth a note."""
+"""Fraction of clamped values above which a note warns."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,16 @@ class FeaturesReport:
 
     Attributes:
         kernel: of the spatial transform.
-        split: that the taps' figures are of.
-        taps: figures of each, in the order in which they are passed.
-        ratio_8bit: eight bits per value of all maps over all bits, side information included.
-        ratio_float32: likewise for 32 bits per value.
-        metrics_before: of the network that came in.
+        split: on which the taps' figures were measured.
+        taps: figures of each, in the order of the forward pass.
+        ratio_8bit: compression of all maps against 8 bits per value, side information included.
+        ratio_float32: likewise against 32 bits per value.
+        metrics_before: of the input network.
         metrics_after: of the coded network.
-        notes: what else is worth knowing.
-        search: how a ratio that was asked for was reached.
+        notes: for the history.
+        search: how the ratio of ``--target ratio`` was reached.
         sweep: the measured qualities, each on each split.
-        written: files beside the product.
+        written: files next to the product.
     """
 
     kernel: str
@@ -83,18 +86,18 @@ class FeaturesReport:
     written: tuple[str, ...] = ()
 
     def tables(self) -> ShownTables:
-        """A row per tap and one for all; and the qualities that were tried."""
+        """A row for each tap and one for all; and the qualities that were tried."""
         title = f"feature maps coded with {self.kernel}"
         return [*tap_tables(self.taps, self.split, title), *quality_tables(self.search, self.sweep)]
 
 
 def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> Iterator[Outcome]:
-    """Calibrate codecs on training images, put them behind modules of a copy, and measure what they do.
+    """Calibrate codecs on training images, put them behind modules of a copy, and measure the result.
 
-    Taps that the network has already are replaced.
+    Earlier taps of the network are replaced.
 
     Raises:
-        UsageError: if a kernel, table or pattern is none, or options contradict each other.
+        UsageError: if a kernel, table or pattern is invalid, or options contradict each other.
         TransformError: if a module returns no maps.
         DataError: if there is no data to calibrate on.
     """
@@ -113,6 +116,7 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     product = put_taps(product, sites, configs, images)
     search = None
     if features.ratio is not None:
+        # The orders of the code depend on the steps, and these on the quality that was found.
         search = reach_ratio(product, source, features.ratio, features.calibration, options.data, context)
         choose_orders(product.model, images)
         product = replace(product, spec=with_taps(product.spec, product.model))
@@ -145,12 +149,9 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
 
 
 def codec_configs(options: TransformOptions, sites: Sequence[Site], images: int) -> dict[str, CodecConfig]:
-    """The codec of each site as the options say, before calibration.
+    """The codec of each site, given in the order of the forward pass, as the options say before calibration.
 
-    Args:
-        options: of the command.
-        sites: in the order in which they are passed.
-        images: that calibration will see.
+    ``images`` is the number of images of the calibration.
 
     Raises:
         UsageError: if options contradict each other, or a table does not fit the kernel.
@@ -209,16 +210,10 @@ def _tables(options: TransformOptions) -> TableChoice:
 def measured_with_figures(
     checkpoint: Checkpoint, source: DataSource, data: DataOptions, context: Context
 ) -> tuple[tuple[Metrics, ...], str, tuple[TapFigures, ...]]:
-    """Measure a coded network, and its taps on the test split or the best that there is.
-
-    Args:
-        checkpoint: with taps.
-        source: opened for the checkpoint.
-        data: batch size and workers.
-        context: device and precision.
+    """Measure a coded network on its splits, and its taps on the test split, else validation, else training.
 
     Returns:
-        Metrics, the split of the taps' figures, and these.
+        Metrics, the split of the taps' figures, and these figures.
     """
     splits = [split for split in ("validation", "test") if split in source.loaders]
     metrics, statistics = [], NetworkStatistics(checkpoint.model)

@@ -1,4 +1,4 @@
-"""Files about coded feature maps that stand beside a product: a workbook, and pictures of histograms."""
+"""Reports on coded feature maps: a workbook, and pictures of histograms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LONGEST_STEM = 120
 
 
 class Wanted(Protocol):
-    """Options of a command that reports on taps."""
+    """The options that commands with reports on taps share."""
 
     @property
     def report_file(self) -> str | None: ...
@@ -35,11 +35,11 @@ class Wanted(Protocol):
 
 
 def refuse_reports(wanted: Wanted, context: Context) -> None:
-    """Refuse to start work whose report could not be written.
+    """Refuse to start work if its report could not be written.
 
     Raises:
         UsageError: if the report's suffix is unknown.
-        CheckpointError: if something exists already and may not be replaced.
+        CheckpointError: if a file or folder exists and may not be replaced.
     """
     if wanted.report_file is not None:
         check_suffix(Path(wanted.report_file))
@@ -57,19 +57,16 @@ def write_reports(
     after: Sequence[Metrics],
     context: Context,
 ) -> tuple[str, ...]:
-    """Write the workbook and the pictures that were asked for.
+    """Write the workbook and the pictures that the options ask for; returns their paths.
 
     Args:
         figures: of the taps, in the order of the forward pass.
-        wanted: which files.
+        wanted: the options.
         checkpoint: the coded network.
         measured_on: data and split of the figures.
-        before: accuracy without codecs, where it is known.
-        after: accuracy with them.
-        context: whether files may be replaced.
-
-    Returns:
-        Paths of what was written.
+        before: metrics without codecs; empty if unknown.
+        after: metrics with codecs.
+        context: of the command.
     """
     written = []
     if wanted.report_file is not None:
@@ -90,7 +87,7 @@ def write_reports(
 
 
 def file_stems(names: Sequence[str]) -> list[str]:
-    """Names of files for modules: their own names, with what a file's name should not hold replaced.
+    """File names for modules: the modules' names, with unsuitable characters replaced.
 
     >>> file_stems(["layer1.0", "a/b", "a:b"])
     ['layer1.0', 'a_b', 'a_b-2']
@@ -100,7 +97,7 @@ def file_stems(names: Sequence[str]) -> list[str]:
         kept = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
         stem = base = kept.strip(".")[:_LONGEST_STEM] or "network"
         number = 1
-        # Some file systems take upper and lower case for the same.
+        # Some file systems do not distinguish upper and lower case.
         while stem.lower() in [other.lower() for other in found]:
             number += 1
             stem = f"{base}-{number}"

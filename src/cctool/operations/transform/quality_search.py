@@ -1,4 +1,7 @@
-"""Qualities of coded feature maps: the one that reaches a ratio, and the curve of accuracy and ratio."""
+"""Quality of coded feature maps: search for a compression ratio, and a sweep of accuracy against ratio.
+
+A quality from 1 to 100 scales all quantization steps; 50 leaves them as their table says.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +37,10 @@ __all__ = [
 ]
 
 QUALITIES = (10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 95.0)
-"""What ``--sweep quality`` measures."""
+"""Qualities that ``--sweep quality`` measures."""
 
 LOWEST, HIGHEST = 1.0, 100.0
+# The search ends where the ratio is met to this fraction, or the quality is known to this accuracy.
 _NEAR = 0.005
 _NARROW = 0.05
 
@@ -48,7 +52,7 @@ class QualityTrial:
     Attributes:
         quality: 1 to 100.
         ratio: bits of 8-bit maps over all coded bits, side information included.
-        bits_per_element: all coded bits over elements.
+        bits_per_element: coded bits per value of the maps.
     """
 
     quality: float
@@ -61,11 +65,11 @@ class SearchReport:
     """How a ratio was reached.
 
     Attributes:
-        asked: ratio against 8 bit.
-        found: quality and ratio that it came to.
-        split: whose images were counted.
-        n: how many.
-        trials: all that was tried, in their order.
+        asked: the ratio against 8 bits that was asked for.
+        found: the quality and ratio that were reached.
+        split: whose images were coded.
+        n: number of images.
+        trials: all qualities that were tried, in order.
     """
 
     asked: float
@@ -81,14 +85,14 @@ class SweepPoint:
 
     Attributes:
         quality: 1 to 100.
-        split: what it was measured on.
-        n: images.
-        ratio_8bit: eight bits a value over all coded bits, side information included.
-        ratio_float32: likewise for 32 bits a value.
-        bits_per_element: all coded bits over elements.
-        entropy_per_element: zero-order entropy bound over elements.
-        top1: percent; None where the network gives no logits.
-        loss: mean.
+        split: that it was measured on.
+        n: number of images.
+        ratio_8bit: compression against 8 bits per value, side information included.
+        ratio_float32: likewise against 32 bits per value.
+        bits_per_element: coded bits per value of the maps.
+        entropy_per_element: zero-order entropy of the symbols, in bits per value.
+        top1: percent; None if the outputs are not logits.
+        loss: mean over images.
     """
 
     quality: float
@@ -105,18 +109,13 @@ class SweepPoint:
 def search_quality(
     ratio: float, measure: Callable[[float], QualityTrial]
 ) -> tuple[QualityTrial, tuple[QualityTrial, ...]]:
-    """Find the best quality whose ratio is at least ``ratio``.
+    """Find the best quality whose ratio against 8 bits is at least ``ratio``, which is above 1.
 
-    The ratio falls as the quality rises, so qualities are bisected, until one exceeds the ratio by less than
-    0.5 % or is known to 0.05.
-
-    Args:
-        ratio: against 8 bit, above 1.
-        measure: codes images at a quality and counts.
+    The ratio falls as the quality rises, so qualities are bisected until the ratio is exceeded by less than
+    0.5 % or the quality is known to 0.05. ``measure`` codes images at a quality and counts bits.
 
     Returns:
-        The quality found, and all that were tried, in their order. Where even quality 1 does not reach the
-        ratio, quality 1.
+        The quality found, and all trials in order. If even quality 1 does not reach the ratio, quality 1.
     """
     tried = [measure(HIGHEST)]
     if tried[0].ratio >= ratio:
@@ -139,21 +138,13 @@ def search_quality(
 def reach_ratio(
     checkpoint: Checkpoint, source: DataSource, ratio: float, count: int, data: DataOptions, context: Context
 ) -> SearchReport:
-    """Find the best quality that compresses by ``ratio``, and set it on all taps.
+    """Find the best quality that compresses by ``ratio`` against 8 bits, and set it on all calibrated taps.
 
-    Bits are counted on the first ``count`` validation images, or training images where there are none, at
-    each tap's best order of the code where that is left open; the maps have been through all taps before.
-
-    Args:
-        checkpoint: with calibrated taps; their quality is changed.
-        source: opened for the checkpoint.
-        ratio: against 8 bit, above 1.
-        count: images to count on.
-        data: batch size and workers.
-        context: device.
+    Bits are counted on the first ``count`` validation images, else training images. Taps whose order of the
+    code is calibrated count at their best order. Every map has passed all earlier codecs.
 
     Raises:
-        TransformError: if there is nothing that a quality scales.
+        TransformError: if no tap has steps that a quality scales.
         DataError: if there are no images.
     """
     model = checkpoint.model
@@ -191,14 +182,10 @@ def sweep_qualities(
     context: Context,
     choose_orders: Callable[[], None],
 ) -> tuple[SweepPoint, ...]:
-    """Measure `QUALITIES` on the validation and test splits, or the training split where there are none.
+    """Measure `QUALITIES` on the validation and test splits, or on the training split if there is neither.
 
-    Args:
-        checkpoint: with calibrated taps; they end with the quality and orders that they have.
-        source: opened for the checkpoint.
-        data: batch size and workers.
-        context: device and precision.
-        choose_orders: sets the orders of the code for the steps as they are.
+    ``choose_orders`` sets the best orders of the code for the present steps. The taps get their quality and
+    orders back at the end.
     """
     model = checkpoint.model
     codecs = {name: hook.codec for name, hook in taps_of(model).items()}
@@ -218,14 +205,14 @@ def sweep_qualities(
 
 
 def refuse_sweep(context: Context) -> None:
-    """Refuse to start a sweep whose files could not be written. Raises CheckpointError if they exist."""
+    """Refuse to start a sweep if its files could not be written. Raises CheckpointError if they exist."""
     refuse_existing(_sweep_files(context), context)
 
 
 def write_sweep(
     points: Sequence[SweepPoint], before: Sequence[Metrics], title: str, context: Context
 ) -> tuple[str, ...]:
-    """Write the table and the plot beside the product; returns their paths."""
+    """Write the table and the plot next to the product; returns their paths."""
     table, picture = _sweep_files(context)
     columns = tuple(Column(key, title, meaning) for key, (title, meaning) in _SWEEP_COLUMNS.items())
     rows = tuple(tuple(getattr(point, key) for key in _SWEEP_COLUMNS) for point in points)
@@ -256,7 +243,7 @@ def _sweep_files(context: Context) -> tuple[Path, Path]:
 
 
 def _bits(figures: Sequence[TapFigures], open_orders: Collection[str]) -> tuple[int, int]:
-    """All bits, at the best order where it is open, and all elements."""
+    """All bits, at the best order of taps in ``open_orders``, and the number of all values."""
     bits = sum(
         (min(tap.payload_bits) if tap.name in open_orders else tap.payload_bits[tap.k]) + tap.side_bits
         for tap in figures

@@ -1,4 +1,4 @@
-"""Tables that commands show of coded feature maps."""
+"""Tables about coded feature maps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TAPS = (
 
 
 def tap_tables(taps: Sequence[TapFigures], split: str, title: str = "coded feature maps") -> ShownTables:
-    """A table with a row a tap and one for all; none without taps."""
+    """A table with a row for each tap and one for all; no table without taps."""
     if not taps:
         return []
     rows: list[Sequence[object]] = [_tap_row(tap) for tap in taps]
@@ -43,7 +43,7 @@ _STREAMS = (
 
 
 def stream_tables(streams: Sequence[StreamFigures]) -> ShownTables:
-    """A table with a row a stream and one for all; none without streams."""
+    """A table with a row for each stream and one for all; no table without streams."""
     if not streams:
         return []
     rows = [_stream_row(s.tap, s.elements, s.payload_bits, s.side_bits, s.file_bytes) for s in streams]
@@ -60,7 +60,7 @@ def _stream_row(name: str, elements: int, payload: int, side: int, size: int) ->
 
 
 def quality_tables(search: SearchReport | None, sweep: Sequence[SweepPoint]) -> ShownTables:
-    """What a search tried, and what a sweep measured."""
+    """Tables of the qualities that a search tried and that a sweep measured."""
     tables: list[tuple[str, Sequence[str], Sequence[Sequence[object]]]] = []
     if search is not None:
         rows = [
@@ -88,7 +88,7 @@ def quality_tables(search: SearchReport | None, sweep: Sequence[SweepPoint]) -> 
 
 
 def search_notes(search: SearchReport | None) -> tuple[str, ...]:
-    """What a search came to, in one line."""
+    """The result of a search as a note; none without a search."""
     if search is None:
         return ()
     return (

@@ -1,4 +1,4 @@
-"""The index of a folder of streams: what its files decode to."""
+"""The index of a folder of streams: hashes and shapes of what its files decode to."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 INDEX, SUFFIX = "index.json", ".seg"
+# Bytes of an index; a larger file is not read into memory.
 _LARGEST = 2**26
 _HASH = r"^[0-9a-f]{64}$"
 
@@ -37,10 +38,10 @@ class IndexedMaps(Record):
     """The maps of one pass, all batches together.
 
     Attributes:
-        number: 0 for the first pass of each batch, 1 for the second of a module that is passed twice, ...
+        number: 0 for the first pass of each batch, 1 for the second if a module is called twice, ...
         shape: (N, C, H, W).
-        symbols: SHA-256 of all symbols, int32, little-endian, a batch after the other.
-        maps: SHA-256 of all maps, float32, little-endian, likewise.
+        symbols: SHA-256 of all symbols as int32, little-endian, batch after batch.
+        maps: SHA-256 of all maps as float32, little-endian, batch after batch.
     """
 
     number: int = Field(ge=0, strict=True)
@@ -54,10 +55,10 @@ class IndexedStream(Record):
 
     Attributes:
         tap: name of the module.
-        file: name of the file, in the same folder.
+        file: its name in the folder.
         bytes: its size.
         sha256: of the file.
-        payload_bits: of all symbols.
+        payload_bits: of the codewords of all symbols.
         passes: what it decodes to.
     """
 
@@ -78,7 +79,7 @@ class Index(Record):
         data: reference of the data set.
         split: part of it.
         made_with: versions and device.
-        streams: in the order in which taps are passed.
+        streams: in the order of the forward pass.
     """
 
     format: Literal["cctool feature maps 1"] = "cctool feature maps 1"
@@ -120,7 +121,7 @@ def read_index(folder: Path) -> Index:
 
 
 def made_with(device: torch.device) -> str:
-    """Versions and device, which decide how maps are rounded."""
+    """Versions and device, on which the rounding of maps depends."""
     return f"cctool {__version__}, torch {torch.__version__}, {device.type}"
 
 

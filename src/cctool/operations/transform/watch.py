@@ -1,4 +1,4 @@
-"""What `cctool evaluate` sees of coded feature maps while it measures: figures, bitstreams, reports."""
+"""What `cctool evaluate` records of coded feature maps while it measures: figures, bitstreams, reports."""
 
 from __future__ import annotations
 
@@ -28,13 +28,7 @@ __all__ = ["Seen", "TapWatch", "refuse_unwatched", "watched"]
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of taps.
-
-    Attributes:
-        taps: figures.
-        streams: sizes of bitstreams.
-        written: folders and files.
-    """
+    """Figures of the taps, sizes of their bitstreams, and the paths of folders and files written."""
 
     taps: tuple[TapFigures, ...] = ()
     streams: tuple[StreamFigures, ...] = ()
@@ -42,10 +36,10 @@ class Seen:
 
 
 def refuse_unwatched(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> None:
-    """Refuse to start work that has nothing to look at, or whose files could not be written.
+    """Refuse to start if there is nothing to record, or its files could not be written.
 
     Raises:
-        UsageError: if the network has no taps and something of them is asked for.
+        UsageError: if options ask for figures of taps, and the network has none.
         CheckpointError: if a file or folder exists and may not be replaced.
     """
     if options.asks_for_taps and not taps_of(checkpoint.model):
@@ -60,7 +54,18 @@ def refuse_unwatched(checkpoint: Checkpoint, options: EvaluateOptions, context: 
 
 @dataclass(frozen=True)
 class TapWatch:
-    """Looks at every pass through a tap, once on the way of a split through the network."""
+    """Records every pass through a tap while a split passes the network once.
+
+    Attributes:
+        checkpoint: of the network.
+        data: reference of the data set.
+        split: that passes.
+        options: what to write.
+        context: of the command.
+        folder: where streams are written, under a temporary name; None for no files.
+        statistics: counts values, symbols and bits.
+        streams: codes maps to bytes; None if not asked for.
+    """
 
     checkpoint: Checkpoint
     data: str
@@ -72,16 +77,16 @@ class TapWatch:
     streams: Bitstreams | None
 
     def __call__(self, name: str, symbols: Symbols, x: Tensor, y: Tensor) -> Tensor | None:
-        """Count one pass, and write it; what it decodes to, where that goes on."""
+        """Count and write one pass; gives the decoded map, if the network is to go on with it."""
         self.statistics(name, symbols, x, y)
         return None if self.streams is None else self.streams(name, symbols, x, y)
 
     def batches(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        """Pass the batches of the split on."""
+        """Pass on the batches of the split."""
         return batches if self.streams is None else self.streams.batches(batches)
 
     def finish(self, metrics: Metrics | None) -> Seen:
-        """Write everything that was asked for, once all batches have passed."""
+        """Write all that the options ask for, after the last batch."""
         figures, written = self.statistics.figures(), []
         bitstream = self.options.bitstream
         streams: tuple[StreamFigures, ...] = ()
@@ -107,15 +112,7 @@ class TapWatch:
 def watched(
     checkpoint: Checkpoint, data: str, split: str, options: EvaluateOptions, context: Context
 ) -> Iterator[TapWatch]:
-    """Look at all passes through taps within; the folder of streams gets its name at the end.
-
-    Args:
-        checkpoint: the network, with or without taps.
-        data: reference of the data set.
-        split: that is passed.
-        options: what is to be written.
-        context: device, and whether files may be replaced.
-    """
+    """Record all passes through taps within the block; at its end the folder of streams gets its name."""
     with contextlib.ExitStack() as stack:
         folder = streams = None
         if options.bitstream is not None:

@@ -1,6 +1,6 @@
 """`cctool transform --target weights`: layers whose parameters are coefficients in a transform domain.
 
-select -> plain weight -> coefficients per axis -> corner | mask -> swap edits, mask edits, stored forms
+select -> ordinary weight -> coefficients per axis -> corner | mask -> swap edits, mask edits, stored forms
 """
 
 from __future__ import annotations
@@ -39,12 +39,7 @@ __all__ = ["run", "with_coefficients"]
 
 @dataclass(frozen=True)
 class _Coded:
-    """One layer before and after.
-
-    Attributes:
-        selected: the layer as it was.
-        layer: that takes its place.
-    """
+    """One layer before, and the one that replaces it."""
 
     selected: SelectedLayer
     layer: CoefficientLayer
@@ -56,10 +51,10 @@ class _Coded:
 
 
 def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> Iterator[Outcome]:
-    """Transform the chosen layers of the network in place.
+    """Transform the selected layers of the network in place.
 
     Raises:
-        UsageError: if the kernel is unknown, options do not go with it, or a pattern matches nothing.
+        UsageError: if the kernel is unknown, options do not fit it, or a pattern matches nothing.
         TransformError: if no layer can be transformed.
     """
     _check(options)
@@ -101,12 +96,7 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
 
 
 def with_coefficients(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> Checkpoint:
-    """The checkpoint whose chosen layers are coefficients, changed in place; nothing is measured.
-
-    Raises:
-        UsageError: if the kernel is unknown, options do not go with it, or a pattern matches nothing.
-        TransformError: if no layer can be transformed.
-    """
+    """Transform the selected layers of the network in place, as `run`, without measuring anything."""
     _check(options)
     selected, skipped = select_layers(checkpoint.model, options.weights.layers)
     coded, untouched = _coded(selected, options, context)
@@ -127,7 +117,7 @@ def _check(options: TransformOptions) -> None:
 def _coded(
     selected: Sequence[SelectedLayer], options: TransformOptions, context: Context
 ) -> tuple[list[_Coded], list[SkippedLayer]]:
-    """Layers of coefficients for the selected ones, and those that have no axis to transform."""
+    """Layers of coefficients for the selected ones, and layers that cannot be transformed, with reasons."""
     weights, coded, untouched = options.weights, [], []
     for item in context.reporter.progress(selected, "transforming", len(selected)):
         axes = transformed_axes(
@@ -150,7 +140,7 @@ def _too_long(axes: Sequence[TransformedAxis]) -> str:
 
 
 def _with_layers(checkpoint: Checkpoint, coded: Sequence[_Coded], weights: WeightOptions) -> Checkpoint:
-    """Put the layers into the network, mask what does not stay, and say so in the spec."""
+    """Put the layers into the network, mask coefficients that are not kept, and update the spec."""
     model = checkpoint.model
     for item in coded:
         item.layer.train(item.selected.layer.training)
@@ -163,7 +153,7 @@ def _with_layers(checkpoint: Checkpoint, coded: Sequence[_Coded], weights: Weigh
 
 
 def _belongs(tensor: str, coded: Sequence[_Coded]) -> bool:
-    """Whether a tensor is the weight, or what it is computed from, of a layer that was replaced."""
+    """Whether a tensor is the weight of a replaced layer, or one that the weight was computed from."""
     owner, _, leaf = tensor.rpartition(".")
     return leaf not in ("bias", mask_name("bias")) and any(owner in item.selected.names for item in coded)
 

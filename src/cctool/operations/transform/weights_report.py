@@ -1,4 +1,4 @@
-"""What `cctool transform --target weights` reports of layers."""
+"""The report of `cctool transform --target weights`."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class CodedLayerReport:
     """What became of one layer.
 
     Attributes:
-        name: its first name.
+        name: of the layer; the first, if it is used under several.
         shape: of its weight.
         axes: what is transformed, in words.
-        kept: coefficients that stay.
-        places: coefficients that there were, as many as weights.
+        kept: number of coefficients that are kept.
+        places: number of all coefficients, which is that of the weights.
         bytes_before: of the weight as it was stored.
-        bytes_after: of all that the weight is now computed from as it is stored, masks and bases included.
-        relative_error: ||w - w'|| / ||w||; None where the weight was zero.
-        sqnr_db: 10 log10(sum w^2 / sum (w - w')^2); None where nothing changed, or the weight was zero.
+        bytes_after: of all that the weight is computed from now, as stored, masks and bases included.
+        relative_error: ||w - w'|| / ||w||; None if the weight was zero.
+        sqnr_db: 10 log10(sum w^2 / sum (w - w')^2); None if nothing changed, or the weight was zero.
     """
 
     name: str
@@ -57,13 +57,13 @@ class TransformWeightsReport:
 
     Attributes:
         kernel: name of the transform.
-        layers: what was transformed.
-        skipped: what was asked for and was not, and why.
-        bytes_before: of all tensors of the network as they were stored.
-        bytes_after: of all tensors as they are stored now.
-        metrics_before: of the network that came in.
-        metrics_after: of the network with the coefficients that are left.
-        notes: what else is worth knowing.
+        layers: that were transformed.
+        skipped: selected layers that were not transformed, and why.
+        bytes_before: of all tensors of the input as stored.
+        bytes_after: of all tensors of the product as stored.
+        metrics_before: of the input network.
+        metrics_after: of the network with the kept coefficients.
+        notes: for the history.
     """
 
     kernel: str
@@ -76,7 +76,7 @@ class TransformWeightsReport:
     notes: tuple[str, ...]
 
     def tables(self) -> ShownTables:
-        """A row a layer and one for the network."""
+        """A row for each layer and one for the network."""
         columns = [
             "layer",
             "shape",
@@ -101,7 +101,7 @@ class TransformWeightsReport:
 def coded_layer_report(
     name: str, before: nn.Linear | nn.Conv2d, layer: CoefficientLayer, bytes_before: int, product: Checkpoint
 ) -> CodedLayerReport:
-    """Compare a layer with the ordinary one that it took the place of."""
+    """Compare a layer with the ordinary one that it replaced."""
     mask = layer._buffers.get(mask_name("coefficients"))
     kept = layer.coefficients.numel() if mask is None else int(mask.sum())
     error, sqnr = _errors(before.weight, layer.weight)
@@ -136,7 +136,7 @@ def _errors(before: Tensor, after: Tensor) -> tuple[float | None, float | None]:
 
 
 def layer_bytes(checkpoint: Checkpoint, name: str) -> int:
-    """Bytes of all that a layer's weight is computed from, as it is stored, each stored tensor once."""
+    """Bytes of all tensors that a layer's weight is computed from, as stored, each counted once."""
     parts = {id(part): part for part in _parts(checkpoint, name)}
     return sum(part.numel() * part.element_size() for part in parts.values())
 
@@ -151,7 +151,7 @@ def _parts(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
 
 
 def counted(skipped: Sequence[SkippedLayer]) -> list[str]:
-    """What the notes say of layers that were left alone, by reason."""
+    """Notes about layers that were not transformed, one for each reason."""
     reasons: dict[str, list[str]] = {}
     for item in skipped:
         reasons.setdefault(item.reason, []).append(item.name)

@@ -1,6 +1,6 @@
-"""The coded maps of a split as streams of bytes: written to a folder, decoded on the way, or only counted.
+"""The coded maps of a split as streams of bytes: written to a folder, decoded at once, or only counted.
 
-What a stream holds, `tap_stream` says; what else stands in the folder, `stream_index`.
+`transforms/codec/stream.py` defines a stream's content, `stream_index` the index of the folder.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class StreamFigures:
 
     Attributes:
         tap: name of the module.
-        file: its path; None where nothing was written.
-        elements: values of all maps.
+        file: its path; None if no file was written.
+        elements: number of values of all maps.
         payload_bits: of the symbols' codewords.
-        side_bits: all others: header, codec, means, block tables, checksums, what fills up last bytes.
+        side_bits: all others: header, codec, means, block tables, checksums, padding of last bytes.
         file_bytes: of the stream, (payload_bits + side_bits) / 8.
-        bits_per_element: of all bits.
-        ratio_8bit: eight bits an element over all bits.
-        ratio_float32: likewise for 32 bits an element.
+        bits_per_element: all bits per value.
+        ratio_8bit: compression against 8 bits per value.
+        ratio_float32: likewise against 32 bits per value.
     """
 
     tap: str
@@ -71,7 +71,7 @@ class StreamFigures:
 
 
 class _Target:
-    """A file that remembers its last bytes and hashes all of them; without a path it only does that."""
+    """A file that hashes all bytes and remembers the latest; without a path nothing is written to disk."""
 
     def __init__(self, path: Path | None) -> None:
         self._stream = None if path is None else path.open("xb")
@@ -84,7 +84,7 @@ class _Target:
         return len(data) if self._stream is None else self._stream.write(data)
 
     def take(self) -> bytes:
-        """What was written since it was last taken."""
+        """The bytes written since the last call."""
         taken, self.last = self.last, b""
         return taken
 
@@ -95,7 +95,7 @@ class _Target:
 
 @dataclass
 class _Hashes:
-    """Running hashes of one pass of all batches."""
+    """Running hashes of one pass over all batches."""
 
     symbols: Any = field(default_factory=hashlib.sha256)
     maps: Any = field(default_factory=hashlib.sha256)
@@ -104,7 +104,7 @@ class _Hashes:
 
 
 class _TapStream:
-    """The stream of one tap while it is written."""
+    """The stream of one tap, while it is written."""
 
     def __init__(self, name: str, model: nn.Module, path: Path | None) -> None:
         self.name, self.file = name, "" if path is None else path.name
@@ -118,10 +118,10 @@ class _TapStream:
         self.pass_now = 0
 
     def add(self, symbols: Symbols, y: Tensor, *, decode: bool) -> Tensor | None:
-        """Write one pass; decode what was written where that goes on.
+        """Write the symbols of one pass (N, C, H, W); with ``decode`` returns the map that the bytes give.
 
         Raises:
-            TransformError: if a pass has maps of another size than the same pass of earlier batches.
+            TransformError: if its maps have another size than those of earlier batches.
         """
         if self._writer is None:
             self._writer = self._begun(y)
@@ -142,13 +142,14 @@ class _TapStream:
             {"tap": self.name, "codec": self._state.config, "shape": self._shape, "dtype": dtype}
         )
         writer = Writer(cast("BinaryIO", self.target), header.model_dump(mode="json"))
+        # The codec's state is the side information of a first chunk without symbols.
         nothing = torch.zeros(0, dtype=torch.int8)
         writer.append(nothing, 0, signed=True, side=state_bytes(self._state, self._shape))
         self._front = self.target.take()
         return writer
 
     def _decoded(self, chunk: bytes, device: torch.device) -> Tensor:
-        """What the bytes alone say: those of the header and the codec, and those of one chunk."""
+        """The map that the bytes alone give: those of the header and the codec, and those of one chunk."""
         reader = StreamReader(io.BytesIO(self._front + chunk))
         header, chunks = header_of(reader.metadata), iter(reader)
         state = state_of_stream(header, next(chunks).side, device)
@@ -169,7 +170,7 @@ class _TapStream:
         hashes.maps.update(maps_as_bytes(y))
 
     def finish(self, folder: Path | None) -> tuple[StreamFigures, IndexedStream] | None:
-        """Write the end; None where the tap was never passed."""
+        """Write the end; None if no map ever passed the tap."""
         if self._writer is not None:
             self._writer.finish()
         self.target.close()
@@ -210,8 +211,8 @@ class Bitstreams:
 
     Args:
         model: the network, with its taps.
-        folder: where streams are written; None keeps nothing of them.
-        through: decode each chunk, and let the decoded maps go on.
+        folder: where streams are written; None writes no files.
+        through: decode each chunk; the network goes on with the decoded maps.
     """
 
     def __init__(self, model: nn.Module, folder: Path | None, *, through: bool) -> None:
@@ -223,7 +224,7 @@ class Bitstreams:
         }
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Pass batches on, and count the passes of each anew."""
+        """Pass on batches, and count the passes of each from 0."""
         for batch in batches:
             for stream in self._streams.values():
                 stream.pass_now = 0
@@ -234,16 +235,12 @@ class Bitstreams:
         return self._streams[name].add(symbols, y, decode=self._through)
 
     def finish(self, folder: Path | None) -> tuple[tuple[StreamFigures, ...], tuple[IndexedStream, ...]]:
-        """Write the ends of all streams; their sizes, and what stands in an index.
-
-        Args:
-            folder: the name that the streams' folder will have.
-        """
+        """Write the ends of all streams; gives their sizes, with paths in ``folder``, and index entries."""
         finished = [stream.finish(folder) for stream in self._streams.values()]
         passed = [found for found in finished if found is not None]
         return tuple(figures for figures, _ in passed), tuple(entry for _, entry in passed)
 
     def close(self) -> None:
-        """Close all files, also where something failed."""
+        """Close all files, even after an error."""
         for stream in self._streams.values():
             stream.target.close()
