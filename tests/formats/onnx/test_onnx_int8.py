@@ -62,14 +62,14 @@ def quantized(model: nn.Module, bits: int = 8, method: Any = "uniform", *, signe
     images = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(1))
     model.eval()
     points = plan_points(flow_of(model, (images,)), "all")
-    apot = method == "apot"
-    weights = QuantizerConfig(method=method, bits=bits, narrow=not apot, axis=None if apot else 0)
+    whole = method == "dorefa"
+    weights = QuantizerConfig(method=method, bits=bits, narrow=not whole, axis=None if whole else 0)
     activations = QuantizerConfig(method="uniform", bits=bits, signed=signed, symmetric=signed)
     calls: dict[Any, dict[str, Any]] = {layer.place: {"weight": layer.weight} for layer in points.layers}
     for found in points.activations:
         calls.setdefault(found.place, {})[found.slot] = activations
     wanted = {
-        layer.weight: WeightPoint(config=weights, channels=None if apot else layer.shape[0])
+        layer.weight: WeightPoint(config=weights, channels=None if whole else layer.shape[0])
         for layer in points.layers
     }
     held = attach(model, wanted, {place: CallPoint(**call) for place, call in calls.items()})
@@ -169,7 +169,7 @@ def test_four_bits_run_on_integers_in_bytes_and_take_half_where_asked(tmp_path: 
 
 
 def test_weights_on_no_grid_stay_float(tmp_path: Path) -> None:
-    model = quantized(Toy(), bits=4, method="apot")
+    model = quantized(Toy(), bits=8, method="dorefa")
     written = write_onnx(request(model, tmp_path / "a.onnx", samples=samples()))
     assert written.agreements[1].top1_agreement >= 99
 
