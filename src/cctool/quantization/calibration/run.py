@@ -12,6 +12,7 @@ from cctool.base.networks import in_eval_mode
 from cctool.quantization.calibration.observers import RangeObserver, make_observer
 from cctool.quantization.network.attach import following_values, quantizers_of
 from cctool.quantization.network.points import Observing
+from cctool.quantization.quantizers.base import Quantizer
 
 __all__ = ["calibrate_activations", "observe"]
 
@@ -56,6 +57,18 @@ def observe(
     return observers
 
 
+def observer_of(observing: Observing, quantizer: Quantizer) -> RangeObserver:
+    """An observer for the bits of a quantizer."""
+    config = quantizer.config
+    return make_observer(
+        observing.observer,
+        bits=config.bits - config.reduce_range,
+        symmetric=config.symmetric,
+        percentile=observing.percentile,
+        n_std=observing.deviations,
+    )
+
+
 def calibrate_activations(
     model: nn.Module, images: Iterable[Tensor], observing: Observing
 ) -> Mapping[str, RangeObserver]:
@@ -72,13 +85,7 @@ def calibrate_activations(
     }
 
     def make(key: str) -> RangeObserver | None:
-        if key not in chosen:
-            return None
-        config, percentile, n_std = chosen[key].config, observing.percentile, observing.deviations
-        bits, symmetric = config.bits - config.reduce_range, config.symmetric
-        return make_observer(
-            observing.observer, bits=bits, symmetric=symmetric, percentile=percentile, n_std=n_std
-        )
+        return observer_of(observing, chosen[key]) if key in chosen else None
 
     observers = observe(model, images, make)
     for key, observer in observers.items():

@@ -1,8 +1,8 @@
 """Parts of stored tensors: checked before anything is decoded, and as rows of what a mask keeps.
 
-Encodings that can store part of a tensor take the *row* of values that a mask keeps, in C order. Which range or
-table a value belongs to follows from its place in the whole tensor. So what is stored for a channel stays with
-the channel, whatever the mask removes.
+Encodings that can store part of a tensor take the *row* of values that a mask keeps, in C order. Which range
+or table a value belongs to follows from its place in the whole tensor. So what is stored for a channel stays
+with the channel, whatever the mask removes.
 """
 
 from __future__ import annotations
