@@ -8,8 +8,6 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Cache"]
-
 _T = TypeVar("_T")
 
 

@@ -15,22 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = [
-    "MARK",
-    "companion_parameters",
-    "companion_tensors",
-    "copied",
-    "device_of",
-    "drop_companions",
-    "float_type_of",
-    "has_companions",
-    "in_eval_mode",
-    "in_mode",
-    "qualified",
-    "removing",
-    "some",
-]
-
 MARK = "is_companion"
 """Attribute that is true on a companion's module or hook."""
 

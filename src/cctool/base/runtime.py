@@ -12,8 +12,6 @@ import torch
 
 from cctool.base.errors import DeviceError
 
-__all__ = ["Reporter", "Silent", "autocast", "resolve_device", "seed_everything"]
-
 T = TypeVar("T")
 
 

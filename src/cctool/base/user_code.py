@@ -17,8 +17,6 @@ from typing import Any
 
 from cctool.base.errors import CctoolError, UserCodeError
 
-__all__ = ["call", "call_often", "importable", "is_named", "load", "looks_like_user_code"]
-
 PRIVATE_PREFIX = "cctool_user_"
 
 

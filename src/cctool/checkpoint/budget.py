@@ -25,8 +25,6 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.file.payload import place
 from cctool.checkpoint.spec import ModelSpec
 
-__all__ = ["TOO_LARGE", "BoundedFactories", "Budget", "Register", "registering", "registering_by"]
-
 TOO_LARGE = "the spec asks for a much larger network than the tensors of the file can fill"
 
 _EMPTY = (torch.empty,)

@@ -21,8 +21,6 @@ from cctool.checkpoint.file.payload import as_bytes, place
 from cctool.checkpoint.spec import Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind, Tables
 
-__all__ = ["assemble", "build_fresh", "check_edits", "instantiate", "refuse_misfit"]
-
 
 def build_fresh(spec: ModelSpec, tables: Tables) -> nn.Module:
     """Build and initialise the module of ``spec`` for training from scratch, edits applied.

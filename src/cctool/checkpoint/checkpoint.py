@@ -24,8 +24,6 @@ from cctool.checkpoint.foreign import bare_tensors, match_names, read_foreign
 from cctool.checkpoint.spec import History, ModelSpec, Parent, Step
 from cctool.checkpoint.tables import Tables
 
-__all__ = ["SUFFIXES", "Checkpoint", "Opened", "load", "open_file", "save"]
-
 _WRITERS = {".pt": write_pt, ".safetensors": write_safetensors}
 SUFFIXES = tuple(_WRITERS)
 """File suffixes that a checkpoint can be written to."""

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pydantic import JsonValue
 from torch import Tensor
 
-__all__ = ["EncodedTensor", "Encoding"]
-
 
 @dataclass(frozen=True)
 class EncodedTensor:

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from cctool.base.errors import CheckpointError, UnsafeCheckpointError
 from cctool.checkpoint.file.torch_file import load_torch_file
 
-__all__ = ["bare_tensors", "match_names", "read_foreign"]
-
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "module", "weights", "params", "model_state")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 # torchvision's published DenseNets have names such as `norm.1`; attribute names may no longer contain dots.

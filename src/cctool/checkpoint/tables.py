@@ -15,8 +15,6 @@ from torch import nn
 from cctool.checkpoint.encoding import Encoding
 from cctool.checkpoint.spec import Edit
 
-__all__ = ["EditKind", "Tables"]
-
 
 @dataclass(frozen=True)
 class EditKind:

@@ -19,8 +19,6 @@ from cctool.coding.packing import pack
 from cctool.coding.symbols import check_k, symbol_limit
 from cctool.coding.unpacking import MAX_BITS, unpack
 
-__all__ = ["MAX_BLOCK", "CodedIntegers", "block_counts", "block_size", "decode", "encode"]
-
 # A file may claim any block size, and a decoder's steps and memory grow with it: hence an upper limit.
 MAX_BLOCK = 1 << 12
 # See `block_size` for where these come from.

@@ -11,8 +11,6 @@ from torch import Tensor
 from cctool.base.errors import TransformError
 from cctool.coding.symbols import MAX_K, code_lengths, symbol_limit, to_unsigned
 
-__all__ = ["Histogram", "best_k", "code_bits", "entropy_bits", "histogram"]
-
 _PIECE = 1 << 21
 # Most symbols are 0, and atomic additions to one address of a GPU serialise: small histograms have copies of
 # each bin, which are summed at the end.

@@ -25,8 +25,6 @@ from cctool.base.errors import BitstreamError, TransformError
 from cctool.coding.exp_golomb import MAX_BLOCK, CodedIntegers, block_counts, block_size, decode, encode
 from cctool.coding.symbols import MAX_K, check_k, code_length, symbol_limit
 
-__all__ = ["END_BYTES", "MAX_HEADER", "Chunk", "StreamReader", "Writer", "chunk_bytes", "header_bytes"]
-
 VERSION = 1
 MAX_HEADER = 1 << 20
 """Bytes of the JSON text in a header, at most."""

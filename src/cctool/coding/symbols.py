@@ -17,8 +17,6 @@ from torch import Tensor
 
 from cctool.base.errors import TransformError, UsageError
 
-__all__ = ["MAX_K", "check_k", "code_length", "code_lengths", "symbol_limit", "to_unsigned"]
-
 MAX_K = 5
 
 # The symbols of signed values need a wider type: -2^(b-1) becomes 2^b - 1.

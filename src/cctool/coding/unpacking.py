@@ -20,8 +20,6 @@ from numpy.typing import NDArray
 from cctool.base.errors import BitstreamError
 from cctool.coding.packing import WORD, Values, Words
 
-__all__ = ["MAX_BITS", "unpack"]
-
 MAX_BITS = 65
 """Bits of the longest codeword: symbol 2^32 - 1 at order 1."""
 

@@ -16,8 +16,6 @@ from cctool.base.errors import DataError
 from cctool.data.records import Augmentation, Crop, Padding, Shape
 from cctool.data.serving.augment import RATIO
 
-__all__ = ["EXTENSIONS", "FileStream", "ImageSizes", "Resize", "hold", "measure_images"]
-
 EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 PIL_MODES = {1: "L", 3: "RGB"}
 NUMPY_PADDING = {Padding.ZERO: "constant", Padding.SYMMETRIC: "symmetric"}

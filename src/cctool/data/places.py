@@ -5,8 +5,6 @@ from pathlib import Path
 
 from cctool.base.errors import DataError
 
-__all__ = ["DOWNLOAD_VARIABLE", "download_allowed", "missing", "named_folder", "root_folder"]
-
 FOLDER_VARIABLE = "CCTOOL_DATA"
 DOWNLOAD_VARIABLE = "CCTOOL_DOWNLOAD"
 

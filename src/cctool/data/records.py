@@ -14,20 +14,6 @@ from torch import Tensor
 
 from cctool.base.errors import DataError
 
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "SPLITS",
-    "Augmentation",
-    "Crop",
-    "DataSource",
-    "Loaded",
-    "Padding",
-    "Shape",
-    "Split",
-    "Stream",
-]
-
 Shape = tuple[int, int, int]
 
 SPLITS = ("train", "validation", "test")

@@ -18,8 +18,6 @@ from cctool.data.sets.folders import open_folder, open_labelled
 from cctool.data.sets.mnist import FASHION_MNIST, MNIST, open_mnist
 from cctool.data.sets.user_data import open_user_data
 
-__all__ = ["DATASETS", "Dataset", "DatasetRecord", "listing", "open_data"]
-
 
 @dataclass(frozen=True)
 class Dataset:

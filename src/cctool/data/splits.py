@@ -10,8 +10,6 @@ from torch import Tensor
 
 from cctool.data.records import Split
 
-__all__ = ["held_out", "official_loaders", "stratified", "stratified_by_name"]
-
 # The legacy generator's stream is frozen by NumPy's policy, so these permutations never change.
 SEED = 20
 HELD_OUT = 5000

@@ -2,8 +2,6 @@
 
 from torch import Tensor, nn
 
-__all__ = ["AlexNet"]
-
 
 class AlexNet(nn.Module):
     """Five 3x3 convolutions (the first with stride 2), three max poolings, three fully connected layers.

@@ -15,8 +15,6 @@ from cctool.models.mobilenet import MobileNetStudent
 from cctool.models.resnet import CifarPreActResNet, CifarResNet
 from cctool.models.vgg import STAGES_A, STAGES_D, STAGES_E, CifarVGG
 
-__all__ = ["ARCHITECTURES", "COLLECTIONS", "Architecture", "Collected", "Shape"]
-
 Shape = tuple[int, int, int]
 
 CIFAR_SHAPE: Shape = (3, 32, 32)

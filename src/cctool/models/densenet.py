@@ -5,8 +5,6 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CifarDenseNet", "DenseLayer"]
-
 
 class DenseLayer(nn.Module):
     """Append ``growth_rate`` new channels, conv(relu(bn x)), to the input's."""

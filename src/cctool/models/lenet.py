@@ -2,8 +2,6 @@
 
 from torch import Tensor, nn
 
-__all__ = ["LeNet"]
-
 
 class LeNet(nn.Module):
     """Three 5x5 convolutions (6, 16, 120 channels) and two fully connected layers.

@@ -6,8 +6,6 @@ names are ``cnn.{i}.0`` depthwise, ``.1`` batch norm, ``.3`` pointwise, and ``fc
 
 from torch import Tensor, nn
 
-__all__ = ["MobileNetStudent"]
-
 # Channels after each block, in units of the base; the width multiplier acts on blocks 3 to 6 only.
 MULTIPLES = (1, 2, 4, 8, 16, 16, 16, 16)
 SLIMMED = range(3, 7)

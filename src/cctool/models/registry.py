@@ -20,18 +20,6 @@ from cctool.base import user_code as user
 from cctool.base.errors import ArchitectureError, CctoolError, UserCodeError
 from cctool.models.architectures import ARCHITECTURES, COLLECTIONS, Architecture, Collected, Shape
 
-__all__ = [
-    "ARCHITECTURES",
-    "COLLECTIONS",
-    "Architecture",
-    "ArchitectureRecord",
-    "build",
-    "defaults",
-    "input_shape",
-    "is_user_code",
-    "listing",
-]
-
 
 @dataclass(frozen=True)
 class ArchitectureRecord:

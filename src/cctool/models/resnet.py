@@ -10,8 +10,6 @@ Pre-activation networks normalise before they convolve (He et al. 2016, arXiv 16
 
 from torch import Tensor, nn
 
-__all__ = ["BasicBlock", "CifarPreActResNet", "CifarResNet", "PreActBlock"]
-
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     """A 3x3 convolution that keeps the size at stride 1, without bias."""

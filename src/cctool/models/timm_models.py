@@ -8,8 +8,6 @@ from torch import nn
 
 from cctool.base.errors import ArchitectureError
 
-__all__ = ["build", "default_arguments", "input_shape", "names"]
-
 # A spec may come from an untrusted file: `checkpoint_path` would unpickle a file, and `pretrained*` download
 # one. The others would build something other than a classifier, or on another device.
 REFUSED = frozenset({

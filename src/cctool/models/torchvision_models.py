@@ -13,16 +13,6 @@ from torch import nn
 
 from cctool.base.errors import ArchitectureError
 
-__all__ = [
-    "allowed_arguments",
-    "build",
-    "classifiers",
-    "default_arguments",
-    "input_shape",
-    "names",
-    "segmentation_networks",
-]
-
 # These read files, download or print, and a spec may come from an untrusted file.
 REFUSED = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress"})
 # Their constructors warn that the default of `init_weights` will change, unless it is given.

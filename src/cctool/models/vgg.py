@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-__all__ = ["STAGES_A", "STAGES_D", "STAGES_E", "CifarVGG"]
-
 # Columns A, D and E of the paper's table 1: output channels of each 3x3 convolution, stage by stage.
 STAGES_A = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 STAGES_D = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

@@ -20,7 +20,6 @@ from cctool.options.common import ModelOptions, RuntimeOptions
 if TYPE_CHECKING:
     from cctool.data.records import DataSource
 
-__all__ = ["Context", "Outcome", "ShownTables", "Told", "beside", "header", "metric_lines", "refuse_existing"]
 
 Told = str | tuple[str, Sequence[str], Sequence[Sequence[object]]]
 """A part of a report as people read it: a sentence, or title, columns and rows of a table."""

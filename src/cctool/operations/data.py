@@ -26,20 +26,6 @@ if TYPE_CHECKING:
 
     from cctool.data.records import DataSource
 
-__all__ = [
-    "example",
-    "feed_of",
-    "first_images",
-    "measured",
-    "measured_splits",
-    "open_named",
-    "open_source",
-    "preprocessing_of",
-    "require_source",
-    "serve",
-    "with_preprocessing",
-]
-
 
 def open_source(options: DataOptions, checkpoint: Checkpoint, context: Context) -> DataSource | None:
     """Open the data for a checkpoint; None if no data set is given, or a remembered one cannot be opened.

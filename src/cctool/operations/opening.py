@@ -25,9 +25,6 @@ from cctool.checkpoint.tables import Tables
 from cctool.models import registry
 from cctool.options.common import ModelOptions
 
-__all__ = ["DataShape", "fresh", "open_checkpoint", "parse_arguments"]
-
-
 # Heights and widths to try, the commonest in image classification first.
 _COMMON_SIZES = (32, 224, 28, 64, 96, 128, 256, 299, 16, 8)
 

@@ -34,17 +34,6 @@ from cctool.operations.size import measure
 from cctool.options.common import ModelOptions, RuntimeOptions
 from cctool.options.fields import recorded
 
-__all__ = [
-    "Product",
-    "Request",
-    "default_output",
-    "labelled",
-    "read",
-    "read_in_memory",
-    "write",
-    "write_in_memory",
-]
-
 
 @dataclass(frozen=True)
 class Request:

@@ -21,8 +21,6 @@ from cctool.operations.opening import open_checkpoint
 from cctool.options.common import ModelOptions
 from cctool.quantization.encodings.table import ENCODINGS
 
-__all__ = ["load", "save", "tables"]
-
 
 def tables(user_code: Collection[str] = ()) -> Tables:
     """The registries that a checkpoint refers to; of user code only the references in ``user_code`` run."""

@@ -10,8 +10,6 @@ from cctool.checkpoint.spec import Size
 from cctool.graph import cost
 from cctool.transforms.plain import plain_model
 
-__all__ = ["measure", "stored_bytes"]
-
 
 def measure(checkpoint: Checkpoint) -> Size:
     """Count parameters, multiply-accumulates of one input and bytes of stored tensors.

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from cctool.base.errors import CorruptCheckpointError
 
-__all__ = ["WeightAverage", "average_in"]
-
 _PREFIX = "average/"
 _STEPS = f"{_PREFIX}steps"
 

@@ -11,8 +11,6 @@ from cctool.base.errors import DataError
 from cctool.base.networks import device_of, in_eval_mode
 from cctool.data.serving.batches import Batch
 
-__all__ = ["freeze_statistics", "recalibrate"]
-
 
 def recalibrate(
     model: nn.Module, batches: Iterable[Batch], n: int, device: torch.device | None = None

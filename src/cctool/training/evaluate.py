@@ -18,8 +18,6 @@ from cctool.training.objectives import cross_entropy, main_output
 from cctool.training.processes import Group
 from cctool.training.user_functions import UserMetric
 
-__all__ = ["LossFunction", "count_correct", "evaluate", "outputs_of", "trial_output"]
-
 LossFunction = Callable[[Any, Tensor], Tensor]
 
 _TOP = 5

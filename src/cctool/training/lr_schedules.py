@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from cctool.options.train.fit import FitOptions, Schedule, Warmup
 
-__all__ = ["SCHEDULES", "WARMUPS", "Clock", "multiplier"]
-
 
 @dataclass(frozen=True)
 class Clock:

@@ -17,19 +17,6 @@ from torch import Tensor, nn
 from cctool.base.errors import TrainingError
 from cctool.training.user_functions import UserLoss
 
-__all__ = [
-    "Distillation",
-    "Objective",
-    "Supervised",
-    "Terms",
-    "absolute_sum",
-    "cross_entropy",
-    "distillation_loss",
-    "gamma_penalty",
-    "has_batch_norm",
-    "main_output",
-]
-
 _AUXILIARY_WEIGHT = 0.3
 
 

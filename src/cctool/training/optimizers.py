@@ -15,8 +15,6 @@ from cctool.base.networks import companion_parameters
 from cctool.options.train.fit import DecayScope, FitOptions, OptimizerName
 from cctool.training.user_functions import named_function
 
-__all__ = ["OPTIMIZERS", "make_optimizer", "parameter_groups"]
-
 Groups = list[dict[str, Any]]
 
 

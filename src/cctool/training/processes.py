@@ -15,7 +15,6 @@ from cctool.options.common import Precision
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Group", "Together", "group_of", "make_fabric"]
 
 _PRECISIONS: dict[Precision, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
     Precision.FULL: "32-true",

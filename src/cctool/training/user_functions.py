@@ -12,8 +12,6 @@ from torch import Tensor
 from cctool.base import user_code
 from cctool.base.errors import UserCodeError
 
-__all__ = ["UserLoss", "UserMetric", "named_function"]
-
 
 def named_function(reference: str, named: Collection[str], option: str) -> Callable[..., Any]:
     """Load a function that the command line names.

@@ -20,8 +20,6 @@ from cctool.transforms.layers.base import Swap
 from cctool.transforms.layers.which import SelectedLayer
 from cctool.transforms.swap import put_in_place
 
-__all__ = ["BASIS_KERNELS", "put_basis"]
-
 BASIS_KERNELS = ("dct", "dst", "dft")
 """Kernels of basis layers."""
 

@@ -12,8 +12,6 @@ from cctool.transforms.codec.export import put_exported
 from cctool.transforms.codec.taps import drop_taps, taps_of
 from cctool.transforms.layers.base import SwappedLayer, WeightCache, swapped_layers
 
-__all__ = ["exportable", "plain_model", "type_of"]
-
 
 def plain_model(model: nn.Module) -> nn.Module:
     """The network with ordinary layers in place of swapped ones, without codecs and quantizers.

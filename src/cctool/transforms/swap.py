@@ -13,8 +13,6 @@ from cctool.transforms.layers.base import Swap, SwapKind
 from cctool.transforms.layers.build import build_coefficients, check_coefficients
 from cctool.transforms.layers.coefficients import COEFFICIENT
 
-__all__ = ["SWAP", "SWAPS", "put_in_place"]
-
 SWAPS: Mapping[str, SwapKind] = {COEFFICIENT: SwapKind(build_coefficients, check_coefficients), **BASIS_SWAPS}
 """Kinds of swapped layer by name."""
 

@@ -22,21 +22,6 @@ from cctool.base.networks import qualified
 from cctool.checkpoint.spec import Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
 
-__all__ = [
-    "MASK",
-    "Mask",
-    "MaskedPlace",
-    "add_masks",
-    "derived_masks",
-    "drop_masks",
-    "mask_buffers",
-    "mask_name",
-    "masked_places",
-    "masks_of",
-    "with_masks",
-    "zero_masked",
-]
-
 _SUFFIX = "_mask"
 # Set on the module: its masked parameters. The suffix alone does not tell, as a network may have a buffer
 # of such a name.

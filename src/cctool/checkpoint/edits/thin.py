@@ -21,8 +21,6 @@ from cctool.checkpoint.edits.mask import mask_buffers
 from cctool.checkpoint.spec import MAX_DIMENSION, Dimension, Edit, ModelSpec
 from cctool.checkpoint.tables import EditKind
 
-__all__ = ["THIN", "Cut", "Thin", "thin_edits", "thinned"]
-
 _Index = Annotated[int, Field(ge=0, le=MAX_DIMENSION, strict=True)]
 _Kept = tuple[tuple[_Index, tuple[_Index, ...]], ...]
 

@@ -20,8 +20,6 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.file.payload import DTYPES, as_bytes, canonical_json
 from cctool.checkpoint.spec import Shape
 
-__all__ = ["ArenaReader", "ArenaWriter", "Entry", "PlainEntry", "unpack"]
-
 
 class PlainEntry(BaseModel):
     """A tensor that is stored as it is: its type (such as ``float32``), shape, and place in the arena.

@@ -17,7 +17,6 @@ try:
 except ImportError:  # Windows has no flock; there temporary files stay until they are removed by hand.
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["hold_lock", "remove_stale", "unwritable", "write_atomically", "write_bytes"]
 
 _SUFFIX = ".cctool-tmp"
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from cctool.base.errors import CheckpointError
 from cctool.checkpoint.file.atomic import hold_lock, remove_stale, unwritable
 
-__all__ = ["folder_atomically", "refuse_existing_folder"]
-
 _SUFFIX = ".cctool-tmp-folder"
 _LOCK = ".lock"
 

@@ -13,8 +13,6 @@ from typing import IO
 
 from cctool.base.errors import CorruptCheckpointError
 
-__all__ = ["DIGITS", "MARK", "ZEROS", "verify_checksum"]
-
 MARK = b"cctool-sha256:"
 DIGITS = 64
 ZEROS = b"0" * DIGITS

@@ -30,8 +30,6 @@ from cctool.checkpoint.file.payload import (
 )
 from cctool.checkpoint.spec import History, ModelSpec
 
-__all__ = ["COMPACT_VERSION", "Compact", "compressed", "inflated", "packed", "unpacked"]
-
 COMPACT_VERSION = 2
 """Format version of files of this form."""
 _SMALL = 4096

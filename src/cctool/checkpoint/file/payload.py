@@ -18,23 +18,6 @@ from cctool.base.networks import companion_tensors
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.spec import History, ModelSpec
 
-__all__ = [
-    "DTYPES",
-    "MemoryPlace",
-    "Payload",
-    "ResumeState",
-    "as_bytes",
-    "canonical_json",
-    "combined_digest",
-    "content_hash",
-    "dense_payload",
-    "dense_texts",
-    "fingerprint_of",
-    "parse",
-    "place",
-    "tensor_digests",
-]
-
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (

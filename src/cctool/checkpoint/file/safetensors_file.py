@@ -27,8 +27,6 @@ from cctool.checkpoint.file.payload import (
 )
 from cctool.checkpoint.file.torch_file import DENSE_VERSION
 
-__all__ = ["read_safetensors", "write_safetensors"]
-
 _ARENA, _TEXT = "cctool.arena", "cctool.text"
 _ALIGNMENT = 64
 _DTYPES = {

@@ -38,8 +38,6 @@ from cctool.checkpoint.file.payload import (
     place,
 )
 
-__all__ = ["DENSE_VERSION", "load_torch_file", "parse_pt", "write_pt"]
-
 DENSE_VERSION = 1
 """Format version of files whose tensors are all dense, and of older ones with encoded tensors."""
 _CHUNK = 1 << 20

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from cctool.data.records import Augmentation, Crop, Padding
 
-__all__ = ["Draws", "apply", "derive", "draw", "generator"]
-
 # Range of width over height of a resized crop, as for the Inception networks (Szegedy et al. 2015).
 RATIO = (3 / 4, 4 / 3)
 

@@ -18,8 +18,6 @@ from cctool.data.serving.augment import generator
 from cctool.data.serving.convert import convert
 from cctool.data.serving.streaming import stream_batches
 
-__all__ = ["Batch", "Batches", "batches"]
-
 MINIMUM_TRAINING_SAMPLES = 2
 
 

@@ -7,8 +7,6 @@ from torch import Tensor
 from cctool.base.errors import DataError
 from cctool.data.records import Shape
 
-__all__ = ["check_channels", "convert", "convert_statistics", "describe"]
-
 # ITU-R BT.601: the weights of red, green and blue that PIL uses for mode "L".
 LUMA = (0.299, 0.587, 0.114)
 

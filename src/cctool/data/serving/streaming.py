@@ -14,8 +14,6 @@ from cctool.base.errors import CctoolError, DataError
 from cctool.data.records import Augmentation, Split
 from cctool.data.serving.augment import derive, generator
 
-__all__ = ["stream_batches"]
-
 Read = tuple[Tensor, Tensor | None, Tensor]
 
 

@@ -19,8 +19,6 @@ from cctool.data.places import download_allowed, missing, root_folder
 from cctool.data.records import Augmentation, Crop, DataSource, Shape
 from cctool.data.splits import official_loaders
 
-__all__ = ["CIFAR10", "CIFAR100", "CifarSet", "open_cifar"]
-
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
 TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -8,8 +8,6 @@ from cctool.data.records import DataSource, Shape
 from cctool.data.sets.file_source import FileSet, Presentation, file_source
 from cctool.data.sets.folders import IMAGENET_GEOMETRY, PHOTO_AUGMENTATION
 
-__all__ = ["open_cub200"]
-
 FOLDER = "CUB_200_2011"
 DEFAULT_SHAPE = (3, 224, 224)
 

@@ -13,8 +13,6 @@ from cctool.base.errors import DataError
 from cctool.data.records import Augmentation, Crop, DataSource, Shape, Split
 from cctool.data.splits import stratified
 
-__all__ = ["open_digits"]
-
 SHAPE = (1, 32, 32)
 LEVELS = 16
 COUNTS = {"train": 1200, "validation": 237, "test": 360}

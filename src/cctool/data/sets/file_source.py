@@ -13,8 +13,6 @@ from cctool.data.image_files import FileStream, Resize, hold
 from cctool.data.records import IMAGENET_MEAN, IMAGENET_STD, Augmentation, DataSource, Shape, Split
 from cctool.data.splits import stratified_by_name
 
-__all__ = ["FileSet", "Presentation", "file_source"]
-
 # Shares of training, validation and test in files that have no splits.
 FRACTIONS = (0.8, 0.1, 0.1)
 VALIDATION_FRACTION = 0.1

@@ -10,8 +10,6 @@ from cctool.data.places import named_folder
 from cctool.data.records import Augmentation, Crop, DataSource, Padding, Shape
 from cctool.data.sets.file_source import FileSet, Presentation, file_source
 
-__all__ = ["IMAGENET_GEOMETRY", "PHOTO_AUGMENTATION", "open_folder", "open_labelled"]
-
 ROLES = {
     "train": ("train", "training"),
     "validation": ("val", "validation", "valid"),

@@ -17,8 +17,6 @@ from cctool.data.places import download_allowed, missing, root_folder
 from cctool.data.records import Augmentation, Crop, DataSource, Shape
 from cctool.data.splits import official_loaders
 
-__all__ = ["FASHION_MNIST", "MNIST", "MnistSet", "open_mnist", "read_idx"]
-
 IMAGES_MAGIC = 0x00000803
 LABELS_MAGIC = 0x00000801
 CLASSES = 10

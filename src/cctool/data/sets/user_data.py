@@ -30,8 +30,6 @@ from cctool.data.serving import augment
 from cctool.data.serving.convert import convert
 from cctool.data.splits import held_out
 
-__all__ = ["UserStream", "open_user_data"]
-
 
 @dataclass(frozen=True)
 class UserStream:

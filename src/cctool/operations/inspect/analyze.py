@@ -22,8 +22,6 @@ from cctool.options.inspect.analyze import AnalyzeOptions, View
 from cctool.options.inspect.export import ExportFormat
 from cctool.transforms.plain import plain_model
 
-__all__ = ["Analysis", "AnalyzeReport", "run"]
-
 
 @dataclass(frozen=True)
 class Analysis:

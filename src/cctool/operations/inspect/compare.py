@@ -11,8 +11,6 @@ from cctool.operations.data import measured, open_source
 from cctool.operations.size import measure
 from cctool.options.inspect.compare import CompareOptions
 
-__all__ = ["CompareReport", "run"]
-
 
 @dataclass(frozen=True)
 class CompareReport:

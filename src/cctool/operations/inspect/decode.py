@@ -30,8 +30,6 @@ from cctool.options.common import RuntimeOptions
 from cctool.options.inspect.decode import DecodeOptions
 from cctool.transforms.codec.stream import decoded_maps, header_of, pass_of, state_of_stream
 
-__all__ = ["DecodeReport", "DecodedMaps", "run"]
-
 IDENTICAL, ROUNDED, UNVERIFIED = "identical", "rounded otherwise", "unverified, no index"
 
 _SUFFIX = ".npy"

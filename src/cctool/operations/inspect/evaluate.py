@@ -28,8 +28,6 @@ from cctool.training.evaluate import evaluate, outputs_of
 from cctool.training.objectives import main_output
 from cctool.transforms.codec.figures import TapFigures
 
-__all__ = ["EvaluateReport", "run"]
-
 
 @dataclass(frozen=True)
 class EvaluateReport:

@@ -28,7 +28,6 @@ from cctool.transforms.plain import plain_model
 if TYPE_CHECKING:
     from cctool.data.records import DataSource
 
-__all__ = ["ExportReport", "export", "run", "samples_of"]
 
 _PROGRAMS = (ExportFormat.ONNX, ExportFormat.PT2)
 

@@ -20,8 +20,6 @@ from cctool.quantization.network.attach import quantizers_of
 from cctool.transforms.layers.base import swapped_layers
 from cctool.transforms.plain import exportable, plain_model
 
-__all__ = ["Converted", "bare_checkpoint", "converted", "quantizer_notes"]
-
 
 @dataclass(frozen=True, eq=False)
 class Converted:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["layers", "remarks"]
-
 _SUMS = {
     "parameters": "parameters",
     "macs": "MACs",

@@ -19,8 +19,6 @@ from cctool.transforms.codec.codec import CodecConfig
 from cctool.transforms.codec.sites import Site, find_sites
 from cctool.transforms.codec.taps import drop_taps, fingerprint, set_taps, taps_of, with_taps
 
-__all__ = ["calibration_images", "put_taps", "recalibrate_taps", "why_no_images"]
-
 
 @dataclass(frozen=True)
 class _Images:

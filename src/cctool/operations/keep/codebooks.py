@@ -22,8 +22,6 @@ from cctool.quantization.encodings.masked import MASKED, Inner, inner_of
 from cctool.training.constraints.base import Constraint
 from cctool.training.constraints.shared_entries import KeepCodebooks, SharedWeights
 
-__all__ = ["codebooks_after", "keeping_codebooks"]
-
 
 def keeping_codebooks(checkpoint: Checkpoint) -> tuple[Constraint, ...]:
     """Constraints that keep weights storable by their codebooks; () if no weight is stored by one.

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from cctool.data.records import DataSource
     from cctool.pruning.cut.planner import Planner
 
-__all__ = ["Codecs", "recalibrated_taps", "trained_taps"]
 
 _TOLERATED = 0.1
 """Percent of a tap's values that may saturate after training without a warning."""

@@ -23,8 +23,6 @@ from cctool.quantization.network.edit import with_quantizers
 from cctool.quantization.network.points import WeightPoint, weight_key
 from cctool.quantization.quantizers.base import Quantizer
 
-__all__ = ["encode_under_mask", "in_step", "masks_by_place", "names_by_place", "quantized_weights", "settled"]
-
 _MOST_BITS = 8
 
 

@@ -32,24 +32,6 @@ if TYPE_CHECKING:
     from cctool.pruning.cut.planner import Planner
     from cctool.training.constraints.base import Constraint
 
-__all__ = [
-    "FOLLOWERS",
-    "changed",
-    "constraints_of",
-    "cut",
-    "cut_model",
-    "decoded",
-    "edit_kinds",
-    "fixed_widths",
-    "for_programs",
-    "forms_of",
-    "masked",
-    "plain_checkpoint",
-    "stored",
-    "thin_copy",
-    "trained",
-    "warn_of_stale",
-]
 
 FOLLOWERS: tuple[Follower, ...] = (
     Widths(),

@@ -36,8 +36,6 @@ from cctool.pruning.cut.planner import Planner
 from cctool.pruning.cut.surgery import CutPlan, named_tensors
 from cctool.training.constraints.base import Constraint
 
-__all__ = ["Change", "Cutting", "Followed", "Follower", "own_cuts", "sharing_copy"]
-
 
 class Followed(NamedTuple):
     """A checkpoint after an event, and notes for its history."""

@@ -28,8 +28,6 @@ from cctool.transforms.swap import SWAP
 if TYPE_CHECKING:
     from cctool.pruning.cut.planner import Planner
 
-__all__ = ["SwappedLayers", "Widths"]
-
 
 class Widths(Follower):
     """Final shapes of tensors, and integer attributes of modules."""

@@ -20,8 +20,6 @@ from cctool.quantization.encodings.masked import MASKED, encode_masked, inner_of
 from cctool.training.constraints.base import Constraint
 from cctool.training.constraints.masked_weights import keeping_masks
 
-__all__ = ["Masks", "stored_with_masks"]
-
 _SMALLEST = 512
 """Number of elements below which the entry in the file's index costs more bytes than the bits save."""
 

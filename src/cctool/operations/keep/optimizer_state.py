@@ -18,8 +18,6 @@ from cctool.training.optimizers import parameter_groups
 from cctool.training.resume.state import flatten, unflatten
 from cctool.transforms.layers.base import swapped_layers
 
-__all__ = ["OptimizerState"]
-
 
 class OptimizerState(Follower):
     """Moments of the optimizer. Verbs that change weights in other ways than by a cut drop the state."""

@@ -22,8 +22,6 @@ from cctool.pruning.cut.surgery import CutPlan
 from cctool.training.constraints.base import Constraint
 from cctool.transforms.layers.base import SwappedLayer
 
-__all__ = ["PackedTensors", "cut_stored", "encoded_again"]
-
 
 class PackedTensors(Follower):
     """Encoded tensors: integers with scales, codebooks, float16."""

@@ -22,8 +22,6 @@ from cctool.quantization.network.attach import quantizers_of
 from cctool.quantization.network.edit import QUANTIZE, with_quantizers
 from cctool.quantization.network.points import Observing
 
-__all__ = ["Quantizers", "Ranges"]
-
 
 class Quantizers(Follower):
     """Quantizers with their scales, and weights stored as integers."""

@@ -24,8 +24,6 @@ from cctool.quantization.network.attach import quantizers_of
 from cctool.transforms.layers.base import swapped_layers
 from cctool.transforms.plain import plain_model
 
-__all__ = ["Costs", "Scales", "counter"]
-
 _LARGEST_COPY = 256 * 2**20
 
 

@@ -34,8 +34,6 @@ from cctool.transforms.layers.coefficients import CoefficientLayer, rows_name
 from cctool.transforms.plain import plain_model
 from cctool.transforms.swap import put_in_place
 
-__all__ = ["reinitialised"]
-
 OnRegister = Callable[[nn.Module, str, Tensor], Tensor]
 """(module, name, tensor that it registers) -> tensor that it gets."""
 

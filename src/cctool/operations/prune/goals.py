@@ -24,8 +24,6 @@ from cctool.pruning.cut.surgery import CutPlan
 from cctool.pruning.select.order import Candidates, by_options, grain_of, order
 from cctool.pruning.select.targets import TriedCut, fewest_removed
 
-__all__ = ["BudgetReport", "BudgetTrial", "TargetReport", "limit_of", "within_budget", "within_target"]
-
 _GRID = 8
 _FINEST = 1 / 512
 RECALIBRATION = 1024

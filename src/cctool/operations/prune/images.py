@@ -13,8 +13,6 @@ from cctool.options.prune.options import PruneOptions
 from cctool.pruning.scores.evidence import Evidence, gather
 from cctool.training.objectives import cross_entropy
 
-__all__ = ["evidence_for"]
-
 
 def evidence_for(
     checkpoint: Checkpoint, source: DataSource | None, options: PruneOptions, context: Context

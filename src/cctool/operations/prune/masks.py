@@ -25,8 +25,6 @@ from cctool.pruning.masks.emptied import find_emptied
 from cctool.pruning.masks.report import MaskReport, report_masks, zero_percent
 from cctool.transforms.layers.base import swapped_layers
 
-__all__ = ["EmptiedReport", "MaskReport", "emptied_cut", "mask_channels", "mask_weights"]
-
 
 @dataclass(frozen=True)
 class EmptiedReport:

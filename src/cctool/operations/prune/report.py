@@ -17,8 +17,6 @@ from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.report import PruneReport
 from cctool.pruning.masks.report import MaskReport
 
-__all__ = ["StepReport", "picture_path", "pictured", "step_report"]
-
 
 @dataclass(frozen=True)
 class StepReport:

@@ -25,8 +25,6 @@ from cctool.transforms.codec.taps import tap_buffers
 from cctool.transforms.layers.base import swapped_layers
 from cctool.transforms.plain import plain_model
 
-__all__ = ["open_earlier", "rewound", "with_values"]
-
 
 def open_earlier(source: Checkpoint, path: str, context: Context) -> Checkpoint:
     """Open the checkpoint to rewind to, and see that it is an earlier state of the same network.

@@ -41,8 +41,6 @@ from cctool.pruning.cut.surgery import CutPlan
 from cctool.training.objectives import Objective
 from cctool.transforms.codec.taps import bypassed
 
-__all__ = ["StepReport", "plan", "run"]
-
 _COLLAPSE = 0.5  # of the points above chance
 
 

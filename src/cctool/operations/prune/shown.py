@@ -8,8 +8,6 @@ from typing import Any
 from cctool.base.networks import some
 from cctool.operations.context import Told, metric_lines
 
-__all__ = ["planned", "told"]
-
 _MOST = 40
 
 

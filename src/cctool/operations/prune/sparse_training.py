@@ -26,8 +26,6 @@ from cctool.training.constraints.base import Constraint
 from cctool.training.constraints.penalties import GroupLasso, GrowingPenalty, Part, ScaleL1
 from cctool.transforms.layers.base import swapped_layers
 
-__all__ = ["CEILING", "DEFAULT_STRENGTH", "EVERY", "parts_of", "sparsified"]
-
 DEFAULT_STRENGTH = {Sparsifier.GAMMA_L1: 1e-2, Sparsifier.GROUP_LASSO: 1e-3}
 """Weight of a penalty where none is given.
 

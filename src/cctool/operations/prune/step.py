@@ -25,8 +25,6 @@ from cctool.pruning.masks.report import MaskReport
 from cctool.pruning.scores.weights import weight_saliency
 from cctool.pruning.select.rates import read_rates
 
-__all__ = ["Changed", "Changer"]
-
 
 @dataclass(frozen=True)
 class Changed:

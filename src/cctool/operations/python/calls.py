@@ -23,8 +23,6 @@ from cctool.operations.registries import save
 from cctool.options.fields import Leaf
 from cctool.options.verbs import VERBS, Input, Verb
 
-__all__ = ["CctoolWarning", "Warner", "function", "keywords"]
-
 T = TypeVar("T")
 
 _FILES_ONLY = frozenset({"json", "quiet", "debug", "resume", "stop_after", "with_spec"})

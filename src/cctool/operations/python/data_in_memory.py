@@ -13,8 +13,6 @@ from torch.utils.data import DataLoader
 from cctool.base.errors import DataError
 from cctool.data.records import SPLITS, Augmentation, DataSource, Loaded, Shape, Split
 
-__all__ = ["in_memory", "is_reference"]
-
 
 def is_reference(data: Any) -> bool:
     """Whether data are named, as ``digits`` or ``folder:DIR``, and not held by the caller."""

@@ -2,28 +2,7 @@
 
 from __future__ import annotations
 
-from cctool.base.errors import CctoolError
-from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.operations.python.calls import CctoolWarning, function
-from cctool.operations.registries import load, save
-
-__all__ = [
-    "CctoolError",
-    "CctoolWarning",
-    "Checkpoint",
-    "analyze",
-    "compare",
-    "decode",
-    "distill",
-    "evaluate",
-    "export",
-    "load",
-    "prune",
-    "quantize",
-    "save",
-    "train",
-    "transform",
-]
+from cctool.operations.python.calls import function
 
 train = function("train")
 distill = function("distill")

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 
 from cctool.base.errors import QuantizationError
 
-__all__ = ["Assignment", "LayerChoice", "MeasuredAssignment", "cheapest", "fewest_bytes", "frontier"]
-
 _MOST = 8192
 _Indices = NDArray[np.intp]
 

@@ -48,8 +48,6 @@ from cctool.quantization.refine.adaround import adaround
 from cctool.quantization.refine.bias_correction import correct_biases
 from cctool.quantization.refine.equalize import equalize
 
-__all__ = ["float_weights", "run", "tensor_reports"]
-
 
 def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> Iterator[Outcome]:
     """Quantize a copy of the network.

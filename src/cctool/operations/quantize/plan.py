@@ -23,8 +23,6 @@ from cctool.quantization.network.points import CallPoint, WeightPoint
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.transforms.codec.taps import bypassed
 
-__all__ = ["Plan", "attach_plan", "fixed_bits", "plan"]
-
 _EDGE_BITS = 8
 _MOMENTUM = 0.99
 

@@ -28,8 +28,6 @@ from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.transforms.codec.taps import drop_taps, set_taps, with_taps
 from cctool.transforms.layers.base import swapped_layers
 
-__all__ = ["attached", "calibrated", "in_floats", "observing", "reported"]
-
 
 def in_floats(checkpoint: Checkpoint, context: Context, *, ordinary: bool) -> tuple[Checkpoint, list[str]]:
     """A copy without quantizers, whose weights are what the quantizers made of them.

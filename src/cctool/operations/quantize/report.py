@@ -15,17 +15,6 @@ from cctool.operations.context import Told, metric_lines
 from cctool.quantization.network.placement import Left
 from cctool.quantization.network.tensors import Skipped
 
-__all__ = [
-    "ActivationReport",
-    "QuantizeReport",
-    "SensitivityReport",
-    "TensorReport",
-    "counted",
-    "errors_between",
-    "in_floating_point",
-    "told",
-]
-
 
 @dataclass(frozen=True)
 class TensorReport:

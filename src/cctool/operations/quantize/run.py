@@ -13,11 +13,8 @@ from cctool.operations.context import Context, Outcome
 from cctool.operations.quantize import calibrated as quantize_integer
 from cctool.operations.quantize import stored as quantize_stored
 from cctool.operations.quantize import trained as quantize_trained
-from cctool.operations.quantize.report import QuantizeReport
 from cctool.options.quantize.choices import INTEGERS, TRAINED, QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
-
-__all__ = ["QuantizeReport", "run"]
 
 
 def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> Iterator[Outcome]:

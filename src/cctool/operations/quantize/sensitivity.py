@@ -37,8 +37,6 @@ from cctool.quantization.network.attach import attach, detach, only
 from cctool.quantization.network.edit import with_quantizers
 from cctool.quantization.network.points import CallPoint, weight_key
 
-__all__ = ["damage_between", "searched_bits"]
-
 _MOST_IMAGES = 256
 """Images that damages are measured on: as many passes over them are needed as layers have choices."""
 

@@ -34,9 +34,6 @@ from cctool.quantization.encodings.intn import INTN
 from cctool.quantization.encodings.uint8 import AFFINE_U8
 from cctool.quantization.network.tensors import SelectedTensor, Skipped, select
 
-__all__ = ["METHODS", "encode_selected", "encoded_directly", "run"]
-
-
 METHODS: dict[QuantizeMethod, Encoding] = {
     QuantizeMethod.FP16: FP16,
     QuantizeMethod.BF16: BF16,

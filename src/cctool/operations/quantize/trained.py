@@ -40,8 +40,6 @@ from cctool.training.constraints.base import Constraint
 from cctool.training.constraints.penalties import ClippingDecay
 from cctool.training.objectives import Objective
 
-__all__ = ["run"]
-
 
 def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> Iterator[Outcome]:
     """Quantize a copy of the network and train it so.

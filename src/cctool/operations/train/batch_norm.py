@@ -10,8 +10,6 @@ from cctool.operations.data import feed_of
 from cctool.options.common import DataOptions
 from cctool.training.batch_norm import recalibrate
 
-__all__ = ["recalibrated", "refuse_unknown_preprocessing"]
-
 
 def recalibrated(
     checkpoint: Checkpoint,

@@ -24,8 +24,6 @@ from cctool.training.evaluate import trial_output
 from cctool.training.objectives import Objective
 from cctool.training.resume.progress import EpochRow, best_of
 
-__all__ = ["Goal", "TrainReport", "conduct"]
-
 
 @dataclass(frozen=True)
 class Goal:

@@ -22,8 +22,6 @@ from cctool.training.loop.fit import Task, fit
 from cctool.training.objectives import Objective, Supervised, has_batch_norm
 from cctool.training.processes import make_fabric
 
-__all__ = ["finetune"]
-
 
 def finetune(
     checkpoint: Checkpoint,

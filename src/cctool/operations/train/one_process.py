@@ -33,8 +33,6 @@ from cctool.training.processes import Group, group_of, make_fabric
 from cctool.training.resume.progress import EpochRow, Progress
 from cctool.training.user_functions import UserLoss, UserMetric, named_function
 
-__all__ = ["Fitted", "Start", "fit_here", "metrics_of", "open_logs", "user_loss"]
-
 
 @dataclass(frozen=True)
 class Start:

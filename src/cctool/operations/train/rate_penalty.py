@@ -11,8 +11,6 @@ from cctool.base.errors import UsageError
 from cctool.training.constraints.base import Constraint
 from cctool.transforms.codec.taps import Rates, collecting_rates, taps_of
 
-__all__ = ["RatePenalty", "rate_penalties", "refuse_rate_without_taps"]
-
 
 class RatePenalty(Constraint):
     """``weight * bits``: estimated bits per value of all maps that the taps coded in this step.

@@ -15,19 +15,6 @@ from cctool.checkpoint.spec import Parent, Step
 from cctool.options.train.fit import Schedule
 from cctool.options.transform.choices import Mode
 
-__all__ = [
-    "find_resumed",
-    "flat",
-    "forms_from",
-    "forms_to",
-    "last_step",
-    "never_trained",
-    "refuse_other_files",
-    "refuse_other_options",
-    "run_folder_of",
-    "starts_afresh",
-]
-
 # These decide where and how fast training runs, not what it computes.
 _FREE = {"runtime.device", "data.workers"}
 # Under these schedules the learning rate of an epoch does not depend on the number of epochs.

@@ -20,8 +20,6 @@ from cctool.options.transform.choices import Mode
 from cctool.options.transform.options import TransformOptions, WeightOptions
 from cctool.training.objectives import Supervised
 
-__all__ = ["distill", "distill_goal", "goal", "run"]
-
 
 def run(checkpoint: Checkpoint, options: TrainOptions, context: Context) -> Iterator[Outcome]:
     """Train a checkpoint's network on labels; yields the best epoch by validation.

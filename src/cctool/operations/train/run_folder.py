@@ -28,8 +28,6 @@ from cctool.checkpoint.checkpoint import Checkpoint, load, save
 from cctool.checkpoint.file.atomic import write_atomically
 from cctool.checkpoint.tables import Tables
 
-__all__ = ["LoggedReporter", "RunFolder"]
-
 T = TypeVar("T")
 
 # What a new training may delete; other files in the folder are the user's.

@@ -24,8 +24,6 @@ from cctool.training.evaluate import trial_output
 from cctool.training.objectives import Distillation, main_output
 from cctool.training.user_functions import UserLoss
 
-__all__ = ["Teacher", "distillation"]
-
 
 def distillation(
     checkpoint: Checkpoint,

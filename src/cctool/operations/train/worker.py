@@ -35,8 +35,6 @@ from cctool.options.common import ModelOptions, RuntimeOptions
 from cctool.options.train.distill import DistillOptions
 from cctool.options.train.run import TrainOptions
 
-__all__ = ["main"]
-
 T = TypeVar("T")
 
 _VERBS: dict[str, tuple[type[Any], MakeGoal]] = {

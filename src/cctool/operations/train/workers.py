@@ -32,8 +32,6 @@ from cctool.operations.train.run_folder import RunFolder
 from cctool.options.train.run import RunOptions
 from cctool.training.resume.progress import EpochRow, best_of
 
-__all__ = ["fit_in_processes", "node_rank"]
-
 # Seconds to wait for the cause of a failure, after the first worker has failed.
 _PATIENCE = 3.0
 _PLACE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")

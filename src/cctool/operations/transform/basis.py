@@ -23,8 +23,6 @@ from cctool.transforms.insert_basis import BASIS_KERNELS, put_basis
 from cctool.transforms.layers.base import with_swaps
 from cctool.transforms.layers.which import SelectedLayer, SkippedLayer, select_layers
 
-__all__ = ["BasisLayerReport", "TransformBasisReport", "run", "with_basis"]
-
 
 @dataclass(frozen=True)
 class BasisLayerReport:

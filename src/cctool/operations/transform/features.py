@@ -49,8 +49,6 @@ from cctool.transforms.codec.steps import (
 from cctool.transforms.codec.taps import drop_taps, recording, taps_of, with_taps
 from cctool.transforms.kernels.by_name import check_kernel, is_wavelet
 
-__all__ = ["FeaturesReport", "codec_configs", "measured_with_figures", "run"]
-
 _MUCH = 0.01
 """Fraction of clamped values above which a note warns."""
 

@@ -16,8 +16,6 @@ from cctool.checkpoint.spec import Metrics
 from cctool.operations.context import Context, header, refuse_existing
 from cctool.transforms.codec.figures import TapFigures
 
-__all__ = ["file_stems", "refuse_reports", "write_reports"]
-
 _LONGEST_STEM = 120
 
 

@@ -24,18 +24,6 @@ from cctool.options.common import DataOptions
 from cctool.transforms.codec.figures import NetworkStatistics, TapFigures
 from cctool.transforms.codec.taps import recording, set_quality, taps_of
 
-__all__ = [
-    "QUALITIES",
-    "QualityTrial",
-    "SearchReport",
-    "SweepPoint",
-    "reach_ratio",
-    "refuse_sweep",
-    "search_quality",
-    "sweep_qualities",
-    "write_sweep",
-]
-
 QUALITIES = (10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 95.0)
 """Qualities that ``--sweep quality`` measures."""
 

@@ -9,8 +9,6 @@ from cctool.operations.transform.quality_search import SearchReport, SweepPoint
 from cctool.operations.transform.write_streams import StreamFigures
 from cctool.transforms.codec.figures import TapFigures
 
-__all__ = ["quality_tables", "search_notes", "stream_tables", "tap_tables"]
-
 _TAPS = (
     "tap", "map", "elements", "zeros %", "zero symbols %", "k", "best k", "bits/element", "vs 8 bit",
     "vs float32", "SQNR dB", "clamped", "saturated",

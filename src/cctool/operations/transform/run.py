@@ -12,8 +12,6 @@ from cctool.operations.transform import weights as transform_weights
 from cctool.options.transform.choices import Mode, TransformTarget
 from cctool.options.transform.options import TransformOptions
 
-__all__ = ["run"]
-
 
 def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> Iterator[Outcome]:
     """Transform weights or feature maps, as the target says.

@@ -14,20 +14,6 @@ from cctool import __version__
 from cctool.base.errors import BitstreamError
 from cctool.checkpoint.spec import Dimension, Record
 
-__all__ = [
-    "INDEX",
-    "SUFFIX",
-    "Index",
-    "IndexedMaps",
-    "IndexedStream",
-    "is_ours",
-    "made_with",
-    "maps_as_bytes",
-    "read_index",
-    "symbols_as_bytes",
-    "write_index",
-]
-
 INDEX, SUFFIX = "index.json", ".seg"
 # Bytes of an index; a larger file is not read into memory.
 _LARGEST = 2**26

@@ -23,8 +23,6 @@ from cctool.transforms.codec.codec import Symbols
 from cctool.transforms.codec.figures import NetworkStatistics, TapFigures
 from cctool.transforms.codec.taps import recording, taps_of
 
-__all__ = ["Seen", "TapWatch", "refuse_unwatched", "watched"]
-
 
 @dataclass(frozen=True)
 class Seen:

@@ -34,8 +34,6 @@ from cctool.transforms.layers.keep import chosen
 from cctool.transforms.layers.which import SelectedLayer, SkippedLayer, select_layers, transformed_axes
 from cctool.transforms.swap import put_in_place
 
-__all__ = ["run", "with_coefficients"]
-
 
 @dataclass(frozen=True)
 class _Coded:

@@ -19,8 +19,6 @@ from cctool.transforms.layers.axes import TransformedAxis
 from cctool.transforms.layers.coefficients import CoefficientLayer
 from cctool.transforms.layers.which import SkippedLayer
 
-__all__ = ["CodedLayerReport", "TransformWeightsReport", "coded_layer_report", "counted", "layer_bytes"]
-
 _AXES = {2: ("out", "in"), 4: ("out", "in", "height", "width")}
 
 

@@ -40,8 +40,6 @@ from cctool.transforms.codec.stream import (
 )
 from cctool.transforms.codec.taps import state_of, taps_of
 
-__all__ = ["Bitstreams", "StreamFigures"]
-
 
 @dataclass(frozen=True)
 class StreamFigures:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["BINS", "Distribution", "Statistics"]
-
 _BIN_BITS = 12
 BINS = 1 << _BIN_BITS
 """Bins on either side of 0; the largest magnitude is in the upper half of one side."""

@@ -24,14 +24,6 @@ from cctool.quantization.calibration.thresholds import (
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.grid import extremes
 
-__all__ = [
-    "DistributionObserver",
-    "MinMaxObserver",
-    "MovingAverageObserver",
-    "RangeObserver",
-    "make_observer",
-]
-
 
 class RangeObserver:
     """Base of all observers.

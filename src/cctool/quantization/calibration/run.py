@@ -14,8 +14,6 @@ from cctool.quantization.network.attach import following_values, quantizers_of
 from cctool.quantization.network.points import Observing
 from cctool.quantization.quantizers.base import Quantizer
 
-__all__ = ["calibrate_activations", "observe"]
-
 
 def observe(
     model: nn.Module, images: Iterable[Tensor], make: Callable[[str], RangeObserver | None]

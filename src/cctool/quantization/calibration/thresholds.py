@@ -17,8 +17,6 @@ from torch import Tensor
 from cctool.quantization.calibration.histogram import BINS, Distribution
 from cctool.quantization.quantizers.grid import Grid, fitted
 
-__all__ = ["aciq_bounds", "aciq_clip", "entropy_bounds", "mse_bounds", "n_std_bounds", "percentile_bounds"]
-
 Floats = NDArray[np.float64]
 Bounds = tuple[float, float]
 

@@ -12,8 +12,6 @@ from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.grid import extremes, fitted
 
-__all__ = ["fit_weight", "least_squares_range"]
-
 _ENOUGH_BITS = 8
 _FACTORS = tuple(math.exp(math.log(0.01) * step / 99) for step in range(100))
 """Factors of ranges: from 1 to 0.01 in equal ratios."""

@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 
 from cctool.base.errors import QuantizationError
 
-__all__ = ["apot_levels", "best_scale", "default_terms"]
-
 _FACTORS = 32
 _REFINEMENTS = 50
 

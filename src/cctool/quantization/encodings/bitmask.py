@@ -15,8 +15,6 @@ from cctool.base.errors import CorruptCheckpointError, QuantizationError
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
 from cctool.quantization.encodings.parts import part, require_parts, whole_shape
 
-__all__ = ["BITS", "pack_bits", "unpack_bits"]
-
 _BITS = "bits"
 
 

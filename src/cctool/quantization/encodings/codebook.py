@@ -58,8 +58,6 @@ from cctool.quantization.encodings.parts import (
 )
 from cctool.quantization.encodings.scale_groups import ScaleGroups
 
-__all__ = ["CODEBOOK", "CODEBOOK_ROWS", "encode_codebook"]
-
 _NAME = "codebook"
 _KEYS = {
     "distinct": {"kind", "bits", "axis"},

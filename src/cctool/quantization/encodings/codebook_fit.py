@@ -17,22 +17,6 @@ from cctool.base.errors import QuantizationError
 from cctool.quantization.encodings.apot_levels import best_scale
 from cctool.quantization.encodings.packing import pack_integers
 
-__all__ = [
-    "INDICES",
-    "INITIALISATIONS",
-    "SCALES",
-    "TABLE",
-    "distinct_entries",
-    "index_bits",
-    "initial_centres",
-    "kmeans",
-    "nearest",
-    "nearest_entries",
-    "numbers",
-    "scaled_levels",
-    "table_dtype",
-]
-
 INDICES, TABLE, SCALES = "indices", "table", "scales"
 """Names of the parts."""
 INITIALISATIONS = ("linear", "density", "random")

@@ -21,8 +21,6 @@ from cctool.quantization.encodings.parts import (
     row_length,
 )
 
-__all__ = ["BF16", "BF16_ROWS", "FP16", "FP16_ROWS"]
-
 _VALUES = "values"
 
 

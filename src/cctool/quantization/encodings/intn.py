@@ -46,8 +46,6 @@ from cctool.quantization.encodings.parts import (
 )
 from cctool.quantization.encodings.scale_groups import ScaleGroups
 
-__all__ = ["INTN", "INTN_ROWS", "Integers", "encode_integers", "integers_of"]
-
 _NAME = "intn"
 _INTEGERS, _SCALE, _ZERO, _LENGTHS = "integers", "scale", "zero_point", "lengths"
 

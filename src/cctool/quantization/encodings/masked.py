@@ -32,8 +32,6 @@ from cctool.quantization.encodings.parts import (
 )
 from cctool.quantization.encodings.uint8 import AFFINE_U8_ROWS
 
-__all__ = ["MASKED", "Inner", "encode_masked", "inner_form", "inner_of", "narrowed", "widened"]
-
 _NAME = "masked"
 _BITS, _VALUES, _INNER, _AXIS = "bits", "values", "inner", "axis"
 _HALVES, _AFFINE = (FP16_ROWS, BF16_ROWS), (AFFINE_U8_ROWS,)

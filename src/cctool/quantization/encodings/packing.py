@@ -14,8 +14,6 @@ from torch import Tensor
 
 from cctool.base.errors import CorruptCheckpointError, QuantizationError
 
-__all__ = ["WIDEST", "pack_integers", "packed_size", "unpack_integers"]
-
 WIDEST = 16
 """Most bits of an integer."""
 _PIECE = 1 << 20

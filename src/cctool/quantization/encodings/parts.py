@@ -21,22 +21,6 @@ from cctool.checkpoint.encoding import EncodedTensor, Encoding
 from cctool.checkpoint.file.payload import DTYPES
 from cctool.quantization.encodings.packing import pack_integers, unpack_integers
 
-__all__ = [
-    "RowEncoding",
-    "at",
-    "decoded_dtype",
-    "encoding_of",
-    "floating_name",
-    "is_axis",
-    "part",
-    "picked",
-    "refuse_nonfinite",
-    "require_parts",
-    "row_length",
-    "unpacked_row",
-    "whole_shape",
-]
-
 
 @dataclass(frozen=True)
 class RowEncoding:

@@ -13,8 +13,6 @@ from cctool.quantization.encodings.intn import INTN
 from cctool.quantization.encodings.masked import MASKED
 from cctool.quantization.encodings.uint8 import AFFINE_U8
 
-__all__ = ["ENCODINGS"]
-
 ENCODINGS: dict[str, Encoding] = {
     encoding.name: encoding for encoding in (FP16, BF16, AFFINE_U8, INTN, CODEBOOK, BITS, MASKED)
 }

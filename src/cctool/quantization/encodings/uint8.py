@@ -31,8 +31,6 @@ from cctool.quantization.encodings.parts import (
 )
 from cctool.quantization.encodings.scale_groups import ScaleGroups
 
-__all__ = ["AFFINE_U8", "AFFINE_U8_ROWS", "from_levels", "min_max", "to_levels"]
-
 _NAME = "affine-u8"
 _TOP = 255
 

@@ -19,8 +19,6 @@ from cctool.quantization.encodings.masked import MASKED, inner_form
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.grid import aligned
 
-__all__ = ["IntegerWeight", "fits_byte", "from_quantizer", "from_stored"]
-
 
 @dataclass(frozen=True, eq=False)
 class IntegerWeight:

@@ -28,8 +28,6 @@ from cctool.quantization.network.placement import INPUT_PLACE, Left, PlacedLayer
 from cctool.quantization.network.points import CallPoint, activation_key, weight_key
 from cctool.quantization.quantizers.grid import Grid, aligned
 
-__all__ = ["ExportNetwork", "export_network", "made_weights", "rounding_network", "with_weights"]
-
 CONTAINER = "exported"
 _HUGE = 2.0**100
 """Scale of a grid whose only value is 0: everything divided by it rounds to 0."""

@@ -14,8 +14,6 @@ from cctool.quantization.network.attach import quantizers_of
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.grid import aligned
 
-__all__ = ["shaken"]
-
 
 @contextmanager
 def shaken(model: nn.Module, share: float, generator: torch.Generator) -> Iterator[None]:

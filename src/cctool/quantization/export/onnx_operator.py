@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["ON_GRID", "on_grid"]
-
 _LIBRARY = torch.library.Library("cctool", "FRAGMENT")  # type: ignore[no-untyped-call]
 _SCHEMA = "on_grid(Tensor x, float scale, int zero_point, int low, int high) -> Tensor"
 _LIBRARY.define(_SCHEMA)  # type: ignore[no-untyped-call]

@@ -28,21 +28,6 @@ from cctool.quantization.network.points import CallPoint, Observing, WeightPoint
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.make import make_quantizer
 
-__all__ = [
-    "CONTAINER",
-    "EndOfPassError",
-    "NetworkQuantizers",
-    "attach",
-    "detach",
-    "fold_of",
-    "following_calls",
-    "following_values",
-    "held_by",
-    "norm_factors",
-    "only",
-    "quantizers_of",
-]
-
 CONTAINER = "quantizers"
 
 Follower = Callable[[str, Tensor], None]

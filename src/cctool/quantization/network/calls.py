@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from cctool.graph.execution import Event, execute, tensors_in
 from cctool.graph.trace import ARGUMENTS, argument, tensor_names
 
-__all__ = ["COMPUTING", "INPUT", "CallSite", "Flow", "FlowCall", "flow_of"]
-
 COMPUTING = frozenset(
     [*(f"conv{n}d" for n in (1, 2, 3)), *(f"conv_transpose{n}d" for n in (1, 2, 3)), "linear"]
 )

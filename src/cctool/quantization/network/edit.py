@@ -13,8 +13,6 @@ from cctool.quantization.network.calls import CallSite
 from cctool.quantization.network.points import Quantize
 from cctool.quantization.quantizers.base import Quantizer
 
-__all__ = ["QUANTIZE", "with_quantizers"]
-
 
 def with_quantizers(spec: ModelSpec, model: nn.Module) -> ModelSpec:
     """The spec with the quantize edits of ``model`` in place of its former ones."""

@@ -14,8 +14,6 @@ from typing import Literal
 
 from cctool.quantization.network.calls import COMPUTING, INPUT, CallSite, Flow, FlowCall
 
-__all__ = ["INPUT_PLACE", "Activation", "Left", "PlacedLayer", "Points", "Way", "plan_points"]
-
 Way = Literal["all", "inputs", "clips", "none"]
 Slot = Literal["input", "output"]
 

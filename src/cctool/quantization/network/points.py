@@ -11,8 +11,6 @@ from cctool.options.quantize.choices import Observer
 from cctool.quantization.network.calls import CallSite
 from cctool.quantization.quantizers.config import Brief, QuantizerConfig
 
-__all__ = ["CallPoint", "Observing", "Quantize", "WeightPoint", "activation_key", "weight_key"]
-
 _MAX_CHANNELS = 2**20
 _Name = Annotated[str, Field(max_length=4096)]
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from cctool.base.errors import UsageError
 from cctool.checkpoint.file.payload import place
 
-__all__ = ["SelectedTensor", "Skipped", "select"]
-
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 

@@ -12,8 +12,6 @@ from cctool.base.errors import CorruptCheckpointError, QuantizationError
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.grid import Grid, aligned
 
-__all__ = ["Quantizer", "straight_through", "tracked"]
-
 
 class Quantizer(nn.Module):
     """Replaces a weight or an activation by the nearest of the few values that its bits can represent.

@@ -9,8 +9,6 @@ from pydantic import Field, model_serializer, model_validator
 
 from cctool.checkpoint.spec import Record
 
-__all__ = ["MAX_BITS", "Brief", "QuantizerConfig", "QuantizerMethod"]
-
 MAX_BITS = 16
 """Most bits of a quantizer: integers and their indices fit 16 bits."""
 

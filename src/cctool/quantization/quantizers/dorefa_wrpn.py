@@ -10,8 +10,6 @@ from cctool.quantization.quantizers.base import Quantizer, straight_through, tra
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.grid import Grid
 
-__all__ = ["DorefaWeightQuantizer", "FixedQuantizer"]
-
 _TINY = 2.0**-100
 """If max|tanh(w)| is not above this, weights count as zeros: level times maximum would underflow."""
 _BELOW_ONE = 1 - 2.0**-24

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Grid", "aligned", "extremes", "fitted"]
-
 
 @dataclass(frozen=True, eq=False)
 class Grid:

@@ -12,8 +12,6 @@ from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.grid import Grid, aligned, fitted
 
-__all__ = ["LsqQuantizer", "PactQuantizer"]
-
 
 class LsqQuantizer(Quantizer):
     """x -> round(clip(x / step, low, high)) * step, with a learned step (Esser 2020, eq. 1 to 5).

@@ -9,8 +9,6 @@ from cctool.quantization.quantizers.dorefa_wrpn import DorefaWeightQuantizer, Fi
 from cctool.quantization.quantizers.lsq_pact import LsqQuantizer, PactQuantizer
 from cctool.quantization.quantizers.uniform import MovingUniformQuantizer, UniformQuantizer
 
-__all__ = ["make_quantizer"]
-
 _WEIGHTS: dict[str, type[Quantizer]] = {
     "uniform": UniformQuantizer,
     "lsq": LsqQuantizer,

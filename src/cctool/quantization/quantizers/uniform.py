@@ -13,8 +13,6 @@ from cctool.quantization.quantizers.base import Quantizer, straight_through, tra
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.grid import Grid, extremes, fitted
 
-__all__ = ["MovingUniformQuantizer", "UniformQuantizer"]
-
 _SETTLED_STEPS = 2.0**40
 """Batches that a calibrated range counts as: so many that its average has no bias towards 0 left."""
 _INVERTED = 1e-5

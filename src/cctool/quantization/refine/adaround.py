@@ -31,8 +31,6 @@ from cctool.quantization.network.points import weight_key
 from cctool.quantization.refine.im2col import ConvGeometry, geometry_of, outputs_at, rows_at
 from cctool.quantization.refine.rounding import Rows, WeightRounding, learn
 
-__all__ = ["AdaRoundReport", "RoundedLayer", "adaround"]
-
 _MOST_ROWS = 2**14
 _MOST_BYTES = 2**28
 _GRIDS = ("uniform", "lsq", "wrpn")

@@ -22,8 +22,6 @@ from cctool.quantization.network.attach import EndOfPassError, following_calls, 
 from cctool.quantization.network.calls import CallSite, Flow
 from cctool.quantization.network.placement import Left, PlacedLayer, plan_points
 
-__all__ = ["BiasReport", "CorrectedLayer", "channel_dim", "correct_biases"]
-
 
 @dataclass(frozen=True)
 class CorrectedLayer:

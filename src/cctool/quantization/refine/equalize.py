@@ -19,8 +19,6 @@ from cctool.quantization.network.attach import norm_factors
 from cctool.quantization.network.calls import COMPUTING, Flow, FlowCall
 from cctool.quantization.network.placement import Left, PlacedLayer, plan_points
 
-__all__ = ["EqualizeReport", "Pair", "equalize", "find_pairs"]
-
 _HOMOGENEOUS = frozenset(
     {"relu", "leaky_relu", "prelu", "rrelu", "contiguous", "clone", "detach"}
     | {"dropout", "dropout1d", "dropout2d", "dropout3d"}

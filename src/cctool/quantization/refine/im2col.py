@@ -18,8 +18,6 @@ from torch import Tensor
 
 from cctool.quantization.network.calls import FlowCall
 
-__all__ = ["ConvGeometry", "geometry_of", "outputs_at", "rows_at", "weight_rows"]
-
 
 @dataclass(frozen=True)
 class ConvGeometry:

@@ -16,8 +16,6 @@ from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.grid import aligned
 from cctool.quantization.refine.im2col import ConvGeometry, weight_rows
 
-__all__ = ["Learned", "Rows", "WeightRounding", "learn"]
-
 _ZETA, _GAMMA = 1.1, -0.1
 _WARM_START = 0.2
 _BETAS = (20.0, 2.0)

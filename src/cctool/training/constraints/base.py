@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["Constraint"]
-
 
 class Constraint:
     """Hooks into the steps of training, each of which may do nothing.

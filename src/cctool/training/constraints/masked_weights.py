@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from cctool.checkpoint.edits.mask import MaskedPlace, masked_places
 from cctool.training.constraints.base import Constraint
 
-__all__ = ["KeepMasks", "keeping_masks"]
-
 
 def keeping_masks(model: nn.Module) -> tuple[Constraint, ...]:
     """The constraint that keeps a network's masks; none if it has no masks."""

@@ -16,8 +16,6 @@ from cctool.base.errors import TrainingError
 from cctool.training.constraints.base import Constraint
 from cctool.training.objectives import absolute_sum
 
-__all__ = ["ClippingDecay", "GroupLasso", "GrowingPenalty", "Part", "ScaleL1", "growing_coefficient"]
-
 
 @dataclass(frozen=True)
 class Part:

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from cctool.base.errors import TrainingError
 from cctool.training.constraints.base import Constraint
 
-__all__ = ["KeepCodebooks", "SharedWeights"]
-
 
 @dataclass(frozen=True)
 class SharedWeights:

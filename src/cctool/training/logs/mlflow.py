@@ -17,8 +17,6 @@ from cctool.checkpoint.spec import Metrics
 from cctool.training.logs.table import figures
 from cctool.training.resume.progress import EpochRow
 
-__all__ = ["MlflowLog"]
-
 # No data leave this machine, and since MLflow 3 its file store must be enabled.
 _SETTINGS = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 _BINS = 30

@@ -17,8 +17,6 @@ from cctool.checkpoint.file.atomic import write_bytes
 from cctool.checkpoint.spec import Metrics
 from cctool.training.resume.progress import EpochRow
 
-__all__ = ["TOTAL", "Log", "figures", "weight_sparsity", "write_csv"]
-
 
 class Log(Protocol):
     """A place for the figures of one training run."""

@@ -14,8 +14,6 @@ from cctool.checkpoint.spec import Metrics
 from cctool.training.logs.table import figures
 from cctool.training.resume.progress import EpochRow
 
-__all__ = ["TensorBoardLog"]
-
 
 class TensorBoardLog:
     """Writes into a folder that ``tensorboard --logdir`` shows.

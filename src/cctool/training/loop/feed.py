@@ -12,8 +12,6 @@ from cctool.checkpoint.spec import Preprocessing
 from cctool.data.records import DataSource
 from cctool.data.serving.batches import Batches, batches
 
-__all__ = ["Feed"]
-
 
 @dataclass(frozen=True)
 class Feed:

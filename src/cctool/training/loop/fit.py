@@ -36,7 +36,6 @@ from cctool.training.resume.progress import Best, EpochRow, Progress, capture, r
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["FitResult", "Task", "fit", "main_metric"]
 
 # Steps between two looks at the losses. A look waits for the device, which costs nothing on the CPU.
 _LOOK_EVERY = {"cpu": 1, "cuda": 50}

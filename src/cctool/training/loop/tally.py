@@ -12,8 +12,6 @@ from cctool.training.evaluate import count_correct
 from cctool.training.objectives import Terms
 from cctool.training.processes import Group
 
-__all__ = ["Tally"]
-
 
 class Tally:
     """Sums over the training images of one epoch.

@@ -24,7 +24,6 @@ from cctool.training.resume.state import (
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Best", "EpochRow", "Progress", "best_of", "capture", "restore"]
 
 _BEST = "best/"
 

@@ -18,7 +18,6 @@ from cctool.training.processes import Together
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["flatten", "generator_states", "restore_generators", "restore_optimizer", "unflatten"]
 
 _TENSOR, _TUPLE, _KEYS = "__tensor__", "__tuple__", "__int_keys__"
 

@@ -26,8 +26,6 @@ from cctool.transforms.basis.conv import BasisConv2d
 from cctool.transforms.basis.linear import BASIS, BasisArguments, BasisLayer, BasisLinear
 from cctool.transforms.layers.base import SwapKind, remade
 
-__all__ = ["BASIS_SWAPS", "COMPLEX", "ComplexArguments", "basis_layer", "counterpart"]
-
 COMPLEX = "complex"
 """Name, in the table of swaps, of the modules between complex layers."""
 

@@ -28,21 +28,6 @@ from cctool.transforms.basis.frequencies import complex_rows
 from cctool.transforms.basis.linear import BIAS_STD, BasisArguments, BasisLayer, LinearBasis, init_normal
 from cctool.transforms.layers.base import SwappedLayer, remade
 
-__all__ = [
-    "Cardioid",
-    "ComplexAverage",
-    "ComplexBasisConv2d",
-    "ComplexBasisLinear",
-    "ComplexBatchNorm",
-    "ComplexDropout",
-    "ComplexMaxPool2d",
-    "ComplexModule",
-    "MagnitudeConv2d",
-    "MagnitudeLinear",
-    "magnitude",
-]
-
-
 # The square of 1e-12, below which |z| counts as zero. Gradients need its power -3/2, which float32 still
 # holds.
 _TINY = 1e-24

@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from cctool.transforms.basis.frequencies import real_rows
 from cctool.transforms.basis.linear import BasisLayer, init_normal
 
-__all__ = ["BasisConv2d", "ConvolutionBasis"]
-
 # Variance of an activation's input divided by that of its output, for zero-mean normal values: of the ReLU,
 # and of the cardioid z (1 + cos arg z) / 2, whose output has 3/8 of E|z|^2.
 _RELU_GAIN = 2.0

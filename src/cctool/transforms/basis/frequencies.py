@@ -22,8 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["complex_rows", "real_rows", "row_norms", "unit_gradient"]
-
 # Smaller rows count as zero, for example a DST row whose frequency went to -1.
 _SMALLEST_NORM = 1e-3
 

@@ -22,8 +22,6 @@ from cctool.checkpoint.spec import Dimension, Record
 from cctool.transforms.basis.frequencies import real_rows, unit_gradient
 from cctool.transforms.layers.base import ComputedLayer, SwappedLayer, WeightCache, remade
 
-__all__ = ["BASIS", "BIAS_STD", "BasisArguments", "BasisLayer", "BasisLinear", "LinearBasis", "init_normal"]
-
 BASIS = "basis"
 """Name of these layers in the table of swaps."""
 

@@ -31,8 +31,6 @@ from cctool.transforms.codec.training import by_coefficients
 from cctool.transforms.kernels.blocks import block_positions
 from cctool.transforms.kernels.by_name import is_wavelet
 
-__all__ = ["MEDIAN", "POWER", "Sensitivity", "allocated_steps", "measure_sensitivity"]
-
 POWER = 0.7
 """p above; for a ResNet-20 at a ratio of 4.5, all values from 0.4 to 0.8 did equally well."""
 

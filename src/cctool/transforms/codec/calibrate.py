@@ -27,8 +27,6 @@ from cctool.transforms.codec.steps import NEVER, USUAL_SPREAD, default_table
 from cctool.transforms.codec.taps import CalibratedTap, bypassed, recording, taps_of
 from cctool.transforms.kernels.spatial import block_sizes
 
-__all__ = ["Batches", "calibrate", "choose_orders"]
-
 Batches = Iterable[Tensor]
 """Normalised images (N, C, H, W) on the network's device; each iteration yields the same."""
 

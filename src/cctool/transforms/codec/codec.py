@@ -26,17 +26,6 @@ from cctool.transforms.codec.steps import block_steps, check_table, quality_scal
 from cctool.transforms.kernels.by_name import check_kernel, is_wavelet
 from cctool.transforms.kernels.spatial import Blocks, CalibratedBlocks, NoTransform, Spatial, Wavelet
 
-__all__ = [
-    "CodecConfig",
-    "CodecState",
-    "EncodedMaps",
-    "Symbols",
-    "encode",
-    "encoded_maps",
-    "mix_channels",
-    "reconstruct",
-]
-
 _Step = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 
 

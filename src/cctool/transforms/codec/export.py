@@ -23,8 +23,6 @@ from cctool.transforms.kernels.filter_banks import wavelet_matrix
 from cctool.transforms.kernels.spatial import Blocks, CalibratedBlocks, Wavelet
 from cctool.transforms.kernels.wavelets import pyramid_levels
 
-__all__ = ["ExportedCodec", "put_exported"]
-
 
 class _Level(nn.Module):
     """One separable step of a transform: y = A_h x A_w^T, and its inverse x = S_h y S_w^T.

@@ -17,8 +17,6 @@ from cctool.transforms.codec.taps import TapHook, taps_of
 from cctool.transforms.kernels.blocks import block_positions
 from cctool.transforms.kernels.by_name import is_wavelet
 
-__all__ = ["BandCounts", "NetworkStatistics", "SymbolCounts", "TapFigures", "TapStatistics"]
-
 
 @dataclass(frozen=True)
 class BandCounts:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["PrequantizerLevels", "Rounded", "prequantizer_levels", "symbol_bounds", "to_symbols"]
-
 _FLOAT_BITS = 24
 
 

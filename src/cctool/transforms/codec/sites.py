@@ -15,8 +15,6 @@ from cctool.base.networks import qualified, removing
 from cctool.graph.execution import Event, execute
 from cctool.options.transform.options import BLOCKS
 
-__all__ = ["Site", "find_sites", "residual_blocks"]
-
 _CONVOLUTIONS_OF_A_BLOCK = 2
 
 

@@ -29,21 +29,6 @@ from cctool.transforms.kernels.by_name import is_wavelet
 from cctool.transforms.kernels.matmul import constant
 from cctool.transforms.kernels.spatial import block_sizes
 
-__all__ = [
-    "NEVER",
-    "USUAL_SPREAD",
-    "StepTable",
-    "TableChoice",
-    "allowed_lengths",
-    "block_steps",
-    "check_table",
-    "default_table",
-    "preset_tables",
-    "quality_scale",
-    "read_tables",
-    "wavelet_steps",
-]
-
 NEVER = 1e6
 """A step larger than any coefficient, with which the published tables drop bands."""
 

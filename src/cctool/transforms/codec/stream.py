@@ -27,22 +27,6 @@ from cctool.transforms.codec.taps import basis_shapes
 from cctool.transforms.kernels.by_name import is_wavelet
 from cctool.transforms.kernels.wavelets import pyramid_levels
 
-__all__ = [
-    "Pass",
-    "StreamHeader",
-    "decoded_maps",
-    "flat_symbols",
-    "header_of",
-    "overhead_bytes",
-    "pass_bytes",
-    "pass_of",
-    "side_bytes",
-    "state_bytes",
-    "state_of_stream",
-    "state_size",
-    "symbol_type",
-]
-
 _FLOAT, _WORD = np.dtype("<f4"), np.dtype("<u4")
 _WORDS = 5
 

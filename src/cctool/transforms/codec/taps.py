@@ -27,28 +27,6 @@ from cctool.transforms.codec.codec import CodecConfig, CodecState, Symbols, enco
 from cctool.transforms.codec.training import simulate, simulate_rated
 from cctool.transforms.kernels.spatial import block_sizes
 
-__all__ = [
-    "TAP",
-    "CalibratedTap",
-    "Rates",
-    "Sink",
-    "Tap",
-    "TapHook",
-    "basis_shapes",
-    "bypassed",
-    "collecting_rates",
-    "drop_taps",
-    "fingerprint",
-    "recording",
-    "set_quality",
-    "set_taps",
-    "stale_taps",
-    "state_of",
-    "tap_buffers",
-    "taps_of",
-    "with_taps",
-]
-
 _PREFIX = "tap_"
 _RANGE = "range"
 # A file may claim any shape; this limits what its bases allocate.

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from cctool.transforms.codec.codec import CodecState, encoded_maps, mix_channels, reconstruct
 
-__all__ = ["by_coefficients", "simulate", "simulate_rated", "soft_bits", "soft_bits_slope"]
-
 
 def simulate(x: Tensor, state: CodecState) -> Tensor:
     """``reconstruct(encode(x))``, float32, with a gradient: straight through roundings, 0 where one clamps.

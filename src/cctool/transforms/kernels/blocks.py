@@ -21,15 +21,6 @@ from torch import Tensor
 from cctool.transforms.kernels.by_name import kernel_matrix
 from cctool.transforms.kernels.matmul import along, both_axes, constant, full_precision
 
-__all__ = [
-    "BlockPositions",
-    "block_diagonal",
-    "block_forward",
-    "block_inverse",
-    "block_positions",
-    "norm_scale",
-]
-
 _DENSE = 64
 """Largest side that is transformed by one block-diagonal matrix."""
 

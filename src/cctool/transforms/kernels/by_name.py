@@ -32,18 +32,6 @@ from cctool.transforms.kernels.filter_banks import (
 )
 from cctool.transforms.kernels.matmul import along, constant, full_precision
 
-__all__ = [
-    "KERNELS",
-    "check_kernel",
-    "coefficient_count",
-    "forward",
-    "inverse",
-    "is_wavelet",
-    "kernel_matrix",
-    "max_levels",
-    "wavelet_name",
-]
-
 _ORTHONORMAL: Mapping[str, Callable[[int], NDArray[np.float64]]] = {
     "dct": fourier.dct_matrix,
     "dst": fourier.dst_matrix,

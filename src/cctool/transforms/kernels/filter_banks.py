@@ -27,8 +27,6 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-__all__ = ["WAVELETS", "FilterBank", "analyze", "band_sizes", "filter_bank", "synthesize", "wavelet_matrix"]
-
 WAVELETS: tuple[str, ...] = tuple(name for name in pywt.wavelist(kind="discrete") if name != "dmey")
 """Names of the wavelets, without dmey: its filters are truncated, and its inverse is off by 0.2 %."""
 

@@ -21,18 +21,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = [
-    "dct",
-    "dct_matrix",
-    "dst",
-    "dst_matrix",
-    "idct",
-    "idst",
-    "packed_dft",
-    "packed_dft_matrix",
-    "packed_idft",
-]
-
 
 def dct_matrix(size: int) -> NDArray[np.float64]:
     """The orthonormal DCT-II, one row per frequency, shape (size, size)."""

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from cctool.base.errors import TransformError
 
-__all__ = ["along", "both_axes", "constant", "full_precision"]
-
 _THIN = 8
 _CHUNK = 2**20
 """Values per piece: 4 MB of float32."""

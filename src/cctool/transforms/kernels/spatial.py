@@ -16,8 +16,6 @@ from cctool.transforms.kernels.blocks import block_forward, block_inverse
 from cctool.transforms.kernels.matmul import along, full_precision
 from cctool.transforms.kernels.wavelets import Pyramid, wavedec2, waverec2
 
-__all__ = ["Blocks", "CalibratedBlocks", "NoTransform", "Spatial", "Wavelet", "block_sizes"]
-
 
 class Spatial(Protocol):
     """A linear transform of maps."""

@@ -21,8 +21,6 @@ from cctool.transforms.kernels.by_name import max_levels, wavelet_name
 from cctool.transforms.kernels.filter_banks import wavelet_matrix
 from cctool.transforms.kernels.matmul import both_axes, constant, full_precision
 
-__all__ = ["Pyramid", "pyramid_levels", "wavedec2", "waverec2"]
-
 
 @dataclass(frozen=True)
 class Pyramid:

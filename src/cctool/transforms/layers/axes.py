@@ -21,21 +21,6 @@ from torch import Tensor
 from cctool.checkpoint.spec import Dimension, Record
 from cctool.transforms.kernels import by_name as kernels
 
-__all__ = [
-    "KLT",
-    "MAX_KLT_LENGTH",
-    "Segment",
-    "TransformedAxis",
-    "analysed",
-    "basis_matrix",
-    "coefficient_norms",
-    "count",
-    "is_orthonormal",
-    "narrowed",
-    "pieces",
-    "synthesised",
-]
-
 KLT = "klt"
 """The kernel without a fixed matrix: Karhunen-Loeve, computed from the weight."""
 

@@ -26,16 +26,6 @@ from cctool.graph.execution import hidden
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = [
-    "ComputedLayer",
-    "Swap",
-    "SwapKind",
-    "SwappedLayer",
-    "WeightCache",
-    "remade",
-    "swapped_layers",
-    "with_swaps",
-]
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
 

@@ -23,8 +23,6 @@ from cctool.transforms.layers.coefficients import (
 )
 from cctool.transforms.layers.klt import klt_bases
 
-__all__ = ["build_coefficients", "check_coefficients", "coefficient_layer"]
-
 _CLASSES: dict[type[nn.Module], type[CoefficientLayer]] = {
     nn.Linear: CoefficientLinear,
     nn.Conv2d: CoefficientConv2d,

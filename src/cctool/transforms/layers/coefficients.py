@@ -34,17 +34,6 @@ from cctool.transforms.layers.axes import (
 from cctool.transforms.layers.base import ComputedLayer, WeightCache, remade
 from cctool.transforms.layers.factored import Beside, factored, projected, projection_pays
 
-__all__ = [
-    "COEFFICIENT",
-    "PARAMETER",
-    "CoefficientConv2d",
-    "CoefficientLayer",
-    "CoefficientLinear",
-    "Coefficients",
-    "basis_name",
-    "rows_name",
-]
-
 COEFFICIENT = "coefficient"
 """Name of these layers in the table of swaps."""
 

@@ -24,8 +24,6 @@ from cctool.transforms.layers.axes import (
     synthesised,
 )
 
-__all__ = ["Beside", "factored", "projected", "projection_pays"]
-
 Beside = tuple[Tensor | None, Tensor | None]
 """Basis of a KLT, and the remaining places of an axis."""
 

@@ -20,8 +20,6 @@ from cctool.transforms.layers.axes import KLT, TransformedAxis, coefficient_norm
 from cctool.transforms.layers.coefficients import CoefficientLayer
 from cctool.transforms.layers.klt import KltChoice, klt_choice, used
 
-__all__ = ["above", "chosen", "corner", "largest", "magnitudes"]
-
 
 def chosen(layers: Mapping[str, CoefficientLayer], weights: WeightOptions) -> dict[str, Tensor]:
     """Drop coefficients as the options say; layers get smaller where the kept ones form a box.

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from cctool.transforms.layers.axes import KLT, TransformedAxis, pieces
 
-__all__ = ["KltChoice", "klt_bases", "klt_choice", "used"]
-
 
 def klt_bases(weight: Tensor, axes: tuple[TransformedAxis, ...]) -> dict[int, Tensor]:
     """Orthonormal columns for each block of each axis, in order of decreasing energy.

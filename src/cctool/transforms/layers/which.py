@@ -18,8 +18,6 @@ from cctool.transforms.kernels import by_name as kernels
 from cctool.transforms.layers.axes import TransformedAxis
 from cctool.transforms.layers.base import SwappedLayer
 
-__all__ = ["SelectedLayer", "SkippedLayer", "select_layers", "transformed_axes"]
-
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "linear": (nn.Linear,),
     "fc": (nn.Linear,),
