@@ -41,14 +41,7 @@ class Invocation:
 
     @classmethod
     def parsed(cls, verb: Verb, context: typer.Context, inputs: Any, values: Mapping[str, Any]) -> Invocation:
-        """Make the call of what Typer parsed.
-
-        Args:
-            verb: the command.
-            context: tells what was given.
-            inputs: the arguments.
-            values: keyword -> value, defaults included.
-        """
+        """Make the invocation of what Typer parsed: the command's arguments, and keyword -> value."""
         given = verb.read({name: value for name, value in values.items() if _is_given(context, name)})
         frame = verb.frame_of(given)
         talk = frame.talk

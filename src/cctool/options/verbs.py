@@ -143,19 +143,14 @@ class Verb:
         own = {leaf.keyword for leaf in self.own}
         mine = {name: value for name, value in given.items() if name in own}
         make = getattr(self.options, "from_given", None)
-        options = make(mine, **more) if make is not None else assemble(self.options, mine | more)
+        options = make(mine, **more) if make is not None else assemble(self.options, mine, more.get("begun"))
         problems = idle_problems(options, (*self.own, *self.shared), given)
         if problems:
             raise UsageError("; ".join(problems))
         return options
 
     def frame_of(self, given: Mapping[str, Any], base: Mapping[tuple[str, ...], Any] | None = None) -> Frame:
-        """Make the record of what it is told besides.
-
-        Args:
-            given: keyword -> value.
-            base: path -> value in place of defaults.
-        """
+        """Make the record of what it is told besides; ``base`` holds path -> value in place of defaults."""
         return assemble(self.frame, given, base)
 
     def references(self, given: Mapping[str, Any]) -> tuple[str, ...]:

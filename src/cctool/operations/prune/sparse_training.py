@@ -29,7 +29,7 @@ from cctool.transforms.layers.base import swapped_layers
 DEFAULT_STRENGTH = {Sparsifier.GAMMA_L1: 1e-2, Sparsifier.GROUP_LASSO: 1e-3}
 """Weight of a penalty where none is given.
 
-An epoch of some 350 steps of SGD at 0.01, its custom for trained networks, moves a scale by about 0.2 under
+An epoch of some 350 steps of SGD at 0.01, its default for trained networks, moves a scale by about 0.2 under
 the one and shrinks a weight of usual size by some hundredths under the other: units part, and accuracy
 hardly falls (by 0.8 points on a ResNet-20 of CIFAR-10 at twice that rate). The 1e-4 of Liu et al. is made
 for 160 epochs at ten times the rate.

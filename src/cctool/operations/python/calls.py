@@ -70,10 +70,7 @@ def function(name: str) -> Callable[..., Any]:
     call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter("given", inspect.Parameter.POSITIONAL_ONLY, default=None),
-            *(
-                inspect.Parameter(leaf.keyword, inspect.Parameter.KEYWORD_ONLY, default=None)
-                for leaf in keywords(verb)
-            ),
+            *map(_keyword, keywords(verb)),
         ]
     )
     return call

@@ -1,7 +1,7 @@
 """`cctool quantize`: compute and store in fewer bits.
 
-Each kind of method has a file: weights that are stored (`quantize_stored`), integers that are calibrated
-(`quantize_integer`), quantizers that are trained (`quantize_trained`).
+Each kind of method has a file: weights that are stored (`stored`), integers that are calibrated
+(`calibrated`), quantizers that are trained (`trained`).
 """
 
 from __future__ import annotations

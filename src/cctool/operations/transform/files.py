@@ -23,13 +23,16 @@ class Wanted(Protocol):
     """The options that commands with reports on taps share."""
 
     @property
-    def report_file(self) -> str | None: ...
+    def report_file(self) -> str | None:
+        """Path of the workbook or table."""
 
     @property
-    def histograms(self) -> str | None: ...
+    def histograms(self) -> str | None:
+        """Folder of the pictures."""
 
     @property
-    def zero_bar(self) -> bool: ...
+    def zero_bar(self) -> bool:
+        """Whether pictures have a bar for zeros."""
 
 
 def refuse_reports(wanted: Wanted, context: Context) -> None:

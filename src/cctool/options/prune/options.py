@@ -279,11 +279,7 @@ class PruneOptions(Options):
 
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> PruneOptions:
-        """Make the options of a call: what is given, then the preset, then the defaults.
-
-        Args:
-            given: keyword -> value.
-        """
+        """Make the options of a call: what is given, then the preset, then the defaults."""
         preset = given.get("preset")
         values = {**(PRESETS[preset] if preset is not None else {}), **given}
         if values.get("granularity", Granularity.CHANNEL) is not Granularity.CHANNEL:

@@ -232,11 +232,7 @@ class QuantizeOptions(Options):
 
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> QuantizeOptions:
-        """Make the options of a call: what is given, then the preset, then the defaults.
-
-        Args:
-            given: keyword -> value.
-        """
+        """Make the options of a call: what is given, then the preset, then the defaults."""
         preset = given.get("preset")
         return assemble(cls, {**(PRESETS[preset] if preset is not None else {}), **given})
 

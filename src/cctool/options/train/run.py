@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from cctool.base.errors import UsageError
 from cctool.options.common import DataOptions
-from cctool.options.fields import Options, assemble, at_least, nested, option, section
+from cctool.options.fields import Options, at_least, nested, option, section
 from cctool.options.teacher import keep_storage_option
 from cctool.options.train.fit import FitOptions
 from cctool.options.transform.choices import Mode
@@ -101,18 +100,6 @@ class TrainOptions(Options):
         "basis:dct:linear or coefficient:dwt:all; may be repeated.", metavar="MODE:KERNEL:LAYERS",
         panel="Which network", repeated=True)
     # fmt: on
-
-    @classmethod
-    def from_given(
-        cls, given: Mapping[str, Any], begun: Mapping[tuple[str, ...], Any] | None = None
-    ) -> TrainOptions:
-        """Make the options of a call: given, of the training that it resumes, then the defaults.
-
-        Args:
-            given: keyword -> value.
-            begun: path -> value of the resumed training's options.
-        """
-        return assemble(cls, given, begun)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -201,9 +201,6 @@ class TransformOptions(Options):
 
         ``block`` and ``levels`` go to the weights or to the feature maps, whichever are the target.
 
-        Args:
-            given: keyword -> value.
-
         Raises:
             UsageError: if an option of the other target is given.
         """
