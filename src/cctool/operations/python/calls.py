@@ -76,6 +76,10 @@ def function(name: str) -> Callable[..., Any]:
     return call
 
 
+def _keyword(leaf: Leaf) -> inspect.Parameter:
+    return inspect.Parameter(leaf.keyword, inspect.Parameter.KEYWORD_ONLY, default=None)
+
+
 @dataclass(frozen=True)
 class _Call:
     """One call of a verb's function.
