@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from cctool.base.errors import CctoolError as CctoolError
+from cctool.checkpoint.checkpoint import Checkpoint as Checkpoint
+from cctool.operations.python.calls import CctoolWarning as CctoolWarning
 from cctool.operations.python.calls import function
+from cctool.operations.registries import load as load
+from cctool.operations.registries import save as save
 
 train = function("train")
 distill = function("distill")
