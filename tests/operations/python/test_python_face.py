@@ -127,7 +127,7 @@ class Again:
 
 @pytest.mark.filterwarnings("ignore::cctool.CctoolWarning")
 def test_tensors_give_the_commands_tensors_and_metrics(folder: Path, net: cctool.Checkpoint) -> None:
-    line = ["--method", "taylor", "--rate", "0.3", "--samples", "64", "--recalibrate", "64"]
+    line = ["--method", "taylor", "--rate", "0.1", "--samples", "64", "--recalibrate", "64"]
     ran("prune", folder / "net.pt", *line, *FEW, "-o", folder / "p.pt")
     made, _ = cctool.prune(
         net,
