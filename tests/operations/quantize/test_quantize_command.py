@@ -26,6 +26,7 @@ from cctool.operations import pipeline
 from cctool.operations.context import Context
 from cctool.operations.prune import run as prune
 from cctool.operations.quantize import run as quantize
+from cctool.operations.quantize.report import QuantizeReport
 from cctool.operations.registries import tables
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.prune.options import PruneOptions
@@ -72,7 +73,7 @@ def products(path: Path, options: QuantizeOptions, **request: Any) -> pipeline.P
     return product
 
 
-def run(path: Path, **options: Any) -> tuple[Checkpoint, quantize.QuantizeReport]:
+def run(path: Path, **options: Any) -> tuple[Checkpoint, QuantizeReport]:
     product = products(path, QuantizeOptions(**options))
     return load(product.path, tables()), product.report
 

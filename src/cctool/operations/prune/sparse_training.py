@@ -72,10 +72,7 @@ def sparsified(
     dense = replace(checkpoint, model=copied(checkpoint.model), resume=None)
     if found is None:
         plain = plain_checkpoint(dense)
-        # What all steps remove, in one.
-        keep = None if options.keep is None else options.keep**options.steps
-        once = replace(options, steps=1, keep=keep)
-        found = plan_thinning(plain.model, example(plain), once, seed=context.runtime.seed)
+        found = plan_thinning(plain.model, example(plain), _at_once(options), seed=context.runtime.seed)
     feed = feed_of(dense, source, options.data, context)
     penalty = _penalty(dense.model, found, wanted, wanted.epochs * len(feed.training()(0)))
     context.reporter.note(
@@ -142,3 +139,9 @@ def parts_of(model: nn.Module, family: Family, roles: Sequence[Role] | None = No
         for place in family.places
         if place.tensor in parameters and (roles is None or place.role in roles)
     ]
+
+
+def _at_once(options: PruneOptions) -> PruneOptions:
+    """The options that remove in one step what these remove in all of theirs."""
+    keep = None if options.keep is None else options.keep**options.steps
+    return replace(options, steps=1, keep=keep)
