@@ -1,7 +1,7 @@
-"""`cctool quantize` with training: quantizers in the loop, or codebooks whose entries move.
+"""`cctool quantize` with training: with quantizers in the forward pass, or codebooks whose entries move.
 
-The float weights stay what is trained; quantizers round them in every pass. At the end the weights get the
-values that they were rounded to, and the file the integers.
+Training changes the float weights, which quantizers round in every pass. At the end the weights get the
+rounded values, and the file the integers.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ __all__ = ["run"]
 
 
 def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> Iterator[Outcome]:
-    """Quantize a copy of the network and train it so.
+    """Quantize a copy of the network and train it.
 
     Raises:
         UsageError: if there are no training images, or a pattern matches nothing.
-        QuantizationError: if nothing is left to quantize.
+        QuantizationError: if there is nothing to quantize.
         TrainingError: if training diverges.
     """
     source = require_source(options.data, checkpoint, context, "quantize")
@@ -88,10 +88,10 @@ def _quantizers(
     if options.epochs:
         product = _trained(product, options, source, objective, context)
     product = settled(replace(product, resume=None), context.tables)
-    # Of weights alone: masks are stored around what quantizers make of them.
+    # Before the followers, which store masked weights together with the bits of their masks.
     tensors = tensor_reports(checkpoint, product, floats)
     product, followed = events.trained(product, source, options.data, context)
-    # What followers say is of a training.
+    # Followers are told of a training even with --epochs 0; their notes would then be wrong.
     notes += followed if options.epochs else ()
     return product, {
         "tensors": tensors,
