@@ -70,10 +70,7 @@ def sparsified(
     dense = replace(checkpoint, model=copied(checkpoint.model), resume=None)
     if found is None:
         plain = plain_checkpoint(dense)
-        # The last step's widths, in one step.
-        keep = None if options.keep is None else options.keep**options.steps
-        once = replace(options, steps=1, keep=keep)
-        found = plan_thinning(plain.model, example(plain), once, seed=context.runtime.seed)
+        found = plan_thinning(plain.model, example(plain), _at_once(options), seed=context.runtime.seed)
     feed = feed_of(dense, source, options.data, context)
     penalty = _penalty(dense.model, found, wanted, wanted.epochs * len(feed.training()(0)))
     context.reporter.note(
@@ -95,6 +92,12 @@ def sparsified(
         # Validation would choose an early epoch, which is hardly sparse.
         choose_best=False,
     )
+
+
+def _at_once(options: PruneOptions) -> PruneOptions:
+    """The options that remove in one step what these remove in all of theirs."""
+    keep = None if options.keep is None else options.keep**options.steps
+    return replace(options, steps=1, keep=keep)
 
 
 def _penalty(model: nn.Module, found: ThinResult, wanted: SparsifyOptions, steps: int) -> Constraint:
