@@ -110,6 +110,7 @@ class Console:
         sys.stdout.flush()
         saved = os.dup(descriptor)
         products = os.fdopen(saved, "w", encoding="utf-8")
+        # On descriptors, because C++ code writes to number 1 whatever sys.stdout is.
         os.dup2(sys.stderr.fileno(), descriptor)
         self._products = products
         try:

@@ -121,6 +121,7 @@ class Call:
 
 def _is_given(context: typer.Context, name: str) -> bool:
     """Whether an option is on the command line, rather than at its default."""
+    # Typer passes defaults like given values; click remembers which are which.
     source = context.get_parameter_source(name)
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 

@@ -260,9 +260,11 @@ class Leaf:
             if str(value) not in words:
                 raise UsageError(f"{self.flag} {value}: {', '.join(words)} is allowed")
             return self.enum(str(value))
+        # So that history is the same for 1 and 1.0.
         if float in self.kinds and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         simple = tuple(kind for kind in self.kinds if kind in (bool, int, float, str))
+        # A bool is an int in Python, but not a number here.
         wrong = isinstance(value, bool) and bool not in simple
         if (
             value is not None
@@ -427,6 +429,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
+    # JSON has no NaN and no infinity.
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

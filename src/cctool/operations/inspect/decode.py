@@ -35,7 +35,9 @@ __all__ = ["DecodeReport", "DecodedMaps", "run"]
 IDENTICAL, ROUNDED, UNVERIFIED = "identical", "rounded otherwise", "unverified, no index"
 
 _SUFFIX = ".npy"
+# Bytes of the header, enough for any shape of four dimensions.
 _NPY_HEADER = 192
+# Bytes that are read at a time.
 _PIECE = 2**20
 
 
@@ -178,6 +180,7 @@ def _decode(
 
 
 def _compare_file(path: Path, entry: IndexedStream) -> None:
+    # In pieces, because a stream may be larger than memory.
     hashed = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(_PIECE):
@@ -196,6 +199,7 @@ def _verdicts(source: _Source, tap: str, arrays: Sequence[_Array]) -> list[str]:
         if maps.symbols != array.symbols.hexdigest():
             raise BitstreamError(f"{source.path}: other symbols than {INDEX} says")
     return [
+        # Equal symbols may still decode to maps that another device or version of torch rounds differently.
         IDENTICAL if maps.maps == array.maps.hexdigest() else ROUNDED
         for maps, array in zip(entry.passes, arrays, strict=True)
     ]

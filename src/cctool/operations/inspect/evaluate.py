@@ -112,6 +112,7 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
 def _split(source: DataSource, asked: SplitName | None, context: Context) -> str:
     if asked is not None:
         return asked.value
+    # Test before validation before training.
     there_are = [name for name in reversed(SPLITS) if name in source.loaders]
     if not there_are:
         raise DataError(f"{source.reference} has no images")

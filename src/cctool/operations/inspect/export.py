@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportReport", "export", "run", "samples_of"]
 
+# Formats that hold the computation, and not the tensors alone.
 _PROGRAMS = (ExportFormat.ONNX, ExportFormat.PT2)
 
 
@@ -166,6 +167,7 @@ def samples_of(checkpoint: Checkpoint, options: DataOptions, context: Context) -
     source = open_source(options, checkpoint, context)
     if source is None:
         return None
+    # Images that the network was not trained on, if there are any.
     split = next(name for name in ("test", "validation", "train") if name in source.loaders)
     return Samples(f"{source.reference}, {split} split", _images(source, split, checkpoint, options))
 

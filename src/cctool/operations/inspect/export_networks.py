@@ -54,6 +54,7 @@ def converted(checkpoint: Checkpoint, kind: ExportFormat, *, codec: bool) -> Con
             "--format state-dict or safetensors writes its parameters"
         )
     held = quantizers_of(model)
+    # Quantized weights are not written as products of factors: their quantizers act on the whole weight.
     whole = {name.rpartition(".")[0] for name in ({} if held is None else held.state.weights)}
     network = exportable(model, codec=codec, whole=whole)
     if kind is ExportFormat.ONNX:

@@ -7,6 +7,7 @@ from typing import Any
 
 SHORT_HEADERS = ("step", "verb", "options", "parameters", "MACs", "bytes", "measured after", "parent")
 
+# Characters of the options of a step, and digits of a hash, in the short table.
 _LONGEST = 60
 _HASH = 12
 

@@ -20,6 +20,7 @@ _SUMS = {
     "masked": "masked",
 }
 _BITS = {"weight_bits": "w bits", "input_bits": "in bits", "output_bits": "out bits"}
+# Columns that are only shown if their total is not zero.
 _RARE = ("matmul_macs", "nonfinite", "masked")
 
 

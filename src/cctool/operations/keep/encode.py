@@ -25,6 +25,7 @@ from cctool.quantization.quantizers.base import Quantizer
 
 __all__ = ["encode_under_mask", "in_step", "masks_by_place", "names_by_place", "quantized_weights", "settled"]
 
+# Of a stored integer; weights with more are stored dense.
 _MOST_BITS = 8
 
 
@@ -91,6 +92,7 @@ def settled(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> C
             with torch.no_grad():
                 tensor.copy_(decoded)
         if form is not None and torch.equal(tensor.detach(), decoded):
+            # A tied weight has one form under all of its names.
             stored |= dict.fromkeys(names.get(place(tensor.detach()), [name]), form)
         elif settle:
             for alias in names.get(place(tensor.detach()), [name]):

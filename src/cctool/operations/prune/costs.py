@@ -95,9 +95,11 @@ def counter(
     """
     model = checkpoint.model
     if quantity is Quantity.MACS:
+        # Multiply-accumulates are those of ordinary layers; a sketch cuts their tensors as views.
         plain, shape = plain_model(model), checkpoint.spec.input_shape
         return lambda plan: float(cost.measure(sketch(plain, plan), shape).total.macs)
     if quantity is Quantity.PARAMS:
+        # Swapped layers decide themselves what they store after a cut, which takes a real one.
         narrowed = thin_copy if swapped_layers(model) else sketch
         return lambda plan: float(sum(p.numel() for p in narrowed(model, plan).parameters()))
     if quantity is Quantity.BYTES:

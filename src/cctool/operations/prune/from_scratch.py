@@ -54,6 +54,7 @@ def reinitialised(checkpoint: Checkpoint, context: Context) -> Checkpoint:
     widths = plain_model(model).state_dict(keep_vars=True)
     thinned = [Thin.model_validate(edit) for edit in spec.edits if edit.get("kind") == "thin"]
     try:
+        # Building must not change the random numbers of what follows.
         with torch.random.fork_rng(devices=[]):
             fresh = _built_thin(
                 lambda: context.tables.build(spec.architecture, spec.arguments),
@@ -171,9 +172,11 @@ def _watched(watch: OnRegister) -> Callable[[Register, Register], tuple[Register
         tied: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
         def given(module: nn.Module, name: str, tensor: Any) -> Any:
+            # Other threads may build networks at the same time.
             if threading.get_ident() != builder or not isinstance(tensor, Tensor):
                 return tensor
             made = watch(module, name, tensor)
+            # An id may belong to a new tensor once the old one is freed; the weak reference tells.
             first, kept = tied.get(id(tensor), (None, made))
             if first is None or first() is not tensor:
                 kept = made

@@ -105,6 +105,7 @@ def limit_of(target: Target, before: float, options: PruneOptions, step: int) ->
     ``before`` is the cost of the command's input.
     """
     fraction = target.value if target.relative else target.value / before
+    # The network costs less already.
     if fraction >= 1:
         return before
     return before * (1 - options.growth.at(1 - fraction, step, options.steps))
@@ -147,6 +148,7 @@ def within_target(
         return reached.counts
 
     result = planner.verified(counts)
+    # Verification may plan again without families that it cannot cut exactly: the last report counts.
     return result, found[-1]
 
 
@@ -279,6 +281,7 @@ class _BudgetSearch:
             drop = self.dense.values["top1"] - value
             self.trials[rate] = BudgetTrial(rate, selection.removed_units(), value, drop)
             self.context.reporter.note(
+                # 0 - drop, because -drop would print a drop of 0 as -0.00.
                 f"rate {rate:.4f}: validation top-1 {value:.2f} ({0 - drop:+.2f} points, n={self.dense.n:,})"
             )
         return self.trials[rate]
@@ -289,6 +292,7 @@ class _BudgetSearch:
         measured_grid = [self.look(rate) for rate in self.context.reporter.progress(grid, "measuring rates")]
         within = [trial.rate for trial in measured_grid if trial.drop <= budget]
         low = max(within, default=0.0)
+        # A rate of 1 would leave nothing of a family.
         high = min(low + 1 / _GRID, 1 - _FINEST)
         while high - low > _FINEST and self.removed(high) - self.removed(low) > 1:
             middle = (low + high) / 2

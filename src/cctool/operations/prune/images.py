@@ -46,6 +46,7 @@ def evidence_for(
         )
     # Shuffled, because the first images of a sorted data set are all of one class.
     served = feed_of(checkpoint, source, options.data, context).plain("train", shuffle=True)
+    # Number of batches that have enough images, for the progress bar.
     enough = 1 + sum(images < options.samples for images in accumulate(map(len, served.parts)))
     steps = min(enough, len(served.parts))
     shown = context.reporter.progress(served, f"{method.value}: looking at images", steps)

@@ -154,6 +154,7 @@ def _apart(model: nn.Module, options: PruneOptions) -> dict[str, str]:
     apart: dict[str, str] = {}
     for name, layer in swapped_layers(model).items():
         leaves = dict(layer.named_parameters(recurse=False))
+        # Rows, kernels and blocks of coefficients are not those of the weight.
         if options.granularity is not Granularity.ELEMENT:
             why = "its layer stores coefficients, which only --granularity element masks"
             apart |= {f"{name}.{leaf}": why for leaf in ("weight", *leaves) if leaf != "bias"}

@@ -220,6 +220,7 @@ def _recalibrate(checkpoint: Checkpoint, changed: Changed, work: _Run) -> int:
     if not wanted or work.source is None:
         return 0
     augmented = options.recalibrate_images is Images.AUGMENTED
+    # The product gets statistics of the kind that its accuracy was measured with.
     if changed.budget is not None:
         augmented = changed.budget.augmented
     used = recalibrated(checkpoint, work.source, wanted, options.data, work.context, augmented=augmented)
@@ -233,6 +234,7 @@ def _finetuned(checkpoint: Checkpoint, work: _Run) -> Followed:
     if not options.finetune_epochs or source is None:
         return Followed(checkpoint)
     forms = events.forms_of(checkpoint) if options.keep_storage else {}
+    # Weights that were rewound to their initialisation need the learning rate of a fresh network.
     untrained = work.earlier is not None and never_trained(work.earlier.history)
     trained = finetune(
         checkpoint,

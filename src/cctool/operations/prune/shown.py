@@ -10,6 +10,7 @@ from cctool.operations.context import Told, metric_lines
 
 __all__ = ["planned", "told"]
 
+# Rows of a table that are shown.
 _MOST = 40
 
 

@@ -82,6 +82,7 @@ class Changer:
         if options.apply_masks:
             cut, emptied = emptied_cut(checkpoint, self.context, exclude=options.exclude, only=options.only)
             return Changed(cut, emptied=emptied, notes=emptied.notes)
+        # Parts of weights keep all channels: nothing is coupled, planned or verified.
         if options.granularity is not Granularity.CHANNEL:
             return self._weights_masked(checkpoint, step)
         found, target, budget = self._planned(checkpoint, options, step)

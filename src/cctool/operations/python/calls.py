@@ -27,11 +27,15 @@ __all__ = ["CctoolWarning", "Warner", "function", "keywords"]
 
 T = TypeVar("T")
 
+# Options that only make sense for files or a terminal.
 _FILES_ONLY = frozenset({"json", "quiet", "debug", "resume", "stop_after", "with_spec"})
+# Options that write files next to the product.
 _BESIDE = ("plot", "sweep", "save_every", "tensorboard", "mlflow", "macs", "sparsity", "onnx")
+# Options that describe a fresh or foreign network.
 _FRESH = ("arg", "input", "mean", "std")
 _DATA = ("data", "val_data", "test_data")
 _SPLITS = {"data": "train", "val_data": "validation", "test_data": "test"}
+# Options that take a checkpoint in memory as well as a path.
 _NETWORKS = ("teacher", "rewind")
 
 

@@ -73,6 +73,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         bits, sensitivity, more = searched_bits(product, options, source, context)
         notes += more
     planned = plan(product, options, bits)
+    # Before they are rounded, to report the errors.
     floats = float_weights(product, planned)
     product = attached(product, planned)
     activations, images, more = _calibrated(product, planned, options, source, context)
@@ -86,6 +87,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         assert held is not None
         held.state.method, held.state.observing = str(options.method), observing(options)
         held.state.images = images
+        # The ranges were found with the rounded weights.
         product = in_step(product, context.tables)
     else:
         product, others, skipped = _weights_alone(product, checkpoint, planned, options, context)

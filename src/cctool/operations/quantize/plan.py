@@ -25,6 +25,7 @@ from cctool.transforms.codec.taps import bypassed
 
 __all__ = ["Plan", "attach_plan", "fixed_bits", "plan"]
 
+# Of first and last layers with --edges 8.
 _EDGE_BITS = 8
 # Of the moving average of an activation's range while the network trains.
 _MOMENTUM = 0.99
@@ -126,6 +127,7 @@ def _weights(
         elif layer.weight not in found:
             config = _weight_config(layer, options, bits.get(layer.weight))
             channels = None if config.axis is None else layer.shape[config.axis]
+            # With one scale for all channels the weight is rounded as if the batch norm were folded in.
             folded = config.method == "uniform" and config.axis is None and layer.axis == 0
             norm = layer.norm if folded else None
             found[layer.weight] = WeightPoint(config=config, channels=channels, norm=norm)

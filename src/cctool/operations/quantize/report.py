@@ -133,6 +133,7 @@ class QuantizeReport:
 
 def errors_between(before: Tensor, after: Tensor) -> tuple[float, float | None]:
     """Largest absolute difference, and the signal to quantization noise in dB; None without noise."""
+    # In float64, in which the differences of float32 values are exact or nearly so.
     signal = before.detach().double().cpu()
     noise = signal - after.detach().cpu()
     power = float(noise.square().sum())
@@ -153,6 +154,7 @@ def in_floating_point(left: Sequence[Left]) -> list[str]:
     return [f"left in floating point: {n} ({reason})" for reason, n in counts.items()]
 
 
+# Rows that are shown of what stays in floating point.
 _MOST = 40
 _TENSORS = ("tensor", "shape", "stored as", "bits", "bytes before", "bytes after", "max error", "SQNR dB")
 _ACTIVATIONS = ("module", "value", "quantizer", "bits", "low", "high", "clipped %")

@@ -117,6 +117,7 @@ def _sizes(
     weights: dict[tuple[str, int], int] = {}
     others = 0
     for bits in tried:
+        # On the CPU, where products are encoded.
         trial = replace(product, model=copied(product.model).cpu())
         trial = attached(trial, plan(trial, options, dict.fromkeys(names, bits)))
         trial = events.stored(trial, context.tables)

@@ -114,6 +114,7 @@ def encode_selected(
     masks = masks_by_place(product.model)
     reports = []
     for item in context.reporter.progress(selected, "quantizing", len(selected)):
+        # The selection may come from another network; the values are the product's.
         own = replace(item, tensor=state[item.names[0]])
         encoded, found = _quantized(
             own, masks.get(place(own.tensor)), before.stored.get(item.names[0]), options, context

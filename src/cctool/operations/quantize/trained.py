@@ -147,6 +147,7 @@ def _constraints(model: nn.Module, options: QuantizeOptions) -> tuple[Constraint
     held = quantizers_of(model)
     if held is None or options.method is not QuantizeMethod.PACT:
         return ()
+    # The paper of PACT decays its clipping levels.
     levels = [
         parameter
         for _, quantizer in held.named()
@@ -173,6 +174,7 @@ def _codebooks(
     forms = events.forms_of(product)
     product.model.to(context.device)
     product = _trained(product, options, source, objective, context, forms)
+    # Encodings are made on the CPU.
     product.model.to("cpu")
     product, notes = events.changed(product, source, options.data, context, forms)
     found = {"tensors": tuple(tensors), "skipped": tuple(skipped), "notes": (*counted(skipped), *notes)}

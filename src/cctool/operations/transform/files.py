@@ -18,6 +18,7 @@ from cctool.transforms.codec.figures import TapFigures
 
 __all__ = ["file_stems", "refuse_reports", "write_reports"]
 
+# Common file systems allow names of 255 bytes, suffix included.
 _LONGEST_STEM = 120
 
 
