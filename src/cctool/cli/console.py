@@ -1,7 +1,7 @@
 """The only place that prints.
 
-stdout is a command's product: paths, a table, or one JSON document. Talk, warnings and progress go to
-stderr; progress only where stderr is a terminal.
+stdout gets a command's product: paths, a table, or one JSON document. Notes, warnings and progress go to
+stderr, progress only if stderr is a terminal.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def plain(value: Any) -> Any:
-    """Turn records, enums, tuples and paths into what JSON knows; NaN and infinities become None.
+    """Turn records, enums, tuples and paths into JSON types; NaN and infinities become None.
 
     A field whose metadata says ``json=False`` is left out.
     """
@@ -32,6 +32,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(item) for item in value]
+    # x - x is 0 for finite numbers only; JSON has no NaN and no infinity.
     if isinstance(value, float) and value - value != 0:
         return None
     if value is None or isinstance(value, (bool, int, float)):
@@ -43,7 +44,7 @@ _CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "?")
 
 
 def _harmless(text: str) -> str:
-    """Replace control characters: a name in a file that nobody vouches for could steer the terminal."""
+    """Replace control characters, by which a name in an untrusted file could control the terminal."""
     return text.translate(_CONTROL)
 
 
@@ -59,20 +60,20 @@ class Console:
     # -- stderr ---------------------------------------------------------------------------------------
 
     def note(self, text: str) -> None:
-        """Say something worth knowing, unless quiet."""
+        """Print a note, unless quiet."""
         if not self.quiet:
             print(_harmless(text), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
-        """Say something that may be wrong, quiet or not."""
+        """Print a warning, quiet or not."""
         print(f"warning: {_harmless(text)}", file=sys.stderr, flush=True)
 
     def error(self, text: str) -> None:
-        """Say in one line why the command failed."""
+        """Print in one line why the command failed."""
         print(f"error: {' '.join(_harmless(text).split())}", file=sys.stderr, flush=True)
 
     def progress(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-        """Pass ``items`` on and draw a bar on stderr, where that is a terminal."""
+        """Pass on ``items``, with a progress bar if stderr is a terminal."""
         if self.quiet or not sys.stderr.isatty():
             yield from items
             return
@@ -91,24 +92,25 @@ class Console:
             _draw(title, headers, rows, sys.stderr)
 
     def tell(self, item: Any) -> None:
-        """Say a sentence, or show a table of (title, columns, rows), on stderr."""
+        """Print a sentence, or a table of (title, columns, rows), on stderr."""
         self.note(item) if isinstance(item, str) else self.talk_table(*item)
 
     # -- stdout ---------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def products_only(self) -> Iterator[None]:
-        """Keep everything but products off stdout: libraries print there, from C++ too."""
+        """Keep everything but products off stdout; libraries print there, some from C++."""
         try:
             descriptor = sys.stdout.fileno()
         except (AttributeError, OSError, io.UnsupportedOperation):
-            # A test's or notebook's stream has no descriptor: redirect on the level of Python.
+            # The stream of a test or notebook has no descriptor: redirect in Python.
             with contextlib.redirect_stdout(sys.stderr):
                 yield
             return
         sys.stdout.flush()
         saved = os.dup(descriptor)
         products = os.fdopen(saved, "w", encoding="utf-8")
+        # On descriptors, because C++ code writes to number 1 whatever sys.stdout is.
         os.dup2(sys.stderr.fileno(), descriptor)
         self._products = products
         try:
@@ -136,7 +138,7 @@ class Console:
             print(_harmless(text), file=self._products, flush=True)
 
     def document(self, value: Any, *, always: bool = False) -> None:
-        """Print one JSON document, where JSON was asked for."""
+        """Print one JSON document with ``--json``, or always."""
         if self.as_json or always:
             print(json.dumps(plain(value), indent=2, allow_nan=False), file=self._products, flush=True)
 
@@ -153,12 +155,12 @@ def _draw(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]], 
         numeric = bool(cells) and all(_numeric(row[column]) for row in cells)
         table.add_column(header, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for row in cells:
-        # Text, or brackets in a name would be taken for markup.
+        # As Text, because rich would read brackets in a name as markup.
         table.add_row(*(Text(_harmless(cell)) for cell in row))
     if stream.isatty():
         RichConsole(file=stream).print(table)
         return
-    # A file or pipe has no width: a row stays one line there.
+    # A file or pipe has no width: each row stays on one line.
     unbounded = RichConsole(file=stream, width=100_000)
     RichConsole(file=stream, width=unbounded.measure(table).maximum).print(table)
 

@@ -1,4 +1,4 @@
-"""The frame in which every command runs: what was given, the operation, and errors in one line."""
+"""The frame in which every command runs: its options, its operation, and errors in one line."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Invocation:
 
     Attributes:
         verb: the command.
-        console: where it speaks.
-        inputs: its arguments, as they were given.
+        console: where it prints.
+        inputs: its arguments as given.
         given: keyword -> value of the options that were given.
-        frame: what every command is told.
+        frame: the options that every command has.
         resumed: path -> value of the options of the training that it resumes.
         output: path of the product; None for the default.
     """
@@ -41,7 +41,7 @@ class Invocation:
 
     @classmethod
     def parsed(cls, verb: Verb, context: typer.Context, inputs: Any, values: Mapping[str, Any]) -> Invocation:
-        """Make the invocation of what Typer parsed: the command's arguments, and keyword -> value."""
+        """Make a call of what Typer parsed; ``values`` are by keyword, defaults included."""
         given = verb.read({name: value for name, value in values.items() if _is_given(context, name)})
         frame = verb.frame_of(given)
         talk = frame.talk
@@ -59,17 +59,16 @@ class Invocation:
         """The verb's options.
 
         Raises:
-            UsageError: if they exclude each other, or one would change nothing.
+            UsageError: if they exclude each other, or one would have no effect.
         """
         more = {"begun": self.resumed} if self.resumed else {}
         return self.verb.options_of(self.given, **more)
 
     def write(self, told: Callable[[Any], Iterable[Any]], *, resumes: bool = False) -> None:
-        """Carry out a verb that writes checkpoints; print the path of each.
+        """Carry out a verb that writes checkpoints, and print the path of each.
 
-        Args:
-            told: a product's report -> tables and sentences, which are said on stderr.
-            resumes: whether the command continues its own earlier run.
+        ``told`` turns a product's report into tables and sentences for stderr; ``resumes`` says whether the
+        command continues its earlier run.
         """
         from cctool.operations import pipeline
 
@@ -86,9 +85,7 @@ class Invocation:
     def read(self, source: str | None = None, carry_out: Callable[..., Any] | None = None) -> Any:
         """Carry out a verb that writes no checkpoint, and return its report.
 
-        Args:
-            source: path of the input; None is the command's.
-            carry_out: the operation; None is the verb's.
+        ``source`` and ``carry_out`` replace the command's input and the verb's operation.
         """
         from cctool.operations import pipeline
 
@@ -97,7 +94,7 @@ class Invocation:
             return pipeline.read(carry_out or self._operation(), options, self.request(source))
 
     def request(self, source: str | None = None, *, resumes: bool = False) -> Any:
-        """Everything the pipeline must know, with ``-`` replaced by the path that stdin gives."""
+        """The request to the pipeline, with the input ``-`` replaced by the path from stdin."""
         from cctool.operations.pipeline import Request
 
         source = source or self.source
@@ -123,17 +120,18 @@ class Invocation:
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
-    """Whether an option stands on the command line, rather than at its default."""
+    """Whether an option is on the command line, rather than at its default."""
+    # Typer passes defaults like given values; click remembers which are which.
     source = context.get_parameter_source(name)
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
 def resolved_source(source: str) -> str:
-    """Give INPUT itself, or the path that stdin gives where INPUT is ``-``.
+    """INPUT itself, or the path from stdin if INPUT is ``-``.
 
     Raises:
         UsageError: if stdin is a terminal.
-        CctoolError: unless exactly one path comes from it.
+        CctoolError: unless stdin gives exactly one path.
     """
     if source != "-":
         return source
@@ -164,11 +162,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             Console().error("interrupted")
             raise typer.Exit(130) from None
         except BrokenPipeError:
-            # The reader of stdout went away; Python would complain once more when it flushes at exit.
+            # The reader of stdout is gone; Python would raise again when it flushes stdout at exit.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - lives until the process ends
             raise typer.Exit(1) from None
         except OSError as error:
-            # A full disk or a folder that may not be written to is nobody's fault here.
+            # A full disk or a read-only folder is not a fault of cctool.
             if debug:
                 traceback.print_exc()
             place = f"{error.filename}: " if error.filename is not None else ""

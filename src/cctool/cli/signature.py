@@ -49,6 +49,7 @@ def command(verb: Verb, carry_out: Callable[[Invocation], None]) -> Callable[...
         _parameter("inputs", inputs, default),
         *map(parameter, verb.offered),
     ]
+    # Typer reads a command's options from its signature and annotations.
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {item.name: item.annotation for item in parameters}
     return guarded(run)

@@ -195,6 +195,7 @@ def _foreign_spec(
     arch, tensors = str(options.arch), dict(opened.tensors or {})
     given = parse_arguments(options.arguments)
     channels = options.input_shape[0] if options.input_shape else None
+    # First with the architecture's own defaults, then with the widths of the tensors.
     attempts = [
         {"channels": channels, "classes": None},
         {"channels": channels or _channels(tensors), "classes": _classes(tensors)},

@@ -147,6 +147,7 @@ def read_in_memory(
 
 def _copy(given: Checkpoint) -> Checkpoint:
     """A copy to work on, with what history will call its parent."""
+    # A foreign file has no content hash; its SHA-256 is what names it.
     foreign = given.origin is not None and given.origin.content is None
     origin = given.origin if foreign else _origin(given)
     return replace(given, model=copied(given.model), origin=origin)
@@ -180,6 +181,7 @@ def _prepare(
     named = frozenset(reference for reference in references if reference and looks_like_user_code(reference))
     registries = tables(named)
     device = resolve_device(request.runtime.device)
+    # Before a fresh network draws its weights.
     seed_everything(request.runtime.seed, deterministic=request.runtime.deterministic)
     data = getattr(options, "data", None)
     opened = source

@@ -44,6 +44,7 @@ def load(path: Path | str, *, arch: str | None = None) -> Checkpoint:
         ArchitectureError: if it holds user code that was not named.
         UsageError: if ``arch`` is not what the file holds.
     """
+    # Naming an architecture allows its code to run, if it is the user's.
     named = frozenset() if arch is None or not looks_like_user_code(arch) else frozenset({arch})
     return open_checkpoint(Path(path), ModelOptions(arch=arch), tables(named), named, Silent())
 

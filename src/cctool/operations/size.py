@@ -36,6 +36,7 @@ def stored_bytes(checkpoint: Checkpoint) -> int:
         stored = checkpoint.stored.get(name)
         pieces = [tensor] if stored is None else list(stored.parts.values())
         for piece in pieces:
+            # Tied tensors share memory, and their stored forms share parts.
             place = piece.data_ptr() if stored is None else id(piece)
             if piece.numel() and place not in seen:
                 seen.add(place)

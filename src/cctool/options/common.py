@@ -77,7 +77,7 @@ def _argument(text: str) -> str:
 
 @dataclass(frozen=True)
 class ModelOptions(Options):
-    """Which network, where the file does not say it."""
+    """Which network, if the file does not say it."""
 
     # fmt: off
     arch: str | None = _network(
@@ -102,7 +102,7 @@ class ModelOptions(Options):
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
-        """Preprocessing that is half given, and two names for one network."""
+        """Only one of mean and std, and two names for one network."""
         mean, std = self.mean or (), self.std or ()
         # fmt: off
         return (
@@ -174,11 +174,7 @@ def zero_bar_option(panel: str) -> Any:
 
 
 def sampled_data(limit: str) -> Any:
-    """Data on which a written model is compared, besides random inputs.
-
-    Args:
-        limit: what help says of ``--limit``.
-    """
+    """Data on which a written model is verified, in addition to random inputs; ``limit`` is a help text."""
     changed = {"limit": {"help": limit}}
     few = DataOptions(batch_size=64, limit=256)
     return nested(DataOptions, few, without=("val_data", "test_data"), changed=changed)

@@ -38,7 +38,7 @@ class Bounds:
     Attributes:
         low, high: ends of the interval.
         low_open, high_open: whether an end itself is excluded.
-        text: what an error says of a number outside.
+        text: end of the error message for other numbers.
     """
 
     low: float = -math.inf
@@ -76,11 +76,11 @@ def between(interval: str) -> Bounds:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Idle:
-    """A condition under which options change nothing, so that giving one is refused.
+    """A condition under which options have no effect, so that giving one is refused.
 
     Attributes:
         when: the verb's options -> whether it holds.
-        why: what the error says; a function of the options where it names a value of theirs.
+        why: the error message; a function of the options if it contains their values.
     """
 
     when: Callable[[Any], bool]
@@ -89,7 +89,7 @@ class Idle:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class OptionSpec:
-    """What a field says of its option; the arguments of `option`."""
+    """The arguments of `option`, kept in the field's metadata."""
 
     help: str
     flags: tuple[str, ...] = ()
@@ -106,7 +106,7 @@ class OptionSpec:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GroupSpec:
-    """What a field says of the options dataclass that it holds; the arguments of `nested`."""
+    """The arguments of `nested`, kept in the field's metadata."""
 
     kind: type
     prefix: str = ""
@@ -134,19 +134,19 @@ def option(
     """A field of an options dataclass that is an option of the command line.
 
     Args:
-        default: its value where it is not given; ``...`` makes the option required.
+        default: its value if it is not given; ``...`` makes the option required.
         help: one or two sentences, without the default.
         flags: as click writes them, ``--per-channel/--per-tensor``; by default the field's name.
-        metavar: how help names the value.
-        panel: heading of help and of the docs' table.
-        unset: what None stands for, as help and docs name the default.
-        bounds: allowed numbers, of each item where there are several.
-        parse: text -> value, raising UsageError; of each item where the option is repeated.
-        shown: the default as text, where `parse` makes the value.
-        repeated: whether the command line may give it several times; the value is a tuple.
-        idle: when giving the option would change nothing.
-        runs_code: whether the value may be a reference of the user's code, which naming it allows to run.
-        recorded: whether history stores it: what steers one run and not its result is not.
+        metavar: the value's name in help.
+        panel: heading in help and in the docs.
+        unset: what None means, as help and docs describe the default.
+        bounds: allowed numbers, for each item of a tuple.
+        parse: text -> value, raising UsageError; for each item of a repeated option.
+        shown: the default as text, if `parse` makes the value.
+        repeated: whether it may be given several times; the value is a tuple.
+        idle: conditions under which the option has no effect.
+        runs_code: whether the value may name the user's code, which is thereby allowed to run.
+        recorded: whether history stores it; options that do not influence the result are not stored.
     """
     idle = (idle,) if isinstance(idle, Idle) else idle
     spec = OptionSpec(help, flags, metavar, panel, unset, bounds, parse, shown, repeated, idle, runs_code)
@@ -177,8 +177,8 @@ def nested(
         prefix: word before each of its flags.
         without: fields that the verb does not offer; ``*`` is all of them.
         changed: field -> arguments of `option` that are different here.
-        panel: heading of help and docs, in place of their own.
-        key: field without which the group is None, and its other options are idle.
+        panel: heading in help and docs, replacing those of its options.
+        key: field without which the group is None and its other options have no effect.
     """
     spec = GroupSpec(kind, prefix, without, changed or {}, panel, key)
     metadata = {"group": spec}
@@ -196,10 +196,10 @@ class Leaf:
         keyword: its name in Python.
         flags: its flags on the command line.
         kind: the field's annotation.
-        default: its value where it is not given; `MISSING` makes it required.
-        spec: what its field says.
-        keys: keywords of the optional groups that it is in, the outermost first.
-        is_key: whether it brings its group into being.
+        default: its value if it is not given; `MISSING` makes it required.
+        spec: its help, bounds and so on.
+        keys: keywords that switch on the optional groups around it, the outermost first.
+        is_key: whether it switches on its group.
         recorded: whether history stores it.
     """
 
@@ -231,21 +231,21 @@ class Leaf:
 
     @property
     def enum(self) -> type[Enum] | None:
-        """The enum of its words; None where it takes anything else."""
+        """The enum of its values; None if it is not limited to words."""
         if self.spec.parse is not None:
             return None
         return next((k for k in self.kinds if isinstance(k, type) and issubclass(k, Enum)), None)
 
     @property
     def help(self) -> str:
-        """What it does, and what happens where it is not given."""
+        """What it does, and its default if that is None."""
         return f"{self.spec.help} Default: {self.spec.unset}." if self.spec.unset else self.spec.help
 
     def read(self, value: Any) -> Any:
-        """Turn what a caller gives, text or the value itself, into the field's value.
+        """Turn text or a value into the field's value.
 
         Raises:
-            UsageError: if it is of another type, or text that means nothing.
+            UsageError: if it is of another type, or text that cannot be parsed.
         """
         if self.spec.repeated:
             items = [value] if isinstance(value, str) else value
@@ -260,9 +260,11 @@ class Leaf:
             if str(value) not in words:
                 raise UsageError(f"{self.flag} {value}: {', '.join(words)} is allowed")
             return self.enum(str(value))
+        # So that history is the same for 1 and 1.0.
         if float in self.kinds and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         simple = tuple(kind for kind in self.kinds if kind in (bool, int, float, str))
+        # A bool is an int in Python, but not a number here.
         wrong = isinstance(value, bool) and bool not in simple
         if (
             value is not None
@@ -276,7 +278,7 @@ class Leaf:
 
 
 class Options:
-    """Base of the options dataclasses: every number is held to its bounds, all faults are told together."""
+    """Base of the options dataclasses: checks bounds and clashes, and reports all errors together."""
 
     def __post_init__(self) -> None:
         problems = [*self._outside(), *(text for wrong, text in self.clashes() if wrong)]
@@ -284,7 +286,7 @@ class Options:
             raise UsageError("; ".join(problems))
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
-        """What cannot be asked for together: (whether it is asked for, what the error says)."""
+        """Options that exclude each other: (whether they are given so, the error message)."""
         return ()
 
     def _outside(self) -> Iterator[str]:
@@ -299,18 +301,12 @@ class Options:
 
 
 def leaves(kind: type) -> tuple[Leaf, ...]:
-    """All options of a dataclass in the order of its fields, those of nested groups in their place."""
+    """All options of a dataclass in the order of its fields, those of nested groups included."""
     return tuple(leaves_of(GroupSpec(kind)))
 
 
 def leaves_of(spec: GroupSpec, default: Any = None, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
-    """The options of a group.
-
-    Args:
-        spec: the group.
-        default: the record whose values are the defaults; None takes those of the fields.
-        path: names of the fields that lead to it.
-    """
+    """The options of a group at a path of fields; without a ``default`` record those of the fields count."""
     hints = get_type_hints(spec.kind)
     for item in fields(spec.kind):
         if item.name in spec.without or "*" in spec.without:
@@ -347,7 +343,7 @@ def _flags(name: str, spec: OptionSpec, prefix: str) -> tuple[str, ...]:
 
 
 def _gated(leaf: Leaf, inner: GroupSpec, path: tuple[str, ...]) -> Leaf:
-    """Say of an option in an optional group which option brings the group into being."""
+    """Record in an option of an optional group which option switches on the group."""
     if inner.key is None:
         return leaf
     if leaf.path == (*path, inner.key):
@@ -368,8 +364,8 @@ def assemble(
     Args:
         kind: its dataclass.
         given: keyword -> value, as `Leaf.read` gives it; others keep their defaults.
-        base: path -> value of options that are not given; they win over defaults.
-        of: the options of the dataclass, where a verb changed some.
+        base: path -> value of options that are not given, in place of their defaults.
+        of: the options of the dataclass, if a verb changed some.
 
     Raises:
         UsageError: if a value is outside its bounds, or two exclude each other.
@@ -399,13 +395,7 @@ def _built(kind: type, values: Mapping[tuple[str, ...], Any], path: tuple[str, .
 
 
 def idle_problems(options: Any, of: Iterable[Leaf], given: Collection[str]) -> list[str]:
-    """Name the options that were given and change nothing.
-
-    Args:
-        options: the verb's options.
-        of: all options of the verb.
-        given: keywords of those that were given.
-    """
+    """Error messages for options of a verb that were given and have no effect."""
     found: dict[str, list[str]] = {}
     of = tuple(of)
     free = {leaf.keyword for leaf in of if not leaf.keys or leaf.is_key}
@@ -424,7 +414,7 @@ def idle_problems(options: Any, of: Iterable[Leaf], given: Collection[str]) -> l
 
 
 def recorded(options: Any) -> dict[str, Any]:
-    """Turn options into what history stores: JSON, without what steers a run and not its result."""
+    """Options as history stores them: JSON, without those that do not influence the result."""
     result = _plain(options)
     return result if isinstance(result, dict) else {}
 
@@ -439,6 +429,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
+    # JSON has no NaN and no infinity.
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

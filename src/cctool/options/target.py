@@ -25,9 +25,9 @@ class Target:
 
     Attributes:
         quantity: what is limited.
-        value: at most 1: a fraction of what the network that comes in costs. Above 1: an absolute number, of
+        value: at most 1: a fraction of the input network's cost. Above 1: an absolute number of
             multiply-accumulates, parameters, bytes, or microseconds for one input.
-        absolute: whether even a value up to 1 is such a number.
+        absolute: whether a value up to 1 is an absolute number, too.
     """
 
     quantity: Quantity
@@ -40,7 +40,7 @@ class Target:
 
     @property
     def relative(self) -> bool:
-        """Whether the value is a fraction of what came in."""
+        """Whether the value is a fraction of the input network's cost."""
         return self.value <= 1 and not self.absolute
 
     def __str__(self) -> str:
@@ -62,8 +62,7 @@ def parse_target(text: str) -> Target:
     """Parse ``QUANTITY=VALUE``; values take % or the quantity's units: k, M, G, kB, MB, us, ms, s.
 
     Raises:
-        UsageError: what it names is no quantity, number or unit of that quantity; more than 100 %; or a time
-            without its unit.
+        UsageError: for an unknown quantity, number or unit; more than 100 %; or a time without its unit.
 
     >>> parse_target("bytes=1.2MB").value, parse_target("macs=50%").relative
     (1200000.0, True)

@@ -38,7 +38,7 @@ def alpha_option() -> Any:
 
 @dataclass(frozen=True)
 class TeacherOptions(Options):
-    """A network that is followed while fine-tuning."""
+    """A network whose outputs fine-tuning imitates."""
 
     # fmt: off
     path: str = option(

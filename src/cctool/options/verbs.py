@@ -1,4 +1,4 @@
-"""All verbs: which options each has, where it is carried out, and what every command is told besides."""
+"""All verbs: which options each has, which operation carries it out, and the options that all share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cctool.options.fields import Choice, Leaf, Options, assemble, idle_problems
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Frame(Options):
-    """What every command is told, whatever its verb."""
+    """The options that every command has."""
 
     model: ModelOptions = nested(ModelOptions)
     runtime: RuntimeOptions = nested(RuntimeOptions)
@@ -61,7 +61,7 @@ class _DecodeFrame(Frame):
 
 
 class Input(Choice):
-    """What stands on the command line in front of the options."""
+    """Arguments on the command line, before the options."""
 
     CHECKPOINT = "INPUT"
     OPTIONAL = "[INPUT]"
@@ -74,10 +74,10 @@ class Verb:
     """A verb of the command line and of the library.
 
     Attributes:
-        name: as the command is called.
+        name: of the command.
         asked: ``module:class`` of its own options, below `cctool.options`: loaded for the command that runs.
         carried_out: ``module:function`` of the operation, below `cctool.operations`.
-        frame: what it is told besides.
+        frame: the options that it shares with other verbs.
         reads: its arguments.
         writes: whether its product is a checkpoint.
     """
@@ -103,12 +103,12 @@ class Verb:
 
     @cached_property
     def shared(self) -> tuple[Leaf, ...]:
-        """What its frame offers."""
+        """The options of its frame."""
         return leaves(self.frame)
 
     @cached_property
     def offered(self) -> tuple[Leaf, ...]:
-        """One option for each keyword; where two have it, the one that is in no optional group."""
+        """One option for each keyword; if two have the same, the one outside of optional groups."""
         found: dict[str, Leaf] = {}
         for leaf in (*self.own, *self.shared):
             first = found.setdefault(leaf.keyword, leaf)
@@ -117,26 +117,17 @@ class Verb:
         return tuple(found.values())
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Turn what a caller gives into the options' values.
-
-        Args:
-            values: keyword -> text or value.
-
-        Raises:
-            UsageError: if one means nothing.
-        """
+        """Turn texts or values, by keyword, into the options' values. Raises UsageError for invalid ones."""
         known = {leaf.keyword: leaf for leaf in self.offered}
         return {name: known[name].read(value) for name, value in values.items()}
 
     def options_of(self, given: Mapping[str, Any], **more: Any) -> Any:
-        """Make its options, and refuse those that change nothing.
+        """Make its options of values by keyword, as `read` gives them; refuse those without effect.
 
-        Args:
-            given: keyword -> value, as `read` gives them.
-            more: further arguments of the options' own ``from_given``.
+        ``more`` are further arguments of the options' ``from_given``.
 
         Raises:
-            UsageError: if a value is not allowed, options exclude each other, or one would be idle.
+            UsageError: if a value is not allowed, options exclude each other, or one has no effect.
         """
         from cctool.base.errors import UsageError
 
@@ -150,11 +141,11 @@ class Verb:
         return options
 
     def frame_of(self, given: Mapping[str, Any], base: Mapping[tuple[str, ...], Any] | None = None) -> Frame:
-        """Make the record of what it is told besides; ``base`` holds path -> value in place of defaults."""
+        """The options of its frame from values by keyword; ``base`` has values by path, not defaults."""
         return assemble(self.frame, given, base)
 
     def references(self, given: Mapping[str, Any]) -> tuple[str, ...]:
-        """The values given that may name the user's code, which naming allows to run."""
+        """The given values that may name the user's code, which is thereby allowed to run."""
         may = {leaf.keyword for leaf in (*self.own, *self.shared) if leaf.spec.runs_code}
         return tuple(str(given[name]) for name in sorted(may & given.keys()) if given[name])
 

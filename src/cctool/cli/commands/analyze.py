@@ -31,7 +31,7 @@ def analyze(call: Invocation) -> None:
 
 
 def _show(console: Console, report: Any, talk: bool) -> None:
-    """Show the tables: the command's product, or talk beside the paths of the files written."""
+    """Show the tables: on stdout, or on stderr if the command's product is files."""
     from cctool.operations.inspect.history import SHORT_HEADERS, short_rows
     from cctool.operations.inspect.layer_table import layers, remarks
 

@@ -11,7 +11,7 @@ def evaluate(call: Invocation) -> None:
     Example: cctool evaluate student.pt --split test
     """
     console, report = call.console, call.read()
-    # With files as the product, the figures are talk.
+    # If the product is files, the table goes to stderr.
     show = console.talk_table if report.files else console.table
     if report.metrics is not None:
         values = report.metrics.values

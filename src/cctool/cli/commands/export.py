@@ -1,4 +1,4 @@
-"""`cctool export`, and what it says of the files."""
+"""`cctool export`, and its messages about the files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _say(console: Console, file: Any) -> None:
 
 
 def kernels_note(console: Console, kernels: Any) -> None:
-    """Say how onnxruntime runs the layers."""
+    """Print how onnxruntime runs the layers."""
     console.note(
         f"  onnxruntime runs {kernels.integer} layers on integers, {len(kernels.floating)} in floating point"
     )
@@ -42,7 +42,7 @@ def kernels_note(console: Console, kernels: Any) -> None:
 
 
 def agreement_line(agreement: Any) -> str:
-    """Say in one line how close the written model comes."""
+    """One line on how close the outputs of the written model are."""
     judged = ", judged in float64" if agreement.judged_in_float64 else ""
     judged += ", judged by the steps of what rounds it" if agreement.judged_by_steps else ""
     sizes = " and ".join(map(str, agreement.batch_sizes))

@@ -1,4 +1,4 @@
-"""`cctool prune`, and what it says of a plan and of a product."""
+"""`cctool prune`, and its messages about a plan and a product."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prune(call: Invocation) -> None:
 
 
 def _print_plan(console: Console, reports: Any) -> None:
-    """Print what a dry run found: its tables are the command's product."""
+    """Print the plan of a dry run; its tables are the command's product."""
     from cctool.operations.prune.shown import planned
 
     for report in reports:

@@ -1,4 +1,4 @@
-"""`cctool quantize`, and what it says when it is done."""
+"""`cctool quantize`, and its messages about the product."""
 
 from __future__ import annotations
 

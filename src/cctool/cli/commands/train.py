@@ -1,4 +1,4 @@
-"""`cctool train`, and how both trainings resume an earlier one."""
+"""`cctool train`, and how `train` and `distill` resume an earlier training."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def train(call: Invocation) -> None:
 
 
 def told(report: Any) -> Any:
-    """What was measured before and after."""
+    """Metrics before and after."""
     from cctool.operations.context import metric_lines
 
     return metric_lines(report.metrics_before, report.metrics_after)
 
 
 def resumed(call: Invocation) -> Invocation:
-    """With ``--resume``, point a call to the training that it means; options not given are those of then."""
+    """With ``--resume``, the call for the training to continue; options not given are that training's."""
     if not call.given.get("resume"):
         return call
     from cctool.operations.train.resume import find_resumed
@@ -47,7 +47,7 @@ def resumed(call: Invocation) -> Invocation:
 
 
 def _begun_with(call: Invocation, source: str | None, output: str | None) -> Mapping[str, Any]:
-    """Options that the training to resume began with; none where its ``last.pt`` cannot be found yet."""
+    """Options that the training to resume began with; none if its ``last.pt`` is not found yet."""
     from cctool.operations.pipeline import default_output
     from cctool.operations.train.resume import last_step, run_folder_of
 
@@ -61,7 +61,7 @@ def _begun_with(call: Invocation, source: str | None, output: str | None) -> Map
 
 
 def _at(options: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """The value at a path of nested dictionaries; None where there is none."""
+    """The value at a path of nested dictionaries; None if there is no such path."""
     value: Any = options
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None

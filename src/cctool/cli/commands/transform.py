@@ -1,4 +1,4 @@
-"""`cctool transform`, and what it says of its product."""
+"""`cctool transform`, and its messages about the product."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def transform(call: Invocation) -> None:
 
 
 def _told(report: Any) -> Iterator[Any]:
-    """What became of layers or feature maps; each report brings its own tables."""
+    """Tables of layers or feature maps, notes and metrics; each kind of report has its own tables."""
     from cctool.operations.context import metric_lines
 
     yield from report.tables()

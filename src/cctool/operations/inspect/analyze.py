@@ -1,4 +1,4 @@
-"""`cctool analyze`: what is in a checkpoint, what it computes, and how it came about."""
+"""`cctool analyze`: what a checkpoint holds, what it computes, and how it was made."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from cctool.transforms.plain import plain_model
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was counted.
+    """Counts of a network.
 
     Attributes:
-        layers: one row a layer, with totals.
-        sparsity: one row a weight.
-        cross_check: thop's figures beside ours.
+        layers: a row for each layer, with totals.
+        sparsity: a row for each weight.
+        cross_check: thop's figures compared with these.
     """
 
     layers: LayerTable
@@ -40,14 +40,14 @@ class Analysis:
 
 @dataclass(frozen=True)
 class AnalyzeReport:
-    """What is known of a checkpoint.
+    """The report on a checkpoint.
 
     Attributes:
         source: name and hashes of the file; None for a fresh network.
-        spec: how to build it; the input size is the one counted.
+        spec: how to build it; counts are for its input size.
         history: the steps that led to it, oldest first.
         nonfinite: tensors that hold NaN or infinities.
-        analysis: what was counted; None where only history or spec were asked for.
+        analysis: counts; None if only history or spec was asked for.
         written: files.
     """
 
@@ -60,7 +60,7 @@ class AnalyzeReport:
 
 
 def run(checkpoint: Checkpoint, options: AnalyzeOptions, context: Context) -> AnalyzeReport:
-    """Analyze a checkpoint and write what was asked for beside it.
+    """Analyze a checkpoint and write the files that the options ask for.
 
     Raises:
         ArchitectureError: if the network does not run on its input size.
@@ -76,7 +76,7 @@ def run(checkpoint: Checkpoint, options: AnalyzeOptions, context: Context) -> An
     analysis = _analyze(checkpoint) if options.view is View.LAYERS or targets else None
     written = []
     if "onnx" in targets:
-        # First, because it is the one that may fail: then nothing was written.
+        # First, because it is the one that may fail; then no file was written.
         written.append(export(checkpoint, ExportFormat.ONNX, targets["onnx"], options.data, context))
     if analysis is not None:
         for kind, report in _reports(checkpoint, analysis, faults).items():
@@ -94,7 +94,7 @@ def run(checkpoint: Checkpoint, options: AnalyzeOptions, context: Context) -> An
 
 
 def _targets(options: AnalyzeOptions, context: Context) -> dict[str, Path]:
-    """Paths of the files asked for, by kind."""
+    """Paths of the files to write, by kind."""
     asked = (
         ("onnx", options.onnx, options.onnx_file, ".onnx"),
         ("macs", options.macs, options.macs_file, ".macs.xlsx"),

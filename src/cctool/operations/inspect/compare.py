@@ -1,4 +1,4 @@
-"""`cctool compare`: accuracy, parameters, MACs and bytes of one checkpoint, to be put beside others."""
+"""`cctool compare`: accuracy, parameters and MACs of one checkpoint, for a table of several."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class CompareReport:
     Attributes:
         architecture: its reference.
         verbs: the commands that led to it.
-        metrics: measured now; None where no data was named or remembered.
-        parameters: scalar parameters.
-        macs: multiply-accumulates of convolutions and linear layers for one input.
+        metrics: measured now; None without data.
+        parameters: number of scalar parameters.
+        macs: multiply-accumulates of convolutions and linear layers for one input; None if it does not run.
     """
 
     architecture: str

@@ -33,7 +33,9 @@ from cctool.transforms.codec.stream import decoded_maps, header_of, pass_of, sta
 IDENTICAL, ROUNDED, UNVERIFIED = "identical", "rounded otherwise", "unverified, no index"
 
 _SUFFIX = ".npy"
+# Bytes of the header, enough for any shape of four dimensions.
 _NPY_HEADER = 192
+# Bytes that are read at a time.
 _PIECE = 2**20
 
 
@@ -43,13 +45,13 @@ class DecodedMaps:
 
     Attributes:
         name: of the tap.
-        number: 0 for the first pass of each batch, 1 for the second of a module that is passed twice, ...
+        number: 0 for the first pass of each batch, 1 for the second if a module is called twice, ...
         shape: (N, C, H, W).
-        elements: their product.
+        elements: product of the shape.
         bits_per_element: of the whole stream.
         file: path of the array.
-        verdict: ``identical`` to what the network computed; ``rounded otherwise``, where only the symbols
-            are; ``unverified, no index``.
+        verdict: ``identical`` to what the network computed; ``rounded otherwise`` if only the symbols are;
+            ``unverified, no index``.
     """
 
     name: str
@@ -63,7 +65,7 @@ class DecodedMaps:
 
 @dataclass(frozen=True)
 class DecodeReport:
-    """What was decoded."""
+    """The arrays that were decoded."""
 
     maps: tuple[DecodedMaps, ...]
 
@@ -79,7 +81,7 @@ def run(options: DecodeOptions, runtime: RuntimeOptions, reporter: Reporter) -> 
     """Decode streams into a folder of ``.npy`` files, float32 (N, C, H, W), a batch at a time.
 
     Raises:
-        BitstreamError: if a stream is truncated or altered, or is not the one that the index describes.
+        BitstreamError: if a stream is truncated or altered, or differs from its description in the index.
         CheckpointError: if the folder exists and may not be replaced.
         UsageError: if there is no such file.
     """
@@ -108,7 +110,7 @@ def _is_array(name: str) -> bool:
 
 
 def _sources(path: Path) -> list[_Source]:
-    """The streams of a folder, or one file with what an index beside it says of it."""
+    """The streams of a folder, or one file, with its entry in the index of its folder if there is one."""
     if path.is_dir():
         index = read_index(path)
         return [_indexed(path, entry, index) for entry in index.streams]
@@ -124,6 +126,7 @@ def _sources(path: Path) -> list[_Source]:
 
 def _indexed(folder: Path, entry: IndexedStream, index: Index) -> _Source:
     path = folder / entry.file
+    # An index from elsewhere must not lead out of its folder.
     if Path(entry.file).name != entry.file or not path.is_file():
         raise BitstreamError(f"{folder / INDEX} names {entry.file}, which is no file beside it")
     return _Source(path, entry, index.made_with)
@@ -175,6 +178,7 @@ def _decode(
 
 
 def _compare_file(path: Path, entry: IndexedStream) -> None:
+    # In pieces, because a stream may be larger than memory.
     hashed = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(_PIECE):
@@ -193,6 +197,7 @@ def _verdicts(source: _Source, tap: str, arrays: Sequence[_Array]) -> list[str]:
         if maps.symbols != array.symbols.hexdigest():
             raise BitstreamError(f"{source.path}: other symbols than {INDEX} says")
     return [
+        # Equal symbols may still decode to maps that another device or version of torch rounds differently.
         IDENTICAL if maps.maps == array.maps.hexdigest() else ROUNDED
         for maps, array in zip(entry.passes, arrays, strict=True)
     ]
@@ -200,7 +205,7 @@ def _verdicts(source: _Source, tap: str, arrays: Sequence[_Array]) -> list[str]:
 
 @dataclass
 class _Array:
-    """A ``.npy`` file that grows; its first dimension is known at the end."""
+    """A ``.npy`` file that grows; its first dimension is only known at the end."""
 
     path: Path
     shape: tuple[int, ...] = ()
@@ -214,7 +219,7 @@ class _Array:
         return math.prod(self.shape)
 
     def add(self, chunk: Chunk, data: bytes, shape: tuple[int, ...]) -> None:
-        """Append the maps of one batch."""
+        """Append the maps of one batch: float32 bytes of shape (N, C, H, W)."""
         if self._stream is None:
             self._stream = self.path.open("xb")
             self._stream.write(bytes(_NPY_HEADER))
@@ -227,7 +232,7 @@ class _Array:
         self._stream.write(data)
 
     def close(self) -> None:
-        """Write the header, in the place that was left for it."""
+        """Write the header into the space that was reserved for it."""
         if self._stream is not None:
             self._stream.seek(0)
             self._stream.write(_npy_header(self.shape))
@@ -237,7 +242,7 @@ class _Array:
 def _npy_header(shape: tuple[int, ...]) -> bytes:
     """Header of numpy's format 1.0 for float32, little-endian, always of the same length.
 
-    Source: numpy.lib.format: magic, version, length of the text, the text filled up with blanks.
+    Source: numpy.lib.format: magic, version, length of the text, the text padded with blanks.
     """
     magic = b"\x93NUMPY\x01\x00"
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()

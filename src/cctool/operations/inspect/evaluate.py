@@ -1,4 +1,4 @@
-"""`cctool evaluate`: measure a checkpoint on a split, and write down what it predicts."""
+"""`cctool evaluate`: measure a checkpoint on a split, and write its predictions."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class EvaluateReport:
     Attributes:
         architecture: of the network.
         data: reference of the data set.
-        split: what was measured on.
-        n: images.
-        metrics: None where the images have no labels.
-        predictions: path of the CSV file that was written.
-        taps: figures of coded feature maps, in the order in which they are passed.
-        streams: sizes of their bitstreams, where maps went through these.
-        written: folders and files about them.
+        split: that was measured on.
+        n: number of images.
+        metrics: None for images without labels.
+        predictions: path of the CSV file; None if it was not asked for.
+        taps: figures of coded feature maps, in the order of the forward pass.
+        streams: sizes of their bitstreams, if they were coded to bytes.
+        written: folders and files about the maps.
     """
 
     architecture: str
@@ -57,21 +57,21 @@ class EvaluateReport:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Everything that was written."""
+        """All paths that were written."""
         return (*([] if self.predictions is None else [self.predictions]), *self.written)
 
     def tables(self) -> ShownTables:
-        """Title, columns and rows of the tables about taps."""
+        """Tables about taps and their streams."""
         return [*tap_tables(self.taps, self.split), *stream_tables(self.streams)]
 
 
 def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> EvaluateReport:
-    """Measure a checkpoint; write predictions, bitstreams and reports of its taps where asked for.
+    """Measure a checkpoint; write predictions, bitstreams and reports on its taps as the options say.
 
     Raises:
         DataError: if the data has no such split, or no labels and nothing is to be written.
         CheckpointError: if a file exists and may not be replaced.
-        UsageError: if something is asked for that only coded feature maps have, and there are none.
+        UsageError: if options are about coded feature maps, and the network has none.
     """
     if options.predictions is not None:
         refuse_existing((Path(options.predictions),), context)
@@ -88,7 +88,7 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
         shown = watch.batches(_shown(checkpoint, source, split, options, context))
         metrics = _metrics(checkpoint, shown, split, options, context) if has_labels else None
         if not has_labels and options.asks_for_taps:
-            # Images without labels pass for what the taps see of them.
+            # Without labels nothing is measured; the images only have to pass the taps.
             for _ in outputs_of(checkpoint.model, shown, context.device, str(context.runtime.precision)):
                 pass
         seen = watch.finish(metrics)
@@ -110,6 +110,7 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
 def _split(source: DataSource, asked: SplitName | None, context: Context) -> str:
     if asked is not None:
         return asked.value
+    # Test before validation before training.
     there_are = [name for name in reversed(SPLITS) if name in source.loaders]
     if not there_are:
         raise DataError(f"{source.reference} has no images")
@@ -121,6 +122,7 @@ def _split(source: DataSource, asked: SplitName | None, context: Context) -> str
 def _has_labels(split: Split) -> bool:
     if split.labels is not None or split.stream is None or not len(split):
         return split.labels is not None
+    # A stream's labels come with its images: the first one tells.
     return split.stream.read(0, split.shape, None, 0)[1] is not None
 
 

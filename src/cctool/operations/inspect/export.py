@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cctool.data.records import DataSource
 
 
+# Formats that hold the computation, and not the tensors alone.
 _PROGRAMS = (ExportFormat.ONNX, ExportFormat.PT2)
 
 
@@ -39,7 +40,7 @@ class ExportReport:
     Attributes:
         architecture: of the network.
         input_shape: (C, H, W) that it was exported for.
-        files: what was written, with how it was verified.
+        files: that were written, with the result of their verification.
     """
 
     architecture: str
@@ -52,7 +53,7 @@ def run(checkpoint: Checkpoint, options: ExportOptions, context: Context) -> Exp
 
     Raises:
         CheckpointError: if the output exists, or cannot be written, or weights are not finite.
-        ExportError: if the exported model does not compute what the model does; no file is left.
+        ExportError: if the exported model does not compute the same as the network; no file is left then.
     """
     kind = options.effective_format
     path = Path(options.output) if options.output else beside(context.output, DEFAULT_SUFFIXES[kind])
@@ -81,23 +82,23 @@ def export(
     codec: bool = True,
     int4: bool = False,
 ) -> Written:
-    """Write one file in one format, verified on the data where there is any.
+    """Write one file in one format, and verify it on the data set if there is one.
 
-    Swapped layers become ordinary ones, or small factors of them. In programs taps become arithmetic;
-    quantized weights become integers in ONNX.
+    Swapped layers become ordinary ones, or products of small factors. In ONNX and PT2 codecs become
+    arithmetic; in ONNX quantized weights become integers.
 
     Args:
-        checkpoint: what to write.
+        checkpoint: to write.
         kind: the format.
         path: of the file.
-        data: samples to compare on.
-        context: device, seed, reporter.
+        data: whose images the outputs are compared on.
+        context: of the command.
         allow_nonfinite: write even NaN or infinite weights.
-        codec: whether an ONNX file or a program codes its maps where the network has taps.
-        int4: whether an ONNX file stores weights of 4 bits and fewer in half a byte each.
+        codec: whether an ONNX or PT2 file codes the maps of taps.
+        int4: whether an ONNX file packs two weights of 4 or fewer bits into a byte.
 
     Raises:
-        ExportError: if weights are not finite and ``allow_nonfinite`` is false, or the file is wrong.
+        ExportError: if weights are not finite and ``allow_nonfinite`` is false, or verification fails.
     """
     if not allow_nonfinite:
         _refuse_nonfinite(checkpoint)
@@ -141,7 +142,7 @@ def export(
 def _transform_notes(
     checkpoint: Checkpoint, taps: int, kind: ExportFormat, *, codec: bool
 ) -> tuple[str, ...]:
-    """What became of swapped layers and taps."""
+    """Notes on what became of swapped layers and taps."""
     notes = []
     layers, strange = swapped_layers(checkpoint.model), swapped_layers(plain_model(checkpoint.model))
     if strange:
@@ -161,10 +162,11 @@ def _transform_notes(
 
 
 def samples_of(checkpoint: Checkpoint, options: DataOptions, context: Context) -> Samples | None:
-    """Preprocessed images to compare on, from the data named or the checkpoint's last; None without."""
+    """Preprocessed images to compare outputs on; None without data."""
     source = open_source(options, checkpoint, context)
     if source is None:
         return None
+    # Images that the network was not trained on, if there are any.
     split = next(name for name in ("test", "validation", "train") if name in source.loaders)
     return Samples(f"{source.reference}, {split} split", _images(source, split, checkpoint, options))
 

@@ -1,4 +1,4 @@
-"""What `cctool export` converts in place of the network itself, and what it says of that."""
+"""The network that `cctool export` converts instead of the checkpoint's own, and notes about it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from cctool.transforms.plain import exportable, plain_model
 
 @dataclass(frozen=True, eq=False)
 class Converted:
-    """A network in terms that other programs know.
+    """A network of operations that other programs know.
 
     Attributes:
-        network: None where that is the checkpoint's model itself.
+        network: None if it is the checkpoint's model itself.
         weights: of the network, to be written as integers.
         notes: for the report.
     """
@@ -37,12 +37,9 @@ class Converted:
 
 
 def converted(checkpoint: Checkpoint, kind: ExportFormat, *, codec: bool) -> Converted:
-    """The network that a writer of programs converts.
+    """The network to convert to ``kind``, ONNX or PT2; the checkpoint's model is moved to the CPU.
 
-    Args:
-        checkpoint: of any network; its model is moved to the CPU.
-        kind: ONNX or PT2.
-        codec: whether maps are coded where the network has taps.
+    With ``codec`` it codes the maps of its taps.
 
     Raises:
         ExportError: if a layer computes with complex numbers.
@@ -55,6 +52,7 @@ def converted(checkpoint: Checkpoint, kind: ExportFormat, *, codec: bool) -> Con
             "--format state-dict or safetensors writes its parameters"
         )
     held = quantizers_of(model)
+    # Quantized weights are not written as products of factors: their quantizers act on the whole weight.
     whole = {name.rpartition(".")[0] for name in ({} if held is None else held.state.weights)}
     network = exportable(model, codec=codec, whole=whole)
     if kind is ExportFormat.ONNX:
@@ -70,13 +68,13 @@ def converted(checkpoint: Checkpoint, kind: ExportFormat, *, codec: bool) -> Con
 
 
 def _stored(checkpoint: Checkpoint) -> tuple[dict[str, IntegerWeight], tuple[str, ...]]:
-    """Weights that the checkpoint stores as integers which stand for their values bit for bit."""
+    """Weights that are stored as integers which decode to the model's values bit for bit; and notes."""
     tensors: Mapping[str, object] = checkpoint.model.state_dict()
     held = quantizers_of(checkpoint.model)
     found, others = {}, []
     for name, form in checkpoint.stored.items():
         if held is not None and name in held.state.weights:
-            # The quantizer has its integers.
+            # Its quantizer gives the integers.
             continue
         weight, tensor = from_stored(name, form), tensors.get(name)
         if not isinstance(tensor, torch.Tensor):
@@ -94,13 +92,13 @@ def _stored(checkpoint: Checkpoint) -> tuple[dict[str, IntegerWeight], tuple[str
 
 
 def bare_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint of the plain network, whose weights are what quantizers make of them."""
+    """The checkpoint of the plain network, whose weights have the values that quantizers give."""
     plain, made = plain_checkpoint(checkpoint), made_weights(checkpoint.model)
     return replace(plain, model=with_weights(plain.model, made)) if made else plain
 
 
 def quantizer_notes(checkpoint: Checkpoint, kind: ExportFormat) -> tuple[str, ...]:
-    """What became of quantizers."""
+    """Notes on what became of quantizers."""
     held = quantizers_of(checkpoint.model)
     if held is None:
         return ()

@@ -1,4 +1,4 @@
-"""How a checkpoint came about, as a short table or in full."""
+"""A checkpoint's history, as a short table or in full."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 SHORT_HEADERS = ("step", "verb", "options", "parameters", "MACs", "bytes", "measured after", "parent")
 
+# Characters of the options of a step, and digits of a hash, in the short table.
 _LONGEST = 60
 _HASH = 12
 
 
 def short_rows(history: Any) -> list[tuple[object, ...]]:
-    """One row a step; the parent's content hash is shortened to twelve digits, else the file's."""
+    """A row for each step, with 12 digits of the parent's content hash, or of a foreign file's SHA-256."""
     return [_short(number, step) for number, step in enumerate(history, start=1)]
 
 
@@ -31,7 +32,7 @@ def _short(number: int, step: Any) -> tuple[object, ...]:
 
 
 def full_history(history: Any) -> str:
-    """Every step with all that the file knows of it."""
+    """Every step with all that the history records."""
     return "\n\n".join("\n".join(_full(number, step)) for number, step in enumerate(history, start=1))
 
 
@@ -60,7 +61,7 @@ def _full(number: int, step: Any) -> Iterator[str]:
 
 
 def _flat(options: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Options that say something: nothing empty, nested ones by dotted names."""
+    """Options that are not empty or false; nested ones by dotted names."""
     for key, value in options.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
@@ -69,7 +70,7 @@ def _flat(options: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _main(key: str) -> bool:
-    """Whether an option is the verb's own: which data counts, how they were read does not."""
+    """Whether the short table shows an option: not those of data and runtime, but the data set."""
     return key == "data.data" or not key.startswith(("data.", "runtime."))
 
 

@@ -1,4 +1,4 @@
-"""What people are shown of an analysis: the table of layers, and remarks about them."""
+"""An analysis as people read it: the table of layers, and remarks on them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _SUMS = {
     "masked": "masked",
 }
 _BITS = {"weight_bits": "w bits", "input_bits": "in bits", "output_bits": "out bits"}
+# Columns that are only shown if their total is not zero.
 _RARE = ("matmul_macs", "nonfinite", "masked")
 
 
 def layers(table: Any) -> tuple[list[str], list[tuple[object, ...]]]:
-    """Columns and rows of the table of layers; columns that say nothing of this network are left out."""
+    """Columns and rows of the table of layers, without columns that would be empty for this network."""
     totals = table.totals
     shown = [key for key in _SUMS if key not in _RARE or getattr(totals, key)]
     if totals.effective_macs == totals.macs:
@@ -51,14 +52,14 @@ def layers(table: Any) -> tuple[list[str], list[tuple[object, ...]]]:
 
 
 def _size(shape: tuple[int, ...] | None) -> str:
-    """Without the batch of one, where that comes first."""
+    """A shape as text, without its leading batch of one."""
     if shape is None:
         return ""
     return "x".join(map(str, shape[1:] if shape[:1] == (1,) else shape))
 
 
 def remarks(report: Any) -> list[str]:
-    """Sentences about zeros, masks, what was not counted, what is not finite, and thop's total."""
+    """Sentences on zeros, masks, calls that were not counted, non-finite values, and thop's total."""
     layers, check, totals = report.analysis.layers, report.analysis.cross_check, report.analysis.layers.totals
     found = []
     if totals.effective_macs != totals.macs:

@@ -145,6 +145,7 @@ def trained_taps(checkpoint: Checkpoint, source: DataSource, data: DataOptions, 
     def sink(name: str, symbols: Symbols, x: Tensor, y: Tensor) -> None:
         seen[name].add(symbols, x)
 
+    # As many images as the codecs were calibrated on.
     count = max(hook.codec.images for hook in hooks.values())
     images, _ = calibration_images(checkpoint, source, max(1, count), data, context)
     with torch.no_grad(), recording(model, sink), in_eval_mode(model):

@@ -23,6 +23,7 @@ from cctool.quantization.network.edit import with_quantizers
 from cctool.quantization.network.points import WeightPoint, weight_key
 from cctool.quantization.quantizers.base import Quantizer
 
+# Of a stored integer; weights with more are stored dense.
 _MOST_BITS = 8
 
 
@@ -89,6 +90,7 @@ def settled(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> C
             with torch.no_grad():
                 tensor.copy_(decoded)
         if form is not None and torch.equal(tensor.detach(), decoded):
+            # A tied weight has one form under all of its names.
             stored |= dict.fromkeys(names.get(place(tensor.detach()), [name]), form)
         elif settle:
             for alias in names.get(place(tensor.detach()), [name]):

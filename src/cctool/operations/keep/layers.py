@@ -66,6 +66,7 @@ class SwappedLayers(Follower):
             unknown = cuts.keys() - {"weight", "bias"}
             if unknown:
                 raise PruningError(f"{name}.{min(unknown)} cannot be cut: {name} has no ordinary counterpart")
+            # A layer that is used under several names is cut once.
             if cuts and id(layer) not in replaced:
                 replaced[id(layer)] = layer.taken(cuts).train(layer.training)
         for module in list(model.modules()):

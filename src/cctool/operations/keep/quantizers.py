@@ -80,6 +80,7 @@ class Ranges(Follower):
             context.reporter.warn(f"{note}; `cctool quantize --data` does")
             return Followed(checkpoint, (note,))
         model = checkpoint.model.to(context.device)
+        # As many images as the first time.
         wanted = max(held.state.images, 1)
         images, used = calibration_images(checkpoint, change.source, wanted, change.data, context)
         calibrate_activations(model, images, held.state.observing or Observing())

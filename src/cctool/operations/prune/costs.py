@@ -1,4 +1,4 @@
-"""What a network costs, before and after a cut, and the counters that a target's search asks."""
+"""What a network costs before and after a cut, and the counters for the search of a target."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from cctool.quantization.network.attach import quantizers_of
 from cctool.transforms.layers.base import swapped_layers
 from cctool.transforms.plain import plain_model
 
+# Bytes of a network that may be copied to be timed.
 _LARGEST_COPY = 256 * 2**20
 
 
@@ -32,10 +33,10 @@ class Costs:
     """What a network costs.
 
     Attributes:
-        parameters: scalar ones.
-        macs: multiply-accumulates of one input; None where the network does not run on its input shape.
-        bytes: of all tensors as they are stored.
-        latency: of one input, measured; None where it does not run.
+        parameters: number of scalar parameters.
+        macs: multiply-accumulates of one input; None if the network does not run on its input shape.
+        bytes: of all tensors as stored.
+        latency: of one input, measured; None if it does not run.
     """
 
     parameters: int
@@ -45,15 +46,12 @@ class Costs:
 
 
 class Scales:
-    """Weighs networks against the one that a command was given, which it may keep a copy of.
-
-    Args:
-        checkpoint: that one; its model may be changed afterwards.
-    """
+    """Compares the costs of networks with those of the command's input, which may be changed afterwards."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._before = _counted(checkpoint)
-        # Networks that take turns can be compared on a busy machine; a copy of a large one costs too much.
+        # Networks that are timed in turns can be compared on a busy machine. A large one is not copied
+        # for it, but timed once now.
         tensors = (t for t in checkpoint.model.state_dict().values() if isinstance(t, Tensor))
         small = sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= _LARGEST_COPY
         self._dense = copied(checkpoint.model) if small else None
@@ -61,7 +59,7 @@ class Scales:
             self._before = replace(self._before, latency=_timed(checkpoint))
 
     def weigh(self, checkpoint: Checkpoint) -> tuple[Costs, Costs]:
-        """Count and time a checkpoint's network where it lies; gives the first one's costs, and its own."""
+        """Count and time a checkpoint's network on its device; returns the input's costs and its own."""
         after = _counted(checkpoint)
         if self._dense is None:
             return self._before, replace(after, latency=_timed(checkpoint))
@@ -88,20 +86,18 @@ def _timed(checkpoint: Checkpoint) -> Latency | None:
 def counter(
     quantity: Quantity, checkpoint: Checkpoint, options: PruneOptions, context: Context
 ) -> Callable[[CutPlan], float]:
-    """Give the function that says what a checkpoint's network costs after a cut.
+    """A function from a cut to what the checkpoint's network costs after it.
 
-    Args:
-        quantity: what is counted: multiply-accumulates of one input, parameters, bytes as stored, or
-            microseconds of one input.
-        checkpoint: before the cut.
-        options: whether fine-tuning will store tensors dense that are only stored in few bits.
-        context: knows the encodings.
+    Counted are multiply-accumulates of one input, parameters, bytes as stored, or microseconds of one input.
+    Bytes depend on the options: fine-tuning stores encoded tensors dense.
     """
     model = checkpoint.model
     if quantity is Quantity.MACS:
+        # Multiply-accumulates are those of ordinary layers; a sketch cuts their tensors as views.
         plain, shape = plain_model(model), checkpoint.spec.input_shape
         return lambda plan: float(cost.measure(sketch(plain, plan), shape).total.macs)
     if quantity is Quantity.PARAMS:
+        # Swapped layers decide themselves what they store after a cut, which takes a real one.
         narrowed = thin_copy if swapped_layers(model) else sketch
         return lambda plan: float(sum(p.numel() for p in narrowed(model, plan).parameters()))
     if quantity is Quantity.BYTES:
@@ -120,13 +116,13 @@ def counter(
 
 
 def _bytes(checkpoint: Checkpoint, plan: CutPlan, context: Context) -> int:
-    """What files hold of a cut copy, which shares all tensors that stay whole."""
+    """Stored bytes of a cut copy, which shares all tensors that are not cut."""
     copy = replace(checkpoint, model=sharing_copy(checkpoint.model))
     return stored_bytes(events.cut(copy, plan, context).checkpoint)
 
 
 def _latency_counter(checkpoint: Checkpoint) -> Callable[[CutPlan], float]:
-    """Time the cut network in turn with the dense one: the ratio stands where the machine's speed drifts."""
+    """Time the cut network in turns with the dense one; the ratio does not drift with the machine's speed."""
     model, shape = checkpoint.model, checkpoint.spec.input_shape
     before = 1000 * measure_latency(model, shape).milliseconds
 

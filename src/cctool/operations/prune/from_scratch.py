@@ -1,12 +1,13 @@
-"""The control that pruning has to beat: the thinned network trained from scratch.
+"""The baseline that pruning has to beat: the thinned network trained from scratch.
 
 Liu et al. 2019, "Rethinking the Value of Network Pruning", arXiv 1810.05270, section 3.
 
-Its weights are to be drawn as the architecture would draw them at these widths. A builder knows its dense
-widths alone, and many initialise in loops of their own behind the modules' `reset_parameters`, so that
-neither a cut of dense weights nor `reset_parameters` has the right variances. Therefore the builder runs
-twice: once to learn which tensor is registered when, and once with each tensor cut to its thinned shape at
-that moment. Whatever initialises it afterwards sees the thinned fan; what was drawn before keeps its values.
+Its weights must be drawn as the architecture would draw them at these widths. The architecture's code knows
+only its dense widths, and often initialises weights in a loop after the modules' `reset_parameters`; so
+neither cutting freshly drawn dense weights nor `reset_parameters` gives the right variances. Therefore that
+code runs twice: once to learn the order in which tensors are registered, and once with each tensor cut to its
+thinned shape when it is registered. An initialisation that follows sees the thinned fan-in and fan-out;
+values that were drawn before are kept.
 """
 
 from __future__ import annotations
@@ -35,25 +36,23 @@ from cctool.transforms.plain import plain_model
 from cctool.transforms.swap import put_in_place
 
 OnRegister = Callable[[nn.Module, str, Tensor], Tensor]
-"""(module, name, tensor that it registers) -> tensor that it gets."""
+"""(module, name, tensor to register) -> tensor that is registered."""
 
 
 def reinitialised(checkpoint: Checkpoint, context: Context) -> Checkpoint:
-    """Draw a thinned network's parameters anew, as its architecture would at these widths.
+    """Draw a thinned network's parameters anew in place, as its architecture would at these widths.
 
-    Statistics of batch norms begin again and masked weights stay zero; other buffers stay as they are.
-
-    Args:
-        checkpoint: its model is changed in place; stored forms of what changes are dropped.
-        context: the seed, and the tables that build the architecture.
+    Batch-norm statistics are reset and masked weights stay zero; other buffers do not change. Stored forms of
+    tensors that change are dropped.
 
     Raises:
-        PruningError: the architecture's own code does not build at these widths.
+        PruningError: the architecture's code cannot build the network at these widths.
     """
     spec, model = checkpoint.spec, checkpoint.model
     widths = plain_model(model).state_dict(keep_vars=True)
     thinned = [Thin.model_validate(edit) for edit in spec.edits if edit.get("kind") == "thin"]
     try:
+        # Building must not change the random numbers of what follows.
         with torch.random.fork_rng(devices=[]):
             fresh = _built_thin(
                 lambda: context.tables.build(spec.architecture, spec.arguments),
@@ -62,7 +61,7 @@ def reinitialised(checkpoint: Checkpoint, context: Context) -> Checkpoint:
                 context.runtime.seed,
             )
             _swap_again(fresh, checkpoint, context)
-    # The user's own code, or a library's, may do anything with a width that it does not expect.
+    # At an unexpected width, the user's code or a library's may raise anything.
     except Exception as error:
         text = " ".join(str(error).split())[:200]
         raise PruningError(
@@ -72,7 +71,7 @@ def reinitialised(checkpoint: Checkpoint, context: Context) -> Checkpoint:
 
 
 def _swap_again(fresh: nn.Module, checkpoint: Checkpoint, context: Context) -> None:
-    """Put swapped layers into a network that was just drawn; coefficients make what its weights are."""
+    """Put swapped layers into a freshly drawn network; coefficients are fitted to its weights."""
     for edit in checkpoint.spec.edits:
         if edit.get("kind") != "swap":
             continue
@@ -85,12 +84,12 @@ def _swap_again(fresh: nn.Module, checkpoint: Checkpoint, context: Context) -> N
 
 
 def _drawn_anew(present: CoefficientLayer, drawn: nn.Module) -> CoefficientLayer:
-    """A layer of the present one's bases and places, whose coefficients make the weight that was drawn."""
+    """A layer with the bases and axes of the present one, whose coefficients give the drawn weight."""
     layer, weight = deepcopy(present).to("cpu"), drawn.get_parameter("weight").detach()
     for axis in present.arguments.axes:
         rows = layer._buffers.get(rows_name(axis))
         if rows is not None:
-            # Places that are gone count as zeros.
+            # The axis was cut after its transform: rows that are gone count as zeros.
             shape = [axis.size if dim == axis.dim else size for dim, size in enumerate(weight.shape)]
             weight = weight.new_zeros(shape).index_copy_(axis.dim, rows.long(), weight)
     layer.set_weight(weight)
@@ -99,7 +98,7 @@ def _drawn_anew(present: CoefficientLayer, drawn: nn.Module) -> CoefficientLayer
 
 
 def _drawn(model: nn.Module, fresh: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
-    """What is drawn anew: parameters, and the statistics of batch norms."""
+    """Fresh values by name: of parameters, and of batch-norm statistics."""
     state = fresh.state_dict()
     wanted: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     norms = ((path, norm) for path, norm in model.named_modules() if isinstance(norm, _NormBase))
@@ -107,7 +106,7 @@ def _drawn(model: nn.Module, fresh: nn.Module, spec: ModelSpec) -> dict[str, Ten
         qualified(path, name): value
         for path, norm in norms
         for name, value in norm.named_buffers(recurse=False)
-        # Masks, for one, are no statistics.
+        # Other buffers of a norm, such as masks, are kept.
         if name in ("running_mean", "running_var", "num_batches_tracked")
     }
     for name, value in wanted.items():
@@ -126,7 +125,7 @@ def _built_thin(
     attributes: Mapping[str, Mapping[str, Any]],
     seed: int,
 ) -> nn.Module:
-    """Build at the thinned widths: tensors of these shapes, modules with these attributes."""
+    """Build at the thinned widths: with these shapes of tensors and these attributes of modules."""
     met: list[tuple[nn.Module, str]] = []
 
     def learn(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
@@ -136,7 +135,7 @@ def _built_thin(
     with registering_by(_watched(learn)):
         dense = build()
     paths = {id(module): path for path, module in dense.named_modules(remove_duplicate=False)}
-    # What was registered on modules that the network did not keep has no path.
+    # Modules that were built but are not part of the network have no path.
     order = [(paths.get(id(module)), name) for module, name in met]
     place = iter(order)
 
@@ -164,16 +163,18 @@ def _cut(tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
 
 
 def _watched(watch: OnRegister) -> Callable[[Register, Register], tuple[Register, Register]]:
-    """Ask `watch` what stands for each tensor that this thread's modules register, a tied one once."""
+    """Register what `watch` returns for each tensor that this thread registers; it is asked once if tied."""
 
     def make(register_parameter: Register, register_buffer: Register) -> tuple[Register, Register]:
         builder = threading.get_ident()
         tied: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
         def given(module: nn.Module, name: str, tensor: Any) -> Any:
+            # Other threads may build networks at the same time.
             if threading.get_ident() != builder or not isinstance(tensor, Tensor):
                 return tensor
             made = watch(module, name, tensor)
+            # An id may belong to a new tensor once the old one is freed; the weak reference tells.
             first, kept = tied.get(id(tensor), (None, made))
             if first is None or first() is not tensor:
                 kept = made

@@ -1,4 +1,4 @@
-"""How much a pruning removes where a target or a budget says so: the searches and what they saw."""
+"""How much a pruning removes for a target (a cost to reach) or a budget (a drop of accuracy to keep)."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ from cctool.pruning.cut.surgery import CutPlan
 from cctool.pruning.select.order import Candidates, by_options, grain_of, order
 from cctool.pruning.select.targets import TriedCut, fewest_removed
 
+# The search for a budget tries the rates 1/8, 2/8, ..., and then bisects down to this difference.
 _GRID = 8
 _FINEST = 1 / 512
 RECALIBRATION = 1024
-"""Images from which the search estimates batch-norm statistics again, unless ``--recalibrate`` says more."""
+"""Images from which the search estimates batch-norm statistics, unless ``--recalibrate`` gives a number."""
 
 
 @dataclass(frozen=True)
 class TargetReport:
-    """Where the search for a target ended.
+    """The result of the search for a target.
 
     Attributes:
-        quantity: what was limited.
-        limit: what it may cost: multiply-accumulates, parameters, bytes or microseconds.
-        before: what the network cost that this command was given.
-        reached: what it costs now; at most the limit.
-        above: what it would cost with one unit less removed, or one grain of ``--round-to``; None where
-            nothing had to go.
-        trials: all networks that were counted, in order.
+        quantity: the cost that was limited.
+        limit: in multiply-accumulates, parameters, bytes or microseconds.
+        before: cost of the command's input.
+        reached: cost of the product; at most the limit.
+        above: cost if one unit less were removed, or one grain of ``--round-to``; None if nothing had to be
+            removed.
+        trials: all cuts that were counted, in order.
     """
 
     quantity: str
@@ -54,13 +55,13 @@ class TargetReport:
 
 @dataclass(frozen=True)
 class BudgetTrial:
-    """One network that the search for a budget looked at.
+    """One network that the search for a budget measured.
 
     Attributes:
-        rate: fraction of the removable units that went.
-        removed: units that went.
-        value: its metric on the validation split, after batch-norm statistics were estimated again.
-        drop: points lost.
+        rate: fraction of the removable units that were removed.
+        removed: number of removed units.
+        value: metric on the validation split, after batch-norm statistics were estimated again.
+        drop: percentage points lost.
     """
 
     rate: float
@@ -71,18 +72,18 @@ class BudgetTrial:
 
 @dataclass(frozen=True)
 class BudgetReport:
-    """Where the search for a budget ended.
+    """The result of the search for a budget.
 
     Attributes:
-        metric: what was measured.
-        split: on which split.
-        n: on how many samples.
-        budget: points that may be lost.
-        before: the metric of the network that came in.
-        rate: the largest rate that was found within the budget.
-        recalibrated: images from which statistics were estimated again, for each trial and the product.
-        augmented: whether these images were varied as for training.
-        curve: all trials by rate.
+        metric: that was measured.
+        split: that it was measured on.
+        n: number of samples.
+        budget: percentage points that may be lost.
+        before: metric of the input network.
+        rate: the largest rate found within the budget.
+        recalibrated: number of images for batch-norm statistics, for each trial and the product.
+        augmented: whether these images were augmented.
+        curve: all trials in the order of rates.
     """
 
     metric: str
@@ -97,15 +98,12 @@ class BudgetReport:
 
 
 def limit_of(target: Target, before: float, options: PruneOptions, step: int) -> float:
-    """What the network may cost after a step: the kept fraction shrinks as ``--growth`` says.
+    """What the network may cost after a step (from 1): ``--growth`` divides the way to the target into steps.
 
-    Args:
-        target: of the last step.
-        before: what the network costs that the command was given.
-        options: steps and growth.
-        step: from 1.
+    ``before`` is the cost of the command's input.
     """
     fraction = target.value if target.relative else target.value / before
+    # The network costs less already.
     if fraction >= 1:
         return before
     return before * (1 - options.growth.at(1 - fraction, step, options.steps))
@@ -122,14 +120,8 @@ def within_target(
 ) -> tuple[ThinResult, TargetReport]:
     """Plan the cut that removes the fewest units such that the network costs no more than its target.
 
-    Args:
-        planner: of the network that this step starts from.
-        target: what is limited.
-        earlier: where the step before ended; None at the first.
-        checkpoint: that this step starts from.
-        options: steps, growth, scope.
-        context: reporter and encodings.
-        step: number of the step, from 1.
+    ``planner`` and ``checkpoint`` are of the network that this step (from 1) starts from; ``earlier`` is the
+    report of the previous step.
 
     Raises:
         PruningError: the target cannot be reached.
@@ -154,14 +146,15 @@ def within_target(
         return reached.counts
 
     result = planner.verified(counts)
+    # Verification may plan again without families that it cannot cut exactly: the last report counts.
     return result, found[-1]
 
 
 def _start(present: float, earlier: TargetReport | None, options: PruneOptions) -> float:
-    """What the network that the command was given costs, seen from a later step.
+    """Cost of the command's input, as needed at a later step.
 
-    Counts stand. A time is of its moment, so that it is told from the present network's: the same one where
-    steps are independent, else the one that the step before left a share of.
+    Counts do not change. Times do, with the machine's speed: the input's is inferred from the ``present``
+    time of this step's network, which is the input if steps are independent, else a known share of it.
     """
     if earlier is None:
         return present
@@ -181,23 +174,17 @@ def within_budget(
 ) -> tuple[ThinResult, BudgetReport]:
     """Plan the cut of the largest rate whose loss on the validation split stays within ``--max-drop``.
 
-    Batch-norm statistics are estimated again for every trial, from training images as they are or varied as
-    for training, whichever keeps more of the dense network's accuracy: padded crops have other statistics.
+    Batch-norm statistics are estimated again for every trial, from training images that are augmented or not,
+    whichever keeps more of the dense network's accuracy: padded crops have other statistics.
 
-    A grid of rates is measured first, because accuracy need not fall evenly; then the gap between the largest
-    rate within the budget and the next one of the grid is halved until it is a unit or a 512th wide.
+    A grid of rates is measured first, because accuracy need not fall evenly; then the interval between the
+    largest rate within the budget and the next one of the grid is halved until it is one unit or 1/512 wide.
 
-    Args:
-        planner: of the checkpoint's network.
-        checkpoint: it stays as it is.
-        source: its training images recalibrate, its validation images judge.
-        before: metrics of the network that came in.
-        options: budget, scope, method.
-        context: reporter, device.
+    ``planner`` is of the checkpoint's network, which is not changed; ``before`` are its metrics.
 
     Raises:
-        UsageError: the data has no validation split, or the outputs are no logits.
-        PruningError: not even one unit can go.
+        UsageError: the data has no validation split, or the outputs are not logits.
+        PruningError: not even one unit can be removed.
     """
     budget = options.max_drop or 0.0
     dense = next((found for found in before if found.split == "validation"), None)
@@ -212,7 +199,7 @@ def within_budget(
             "validation split: --val-data names images that it has not seen"
         )
     search = _BudgetSearch(planner, checkpoint, source, dense, options, context)
-    # Families that a trial finds guilty are spared before anything is judged.
+    # Verifying a large cut first finds families that cannot be cut exactly, before any trial is measured.
     planner.verified(lambda chosen: search.counts(chosen, 1 - 1 / _GRID))
     search.choose_images()
     rate = search.largest(budget)
@@ -240,7 +227,7 @@ def within_budget(
 
 @dataclass
 class _BudgetSearch:
-    """Measures the network at one rate after the other, each rate once."""
+    """Measures the network at different rates, each rate once."""
 
     planner: Planner
     checkpoint: Checkpoint
@@ -261,7 +248,7 @@ class _BudgetSearch:
         return self.planner.planned(chosen, self.counts(chosen, rate))[0].removed_units()
 
     def choose_images(self) -> None:
-        """Take the kind of images that was asked for, or whose statistics suit the dense network better."""
+        """Choose augmented images or not: as the options say, or as suits the dense network better."""
         if self.options.recalibrate_images is not None:
             self.augmented = self.options.recalibrate_images is Images.AUGMENTED
             return
@@ -276,7 +263,7 @@ class _BudgetSearch:
             )
 
     def _measured(self, plan: CutPlan | None, augmented: bool) -> float:
-        """Top-1 on the validation split after a cut, with statistics estimated again."""
+        """Top-1 on the validation split after a cut, with batch-norm statistics estimated again."""
         trial = replace(self.checkpoint, model=copied(self.checkpoint.model))
         if plan is not None:
             cut_model(trial.model, plan)
@@ -292,6 +279,7 @@ class _BudgetSearch:
             drop = self.dense.values["top1"] - value
             self.trials[rate] = BudgetTrial(rate, selection.removed_units(), value, drop)
             self.context.reporter.note(
+                # 0 - drop, because -drop would print a drop of 0 as -0.00.
                 f"rate {rate:.4f}: validation top-1 {value:.2f} ({0 - drop:+.2f} points, n={self.dense.n:,})"
             )
         return self.trials[rate]
@@ -302,6 +290,7 @@ class _BudgetSearch:
         measured_grid = [self.look(rate) for rate in self.context.reporter.progress(grid, "measuring rates")]
         within = [trial.rate for trial in measured_grid if trial.drop <= budget]
         low = max(within, default=0.0)
+        # A rate of 1 would leave nothing of a family.
         high = min(low + 1 / _GRID, 1 - _FINEST)
         while high - low > _FINEST and self.removed(high) - self.removed(low) > 1:
             middle = (low + high) / 2

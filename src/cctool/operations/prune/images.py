@@ -1,4 +1,4 @@
-"""Showing a network the training images that data-driven pruning methods look at."""
+"""Passing training images through a network, for pruning methods that need gradients or activations."""
 
 from __future__ import annotations
 
@@ -17,15 +17,9 @@ from cctool.training.objectives import cross_entropy
 def evidence_for(
     checkpoint: Checkpoint, source: DataSource | None, options: PruneOptions, context: Context
 ) -> Evidence | None:
-    """Gather what the method looks at, on un-augmented training images in the order that the seed draws.
+    """Gather the gradients or activations that the method needs, on un-augmented training images.
 
-    Validation and test splits are never looked at. Gradients are those of cross-entropy.
-
-    Args:
-        checkpoint: the network that is about to be pruned; it stays as it is.
-        source: opened for the checkpoint; None where there are no data.
-        options: the method, and the number of images.
-        context: device, seed and reporter.
+    The seed decides the order of images. Gradients are those of cross-entropy. The network is not changed.
 
     Returns:
         None for a method that needs no images.
@@ -48,8 +42,9 @@ def evidence_for(
             f"--method {method.value} would look at wrongly scaled images: the preprocessing of this "
             "model is unknown; say it with --mean and --std"
         )
-    # Shuffled, because the first images of a sorted set are all of one class.
+    # Shuffled, because the first images of a sorted data set are all of one class.
     served = feed_of(checkpoint, source, options.data, context).plain("train", shuffle=True)
+    # Number of batches that have enough images, for the progress bar.
     enough = 1 + sum(images < options.samples for images in accumulate(map(len, served.parts)))
     steps = min(enough, len(served.parts))
     shown = context.reporter.progress(served, f"{method.value}: looking at images", steps)

@@ -1,7 +1,6 @@
-"""What `cctool prune` does with masks: masking weights or channels, and cutting what masks left empty.
+"""What `cctool prune` does with masks: masking weights or channels, and cutting channels that masks emptied.
 
-Each function works on a checkpoint whose model it may change, and hands back the checkpoint that describes
-what came of it: spec, stored tensors and report.
+Each function changes a checkpoint's model in place, and returns the updated checkpoint and a report.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from cctool.transforms.layers.base import swapped_layers
 
 @dataclass(frozen=True)
 class EmptiedReport:
-    """What was cut because masks had left it empty.
+    """What was cut because masks had emptied it.
 
     Attributes:
-        families: name, units before and units after of each family that lost some.
+        families: name, units before and units after of each family that was cut.
         parameters_before: number of parameters.
         parameters_after: number after the cut.
         error: largest difference of the outputs from those before the cut, relative to the largest.
-        precision: the dtype in which that was measured; "" where nothing was cut.
-        dropped: tensors whose masks have nothing left to take away.
-        notes: what looks empty and stays, and why.
+        precision: the dtype in which that was measured; "" if nothing was cut.
+        dropped: tensors whose masks have become all true and were dropped.
+        notes: which channels look empty but stay, and why.
     """
 
     families: tuple[tuple[str, int, int], ...]
@@ -57,28 +56,28 @@ def mask_weights(
     step: int = 1,
     rates: Mapping[str, float] | None = None,
 ) -> tuple[Checkpoint, MaskReport]:
-    """Mask parts of weights in place; where there are masks already, both hold.
+    """Mask parts of weights in place, in addition to masks that they have.
 
     Args:
-        checkpoint: its model is changed; what it stores in few bits keeps its levels.
+        checkpoint: weights that are stored in few bits keep their levels.
         options: granularity, rate, pattern, block, scope, patterns of names.
         saliency: how much elements matter.
         step: number of the step, from 1; sets the rate.
-        rates: rate of each tensor, module or pattern, in place of the options' rate.
+        rates: of tensors, modules or patterns, in place of the options' rate.
 
     Raises:
         UsageError: a pattern matches no parameter or module.
         PruningError: nothing can be masked, or a saliency is not finite.
-        SpecError: a module has something called like its mask.
+        SpecError: a module has another attribute with the name of the mask.
     """
     before = zero_percent(checkpoint.model)
-    # Single coefficients may go; whatever looks at more sees the weights that they make.
+    # Single coefficients may be masked; larger parts are judged on the weights that coefficients give.
     single = options.granularity is Granularity.ELEMENT
     seen = checkpoint if single else events.plain_checkpoint(checkpoint)
     apart = _apart(checkpoint.model, options)
     chosen = choose_masks(seen.model, example(seen), options, saliency, step=step, rates=rates, apart=apart)
     earlier = masks_of(checkpoint.model)
-    # A mask that takes nothing costs its bits, and says nothing.
+    # A mask that is all true would only cost bytes.
     whole = {name for name, mask in chosen.masks.items() if name not in earlier and bool(mask.all())}
     notes = {
         **chosen.skipped,
@@ -94,13 +93,7 @@ def mask_weights(
 def mask_channels(
     checkpoint: Checkpoint, found: ThinResult, options: PruneOptions
 ) -> tuple[Checkpoint, MaskReport]:
-    """Mask in place the channels that a plan would cut; their number stays.
-
-    Args:
-        checkpoint: its model is changed.
-        found: what `plan_thinning` gave for this very model.
-        options: for the report.
-    """
+    """Mask in place the channels that the plan ``found``, made for this very model, would cut."""
     before = zero_percent(checkpoint.model)
     _refuse_coefficients(checkpoint.model, found)
     masks = unit_masks(checkpoint.model, found.graph, found.selection)
@@ -113,15 +106,15 @@ def mask_channels(
 def emptied_cut(
     checkpoint: Checkpoint, context: Context, *, exclude: Sequence[str] = (), only: Sequence[str] = ()
 ) -> tuple[Checkpoint, EmptiedReport]:
-    """Cut in place the channels that masks (or zeros of any origin) left empty; outputs stay what they are.
+    """Cut in place the channels that masks (or zeros of any origin) emptied; outputs do not change.
 
-    Masks that have nothing left to take away are dropped.
+    Masks that have become all true are dropped.
 
     Args:
-        checkpoint: its model is changed.
-        context: tables, for what is stored encoded.
+        checkpoint: to cut.
+        context: of the command.
         exclude: glob patterns of parameters, modules or families that keep their width.
-        only: glob patterns; where given, families that match none keep their width.
+        only: glob patterns; if given, families that match none keep their width.
 
     Raises:
         UsageError: a pattern matches nothing.
@@ -131,7 +124,7 @@ def emptied_cut(
     before = sum(parameter.numel() for parameter in model.parameters())
     plain = events.plain_checkpoint(checkpoint)
     found = find_emptied(plain.model, example(plain), exclude=exclude, only=only)
-    # The state of a training with masks does not fit one without.
+    # The state of a training with masks does not fit a training without.
     cut, remarks = events.cut(replace(checkpoint, resume=None), found.plan, context)
     idle = tuple(name for name, mask in masks_of(model).items() if bool(mask.all()))
     drop_masks(model, idle)
@@ -155,13 +148,11 @@ def emptied_cut(
 
 
 def _apart(model: nn.Module, options: PruneOptions) -> dict[str, str]:
-    """Names of the tensors of swapped layers that get no mask, with the reasons.
-
-    Both those that they store, and the weight that ordinary layers in their place have.
-    """
+    """Tensors of swapped layers that get no mask, with reasons: stored ones, and the weight they give."""
     apart: dict[str, str] = {}
     for name, layer in swapped_layers(model).items():
         leaves = dict(layer.named_parameters(recurse=False))
+        # Rows, kernels and blocks of coefficients are not those of the weight.
         if options.granularity is not Granularity.ELEMENT:
             why = "its layer stores coefficients, which only --granularity element masks"
             apart |= {f"{name}.{leaf}": why for leaf in ("weight", *leaves) if leaf != "bias"}
@@ -172,7 +163,7 @@ def _apart(model: nn.Module, options: PruneOptions) -> dict[str, str]:
 
 
 def _refuse_coefficients(model: nn.Module, found: ThinResult) -> None:
-    """Refuse to mask channels of weights that are made of coefficients."""
+    """Refuse to mask channels of weights that are computed from coefficients."""
     layers = swapped_layers(model)
     for family, kept in zip(found.graph.families, found.selection.kept, strict=True):
         touched = {place.tensor.rpartition(".")[0] for place in family.places} & layers.keys()
@@ -185,5 +176,5 @@ def _refuse_coefficients(model: nn.Module, found: ThinResult) -> None:
 
 def _with(checkpoint: Checkpoint, masks: Mapping[str, Tensor]) -> Checkpoint:
     add_masks(checkpoint.model, masks)
-    # Optimizer state belongs to the weights before.
+    # The state of the optimizer belongs to the earlier weights.
     return events.masked(replace(checkpoint, resume=None))

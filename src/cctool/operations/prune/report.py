@@ -1,4 +1,4 @@
-"""What one step of a pruning did, and the picture of kept widths that `--plot` puts beside its product."""
+"""The report of one step of a pruning, and `--plot`'s picture of kept widths."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class StepReport:
 
     Attributes:
         step: its number, from 1.
-        steps: how many there are.
-        cut: families, frozen places, and how far the cut is from the masked network; None where weights were
+        steps: number of all steps.
+        cut: families, frozen places, and how far the cut is from the masked network; None if weights were
             masked, or empty channels cut.
-        masks: what was masked; None where nothing was.
-        emptied: what was cut because masks had left it empty.
-        target: where the search for a target ended.
-        budget: where the search for a budget ended.
-        before: what the network costs that the command was given.
-        after: what the network costs that came out.
-        recalibrated: images from which batch-norm statistics were estimated again.
-        finetuned: epochs of training.
-        metrics_before: of the source.
+        masks: what was masked; None if nothing was.
+        emptied: what was cut because masks had emptied it.
+        target: result of the search for a target.
+        budget: result of the search for a budget.
+        before: costs of the command's input.
+        after: costs of the product.
+        recalibrated: number of images from which batch-norm statistics were estimated again.
+        finetuned: epochs of fine-tuning.
+        metrics_before: of the input.
         metrics_after: of the product.
         picture: path of the picture of widths.
     """
@@ -59,13 +59,13 @@ class StepReport:
 def step_report(
     changed: Changed, step: int, options: PruneOptions, before: Costs, after: Costs
 ) -> StepReport:
-    """What a step did, before anything is measured."""
+    """The report of a step, without metrics."""
     goals = changed.target, changed.budget
     return StepReport(step, options.steps, changed.cut, changed.masks, changed.emptied, *goals, before, after)
 
 
 def pictured(report: StepReport, options: PruneOptions, context: Context, label: str) -> StepReport:
-    """The report, with the picture that was asked for."""
+    """Draw the picture of widths if the options ask for it; returns the report with its path."""
     path = picture_path(options, context, label)
     if path is None or report.cut is None:
         return report
@@ -81,10 +81,10 @@ def pictured(report: StepReport, options: PruneOptions, context: Context, label:
 
 
 def picture_path(options: PruneOptions, context: Context, label: str) -> Path | None:
-    """Where the picture of one step goes; None where none was asked for.
+    """Path of the picture of one step; None if the options ask for none.
 
     Raises:
-        UsageError: the name that was given is no picture's.
+        UsageError: the suffix of the given name is not that of a picture.
     """
     if not options.plot and options.plot_file is None:
         return None

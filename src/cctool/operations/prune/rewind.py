@@ -1,7 +1,7 @@
-"""Lottery-ticket rewinding: what survived a cut or a mask gets the values of an earlier checkpoint back.
+"""Lottery-ticket rewinding: weights that survive a cut or a mask get their values of an earlier checkpoint.
 
 Frankle and Carbin 2019, "The Lottery Ticket Hypothesis", arXiv 1803.03635, section 1, for the network at its
-initialisation; Frankle et al. 2020, arXiv 1912.05671, section 3, for one that was trained a little.
+initialisation; Frankle et al. 2020, arXiv 1912.05671, section 3, for one after a few epochs.
 """
 
 from __future__ import annotations
@@ -27,17 +27,10 @@ from cctool.transforms.plain import plain_model
 
 
 def open_earlier(source: Checkpoint, path: str, context: Context) -> Checkpoint:
-    """Open the checkpoint to rewind to, and see that it is an earlier state of the same network.
+    """Open the checkpoint to rewind to, on the CPU, and check that it is an earlier state of the network.
 
-    A foreign file is read as a state dict of the source's own architecture, and needs no name.
-
-    Args:
-        source: the network before the cuts of this command.
-        path: the earlier checkpoint.
-        context: tables; user code runs only where this command line names it.
-
-    Returns:
-        The earlier checkpoint, on the CPU. Its origin belongs in the history, as ``rewind``.
+    ``source`` is the network before the cuts of this command. A foreign file is read as a state dict of its
+    architecture.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -56,7 +49,8 @@ def open_earlier(source: Checkpoint, path: str, context: Context) -> Checkpoint:
 
 
 def _same(spec: ModelSpec, source: ModelSpec, path: str) -> ModelSpec:
-    """The earlier file's spec; the user's own file may have moved since it was written."""
+    """The earlier file's spec, checked against the source's."""
+    # A user's architecture is the same even if its file has moved.
     if spec.architecture != source.architecture:
         if not (is_user_code(spec.architecture) and is_user_code(source.architecture)):
             raise UsageError(
@@ -85,23 +79,19 @@ def _refuse_misfit(model: nn.Module, earlier: nn.Module, path: str) -> None:
 
 
 def _values(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without masks, which are not rewound, and codecs, which are calibrated anew."""
+    """The state dict without masks, which are not rewound, and codecs, which are calibrated again."""
     masks = mask_buffers(model) | tap_buffers(model)
     state = model.state_dict()
     return {n: value for n, value in state.items() if isinstance(value, Tensor) and n not in masks}
 
 
 def rewound(checkpoint: Checkpoint, earlier: Checkpoint, plans: Sequence[CutPlan]) -> Checkpoint:
-    """Give the surviving weights, and batch-norm statistics, the values that they had earlier.
+    """Give surviving weights and batch-norm statistics their earlier values, in place; masked ones stay zero.
 
     Args:
-        checkpoint: after the cuts; its model is changed in place.
-        earlier: from `open_earlier`; stays as it is.
-        plans: the cuts between the earlier network's widths and these, in order; none where only masks
-            were set.
-
-    Returns:
-        The same model, masked weights at zero; stored forms of tensors that changed are dropped.
+        checkpoint: after the cuts.
+        earlier: from `open_earlier`; is not changed.
+        plans: the cuts between the earlier network's widths and these, in order; empty without cuts.
 
     Raises:
         PruningError: a plan was made for other widths, or the plans do not lead to these.
@@ -115,9 +105,9 @@ def rewound(checkpoint: Checkpoint, earlier: Checkpoint, plans: Sequence[CutPlan
 
 
 def _cut_again(model: nn.Module, plans: Sequence[CutPlan]) -> nn.Module:
-    """A copy after the same cuts: swapped layers cut what they store by themselves."""
+    """A copy after the same cuts, for networks with swapped layers, which cut what they store themselves."""
     for plan in plans:
-        # Masks that were set since the earlier state are in the plan, and not there.
+        # The plan may cut masks that were set since, and that the earlier state does not have.
         present = {name for name, _ in named_tensors(plain_model(model))}
         known = {name: cuts for name, cuts in plan.tensors.items() if name in present}
         model = thin_copy(model, CutPlan(known, plan.attributes))
@@ -126,14 +116,12 @@ def _cut_again(model: nn.Module, plans: Sequence[CutPlan]) -> nn.Module:
 
 @torch.no_grad()
 def with_values(checkpoint: Checkpoint, values: Mapping[str, Tensor]) -> Checkpoint:
-    """Give a checkpoint's model new values in place, zero where it is masked.
+    """Give tensors of a checkpoint's model new values in place, by name; masked elements stay zero.
 
-    Args:
-        checkpoint: its masks stay; stored forms of tensors that change are dropped.
-        values: by name in the state dict, of the model's shapes; others stay as they are.
+    Stored forms of tensors that change are dropped.
 
     Raises:
-        PruningError: a value is of another shape.
+        PruningError: a value has another shape than its tensor.
     """
     state = checkpoint.model.state_dict()
     before = {name: state[name].clone() for name in checkpoint.stored if name in values}

@@ -1,10 +1,10 @@
-"""`cctool prune`: remove channels physically, or mask weights, step by step, and record what is left.
+"""`cctool prune`: remove channels physically, or mask weights, step by step.
 
 source -> [sparse training]
        -> (step i: evidence -> score -> select by rate, table, target or budget -> verify cut == masked
            -> cut tensors, stored integers and scales, or set masks
            -> [rewind | draw anew] -> recalibrate batch norm -> fine-tune -> measure)
-       -> one checkpoint a step
+       -> one checkpoint for each step
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class _Run:
     """What the steps of one command share.
 
     Attributes:
-        source: its data.
-        options: what is asked for.
-        context: device, reporter, output.
-        metrics: of the network that came in.
-        scales: weigh networks against it.
+        source: the data set; None without.
+        options: of the command.
+        context: of the command.
+        metrics: of the input network.
+        scales: compare costs with the input network's.
         earlier: the checkpoint to rewind to.
         objective: what fine-tuning minimises; None is cross-entropy.
         others: files that were read, by role.
-        plans: cuts between the network that came in and the present one.
+        plans: cuts between the input network and the present one.
     """
 
     source: DataSource | None
@@ -72,7 +72,7 @@ class _Run:
 
 
 def plan(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> tuple[StepReport, ...]:
-    """Plan every step without writing a checkpoint or training: what ``--dry-run`` prints."""
+    """Plan every step without writing a checkpoint or training, for ``--dry-run``."""
     source = _data(checkpoint, options, context)
     _opened(checkpoint, source, options, context)
     searched = options.max_drop is not None
@@ -90,12 +90,9 @@ def plan(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> tup
 
 
 def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iterator[Outcome]:
-    """Prune, in one step or several, a product each.
+    """Prune in one or several steps, with a product for each.
 
-    Args:
-        checkpoint: with a single step its model becomes the product's; several start from copies of it.
-        options: what is asked for.
-        context: device, reporter, output.
+    A single step changes the checkpoint's model in place; several work on copies.
 
     Raises:
         PruningError: if nothing can be cut, or a target or budget cannot be met.
@@ -115,7 +112,7 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
     current = start
     for step, label in enumerate(labels, start=1):
         base = current if options.step_mode is StepMode.PROGRESSIVE else start
-        # A single step works on what it was given: a copy of a large network would not fit beside it.
+        # A single step changes its input: two copies of a large network might not fit into memory.
         model = copied(base.model) if options.steps > 1 else base.model
         resume = base.resume if _only_cuts(options) else None
         changed = changer.changed(replace(base, model=model, resume=resume), step)
@@ -154,7 +151,7 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
 def _opened(
     checkpoint: Checkpoint, source: DataSource | None, options: PruneOptions, context: Context
 ) -> _Run:
-    """Open the other networks that are named, and refuse what would be refused after training."""
+    """Open the other networks that options name, and refuse now what would fail after training."""
     if options.recalibrate:
         refuse_unknown_preprocessing(checkpoint, "--recalibrate")
     work = _Run(source, options, context, (), Scales(checkpoint))
@@ -169,7 +166,7 @@ def _opened(
 
 
 def _only_cuts(options: PruneOptions) -> bool:
-    """Whether the weights that stay are those that came in, so that their training can go on."""
+    """Whether remaining weights keep their values, so that a training of the input can be resumed."""
     changes = options.finetune_epochs or options.rewind or options.from_scratch or options.sparsify
     return options.steps == 1 and not changes
 
@@ -179,7 +176,7 @@ def _labels(options: PruneOptions) -> tuple[str, ...]:
 
 
 def _refuse_existing(labels: tuple[str, ...], options: PruneOptions, context: Context) -> None:
-    """Refuse before hours of fine-tuning what could not be written after them."""
+    """Refuse, before hours of fine-tuning, products that could not be written after it."""
     products = [labelled(context.output, label) for label in labels]
     pictures = [picture_path(options, context, label) for label in labels]
     for path in (*products, *(picture for picture in pictures if picture is not None)):
@@ -202,7 +199,8 @@ def _data(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Da
 
 
 def _reset(changed: Changed, work: _Run) -> Checkpoint:
-    """Give what is left its earlier weights, or fresh ones, where that was asked for."""
+    """Give the remaining channels earlier weights, or fresh ones, if the options ask for it."""
+    # Independent steps all start from the input: earlier steps' cuts are not between it and this network.
     if work.options.step_mode is StepMode.INDEPENDENT:
         work.plans.clear()
     if changed.plan is not None:
@@ -220,6 +218,7 @@ def _recalibrate(checkpoint: Checkpoint, changed: Changed, work: _Run) -> int:
     if not wanted or work.source is None:
         return 0
     augmented = options.recalibrate_images is Images.AUGMENTED
+    # The product gets statistics of the kind that its accuracy was measured with.
     if changed.budget is not None:
         augmented = changed.budget.augmented
     used = recalibrated(checkpoint, work.source, wanted, options.data, work.context, augmented=augmented)
@@ -233,6 +232,7 @@ def _finetuned(checkpoint: Checkpoint, work: _Run) -> Followed:
     if not options.finetune_epochs or source is None:
         return Followed(checkpoint)
     forms = events.forms_of(checkpoint) if options.keep_storage else {}
+    # Weights that were rewound to their initialisation need the learning rate of a fresh network.
     untrained = work.earlier is not None and never_trained(work.earlier.history)
     trained = finetune(
         checkpoint,
@@ -249,7 +249,7 @@ def _finetuned(checkpoint: Checkpoint, work: _Run) -> Followed:
 
 
 def _warn_of_collapse(checkpoint: Checkpoint, after: tuple[Metrics, ...], images: int, work: _Run) -> None:
-    """Say loudly where more than half of what the network knew beyond guessing is gone."""
+    """Warn if more than half of the points above chance are lost."""
     classes = len(checkpoint.spec.classes or ())
     chance = 100 / classes if classes else 0.0
     epochs = work.options.finetune_epochs
@@ -257,7 +257,7 @@ def _warn_of_collapse(checkpoint: Checkpoint, after: tuple[Metrics, ...], images
         before, now = old.values.get("top1"), new.values.get("top1")
         if before is None or now is None:
             continue
-        # Guesses scatter: two standard deviations of their share are no collapse.
+        # Two standard deviations of the accuracy of guessing may be mere chance.
         scatter = 2 * math.sqrt(chance * (100 - chance) / new.n)
         if before - now < max(_COLLAPSE * (before - chance), scatter, 1e-9):
             continue

@@ -1,4 +1,4 @@
-"""What people are shown of a pruning: tables of families, masks and costs, and sentences about them."""
+"""A pruning's report as people read it: tables of families, masks and costs, and sentences."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 from cctool.base.networks import some
 from cctool.operations.context import Told, metric_lines
 
+# Rows of a table that are shown.
 _MOST = 40
 
 
 def told(report: Any) -> Iterator[Told]:
-    """Tables and sentences about one step; long tables are cut short."""
+    """Tables and sentences about one step; long tables are truncated."""
     if report.cut is not None:
         yield from _shortened("", _FAMILY, [_family(family) for family in report.cut.families], "families")
         yield _comparison(report.cut)
@@ -32,7 +33,7 @@ def told(report: Any) -> Iterator[Told]:
 
 
 def planned(report: Any) -> Iterator[Told]:
-    """Tables and sentences about a step that is only planned: all of it, and what cannot be cut."""
+    """Tables and sentences about a planned step, in full, with all that cannot be cut."""
     title = f"step {report.step} of {report.steps}" if report.steps > 1 else ""
     if report.cut is not None:
         yield title, _FAMILY, [_family(family) for family in report.cut.families]

@@ -1,4 +1,4 @@
-"""Training that drives units towards zero before they are cut, so that cutting them changes little."""
+"""Sparse training: it drives units towards zero before they are cut, so that cutting them changes little."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from cctool.training.constraints.penalties import GroupLasso, GrowingPenalty, Pa
 from cctool.transforms.layers.base import swapped_layers
 
 DEFAULT_STRENGTH = {Sparsifier.GAMMA_L1: 1e-2, Sparsifier.GROUP_LASSO: 1e-3}
-"""Weight of a penalty where none is given.
+"""Default weight of each penalty.
 
-An epoch of some 350 steps of SGD at 0.01, its default for trained networks, moves a scale by about 0.2 under
-the one and shrinks a weight of usual size by some hundredths under the other: units part, and accuracy
-hardly falls (by 0.8 points on a ResNet-20 of CIFAR-10 at twice that rate). The 1e-4 of Liu et al. is made
-for 160 epochs at ten times the rate.
+An epoch of about 350 steps of SGD at 0.01, its default for trained networks, moves a batch norm's scale by
+about 0.2 under the first penalty, and shrinks a typical weight by a few hundredths under the second. That
+separates the units, and accuracy hardly falls (0.8 points for a ResNet-20 on CIFAR-10 at twice that rate).
+The 1e-4 of Liu et al. is meant for 160 epochs at ten times the rate.
 """
 
 CEILING = 1.0
@@ -41,6 +41,7 @@ CEILING = 1.0
 EVERY = 5
 """Steps between two increases of it (likewise)."""
 
+# Of the training, after which the growing penalty has its largest coefficient.
 _GROWING_SHARE = 0.75
 
 
@@ -51,20 +52,15 @@ def sparsified(
     context: Context,
     found: ThinResult | None = None,
 ) -> Checkpoint:
-    """Train a copy of a checkpoint under the penalty that the options ask for; the last epoch counts.
+    """Train a dense copy of a checkpoint for the last epoch's weights, under the penalty of the options.
 
-    Args:
-        checkpoint: stays as it is; its copy is stored dense.
-        source: opened for the checkpoint.
-        options: of the pruning that follows; without `sparsify` the checkpoint is given back.
-        context: device, seed, reporter.
-        found: what that pruning would remove, where the caller has planned it already; else it is planned
-            here at the last step's rate. The growing penalty acts on these units, the other two on every
-            unit of the families that the plan does not spare.
+    ``options`` are of the pruning that follows, and ``found`` what it would remove at the last step; without
+    ``found`` that is planned here. The growing penalty acts on these units, the other two on every unit of
+    families that can be cut. Without `sparsify` in the options the checkpoint is returned.
 
     Raises:
         PruningError: nothing can be cut.
-        TrainingError: no unit is to go, or no scale of a batch norm can be trained.
+        TrainingError: no unit is to be removed, or no scale of a batch norm can be trained.
     """
     wanted = options.sparsify
     if wanted is None:
@@ -101,7 +97,7 @@ def _penalty(model: nn.Module, found: ThinResult, wanted: SparsifyOptions, steps
     free = [(family, kept) for family, kept in pairs if family.name not in found.selection.spared]
     if not free:
         raise PruningError("sparse training has nothing to act on: no family can be cut")
-    # Of a family between two layers of coefficients nothing may be left that a penalty can act on.
+    # A family between two layers of coefficients may have no parameter that a penalty can act on.
     owned = [(parts_of(model, family), kept) for family, kept in free]
     owned = [(parts, kept) for parts, kept in owned if parts]
     if wanted.method is Sparsifier.GROWING:
@@ -116,22 +112,18 @@ def _penalty(model: nn.Module, found: ThinResult, wanted: SparsifyOptions, steps
 
 
 def _growth(steps: int) -> float:
-    """The increase with which the ceiling is reached after three quarters of a training, however long.
+    """The increase that reaches the ceiling after three quarters of a training of any length.
 
-    The paper's 1e-4 needs 10,000 increases to get there.
+    The paper's 1e-4 takes 10,000 increases.
     """
     return CEILING / max(1.0, _GROWING_SHARE * steps / EVERY)
 
 
 def parts_of(model: nn.Module, family: Family, roles: Sequence[Role] | None = None) -> list[Part]:
-    """What a family's units own of the model's parameters: all that a mask would zero.
+    """The parts of the model's parameters that belong to a family's units: all that a mask would zero.
 
-    Weights that swapped layers compute are no parameters.
-
-    Args:
-        model: the one that was traced, or a copy.
-        family: of its channels.
-        roles: only these; None takes all.
+    ``model`` is the one that was traced, or a copy; ``roles`` selects some places, None all. Weights that
+    swapped layers compute are not parameters.
     """
     parameters = dict(model.named_parameters())
     return [

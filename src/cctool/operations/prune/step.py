@@ -1,4 +1,4 @@
-"""What one step of a pruning does to a network: cut or mask channels, mask weights, cut what is empty."""
+"""What one step of a pruning does to a network: cut or mask channels, mask weights, cut empty channels."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from cctool.pruning.select.rates import read_rates
 
 @dataclass(frozen=True)
 class Changed:
-    """A network that was cut or masked, and what is known of that.
+    """A network that was cut or masked, with reports.
 
     Attributes:
-        checkpoint: what came out.
-        plan: what was cut; None where widths stayed, or nothing may be rewound.
-        cut: the report of a cut, or of the channels that were masked.
-        masks: the report of masks.
-        emptied: the report of a cut of empty channels.
-        target: where the search for a target ended.
-        budget: where the search for a budget ended.
+        checkpoint: the result.
+        plan: of the cut, for rewinding; None if only masks were set or empty channels cut.
+        cut: report of a cut, or of the channels that were masked.
+        masks: report of masks.
+        emptied: report of a cut of empty channels.
+        target: result of the search for a target.
+        budget: result of the search for a budget.
         notes: for the history.
     """
 
@@ -53,14 +53,14 @@ class Changed:
 
 @dataclass
 class Changer:
-    """Does the steps of one command.
+    """Carries out the steps of one command.
 
     Attributes:
-        source: its data; None without.
-        options: what is asked for.
-        context: device, reporter, tables.
-        metrics: of the network that came in, for a budget.
-        target: where the search for a target ended in the step before.
+        source: its data set; None without.
+        options: of the command.
+        context: of the command.
+        metrics: of the input network, for a budget.
+        target: result of the search for a target in the previous step.
     """
 
     source: DataSource | None
@@ -70,11 +70,7 @@ class Changer:
     target: TargetReport | None = None
 
     def changed(self, checkpoint: Checkpoint, step: int) -> Changed:
-        """Cut or mask a checkpoint's network in place.
-
-        Args:
-            checkpoint: that this step starts from.
-            step: its number, from 1.
+        """Cut or mask the network that a step (from 1) starts from, in place.
 
         Raises:
             PruningError: nothing can be cut, or a target or budget cannot be met.
@@ -84,6 +80,7 @@ class Changer:
         if options.apply_masks:
             cut, emptied = emptied_cut(checkpoint, self.context, exclude=options.exclude, only=options.only)
             return Changed(cut, emptied=emptied, notes=emptied.notes)
+        # Parts of weights keep all channels: nothing is coupled, planned or verified.
         if options.granularity is not Granularity.CHANNEL:
             return self._weights_masked(checkpoint, step)
         found, target, budget = self._planned(checkpoint, options, step)
@@ -96,7 +93,7 @@ class Changer:
         return replace(done, target=target, budget=budget, notes=(*reached, *done.notes))
 
     def last_step(self, checkpoint: Checkpoint) -> ThinResult:
-        """Plan what all steps together will remove, from the network as it is; it stays so."""
+        """Plan what all steps together will remove from a network, without changing it."""
         at_once = replace(self.options, step_mode=StepMode.INDEPENDENT)
         return self._planned(checkpoint, at_once, self.options.steps)[0]
 
@@ -116,7 +113,7 @@ class Changer:
             found, target = within_target(
                 planner, options.target, self.target, checkpoint, options, context, step
             )
-            # Later steps of a progressive pruning start from less; the target is a share of what came in.
+            # Later steps of a progressive pruning start from less; the target is relative to the input.
             self.target = target
             return found, target, None
         if options.max_drop is not None and self.source is not None:
@@ -125,7 +122,7 @@ class Changer:
         return planner.verified(planner.by_options(step)), None, None
 
     def _cut(self, checkpoint: Checkpoint, found: ThinResult) -> Changed:
-        """Carry a plan out, and say what could not follow."""
+        """Carry out a plan, and warn of what could not be cut along."""
         cut, remarks = events.cut(checkpoint, found.plan, self.context)
         for remark in remarks:
             self.context.reporter.warn(remark)
@@ -142,7 +139,7 @@ class Changer:
         return Changed(masked, masks=report, notes=(*self._table_notes(), *report.notes))
 
     def _table_notes(self) -> tuple[str, ...]:
-        """The table of rates in words, for its file may change."""
+        """The table of rates as a note, because its file may change."""
         if self.options.rates is None:
             return ()
         rows = (f"{name} {rate:g}" for name, rate in read_rates(self.options.rates).items())
@@ -150,7 +147,7 @@ class Changer:
 
 
 def _goal_notes(target: TargetReport | None, budget: BudgetReport | None) -> tuple[str, ...]:
-    """Where a search ended, for the history, which else holds only what was asked for."""
+    """Results of a search as notes; otherwise the history has only the options."""
     notes = []
     if target is not None:
         notes.append(f"target {target.quantity} {target.limit:,.0f}: reached {target.reached:,.0f}")

@@ -1,4 +1,4 @@
-"""How a verb is called from Python: keywords to options, checkpoints and data in memory, results back."""
+"""Verbs as Python functions: keywords become options, checkpoints and data may be in memory."""
 
 from __future__ import annotations
 
@@ -25,30 +25,34 @@ from cctool.options.verbs import VERBS, Input, Verb
 
 T = TypeVar("T")
 
+# Options that only make sense for files or a terminal.
 _FILES_ONLY = frozenset({"json", "quiet", "debug", "resume", "stop_after", "with_spec"})
+# Options that write files next to the product.
 _BESIDE = ("plot", "sweep", "save_every", "tensorboard", "mlflow", "macs", "sparsity", "onnx")
+# Options that describe a fresh or foreign network.
 _FRESH = ("arg", "input", "mean", "std")
 _DATA = ("data", "val_data", "test_data")
 _SPLITS = {"data": "train", "val_data": "validation", "test_data": "test"}
+# Options that take a checkpoint in memory as well as a path.
 _NETWORKS = ("teacher", "rewind")
 
 
 class CctoolWarning(UserWarning):
-    """Something may be wrong with what a verb was given or made."""
+    """Something may be wrong with a verb's input or result."""
 
 
 class Warner:
-    """Reports to Python's warnings; notes and progress are not shown."""
+    """A reporter to Python's warnings; notes and progress are not shown."""
 
     def note(self, text: str) -> None:
-        """Say nothing: the report holds it."""
+        """Print nothing; the report has it."""
 
     def warn(self, text: str) -> None:
         """Warn."""
         warnings.warn(text, CctoolWarning, stacklevel=2)
 
     def progress(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-        """Pass items on."""
+        """Pass on ``items``."""
         yield from items
 
 
@@ -98,7 +102,7 @@ class _Call:
         """Carry the verb out."""
         self._refuse_unknown()
         with ExitStack() as stack:
-            # For a run folder, and for networks that options name by a file.
+            # For the run folder, and for networks in memory that options take as files.
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             if self.verb.reads is Input.STREAMS:
                 return self._decoded()
@@ -189,7 +193,7 @@ class _Call:
         return options, request, source
 
     def _refuse_idle(self, given: Checkpoint | None, values: Mapping[str, Any]) -> None:
-        """Refuse what would be lost with the call's temporary folder, or what the checkpoint says itself."""
+        """Refuse files that would be lost with the temporary folder, and options for fresh networks."""
         lost = [name for name in _BESIDE if values.get(name)]
         if lost and self.verb.writes and "output" not in values:
             raise UsageError(f"{', '.join(lost)}: output= says beside which name the files go")
@@ -204,7 +208,7 @@ class _Call:
             raise UsageError(f"{', '.join(told)}: the checkpoint says this itself; it is for fresh networks")
 
     def _source(self, given: Checkpoint | None, values: Mapping[str, Any]) -> DataSource | None:
-        """The data in memory; None where data are named, or there are none."""
+        """The data in memory; None if data sets are named, or there is no data."""
         held = {name: values[name] for name in _DATA if not is_reference(values.get(name))}
         if not held:
             return None
@@ -213,7 +217,7 @@ class _Call:
             raise UsageError(f"{', '.join(named)} name data, {', '.join(held)} hold them: give one kind")
         parts: dict[str, Any] = {}
         for name, part in held.items():
-            # One part is what is measured where nothing is trained.
+            # For verbs that only measure, the data are what is measured.
             split = "test" if name == "data" and not self.verb.writes else _SPLITS[name]
             parts |= part if isinstance(part, Mapping) else {split: part}
         classes = tuple(given.spec.classes or ()) if given is not None else ()
@@ -230,7 +234,7 @@ def _text(value: Any) -> Any:
 
 
 def _ready(given: Checkpoint | None, source: DataSource | None) -> Any:
-    """A checkpoint that knows a preprocessing: data in memory need none, whatever the network's is."""
+    """A checkpoint with a preprocessing; if unknown the identity, for data in memory are preprocessed."""
     if given is None or source is None or given.spec.preprocessing is not None:
         return given
     channels = given.spec.input_shape[0]
@@ -239,7 +243,7 @@ def _ready(given: Checkpoint | None, source: DataSource | None) -> Any:
 
 
 def _forgetting(made: Checkpoint, given: Checkpoint | None, source: DataSource | None) -> Checkpoint:
-    """A product that remembers nothing of data in memory, which no later call could open."""
+    """A product whose spec does not name the data in memory, which no later call could open."""
     if source is None:
         return made
     data, preprocessing = (given.spec.data, given.spec.preprocessing) if given is not None else (None, None)

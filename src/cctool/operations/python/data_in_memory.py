@@ -1,4 +1,4 @@
-"""Data that the caller holds: loaders and tensors, taken as the network gets them."""
+"""Data in memory: the caller's loaders and tensors, which go to the network without preprocessing."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from cctool.data.records import SPLITS, Augmentation, DataSource, Loaded, Shape,
 
 
 def is_reference(data: Any) -> bool:
-    """Whether data are named, as ``digits`` or ``folder:DIR``, and not held by the caller."""
+    """Whether data are named, as ``digits`` or ``folder:DIR``, and not in memory."""
     return data is None or isinstance(data, str)
 
 
 def in_memory(parts: Mapping[str, Any], classes: tuple[str, ...], limit: int | None) -> DataSource:
-    """A data set of what the caller holds.
+    """A data set of loaders or tensors.
 
     Args:
         parts: ``train``, ``validation`` or ``test`` -> a loader of (images, labels) or images; a pair of
             tensors (images, labels); or images alone. Images are floating point [N, C, H, W], normalised
             already; labels are int64 [N].
-        classes: names of the network's classes; empty where nobody named them.
+        classes: names of the network's classes; empty if unknown.
         limit: use at most this many images of each pair of tensors.
 
     Raises:
@@ -100,7 +100,7 @@ def _of_loader(name: str, loader: Iterable[Any]) -> Split:
 
 
 def _sizes(loader: Iterable[Any]) -> tuple[int, ...]:
-    """Images in each batch: what a `DataLoader` says of itself; others are counted in one pass."""
+    """Number of images in each batch: computed for a `DataLoader`, counted in one pass for other loaders."""
     if isinstance(loader, DataLoader) and loader.batch_size is not None and isinstance(loader.sampler, Sized):
         whole, rest = divmod(len(loader.sampler), loader.batch_size)
         return (loader.batch_size,) * whole + ((rest,) if rest and not loader.drop_last else ())

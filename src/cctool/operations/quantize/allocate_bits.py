@@ -1,8 +1,8 @@
-"""Choosing bits for each layer from what each choice costs and damages: no network is looked at here.
+"""Choosing the bits of each layer from the bytes and the damage of each choice, without any network.
 
-The damage of several layers is taken for the sum of their damages. What cannot be improved without more bytes
-is found layer by layer: of all assignments of the layers so far, only those stay that no other beats in both
-bytes and damage. So the choice is exact, not greedy, as long as few enough are left.
+The damage of several layers is taken as the sum of their damages. The Pareto frontier of bytes and damage
+grows layer by layer: of all assignments to the layers so far, those are kept that no other beats in both.
+The result is exact, not greedy, unless the frontier has to be thinned out.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from numpy.typing import NDArray
 
 from cctool.base.errors import QuantizationError
 
+# Assignments that are kept between two layers.
 _MOST = 8192
 _Indices = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """One layer with so many bits.
+    """One layer quantized to a number of bits.
 
     Attributes:
         layer: its name.
         bits: of its weights.
-        damage: when only this layer is quantized; 0 or more.
-        bytes: that its weights take then.
+        damage: if only this layer is quantized; 0 or more.
+        bytes: of its weights.
     """
 
     layer: str
@@ -39,13 +40,7 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Bits of all layers.
-
-    Attributes:
-        bits: by layer.
-        damage: sum over layers.
-        bytes: sum over layers.
-    """
+    """Bits of each layer by name, and damage and bytes summed over the layers."""
 
     bits: Mapping[str, int]
     damage: float
@@ -54,25 +49,17 @@ class Assignment:
 
 @dataclass(frozen=True)
 class MeasuredAssignment:
-    """An assignment whose accuracy was measured.
-
-    Attributes:
-        assignment: the bits.
-        drop: percentage points that were lost.
-    """
+    """An assignment, and the percentage points of accuracy that were measured to be lost with it."""
 
     assignment: Assignment
     drop: float
 
 
 def frontier(choices: Sequence[LayerChoice]) -> tuple[Assignment, ...]:
-    """The assignments that no other beats in both bytes and damage, by bytes.
+    """The assignments that no other beats in both bytes and damage, in the order of bytes.
 
-    Where there are more than 8,192 while layers are added, the range of bytes is divided into so many parts
-    and each keeps the one with the least damage.
-
-    Args:
-        choices: at least one for each layer.
+    If there are more than 8,192 after a layer, the range of bytes is divided into as many parts, and each
+    part keeps the assignment with the least damage. ``choices`` has at least one for each layer.
     """
     by_layer: dict[str, list[LayerChoice]] = {}
     for choice in choices:
@@ -85,6 +72,7 @@ def frontier(choices: Sequence[LayerChoice]) -> tuple[Assignment, ...]:
         all_sizes = (sizes[:, None] + more).reshape(-1)
         all_damages = (damages[:, None] + harm).reshape(-1)
         kept = _unbeaten(all_sizes, all_damages)
+        # Both numbers of the pair that makes each kept assignment: of the earlier one, and of the choice.
         history.append((kept // len(several), kept % len(several)))
         sizes, damages = all_sizes[kept], all_damages[kept]
     return tuple(
@@ -94,11 +82,7 @@ def frontier(choices: Sequence[LayerChoice]) -> tuple[Assignment, ...]:
 
 
 def cheapest(choices: Sequence[LayerChoice], limit: int) -> Assignment:
-    """The assignment of the least damage that fits.
-
-    Args:
-        choices: at least one for each layer.
-        limit: bytes of all layers.
+    """The assignment with the least damage whose bytes do not exceed ``limit``.
 
     Raises:
         QuantizationError: if none fits.
@@ -116,22 +100,14 @@ def cheapest(choices: Sequence[LayerChoice], limit: int) -> Assignment:
 def fewest_bytes(
     choices: Sequence[LayerChoice], drop: Callable[[Assignment], float], most: float
 ) -> tuple[Assignment, tuple[MeasuredAssignment, ...]]:
-    """The assignment of the fewest bytes that bisection finds within a measured drop.
+    """The assignment of fewest bytes that bisecting the `frontier` finds within a drop of ``most`` points.
 
-    The assignments of `frontier` are bisected, from the one with the least damage to the one with the fewest
-    bytes. Each that is looked at is really measured, once; accuracy need not fall evenly along them, so what
-    is found holds the budget, but one with fewer bytes may, too.
-
-    Args:
-        choices: at least one for each layer.
-        drop: measures how many percentage points an assignment loses.
-        most: that may be lost.
-
-    Returns:
-        The assignment, and all trials in order.
+    ``drop`` measures how many percentage points an assignment loses; it is called once for each assignment
+    that is tried. Accuracy need not fall evenly along the frontier: the result keeps the budget, but an
+    assignment with fewer bytes might, too. All trials are returned, in order.
 
     Raises:
-        QuantizationError: if even the least damage loses more.
+        QuantizationError: if even the assignment with the least damage loses more.
     """
     found = frontier(choices)
     trials: list[MeasuredAssignment] = []
@@ -156,7 +132,8 @@ def fewest_bytes(
 
 
 def _unbeaten(sizes: NDArray[np.int64], damages: NDArray[np.float64]) -> _Indices:
-    """Indices of what nothing beats in both, by size."""
+    """Indices of the points that no other beats in both, in the order of sizes."""
+    # By size, then damage: a point is on the frontier if it damages less than all smaller ones.
     order = np.lexsort((damages, sizes))
     best = np.minimum.accumulate(damages[order])
     better = np.concatenate([[True], best[1:] < best[:-1]])
@@ -165,7 +142,8 @@ def _unbeaten(sizes: NDArray[np.int64], damages: NDArray[np.float64]) -> _Indice
         return kept
     low, high = int(sizes[kept[0]]), int(sizes[kept[-1]])
     part = (sizes[kept] - low) * (_MOST - 1) // max(1, high - low)
-    # Along the frontier the last of each part has the least damage; the smallest one stays reachable.
+    # On the frontier the last of each part has the least damage. The smallest assignment is always kept,
+    # so that whatever fits in bytes is found.
     last = np.concatenate([part[1:] != part[:-1], [True]])
     last[0] = True
     thinned: _Indices = kept[last]

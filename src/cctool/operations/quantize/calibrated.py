@@ -1,10 +1,10 @@
-"""`cctool quantize --method intN`: weights and activations as integers, calibrated and not trained.
+"""`cctool quantize --method intN`: weights and activations as integers, calibrated without training.
 
     floats -> [equalized] -> quantizers attached -> ranges of weights -> ranges of activations
            -> [rounding learnt] -> [biases corrected] -> weights on their grid -> measured
 
-Where activations stay in floating point, the quantizers are taken off at the end, and what is left is weights
-that are stored in few bits.
+If activations stay in floating point (--weight-only), the quantizers are removed at the end; the weights keep
+their rounded values and are stored in few bits.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     """Quantize a copy of the network.
 
     Raises:
-        QuantizationError: if nothing is left to quantize.
+        QuantizationError: if there is nothing to quantize.
         UsageError: if images are needed and there are none, or a pattern matches nothing.
     """
     source = open_source(options.data, checkpoint, context)
@@ -71,6 +71,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         bits, sensitivity, more = searched_bits(product, options, source, context)
         notes += more
     planned = plan(product, options, bits)
+    # Before they are rounded, to report the errors.
     floats = float_weights(product, planned)
     product = attached(product, planned)
     activations, images, more = _calibrated(product, planned, options, source, context)
@@ -84,6 +85,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         assert held is not None
         held.state.method, held.state.observing = str(options.method), observing(options)
         held.state.images = images
+        # The ranges were found with the rounded weights.
         product = in_step(product, context.tables)
     else:
         product, others, skipped = _weights_alone(product, checkpoint, planned, options, context)
@@ -159,15 +161,15 @@ def _calibrated(
 def _corrected(
     product: Checkpoint, planned: Plan, options: QuantizeOptions, source: DataSource | None, context: Context
 ) -> list[str]:
-    """Biases and rounding fitted to images."""
+    """Fit rounding and biases to images, as the options say; returns notes."""
     asked, notes = options.calibration, []
     if not (asked.bias_correction or options.rounding is Rounding.ADAROUND):
         return []
     assert source is not None
     served, used = calibration_images(product, source, asked.images, options.data, context)
-    # Every layer passes over them: they are not read and decoded again each time.
+    # Held in memory, because every layer passes over them.
     images = list(served)
-    # Outputs are compared with those of the network whose weights and biases nobody has changed yet.
+    # Outputs are compared with those of the network before any rounding or bias was changed.
     reference = copied(product.model)
     if options.rounding is Rounding.ADAROUND:
         learned = adaround(
@@ -195,13 +197,7 @@ def _corrected(
 def tensor_reports(
     before: Checkpoint, product: Checkpoint, floats: Mapping[str, Tensor]
 ) -> tuple[TensorReport, ...]:
-    """What became of the weights that have a quantizer.
-
-    Args:
-        before: the checkpoint that came in.
-        product: with settled weights.
-        floats: the weights before, by name.
-    """
+    """Report on the weights that have a quantizer; ``floats`` are their values before, by name."""
     found = []
     aliases = names_by_place(product.model)
     for name, parameter, quantizer, _ in quantized_weights(product.model):
@@ -227,7 +223,7 @@ def tensor_reports(
 def _weights_alone(
     product: Checkpoint, before: Checkpoint, planned: Plan, options: QuantizeOptions, context: Context
 ) -> tuple[Checkpoint, tuple[TensorReport, ...], tuple[Skipped, ...]]:
-    """Take the quantizers off; store what no layer takes in integers of the same bits."""
+    """Remove the quantizers; store weights that no layer uses as integers of the same bits."""
     held = quantizers_of(product.model)
     assert held is not None
     taken = {name for name in held.state.weights if held.quantizer(weight_key(name)) is not None}

@@ -1,4 +1,4 @@
-"""From options to quantizers: which layers and activations get one, with how many bits, and of which kind."""
+"""From options to quantizers: which weights and activations get one, of which kind, with how many bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from cctool.quantization.network.points import CallPoint, WeightPoint
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.transforms.codec.taps import bypassed
 
+# Of first and last layers with --edges 8.
 _EDGE_BITS = 8
+# Of the moving average of an activation's range while the network trains.
 _MOMENTUM = 0.99
 
 
@@ -32,11 +34,11 @@ class Plan:
     """What is quantized how.
 
     Attributes:
-        flow: of the network.
-        points: where.
+        flow: calls of one forward pass, and the tensors between them.
+        points: layers and activations that could be quantized.
         weights: quantizers by the weight's name.
-        activations: quantizers by where they act.
-        left: what stays in floating point, and why.
+        activations: quantizers by activation.
+        left: layers and activations that stay in floating point, and why.
     """
 
     flow: Flow
@@ -47,7 +49,7 @@ class Plan:
 
     @property
     def layers(self) -> tuple[PlacedLayer, ...]:
-        """Layers whose weight is quantized, each weight once."""
+        """Layers whose weight is quantized; of layers that share a weight the first."""
         first: dict[str, PlacedLayer] = {}
         for layer in self.points.layers:
             if layer.weight in self.weights:
@@ -56,16 +58,13 @@ class Plan:
 
 
 def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, int] | None = None) -> Plan:
-    """Decide what is quantized how.
+    """Decide what is quantized how, in a network without quantizers.
 
-    Args:
-        checkpoint: of a network without quantizers.
-        options: of the run.
-        bits: of single weights by name, which hold before everything else.
+    ``bits`` by the weight's name, as a search has chosen them, overrule the options.
 
     Raises:
         UsageError: if a pattern matches no layer.
-        QuantizationError: if nothing is left to quantize.
+        QuantizationError: if there is nothing to quantize.
     """
     model = checkpoint.model
     with bypassed(model):
@@ -78,6 +77,7 @@ def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, in
         raise QuantizationError("the network has no convolution and no linear layer to quantize")
     refuse_unmatched(patterns, known, "layer")
     weights, left = _weights(points, options, bits or {})
+    # An activation that only layers in floating point take stays in floating point, too.
     floats = {layer.place for layer in points.layers if layer.weight not in weights}
     activations = {
         activation: config
@@ -100,7 +100,7 @@ def _way(options: QuantizeOptions) -> Way:
 
 
 def _names(layer: PlacedLayer) -> tuple[str, ...]:
-    """What a pattern may call a layer: its module, or its weight."""
+    """Names that a pattern may match: the layer's module, the weight's module, and the weight."""
     owner = layer.weight.rpartition(".")[0]
     return tuple(dict.fromkeys((layer.place.module, owner, layer.weight)))
 
@@ -125,6 +125,7 @@ def _weights(
         elif layer.weight not in found:
             config = _weight_config(layer, options, bits.get(layer.weight))
             channels = None if config.axis is None else layer.shape[config.axis]
+            # With one scale for all channels the weight is rounded as if the batch norm were folded in.
             folded = config.method == "uniform" and config.axis is None and layer.axis == 0
             norm = layer.norm if folded else None
             found[layer.weight] = WeightPoint(config=config, channels=channels, norm=norm)
@@ -132,7 +133,7 @@ def _weights(
 
 
 def _unwanted(layer: PlacedLayer, options: QuantizeOptions) -> str:
-    """Why a layer stays in floating point; "" where it does not."""
+    """Why a layer stays in floating point; "" if it does not."""
     given = _override(layer, options)
     if any(_matches(pattern, layer) for pattern in options.exclude):
         return "--exclude"
@@ -146,12 +147,12 @@ def _unwanted(layer: PlacedLayer, options: QuantizeOptions) -> str:
 
 
 def _edge(layer: PlacedLayer, options: QuantizeOptions) -> Edges | None:
-    """What ``--edges`` says of a layer; None where activations are not quantized, and for inner layers."""
+    """What ``--edges`` says of a first or last layer; None for others, and for weights alone."""
     return options.effective_edges if options.activations and (layer.first or layer.last) else None
 
 
 def fixed_bits(layer: PlacedLayer, options: QuantizeOptions) -> int | None:
-    """Bits that options give one layer, by its name or as an edge of the network; None where they do not."""
+    """Bits that the options give one layer by name or as a first or last layer; None if they do not."""
     given = _override(layer, options)
     if given is not None and given.weights is not None:
         return given.weights
@@ -167,7 +168,7 @@ def _weight_config(layer: PlacedLayer, options: QuantizeOptions, searched: int |
     elif given is not None and given.weights is not None:
         bits = given.weights
     elif _edge(layer, options) is Edges.EIGHT:
-        # What a method of few bits does to the first and last layer is not for their 8.
+        # Methods for few bits have no use at 8: first and last layers get a plain uniform quantizer.
         uniform, per_channel = uniform or bits != _EDGE_BITS, per_channel or not uniform
         bits = _EDGE_BITS
     axis = layer.axis if per_channel else None
@@ -182,7 +183,7 @@ def _weight_config(layer: PlacedLayer, options: QuantizeOptions, searched: int |
         symmetric=not options.asymmetric,
         narrow=not options.asymmetric,
         axis=axis,
-        # With fewer bits the range of least error is not that of the weight.
+        # With few bits the range of least error is narrower than the weight's; None keeps it in training.
         momentum=0.0 if bits >= _EDGE_BITS or method is QuantizeMethod.QAT else None,
         reduce_range=reduced,
     )
@@ -198,6 +199,7 @@ def _activation(activation: Activation, points: Points, options: QuantizeOptions
         and override.activations is not None
     ]
     if given:
+        # Layers that share an input share its quantizer: the one that wants most bits decides.
         bits = max(given)
     elif activation.edge and options.effective_edges is Edges.FLOAT:
         return None
@@ -228,7 +230,7 @@ def _uniform(bits: int, options: QuantizeOptions) -> QuantizerConfig:
 
 
 def _other_weights(model: nn.Module, layers: Mapping[str, Any]) -> list[Left]:
-    """Parameters of two or more dimensions that no convolution and no linear layer takes."""
+    """Parameters of two or more dimensions that no convolution or linear layer uses."""
     return [
         Left(name, "no convolution and no linear layer takes it")
         for name, parameter in model.named_parameters()
@@ -237,7 +239,7 @@ def _other_weights(model: nn.Module, layers: Mapping[str, Any]) -> list[Left]:
 
 
 def attach_plan(model: nn.Module, planned: Plan) -> None:
-    """Attach the quantizers of a plan to a network, in place; ranges are not set."""
+    """Attach the quantizers of a plan to a network, in place, without ranges."""
     calls: dict[CallSite, dict[str, Any]] = {}
     for layer in planned.points.layers:
         if layer.weight in planned.weights:

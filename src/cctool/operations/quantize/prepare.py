@@ -1,4 +1,4 @@
-"""The network that is to be quantized: in floating point, with ordinary layers, its quantizers attached."""
+"""Prepare a network for quantization: floating point, ordinary layers, quantizers attached and calibrated."""
 
 from __future__ import annotations
 
@@ -30,15 +30,9 @@ from cctool.transforms.layers.base import swapped_layers
 
 
 def in_floats(checkpoint: Checkpoint, context: Context, *, ordinary: bool) -> tuple[Checkpoint, list[str]]:
-    """A copy without quantizers, whose weights are what the quantizers made of them.
+    """A copy without quantizers, whose weights have the values that the quantizers gave, and notes.
 
-    Args:
-        checkpoint: any.
-        context: says what becomes of stored tensors.
-        ordinary: whether ordinary layers take the place of swapped ones, too.
-
-    Returns:
-        The copy, and what the history should say.
+    With ``ordinary`` layers in a transform domain become ordinary ones, too.
     """
     notes = []
     product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
@@ -55,6 +49,7 @@ def in_floats(checkpoint: Checkpoint, context: Context, *, ordinary: bool) -> tu
         product = replace(product, spec=with_quantizers(product.spec, model), stored={})
     swapped = swapped_layers(model)
     if ordinary and swapped:
+        # The plain network has no codecs: they are taken off before, and put on again after.
         taps = drop_taps(model)
         product = events.plain_checkpoint(replace(product, model=model))
         set_taps(product.model, taps)
@@ -68,7 +63,7 @@ def in_floats(checkpoint: Checkpoint, context: Context, *, ordinary: bool) -> tu
 
 
 def attached(checkpoint: Checkpoint, planned: Plan) -> Checkpoint:
-    """The checkpoint with the quantizers of a plan, those of weights with their ranges; changed in place."""
+    """The checkpoint with a plan's quantizers attached in place; those of weights have their ranges."""
     model = checkpoint.model
     attach_plan(model, planned)
     for _, parameter, quantizer, fold in quantized_weights(model):
@@ -77,13 +72,13 @@ def attached(checkpoint: Checkpoint, planned: Plan) -> Checkpoint:
 
 
 def observing(options: QuantizeOptions) -> Observing:
-    """How ranges of activations are found."""
+    """The options by which ranges of activations are found."""
     asked = options.calibration
     return Observing(observer=asked.observer, percentile=asked.percentile, deviations=asked.deviations)
 
 
 class _Watching:
-    """An observer, and how low values go."""
+    """An observer that also remembers the smallest finite value."""
 
     def __init__(self, observer: RangeObserver) -> None:
         self.observer = observer
@@ -105,15 +100,10 @@ class _Watching:
 def calibrated(
     model: nn.Module, planned: Plan, images: Iterable[Tensor], observing: Observing
 ) -> tuple[ActivationReport, ...]:
-    """Find the ranges of a plan's activations, in place.
+    """Find the ranges of a plan's activations in place, on batches that can be iterated several times.
 
-    Integers get a sign where values have one and there is no zero point. LSQ's steps begin as its paper says.
-
-    Args:
-        model: with the plan's quantizers.
-        planned: see `quantize_points.plan`.
-        images: batches on the model's device, again each time they are iterated.
-        observing: how ranges are found.
+    Symmetric quantizers of activations with negative values become signed. The steps of LSQ start as its
+    paper says.
     """
     held = quantizers_of(model)
     assert held is not None
@@ -128,6 +118,7 @@ def calibrated(
         return observers[key]  # type: ignore[return-value]
 
     observe(model, images, make)
+    # Signs first: they need other quantizers, which then get the ranges.
     for key, watching in observers.items():
         activation, config = chosen[key]
         if config.symmetric and watching.negative and config.method in ("uniform", "lsq"):
@@ -147,7 +138,7 @@ def calibrated(
 
 
 def reported(model: nn.Module, planned: Plan) -> tuple[ActivationReport, ...]:
-    """How the activations of a plan are quantized now."""
+    """Report on the activations of a plan as they are quantized now."""
     held = quantizers_of(model)
     assert held is not None
     return tuple(
@@ -176,11 +167,12 @@ def _initialise(model: nn.Module, keys: set[str], images: Iterable[Tensor]) -> N
     with torch.no_grad(), following_values(model, follow):
         for batch in images:
             model(batch)
+            # The paper sets the step from the first batch.
             return
 
 
 def _clipped(model: nn.Module, keys: set[str], images: Iterable[Tensor]) -> dict[str, float]:
-    """Percent of the values at each place that lie more than half a step outside its range."""
+    """Percent of the values of each activation that are more than half a step outside its range."""
     held = quantizers_of(model)
     assert held is not None
     ends = {key: _ends(quantizer) for key in keys if (quantizer := held.quantizer(key)) is not None}
@@ -201,7 +193,7 @@ def _clipped(model: nn.Module, keys: set[str], images: Iterable[Tensor]) -> dict
 
 
 def _ends(quantizer: Quantizer) -> tuple[float, float, float]:
-    """Smallest and largest value of a grid, and half a step."""
+    """Smallest and largest value of a quantizer's grid, and half a step; zeros without a uniform grid."""
     grid = quantizer.grid()
     if grid is None:
         return 0.0, 0.0, 0.0

@@ -1,4 +1,4 @@
-"""What `cctool quantize` found out."""
+"""The report of `cctool quantize`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class TensorReport:
 
     Attributes:
         name: its first name.
-        tied: its further names.
+        tied: other names of the same tensor.
         shape: of the tensor.
         encoding: how it is stored now.
-        bits: of a value; None where it is stored dense.
+        bits: per value; None if it is stored dense.
         bytes_before: as it was stored.
-        bytes_after: as it is stored now, ranges included.
-        max_error: largest absolute difference to the value before.
-        sqnr_db: signal to quantization noise, 10 log10(sum w^2 / sum (w - w')^2); None where nothing changed.
+        bytes_after: as it is stored now, scales included.
+        max_error: largest absolute difference to the earlier values.
+        sqnr_db: signal to quantization noise, 10 log10(sum w^2 / sum (w - w')^2); None without noise.
     """
 
     name: str
@@ -48,14 +48,14 @@ class ActivationReport:
     """How one activation is quantized.
 
     Attributes:
-        name: of the module whose call it is.
-        what: the function, and whether it is what that takes in or puts out.
+        name: of the module that makes the call.
+        what: the function that is called, and whether it is its input or output.
         method: of its quantizer.
-        bits: of an integer.
-        low: smallest value that is told apart.
-        high: largest value.
-        clipped: percent of the values of calibration that lie outside; None where none were looked at.
-        nonfinite: infinities and NaN that calibration left out.
+        bits: per value.
+        low: smallest value of the grid.
+        high: largest value of the grid.
+        clipped: percent of the values of calibration outside of the grid; None without calibration.
+        nonfinite: number of infinities and NaN that calibration left out.
     """
 
     name: str
@@ -74,8 +74,8 @@ class SensitivityReport:
 
     Attributes:
         layer: its name.
-        bits: tried.
-        damage: how far the outputs move, see `quantize_search`.
+        bits: that were tried.
+        damage: change of the network's outputs, see `sensitivity.damage_between`.
         bytes: of its weight.
         chosen: whether these bits were chosen.
     """
@@ -92,18 +92,18 @@ class QuantizeReport:
     """What one quantization did.
 
     Attributes:
-        method: name of the method.
+        method: its name.
         tensors: weights that were quantized.
         skipped: tensors that were not, and why.
         activations: that are quantized.
         left: layers and activations that stay in floating point, and why.
-        calibrated_on: training images that ranges were found on.
-        bytes_before: of all tensors of the network as they were stored.
-        bytes_after: of all tensors as they are stored now.
-        metrics_before: of the network that came in.
-        metrics_after: of the network that goes out.
-        sensitivity: what the choice of bits was made from.
-        notes: what else is worth knowing.
+        calibrated_on: number of training images that ranges were found on.
+        bytes_before: of all tensors of the input as stored.
+        bytes_after: of all tensors of the product as stored.
+        metrics_before: of the input network.
+        metrics_after: of the product.
+        sensitivity: from which bits were chosen.
+        notes: for the history.
     """
 
     method: str
@@ -122,6 +122,7 @@ class QuantizeReport:
 
 def errors_between(before: Tensor, after: Tensor) -> tuple[float, float | None]:
     """Largest absolute difference, and the signal to quantization noise in dB; None without noise."""
+    # In float64, in which the differences of float32 values are exact or nearly so.
     signal = before.detach().double().cpu()
     noise = signal - after.detach().cpu()
     power = float(noise.square().sum())
@@ -131,17 +132,18 @@ def errors_between(before: Tensor, after: Tensor) -> tuple[float, float | None]:
 
 
 def counted(skipped: Sequence[Skipped]) -> list[str]:
-    """A line for each reason why tensors were left alone."""
+    """A note for each reason why tensors were not quantized."""
     counts = Counter(item.reason for item in skipped)
     return [f"left alone: {n} tensors ({reason})" for reason, n in counts.items()]
 
 
 def in_floating_point(left: Sequence[Left]) -> list[str]:
-    """A line for each reason why layers and activations stay in floating point."""
+    """A note for each reason why layers and activations stay in floating point."""
     counts = Counter(item.reason for item in left)
     return [f"left in floating point: {n} ({reason})" for reason, n in counts.items()]
 
 
+# Rows that are shown of what stays in floating point.
 _MOST = 40
 _TENSORS = ("tensor", "shape", "stored as", "bits", "bytes before", "bytes after", "max error", "SQNR dB")
 _ACTIVATIONS = ("module", "value", "quantizer", "bits", "low", "high", "clipped %")
@@ -149,7 +151,7 @@ _SENSITIVITY = ("layer", "bits", "damage", "bytes", "chosen")
 
 
 def told(report: Any) -> Iterator[Told]:
-    """Tables of weights, activations, sensitivity and what stayed in floats; sizes, notes and metrics."""
+    """Tables of weights, activations, sensitivity and what stays in floating point; sizes, notes, metrics."""
     if report.tensors:
         yield (
             "weights",

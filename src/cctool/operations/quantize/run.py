@@ -1,7 +1,7 @@
 """`cctool quantize`: compute and store in fewer bits.
 
-Each kind of method has a file: weights that are stored (`stored`), integers that are calibrated
-(`calibrated`), quantizers that are trained (`trained`).
+Each kind of method has a module: weights that are only stored in few bits (`stored`), integers that are
+calibrated (`calibrated`), and quantizers that are trained (`trained`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     """Quantize a copy of the network; yields one product.
 
     Raises:
-        QuantizationError: if nothing is chosen, or a tensor cannot be stored so.
+        QuantizationError: if nothing is selected, or a tensor cannot be stored in the method's encoding.
         UsageError: if a pattern matches nothing, or images are needed and there are none.
-        DataError: if the data that was named cannot be opened.
+        DataError: if the data set that was given cannot be opened.
     """
     trained = options.method in TRAINED
     if trained or (options.method is QuantizeMethod.CODEBOOK and options.epochs):

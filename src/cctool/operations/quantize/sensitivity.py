@@ -1,8 +1,8 @@
-"""Bits for each layer, from how much the outputs move when one layer alone is quantized.
+"""The bits of each layer, chosen by how much the outputs change if this layer alone is quantized.
 
-The damage of a layer with so many bits is the mean Kullback-Leibler divergence of the network's predictions
-from those in floating point, on training images; outputs that are no logits have their mean squared error
-relative to the mean square instead. Weights are rounded to nearest for this, and activations are left.
+The damage of a layer at a number of bits is the mean Kullback-Leibler divergence of the network's predictions
+from those in floating point, on training images; for outputs other than logits it is the mean squared error
+relative to the mean square. Weights are rounded to nearest for it, and activations are not quantized.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from cctool.quantization.network.edit import with_quantizers
 from cctool.quantization.network.points import CallPoint, weight_key
 
 _MOST_IMAGES = 256
-"""Images that damages are measured on: as many passes over them are needed as layers have choices."""
+"""Images that damages are measured on, few because each choice of each layer needs a pass over them."""
 
 
 def searched_bits(
@@ -46,16 +46,12 @@ def searched_bits(
 ) -> tuple[dict[str, int], tuple[SensitivityReport, ...], list[str]]:
     """Choose the bits of each layer, for ``--target`` or ``--max-drop``.
 
-    Layers whose bits are given keep them: by ``--layer``, or as a first or last layer with ``--edges 8``.
-
-    Args:
-        product: in floating point, on the device; it stays as it is.
-        options: one of the two goals, and the choices.
-        source: opened for it: training images tell damages, validation images the drop.
-        context: device, seed, reporter.
+    Layers whose bits are given (by ``--layer``, or as a first or last layer with ``--edges 8``) keep them.
+    ``product`` is in floating point on the device, and is not changed. Damages are measured on training
+    images, the drop on validation images.
 
     Returns:
-        Bits by the weight's name, the damages that they were chosen from, and what the history should say.
+        Bits by the weight's name, the damages that they were chosen from, and notes.
 
     Raises:
         UsageError: if the data lack images that are needed.
@@ -88,21 +84,22 @@ def searched_bits(
 
 
 def damage_between(outputs: Tensor, wanted: Tensor) -> float:
-    """How far outputs have moved, 0 or more; infinite where they are not finite.
+    """How much outputs differ from ``wanted``, 0 or more; infinite if they are not finite.
 
     Args:
-        outputs: logits (N, C, ...) of two classes or more, or anything else.
-        wanted: of the same shape, in floating point.
+        outputs: logits (N, C, ...) of two or more classes, or other outputs.
+        wanted: of the same shape, those of the network in floating point.
 
     Returns:
-        The mean over images and places of KL(softmax(wanted) || softmax(outputs)); of other outputs the mean
-        squared error divided by the mean square of ``wanted``.
+        The mean over images and positions of KL(softmax(wanted) || softmax(outputs)); for other outputs the
+        mean squared error divided by the mean square of ``wanted``.
     """
     if not bool(torch.isfinite(outputs).all()):
         return math.inf
     outputs, wanted = outputs.double(), wanted.double()
     if wanted.dim() < 2 or wanted.shape[1] < 2:
         return float((outputs - wanted).square().mean() / wanted.square().mean().clamp(min=1e-30))
+    # Rounding errors can make the divergence of nearly equal predictions slightly negative.
     p, q = wanted.log_softmax(1), outputs.log_softmax(1)
     return max(0.0, float(F.kl_div(q, p, log_target=True, reduction="none").sum(1).mean()))
 
@@ -114,10 +111,11 @@ def _sizes(
     tried: Sequence[int],
     context: Context,
 ) -> tuple[dict[tuple[str, int], int], int]:
-    """Bytes in a file by weight and bits, and of everything that does not depend on the choice."""
+    """Bytes in a file by weight and bits, and bytes of everything that does not depend on the choice."""
     weights: dict[tuple[str, int], int] = {}
     others = 0
     for bits in tried:
+        # On the CPU, where products are encoded.
         trial = replace(product, model=copied(product.model).cpu())
         trial = attached(trial, plan(trial, options, dict.fromkeys(names, bits)))
         trial = events.stored(trial, context.tables)
@@ -127,6 +125,7 @@ def _sizes(
             parts = [dense[name]] if form is None else list(form.parts.values())
             weights[name, bits] = sum(part.numel() * part.element_size() for part in parts)
         if not options.activations:
+            # The product then has no quantizers, whose scales would be counted here.
             detach(trial.model)
         others = stored_bytes(trial) - sum(weights[name, bits] for name in names)
     return weights, others
@@ -141,9 +140,10 @@ def _damages(
     images: Sequence[Tensor],
     context: Context,
 ) -> dict[tuple[str, int], float]:
-    """Damage by weight and bits; quantizers are attached meanwhile and taken off again."""
+    """Damage by weight and bits; quantizers are attached for it and removed again."""
     model = product.model
     found: dict[tuple[str, int], float] = {}
+    # All layers of one number of bits in a row: attaching quantizers costs more than switching them on.
     pairs = [(bits, name) for bits in tried for name in names]
     present = 0
     with in_eval_mode(model):
@@ -161,7 +161,7 @@ def _damages(
 
 
 def _attach_weights(product: Checkpoint, options: QuantizeOptions, names: Sequence[str], bits: int) -> None:
-    """Attach quantizers of weights with these bits, in place of all that there are."""
+    """Attach weight quantizers of these bits, replacing all that are attached."""
     model = product.model
     detach(model)
     planned = plan(product, options, dict.fromkeys(names, bits))
@@ -176,7 +176,7 @@ def _attach_weights(product: Checkpoint, options: QuantizeOptions, names: Sequen
 
 
 def _outputs(model: nn.Module, batch: Tensor) -> Tensor:
-    """The first floating-point tensor that the network puts out."""
+    """The first floating-point tensor among the network's outputs."""
     found = next((t for t in tensors_in(model(batch)) if t.is_floating_point()), None)
     if found is None:
         raise QuantizationError("the network puts out no floating-point tensor to compare")
@@ -226,7 +226,7 @@ def _within_drop(
 def _drop(
     product: Checkpoint, options: QuantizeOptions, source: DataSource, context: Context
 ) -> Callable[[Assignment], float]:
-    """Measures points of validation top-1 lost, with activations quantized where they will be."""
+    """A function that measures lost points of validation top-1, activations quantized as in the product."""
     before = measured(product, source, options.data, context, split="validation")
     if "top1" not in before.values:
         raise UsageError("--max-drop needs top-1, and the network's outputs are no logits")

@@ -1,6 +1,6 @@
-"""`cctool quantize`: store weights in fewer bits; the network goes on with the values that are left.
+"""`cctool quantize`: store weights in fewer bits; the network computes with the decoded values.
 
-The numbers come out the same on every device: tensors are encoded on the CPU, where division is exact.
+Tensors are encoded on the CPU, where division is correctly rounded: all devices give the same numbers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ METHODS: dict[QuantizeMethod, Encoding] = {
 
 
 def _parameters(item: SelectedTensor, options: QuantizeOptions, seed: int) -> dict[str, JsonValue]:
-    """What the encoding of the options' method is told of one tensor."""
+    """Parameters of the method's encoding for one tensor."""
     method, bits, axis = options.method, options.bits, item.channels if options.channelwise else None
     if method in (QuantizeMethod.FP16, QuantizeMethod.BF16):
         return {}
@@ -60,12 +60,12 @@ def _parameters(item: SelectedTensor, options: QuantizeOptions, seed: int) -> di
 
 
 def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> Iterator[Outcome]:
-    """Quantize the chosen tensors of a copy of the network.
+    """Quantize the selected tensors of a copy of the network.
 
     Raises:
-        QuantizationError: if nothing is chosen, or a tensor cannot be stored so.
+        QuantizationError: if nothing is selected, or a tensor cannot be stored in the method's encoding.
         UsageError: if a pattern matches nothing.
-        DataError: if the data that was named cannot be opened.
+        DataError: if the data set that was given cannot be opened.
     """
     selected, skipped = select(
         checkpoint.model, include_1d=options.include_1d, include=options.include, exclude=options.exclude
@@ -75,7 +75,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         raise QuantizationError(f"nothing is left to quantize: {reasons or 'the network has no tensors'}")
     source = open_source(options.data, checkpoint, context)
     before = measured_splits(checkpoint, source, options.data, context)
-    # Optimizer state belongs to the values before.
+    # The state of the optimizer belongs to the earlier values.
     product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
     product, reports = encode_selected(product, checkpoint, selected, options, context)
     product, followed = events.changed(product, source, options.data, context)
@@ -101,20 +101,17 @@ def encode_selected(
     options: QuantizeOptions,
     context: Context,
 ) -> tuple[Checkpoint, list[TensorReport]]:
-    """Store tensors by the method of the options; the model gets the values that are left.
+    """Encode selected tensors by the options' method; the product's model gets the decoded values in place.
 
-    Args:
-        product: its model is changed in place.
-        before: the checkpoint that came in, whose forms count as the bytes before.
-        selected: tensors, of any network that has them under the same names.
-        options: method and its settings.
-        context: tables, reporter.
+    ``before`` is the input, whose stored forms count as the bytes before. ``selected`` may be tensors of
+    another network with the same names.
     """
     stored = dict(product.stored)
     state = product.model.state_dict()
     masks = masks_by_place(product.model)
     reports = []
     for item in context.reporter.progress(selected, "quantizing", len(selected)):
+        # The selection may come from another network; the values are the product's.
         own = replace(item, tensor=state[item.names[0]])
         encoded, found = _quantized(
             own, masks.get(place(own.tensor)), before.stored.get(item.names[0]), options, context
@@ -137,15 +134,10 @@ def encoded_directly(
     done: Collection[str],
     left: Collection[str],
 ) -> tuple[Checkpoint, tuple[TensorReport, ...], tuple[Skipped, ...]]:
-    """Store what no layer's quantizer has taken: tensors of other modules, and 1-D ones where asked.
+    """Encode tensors that have no quantizer: those of other modules, and 1-D ones if the options say so.
 
-    Args:
-        product: its model is changed in place.
-        before: the checkpoint that came in.
-        options: method and its settings.
-        context: tables, reporter.
-        done: names of tensors that are stored already.
-        left: names of layers that the user left out.
+    ``done`` names tensors that are stored already, ``left`` layers that the user excluded. Otherwise as
+    `encode_selected`.
     """
     chosen, skipped = select(product.model, include_1d=options.include_1d)
     kept_out = [

@@ -1,7 +1,7 @@
-"""`cctool quantize` with training: quantizers in the loop, or codebooks whose entries move.
+"""`cctool quantize` with training: with quantizers in the forward pass, or codebooks whose entries move.
 
-The float weights stay what is trained; quantizers round them in every pass. At the end the weights get the
-values that they were rounded to, and the file the integers.
+Training changes the float weights, which quantizers round in every pass. At the end the weights get the
+rounded values, and the file the integers.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from cctool.training.objectives import Objective
 
 
 def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> Iterator[Outcome]:
-    """Quantize a copy of the network and train it so.
+    """Quantize a copy of the network and train it.
 
     Raises:
         UsageError: if there are no training images, or a pattern matches nothing.
-        QuantizationError: if nothing is left to quantize.
+        QuantizationError: if there is nothing to quantize.
         TrainingError: if training diverges.
     """
     source = require_source(options.data, checkpoint, context, "quantize")
@@ -86,10 +86,10 @@ def _quantizers(
     if options.epochs:
         product = _trained(product, options, source, objective, context)
     product = settled(replace(product, resume=None), context.tables)
-    # Of weights alone: masks are stored around what quantizers make of them.
+    # Before the followers, which store masked weights together with the bits of their masks.
     tensors = tensor_reports(checkpoint, product, floats)
     product, followed = events.trained(product, source, options.data, context)
-    # What followers say is of a training.
+    # Followers are told of a training even with --epochs 0; their notes would then be wrong.
     notes += followed if options.epochs else ()
     return product, {
         "tensors": tensors,
@@ -145,6 +145,7 @@ def _constraints(model: nn.Module, options: QuantizeOptions) -> tuple[Constraint
     held = quantizers_of(model)
     if held is None or options.method is not QuantizeMethod.PACT:
         return ()
+    # The paper of PACT decays its clipping levels.
     levels = [
         parameter
         for _, quantizer in held.named()
@@ -171,6 +172,7 @@ def _codebooks(
     forms = events.forms_of(product)
     product.model.to(context.device)
     product = _trained(product, options, source, objective, context, forms)
+    # Encodings are made on the CPU.
     product.model.to("cpu")
     product, notes = events.changed(product, source, options.data, context, forms)
     found = {"tensors": tuple(tensors), "skipped": tuple(skipped), "notes": (*counted(skipped), *notes)}

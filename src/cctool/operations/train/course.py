@@ -116,6 +116,7 @@ def _fit(
         context.reporter.warn(f"interrupted; {_left(folder, context)}")
         raise
     except CctoolError as error:
+        # Of the same class, which decides the exit status.
         raise type(error)(f"{error}; {_left(folder, context)}") from error
     if not result.completed:
         if options.run.nodes == 1 or node_rank() == 0:
@@ -242,6 +243,7 @@ def _resumed(verb: str, checkpoint: Checkpoint, options: Any, context: Context, 
 
 def _refuse_other_classes(checkpoint: Checkpoint, source: DataSource, options: Any) -> None:
     width = _width(checkpoint)
+    # The user's own loss may use outputs and labels in another way.
     if options.fit.loss is None and width is not None and width < len(source.classes):
         raise DataError(
             f"{source.reference} has {len(source.classes)} classes, the network tells {width} "

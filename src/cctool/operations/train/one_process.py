@@ -89,6 +89,7 @@ def fit_here(
             f"{source.reference} has no validation split: the last epoch counts as the best"
         )
     first = int(str(start.resume.state["epoch"])) if start.resume else 0
+    # Only the first process writes logs.
     logs = open_logs(options, context, folder, first) if fabric.is_global_zero else ()
     measure = partial(
         _measure, feed=feed, split="validation", options=options, context=context, group=group_of(fabric)

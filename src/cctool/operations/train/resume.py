@@ -49,6 +49,7 @@ def refuse_other_options(earlier: Step, verb: str, now: Mapping[str, JsonValue],
         raise TrainingError(f"this training was begun by `cctool {earlier.verb}`: go on with that")
     then_flat, now_flat = flat(earlier.options), flat(now)
     for options in (then_flat, now_flat):
+        # Without --data the remembered data set counts, which --data may name the other time.
         options["data.data"] = options.get("data.data") or data
     free = set(_FREE)
     if then_flat.get("fit.schedule") in _LENGTH_FREE:

@@ -68,6 +68,7 @@ class RunFolder:
             if not resume:
                 self._clean()
             self.path.mkdir(exist_ok=True)
+            # Appended, because a resumed training has several commands.
             with (self.path / "command.txt").open("a", encoding="utf-8") as stream:
                 stream.write(f"{shlex.join(sys.argv)}\n")
             text = json.dumps(_environment(device), indent=2)

@@ -78,6 +78,7 @@ def distillation(
 def _named(checkpoint: Checkpoint, options: TeacherOptions, context: Context) -> ModelOptions:
     if options.model != ModelOptions() or checkpoint.origin is None or not Path(options.path).is_file():
         return options.model
+    # Equal checksums: the teacher is the file that the student was opened from.
     same, _ = verify_checksum(Path(options.path))
     return context.model_options if same == checkpoint.origin.file else options.model
 
@@ -110,6 +111,7 @@ class Teacher:
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (N, classes) in float32 for normalised images (N, C, H, W)."""
         with torch.no_grad(), autocast(images.device, self._precision):
+            # Auxiliary outputs are not imitated.
             return main_output(self.model(self._converted(images))).float()
 
     def _converted(self, images: Tensor) -> Tensor:

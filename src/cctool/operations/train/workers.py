@@ -34,6 +34,7 @@ from cctool.training.resume.progress import EpochRow, best_of
 
 # Seconds to wait for the cause of a failure, after the first worker has failed.
 _PATIENCE = 3.0
+# Variables by which the machines find the first one, and know their number.
 _PLACE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 
 _Heard = queue.Queue[tuple[int, dict[str, Any]]]
@@ -125,6 +126,7 @@ def _environment(run: RunOptions, device: torch.device) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // run.devices)
     package = str(Path(cctool.base.errors.__file__).parents[1])
     return {
+        # The user's own setting, in the environment, wins.
         "OMP_NUM_THREADS": str(threads),
         **os.environ,
         "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1") if run.nodes > 1 else "127.0.0.1",
@@ -132,6 +134,7 @@ def _environment(run: RunOptions, device: torch.device) -> dict[str, str]:
         "WORLD_SIZE": str(run.processes),
         "LOCAL_WORLD_SIZE": str(run.devices),
         "GROUP_RANK": str(node_rank() if run.nodes > 1 else 0),
+        # Workers import this very package, even if it is not installed.
         "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
     }
 

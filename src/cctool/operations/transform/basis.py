@@ -100,6 +100,7 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     selected, skipped = _selected(checkpoint, options.weights.layers)
     source = open_source(options.data, checkpoint, context)
     before = measured_splits(checkpoint, source, options.data, context)
+    # Sizes as in a file, before the layers are replaced in place.
     stored = events.stored(checkpoint, context.tables, settle=False)
     bytes_before, parameters_before = stored_bytes(stored), _parameters(checkpoint.model)
     layers_before = {
@@ -179,6 +180,7 @@ def _changed(
     )
     spec = with_swaps(checkpoint.spec, model).with_edits(swaps)
     names = {name for item in selected for name in item.names}
+    # Modules between complex layers are replaced, too.
     names |= {swap.module for swap in swaps}
     # Forms of replaced tensors are of values that are gone.
     stored = {name: form for name, form in checkpoint.stored.items() if name.rpartition(".")[0] not in names}

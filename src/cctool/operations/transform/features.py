@@ -157,6 +157,7 @@ def codec_configs(options: TransformOptions, sites: Sequence[Site], images: int)
     features, kernel = options.features, options.kernel
     plain = kernel == "identity" and not features.channel_klt
     tables = None if plain and features.q_table is None else _tables(options)
+    # With auto, calibration changes unsigned to offset for maps with negative values.
     auto = features.prequantizer is Prequantizer.AUTO
     calibrated: list[Any] = ["k"] if features.k is None else []
     calibrated += ["prequantizer"] if auto else []

@@ -16,6 +16,7 @@ from cctool.checkpoint.spec import Metrics
 from cctool.operations.context import Context, header, refuse_existing
 from cctool.transforms.codec.figures import TapFigures
 
+# Common file systems allow names of 255 bytes, suffix included.
 _LONGEST_STEM = 120
 
 

@@ -105,6 +105,7 @@ def search_quality(
     Returns:
         The quality found, and all trials in order. If even quality 1 does not reach the ratio, quality 1.
     """
+    # The ends first: either may decide without bisection.
     tried = [measure(HIGHEST)]
     if tried[0].ratio >= ratio:
         return tried[0], tuple(tried)
@@ -188,6 +189,7 @@ def sweep_qualities(
                 metrics = measured(checkpoint, source, data, context, split=split)
             points.append(_point(quality, metrics, statistics.figures()))
     for name, hook in taps_of(model).items():
+        # Configurations are immutable: the old one has the old quality and order.
         hook.codec = codecs[name]
     return tuple(points)
 

@@ -117,6 +117,7 @@ def watched(
             folder = stack.enter_context(
                 folder_atomically(Path(options.bitstream), overwrite=context.force, ours=is_ours)
             )
+        # Coding to bytes takes time: only if they are kept, or decoded on the way.
         if options.through_bitstream or folder is not None:
             streams = Bitstreams(checkpoint.model, folder, through=options.through_bitstream)
             stack.callback(streams.close)

@@ -59,6 +59,7 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     selected, skipped = select_layers(checkpoint.model, options.weights.layers)
     source = open_source(options.data, checkpoint, context)
     before = measured_splits(checkpoint, source, options.data, context)
+    # Sizes as in a file, before the layers are replaced in place.
     stored = events.stored(checkpoint, context.tables, settle=False)
     bytes_before = {item.names[0]: layer_bytes(stored, item.names[0]) for item in selected}
     network_before = stored_bytes(stored)
@@ -141,6 +142,7 @@ def _with_layers(checkpoint: Checkpoint, coded: Sequence[_Coded], weights: Weigh
     """Put the layers into the network, mask coefficients that are not kept, and update the spec."""
     model = checkpoint.model
     for item in coded:
+        # New modules are in training mode.
         item.layer.train(item.selected.layer.training)
         put_in_place(model, item.name, item.layer)
     masks = chosen({item.name: item.layer for item in coded}, weights)

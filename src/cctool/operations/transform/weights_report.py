@@ -19,6 +19,7 @@ from cctool.transforms.layers.axes import TransformedAxis
 from cctool.transforms.layers.coefficients import CoefficientLayer
 from cctool.transforms.layers.which import SkippedLayer
 
+# Names of the dims of linear layers' and convolutions' weights.
 _AXES = {2: ("out", "in"), 4: ("out", "in", "height", "width")}
 
 
@@ -142,6 +143,7 @@ def layer_bytes(checkpoint: Checkpoint, name: str) -> int:
 def _parts(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
     of_taps = tap_buffers(checkpoint.model)
     for leaf, tensor in checkpoint.model.get_submodule(name).state_dict().items():
+        # A bias is not computed, and a tap's buffers belong to its codec, not to the layer.
         if leaf in ("bias", mask_name("bias")) or f"{name}.{leaf}" in of_taps:
             continue
         form = checkpoint.stored.get(f"{name}.{leaf}")

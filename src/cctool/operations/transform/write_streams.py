@@ -143,6 +143,7 @@ class _TapStream:
         # The codec's state is the side information of a first chunk without symbols.
         nothing = torch.zeros(0, dtype=torch.int8)
         writer.append(nothing, 0, signed=True, side=state_bytes(self._state, self._shape))
+        # To decode any single chunk, a reader needs the header and the codec before it.
         self._front = self.target.take()
         return writer
 

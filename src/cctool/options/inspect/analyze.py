@@ -43,7 +43,7 @@ class AnalyzeOptions(Options):
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
-        """Names that do not fit, and two things to print at once."""
+        """File names with a wrong suffix, and two things to print on one stdout."""
         named = (
             ("--macs-file", self.macs_file, TABLE_SUFFIXES),
             ("--sparsity-file", self.sparsity_file, TABLE_SUFFIXES),

@@ -60,7 +60,7 @@ class EvaluateOptions(Options):
 
     @property
     def asks_for_taps(self) -> bool:
-        """Whether something is asked for that only a network with taps has."""
+        """Whether an option is given that is about coded feature maps (taps)."""
         return self.through_bitstream or any(
             path is not None for path in (self.bitstream, self.report_file, self.histograms)
         )

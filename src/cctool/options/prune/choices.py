@@ -6,7 +6,7 @@ from cctool.options.fields import Choice
 
 
 class PruneMethod(Choice):
-    """How units are ranked; the lowest go first."""
+    """How units are ranked; the lowest are removed first."""
 
     SLIMMING = "slimming"
     L1 = "l1"
@@ -24,10 +24,10 @@ class PruneMethod(Choice):
 NEEDS_DATA = frozenset(
     {PruneMethod.TAYLOR, PruneMethod.HESSIAN, PruneMethod.GRADIENT, PruneMethod.APOZ, PruneMethod.ACTIVATION}
 )
-"""Methods that look at training images."""
+"""Methods that need training images."""
 
 CHANNELS_ONLY = frozenset({PruneMethod.SLIMMING, PruneMethod.FPGM, PruneMethod.APOZ, PruneMethod.ACTIVATION})
-"""Methods that say nothing of single weights."""
+"""Methods that rank channels, but not single weights."""
 
 
 GLOBAL = frozenset({PruneMethod.SLIMMING, PruneMethod.LAMP, PruneMethod.TAYLOR, PruneMethod.HESSIAN})
@@ -50,14 +50,14 @@ class Scope(Choice):
 
 
 class AttentionUnit(Choice):
-    """What goes from attention: equal positions of every head, or whole heads."""
+    """What is removed from attention: the same positions of every head, or whole heads."""
 
     POSITIONS = "positions"
     HEADS = "heads"
 
 
 class Reduce(Choice):
-    """How the scores that a unit has in each of its tensors become one."""
+    """How the scores of a unit in each of its tensors are combined."""
 
     SUM = "sum"
     MEAN = "mean"
@@ -66,7 +66,7 @@ class Reduce(Choice):
 
 
 class Normalize(Choice):
-    """By what the scores of a family are divided before families are compared."""
+    """What the scores of a family are divided by before families are compared."""
 
     NONE = "none"
     MEAN = "mean"
@@ -76,7 +76,7 @@ class Normalize(Choice):
 
 
 class Granularity(Choice):
-    """What goes: channels, or parts of weights by a mask."""
+    """What is removed: channels, or parts of weights by a mask."""
 
     CHANNEL = "channel"
     ELEMENT = "element"
@@ -88,14 +88,14 @@ class Granularity(Choice):
 
 
 class StepMode(Choice):
-    """Whether each step starts from the source network, or from the step before."""
+    """Whether each step starts from the input network, or from the previous step."""
 
     INDEPENDENT = "independent"
     PROGRESSIVE = "progressive"
 
 
 class Images(Choice):
-    """Training images as they are, or varied as for training (crops, flips)."""
+    """Training images as they are, or augmented as in training (crops, flips)."""
 
     PLAIN = "plain"
     AUGMENTED = "augmented"

@@ -9,7 +9,7 @@ from cctool.base.errors import UsageError
 
 @dataclass(frozen=True)
 class Pattern:
-    """Of every `of` neighbours along the input dim, `keep` stay."""
+    """N:M sparsity: of every `of` neighbours along the input dim, `keep` are kept."""
 
     keep: int = 2
     of: int = 4

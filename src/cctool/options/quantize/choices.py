@@ -1,4 +1,4 @@
-"""The words that `cctool quantize` understands."""
+"""Choices of `cctool quantize`: methods, observers, roundings, presets."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from cctool.options.fields import Choice
 
 
 class QuantizeMethod(Choice):
-    """What becomes of the network.
+    """How the network is quantized.
 
-    Stored weights, which are decoded to floats: ``fp16``, ``bf16``, ``uint8``, ``int2`` to ``int7``,
-    ``codebook``, ``apot``. Weights and activations of an integer runtime: ``int8``. Trained so: ``qat``,
-    ``lsq``, ``pact``, ``dorefa``, ``wrpn``.
+    Weights alone are stored in few bits, and decoded to floats, by ``fp16``, ``bf16``, ``uint8``, ``int2`` to
+    ``int7``, ``codebook`` and ``apot``. ``int8`` is for integer runtimes, activations included. ``qat``,
+    ``lsq``, ``pact``, ``dorefa`` and ``wrpn`` train with quantizers.
     """
 
     FP16 = "fp16"
@@ -44,7 +44,7 @@ INTEGERS: dict[QuantizeMethod, int] = {
 """Methods that are named after the bits of their integers."""
 
 CLIPPING = frozenset({QuantizeMethod.PACT, QuantizeMethod.DOREFA, QuantizeMethod.WRPN})
-"""Methods that quantize what clipping activations put out."""
+"""Methods that quantize the outputs of clipping activation functions."""
 
 TRAINED = CLIPPING | {QuantizeMethod.QAT, QuantizeMethod.LSQ}
 """Methods that are trained."""
@@ -54,7 +54,7 @@ class Observer(Choice):
     """How the range of activations is found.
 
     ``aciq-gauss`` and ``aciq-laplace`` are Banner et al. 2019's analytical clipping; ``entropy`` is the
-    smallest Kullback-Leibler divergence; ``n-std`` so many standard deviations around the mean.
+    smallest Kullback-Leibler divergence; ``n-std`` is n standard deviations around the mean.
     """
 
     MIN_MAX = "min-max"

@@ -30,7 +30,7 @@ _UNTRAINED = Idle(lambda asked: not asked.epochs, "nothing is trained; --epochs 
 
 @dataclass(frozen=True)
 class CalibrationOptions(Options):
-    """How ranges of activations are found, and weights are made fit for few bits."""
+    """How ranges of activations are found, and how weights are prepared for few bits."""
 
     # fmt: off
     images: int = _activations(
@@ -89,12 +89,12 @@ class TuningOptions(Options):
 
 @dataclass(frozen=True)
 class LayerBits:
-    """Bits of layers that are not treated as the others.
+    """Bits of single layers.
 
     Attributes:
         pattern: glob of the layers' names.
         weights: bits of their weights; None leaves them in floating point.
-        activations: bits of what they take in; None is as elsewhere.
+        activations: bits of their inputs; None is as in other layers.
     """
 
     pattern: str
@@ -106,7 +106,7 @@ def parse_layer_bits(text: str) -> LayerBits:
     """Parse ``GLOB=BITS``, ``GLOB=w4a8`` or ``GLOB=float``.
 
     Raises:
-        UsageError: where it is none of these, or the bits are not 1 to 16.
+        UsageError: if the text has another form, or the bits are not 1 to 16.
 
     >>> parse_layer_bits("layer3.*=4").weights, parse_layer_bits("fc=w8a4").activations
     (4, 4)

@@ -1,4 +1,4 @@
-"""What `cctool distill` can be asked, besides the options of training."""
+"""Options of `cctool distill` other than those of the training itself."""
 
 from __future__ import annotations
 
@@ -41,12 +41,7 @@ class DistillOptions(Options):
     def from_given(
         cls, given: Mapping[str, Any], begun: Mapping[tuple[str, ...], Any] | None = None
     ) -> DistillOptions:
-        """Make the options of a call: given, of the training it resumes, of the preset, then the defaults.
-
-        Args:
-            given: keyword -> value.
-            begun: path -> value of the resumed training's options.
-        """
+        """Make a call's options: those given, of the training it resumes, of the preset, then defaults."""
         preset = given.get("preset") or (begun or {}).get(("preset",))
         chosen = PRESETS[preset] if preset is not None else {}
         base = {leaf.path: chosen[leaf.keyword] for leaf in leaves(cls) if leaf.keyword in chosen}
@@ -72,4 +67,4 @@ PRESETS: Mapping[DistillPreset, Mapping[str, Any]] = {
     # The defaults of Distiller's knowledge-distillation policy (2018): T = 1, both weights one half.
     DistillPreset.DISTILLER_2018: {"temperature": 1.0, "alpha": 0.5},
 }
-"""The options that each preset sets, by name; those given with a preset stand."""
+"""The options that each preset sets, by name; options that are given overrule them."""

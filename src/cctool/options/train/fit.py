@@ -54,7 +54,7 @@ OPTIMIZER_DEFAULTS: dict[OptimizerName, tuple[float, float]] = {
     OptimizerName.ADAM: (1e-3, 3e-4),
     OptimizerName.ADAMW: (3e-3, 5e-4),
 }
-"""Learning rate where none is given: of a fresh network, and of one that was trained before."""
+"""Default learning rates of each optimizer: for a fresh network, and for one that was trained before."""
 
 _SGD_WITHOUT_NORM = 0.02
 _USER_DEFAULT = (1e-3, 3e-4)

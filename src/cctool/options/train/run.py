@@ -1,4 +1,4 @@
-"""What `cctool train` can be asked beside the options of training itself."""
+"""Options of `cctool train` other than those of the training itself."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _machines = section("Devices and machines")
 
 @dataclass(frozen=True)
 class RunOptions(Options):
-    """How one call runs and what it writes beside its product; `train` and `distill` share it.
+    """How one call of `train` or `distill` runs, and what it writes in addition to its product.
 
-    What does not change the result is left out of the history, so that an interrupted and resumed training
-    gives the same file as an uninterrupted one.
+    Options that do not change the result are not recorded in the history, so that a resumed training gives
+    the same file as an uninterrupted one.
     """
 
     # fmt: off
@@ -42,21 +42,21 @@ class RunOptions(Options):
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
-        """A folder for a log that is not written."""
+        """The folder of a log without the log."""
         return ((self.mlflow_dir is not None and not self.mlflow, "--mlflow-dir needs --mlflow"),)
 
     @property
     def processes(self) -> int:
-        """Processes on all machines together."""
+        """Number of processes on all machines together."""
         return self.devices * self.nodes
 
 
 @dataclass(frozen=True)
 class LayerSwap:
-    """Layers of a fresh network that live in a transform domain from the beginning.
+    """Layers of a fresh network that are in a transform domain from the beginning.
 
     Attributes:
-        mode: how they do.
+        mode: coefficients or basis functions.
         kernel: of the transform.
         layers: ``linear``, ``conv``, ``all`` or a pattern of module names.
     """
@@ -73,7 +73,7 @@ def parse_swap(text: str) -> LayerSwap:
     'dct'
 
     Raises:
-        UsageError: if it is something else.
+        UsageError: if the text has another form.
     """
     mode, _, rest = text.partition(":")
     kernel, _, layers = rest.partition(":")
@@ -108,16 +108,12 @@ class TrainOptions(Options):
 
     @property
     def swaps(self) -> tuple[LayerSwap, ...]:
-        """What `swap` says, parsed.
-
-        Raises:
-            UsageError: if one of them is malformed.
-        """
+        """`swap`, parsed. Raises UsageError if an item is malformed."""
         return tuple(map(parse_swap, self.swap or ()))
 
 
 def refuse_small_batches(data: DataOptions, run: RunOptions) -> None:
-    """Refuse batches with less than two images a process, which batch norm cannot normalise."""
+    """Refuse batches with fewer than two images per process, which batch norm cannot normalise."""
     if run.processes > 1 and data.batch_size < 2 * run.processes:
         raise UsageError(
             f"--batch-size {data.batch_size}: it is shared by {run.processes} processes, "

@@ -6,17 +6,17 @@ from cctool.options.fields import Choice
 
 
 class TransformTarget(Choice):
-    """What goes into a transform domain."""
+    """What is put into a transform domain."""
 
     WEIGHTS = "weights"
     FEATURES = "features"
 
 
 class Mode(Choice):
-    """How a layer lives in a transform domain.
+    """How a layer is put into a transform domain.
 
-    ``coefficient`` transforms the weights that are there. ``basis`` replaces them by basis functions of
-    trainable frequency, to be trained from scratch.
+    ``coefficient`` transforms the present weights. ``basis`` replaces them by basis functions of trainable
+    frequency, to be trained from scratch.
     """
 
     COEFFICIENT = "coefficient"
@@ -32,7 +32,7 @@ class Axes(Choice):
 
 
 class Select(Choice):
-    """Which coefficients stay: those of most energy, or a corner of low frequencies."""
+    """Which coefficients are kept: those of most energy, or a corner of low frequencies."""
 
     ENERGY = "energy"
     CORNER = "corner"
@@ -49,7 +49,7 @@ class Prequantizer(Choice):
     """How a tap's values become integers before the transform.
 
     ``unsigned`` takes 0 to the maximum, ``offset`` the minimum to the maximum, ``signed`` is symmetric
-    about 0. ``auto`` is unsigned where the calibrated minimum is not negative, offset else.
+    about 0. ``auto`` is unsigned if the calibrated minimum is not negative, else offset.
     """
 
     AUTO = "auto"
