@@ -6,8 +6,9 @@ be equal to the byte. Where they are not, a reader of its own (JSON and `torch.l
 cctool) names what differs: spec, history, tensors, stored tensors with their parts, state for resuming.
 
 Left out, because it is measured time or tells of the machine: the keys of `MEASURED` in JSON, the columns of
-`MEASURED_COLUMNS` in metrics.csv, what `TIMES` matches on stderr and in logs, the dates in workbooks, and the
-files of `IGNORED`.
+`MEASURED_COLUMNS` in metrics.csv, what `TIMES` matches on stderr and in logs, the dates in workbooks, the
+files of `IGNORED`, and of programs exported by torch the lines of source and the random number that it writes
+(`RANDOM_ENTRY`, `TRACES`), with the file's size, which the paths in it change.
 """
 
 from __future__ import annotations
@@ -65,6 +66,12 @@ SAFE_TYPES = {
 }
 """Types of safetensors by torch's names."""
 
+RANDOM_ENTRY = ".data/serialization_id"
+"""The entry of torch's archives that is a random number."""
+
+TRACES = frozenset({"stack_trace", "source_fn_stack", "from_node"})
+"""Keys of an exported program that tell by which lines of source an operation was reached."""
+
 HASH = re.compile(r"[0-9a-f]{12,64}")
 
 
@@ -93,12 +100,12 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def masked(value: Any) -> Any:
-    """A JSON value without measured times."""
+def masked(value: Any, keys: frozenset[str] = MEASURED) -> Any:
+    """A JSON value without measured times, or without what some other keys hold."""
     if isinstance(value, dict):
-        return {key: "measured" if key in MEASURED else masked(item) for key, item in value.items()}
+        return {key: "masked" if key in keys else masked(item, keys) for key, item in value.items()}
     if isinstance(value, list):
-        return [masked(item) for item in value]
+        return [masked(item, keys) for item in value]
     return value
 
 
@@ -425,8 +432,9 @@ class Comparison:
             yield f"{len(found[0])} numbers, then {len(found[1])}; {'; '.join(first[:3])}"
 
     def _figures(self, text: str, index: int) -> list[str]:
-        """All numbers of a text but measured times, in their order."""
+        """All numbers of a text but measured times and sizes of exported programs, in their order."""
         text = NOISE.sub("", self._translated(text, index))
+        text = re.sub(r"(\.pt2: pt2, )[\d,]+( bytes)", r"\1SIZE\2", text)
         return NUMBER.findall(without_times(text))
 
     def _translated(self, text: str, index: int) -> str:
@@ -551,7 +559,7 @@ class Comparison:
     def _archive(self, old: Path, new: Path) -> Iterator[str]:
         before, after = entries(old), entries(new)
         yield from differing(sorted(before), sorted(after))
-        for name in before.keys() & after.keys():
+        for name in before.keys() & after.keys() - {RANDOM_ENTRY}:
             contents = [before[name], after[name]]
             if contents[0] != contents[1]:
                 try:
@@ -562,7 +570,8 @@ class Comparison:
                 except ValueError:
                     yield from (f"{name}: {text}" for text in bytes_differing(*contents))
                 else:
-                    yield from (f"{name}{text}" for text in differing(*documents))
+                    pair = [masked(document, TRACES) for document in documents]
+                    yield from (f"{name}{text}" for text in differing(*pair))
 
     def _csv(self, old: Path, new: Path) -> Iterator[str]:
         texts = [path.read_text(encoding="utf-8") for path in (old, new)]

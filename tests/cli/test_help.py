@@ -1,4 +1,4 @@
-"""Help must not cost the import of torch."""
+"""Help must not cost the import of torch, nor of what Typer checks values with."""
 
 import json
 import subprocess
@@ -12,11 +12,11 @@ COMMANDS = [command.callback.__name__ for command in app.registered_commands if 
 
 PROBE = """
 import sys, json
-from cctool.cli.main import app
+from cctool.cli.main import main
 try:
-    app(sys.argv[1:])
+    main()
 except SystemExit as stop:
-    heavy = [name for name in ("torch", "numpy", "onnx", "torchvision") if name in sys.modules]
+    heavy = [name for name in ("torch", "numpy", "onnx", "torchvision", "pydantic") if name in sys.modules]
     print(json.dumps([stop.code, heavy]), file=sys.stderr)
 """
 
