@@ -45,7 +45,7 @@ def program(only: str | None = None) -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         add_completion=False,
-        # Where no value is known, Typer loads pydantic to check that there is none: a third of the time of help.
+        # Without a value Typer loads pydantic to check that there is none: a third of the time of help.
         context_settings={"default_map": {"help": False}},
     )
     made.callback(help=_HELP)(_program)
