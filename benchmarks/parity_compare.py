@@ -69,8 +69,8 @@ SAFE_TYPES = {
 RANDOM_ENTRY = ".data/serialization_id"
 """The entry of torch's archives that is a random number."""
 
-TRACES = frozenset({"stack_trace", "source_fn_stack", "from_node"})
-"""Keys of an exported program that tell by which lines of source an operation was reached."""
+TRACES = frozenset({"stack_trace", "nn_module_stack"})
+"""Keys of an exported program that tell by which lines and classes of the source an operation was reached."""
 
 HASH = re.compile(r"[0-9a-f]{12,64}")
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from cctool.checkpoint.spec import Preprocessing
 from cctool.data.records import Augmentation, Crop, DataSource, Split
 from cctool.data.serving.batches import Batch
+from cctool.options.train.fit import FitOptions
+from cctool.training.evaluate import evaluate
 from cctool.training.loop.feed import Feed
+from cctool.training.loop.fit import Task
+from cctool.training.objectives import Supervised
+from cctool.training.processes import make_fabric
 
+CPU = torch.device("cpu")
 CLASSES = 3
 SHAPE = (1, 8, 8)
 PLAIN = Preprocessing(mean=(0.5,), std=(0.25,))
@@ -63,3 +72,21 @@ def network(seed: int = 0) -> nn.Sequential:
 def batch(images: Tensor, labels: Tensor | None) -> Batch:
     """One batch, numbered from 0."""
     return Batch(images, labels, torch.arange(len(images)))
+
+
+def task(model: nn.Module | None = None, n: int = 64, **changes: Any) -> Task:
+    """Two epochs of training ``n`` images; ``changes`` are fields of the task."""
+    options = changes.pop("options", None) or FitOptions(epochs=2, optimizer="sgd", lr=0.05)
+    found = feed(n)
+    return replace(
+        Task(
+            model=model or network(),
+            batches=found.training(augment=options.augment),
+            options=options,
+            objective=Supervised(options.label_smoothing),
+            lr=options.learning_rate(fresh=True),
+            fabric=make_fabric(CPU),
+            validate=lambda bare: evaluate(bare, found.plain("validation"), split="validation", device=CPU),
+        ),
+        **changes,
+    )

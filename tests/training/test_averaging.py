@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_fit import task
 from torch import nn
 
 from cctool.base.errors import CorruptCheckpointError
@@ -14,7 +13,7 @@ from cctool.options.train.fit import FitOptions
 from cctool.training.averaging import WeightAverage, average_in
 from cctool.training.loop.fit import fit
 from cctool.training.resume.progress import EpochRow
-from training_toys import network
+from training_toys import network, task
 
 
 def random(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:

@@ -1,7 +1,6 @@
 """The training loop: what it computes, what each option changes, and how it fails."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +13,14 @@ from cctool.base.errors import DivergedError, TrainingError, UsageError, UserCod
 from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
 from cctool.options.train.fit import DecayScope, FitOptions, MetricMode, Schedule, Warmup
-from cctool.training.evaluate import evaluate
-from cctool.training.loop.fit import FitResult, Task, fit
+from cctool.training.loop.fit import FitResult, fit
 from cctool.training.objectives import Supervised, Terms
 from cctool.training.processes import make_fabric
 from cctool.training.resume.progress import EpochRow
 from cctool.training.user_functions import UserLoss
-from training_toys import feed, network
+from training_toys import feed, network, task
 
 CPU = torch.device("cpu")
-
-
-def task(model: nn.Module | None = None, n: int = 64, **changes: Any) -> Task:
-    options = changes.pop("options", None) or FitOptions(epochs=2, optimizer="sgd", lr=0.05)
-    found = feed(n)
-    return replace(
-        Task(
-            model=model or network(),
-            batches=found.training(augment=options.augment),
-            options=options,
-            objective=Supervised(options.label_smoothing),
-            lr=options.learning_rate(fresh=True),
-            fabric=make_fabric(CPU),
-            validate=lambda bare: evaluate(bare, found.plain("validation"), split="validation", device=CPU),
-        ),
-        **changes,
-    )
 
 
 def trained(**options: Any) -> dict[str, torch.Tensor]:
