@@ -1,6 +1,6 @@
 """Plant faults in a copy of cctool, one at a time, and see whether the tests that should notice them do.
 
-python benchmarks/planted_faults.py CHECKOUT [--only NAME ...] [--json FILE]
+python benchmarks/planted_faults.py CHECKOUT [CHECKOUT ...] [--only NAME ...] [--json FILE]
 
 A fault is a piece of code and what takes its place, a line each. The piece is looked for in all of
 src/cctool, and has to be there exactly once: so a fault is planted wherever the code has been moved to. Tests
@@ -510,7 +510,7 @@ def copied(checkout: Path, place: Path) -> Path:
 def main() -> None:
     """Plant all faults, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("checkout", type=Path)
+    parser.add_argument("checkout", type=Path, nargs="+")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="faults or packages, or patterns of these")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     parser.add_argument("--log", type=Path, metavar="FILE", help="write what the tests print here")
@@ -530,9 +530,27 @@ def main() -> None:
     for name in THIRD_PARTIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    found = {tree: of_checkout(tree.resolve(), faults, arguments.log) for tree in arguments.checkout}
+    if arguments.json is not None:
+        from parity import commit_of
+        from record import described
+
+        rows = [
+            {"benchmark": "planted_faults", "checkout": commit_of(tree), **row}
+            for tree, several in found.items()
+            for row in several
+        ]
+        record = described("python benchmarks/planted_faults.py BEFORE AFTER", 0, rows)
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    sys.exit(1 if any(not row["caught"] for rows in found.values() for row in rows) else 0)
+
+
+def of_checkout(checkout: Path, faults: Sequence[Fault], log: Path | None) -> list[dict[str, Any]]:
+    """Plant faults in a copy of a checkout, each by itself; print a line each and give the rows."""
+    print(checkout)
     with tempfile.TemporaryDirectory(prefix="planted-") as temporary:
-        tree = copied(arguments.checkout.resolve(), Path(temporary).resolve() / "tree")
-        log = (arguments.log or Path(temporary) / "log.txt").resolve()
+        tree = copied(checkout, Path(temporary).resolve() / "tree")
+        log = (log or Path(temporary) / "log.txt").resolve()
         rows = []
         tests: list[str] = []
         for fault in faults:
@@ -551,11 +569,7 @@ def main() -> None:
             )
     missed = sum(not row["caught"] for row in rows)
     print(f"{len(rows)} faults, {missed} missed; {sum(row['seconds'] for row in rows):.0f} s")
-    if arguments.json is not None:
-        arguments.json.write_text(
-            json.dumps({"faults": rows, "missed": missed}, indent=1) + "\n", encoding="utf-8"
-        )
-    sys.exit(1 if missed else 0)
+    return rows
 
 
 if __name__ == "__main__":

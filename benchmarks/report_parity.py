@@ -1,11 +1,9 @@
-"""Section of docs/benchmarks.md on commands of two checkouts side by side."""
+"""Sections of docs/benchmarks.md on two checkouts side by side: their commands, and their tests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
-
-__all__ = ["SECTIONS"]
 
 Draw = Callable[[Sequence[str], Sequence[Sequence[object]]], str]
 
@@ -41,4 +39,25 @@ def parity(result: dict[str, Any], table: Draw) -> str:
     )
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any], Draw], str]] = {"parity": parity}
+def planted_faults(result: dict[str, Any], table: Draw) -> str:
+    """How many faults the tests of each checkout caught, by package."""
+    rows = result["rows"]
+    checkouts = list(dict.fromkeys(row["checkout"] for row in rows))
+    lines = []
+    for package in sorted({row["package"] for row in rows}):
+        own = [row for row in rows if row["package"] == package]
+        caught = [sum(row["caught"] for row in own if row["checkout"] == commit) for commit in checkouts]
+        lines.append((package, len({row["fault"] for row in own}), *caught))
+    lines.append(("all", *(sum(int(line[column]) for line in lines) for column in range(1, len(lines[0])))))
+    headers = ("package", "faults", *(f"caught at {commit}" for commit in checkouts))
+    return (
+        "## Faults that the tests notice\n\n"
+        "One line of the code is made wrong at a time, and the tests that should notice are run. A fault is "
+        "caught if one of them fails.\n\n" + table(headers, lines)
+    )
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any], Draw], str]] = {
+    "parity": parity,
+    "planted_faults": planted_faults,
+}
