@@ -93,10 +93,12 @@ class Loaded:
         batches: gives floating-point images [B, C, H, W], or pairs of them and int64 labels [B]; iterated
             once an epoch.
         sizes: images in each batch.
+        labelled: whether they are pairs.
     """
 
     batches: Iterable[Any]
     sizes: tuple[int, ...]
+    labelled: bool
 
 
 @dataclass(frozen=True, eq=False)

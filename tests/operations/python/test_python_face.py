@@ -145,6 +145,16 @@ def test_tensors_give_the_commands_tensors_and_metrics(folder: Path, net: cctool
     assert made.history[-1].metrics_after == written.history[-1].metrics_after
 
 
+def test_a_loader_with_labels_is_measured_as_its_tensors(net: cctool.Checkpoint) -> None:
+    images, labels = whole("test")
+    loader = DataLoader(TensorDataset(images, labels), batch_size=20)
+    found = cctool.evaluate(net, data=loader)
+    assert found.metrics is not None
+    assert found.metrics.values["top1"] == cctool.evaluate(net, data=(images, labels)).metrics.values["top1"]
+    with pytest.raises(cctool.CctoolError, match="no labels"):
+        cctool.evaluate(net, data=DataLoader(images))
+
+
 def test_what_goes_in_is_never_changed(net: cctool.Checkpoint) -> None:
     before = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
     cctool.prune(net, rate=0.5, method="l1", finetune_epochs=1, data="digits", limit=32)
@@ -226,6 +236,17 @@ def test_maps_are_decoded_and_exports_are_not_replaced_unasked(
             cctool.CctoolError,
             "training",
         ),
+        (
+            {"data": (torch.zeros(2, 1, 32, 5), torch.zeros(2).long()), "finetune_epochs": 1},
+            cctool.CctoolError,
+            "in memory are 1x32x5, and the network takes 1x32x32",
+        ),
+        ({"data": [{"x": 1}], "finetune_epochs": 1}, cctool.CctoolError, "not list of dict"),
+        (
+            {"data": (torch.zeros(2, 1, 32, 32) for _ in range(2)), "finetune_epochs": 1},
+            cctool.CctoolError,
+            "once only",
+        ),
     ],
 )
 def test_wrong_calls(
@@ -249,6 +270,10 @@ def test_what_is_no_checkpoint_is_named() -> None:
         cctool.prune("net.pt")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="takes a Checkpoint"):
         cctool.prune()  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="a list of checkpoints"):
+        cctool.compare(cctool.load)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="needs output="):
+        cctool.decode("streams")  # type: ignore[call-arg]
 
 
 def test_warnings_are_pythons(net: cctool.Checkpoint) -> None:

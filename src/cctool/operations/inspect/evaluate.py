@@ -120,6 +120,8 @@ def _split(source: DataSource, asked: SplitName | None, context: Context) -> str
 
 
 def _has_labels(split: Split) -> bool:
+    if split.loaded is not None:
+        return split.loaded.labelled
     if split.labels is not None or split.stream is None or not len(split):
         return split.labels is not None
     # A stream's labels come with its images: the first one tells.

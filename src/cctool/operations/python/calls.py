@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cctool.base.errors import UsageError
+from cctool.base.errors import DataError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Preprocessing
 from cctool.data.records import DataSource
@@ -107,6 +107,8 @@ class _Call:
             if self.verb.reads is Input.STREAMS:
                 return self._decoded()
             if self.verb.reads is Input.FILES:
+                if not isinstance(self.given, (list, tuple)):
+                    raise TypeError(f"{self.verb.name}() takes a list of checkpoints")
                 return [self._read(checkpoint, folder) for checkpoint in self.given]
             return (
                 self._written(folder)
@@ -153,7 +155,7 @@ class _Call:
 
     def _decoded(self) -> Any:
         sources = (self.given,) if isinstance(self.given, (str, Path)) else tuple(self.given or ())
-        given = self.verb.read({name: _text(value) for name, value in self.values.items()})
+        given = self._given(self.values)
         options = self.verb.options_of(given, sources=tuple(map(str, sources)))
         return self._operation()(options, self.verb.frame_of(given).runtime, Warner())
 
@@ -172,7 +174,7 @@ class _Call:
         if source is not None:
             values = {name: value for name, value in values.items() if name not in _DATA}
             values["data"] = source.reference
-        read = self.verb.read({name: _text(value) for name, value in values.items()})
+        read = self._given(values)
         options = self.verb.options_of(read)
         frame = self.verb.frame_of(read)
         if source is not None and getattr(getattr(options, "run", None), "processes", 1) > 1:
@@ -191,6 +193,13 @@ class _Call:
             reporter=Warner(),
         )
         return options, request, source
+
+    def _given(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Options as the verb reads them."""
+        for leaf in keywords(self.verb):
+            if leaf.required and values.get(leaf.keyword) is None:
+                raise TypeError(f"{self.verb.name}() needs {leaf.keyword}=")
+        return self.verb.read({name: _text(value) for name, value in values.items()})
 
     def _refuse_idle(self, given: Checkpoint | None, values: Mapping[str, Any]) -> None:
         """Refuse files that would be lost with the temporary folder, and options for fresh networks."""
@@ -221,7 +230,11 @@ class _Call:
             split = "test" if name == "data" and not self.verb.writes else _SPLITS[name]
             parts |= part if isinstance(part, Mapping) else {split: part}
         classes = tuple(given.spec.classes or ()) if given is not None else ()
-        return in_memory(parts, classes, values.get("limit"))
+        source = in_memory(parts, classes, values.get("limit"))
+        if given is not None and source.shape != given.spec.input_shape:
+            shapes = ["x".join(map(str, shape)) for shape in (source.shape, given.spec.input_shape)]
+            raise DataError(f"the images in memory are {shapes[0]}, and the network takes {shapes[1]}")
+        return source
 
     def _operation(self, name: str = "") -> Callable[..., Any]:
         module, _, own = self.verb.carried_out.partition(":")

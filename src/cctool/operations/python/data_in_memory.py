@@ -69,8 +69,15 @@ def _split(name: str, part: Any) -> Split:
         return _of_loader(name, part)
     raise DataError(
         f"data in memory, {name}: a loader, a pair of tensors (images, labels) or a tensor of images is "
-        f"expected, not {type(part).__name__}"
+        f"expected, not {_named(part)}"
     )
+
+
+def _named(part: Any) -> str:
+    """The type of something, with those of its items."""
+    name = type(part).__name__
+    items = {type(item).__name__: None for item in part} if isinstance(part, (tuple, list)) else {}
+    return f"{name} of {', '.join(items)}" if items else name
 
 
 def _of_tensors(name: str, images: Tensor, labels: Tensor | None) -> Split:
@@ -89,14 +96,23 @@ def _of_tensors(name: str, images: Tensor, labels: Tensor | None) -> Split:
 
 
 def _of_loader(name: str, loader: Iterable[Any]) -> Split:
-    first = next(iter(loader), None)
+    batches = iter(loader)
+    if batches is loader:
+        raise DataError(
+            f"data in memory, {name}: a {type(loader).__name__} gives its batches once only; "
+            "a loader that can start again is needed"
+        )
+    first = next(batches, None)
     images = first[0] if isinstance(first, (tuple, list)) and first else first
     if not isinstance(images, Tensor) or images.dim() != 4:
         raise DataError(
             f"data in memory, {name}: the loader must give images [B, C, H, W], or pairs of them and labels, "
             f"not {type(images).__name__}"
         )
-    return Split(name, _shape(images), as_given=True, loaded=Loaded(loader, _sizes(loader)))
+    labelled = isinstance(first, (tuple, list)) and len(first) > 1
+    return Split(
+        name, _shape(images), as_given=True, loaded=Loaded(loader, _sizes(loader), labelled=labelled)
+    )
 
 
 def _sizes(loader: Iterable[Any]) -> tuple[int, ...]:
