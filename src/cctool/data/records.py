@@ -175,6 +175,7 @@ class DataSource:
         notes: what was converted, held out or found unusual, one sentence each.
         whole: reads all images together; None unless the splits were made here and not by the source.
         limit: the largest number of images that are served of a split.
+        held: whether it is in the caller's memory, where no reference leads.
     """
 
     name: str
@@ -188,6 +189,7 @@ class DataSource:
     notes: tuple[str, ...] = ()
     whole: Callable[[], Split] | None = None
     limit: int | None = None
+    held: bool = False
     _loaded: dict[str, Split] = field(default_factory=dict, repr=False)
     _served: dict[str, Split] = field(default_factory=dict, repr=False)
 

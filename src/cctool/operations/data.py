@@ -76,7 +76,12 @@ def open_named(
 def _opened_first(options: DataOptions, checkpoint: Checkpoint, context: Context) -> DataSource | None:
     """The data set opened before there was a network, if opening it for the checkpoint gives the same."""
     found = context.opened
-    if found is None or (found.reference, found.limit) != (options.data, options.limit):
+    if found is None or found.reference != options.data:
+        return None
+    # Data in memory cannot be opened by name; their limit was applied when they were taken.
+    if found.held:
+        return found
+    if found.limit != options.limit:
         return None
     # Data sets of other splits may have other shapes; a user's function may return other data each time.
     if options.val_data or options.test_data or looks_like_user_code(found.reference):

@@ -57,5 +57,7 @@ def save(checkpoint: Checkpoint, path: Path | str, *, overwrite: bool = False) -
     Raises:
         CheckpointError: if it cannot be written, or exists and ``overwrite`` is false.
     """
+    if not isinstance(checkpoint, Checkpoint):
+        raise TypeError(f"save() takes a Checkpoint, not {type(checkpoint).__name__}")
     known = tables()
     save_checkpoint(events.stored(checkpoint, known, settle=False), path, known, overwrite=overwrite)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import partial
@@ -248,13 +249,17 @@ class Leaf:
             UsageError: if it is of another type, or text that cannot be parsed.
         """
         if self.spec.repeated:
-            items = [value] if isinstance(value, str) else value
-            return None if items is None else tuple(map(self._item, items))
+            items = [value] if isinstance(value, str) or value is None else value
+            if not isinstance(items, (list, tuple)) or any(isinstance(item, (bool, int)) for item in items):
+                raise UsageError(
+                    f"{self.flag} {value!r}: a list of {self.spec.metavar or 'text'} is expected"
+                )
+            return None if value is None else tuple(map(self._item, items))
         return self._item(value)
 
     def _item(self, value: Any) -> Any:
         if self.spec.parse is not None:
-            return self.spec.parse(value) if isinstance(value, str) else value
+            return self._parsed(value)
         if self.enum is not None and value is not None:
             words = [str(item.value) for item in self.enum]
             if str(value) not in words:
@@ -275,6 +280,22 @@ class Leaf:
             names = " or ".join(kind.__name__ for kind in simple)
             raise UsageError(f"{self.flag} {value!r}: {names} is expected")
         return tuple(value) if isinstance(value, list) else value
+
+    def _parsed(self, value: Any) -> Any:
+        """What text means, or a value that stands for text: 8 for ``8``, (3, 32, 32) for ``3x32x32``."""
+        made = [kind for kind in self.kinds if isinstance(kind, type) and kind not in (int, float)]
+        made += [kind for kind in get_args(self.kinds[0]) if isinstance(kind, type) and self.spec.repeated]
+        if value is None or (isinstance(value, tuple(made)) and not isinstance(value, str)) or value == ():
+            return value
+        texts = [str(value)] if isinstance(value, (str, int, float)) else []
+        if isinstance(value, (tuple, list)):
+            texts = [separator.join(map(str, value)) for separator in "x,:"]
+        if len(texts) == 1 and self.spec.parse is not None:
+            return self.spec.parse(texts[0])
+        for text in texts:
+            with suppress(UsageError):
+                return self.spec.parse(text) if self.spec.parse is not None else value
+        raise UsageError(f"{self.flag} {value!r}: {self.spec.metavar or 'another value'} is expected")
 
 
 class Options:

@@ -145,6 +145,33 @@ def test_tensors_give_the_commands_tensors_and_metrics(folder: Path, net: cctool
     assert made.history[-1].metrics_after == written.history[-1].metrics_after
 
 
+@pytest.mark.filterwarnings("ignore::cctool.CctoolWarning")
+def test_values_stand_for_text(net: cctool.Checkpoint) -> None:
+    wanted, _ = cctool.prune(net, method="l1", granularity="nm", pattern="2:4")
+    found, _ = cctool.prune(net, method="l1", granularity="nm", pattern=(2, 4))
+    same(wanted, found)
+    assert wanted.history == found.history
+    fresh, _ = cctool.train(arch="lenet", input=[1, 32, 32], mean=0.5, std=(0.25,), epochs=0)
+    assert fresh.spec.input_shape == (1, 32, 32)
+    assert fresh.spec.preprocessing is not None
+    assert fresh.spec.preprocessing.std == (0.25,)
+
+
+@pytest.mark.filterwarnings("ignore::cctool.CctoolWarning")
+def test_history_names_no_file_of_a_network_in_memory(net: cctool.Checkpoint) -> None:
+    made = [cctool.prune(net, method="l1", rewind=net)[0].history for _ in range(2)]
+    assert made[0][-1].options["rewind"] == "in memory"
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_exports_are_compared_on_data_in_memory(net: cctool.Checkpoint, tmp_path: Path, loaded: bool) -> None:
+    images, labels = whole("test")
+    data = DataLoader(TensorDataset(images, labels), batch_size=20) if loaded else (images, labels)
+    _, report = cctool.export(net, output=tmp_path / "a.onnx", data=data)
+    assert "in memory" in report.files[0].agreements[-1].inputs
+
+
 def test_a_loader_with_labels_is_measured_as_its_tensors(net: cctool.Checkpoint) -> None:
     images, labels = whole("test")
     loader = DataLoader(TensorDataset(images, labels), batch_size=20)
@@ -241,6 +268,12 @@ def test_maps_are_decoded_and_exports_are_not_replaced_unasked(
             cctool.CctoolError,
             "in memory are 1x32x5, and the network takes 1x32x32",
         ),
+        ({"target": 0.5}, cctool.CctoolError, "QUANTITY=VALUE"),
+        ({"pattern": 24, "granularity": "nm"}, cctool.CctoolError, "N:M"),
+        ({"block": (4, 1, 2), "granularity": "block"}, cctool.CctoolError, "ROWSxCOLUMNS is expected"),
+        ({"round_to": 2.5}, cctool.CctoolError, "a whole number"),
+        ({"exclude": 5}, cctool.CctoolError, "a list of GLOB"),
+        ({"exclude": [5]}, cctool.CctoolError, "a list of GLOB"),
         ({"data": [{"x": 1}], "finetune_epochs": 1}, cctool.CctoolError, "not list of dict"),
         (
             {"data": (torch.zeros(2, 1, 32, 32) for _ in range(2)), "finetune_epochs": 1},
@@ -274,6 +307,8 @@ def test_what_is_no_checkpoint_is_named() -> None:
         cctool.compare(cctool.load)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="needs output="):
         cctool.decode("streams")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="save\\(\\) takes a Checkpoint"):
+        cctool.save(5, "a.pt")  # type: ignore[arg-type]
 
 
 def test_warnings_are_pythons(net: cctool.Checkpoint) -> None:

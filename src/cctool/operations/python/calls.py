@@ -143,7 +143,7 @@ class _Call:
         products = pipeline.write_in_memory(
             self._operation(), options, request, _ready(given, source), source
         )
-        found = [(_forgetting(made, given, source), report) for made, report in products]
+        found = [(_forgetting(made, given, source, folder), report) for made, report in products]
         steps = getattr(options, "steps", 1)
         return found if steps > 1 else found[0]
 
@@ -255,8 +255,15 @@ def _ready(given: Checkpoint | None, source: DataSource | None) -> Any:
     return replace(given, spec=given.spec.model_copy(update={"preprocessing": identity}))
 
 
-def _forgetting(made: Checkpoint, given: Checkpoint | None, source: DataSource | None) -> Checkpoint:
-    """A product whose spec does not name the data in memory, which no later call could open."""
+def _forgetting(
+    made: Checkpoint, given: Checkpoint | None, source: DataSource | None, folder: Path
+) -> Checkpoint:
+    """A product that names neither networks of the temporary folder nor, in its spec, data in memory."""
+    held = {str(folder / f"{name}.pt") for name in _NETWORKS}
+    if made.history:
+        last = made.history[-1]
+        options = {key: "in memory" if str(value) in held else value for key, value in last.options.items()}
+        made = replace(made, history=(*made.history[:-1], last.model_copy(update={"options": options})))
     if source is None:
         return made
     data, preprocessing = (given.spec.data, given.spec.preprocessing) if given is not None else (None, None)

@@ -57,6 +57,7 @@ def in_memory(parts: Mapping[str, Any], classes: tuple[str, ...], limit: int | N
         augmentation=Augmentation(),
         loaders={name: partial(splits.__getitem__, name) for name in splits},
         limit=limit,
+        held=True,
     )
 
 
