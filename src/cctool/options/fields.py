@@ -285,7 +285,11 @@ class Leaf:
         """What text means, or a value that stands for text: 8 for ``8``, (3, 32, 32) for ``3x32x32``."""
         made = [kind for kind in self.kinds if isinstance(kind, type) and kind not in (int, float)]
         made += [kind for kind in get_args(self.kinds[0]) if isinstance(kind, type) and self.spec.repeated]
-        if value is None or (isinstance(value, tuple(made)) and not isinstance(value, str)) or value == ():
+        if (
+            value is None
+            or (isinstance(value, tuple(made)) and not isinstance(value, str))
+            or value in ((), [])
+        ):
             return value
         texts = [str(value)] if isinstance(value, (str, int, float)) else []
         if isinstance(value, (tuple, list)):
