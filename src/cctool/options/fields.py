@@ -18,7 +18,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import partial
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from cctool.base.errors import UsageError
 
@@ -235,7 +235,7 @@ class Leaf:
         """The enum of its values; None if it is not limited to words."""
         if self.spec.parse is not None:
             return None
-        return next((k for k in self.kinds if isinstance(k, type) and issubclass(k, Enum)), None)
+        return next((k for k in self.kinds if _is_class(k) and issubclass(k, Enum)), None)
 
     @property
     def help(self) -> str:
@@ -283,8 +283,8 @@ class Leaf:
 
     def _parsed(self, value: Any) -> Any:
         """What text means, or a value that stands for text: 8 for ``8``, (3, 32, 32) for ``3x32x32``."""
-        made = [kind for kind in self.kinds if isinstance(kind, type) and kind not in (int, float)]
-        made += [kind for kind in get_args(self.kinds[0]) if isinstance(kind, type) and self.spec.repeated]
+        made = [kind for kind in self.kinds if _is_class(kind) and kind not in (int, float)]
+        made += [kind for kind in get_args(self.kinds[0]) if _is_class(kind) and self.spec.repeated]
         if (
             value is None
             or (isinstance(value, tuple(made)) and not isinstance(value, str))
@@ -300,6 +300,11 @@ class Leaf:
             with suppress(UsageError):
                 return self.spec.parse(text) if self.spec.parse is not None else value
         raise UsageError(f"{self.flag} {value!r}: {self.spec.metavar or 'another value'} is expected")
+
+
+def _is_class(kind: Any) -> bool:
+    # In Python 3.10, tuple[int, ...] is an instance of type, too.
+    return isinstance(kind, type) and get_origin(kind) is None
 
 
 class Options:
