@@ -58,18 +58,20 @@ class Toy(nn.Module):
         return self.head(torch.cat((F.relu(self.hidden(F.avg_pool2d(y, 2).flatten(1))), z), 1))
 
 
-def quantized(
-    model: nn.Module, bits: int = 8, *, weight_bits: int | None = None, signed: bool = False
-) -> nn.Module:
+def quantized(model: nn.Module, bits: int = 8, method: Any = "uniform", *, signed: bool = False) -> nn.Module:
     images = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(1))
     model.eval()
     points = plan_points(flow_of(model, (images,)), "all")
-    weights = QuantizerConfig(method="uniform", bits=weight_bits or bits, narrow=True, axis=0)
+    apot = method == "apot"
+    weights = QuantizerConfig(method=method, bits=bits, narrow=not apot, axis=None if apot else 0)
     activations = QuantizerConfig(method="uniform", bits=bits, signed=signed, symmetric=signed)
     calls: dict[Any, dict[str, Any]] = {layer.place: {"weight": layer.weight} for layer in points.layers}
     for found in points.activations:
         calls.setdefault(found.place, {})[found.slot] = activations
-    wanted = {layer.weight: WeightPoint(config=weights, channels=layer.shape[0]) for layer in points.layers}
+    wanted = {
+        layer.weight: WeightPoint(config=weights, channels=None if apot else layer.shape[0])
+        for layer in points.layers
+    }
     held = attach(model, wanted, {place: CallPoint(**call) for place, call in calls.items()})
     seen: dict[str, Any] = {}
     with torch.no_grad(), following_values(model, lambda key, value: seen.update({key: value.aminmax()})):
@@ -166,8 +168,8 @@ def test_four_bits_run_on_integers_in_bytes_and_take_half_where_asked(tmp_path: 
     assert small.bytes < whole.bytes - quarter
 
 
-def test_weights_on_no_grid_of_bytes_stay_float(tmp_path: Path) -> None:
-    model = quantized(Toy(), weight_bits=10)
+def test_weights_on_no_grid_stay_float(tmp_path: Path) -> None:
+    model = quantized(Toy(), bits=4, method="apot")
     written = write_onnx(request(model, tmp_path / "a.onnx", samples=samples()))
     assert written.agreements[1].top1_agreement >= 99
 

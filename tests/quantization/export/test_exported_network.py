@@ -188,8 +188,9 @@ def test_a_shared_layer_has_the_same_integers_and_a_scale_for_each_norm() -> Non
     assert not torch.equal(shared[0].scale, shared[1].scale)
 
 
-def test_weights_without_a_grid_of_bytes_are_left_and_named() -> None:
-    config = QuantizerConfig(method="dorefa", bits=8)
+@pytest.mark.parametrize("method", ["apot", "dorefa"])
+def test_weights_without_a_grid_of_bytes_are_left_and_named(method: Any) -> None:
+    config = QuantizerConfig(method=method, bits=8 if method == "dorefa" else 4)
     model = quantized(settled(Plain), config, None)
     made = export(model)
     assert not made.weights

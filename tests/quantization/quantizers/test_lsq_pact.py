@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cctool.quantization.quantizers.apot import ApotQuantizer
 from cctool.quantization.quantizers.config import QuantizerConfig, QuantizerMethod
 from cctool.quantization.quantizers.lsq_pact import LsqQuantizer, PactQuantizer
 from cctool.quantization.quantizers.make import make_quantizer
@@ -160,6 +161,7 @@ def test_what_is_learned_is_a_parameter() -> None:
     for quantizer, name, kind in (
         (made("lsq", 4, weight=True), "step", LsqQuantizer),
         (made("pact", 4, weight=False, signed=False), "alpha", PactQuantizer),
+        (made("apot", 4, weight=True), "alpha", ApotQuantizer),
     ):
         assert isinstance(quantizer, kind)
         assert [found for found, _ in quantizer.named_parameters()] == [name]

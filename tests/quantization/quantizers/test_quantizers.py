@@ -31,6 +31,9 @@ WEIGHTS: list[dict[str, Any]] = [
     {"method": "pact", "bits": 16},
     {"method": "wrpn", "bits": 2},
     {"method": "wrpn", "bits": 9},
+    {"method": "apot", "bits": 2},
+    {"method": "apot", "bits": 4},
+    {"method": "apot", "bits": 8},
 ]
 ACTIVATIONS: list[dict[str, Any]] = [
     {"method": "uniform", "bits": 8, "signed": False, "momentum": 0.9},
@@ -205,7 +208,7 @@ def test_hardly_any_weights_stay_numbers(config: dict[str, Any], weight: Tensor)
     assert same(quantizer(quantizer.settled(weight)), quantizer(weight))
 
 
-@pytest.mark.parametrize("config", [c for c in WEIGHTS if c["method"] in ("uniform", "lsq", "wrpn")])
+@pytest.mark.parametrize("config", [c for c in WEIGHTS if c["method"] in ("uniform", "lsq", "wrpn", "apot")])
 def test_zeros_stay_zeros(config: dict[str, Any]) -> None:
     weight = torch.zeros(3, 2)
     quantizer = made(config, weight)
@@ -214,7 +217,7 @@ def test_zeros_stay_zeros(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("config", [c for c in WEIGHTS if c["method"] == "uniform"], ids=label)
+@pytest.mark.parametrize("config", [c for c in WEIGHTS if c["method"] in ("uniform", "apot")], ids=label)
 def test_constants_come_back(config: dict[str, Any], sign: int) -> None:
     weight = torch.full((3, 2), 0.7 * sign)
     quantizer = made(config, weight)
@@ -325,6 +328,7 @@ def test_nan_stays_nan() -> None:
 @pytest.mark.parametrize(
     ("config", "weight", "channels", "reason"),
     [
+        ({"method": "apot", "bits": 4}, False, None, "does not quantize activations"),
         ({"method": "dorefa", "bits": 4, "signed": False}, True, None, "set signed=True"),
         ({"method": "pact", "bits": 4}, False, None, "set signed=False"),
         ({"method": "uniform", "bits": 4, "axis": 0}, True, None, "axis 0 with None channels"),
@@ -364,7 +368,7 @@ def test_fixed_ranges_take_none_from_calibration() -> None:
                 quantizer.set_range(-ends, ends)
 
 
-@pytest.mark.parametrize("method", ["lsq"])
+@pytest.mark.parametrize("method", ["lsq", "apot"])
 def test_learned_state_that_is_not_finite_is_refused(method: str) -> None:
     quantizer = made({"method": method, "bits": 4}, randoms(2, 2))
     quantizer.check()

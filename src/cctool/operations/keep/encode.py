@@ -82,7 +82,7 @@ def settled(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> C
         if mask is not None:
             # Zeros of the mask are stored apart, and need not be on the grid.
             decoded = decoded * mask
-            form = form if quantizer.config.method in ("uniform", "lsq", "wrpn") else None
+            form = form if quantizer.config.method in ("uniform", "lsq", "wrpn", "apot") else None
         if not _same(quantizer, values, decoded, fold, mask):
             # The rounded values would give other results: the weight stays as it is.
             continue

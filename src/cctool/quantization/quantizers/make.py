@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cctool.base.errors import QuantizationError
+from cctool.quantization.quantizers.apot import ApotQuantizer
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.dorefa_wrpn import DorefaWeightQuantizer, FixedQuantizer
@@ -15,6 +16,7 @@ _WEIGHTS: dict[str, type[Quantizer]] = {
     "dorefa": DorefaWeightQuantizer,
     "pact": DorefaWeightQuantizer,
     "wrpn": FixedQuantizer,
+    "apot": ApotQuantizer,
 }
 _ACTIVATIONS: dict[str, type[Quantizer]] = {
     "uniform": UniformQuantizer,
@@ -34,10 +36,13 @@ def make_quantizer(config: QuantizerConfig, *, weight: bool, channels: int | Non
         channels: size of the tensor along ``config.axis``; None if and only if that is None.
 
     Raises:
-        QuantizationError: if the method requires the other sign, or channels and axis do not match.
+        QuantizationError: if the method does not quantize this or requires the other sign, or channels and
+            axis do not match.
     """
     kind = "weights" if weight else "activations"
-    method = (_WEIGHTS if weight else _ACTIVATIONS)[config.method]
+    method = (_WEIGHTS if weight else _ACTIVATIONS).get(config.method)
+    if method is None:
+        raise QuantizationError(f"{config.method} does not quantize {kind}")
     if config.method in ("dorefa", "pact", "wrpn") and config.signed != weight:
         sign = "signed" if weight else "unsigned"
         raise QuantizationError(f"{config.method} quantizes {kind} {sign}: set signed={weight}")
