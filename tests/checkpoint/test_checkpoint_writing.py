@@ -1,5 +1,6 @@
 """Writing: the old file or the new one, whole, whatever happens in between."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from cctool.base.errors import CheckpointError
 from cctool.checkpoint import checkpoint as checkpoint_module
 from cctool.checkpoint.checkpoint import load, save
 from cctool.checkpoint.file.atomic import write_atomically
+from cctool.checkpoint.file.checksum import verify_checksum
 from checkpoint_toys import STEP, TABLES, make
 
 TOYS = Path(__file__).parents[1] / "toys"
@@ -235,6 +237,30 @@ def test_temporary_files_of_the_living_stay(tmp_path: Path) -> None:
     thread.join()
     assert (tmp_path / "slow.pt").read_bytes() == b"slow"
     assert not temporaries(tmp_path)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / "a.pt", tmp_path / "b.pt"
+    save(make(seed=1), path, TABLES)
+    save(make(seed=2, width=8), other, TABLES)
+    wanted = load(other, TABLES).model.fc.weight
+    looks = []
+
+    def replaced_after(found: Path) -> tuple[str, bool]:
+        looks.append(found)
+        outcome = verify_checksum(found)
+        if len(looks) == 1:
+            other.replace(path)
+        return outcome
+
+    monkeypatch.setattr(checkpoint_module, "verify_checksum", replaced_after)
+    loaded = load(path, TABLES)
+    assert len(looks) == 2
+    assert torch.equal(loaded.model.fc.weight, wanted)
+    assert loaded.origin is not None
+    assert loaded.origin.file == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_concurrent_savers_leave_one_whole_file(tmp_path: Path) -> None:

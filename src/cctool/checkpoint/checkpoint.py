@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from cctool.checkpoint.tables import Tables
 _WRITERS = {".pt": write_pt, ".safetensors": write_safetensors}
 SUFFIXES = tuple(_WRITERS)
 """File suffixes that a checkpoint can be written to."""
+_REPLACED_AT_MOST = 20
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,41 @@ def open_file(path: Path, *, trust_pickle: bool = False, suffix: str | None = No
     Raises:
         CheckpointError: if it is missing, damaged or unsafe.
     """
-    try:
-        if not path.is_file():
-            raise CheckpointError(f"{path} is not a file" if path.exists() else f"{path}: no such file")
-        if not path.stat().st_size:
-            raise CorruptCheckpointError(f"{path} is empty")
-        file_hash, signed = verify_checksum(path)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    for attempt in range(_REPLACED_AT_MOST):
+        held: IO[bytes] | None = None
+        try:
+            _refuse_no_file(path)
+            held = path.open("rb")
+            opened = _read(path, trust_pickle, suffix)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        except CheckpointError:
+            # A file that is replaced between two looks at it is not damaged.
+            if held is None or attempt + 1 == _REPLACED_AT_MOST or _still(path, held):
+                raise
+        else:
+            if _still(path, held):
+                return opened
+        finally:
+            if held is not None:
+                held.close()
+    raise CheckpointError(f"{path} is replaced again and again while it is read")
+
+
+def _refuse_no_file(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file" if path.exists() else f"{path}: no such file")
+    if not path.stat().st_size:
+        raise CorruptCheckpointError(f"{path} is empty")
+
+
+def _still(path: Path, held: IO[bytes]) -> bool:
+    """Whether the path names the open file: while that is open, its number is given to no other."""
+    return path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat())
+
+
+def _read(path: Path, trust_pickle: bool, suffix: str | None) -> Opened:
+    file_hash, signed = verify_checksum(path)
     document: Any
     if (suffix or path.suffix) == ".safetensors":
         document = read_safetensors(path, signed=signed)
