@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cctool.base import user_code as user
 from cctool.base.errors import DataError
+from cctool.data.classes import numbers_of, renumbered
 from cctool.data.records import DataSource, Shape, Split
 from cctool.data.serving.convert import check_channels, convert_statistics, describe
 from cctool.data.sets.cifar import CIFAR10, CIFAR100, open_cifar
@@ -114,30 +115,13 @@ def _open(reference: str, named: Collection[str], input_shape: Shape | None) -> 
 
 def _override(source: DataSource, other: DataSource, role: str) -> Callable[[], Split]:
     """A function that reads the ``role`` split of another source, with labels numbered as in ``source``."""
-    unknown = sorted(set(other.classes) - set(source.classes))
-    if unknown:
-        raise DataError(
-            f"{other.reference} has classes that {source.reference} lacks: {', '.join(unknown[:5])}; "
-            f"as {role} data it must have the same"
-        )
-    numbers = [source.classes.index(name) for name in other.classes]
+    numbers = numbers_of(
+        other.classes, source.classes, other.reference, owner=f"the training data {source.reference}"
+    )
     load = other.whole or other.loaders.get(role)
     if load is None:
         raise DataError(f"{other.reference} has no {role} split (it has: {', '.join(other.loaders)})")
-    if numbers == list(range(len(numbers))):
-        return load
-    return partial(_renumbered, load, numbers, other.reference)
-
-
-def _renumbered(load: Callable[[], Split], numbers: list[int], reference: str) -> Split:
-    import torch
-
-    split = load()
-    if split.labels is None:
-        if split.stream is not None and split.files is None:
-            raise DataError(f"{reference} must name its classes in the order of the training data")
-        return split
-    return dataclasses.replace(split, labels=torch.tensor(numbers)[split.labels], _on_device={})
+    return load if numbers == list(range(len(numbers))) else renumbered(load, numbers)
 
 
 def _serve(source: DataSource, input_shape: Shape | None) -> DataSource:

@@ -14,6 +14,7 @@ from cctool.base.networks import device_of, in_mode
 from cctool.base.user_code import looks_like_user_code
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Preprocessing
+from cctool.data.classes import by_name
 from cctool.data.serving.batches import Batch, Batches
 from cctool.graph.execution import blaming_the_size
 from cctool.operations.context import Context
@@ -27,8 +28,13 @@ if TYPE_CHECKING:
     from cctool.data.records import DataSource
 
 
-def open_source(options: DataOptions, checkpoint: Checkpoint, context: Context) -> DataSource | None:
+def open_source(
+    options: DataOptions, checkpoint: Checkpoint, context: Context, *, renames: bool = False
+) -> DataSource | None:
     """Open the data for a checkpoint; None if no data set is given, or a remembered one cannot be opened.
+
+    Labels are numbered by the names of the network's classes; ``renames`` keeps the data set's own numbers if
+    it has none of these names, for a training that gives the network other classes.
 
     A remembered data set that cannot be opened gives a warning; one that was given is an error.
     """
@@ -45,6 +51,9 @@ def open_source(options: DataOptions, checkpoint: Checkpoint, context: Context) 
         source = _opened_first(options, checkpoint, context) or open_named(
             options, reference, context.user_code, checkpoint.spec.input_shape
         )
+        known = checkpoint.spec.classes
+        if not renames or known is None or not set(source.classes).isdisjoint(known):
+            source = by_name(source, known)
     except DataError as error:
         if not remembered:
             raise
@@ -89,8 +98,10 @@ def _opened_first(options: DataOptions, checkpoint: Checkpoint, context: Context
     return found if found.shape == checkpoint.spec.input_shape else None
 
 
-def require_source(options: DataOptions, checkpoint: Checkpoint, context: Context, why: str) -> DataSource:
-    """Open the data for a checkpoint; ``why`` says in the error message what needs them.
+def require_source(
+    options: DataOptions, checkpoint: Checkpoint, context: Context, why: str, *, renames: bool = False
+) -> DataSource:
+    """Open the data for a checkpoint, as `open_source`; ``why`` says in the error what needs them.
 
     Raises:
         UsageError: if no data set is given or remembered.
@@ -99,7 +110,7 @@ def require_source(options: DataOptions, checkpoint: Checkpoint, context: Contex
     reference = options.data or checkpoint.spec.data
     if reference is None:
         raise UsageError(f"{why} needs data: name it with --data, as in --data digits or --data folder:DIR")
-    source = open_source(options, checkpoint, context)
+    source = open_source(options, checkpoint, context, renames=renames)
     if source is None:
         raise DataError(f"{why} needs data, and {reference} cannot be opened; --data names another")
     return source

@@ -77,8 +77,6 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
         refuse_existing((Path(options.predictions),), context)
     refuse_unwatched(checkpoint, options, context)
     source = require_source(options.data, checkpoint, context, "evaluate")
-    if checkpoint.spec.classes and source.classes and checkpoint.spec.classes != source.classes:
-        context.reporter.warn(f"{source.reference} has other classes than the network was made for")
     warn_of_stale(checkpoint, context.reporter)
     split = _split(source, options.split, context)
     has_labels = _has_labels(source.split(split))
@@ -170,7 +168,7 @@ def _predicted(
                 "file": files[index] if files is not None else index,
                 "predicted": _name(choice, names),
                 "probability": f"{probability:.6f}",
-                "label": "" if label is None else _name(label, source.classes or names),
+                "label": "" if label is None else _name(label, names),
             }
 
 

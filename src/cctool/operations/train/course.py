@@ -84,7 +84,7 @@ def conduct(
     folder = RunFolder(context.output, context.tables)
     if not options.run.resume:
         folder.refuse_earlier(force=context.force)
-    source = require_source(options.data, checkpoint, context, verb)
+    source = require_source(options.data, checkpoint, context, verb, renames=True)
     start = _resumed(verb, checkpoint, options, context, folder) if options.run.resume else None
     if start is None:
         dense = _completed(events.decoded(checkpoint, context), source, context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from cctool.base.runtime import autocast
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.checksum import verify_checksum
 from cctool.checkpoint.spec import Parent, Preprocessing
+from cctool.data.classes import numbers_of
 from cctool.data.records import DataSource
 from cctool.data.serving.convert import convert, convert_statistics
 from cctool.operations.context import Context
@@ -69,6 +70,7 @@ def distillation(
         _of_channels(own, shape[0]),
         preprocessing_of(checkpoint, source, context),
         str(context.runtime.precision),
+        _order(found, checkpoint, options.path),
     )
     _refuse_other_outputs(checkpoint, teacher, options.path)
     objective = Distillation(teacher, options.temperature, options.alpha, label_smoothing, loss)
@@ -92,6 +94,7 @@ class Teacher:
         own: its preprocessing.
         given: the student's preprocessing, which was applied to the images.
         precision: of its forward pass.
+        order: of its logits, which of them stands at each place of the student's; None takes all as they are.
     """
 
     def __init__(
@@ -101,18 +104,21 @@ class Teacher:
         own: Preprocessing,
         given: Preprocessing,
         precision: str = "32",
+        order: Sequence[int] | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self._shape = input_shape
         self._own = own
         self._given = given
         self._precision = precision
+        self._order = None if order is None else list(order)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (N, classes) in float32 for normalised images (N, C, H, W)."""
         with torch.no_grad(), autocast(images.device, self._precision):
             # Auxiliary outputs are not imitated.
-            return main_output(self.model(self._converted(images))).float()
+            logits = main_output(self.model(self._converted(images))).float()
+            return logits if self._order is None else logits[:, self._order]
 
     def _converted(self, images: Tensor) -> Tensor:
         if self._own == self._given and tuple(images.shape[1:]) == self._shape:
@@ -135,6 +141,14 @@ def _of_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
 
 def _row(values: tuple[float, ...], like: Tensor) -> Tensor:
     return torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1)
+
+
+def _order(teacher: Checkpoint, student: Checkpoint, path: str) -> list[int] | None:
+    """Which of the teacher's logits means each class of the student; None if names do not tell, or agree."""
+    taught, learnt = teacher.spec.classes, student.spec.classes
+    if taught is None or learnt is None or taught == learnt:
+        return None
+    return numbers_of(learnt, taught, "the student", owner=f"the teacher {path}")
 
 
 def _refuse_other_outputs(checkpoint: Checkpoint, teacher: Teacher, path: str) -> None:

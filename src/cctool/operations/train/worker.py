@@ -110,7 +110,7 @@ def _work(job: dict[str, Any], channel: _Channel) -> None:
         forms=forms_from(job["forms"]),
         resume=checkpoint.resume,
     )
-    source = require_source(options.data, checkpoint, context, job["verb"])
+    source = require_source(options.data, checkpoint, context, job["verb"], renames=True)
     checkpoint.model.to(context.device)
     goal = make_goal(checkpoint, source, options, context)
     if not rank:
