@@ -14,7 +14,7 @@ from cctool.data.serving.batches import Batch
 from cctool.options.train.fit import FitOptions
 from cctool.training.evaluate import evaluate
 from cctool.training.loop.feed import Feed
-from cctool.training.loop.fit import Task
+from cctool.training.loop.fit import Training
 from cctool.training.objectives import Supervised
 from cctool.training.processes import make_fabric
 
@@ -74,12 +74,12 @@ def batch(images: Tensor, labels: Tensor | None) -> Batch:
     return Batch(images, labels, torch.arange(len(images)))
 
 
-def task(model: nn.Module | None = None, n: int = 64, **changes: Any) -> Task:
+def task(model: nn.Module | None = None, n: int = 64, **changes: Any) -> Training:
     """Two epochs of training ``n`` images; ``changes`` are fields of the task."""
     options = changes.pop("options", None) or FitOptions(epochs=2, optimizer="sgd", lr=0.05)
     found = feed(n)
     return replace(
-        Task(
+        Training(
             model=model or network(),
             batches=found.training(augment=options.augment),
             options=options,

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from cctool.base.errors import TrainingError
 from cctool.training.objectives import (
+    CLASSIFICATION,
     Distillation,
     Supervised,
-    cross_entropy,
     distillation_loss,
     gamma_penalty,
 )
@@ -71,19 +71,19 @@ def test_cross_entropy_and_its_smoothing(smoothing: float) -> None:
 
 
 def test_auxiliary_classifiers_count_three_tenths() -> None:
-    found = cross_entropy((STUDENT, STUDENT, STUDENT), LABELS)
+    found = CLASSIFICATION.loss((STUDENT, STUDENT, STUDENT), LABELS)
     assert found.item() == pytest.approx(1.6 * ce(), rel=1e-5)
 
 
 @pytest.mark.parametrize("outputs", [torch.zeros(2, 3, 4), torch.zeros(3, 3)])
 def test_outputs_that_are_no_logits_are_refused(outputs: Tensor) -> None:
     with pytest.raises(TrainingError, match="returned shape"):
-        cross_entropy(outputs, LABELS)
+        CLASSIFICATION.loss(outputs, LABELS)
 
 
 def test_outputs_that_are_no_tensors_are_refused() -> None:
     with pytest.raises(TrainingError, match="returned a dict"):
-        cross_entropy({"logits": STUDENT}, LABELS)
+        CLASSIFICATION.loss({"logits": STUDENT}, LABELS)
 
 
 def test_gamma_penalty_is_the_sum_of_magnitudes_and_its_gradient_the_sign() -> None:

@@ -14,16 +14,15 @@ from cctool.base.runtime import autocast
 from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
 from cctool.graph.execution import blaming_the_size
-from cctool.training.objectives import cross_entropy, main_output
+from cctool.tasks.base import Task
+from cctool.training.objectives import CLASSIFICATION
 from cctool.training.processes import Group
 from cctool.training.user_functions import UserMetric
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 
-_TOP = 5
 
-
-def trial_output(model: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
+def trial_output(model: nn.Module, input_shape: tuple[int, int, int], task: Task = CLASSIFICATION) -> Tensor:
     """Main output of a network, in eval mode, for two images of zeros of ``input_shape`` (C, H, W).
 
     Raises:
@@ -33,7 +32,7 @@ def trial_output(model: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
     device = device_of(model)
     with blaming_the_size(input_shape), in_eval_mode(model), torch.no_grad():
         outputs = model(torch.zeros(2, *input_shape, device=device))
-    return main_output(outputs)
+    return task.main_output(outputs)
 
 
 def outputs_of(
@@ -62,46 +61,43 @@ def outputs_of(
         yield outputs.float() if isinstance(outputs, Tensor) else outputs, batch
 
 
-def count_correct(logits: Tensor, labels: Tensor, top: int) -> Tensor:
-    """Count samples whose label is among the ``top`` largest logits, as a scalar tensor on their device."""
-    if top == 1:
-        return (logits.argmax(1) == labels).sum()
-    best = logits.topk(min(top, logits.shape[1]), dim=1).indices
-    return (best == labels[:, None]).any(1).sum()
-
-
 class _EvaluationSums:
     """Sums over the batches of one split, kept on the device so that no batch waits for them."""
 
-    def __init__(self, device: torch.device, loss: LossFunction, metric: UserMetric | None) -> None:
-        self._loss = loss
+    def __init__(
+        self, device: torch.device, task: Task, loss: LossFunction | None, metric: UserMetric | None
+    ) -> None:
+        self._task = task
+        self._loss = loss or task.loss
         self._metric = metric
-        # Samples, sum of losses, labels that have the largest logit, labels among the largest five.
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self._classifies = True
+        # Samples, and the sum of losses.
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._figures: dict[str, Tensor] = {}
+        self._fits = True
         self._outputs: list[Tensor] = []
         self._labels: list[Tensor] = []
 
     def add(self, outputs: Any, labels: Tensor) -> None:
-        logits = main_output(outputs)
         n = labels.shape[0]
         loss = self._loss(outputs, labels).detach().to(self._sums.dtype)
-        self._classifies &= logits.dim() == 2 and labels.dim() == 1
-        hits = (
-            [count_correct(logits, labels, top) for top in (1, _TOP)] if self._classifies else [loss * 0] * 2
-        )
-        self._sums += torch.stack([loss.new_tensor(n), loss * n, *(hit.to(loss) for hit in hits)])
+        self._sums += torch.stack([loss.new_tensor(n), loss * n])
+        figures = self._task.sums(outputs, labels) if self._fits else None
+        self._fits = figures is not None
+        for name, figure in (figures or {}).items():
+            known = self._figures.get(name)
+            self._figures[name] = figure.to(loss) if known is None else known + figure.to(loss)
         if self._metric is not None:
-            self._outputs.append(logits.cpu())
+            self._outputs.append(self._task.main_output(outputs).cpu())
             self._labels.append(labels.cpu())
 
     def metrics(self, split: str, group: Group) -> Metrics:
-        n, loss, top1, top5 = group.sum(self._sums).tolist()
+        n, loss = group.sum(self._sums).tolist()
         if not n:
             raise DataError(f"the {split} split is empty: nothing can be measured on it")
         values = {"loss": loss / n}
-        if self._classifies:
-            values |= {"top1": 100 * top1 / n, "top5": 100 * top5 / n}
+        if self._fits:
+            figures = {name: group.sum(figure) for name, figure in self._figures.items()}
+            values |= self._task.values(figures, n)
         if self._metric is not None:
             outputs, labels = (group.concatenate(torch.cat(parts)) for parts in (self._outputs, self._labels))
             values[self._metric.name] = self._metric(outputs, labels)
@@ -115,6 +111,7 @@ def evaluate(
     split: str,
     device: torch.device,
     precision: str = "32",
+    task: Task = CLASSIFICATION,
     loss: LossFunction | None = None,
     metric: UserMetric | None = None,
     group: Group | None = None,
@@ -127,37 +124,25 @@ def evaluate(
         split: name of the split, for the record.
         device: the network's device.
         precision: ``32``, ``bf16`` or ``16``.
-        loss: (outputs, labels) -> mean loss of a batch; None is cross-entropy.
+        task: what the outputs mean, and what is measured.
+        loss: (outputs, labels) -> mean loss of a batch; None is the task's.
         metric: the user's metric, computed over all samples together.
         group: the processes that share the split, each with its own part of it.
 
     Returns:
-        ``loss`` (mean), ``top1`` and ``top5`` (percent) where outputs are logits, and the user's metric.
+        ``loss`` (mean), the task's metrics where they apply, and the user's metric.
 
     Raises:
         DataError: if there are no samples, no labels, or labels that the network has no class for.
         UserCodeError: if the user's loss or metric fails.
     """
-    totals = _EvaluationSums(device, loss or cross_entropy, metric)
+    totals = _EvaluationSums(device, task, loss, metric)
     for outputs, batch in outputs_of(model, batches, device, precision):
         if batch.labels is None:
             raise DataError(f"the {split} split has no labels: only `evaluate --predictions` can use it")
         labels = batch.labels.to(device, non_blocking=True)
         if loss is None:
-            _refuse_unknown_classes(main_output(outputs), labels, split)
+            task.refuse(outputs, labels, split)
         with torch.no_grad():
             totals.add(outputs, labels)
     return totals.metrics(split, group or Group())
-
-
-def _refuse_unknown_classes(logits: Tensor, labels: Tensor, split: str) -> None:
-    # Not on a GPU, where reading the labels would wait for every batch, and where cross-entropy itself fails.
-    if logits.device.type != "cpu" or logits.dim() != 2 or not labels.numel():
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= logits.shape[1]:
-        odd = low if low < 0 else high
-        raise DataError(
-            f"the {split} split has a label {odd}, the network {logits.shape[1]} classes "
-            f"(0 to {logits.shape[1] - 1}): another data set, or another network, is needed"
-        )

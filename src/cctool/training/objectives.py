@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cctool.base.errors import TrainingError
+from cctool.tasks.base import Task
+from cctool.tasks.classification import Classification
 from cctool.training.user_functions import UserLoss
 
-_AUXILIARY_WEIGHT = 0.3
+CLASSIFICATION = Classification()
 
 
 @dataclass(frozen=True)
@@ -36,53 +38,18 @@ class Terms:
 
 
 class Objective(Protocol):
-    """Computes the loss of one batch; ``user`` names the user's function in it, if there is one."""
+    """Computes the loss of one batch.
 
+    Attributes:
+        task: what the outputs mean.
+        user: names the user's function in it, if there is one.
+    """
+
+    task: Task
     user: str | None
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Terms:
         """Run the network on normalised images (N, C, H, W) and labels (N,)."""
-
-
-def main_output(outputs: Any) -> Tensor:
-    """The logits in what a network returned: a tensor, or a tuple or list that starts with it.
-
-    Raises:
-        TrainingError: for anything else.
-    """
-    first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
-    if not isinstance(first, Tensor):
-        raise TrainingError(
-            f"the network returned a {type(outputs).__name__}; a tensor of logits (N, classes) is expected"
-        )
-    return first
-
-
-def cross_entropy(outputs: Any, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy; auxiliary classifiers count 0.3 each.
-
-    The weight is that of Szegedy et al. 2015, arXiv 1409.4842, section 5.
-
-    Args:
-        outputs: logits (N, classes), or a tuple of them, the main classifier's first.
-        labels: class indices (N,).
-        label_smoothing: share of the target spread evenly over all classes.
-
-    Raises:
-        TrainingError: if the outputs are not logits (N, classes).
-    """
-    logits = main_output(outputs)
-    if logits.dim() != 2 or logits.shape[0] != labels.shape[0]:
-        raise TrainingError(
-            f"the network returned shape {list(logits.shape)} for {labels.shape[0]} images; "
-            "cross-entropy needs (N, classes), or give your own --loss"
-        )
-    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    for auxiliary in outputs[1:] if isinstance(outputs, tuple) else ():
-        if isinstance(auxiliary, Tensor):
-            extra = F.cross_entropy(auxiliary, labels, label_smoothing=label_smoothing)
-            loss = loss + _AUXILIARY_WEIGHT * extra
-    return loss
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -144,16 +111,19 @@ def absolute_sum(
 
 
 class Supervised:
-    """Cross-entropy, or the user's loss, of outputs and labels."""
+    """The task's loss, or the user's, of outputs and targets."""
 
-    def __init__(self, label_smoothing: float = 0.0, loss: UserLoss | None = None) -> None:
+    def __init__(
+        self, label_smoothing: float = 0.0, loss: UserLoss | None = None, task: Task = CLASSIFICATION
+    ) -> None:
+        self.task = task
         self.user = loss.reference if loss is not None else None
-        self._loss = loss or partial(cross_entropy, label_smoothing=label_smoothing)
+        self._loss = loss or partial(task.loss, label_smoothing=label_smoothing)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Terms:
         """Run the network and compare its outputs with the labels."""
         outputs = model(images)
-        return Terms(self._loss(outputs, labels), main_output(outputs))
+        return Terms(self._loss(outputs, labels), self.task.main_output(outputs))
 
 
 class Distillation:
@@ -164,7 +134,8 @@ class Distillation:
         temperature: T, above 0.
         alpha: weight of the teacher, in [0, 1].
         label_smoothing: of the hard loss.
-        loss: the user's loss in place of cross-entropy.
+        loss: the user's loss in place of the task's.
+        task: what the outputs mean.
     """
 
     def __init__(
@@ -174,10 +145,11 @@ class Distillation:
         alpha: float,
         label_smoothing: float = 0.0,
         loss: UserLoss | None = None,
+        task: Task = CLASSIFICATION,
     ) -> None:
         self._teacher, self._temperature, self._alpha = teacher, temperature, alpha
-        self._supervised = Supervised(label_smoothing, loss)
-        self.user = self._supervised.user
+        self._supervised = Supervised(label_smoothing, loss, task)
+        self.user, self.task = self._supervised.user, task
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Terms:
         """Run both networks on the same images."""

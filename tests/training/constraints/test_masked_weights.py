@@ -13,7 +13,7 @@ from cctool.checkpoint.file.payload import ResumeState
 from cctool.options.train.fit import FitOptions
 from cctool.training.constraints.base import Constraint
 from cctool.training.constraints.masked_weights import KeepMasks, keeping_masks
-from cctool.training.loop.fit import Task, fit
+from cctool.training.loop.fit import Training, fit
 from cctool.training.objectives import Supervised
 from cctool.training.processes import make_fabric
 from cctool.training.resume.progress import Progress
@@ -31,10 +31,10 @@ def masked(seed: int = 0) -> nn.Sequential:
     return model
 
 
-def task(model: nn.Module, **changes: Any) -> Task:
+def task(model: nn.Module, **changes: Any) -> Training:
     options = changes.pop("options", None) or FitOptions(epochs=3, optimizer="sgd", lr=0.05)
     return replace(
-        Task(
+        Training(
             model=model,
             batches=feed().training(),
             options=options,

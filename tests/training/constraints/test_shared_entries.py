@@ -13,7 +13,7 @@ from cctool.checkpoint.edits.mask import add_masks, masks_of
 from cctool.options.train.fit import FitOptions
 from cctool.training.constraints.masked_weights import keeping_masks
 from cctool.training.constraints.shared_entries import KeepCodebooks, SharedWeights
-from cctool.training.loop.fit import Task, fit
+from cctool.training.loop.fit import Training, fit
 from cctool.training.objectives import Supervised
 from cctool.training.processes import make_fabric
 from training_toys import feed, network
@@ -44,9 +44,9 @@ def constraint(model: nn.Module, entries: dict[str, Tensor]) -> KeepCodebooks:
     return KeepCodebooks([SharedWeights(model.get_parameter(name), index) for name, index in entries.items()])
 
 
-def task(model: nn.Module, entries: dict[str, Tensor], options: FitOptions, **changes: Any) -> Task:
+def task(model: nn.Module, entries: dict[str, Tensor], options: FitOptions, **changes: Any) -> Training:
     return replace(
-        Task(
+        Training(
             model=model,
             batches=feed().training(),
             options=options,

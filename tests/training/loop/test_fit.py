@@ -14,7 +14,7 @@ from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
 from cctool.options.train.fit import DecayScope, FitOptions, MetricMode, Schedule, Warmup
 from cctool.training.loop.fit import FitResult, fit
-from cctool.training.objectives import Supervised, Terms
+from cctool.training.objectives import CLASSIFICATION, Supervised, Terms
 from cctool.training.processes import make_fabric
 from cctool.training.resume.progress import EpochRow
 from cctool.training.user_functions import UserLoss
@@ -205,6 +205,7 @@ def test_rows_hold_the_figures_of_their_epoch() -> None:
 class _Broken:
     """A loss that is no number from one step on."""
 
+    task = CLASSIFICATION
     user: str | None = None
 
     def __init__(self, step: int, value: float = float("nan")) -> None:

@@ -25,7 +25,7 @@ from cctool.operations.transform.watch import refuse_unwatched, watched
 from cctool.operations.transform.write_streams import StreamFigures
 from cctool.options.inspect.evaluate import EvaluateOptions, SplitName
 from cctool.training.evaluate import evaluate, outputs_of
-from cctool.training.objectives import main_output
+from cctool.training.objectives import CLASSIFICATION
 from cctool.transforms.codec.figures import TapFigures
 
 
@@ -156,7 +156,7 @@ def _predicted(
     for outputs, batch in outputs_of(
         checkpoint.model, batches, context.device, str(context.runtime.precision)
     ):
-        logits = main_output(outputs)
+        logits = CLASSIFICATION.main_output(outputs)
         if logits.dim() != 2:
             raise DataError(f"predictions need logits (N, classes), the network gives {list(logits.shape)}")
         best, predicted = torch.softmax(logits.float(), dim=1).max(1)

@@ -11,7 +11,7 @@ from cctool.operations.context import Context
 from cctool.operations.data import feed_of
 from cctool.options.prune.options import PruneOptions
 from cctool.pruning.scores.evidence import Evidence, gather
-from cctool.training.objectives import cross_entropy
+from cctool.training.objectives import CLASSIFICATION
 
 
 def evidence_for(
@@ -48,7 +48,9 @@ def evidence_for(
     enough = 1 + sum(images < options.samples for images in accumulate(map(len, served.parts)))
     steps = min(enough, len(served.parts))
     shown = context.reporter.progress(served, f"{method.value}: looking at images", steps)
-    found = gather(checkpoint.model.to(context.device), shown, options.samples, method, loss=cross_entropy)
+    found = gather(
+        checkpoint.model.to(context.device), shown, options.samples, method, loss=CLASSIFICATION.loss
+    )
     if found.images < options.samples:
         context.reporter.note(f"{method.value}: {found.images} training images were there to look at")
     return found

@@ -18,7 +18,7 @@ from cctool.options.common import DataOptions
 from cctool.options.train.fit import FitOptions
 from cctool.training.constraints.base import Constraint
 from cctool.training.evaluate import evaluate
-from cctool.training.loop.fit import Task, fit
+from cctool.training.loop.fit import Training, fit
 from cctool.training.objectives import Objective, Supervised, has_batch_norm
 from cctool.training.processes import make_fabric
 
@@ -64,7 +64,7 @@ def finetune(
 
     with rate_penalties(trained.model, options.rate_weight) as penalties:
         fit(
-            Task(
+            Training(
                 model=trained.model,
                 batches=feed.training(augment=options.augment),
                 options=options,

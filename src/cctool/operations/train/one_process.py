@@ -27,7 +27,7 @@ from cctool.options.train.run import RunOptions
 from cctool.training.evaluate import evaluate
 from cctool.training.logs.table import Log, write_csv
 from cctool.training.loop.feed import Feed
-from cctool.training.loop.fit import Task, fit
+from cctool.training.loop.fit import Training, fit
 from cctool.training.objectives import Objective, has_batch_norm
 from cctool.training.processes import Group, group_of, make_fabric
 from cctool.training.resume.progress import EpochRow, Progress
@@ -98,7 +98,7 @@ def fit_here(
     try:
         with rate_penalties(model, fit_options.rate_weight) as penalties:
             result = fit(
-                Task(
+                Training(
                     model=model,
                     batches=feed.training(augment=fit_options.augment),
                     options=fit_options,

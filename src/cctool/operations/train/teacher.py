@@ -22,7 +22,7 @@ from cctool.operations.opening import open_checkpoint
 from cctool.options.common import ModelOptions
 from cctool.options.teacher import TeacherOptions
 from cctool.training.evaluate import trial_output
-from cctool.training.objectives import Distillation, main_output
+from cctool.training.objectives import CLASSIFICATION, Distillation
 from cctool.training.user_functions import UserLoss
 
 
@@ -117,7 +117,7 @@ class Teacher:
         """Logits (N, classes) in float32 for normalised images (N, C, H, W)."""
         with torch.no_grad(), autocast(images.device, self._precision):
             # Auxiliary outputs are not imitated.
-            logits = main_output(self.model(self._converted(images))).float()
+            logits = CLASSIFICATION.main_output(self.model(self._converted(images))).float()
             return logits if self._order is None else logits[:, self._order]
 
     def _converted(self, images: Tensor) -> Tensor:

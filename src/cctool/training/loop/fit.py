@@ -50,7 +50,7 @@ class EpochBatches(Protocol):
 
 
 @dataclass(frozen=True)
-class Task:
+class Training:
     """What is trained, on what and how.
 
     Attributes:
@@ -105,53 +105,53 @@ class FitResult:
     completed: bool
 
 
-def fit(task: Task) -> FitResult:
+def fit(training: Training) -> FitResult:
     """Train a network, which then holds the weights of the best epoch, or of the last if stopped early.
 
     Raises:
         DivergedError: if the loss or the weights become NaN or infinite; names the epoch.
         UserCodeError: if a user's function fails.
     """
-    if task.options.epochs == 0:
+    if training.options.epochs == 0:
         return FitResult((), None, completed=True)
-    loop = _Loop(task)
+    loop = _Loop(training)
     first = loop.progress.epoch
-    while loop.progress.epoch < task.options.epochs:
-        if task.stop_after is not None and loop.progress.epoch - first >= task.stop_after:
+    while loop.progress.epoch < training.options.epochs:
+        if training.stop_after is not None and loop.progress.epoch - first >= training.stop_after:
             break
         loop.run_epoch()
-    completed, best = loop.progress.epoch >= task.options.epochs, loop.progress.best
+    completed, best = loop.progress.epoch >= training.options.epochs, loop.progress.best
     if completed and best is not None:
-        task.model.load_state_dict(best.weights)
-    task.model.to(memory_format=torch.contiguous_format)
+        training.model.load_state_dict(best.weights)
+    training.model.to(memory_format=torch.contiguous_format)
     return FitResult(tuple(loop.progress.rows), best, completed)
 
 
 class _Loop:
     """The state of one training run; ``bare`` is the network, ``model`` Fabric's wrapper of it."""
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self.options = task.options
-        self.fabric = task.fabric
-        self.bare = task.model
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.options = training.options
+        self.fabric = training.fabric
+        self.bare = training.model
         self.bare.to(self.fabric.device)
-        self.layout = _memory_format(self.bare, self.fabric.device, task.input_shape)
+        self.layout = _memory_format(self.bare, self.fabric.device, training.input_shape)
         self.bare.to(memory_format=self.layout)
         self.bare.train()
-        plain = make_optimizer(self.bare, task.lr, self.options, task.user_code)
+        plain = make_optimizer(self.bare, training.lr, self.options, training.user_code)
         # A user's factory may give groups different rates; the schedule scales each from its own.
         for group in plain.param_groups:
             group["initial_lr"] = group["lr"]
         self.model, self.optimizer = self.fabric.setup(self.bare, plain, move_to_device=False)
         self.penalty = gamma_penalty(self.bare, self.options.gamma_l1)
         self.progress = Progress()
-        if task.resume is not None:
-            self.progress = restore(task.resume, self.bare.state_dict(), plain, self.fabric)
+        if training.resume is not None:
+            self.progress = restore(training.resume, self.bare.state_dict(), plain, self.fabric)
         self.average = WeightAverage(self.bare, self.options.ema) if self.options.ema else None
-        if self.average is not None and task.resume is not None:
-            self.average.restore(task.resume.tensors)
-        self.steps = len(task.batches(0))
+        if self.average is not None and training.resume is not None:
+            self.average.restore(training.resume.tensors)
+        self.steps = len(training.batches(0))
         if not self.steps:
             raise DataError("the training split has fewer images than there are processes")
 
@@ -181,12 +181,18 @@ class _Loop:
         self.bare.train()
         if self.options.freeze_norm:
             freeze_statistics(self.bare)
-        for constraint in self.task.constraints:
+        for constraint in self.training.constraints:
             constraint.epoch(epoch)
-        tally = Tally(epoch, self.task.objective.user, _LOOK_EVERY[self.fabric.device.type])
+        objective = self.training.objective
+        tally = Tally(
+            epoch,
+            self.training.objective.task,
+            self.training.objective.user,
+            _LOOK_EVERY[self.fabric.device.type],
+        )
         title = f"epoch {epoch + 1}/{self.options.epochs}"
         lr = 0.0
-        batches = self.task.reporter.progress(self.task.batches(epoch), title, total=self.steps)
+        batches = self.training.reporter.progress(self.training.batches(epoch), title, total=self.steps)
         for step, batch in enumerate(batches):
             if batch.labels is None:
                 raise DataError("the training split has no labels")
@@ -197,7 +203,7 @@ class _Loop:
         return tally, lr
 
     def _set_learning_rate(self, step: int) -> float:
-        floor = self.options.min_lr / self.task.lr
+        floor = self.options.min_lr / self.training.lr
         factor = multiplier(step, self.steps, self.options, floor)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -206,13 +212,13 @@ class _Loop:
     def _step(self, images: Tensor, labels: Tensor) -> Terms:
         images = images.to(self.fabric.device, memory_format=self.layout, non_blocking=True)
         labels = labels.to(self.fabric.device, non_blocking=True)
-        terms = self.task.objective(self.model, images, labels)
+        terms = self.training.objective(self.model, images, labels)
         for name, extra in self._penalties():
             components = dict(terms.components) or {"loss_without_penalty": terms.loss}
             terms = Terms(terms.loss + extra, terms.logits, components | {name: extra})
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(terms.loss)
-        for constraint in self.task.constraints:
+        for constraint in self.training.constraints:
             constraint.gradients()
         if self.options.clip_norm is not None:
             self.fabric.clip_gradients(
@@ -220,7 +226,7 @@ class _Loop:
             )
         self.optimizer.step()
         with torch.no_grad():
-            for constraint in self.task.constraints:
+            for constraint in self.training.constraints:
                 constraint.weights()
         if self.average is not None:
             self.average.update()
@@ -229,7 +235,7 @@ class _Loop:
     def _penalties(self) -> Iterator[tuple[str, Tensor]]:
         if self.penalty is not None:
             yield "gamma_l1", self.penalty()
-        for constraint in self.task.constraints:
+        for constraint in self.training.constraints:
             extra = constraint.penalty()
             if extra is not None:
                 yield constraint.name, extra
@@ -244,13 +250,13 @@ class _Loop:
 
     def _validate(self, epoch: int) -> Metrics | None:
         last = epoch + 1 == self.options.epochs
-        if self.task.validate is None or (epoch + 1 < self.options.eval_from and not last):
+        if self.training.validate is None or (epoch + 1 < self.options.eval_from and not last):
             return None
         if self.fabric.world_size > 1:
             # Running statistics differ between processes; those of the first are measured and saved.
             for buffer in self.bare.buffers():
                 torch.distributed.broadcast(buffer, src=0)
-        return self.task.validate(self.bare)
+        return self.training.validate(self.bare)
 
     def _compared(self, row: EpochRow, metrics: Metrics | None) -> EpochRow:
         """The row; if its epoch is the best so far, it is marked so and the network's weights are kept."""
@@ -263,16 +269,16 @@ class _Loop:
     def _record(self, row: EpochRow) -> None:
         progress = self.progress
         progress.rows.append(row)
-        if self.task.save is not None:
+        if self.training.save is not None:
             state = capture(progress, self.optimizer, self.fabric, self.average)
             if self.fabric.is_global_zero:
-                self.task.save(self.bare, state, progress)
+                self.training.save(self.bare, state, progress)
         if self.fabric.is_global_zero:
-            for observer in self.task.observers:
+            for observer in self.training.observers:
                 observer(row, self.bare)
 
     def _is_better(self, metrics: Metrics | None) -> bool:
-        if self.task.validate is None:
+        if self.training.validate is None:
             return self.progress.epoch == self.options.epochs
         if metrics is None:
             return False

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cctool.base.errors import DivergedError, UserCodeError
-from cctool.training.evaluate import count_correct
+from cctool.tasks.base import Task
 from cctool.training.objectives import Terms
 from cctool.training.processes import Group
 
@@ -20,13 +20,16 @@ class Tally:
 
     Args:
         epoch: from 0.
+        task: what the outputs mean.
         user: reference of the user's loss, for the error if it is NaN or infinite.
         every: steps between two looks at the losses.
     """
 
-    def __init__(self, epoch: int, user: str | None, every: int) -> None:
+    def __init__(self, epoch: int, task: Task, user: str | None, every: int) -> None:
         self.n = 0
         self._epoch = epoch
+        self._task = task
+        self._counted: frozenset[str] = frozenset()
         self._user = user
         self._every = every
         self._steps = 0
@@ -42,8 +45,9 @@ class Tally:
         """
         values = {"loss": terms.loss.detach()}
         values |= {name: value.detach() for name, value in terms.components.items()}
-        if terms.logits.dim() == 2 and labels.dim() == 1:
-            values["correct"] = count_correct(terms.logits.detach(), labels.to(terms.logits.device), 1)
+        counts = self._task.sums(terms.logits.detach(), labels.to(terms.logits.device), training=True) or {}
+        self._counted |= counts.keys()
+        values |= counts
         self._waiting.append((labels.shape[0], values))
         self._steps += 1
         if len(self._waiting) >= self._every:
@@ -59,11 +63,10 @@ class Tally:
         self._sums = dict(zip(self._sums, sums, strict=True))
 
     def means(self) -> dict[str, float]:
-        """``loss``, ``top1`` in percent if the outputs are logits, and the loss's components."""
-        means = {name: total / self.n for name, total in self._sums.items() if name != "correct"}
-        if "correct" in self._sums:
-            means["top1"] = 100 * self._sums["correct"] / self.n
-        return means
+        """``loss``, its components, and the task's metrics that add up over batches."""
+        means = {name: total / self.n for name, total in self._sums.items() if name not in self._counted}
+        counted = {name: torch.tensor(self._sums[name], dtype=torch.float64) for name in self._counted}
+        return means | (self._task.values(counted, self.n) if counted else {})
 
     def _look(self) -> None:
         first = self._steps - len(self._waiting)
@@ -76,7 +79,7 @@ class Tally:
             self._refuse_no_number(row[names.index("loss")], first + offset)
             self.n += n
             for name, value in zip(names, row, strict=True):
-                weight = 1 if name == "correct" else n
+                weight = 1 if name in self._counted else n
                 self._sums[name] = self._sums.get(name, 0.0) + weight * value
         self._waiting.clear()
 

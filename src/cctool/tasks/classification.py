@@ -1,0 +1,106 @@
+"""Classification: logits (N, classes) and class indices (N,), judged by cross-entropy and accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cctool.base.errors import DataError, TrainingError
+from cctool.tasks.base import Measure
+
+_AUXILIARY_WEIGHT = 0.3
+_TOP = {"top1": 1, "top5": 5}
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One class for each image."""
+
+    name: str = "classification"
+    measures: tuple[Measure, ...] = (
+        Measure("top1", "top-1", "%", share=True),
+        Measure("top5", "top-5", "%", share=True),
+    )
+
+    def main_output(self, outputs: Any) -> Tensor:
+        """The logits in what a network returned: a tensor, or a tuple or list that starts with it.
+
+        Raises:
+            TrainingError: for anything else.
+        """
+        first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+        if not isinstance(first, Tensor):
+            raise TrainingError(
+                f"the network returned a {type(outputs).__name__}; a tensor of logits (N, classes) is "
+                "expected"
+            )
+        return first
+
+    def loss(self, outputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy; auxiliary classifiers count 0.3 each.
+
+        The weight is that of Szegedy et al. 2015, arXiv 1409.4842, section 5.
+
+        Args:
+            outputs: logits (N, classes), or a tuple of them, the main classifier's first.
+            targets: class indices (N,).
+            label_smoothing: share of the target spread evenly over all classes.
+
+        Raises:
+            TrainingError: if the outputs are not logits (N, classes).
+        """
+        logits = self.main_output(outputs)
+        if logits.dim() != 2 or logits.shape[0] != targets.shape[0]:
+            raise TrainingError(
+                f"the network returned shape {list(logits.shape)} for {targets.shape[0]} images; "
+                "cross-entropy needs (N, classes), or give your own --loss"
+            )
+        loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        for auxiliary in outputs[1:] if isinstance(outputs, tuple) else ():
+            if isinstance(auxiliary, Tensor):
+                extra = F.cross_entropy(auxiliary, targets, label_smoothing=label_smoothing)
+                loss = loss + _AUXILIARY_WEIGHT * extra
+        return loss
+
+    def refuse(self, outputs: Any, targets: Tensor, split: str) -> None:
+        """Refuse labels that the network has no class for.
+
+        Not on a GPU, where reading the labels would wait for every batch, and where the loss itself fails.
+
+        Raises:
+            DataError: naming the split and the label.
+        """
+        logits = self.main_output(outputs)
+        if logits.device.type != "cpu" or logits.dim() != 2 or not targets.numel():
+            return
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= logits.shape[1]:
+            odd = low if low < 0 else high
+            raise DataError(
+                f"the {split} split has a label {odd}, the network {logits.shape[1]} classes "
+                f"(0 to {logits.shape[1] - 1}): another data set, or another network, is needed"
+            )
+
+    def sums(self, outputs: Any, targets: Tensor, *, training: bool = False) -> Mapping[str, Tensor] | None:
+        """How many labels are among the largest logits; None if the outputs are not (N, classes)."""
+        logits = self.main_output(outputs)
+        if logits.dim() != 2 or targets.dim() != 1:
+            return None
+        wanted = {"top1": 1} if training else _TOP
+        return {name: count_correct(logits, targets, top) for name, top in wanted.items()}
+
+    def values(self, sums: Mapping[str, Tensor], n: float) -> dict[str, float]:
+        """Percent of the samples."""
+        return {name: 100 * float(sums[name]) / n for name in _TOP if name in sums}
+
+
+def count_correct(logits: Tensor, labels: Tensor, top: int) -> Tensor:
+    """Count samples whose label is among the ``top`` largest logits, as a scalar tensor on their device."""
+    if top == 1:
+        return (logits.argmax(1) == labels).sum()
+    best = logits.topk(min(top, logits.shape[1]), dim=1).indices
+    return (best == labels[:, None]).any(1).sum()

@@ -1,0 +1,21 @@
+"""All tasks by name."""
+
+from __future__ import annotations
+
+from cctool.base.errors import SpecError
+from cctool.tasks.base import Task
+from cctool.tasks.classification import Classification
+
+TASKS: dict[str, Task] = {"classification": Classification()}
+"""A new task is one file and one line here."""
+
+
+def task_named(name: str) -> Task:
+    """The task of a name.
+
+    Raises:
+        SpecError: if there is none.
+    """
+    if name not in TASKS:
+        raise SpecError(f"unknown task {name!r}; allowed: {', '.join(TASKS)}")
+    return TASKS[name]
