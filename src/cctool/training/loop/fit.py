@@ -184,12 +184,7 @@ class _Loop:
         for constraint in self.training.constraints:
             constraint.epoch(epoch)
         objective = self.training.objective
-        tally = Tally(
-            epoch,
-            self.training.objective.task,
-            self.training.objective.user,
-            _LOOK_EVERY[self.fabric.device.type],
-        )
+        tally = Tally(epoch, objective.task, objective.user, _LOOK_EVERY[self.fabric.device.type])
         title = f"epoch {epoch + 1}/{self.options.epochs}"
         lr = 0.0
         batches = self.training.reporter.progress(self.training.batches(epoch), title, total=self.steps)
