@@ -117,4 +117,4 @@ def test_numbers_follow_names() -> None:
     assert (found.labels == 9 - digits.split("test").labels).all()  # type: ignore[operator]
     with pytest.raises(cctool.CctoolError, match="stands for two classes"):
         numbers_of(["a"], ["a", "b", "a"], "the set", owner="the network")
-    assert "count in order" in by_name(digits, None).notes[-1]
+    assert "are taken in order" in by_name(digits, None).notes[-1]

@@ -51,7 +51,7 @@ def by_name(source: DataSource, known: tuple[str, ...] | None) -> DataSource:
     if not source.classes or source.classes == known:
         return source
     if known is None:
-        note = f"the network has no class names: {source.reference}'s {len(source.classes)} count in order"
+        note = f"the network has no class names, so those of {source.reference} are taken in order"
         return dataclasses.replace(source, notes=(*source.notes, note))
     numbers = numbers_of(source.classes, known, source.reference, owner="the network")
     what = "all" if len(numbers) == len(known) else f"{len(numbers)} of {len(known)}"
