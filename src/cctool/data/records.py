@@ -190,6 +190,7 @@ class DataSource:
     whole: Callable[[], Split] | None = None
     limit: int | None = None
     held: bool = False
+    task: str | None = None
     _loaded: dict[str, Split] = field(default_factory=dict, repr=False)
     _served: dict[str, Split] = field(default_factory=dict, repr=False)
 

@@ -15,7 +15,7 @@ from cctool.base.runtime import Reporter
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent, Step
 from cctool.checkpoint.tables import Tables
-from cctool.options.common import ModelOptions, RuntimeOptions
+from cctool.options.common import ModelOptions, RuntimeOptions, TaskOptions
 
 if TYPE_CHECKING:
     from cctool.data.records import DataSource
@@ -70,6 +70,9 @@ class Context:
         stamp: outcome -> its checkpoint with the line of history that the pipeline would add; for files
             that are written before the operation ends.
         opened: the data set that the command line names, if it was opened before there was a network.
+        asked: what the command line says about the task, and the user's loss and metric.
+        judges: how networks are judged, by their task; filled by `task.judge_of`.
+        said: notes that are given once in a command.
     """
 
     device: torch.device
@@ -82,6 +85,15 @@ class Context:
     force: bool
     stamp: Callable[[Outcome], Checkpoint]
     opened: DataSource | None = None
+    asked: TaskOptions = field(default_factory=TaskOptions)
+    judges: dict[Any, Any] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
+
+    def say_once(self, note: str) -> None:
+        """Give a note, unless this command gave it before."""
+        if note not in self.said:
+            self.said.add(note)
+            self.reporter.note(note)
 
 
 def beside(source: Path, suffix: str) -> Path:

@@ -25,12 +25,14 @@ from cctool.checkpoint.checkpoint import SUFFIXES, Checkpoint, save
 from cctool.checkpoint.file.payload import content_hash
 from cctool.checkpoint.spec import Parent, Preprocessing, Size, Step
 from cctool.data.records import DataSource
+from cctool.models import registry
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import open_named
 from cctool.operations.keep import events
 from cctool.operations.opening import DataShape, fresh, open_checkpoint
 from cctool.operations.registries import tables
 from cctool.operations.size import measure
+from cctool.operations.task import asked_of, with_task
 from cctool.options.common import ModelOptions, RuntimeOptions
 from cctool.options.fields import recorded
 
@@ -214,8 +216,10 @@ def _prepare(
         force=request.force,
         stamp=lambda outcome: outcome.checkpoint,
         opened=opened,
+        asked=asked_of(options),
     )
-    return checkpoint, context
+    of_data = None if opened is None else opened.task
+    return with_task(checkpoint, of_data, registry.task_of(checkpoint.spec.architecture), context), context
 
 
 def default_output(verb: str, source: str | None, arch: str | None) -> Path:

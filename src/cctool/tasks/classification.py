@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cctool.base.errors import DataError, TrainingError
-from cctool.tasks.base import Measure
+from cctool.tasks.base import Measure, divergence_of_classes, relative_error
 
 _AUXILIARY_WEIGHT = 0.3
 _TOP = {"top1": 1, "top5": 5}
@@ -39,6 +39,35 @@ class Classification:
                 "expected"
             )
         return first
+
+    has_loss = True
+
+    def fits(self, outputs: Any) -> bool:
+        """Whether they start with logits (N, classes)."""
+        first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+        return isinstance(first, Tensor) and first.dim() == 2 and first.is_floating_point()
+
+    def classes_in(self, outputs: Any) -> int | None:
+        """Number of logits; None if the outputs are not (N, classes)."""
+        return int(self.main_output(outputs).shape[1]) if self.fits(outputs) else None
+
+    def imitation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """See `distillation_loss`."""
+        return distillation_loss(student, teacher, temperature)
+
+    def compared(self, outputs: Any) -> list[Tensor]:
+        """The main classifier's logits."""
+        return [self.main_output(outputs)]
+
+    def divergence(self, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+        """Kullback-Leibler divergence of the predictions; of a single logit the relative squared error."""
+        if wanted[0].dim() < 2 or wanted[0].shape[1] < 2:
+            return relative_error(found, wanted)
+        return divergence_of_classes(found, wanted)
+
+    def guess(self, classes: int | None) -> float | None:
+        """Percent of the labels that a guess among the classes hits."""
+        return 100 / classes if classes else 0.0
 
     def loss(self, outputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy; auxiliary classifiers count 0.3 each.
@@ -104,3 +133,18 @@ def count_correct(logits: Tensor, labels: Tensor, top: int) -> Tensor:
         return (logits.argmax(1) == labels).sum()
     best = logits.topk(min(top, logits.shape[1]), dim=1).indices
     return (best == labels[:, None]).any(1).sum()
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T^2 * KL(softmax(teacher / T) || softmax(student / T))``, mean over the batch.
+
+    Hinton et al. 2015, arXiv 1503.02531, section 2; the factor T^2 keeps the size of gradients about the same
+    for every T > 0. Both logits are (N, classes); the teacher's are constants.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(student / temperature, dim=1),
+        F.log_softmax(teacher.detach() / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return temperature**2 * divergence

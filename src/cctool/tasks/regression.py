@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from cctool.base.errors import DataError, TrainingError
-from cctool.tasks.base import Measure
+from cctool.tasks.base import Measure, relative_error
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,39 @@ class Regression:
         Raises:
             TrainingError: if there is no tensor.
         """
-        found = outputs.get("out") if isinstance(outputs, Mapping) else outputs
-        found = found[0] if isinstance(found, (tuple, list)) and found else found
+        found = _first(outputs)
         if not isinstance(found, Tensor):
             raise TrainingError(
                 f"the network returned a {type(outputs).__name__}; regression needs a tensor (N, ...)"
             )
         return found
+
+    has_loss = True
+
+    def fits(self, outputs: Any) -> bool:
+        """Whether there is a floating-point tensor."""
+        found = _first(outputs)
+        return isinstance(found, Tensor) and found.is_floating_point()
+
+    def classes_in(self, outputs: Any) -> int | None:
+        """None: values are no classes."""
+        return None
+
+    def imitation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Mean squared difference; the temperature has no meaning here."""
+        return (student - teacher.detach()).square().mean()
+
+    def compared(self, outputs: Any) -> list[Tensor]:
+        """The main output."""
+        return [self.main_output(outputs)]
+
+    def divergence(self, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+        """Mean squared error divided by the mean square."""
+        return relative_error(found, wanted)
+
+    def guess(self, classes: int | None) -> float | None:
+        """Not known: the error of a guess depends on how far the targets spread."""
+        return None
 
     def loss(self, outputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Mean squared error over all elements.
@@ -71,3 +97,8 @@ class Regression:
                 "regression needs equal shapes"
             )
         return found - targets.to(found.dtype)
+
+
+def _first(outputs: Any) -> Any:
+    found = outputs.get("out") if isinstance(outputs, Mapping) else outputs
+    return found[0] if isinstance(found, (tuple, list)) and found else found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cctool.base.errors import DataError, TrainingError
-from cctool.tasks.base import Measure
+from cctool.tasks.base import Measure, divergence_of_classes
+from cctool.tasks.classification import distillation_loss
 
 _AUXILIARY_WEIGHT = 0.5
 IGNORED = 255
@@ -41,11 +42,7 @@ class Segmentation:
         Raises:
             TrainingError: if there are no logits (N, classes, h, w).
         """
-        found = outputs
-        if isinstance(outputs, Mapping):
-            found = outputs.get("out")
-        elif isinstance(outputs, (tuple, list)) and outputs:
-            found = outputs[0]
+        found = _first(outputs)
         if not isinstance(found, Tensor) or found.dim() != 4:
             shape = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(outputs).__name__
             raise TrainingError(
@@ -53,6 +50,40 @@ class Segmentation:
                 "or as 'out' of a dict"
             )
         return found
+
+    has_loss = True
+
+    def fits(self, outputs: Any) -> bool:
+        """Whether there are logits (N, classes, h, w) of two classes or more."""
+        found = _first(outputs)
+        return (
+            isinstance(found, Tensor)
+            and found.dim() == 4
+            and found.shape[1] > 1
+            and found.is_floating_point()
+        )
+
+    def classes_in(self, outputs: Any) -> int | None:
+        """Number of logits of a pixel."""
+        return int(self.main_output(outputs).shape[1])
+
+    def imitation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """The distillation loss of each pixel, averaged; a teacher of another size is resized."""
+        if teacher.shape[-2:] != student.shape[-2:]:
+            teacher = resized(teacher, student)
+        return distillation_loss(_by_pixel(student), _by_pixel(teacher), temperature)
+
+    def compared(self, outputs: Any) -> list[Tensor]:
+        """The main logits."""
+        return [self.main_output(outputs)]
+
+    def divergence(self, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+        """Kullback-Leibler divergence of the predictions, averaged over pixels."""
+        return divergence_of_classes(found, wanted)
+
+    def guess(self, classes: int | None) -> float | None:
+        """Not known: the mean IoU of a guess depends on how large the classes are."""
+        return None
 
     def loss(self, outputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy over the pixels that count; an output ``aux`` counts half, as in torchvision.
@@ -119,6 +150,16 @@ class Segmentation:
             reduction="sum",
         )
         return total / (targets != self.ignored).sum().clamp(min=1)
+
+
+def _first(outputs: Any) -> Any:
+    if isinstance(outputs, Mapping):
+        return outputs.get("out")
+    return outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+
+
+def _by_pixel(logits: Tensor) -> Tensor:
+    return logits.movedim(1, -1).reshape(-1, logits.shape[1])
 
 
 def resized(logits: Tensor, targets: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from cctool.base.errors import DataError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.atomic import write_bytes
 from cctool.checkpoint.spec import Metrics
-from cctool.data.records import SPLITS, DataSource, Split
+from cctool.data.records import SPLITS, DataSource
 from cctool.data.serving.batches import Batch
 from cctool.operations.context import Context, ShownTables, refuse_existing
-from cctool.operations.data import require_source, serve
+from cctool.operations.data import has_targets, require_source, serve
 from cctool.operations.keep.events import warn_of_stale
-from cctool.operations.train.one_process import user_loss, user_metric
+from cctool.operations.task import Judge, judge_of
 from cctool.operations.transform.quality_tables import stream_tables, tap_tables
 from cctool.operations.transform.watch import refuse_unwatched, watched
 from cctool.operations.transform.write_streams import StreamFigures
@@ -79,13 +79,18 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
     source = require_source(options.data, checkpoint, context, "evaluate")
     warn_of_stale(checkpoint, context.reporter)
     split = _split(source, options.split, context)
-    has_labels = _has_labels(source.split(split))
+    judge = judge_of(checkpoint, context)
+    has_labels = not judge.needs_targets or has_targets(source.split(split))
     if not has_labels and options.predictions is None and not options.asks_for_taps:
         raise DataError(f"{source.reference} has no labels: give --predictions FILE.csv, or labelled data")
+    if has_labels and options.predictions is None and not options.asks_for_taps:
+        judge.require_measure("evaluate")
     with watched(checkpoint, source.reference, split, options, context) as watch:
         shown = watch.batches(_shown(checkpoint, source, split, options, context))
-        metrics = _metrics(checkpoint, shown, split, options, context) if has_labels else None
-        if not has_labels and options.asks_for_taps:
+        metrics = (
+            _metrics(checkpoint, shown, split, judge, context) if has_labels and judge.measures else None
+        )
+        if metrics is None and options.asks_for_taps:
             # Without labels nothing is measured; the images only have to pass the taps.
             for _ in outputs_of(checkpoint.model, shown, context.device, str(context.runtime.precision)):
                 pass
@@ -117,17 +122,8 @@ def _split(source: DataSource, asked: SplitName | None, context: Context) -> str
     return there_are[0]
 
 
-def _has_labels(split: Split) -> bool:
-    if split.loaded is not None:
-        return split.loaded.labelled
-    if split.labels is not None or split.stream is None or not len(split):
-        return split.labels is not None
-    # A stream's labels come with its images: the first one tells.
-    return split.stream.read(0, split.shape, None, 0)[1] is not None
-
-
 def _metrics(
-    checkpoint: Checkpoint, batches: Iterable[Batch], split: str, options: EvaluateOptions, context: Context
+    checkpoint: Checkpoint, batches: Iterable[Batch], split: str, judge: Judge, context: Context
 ) -> Metrics:
     return evaluate(
         checkpoint.model,
@@ -135,8 +131,9 @@ def _metrics(
         split=split,
         device=context.device,
         precision=str(context.runtime.precision),
-        loss=user_loss(options.loss, context),
-        metric=user_metric(options.metric, context),
+        task=judge.task,
+        loss=judge.loss,
+        metric=judge.metric,
     )
 
 

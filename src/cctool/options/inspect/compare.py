@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cctool.options.common import DataOptions
+from cctool.options.common import DataOptions, TaskOptions, judged
 from cctool.options.fields import Options, nested, option
 from cctool.options.inspect.evaluate import SplitName
 
@@ -16,4 +16,5 @@ class CompareOptions(Options):
     # fmt: off
     split: SplitName = option(SplitName.TEST, "Split to measure accuracy on.")
     data: DataOptions = nested(DataOptions, without=("val_data",))
+    judge: TaskOptions = judged()
     # fmt: on

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cctool.options.common import DataOptions, histograms_option, report_file_option, zero_bar_option
-from cctool.options.fields import Choice, Options, nested, option
+from cctool.options.common import (
+    DataOptions,
+    TaskOptions,
+    histograms_option,
+    report_file_option,
+    zero_bar_option,
+)
+from cctool.options.fields import Choice, nested, option
 
 
 class SplitName(Choice):
@@ -21,7 +27,7 @@ _TAPS = "Coded feature maps (after transform --target features)"
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(Options):
+class EvaluateOptions(TaskOptions):
     """Options of one evaluation."""
 
     # fmt: off
@@ -30,12 +36,6 @@ class EvaluateOptions(Options):
     data: DataOptions = nested(DataOptions)
     predictions: str | None = option(
         None, "Write one row per image; works without labels, too.", metavar="FILE.csv")
-    loss: str | None = option(
-        None, "Your loss(outputs, labels), a scalar tensor.", metavar="FILE.py:FN", unset="cross-entropy",
-        runs_code=True)
-    metric: str | None = option(
-        None, "Your metric(outputs, labels) of the whole split, a number.", metavar="FILE.py:FN",
-        runs_code=True)
     bitstream: str | None = option(
         None, "Write the coded feature maps of the split, one file per tap, for `cctool decode`.",
         metavar="DIR", panel=_TAPS)
