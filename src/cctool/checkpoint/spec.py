@@ -103,7 +103,7 @@ class ModelSpec(Record):
 
 
 class Metrics(Record):
-    """What an evaluation measured. ``top1`` and ``top5`` are percent, ``loss`` a mean over n samples."""
+    """What an evaluation measured on n samples, by name: ``loss``, a mean, and the metrics of the task."""
 
     split: str
     n: int = Field(ge=0)

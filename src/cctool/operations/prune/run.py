@@ -271,8 +271,8 @@ def _warn_of_collapse(checkpoint: Checkpoint, after: tuple[Metrics, ...], images
         verb, digits = ("fell", ".2f") if measure.rising else ("rose", ".4g")
         unit = f" {measure.unit}" if measure.unit else ""
         work.context.reporter.warn(
-            f"{new.split} {measure.title} {verb} from {before:{digits}} to {now:{digits}}{unit} (n={new.n:,}): "
-            f"{', '.join(ways)}, a smaller --rate or --max-drop would help"
+            f"{new.split} {measure.title} {verb} from {before:{digits}} to {now:{digits}}{unit} "
+            f"(n={new.n:,}): {', '.join(ways)}, a smaller --rate or --max-drop would help"
         )
         return
 
