@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from cctool import __version__
 from cctool.base.networks import float_type_of
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.formats.parity import BATCH_SIZES, Run, compare, random_batches, require_top1
+from cctool.formats.parity import BATCH_SIZES, compare, random_batches, require_agreement
 from cctool.formats.records import Agreement, ExportRequest
+from cctool.formats.rounding import Run
 
 BATCH = "batch"
 EXPORT_BATCH = 2
@@ -100,7 +101,13 @@ def agreements_with(candidate: Run, request: ExportRequest, *, free_batch: bool)
         batch.to(float_type_of(model)) for batch in random_batches(request.input_shape, request.seed, sizes)
     )
     judge = partial(
-        compare, model, candidate, allow_nonfinite=allowed, coded=request.coded, quantized=request.quantized
+        compare,
+        model,
+        candidate,
+        allow_nonfinite=allowed,
+        coded=request.coded,
+        quantized=request.quantized,
+        task=request.task,
     )
     found = [judge(random, "random inputs")]
     if request.samples is not None:
@@ -109,15 +116,26 @@ def agreements_with(candidate: Run, request: ExportRequest, *, free_batch: bool)
             batches = (batch[i : i + 1] for batch in batches for i in range(len(batch)))
         found.append(judge(batches, request.samples.name))
         if request.quantized:
-            require_top1(found[-1])
+            require_agreement(found[-1])
     return found
 
 
 def comparison_notes(request: ExportRequest, agreements: Iterable[Agreement]) -> tuple[str, ...]:
     """Notes on the limits of the comparison."""
     notes = []
+    agreements = tuple(agreements)
     if request.samples is None:
         notes.append("compared on random inputs only: no data set was named, or it is not there")
-    if all(found.output_range <= _FLAT * found.largest_output for found in agreements):
+    if _hardly_depends(agreements):
         notes.append("the outputs hardly depend on the inputs, so comparing them says little")
     return tuple(notes)
+
+
+def _hardly_depends(agreements: Iterable[Agreement]) -> bool:
+    """Whether the numbers that were compared are nearly the same for all inputs."""
+    measured = [
+        found
+        for found in agreements
+        if not found.outputs or any(o.output_range is not None and not o.not_compared for o in found.outputs)
+    ]
+    return bool(measured) and all(f.output_range <= _FLAT * f.largest_output for f in measured)

@@ -12,10 +12,10 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from cctool.base.errors import ExportError
 from cctool.base.networks import in_mode
+from cctool.base.outputs import named_tensors
 from cctool.checkpoint.file.atomic import write_atomically
 from cctool.formats.converting import (
     BATCH,
@@ -28,8 +28,8 @@ from cctool.formats.converting import (
     quiet,
     reason,
 )
-from cctool.formats.parity import Run
 from cctool.formats.records import Agreement, ExportRequest, Written
+from cctool.formats.rounding import Run
 from cctool.graph.execution import blaming_the_size
 
 DESCRIPTION = "cctool.json"
@@ -96,11 +96,11 @@ def _read_back(path: Path) -> Run:
     def run(batch: Tensor) -> list[Tensor]:
         with torch.no_grad():
             try:
-                found = tree_leaves(module(batch))
+                found = module(batch)
             except Exception as error:
                 raise ExportError(
                     f"torch cannot run the exported program on a batch of {len(batch)}: {reason(error)}"
                 ) from error
-        return [value for value in found if isinstance(value, Tensor)]
+        return list(named_tensors(found).values())
 
     return run

@@ -126,7 +126,8 @@ def input_shape(name: str, arguments: Mapping[str, Any]) -> tuple[int, int, int]
     224x224 or 299x299; for a detector, the size that it scales images to.
     """
     if name in detectors():
-        return (3, *[_detector_size(name, arguments)] * 2)
+        side = _detector_size(name, arguments)
+        return 3, side, side
     size = arguments.get("image_size", arguments.get("input_size", INPUT_SIZES.get(name, DEFAULT_SIZE)))
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return 3, int(height), int(width)

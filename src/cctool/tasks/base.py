@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,12 +33,31 @@ LOSS = Measure("loss", "loss", rising=False)
 """The mean loss, which every task has that has one at all."""
 
 
+@dataclass(frozen=True)
+class Agreeing:
+    """What two versions of a network are asked to choose alike, for instance before and after an export.
+
+    Attributes:
+        name: its key in records.
+        title: as sentences name it, as in "top-1 agreement".
+        things: what a choice is made for, in the plural.
+        choices: the choices in a main output (N, ...), whole numbers (N,) or (N, ...).
+    """
+
+    name: str
+    title: str
+    things: str
+    choices: Callable[[Tensor], Tensor]
+
+
 class Task(Protocol):
     """What a network is for.
 
     Attributes:
         name: in specs and on the command line.
         measures: what is measured besides the loss, the main one first; () if the loss alone judges.
+        agreement: what an exported network is asked to choose like the network; None if nothing is chosen, so
+            that only differences of the outputs count.
     """
 
     @property
@@ -48,6 +67,11 @@ class Task(Protocol):
 
     @property
     def measures(self) -> tuple[Measure, ...]:
+        """See above."""
+        ...
+
+    @property
+    def agreement(self) -> Agreeing | None:
         """See above."""
         ...
 

@@ -23,9 +23,13 @@ def export(call: Invocation) -> None:
 
 
 def _say(console: Console, file: Any) -> None:
-    console.note(f"{file.path}: {file.format}, {file.bytes:,} bytes, verified")
+    console.note(f"{file.path}: {file.format}, {file.bytes:,} bytes, {file.verified}")
     for agreement in file.agreements:
         console.note(agreement_line(agreement))
+        for line in agreement.lines()[:_LISTED]:
+            console.note(f"    {line}")
+        if len(agreement.lines()) > _LISTED:
+            console.note(f"    and {len(agreement.lines()) - _LISTED} more outputs, see --json")
     if file.kernels is not None:
         kernels_note(console, file.kernels)
 
@@ -45,11 +49,12 @@ def agreement_line(agreement: Any) -> str:
     """One line on how close the outputs of the written model are."""
     judged = ", judged in float64" if agreement.judged_in_float64 else ""
     judged += ", judged by the steps of what rounds it" if agreement.judged_by_steps else ""
+    chosen = agreement.choices
     sizes = " and ".join(map(str, agreement.batch_sizes))
     return (
         f"  {agreement.inputs} (n={agreement.n:,}, batches of {sizes}): max abs error "
-        f"{agreement.max_abs_error:.2g} of a range of {agreement.output_range:.3g}{judged}, "
-        f"top-1 agreement {agreement.top1_agreement:.2f} %"
+        f"{agreement.max_abs_error:.2g} of a range of {agreement.output_range:.3g}{judged}"
+        + (f", {chosen.title} agreement {chosen.percent:.2f} %" if chosen is not None else "")
         + (
             f", {agreement.undecided} of the others undecided within 1/32 of a step"
             if agreement.undecided
