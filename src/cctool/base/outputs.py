@@ -8,7 +8,7 @@ tensor alone, and tensors in nothing but plain tuples and lists, are ``output``,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,17 @@ def differences(left: Tensor, right: Tensor) -> Tensor:
     apart = (a - b).abs()
     same = (a == b) | (a.isnan() & b.isnan())
     return apart.masked_fill(same, 0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def varying_shapes(runs: Sequence[Mapping[str, Tensor]]) -> set[str]:
+    """Names of outputs that are missing, or have other shapes, in some runs on inputs of one shape."""
+    names = {name for run in runs for name in run}
+    return {name for name in names if len({run[name].shape if name in run else None for run in runs}) > 1}
+
+
+def other_inputs(values: Tensor) -> list[Tensor]:
+    """Inputs of one shape on which outputs whose shapes depend on the data hardly have equal ones."""
+    return [values, -values, values * 0, values * 4]
 
 
 def as_numbers(value: Tensor) -> Tensor:

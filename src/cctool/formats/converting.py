@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool import __version__
+from cctool.base.detectors import before_boxes, chooses_boxes
 from cctool.base.networks import float_type_of
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.formats.parity import BATCH_SIZES, compare, random_batches, require_agreement
@@ -25,6 +26,12 @@ from cctool.formats.rounding import Run
 BATCH = "batch"
 EXPORT_BATCH = 2
 """Batch size of the example: torch.export treats sizes 0 and 1 as constants."""
+
+BEFORE_BOXES = (
+    "the file ends at what the detector's head puts out: how many boxes are chosen from it depends on the "
+    "image, and torch cannot export that"
+)
+"""The note on detectors."""
 
 _FLAT = 1e-4  # of the largest output: a smaller range of outputs is near the noise of float32
 
@@ -45,6 +52,8 @@ def reason(error: BaseException) -> str:
     """The innermost cause in one line, because exporters wrap it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if type(error).__name__ == "GuardOnDataDependentSymNode":
+        return "shapes inside it depend on the data, as where boxes are chosen by their scores"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
@@ -64,6 +73,13 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def ending_before_boxes(model: nn.Module, request: ExportRequest) -> Iterator[tuple[str, ...]]:
+    """Let the model and the request's network end where shapes begin to depend on the data; gives notes."""
+    with before_boxes(model, request.checkpoint.model):
+        yield (BEFORE_BOXES,) if chooses_boxes(model) else ()
 
 
 def descriptions(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[str, str]:

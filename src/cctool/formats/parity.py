@@ -20,7 +20,6 @@ another class for it.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import ExportError, TrainingError
-from cctool.base.outputs import is_measured, named_tensors
+from cctool.base.outputs import is_measured, named_tensors, other_inputs, varying_shapes
 from cctool.formats.records import Agreement, ChoiceAgreement
 from cctool.formats.rounding import (
     AGREED,
@@ -41,7 +40,6 @@ from cctool.formats.rounding import (
     beyond_steps,
     left_by,
     returned,
-    runner_of,
     too_many,
     undecided_choices,
 )
@@ -281,13 +279,9 @@ def _other_shapes(
 
 def _depending(model: nn.Module, batch: Tensor) -> set[int]:
     """The outputs whose shapes change when the inputs of a batch do."""
-    run = runner_of(model)
-    shapes = [[value.shape for value in run(other)] for other in (batch, -batch, batch * 0, batch * 4)]
-    return {
-        i
-        for i, group in enumerate(itertools.zip_longest(*shapes))
-        if any(shape != group[0] for shape in group)
-    }
+    runs = [named_tensors(returned(model, other)) for other in other_inputs(batch)]
+    depending = varying_shapes(runs)
+    return {i for i, name in enumerate(runs[0]) if name in depending}
 
 
 def _check_finite(expected: Tensor, found: Tensor, inputs: str, allowed: bool) -> None:

@@ -7,6 +7,7 @@ parts of it, so open files of others only if you trust them.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +24,7 @@ from cctool.formats.converting import (
     agreements_with,
     comparison_notes,
     descriptions,
+    ending_before_boxes,
     example,
     on_cpu,
     quiet,
@@ -48,6 +50,12 @@ def write_pt2(request: ExportRequest) -> Written:
         CheckpointError: if the file cannot be written.
     """
     model = on_cpu(request.network or request.checkpoint.model)
+    with ending_before_boxes(model, request) as ends:
+        written = _write(model, request)
+    return replace(written, notes=(*ends, *written.notes))
+
+
+def _write(model: nn.Module, request: ExportRequest) -> Written:
     program, notes = _convert(model, request.input_shape)
     about = json.dumps(descriptions(request.checkpoint, request.input_shape), ensure_ascii=False)
     agreements: list[Agreement] = []

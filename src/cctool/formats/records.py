@@ -97,9 +97,8 @@ class OutputAgreement:
             missed = f", {self.other_shapes} batches not compared, whose shapes depend on the data and differ"
         if self.different is not None:
             return f"{self.name}: {self.different:.2f} % of {self.elements:,} elements differ{missed}"
-        return (
-            f"{self.name}: max abs error {self.max_abs_error:.2g} of a range of {self.output_range:.3g}{missed}"
-        )
+        error = f"max abs error {self.max_abs_error:.2g} of a range of {self.output_range:.3g}"
+        return f"{self.name}: {error}{missed}"
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,7 @@ def export(call: Invocation) -> None:
 
 def _say(console: Console, file: Any) -> None:
     console.note(f"{file.path}: {file.format}, {file.bytes:,} bytes, {file.verified}")
-    for agreement in file.agreements:
-        console.note(agreement_line(agreement))
-        for line in agreement.lines()[:_LISTED]:
-            console.note(f"    {line}")
-        if len(agreement.lines()) > _LISTED:
-            console.note(f"    and {len(agreement.lines()) - _LISTED} more outputs, see --json")
+    agreement_notes(console, file)
     if file.kernels is not None:
         kernels_note(console, file.kernels)
 
@@ -45,8 +40,17 @@ def kernels_note(console: Console, kernels: Any) -> None:
         console.note(f"    and {len(kernels.floating) - _LISTED} more, see --json")
 
 
-def agreement_line(agreement: Any) -> str:
-    """One line on how close the outputs of the written model are."""
+def agreement_notes(console: Console, file: Any) -> None:
+    """Print how close the outputs of a written model are."""
+    for agreement in file.agreements:
+        console.note(_agreement_line(agreement))
+        for line in agreement.lines()[:_LISTED]:
+            console.note(f"    {line}")
+        if len(agreement.lines()) > _LISTED:
+            console.note(f"    and {len(agreement.lines()) - _LISTED} more outputs, see --json")
+
+
+def _agreement_line(agreement: Any) -> str:
     judged = ", judged in float64" if agreement.judged_in_float64 else ""
     judged += ", judged by the steps of what rounds it" if agreement.judged_by_steps else ""
     chosen = agreement.choices

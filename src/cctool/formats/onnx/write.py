@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +27,7 @@ from cctool.formats.converting import (
     agreements_with,
     comparison_notes,
     descriptions,
+    ending_before_boxes,
     example,
     on_cpu,
     quiet,
@@ -60,6 +62,12 @@ def write_onnx(request: ExportRequest) -> Written:
     """
     model = on_cpu(request.network or request.checkpoint.model)
     _refuse_large(model)
+    with ending_before_boxes(model, request) as ends:
+        written = _write(model, request)
+    return replace(written, notes=(*ends, *written.notes))
+
+
+def _write(model: nn.Module, request: ExportRequest) -> Written:
     document, fixed, left_out = _convert(model, request)
     free_batch = not fixed
     notes = (*fixed, *left_out, *_put_integers(document, request))
