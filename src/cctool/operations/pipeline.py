@@ -25,6 +25,7 @@ from cctool.checkpoint.checkpoint import SUFFIXES, Checkpoint, save
 from cctool.checkpoint.file.payload import content_hash
 from cctool.checkpoint.spec import Parent, Preprocessing, Size, Step
 from cctool.data.records import DataSource
+from cctool.graph.execution import refuse_several_inputs
 from cctool.models import registry
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import open_named
@@ -202,6 +203,7 @@ def _prepare(
         checkpoint = open_checkpoint(
             Path(request.source), request.model, registries, named, request.reporter, shape
         )
+    refuse_several_inputs(checkpoint.model)
     if remembered is not None:
         # Only the data set: its class names need not be those of a foreign network's outputs.
         checkpoint = replace(checkpoint, spec=checkpoint.spec.model_copy(update={"data": remembered}))

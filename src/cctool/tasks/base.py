@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cctool.base.errors import TrainingError
+from cctool.base.outputs import named_tensors
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,31 @@ LOSS = Measure("loss", "loss", rising=False)
 """The mean loss, which every task has that has one at all."""
 
 
+@dataclass(frozen=True)
+class Agreeing:
+    """What two versions of a network are asked to choose alike, for instance before and after an export.
+
+    Attributes:
+        name: its key in records.
+        title: as sentences name it, as in "top-1 agreement".
+        things: what a choice is made for, in the plural.
+        choices: the choices in a main output (N, ...), whole numbers (N,) or (N, ...).
+    """
+
+    name: str
+    title: str
+    things: str
+    choices: Callable[[Tensor], Tensor]
+
+
 class Task(Protocol):
     """What a network is for.
 
     Attributes:
         name: in specs and on the command line.
         measures: what is measured besides the loss, the main one first; () if the loss alone judges.
+        agreement: what an exported network is asked to choose like the network; None if nothing is chosen, so
+            that only differences of the outputs count.
     """
 
     @property
@@ -58,6 +78,11 @@ class Task(Protocol):
 
     @property
     def measures(self) -> tuple[Measure, ...]:
+        """See above."""
+        ...
+
+    @property
+    def agreement(self) -> Agreeing | None:
         """See above."""
         ...
 
@@ -131,25 +156,13 @@ def main_measure(task: Task) -> Measure:
     return task.measures[0] if task.measures else LOSS
 
 
-def tensors_of(outputs: Any) -> Iterator[Tensor]:
-    """All tensors in what a network returned, in order."""
-    if isinstance(outputs, Tensor):
-        yield outputs
-        return
-    if isinstance(outputs, Mapping):
-        outputs = list(outputs.values())
-    if isinstance(outputs, (tuple, list)):
-        for item in outputs:
-            yield from tensors_of(item)
-
-
 def only_tensor(outputs: Any) -> Tensor:
     """The first floating-point tensor in what a network returned, else its first tensor.
 
     Raises:
         TrainingError: if there is none.
     """
-    found = list(tensors_of(outputs))
+    found = list(named_tensors(outputs).values())
     if not found:
         raise TrainingError(f"the network returned a {type(outputs).__name__} without any tensor")
     return next((tensor for tensor in found if tensor.is_floating_point()), found[0])

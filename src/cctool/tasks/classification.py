@@ -10,10 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cctool.base.errors import DataError, TrainingError
-from cctool.tasks.base import Measure, divergence_of_classes, relative_error
+from cctool.tasks.base import Agreeing, Measure, divergence_of_classes, relative_error
 
 _AUXILIARY_WEIGHT = 0.3
 _TOP = {"top1": 1, "top5": 5}
+
+
+def _largest(logits: Tensor) -> Tensor:
+    return logits.flatten(1).argmax(1)
+
+
+_TOP1 = Agreeing("top1", "top-1", "samples", _largest)
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Classification:
         Measure("top1", "top-1", "%", share=True),
         Measure("top5", "top-5", "%", share=True),
     )
+    agreement: Agreeing = _TOP1
 
     def main_output(self, outputs: Any) -> Tensor:
         """The logits in what a network returned: a tensor, or a tuple or list that starts with it.

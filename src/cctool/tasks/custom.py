@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from cctool.base.errors import TrainingError
-from cctool.tasks.base import Measure, only_tensor, relative_error, tensors_of
+from cctool.base.outputs import named_tensors
+from cctool.tasks.base import Measure, only_tensor, relative_error
 
 CUSTOM = "custom"
 UNKNOWN = "unknown"
@@ -27,6 +28,7 @@ class Untold:
     name: str = UNKNOWN
     measures: tuple[Measure, ...] = ()
     has_loss: bool = False
+    agreement: None = None
 
     def main_output(self, outputs: Any) -> Tensor:
         """The first floating-point tensor, else the first tensor.
@@ -50,7 +52,7 @@ class Untold:
 
     def compared(self, outputs: Any) -> list[Tensor]:
         """All floating-point tensors."""
-        return [tensor for tensor in tensors_of(outputs) if tensor.is_floating_point()]
+        return [tensor for tensor in named_tensors(outputs).values() if tensor.is_floating_point()]
 
     def divergence(self, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
         """Mean squared error divided by the mean square, averaged over the tensors."""

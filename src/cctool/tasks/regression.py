@@ -21,6 +21,7 @@ class Regression:
         Measure("mse", "mean squared error", rising=False),
         Measure("mae", "mean absolute error", rising=False),
     )
+    agreement: None = None
 
     def main_output(self, outputs: Any) -> Tensor:
         """The tensor itself, ``out`` of a dict, or the first of several.

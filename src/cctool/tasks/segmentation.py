@@ -11,12 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cctool.base.errors import DataError, TrainingError
-from cctool.tasks.base import Measure, divergence_of_classes
+from cctool.tasks.base import Agreeing, Measure, divergence_of_classes
 from cctool.tasks.classification import distillation_loss
 
 _AUXILIARY_WEIGHT = 0.5
 IGNORED = 255
 """The label of pixels that belong to no class, as in Pascal VOC and Cityscapes."""
+
+
+def _classes_of_pixels(logits: Tensor) -> Tensor:
+    return logits.argmax(1)
+
+
+_PIXELS = Agreeing("pixels", "pixel", "pixels", _classes_of_pixels)
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Segmentation:
         Measure("miou", "mean IoU", "%"),
         Measure("pixels", "pixel accuracy", "%"),
     )
+    agreement: Agreeing = _PIXELS
     ignored: int = IGNORED
 
     def main_output(self, outputs: Any) -> Tensor:
