@@ -115,6 +115,7 @@ def evaluate(
     loss: LossFunction | None = None,
     metric: UserMetric | None = None,
     group: Group | None = None,
+    also: Callable[[Any, Tensor], None] | None = None,
 ) -> Metrics:
     """Measure a network on one split.
 
@@ -128,6 +129,7 @@ def evaluate(
         loss: (outputs, labels) -> mean loss of a batch; None is the task's.
         metric: the user's metric, computed over all samples together.
         group: the processes that share the split, each with its own part of it.
+        also: gets the outputs and labels of each batch, on the device, to gather more from the same pass.
 
     Returns:
         ``loss`` (mean), the task's metrics where they apply, and the user's metric.
@@ -145,4 +147,6 @@ def evaluate(
             task.refuse(outputs, labels, split)
         with torch.no_grad():
             totals.add(outputs, labels)
+            if also is not None:
+                also(outputs, labels)
     return totals.metrics(split, group or Group())
