@@ -67,7 +67,7 @@ class Regression:
     def predictions(
         self, outputs: Any, targets: Tensor | None, names: Sequence[str]
     ) -> Iterator[Mapping[str, object]]:
-        """Mean squared and absolute error of each sample, and the predicted numbers if they are 16 at most."""
+        """Mean squared and absolute error of each sample, and its predicted numbers, if 16 at most."""
         found = _rows(self.main_output(outputs))
         errors = _rows(self._errors(outputs, targets)) if targets is not None else None
         for index, values in enumerate(found.tolist()):

@@ -26,7 +26,10 @@ def wilson(right: float, n: int) -> tuple[float, float]:
     share, scale = right / n, 1 + _Z**2 / n
     centre = (share + _Z**2 / (2 * n)) / scale
     half = _Z / scale * math.sqrt(max(share * (1 - share), 0.0) / n + (_Z / (2 * n)) ** 2)
-    return 100 * max(centre - half, 0.0), 100 * min(centre + half, 1.0)
+    # At the ends the difference is exactly 0 or 1, but for rounding.
+    low = 0.0 if right <= 0 else 100 * (centre - half)
+    high = 100.0 if right >= n else 100 * (centre + half)
+    return low, high
 
 
 def interval_of(percent: float, n: int) -> tuple[float, float]:
