@@ -13,7 +13,7 @@ from torch import Tensor
 from cctool.analysis.confusion import write_confusion
 from cctool.analysis.table import WHOLE, Cell, Column, Report, Table
 from cctool.analysis.workbook import write_report
-from cctool.base.errors import UsageError
+from cctool.base.errors import DataError
 from cctool.options.inspect.evaluate import EvaluateOptions
 from cctool.tasks.base import Measure, Task
 from cctool.tasks.details import Classed, class_name
@@ -47,13 +47,13 @@ class ClassCounts:
         split: name of the split, for errors.
 
     Raises:
-        UsageError: if the task has no classes.
+        DataError: if the task has no classes.
     """
 
     def __init__(self, task: Task, split: str, options: EvaluateOptions) -> None:
         if not isinstance(task, Classed):
             asked = "--per-class" if options.per_class else "--confusion"
-            raise UsageError(f"{asked} needs classes, and the task {task.name} has none")
+            raise DataError(f"{asked} needs classes, and the task {task.name} has none")
         self.task: Classed = task
         self._refuse, self._split = task.refuse, split
         self._sum: Tensor | None = None
@@ -68,7 +68,7 @@ class ClassCounts:
     def matrix(self) -> Tensor:
         """Counts (classes, classes), rows by target, on the CPU."""
         if self._sum is None:
-            raise UsageError(f"the {self._split} split is empty: nothing was counted")
+            raise DataError(f"the {self._split} split is empty: nothing was counted")
         return self._sum.cpu()
 
     def figures(self, names: Sequence[str]) -> tuple[ClassFigures, ...]:

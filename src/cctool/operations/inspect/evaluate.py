@@ -121,9 +121,10 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
     """Measure a checkpoint; write what the options ask about samples, classes and coded feature maps.
 
     Raises:
-        DataError: if the data has no such split, or no labels and nothing is to be written.
+        DataError: if the data has no such split, or no labels and nothing is to be written; or if the task
+            has no classes or predictions, and the options ask for them.
         CheckpointError: if a file exists and may not be replaced.
-        UsageError: if options are about coded feature maps, classes or predictions, and the network has none.
+        UsageError: if options are about coded feature maps, and the network has none.
     """
     task: Task = CLASSIFICATION
     files = _files(options)

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from cctool.base.errors import UsageError
+from cctool.base.errors import DataError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.atomic import write_bytes
 from cctool.data.records import DataSource
@@ -24,10 +24,10 @@ def predicting(task: Task) -> Predicting:
     """The task, if it says what a prediction is.
 
     Raises:
-        UsageError: if it does not.
+        DataError: if it does not.
     """
     if not isinstance(task, Predicting):
-        raise UsageError(f"--predictions: the task {task.name} does not say what a prediction is")
+        raise DataError(f"--predictions: the task {task.name} does not say what a prediction is")
     return task
 
 
@@ -42,7 +42,7 @@ def predicted(
     """The file (or number) of each sample, and what the task says of its outputs.
 
     Raises:
-        UsageError: if the task does not say what a prediction is.
+        DataError: if the task does not say what a prediction is.
         DataError: if the outputs hold no predictions.
     """
     told = predicting(task)
