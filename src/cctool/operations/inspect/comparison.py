@@ -62,8 +62,7 @@ def entries(files: Sequence[str], options: CompareOptions, *, force: bool) -> tu
         UsageError: if there are ONNX files only, or an architecture that no file records.
         CheckpointError: if a file cannot be read, or one to be written exists.
     """
-    asked = tuple(Path(path) for path in (options.csv, options.xlsx) if path is not None)
-    refuse_taken(asked, tuple(map(Path, files)), force=force)
+    refuse_written(options, files, force=force)
     checkpoints = [file for file in files if not is_onnx(file)]
     if not checkpoints:
         raise UsageError(
@@ -73,11 +72,25 @@ def entries(files: Sequence[str], options: CompareOptions, *, force: bool) -> tu
     archs = _matched(checkpoints, options.arch)
     first = checkpoints[0]
     return tuple(
-        Entry(file, first, archs[first], partial(run_onnx, Path(file)))
-        if is_onnx(file)
-        else Entry(file, file, archs[file], run)
+        Entry(file, opened, archs[opened], operation_for(file))
         for file in files
+        for opened in [first if is_onnx(file) else file]
     )
+
+
+def operation_for(file: str) -> Callable[..., CompareReport]:
+    """What measures a file: a checkpoint itself, or an ONNX file with the help of one."""
+    return partial(run_onnx, Path(file)) if is_onnx(file) else run
+
+
+def refuse_written(options: CompareOptions, files: Sequence[str], *, force: bool) -> None:
+    """Refuse files to write that exist, or are among the compared ones.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    asked = tuple(Path(path) for path in (options.csv, options.xlsx) if path is not None)
+    refuse_taken(asked, tuple(map(Path, files)), force=force)
 
 
 def _matched(files: Sequence[str], archs: tuple[str, ...]) -> dict[str, str | None]:
@@ -85,11 +98,11 @@ def _matched(files: Sequence[str], archs: tuple[str, ...]) -> dict[str, str | No
     if not archs:
         return dict.fromkeys(files)
     recorded = {file: recorded_architecture(Path(file)) for file in files}
-    found = {file: _named(name, archs) for file, name in recorded.items() if name is not None}
+    found = {file: _recorded_as(name, archs) for file, name in recorded.items()}
     left = [arch for arch in archs if arch not in found.values()]
     for file, name in recorded.items():
-        if name is None:
-            found[file] = _of_foreign(file, archs, left)
+        if found[file] is None:
+            found[file] = _left_for(file, name, archs, left)
     unused = [arch for arch in archs if arch not in found.values()]
     if unused:
         known = ", ".join(sorted({name for name in recorded.values() if name is not None})) or "none"
@@ -97,25 +110,28 @@ def _matched(files: Sequence[str], archs: tuple[str, ...]) -> dict[str, str | No
     return found
 
 
-def _named(recorded: str, archs: tuple[str, ...]) -> str | None:
+def _recorded_as(recorded: str | None, archs: tuple[str, ...]) -> str | None:
     """The architecture that a file records, as the command line names it; the user's file may have moved."""
+    if recorded is None:
+        return None
     same = [arch for arch in archs if arch == recorded or is_named(recorded, (arch,))]
     if same or not is_user_code(recorded):
         return same[0] if same else None
-    own = [arch for arch in archs if is_user_code(arch)]
-    moved = [arch for arch in own if Path(arch).name == Path(recorded).name]
-    if len(moved) == 1:
-        return moved[0]
-    return own[0] if len(archs) == 1 and own else None
+    moved = [arch for arch in archs if is_user_code(arch) and Path(arch).name == Path(recorded).name]
+    return moved[0] if len(moved) == 1 else None
 
 
-def _of_foreign(file: str, archs: tuple[str, ...], left: Sequence[str]) -> str | None:
-    if len(left) > 1:
-        raise UsageError(
-            f"{file} does not say which network it holds, and no other file records {' or '.join(left)}: "
-            "compare foreign files of several architectures one by one"
-        )
-    return left[0] if left else archs[0] if len(archs) == 1 else None
+def _left_for(file: str, recorded: str | None, archs: tuple[str, ...], left: Sequence[str]) -> str | None:
+    """The architecture for a file that records none, or user code of another name."""
+    if recorded is not None:
+        # As in the other commands, where the user's function may have another name by now.
+        renamed = is_user_code(recorded) and len(archs) == len(left) == 1 and is_user_code(left[0])
+        return left[0] if renamed else None
+    if len(left) == 1 or len(archs) == 1:
+        return (left or archs)[0]
+    raise UsageError(
+        f"{file} does not say which network it holds: one --arch is needed for it that no other file records"
+    )
 
 
 def compared(
@@ -129,6 +145,8 @@ def compared(
     Raises:
         CheckpointError: if a file exists, or cannot be written.
     """
+    if not rows:
+        return (), ()
     first = rows[0].report
     told = tuple(
         replace(row, report=replace(row.report, differences=_differences(first, row.report) if i else ()))
