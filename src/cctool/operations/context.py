@@ -107,10 +107,19 @@ def refuse_existing(paths: tuple[Path, ...], context: Context) -> None:
     Raises:
         CheckpointError: if a path exists and may not be replaced, or its folder does not exist.
     """
+    refuse_taken(paths, (context.output,), force=context.force)
+
+
+def refuse_taken(paths: tuple[Path, ...], inputs: tuple[Path, ...], *, force: bool) -> None:
+    """Refuse paths that may not be written: `refuse_existing` for a command of several inputs.
+
+    Raises:
+        CheckpointError: if a path exists and ``force`` is false, is an input, or its folder does not exist.
+    """
     for path in paths:
-        if path.exists() and not context.force:
+        if path.exists() and not force:
             raise CheckpointError(f"{path} exists already; --force replaces it")
-        if path.exists() and context.output.exists() and path.samefile(context.output):
+        if path.exists() and any(given.exists() and path.samefile(given) for given in inputs):
             raise CheckpointError(f"{path} is the input itself; name another file")
         if not path.parent.is_dir():
             raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")

@@ -182,6 +182,12 @@ class TalkOptions(Options):
     # fmt: on
 
 
+def wrong_suffix(flag: str, path: str | None, *suffixes: str) -> tuple[bool, str]:
+    """Whether a file's name ends in none of the suffixes, and the error message."""
+    wrong = path is not None and not path.lower().endswith(suffixes)
+    return wrong, f"{flag} {path}: a name that ends in {' or '.join(suffixes)} is expected"
+
+
 def report_file_option(panel: str) -> Any:
     """The table of coded feature maps."""
     text = "Write the figures of each coded feature map (tap) to a workbook or table."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cctool.base.errors import DataError, TrainingError
 from cctool.tasks.base import Agreeing, Measure, divergence_of_classes, relative_error
+from cctool.tasks.details import class_name, counts
 
 _AUXILIARY_WEIGHT = 0.3
 _TOP = {"top1": 1, "top5": 5}
@@ -33,6 +34,8 @@ class Classification:
         Measure("top5", "top-5", "%", share=True),
     )
     agreement: Agreeing = _TOP1
+    class_measures: tuple[Measure, ...] = (Measure("accuracy", "accuracy", "%", share=True),)
+    counted: str = "images"
 
     def main_output(self, outputs: Any) -> Tensor:
         """The logits in what a network returned: a tensor, or a tuple or list that starts with it.
@@ -134,13 +137,61 @@ class Classification:
         """Percent of the samples."""
         return {name: 100 * float(sums[name]) / n for name in _TOP if name in sums}
 
+    def hits(self, outputs: Any, targets: Tensor) -> Mapping[str, Tensor]:
+        """Which samples have their label among the largest logits; {} if the outputs are not (N, classes)."""
+        logits = self.main_output(outputs)
+        if logits.dim() != 2 or targets.dim() != 1:
+            return {}
+        return {name: _correct(logits, targets, top) for name, top in _TOP.items()}
+
+    def confusion(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Images by label (rows) and by the largest logit (columns).
+
+        Raises:
+            DataError: if the outputs are not (N, classes).
+        """
+        logits = self._logits(outputs, "a confusion matrix needs")
+        return counts(logits.argmax(1), targets, logits.shape[1])
+
+    def per_class(self, confusion: Tensor) -> Mapping[str, Tensor]:
+        """Percent of a class's images that were taken for it."""
+        return {"accuracy": 100 * confusion.diagonal().double() / confusion.sum(1)}
+
+    def predictions(
+        self, outputs: Any, targets: Tensor | None, names: Sequence[str]
+    ) -> Iterator[Mapping[str, object]]:
+        """The predicted class of each image, its probability, and the label.
+
+        Raises:
+            DataError: if the outputs are not (N, classes).
+        """
+        logits = self._logits(outputs, "predictions need")
+        best, predicted = logits.float().softmax(1).max(1)
+        labels = targets.tolist() if targets is not None else [None] * len(logits)
+        for probability, choice, label in zip(best.tolist(), predicted.tolist(), labels, strict=True):
+            yield {
+                "predicted": class_name(choice, names),
+                "probability": f"{probability:.6f}",
+                "label": "" if label is None else class_name(label, names),
+            }
+
+    def _logits(self, outputs: Any, need: str) -> Tensor:
+        logits = self.main_output(outputs)
+        if logits.dim() != 2:
+            raise DataError(f"{need} logits (N, classes), the network gives {list(logits.shape)}")
+        return logits
+
 
 def count_correct(logits: Tensor, labels: Tensor, top: int) -> Tensor:
     """Count samples whose label is among the ``top`` largest logits, as a scalar tensor on their device."""
+    return _correct(logits, labels, top).sum()
+
+
+def _correct(logits: Tensor, labels: Tensor, top: int) -> Tensor:
     if top == 1:
-        return (logits.argmax(1) == labels).sum()
+        return logits.argmax(1) == labels
     best = logits.topk(min(top, logits.shape[1]), dim=1).indices
-    return (best == labels[:, None]).any(1).sum()
+    return (best == labels[:, None]).any(1)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

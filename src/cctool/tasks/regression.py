@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from cctool.base.errors import DataError, TrainingError
 from cctool.tasks.base import Measure, relative_error
+
+_MOST_VALUES = 16  # predicted numbers of a sample that are written down
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,28 @@ class Regression:
 
     def sums(self, outputs: Any, targets: Tensor, *, training: bool = False) -> Mapping[str, Tensor] | None:
         """Sum over the samples of each one's mean squared and absolute error."""
-        errors = self._errors(outputs, targets).flatten(1) if targets.dim() > 1 else None
-        errors = self._errors(outputs, targets)[:, None] if errors is None else errors
+        errors = _rows(self._errors(outputs, targets))
         return {"mse": errors.square().mean(1).sum(), "mae": errors.abs().mean(1).sum()}
 
     def values(self, sums: Mapping[str, Tensor], n: float) -> dict[str, float]:
         """Means over the samples."""
         return {measure.name: float(sums[measure.name]) / n for measure in self.measures}
+
+    def predictions(
+        self, outputs: Any, targets: Tensor | None, names: Sequence[str]
+    ) -> Iterator[Mapping[str, object]]:
+        """Mean squared and absolute error of each sample, and its predicted numbers, if 16 at most."""
+        found = _rows(self.main_output(outputs))
+        errors = _rows(self._errors(outputs, targets)) if targets is not None else None
+        for index, values in enumerate(found.tolist()):
+            error = None if errors is None else errors[index]
+            row: dict[str, object] = {
+                "squared_error": "" if error is None else f"{float(error.square().mean()):.6g}",
+                "absolute_error": "" if error is None else f"{float(error.abs().mean()):.6g}",
+            }
+            if len(values) <= _MOST_VALUES:
+                row |= {f"predicted_{place}": f"{value:.6g}" for place, value in enumerate(values)}
+            yield row
 
     def _errors(self, outputs: Any, targets: Tensor) -> Tensor:
         found = self.main_output(outputs)
@@ -103,3 +120,8 @@ class Regression:
 def _first(outputs: Any) -> Any:
     found = outputs.get("out") if isinstance(outputs, Mapping) else outputs
     return found[0] if isinstance(found, (tuple, list)) and found else found
+
+
+def _rows(values: Tensor) -> Tensor:
+    """A row of numbers for each sample."""
+    return values.flatten(1) if values.dim() > 1 else values[:, None]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cctool.base.errors import DataError, TrainingError
 from cctool.tasks.base import Agreeing, Measure, divergence_of_classes
 from cctool.tasks.classification import distillation_loss
+from cctool.tasks.details import class_name, counts
 
 _AUXILIARY_WEIGHT = 0.5
 IGNORED = 255
@@ -42,6 +42,11 @@ class Segmentation:
         Measure("pixels", "pixel accuracy", "%"),
     )
     agreement: Agreeing = _PIXELS
+    class_measures: tuple[Measure, ...] = (
+        Measure("iou", "IoU", "%"),
+        Measure("accuracy", "pixel accuracy", "%"),
+    )
+    counted: str = "pixels"
     ignored: int = IGNORED
 
     def main_output(self, outputs: Any) -> Tensor:
@@ -127,14 +132,11 @@ class Segmentation:
 
     def sums(self, outputs: Any, targets: Tensor, *, training: bool = False) -> Mapping[str, Tensor] | None:
         """The confusion matrix, rows by target; while training the counts of right and all pixels."""
-        logits = self.main_output(outputs)
-        classes = logits.shape[1]
-        predicted = resized(logits, targets).argmax(1)
-        counts = targets != self.ignored
-        if training:
-            return {"right": ((predicted == targets) & counts).sum(), "all": counts.sum()}
-        places = targets[counts] * classes + predicted[counts]
-        return {"confusion": torch.bincount(places, minlength=classes**2).reshape(classes, classes)}
+        if not training:
+            return {"confusion": self.confusion(outputs, targets)}
+        predicted = resized(self.main_output(outputs), targets).argmax(1)
+        belongs = targets != self.ignored
+        return {"right": ((predicted == targets) & belongs).sum(), "all": belongs.sum()}
 
     def values(self, sums: Mapping[str, Tensor], n: float) -> dict[str, float]:
         """Mean IoU over the classes that occur in targets or predictions, and share of right pixels, percent.
@@ -143,11 +145,44 @@ class Segmentation:
         """
         if "confusion" not in sums:
             return {"pixels": 100 * float(sums["right"]) / max(float(sums["all"]), 1.0)}
-        matrix = sums["confusion"].double()
-        right, union = matrix.diagonal(), matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
-        occurs = union > 0
-        mean = float((right[occurs] / union[occurs]).mean()) if occurs.any() else 0.0
-        return {"miou": 100 * mean, "pixels": 100 * float(right.sum() / matrix.sum().clamp(min=1))}
+        return _judged(sums["confusion"].double())
+
+    def confusion(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Pixels that count, by mask (rows) and by the largest logit (columns)."""
+        logits = self.main_output(outputs)
+        predicted = resized(logits, targets).argmax(1)
+        belongs = targets != self.ignored
+        return counts(predicted[belongs], targets[belongs], logits.shape[1])
+
+    def per_class(self, confusion: Tensor) -> Mapping[str, Tensor]:
+        """Percent of the pixels of either mask or prediction that both have, and of the mask's alone."""
+        right, labelled = 100 * confusion.diagonal().double(), confusion.sum(1)
+        union = confusion.sum(0) + labelled - confusion.diagonal()
+        return {"iou": right / union, "accuracy": right / labelled}
+
+    def predictions(
+        self, outputs: Any, targets: Tensor | None, names: Sequence[str]
+    ) -> Iterator[Mapping[str, object]]:
+        """Pixel accuracy and mean IoU of each image, and how much of it is predicted as each class, percent.
+
+        The shares are of all pixels, ignored ones too, at the mask's size if there is one.
+        """
+        logits = self.main_output(outputs)
+        if targets is not None:
+            logits = resized(logits, targets)
+        classes = logits.shape[1]
+        for index, choice in enumerate(logits.argmax(1)):
+            judged = {"miou": "", "pixels": ""}
+            if targets is not None and (targets[index] != self.ignored).any():
+                one = slice(index, index + 1)
+                found = _judged(self.confusion(logits[one], targets[one]).double())
+                judged = {name: f"{value:.4f}" for name, value in found.items()}
+            taken = 100 * choice.flatten().bincount(minlength=classes).double() / choice.numel()
+            yield {
+                "pixel_accuracy": judged["pixels"],
+                "mean_iou": judged["miou"],
+                **{f"share_{class_name(k, names)}": f"{share:.4f}" for k, share in enumerate(taken.tolist())},
+            }
 
     def _mean(self, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         total = F.cross_entropy(
@@ -168,6 +203,13 @@ def _first(outputs: Any) -> Any:
 
 def _by_pixel(logits: Tensor) -> Tensor:
     return logits.movedim(1, -1).reshape(-1, logits.shape[1])
+
+
+def _judged(matrix: Tensor) -> dict[str, float]:
+    right, union = matrix.diagonal(), matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+    occurs = union > 0
+    mean = float((right[occurs] / union[occurs]).mean()) if occurs.any() else 0.0
+    return {"miou": 100 * mean, "pixels": 100 * float(right.sum() / matrix.sum().clamp(min=1))}
 
 
 def resized(logits: Tensor, targets: Tensor) -> Tensor:

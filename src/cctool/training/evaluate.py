@@ -149,6 +149,7 @@ def evaluate(
     loss: UserLoss | None = None,
     metric: UserMetric | None = None,
     group: Group | None = None,
+    also: Callable[[Any, Tensor], None] | None = None,
 ) -> Metrics:
     """Measure a network on one split.
 
@@ -162,6 +163,7 @@ def evaluate(
         loss: the user's, in place of the task's.
         metric: the user's metric, computed over all samples together.
         group: the processes that share the split, each with its own part of it.
+        also: gets the outputs and labels of each batch, on the device, to gather more from the same pass.
 
     Returns:
         ``loss`` (mean), the task's metrics where they apply, and the user's metric.
@@ -183,4 +185,6 @@ def evaluate(
             task.refuse(outputs, labels, split)
         with torch.no_grad():
             totals.add(outputs, labels, batch.images.to(device) if reads_inputs else batch.images)
+            if also is not None and labels is not None:
+                also(outputs, labels)
     return totals.metrics(split, group or Group())

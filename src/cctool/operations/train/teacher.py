@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -54,13 +56,14 @@ def distillation(
     """
     judge = judge_of(checkpoint, context)
     judge.require_loss("learning from a teacher")
-    found = open_checkpoint(
-        Path(options.path),
-        _named(checkpoint, options, context),
-        context.tables,
-        context.user_code,
-        context.reporter,
-    )
+    with _teachers_options():
+        found = open_checkpoint(
+            Path(options.path),
+            _named(checkpoint, options, context),
+            context.tables,
+            context.user_code,
+            context.reporter,
+        )
     own = preprocessing_of(
         found, source, context, whose="the teacher", options="--teacher-mean and --teacher-std"
     )
@@ -79,6 +82,16 @@ def distillation(
         teacher, options.temperature, options.alpha, label_smoothing, judge.loss, judge.task
     )
     return objective, {"teacher": found.origin} if found.origin is not None else {}
+
+
+@contextmanager
+def _teachers_options() -> Iterator[None]:
+    """Errors about the options that describe a network name those that describe the teacher."""
+    try:
+        yield
+    except CctoolError as error:
+        text = re.sub(r"(?<!\S)--(arch|arg|input|mean|std)\b", r"--teacher-\1", str(error))
+        raise type(error)(text) from error
 
 
 def _named(checkpoint: Checkpoint, options: TeacherOptions, context: Context) -> ModelOptions:
