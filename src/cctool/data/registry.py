@@ -2,10 +2,11 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cctool.base import user_code as user
 from cctool.base.errors import DataError
@@ -15,8 +16,11 @@ from cctool.data.serving.convert import check_channels, convert_statistics, desc
 from cctool.data.sets.cifar import CIFAR10, CIFAR100, open_cifar
 from cctool.data.sets.cub200 import open_cub200
 from cctool.data.sets.digits import open_digits
-from cctool.data.sets.folders import open_folder, open_labelled
+from cctool.data.sets.folders import open_folder, open_images, open_labelled
+from cctool.data.sets.imagenet import open_imagenet
 from cctool.data.sets.mnist import FASHION_MNIST, MNIST, open_mnist
+from cctool.data.sets.segment import open_segment
+from cctool.data.sets.svhn import open_svhn
 from cctool.data.sets.user_data import open_user_data
 
 
@@ -52,9 +56,13 @@ DATASETS: dict[str, Dataset] = {
     "fashion-mnist": Dataset(
         "fashion-mnist[:DIR]", "Fashion-MNIST, 1x28x28", partial(open_mnist, FASHION_MNIST)
     ),
+    "svhn": Dataset("svhn[:DIR]", "SVHN, digits of house numbers, 3x32x32", open_svhn),
     "folder": Dataset("folder:DIR", "a folder of images a class; train, val, test", open_folder),
     "labelled": Dataset("labelled:DIR", "files named <label>_<id>.jpg", open_labelled),
     "cub200": Dataset("cub200[:DIR]", "Caltech-UCSD Birds 200 (2011), by its own lists", open_cub200),
+    "imagenet": Dataset("imagenet:DIR", "ILSVRC2012: train, and val in folders or flat", open_imagenet),
+    "segment": Dataset("segment:DIR", "images/ with masks/ of class indices", open_segment),
+    "images": Dataset("images:DIR", "pictures without labels, in any subfolders", open_images),
 }
 
 
@@ -63,6 +71,9 @@ def open_data(
     *,
     val_data: str | None = None,
     test_data: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    val_arguments: Mapping[str, Any] | None = None,
+    test_arguments: Mapping[str, Any] | None = None,
     user_code: Collection[str] = frozenset(),
     input_shape: Shape | None = None,
     limit: int | None = None,
@@ -70,26 +81,55 @@ def open_data(
     """Find a data set; its images are read when a split is first used.
 
     Args:
-        reference: ``KIND``, ``KIND:DIR``, ``my.py:factory`` or ``package.module:factory``.
+        reference: ``KIND``, ``KIND:DIR``, ``my.py:factory`` or ``package.module:factory``, to which
+            `cctool.base.user_code.with_arguments` may have appended arguments.
         val_data: another reference, whose validation split is used (or all of it, if it has no splits).
         test_data: likewise, for the test split.
+        arguments: of the user's function, in place of those that the reference has.
+        val_arguments: of the function that ``val_data`` names.
+        test_arguments: likewise.
         user_code: references that the command line names, the only ones whose code may run.
         input_shape: (C, H, W) that the network takes; other images are converted, and a note says so.
         limit: largest number of images of each split, evenly spread.
 
     Raises:
-        DataError: the data set is unknown, missing or damaged, or is user code that was not named.
+        DataError: the data set is unknown, missing or damaged, is user code that was not named, or is not and
+            gets arguments.
         UserCodeError: the user's function failed or returned the wrong thing.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit} must be at least 1")
-    source = _open(reference, user_code, input_shape)
-    loaders = dict(source.loaders)
-    for role, other in (("validation", val_data), ("test", test_data)):
-        if other is not None:
-            loaders[role] = _override(source, _open(other, user_code, input_shape), role)
-    return _serve(
-        dataclasses.replace(source, loaders=loaders, limit=limit, _loaded={}, _served={}), input_shape
+    source = _open(reference, arguments or {}, user_code, input_shape)
+    others = {
+        role: _open(other, given or {}, user_code, input_shape)
+        for role, other, given in (
+            ("validation", val_data, val_arguments),
+            ("test", test_data, test_arguments),
+        )
+        if other is not None
+    }
+    return _serve(dataclasses.replace(_replaced(source, others), limit=limit), input_shape)
+
+
+def _replaced(source: DataSource, others: Mapping[str, DataSource]) -> DataSource:
+    """A data set with splits of others."""
+    loaders, sizes = dict(source.loaders), dict(source.sizes)
+    for role, other in others.items():
+        loaders[role] = _override(source, other, role)
+        sizes.pop(role, None)
+        if other.whole is not None:
+            sizes[role] = sum(other.sizes.values())
+        elif role in other.sizes:
+            sizes[role] = other.sizes[role]
+    return dataclasses.replace(
+        source,
+        loaders=loaders,
+        sizes=sizes,
+        task=source.task or next((other.task for other in others.values() if other.task), None),
+        labelled=source.labelled or any(other.labelled for other in others.values()),
+        warnings=(*source.warnings, *(text for other in others.values() for text in other.warnings)),
+        _loaded={},
+        _served={},
     )
 
 
@@ -99,12 +139,20 @@ def listing() -> list[DatasetRecord]:
     return [DatasetRecord(name, entry.form, entry.summary) for name, entry in DATASETS.items()] + [own]
 
 
-def _open(reference: str, named: Collection[str], input_shape: Shape | None) -> DataSource:
+def _open(
+    reference: str, arguments: Mapping[str, Any], named: Collection[str], input_shape: Shape | None
+) -> DataSource:
     kind, _, folder = reference.partition(":")
+    code, remembered = user.split_arguments(reference)
+    if kind not in DATASETS and user.looks_like_user_code(code):
+        return open_user_data(code, named, arguments or remembered)
+    if arguments:
+        given = ", ".join(f"{name}={value}" for name, value in arguments.items())
+        raise DataError(
+            f"{reference} takes no arguments ({given}): only data of your own, my.py:factory, does"
+        )
     if kind in DATASETS:
         return DATASETS[kind].open(reference, folder, input_shape)
-    if user.looks_like_user_code(reference):
-        return open_user_data(reference, named)
     if Path(reference).expanduser().is_dir():
         raise DataError(f"{reference} is a folder: say what it holds, such as folder:{reference}")
     near = difflib.get_close_matches(kind.lower(), DATASETS, n=2, cutoff=0.6)
@@ -115,6 +163,10 @@ def _open(reference: str, named: Collection[str], input_shape: Shape | None) -> 
 
 def _override(source: DataSource, other: DataSource, role: str) -> Callable[[], Split]:
     """A function that reads the ``role`` split of another source, with labels numbered as in ``source``."""
+    if source.task is not None and other.task is not None and source.task != other.task:
+        raise DataError(
+            f"{other.reference} is for {other.task}, the training data {source.reference} for {source.task}"
+        )
     numbers = numbers_of(
         other.classes, source.classes, other.reference, owner=f"the training data {source.reference}"
     )

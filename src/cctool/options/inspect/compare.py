@@ -15,5 +15,5 @@ class CompareOptions(Options):
 
     # fmt: off
     split: SplitName = option(SplitName.TEST, "Split to measure accuracy on.")
-    data: DataOptions = nested(DataOptions, without=("val_data",))
+    data: DataOptions = nested(DataOptions, without=("val_data", "val_data_arguments"))
     # fmt: on
