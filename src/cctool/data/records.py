@@ -143,16 +143,6 @@ class Split:
             return sum(self.loaded.sizes)
         return len(self.stream) if self.stream is not None else 0
 
-    @property
-    def labelled(self) -> bool:
-        """Whether its images have targets. Raises DataError if that is only known by a damaged image."""
-        if self.loaded is not None:
-            return self.loaded.labelled
-        if self.labels is not None or self.stream is None or not len(self):
-            return self.labels is not None
-        # A stream's targets come with its images: the first one tells.
-        return self.stream.read(0, self.shape, None, 0)[1] is not None
-
     def images_on(self, device: torch.device) -> Tensor:
         """The stored images on ``device``, moved there once."""
         if self.images is None:
@@ -260,9 +250,8 @@ class DataSource:
         if name not in self.loaders:
             there_are = ", ".join(self.loaders) or "none"
             option = {"validation": "; name one with --val-data", "test": "; name one with --test-data"}
-            raise DataError(
-                f"{self.reference} has no {name} split (it has: {there_are}){option.get(name, '')}"
-            )
+            lacks = f"{name} split{'' if self.labelled else ' and no labels'}"
+            raise DataError(f"{self.reference} has no {lacks} (it has: {there_are}){option.get(name, '')}")
         if name not in self._loaded:
             self._loaded[name] = self.loaders[name]()
         return self._loaded[name]

@@ -71,9 +71,6 @@ def open_data(
     *,
     val_data: str | None = None,
     test_data: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    val_arguments: Mapping[str, Any] | None = None,
-    test_arguments: Mapping[str, Any] | None = None,
     user_code: Collection[str] = frozenset(),
     input_shape: Shape | None = None,
     limit: int | None = None,
@@ -81,31 +78,24 @@ def open_data(
     """Find a data set; its images are read when a split is first used.
 
     Args:
-        reference: ``KIND``, ``KIND:DIR``, ``my.py:factory`` or ``package.module:factory``, to which
-            `cctool.base.user_code.with_arguments` may have appended arguments.
+        reference: ``KIND``, ``KIND:DIR``, ``my.py:factory`` or ``package.module:factory``; the last two
+            perhaps `with_arguments`.
         val_data: another reference, whose validation split is used (or all of it, if it has no splits).
         test_data: likewise, for the test split.
-        arguments: of the user's function, in place of those that the reference has.
-        val_arguments: of the function that ``val_data`` names.
-        test_arguments: likewise.
         user_code: references that the command line names, the only ones whose code may run.
         input_shape: (C, H, W) that the network takes; other images are converted, and a note says so.
         limit: largest number of images of each split, evenly spread.
 
     Raises:
-        DataError: the data set is unknown, missing or damaged, is user code that was not named, or is not and
-            gets arguments.
+        DataError: the data set is unknown, missing or damaged, or is user code that was not named.
         UserCodeError: the user's function failed or returned the wrong thing.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit} must be at least 1")
-    source = _open(reference, arguments or {}, user_code, input_shape)
+    source = _open(reference, user_code, input_shape)
     others = {
-        role: _open(other, given or {}, user_code, input_shape)
-        for role, other, given in (
-            ("validation", val_data, val_arguments),
-            ("test", test_data, test_arguments),
-        )
+        role: _open(other, user_code, input_shape)
+        for role, other in (("validation", val_data), ("test", test_data))
         if other is not None
     }
     return _serve(dataclasses.replace(_replaced(source, others), limit=limit), input_shape)
@@ -139,18 +129,28 @@ def listing() -> list[DatasetRecord]:
     return [DatasetRecord(name, entry.form, entry.summary) for name, entry in DATASETS.items()] + [own]
 
 
-def _open(
-    reference: str, arguments: Mapping[str, Any], named: Collection[str], input_shape: Shape | None
-) -> DataSource:
-    kind, _, folder = reference.partition(":")
-    code, remembered = user.split_arguments(reference)
-    if kind not in DATASETS and user.looks_like_user_code(code):
-        return open_user_data(code, named, arguments or remembered)
-    if arguments:
+def is_own(reference: str) -> bool:
+    """Whether a reference names data of the user's own, my.py:factory."""
+    return reference.partition(":")[0] not in DATASETS and user.looks_like_user_code(reference)
+
+
+def with_arguments(reference: str, arguments: Mapping[str, Any]) -> str:
+    """A reference to the user's data with the arguments of its function.
+
+    Raises:
+        DataError: there are arguments, and the data are not the user's own.
+    """
+    if arguments and not is_own(reference):
         given = ", ".join(f"{name}={value}" for name, value in arguments.items())
-        raise DataError(
-            f"{reference} takes no arguments ({given}): only data of your own, my.py:factory, does"
-        )
+        raise DataError(f"{reference} takes no arguments ({given}): only data of your own, my.py:factory, do")
+    return user.with_arguments(reference, arguments)
+
+
+def _open(reference: str, named: Collection[str], input_shape: Shape | None) -> DataSource:
+    kind, _, folder = reference.partition(":")
+    code, arguments = user.split_arguments(reference)
+    if is_own(code):
+        return open_user_data(code, named, arguments)
     if kind in DATASETS:
         return DATASETS[kind].open(reference, folder, input_shape)
     if Path(reference).expanduser().is_dir():

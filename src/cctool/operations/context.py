@@ -70,6 +70,7 @@ class Context:
         stamp: outcome -> its checkpoint with the line of history that the pipeline would add; for files
             that are written before the operation ends.
         opened: the data set that the command line names, if it was opened before there was a network.
+        said: notes that are given once in a command.
     """
 
     device: torch.device
@@ -82,6 +83,13 @@ class Context:
     force: bool
     stamp: Callable[[Outcome], Checkpoint]
     opened: DataSource | None = None
+    said: set[str] = field(default_factory=set)
+
+    def say_once(self, note: str) -> None:
+        """Give a note, unless this command gave it before."""
+        if note not in self.said:
+            self.said.add(note)
+            self.reporter.note(note)
 
 
 def beside(source: Path, suffix: str) -> Path:
