@@ -77,7 +77,11 @@ class Toy(Options):
     )
     code: str | None = option(None, "May name user code.", runs_code=True)
     brush: Brush | None = nested(Brush, key="width", panel="Painting")
-    data: DataOptions = nested(DataOptions, DataOptions(batch_size=7), without=("val_data", "test_data"))
+    data: DataOptions = nested(
+        DataOptions,
+        DataOptions(batch_size=7),
+        without=("val_data", "val_data_arguments", "test_data", "test_data_arguments"),
+    )
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
         """Two that exclude each other."""

@@ -7,9 +7,10 @@ every other one before a file is opened. Standard library only.
 import hashlib
 import importlib
 import importlib.util
+import json
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,37 @@ def looks_like_user_code(reference: str) -> bool:
     if not colon or not name.isidentifier():
         return False
     return place.endswith(".py") or all(part.isidentifier() for part in place.split("."))
+
+
+def with_arguments(reference: str, arguments: Mapping[str, Any]) -> str:
+    """A reference with the arguments of its function, which are JSON values, as files record it.
+
+    >>> with_arguments("my.py:data", {"size": 32})
+    'my.py:data {"size": 32}'
+    """
+    if not arguments:
+        return reference
+    return f"{reference} {json.dumps(dict(arguments), ensure_ascii=False)}"
+
+
+def split_arguments(reference: str) -> tuple[str, dict[str, Any]]:
+    """The two parts of what `with_arguments` makes; anything else has no arguments.
+
+    >>> split_arguments('my.py:data {"size": 32}'), split_arguments("digits")
+    (('my.py:data', {'size': 32}), ('digits', {}))
+    """
+    start = reference.find(" {")
+    while start >= 0:
+        try:
+            arguments = json.loads(reference[start + 1 :])
+        # A recursion too deep is a text that was made to be one.
+        except (ValueError, RecursionError):
+            start = reference.find(" {", start + 1)
+            continue
+        if looks_like_user_code(reference[:start]):
+            return reference[:start], arguments
+        break
+    return reference, {}
 
 
 def is_named(reference: str, named: Collection[str]) -> bool:

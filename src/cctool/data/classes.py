@@ -12,7 +12,13 @@ from torch import Tensor
 
 from cctool.base.errors import DataError
 from cctool.base.networks import some
-from cctool.data.records import Augmentation, DataSource, Shape, Split, Stream
+from cctool.data.records import Augmentation, DataSource, Shape, Split, Stream, Target
+
+IGNORED = 255
+"""The label of pixels that belong to no class, as in Pascal VOC and Cityscapes."""
+
+_NUMBERED = ("classification", "segmentation")
+"""Tasks whose targets are class indices."""
 
 
 def numbers_of(classes: Sequence[str], known: Sequence[str], whose: str, *, owner: str) -> list[int]:
@@ -43,12 +49,13 @@ def numbers_of(classes: Sequence[str], known: Sequence[str], whose: str, *, owne
 def by_name(source: DataSource, known: tuple[str, ...] | None) -> DataSource:
     """A data set with the labels of a network, whose classes are ``known``; a note says what was matched.
 
-    A data set without classes and a network without names stay as they are.
+    A data set without classes and a network without names stay as they are, and so do targets that are no
+    class indices. In masks, 255 stays the label of pixels that belong to no class.
 
     Raises:
         DataError: if the data set has a class that the network does not know.
     """
-    if not source.classes or source.classes == known:
+    if not source.classes or source.classes == known or source.task not in _NUMBERED:
         return source
     if known is None:
         note = f"the network has no class names, so those of {source.reference} are taken in order"
@@ -68,15 +75,33 @@ def by_name(source: DataSource, known: tuple[str, ...] | None) -> DataSource:
 
 
 def renumbered(load: Callable[[], Split], numbers: Sequence[int]) -> Callable[[], Split]:
-    """The function that reads a split, with label i replaced by ``numbers[i]``."""
+    """The function that reads a split, with label i replaced by ``numbers[i]``; in masks 255 stays."""
     return partial(_renumbered, load, list(numbers))
 
 
 def _renumbered(load: Callable[[], Split], numbers: list[int]) -> Split:
     split = load()
-    labels = None if split.labels is None else torch.tensor(numbers)[split.labels]
+    labels = None if split.labels is None else _replaced(split.labels, numbers, masks=split.labels.dim() > 1)
     stream = None if split.stream is None else _Renumbered(split.stream, numbers)
     return dataclasses.replace(split, labels=labels, stream=stream, _on_device={})
+
+
+def _replaced(labels: Tensor, numbers: list[int], *, masks: bool) -> Tensor:
+    """Labels, or masks, with each index i replaced by ``numbers[i]``.
+
+    Raises:
+        DataError: if a mask has an index that no class has.
+    """
+    table = torch.tensor(numbers)
+    if not masks:
+        return table[labels]
+    whole = labels.to(torch.int64)
+    counted = whole != IGNORED
+    inside = whole[counted]
+    if inside.numel() and not 0 <= int(inside.min()) <= int(inside.max()) < len(numbers):
+        odd = int(inside.min()) if int(inside.min()) < 0 else int(inside.max())
+        raise DataError(f"a mask has the class index {odd}; the data set has {len(numbers)} classes")
+    return whole.masked_scatter(counted, table[inside])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +116,11 @@ class _Renumbered:
 
     def read(
         self, index: int, shape: Shape, augmentation: Augmentation | None, seed: int
-    ) -> tuple[Tensor, int | None]:
+    ) -> tuple[Tensor, Target | None]:
         """Image ``index`` and its label; see `Stream`."""
         image, label = self.stream.read(index, shape, augmentation, seed)
+        if isinstance(label, Tensor):
+            return image, _replaced(label, self.numbers, masks=label.dim() > 0)
         return image, None if label is None else self.numbers[label]
 
     def take(self, indices: Sequence[int]) -> _Renumbered:

@@ -13,12 +13,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from cctool.base.errors import DataError
-from cctool.data.records import Augmentation, Crop, Padding, Shape
+from cctool.data.records import Augmentation, Crop, Padding, Shape, Target
 from cctool.data.serving.augment import RATIO
 
 EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 PIL_MODES = {1: "L", 3: "RGB"}
-NUMPY_PADDING = {Padding.ZERO: "constant", Padding.SYMMETRIC: "symmetric"}
 MEASURED = 64
 DECODING_THREADS = 4
 
@@ -67,47 +66,105 @@ class FileStream:
 
     def read(
         self, index: int, shape: Shape, augmentation: Augmentation | None, seed: int
-    ) -> tuple[Tensor, int | None]:
+    ) -> tuple[Tensor, Target | None]:
         """Return image ``index`` as uint8 [C, H, W]; without augmentation its centre.
 
         Raises:
             DataError: the file is missing or damaged; the message names it.
         """
-        image = _decode(self.folder / self.files[index], shape[0])
-        # A separate generator, so that the seed alone decides, whatever else draws random numbers.
-        draw = random.Random(seed)
-        chosen = augmentation or Augmentation()
-        if chosen.crop is Crop.RESIZED:
-            image = _random_part(image, shape, chosen.area, draw)
-        else:
-            image = image.resize(self.geometry.scaled_size(image.size, shape), Image.Resampling.BILINEAR)
-            image = self._cut(image, shape, chosen, draw)
-        if chosen.flip and draw.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if chosen.rotation:
-            angle = draw.uniform(-chosen.rotation, chosen.rotation)
-            image = image.rotate(angle, Image.Resampling.BILINEAR)
+        image = decode(self.folder / self.files[index], shape[0])
+        return self.served(image, self.placement(image.size, shape, augmentation, seed), shape), None
+
+    def placement(
+        self, size: tuple[int, int], shape: Shape, augmentation: Augmentation | None, seed: int
+    ) -> "Placement":
+        """How an image of ``size`` (width, height) is served at ``shape`` (C, H, W); the seed alone draws."""
+        return placement(size, shape, self.geometry, augmentation or Augmentation(), self.padding_mode, seed)
+
+    def served(self, image: Image.Image, placed: "Placement", shape: Shape) -> Tensor:
+        """A decoded image as uint8 [C, H, W]."""
+        image = put(image, placed, Image.Resampling.BILINEAR)
         pixels = np.asarray(image).reshape(shape[1], shape[2], shape[0])
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), None
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
     def take(self, indices: Sequence[int]) -> "FileStream":
         """A stream of these images only, in this order."""
         return replace(self, files=tuple(self.files[index] for index in indices))
 
-    def _cut(
-        self, image: Image.Image, shape: Shape, augmentation: Augmentation, draw: random.Random
-    ) -> Image.Image:
-        padded = augmentation.crop is Crop.PADDED
-        if padded and augmentation.padding:
-            image = _padded(image, augmentation.padding, augmentation.padding, augmentation.padding_mode)
-        # An image smaller than the crop is filled up, evenly on both sides.
-        missing_x, missing_y = max(0, shape[2] - image.width), max(0, shape[1] - image.height)
-        if missing_x or missing_y:
-            image = _padded(image, math.ceil(missing_x / 2), math.ceil(missing_y / 2), self.padding_mode)
-        spare_x, spare_y = image.width - shape[2], image.height - shape[1]
-        left = draw.randint(0, spare_x) if padded else spare_x // 2
-        top = draw.randint(0, spare_y) if padded else spare_y // 2
-        return image.crop((left, top, left + shape[2], top + shape[1]))
+
+@dataclass(frozen=True)
+class Placement:
+    """How an image becomes the served one, with what was drawn for it; a mask is placed like its image.
+
+    Attributes:
+        size: (width, height) that the image, or its `part`, is resized to.
+        part: (left, top, right, bottom) of the image in pixels; None for all of it.
+        borders: (columns, rows, kind) added on both sides, one after the other.
+        crop: (left, top, right, bottom) that is cut out at last; None for all.
+        flip: whether it is mirrored left to right.
+        angle: by which it is turned, in degrees; None leaves it.
+    """
+
+    size: tuple[int, int]
+    part: tuple[float, float, float, float] | None = None
+    borders: tuple[tuple[int, int, Padding], ...] = ()
+    crop: tuple[int, int, int, int] | None = None
+    flip: bool = False
+    angle: float | None = None
+
+
+def placement(
+    size: tuple[int, int],
+    shape: Shape,
+    geometry: Resize,
+    augmentation: Augmentation,
+    padding_mode: Padding,
+    seed: int,
+) -> Placement:
+    """Draw how an image is served; see `FileStream.placement`."""
+    # A separate generator, so that the seed alone decides, whatever else draws random numbers.
+    draw = random.Random(seed)
+    if augmentation.crop is Crop.RESIZED:
+        found = Placement((shape[2], shape[1]), _random_part(size, augmentation.area, draw))
+    else:
+        found = _cut(geometry.scaled_size(size, shape), shape, augmentation, padding_mode, draw)
+    flip = augmentation.flip and draw.random() < 0.5
+    angle = draw.uniform(-augmentation.rotation, augmentation.rotation) if augmentation.rotation else None
+    return replace(found, flip=flip, angle=angle)
+
+
+def put(image: Image.Image, placed: Placement, resampling: Image.Resampling, fill: int = 0) -> Image.Image:
+    """An image where its placement says; ``fill`` is the level of what lies outside of it."""
+    image = image.resize(placed.size, resampling, box=placed.part)
+    for columns, rows, mode in placed.borders:
+        image = _padded(image, columns, rows, mode, fill)
+    if placed.crop is not None:
+        image = image.crop(placed.crop)
+    if placed.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if placed.angle is not None:
+        image = image.rotate(placed.angle, resampling, fillcolor=fill)
+    return image
+
+
+def _cut(
+    size: tuple[int, int], shape: Shape, augmentation: Augmentation, mode: Padding, draw: random.Random
+) -> Placement:
+    (width, height), borders = size, []
+    padded = augmentation.crop is Crop.PADDED
+    if padded and augmentation.padding:
+        borders.append((augmentation.padding, augmentation.padding, augmentation.padding_mode))
+        width, height = width + 2 * augmentation.padding, height + 2 * augmentation.padding
+    # An image smaller than the crop is filled up, evenly on both sides.
+    missing_x, missing_y = max(0, shape[2] - width), max(0, shape[1] - height)
+    if missing_x or missing_y:
+        columns, rows = math.ceil(missing_x / 2), math.ceil(missing_y / 2)
+        borders.append((columns, rows, mode))
+        width, height = width + 2 * columns, height + 2 * rows
+    spare_x, spare_y = width - shape[2], height - shape[1]
+    left = draw.randint(0, spare_x) if padded else spare_x // 2
+    top = draw.randint(0, spare_y) if padded else spare_y // 2
+    return Placement(size, None, tuple(borders), (left, top, left + shape[2], top + shape[1]))
 
 
 @dataclass(frozen=True)
@@ -135,7 +192,7 @@ def measure_images(folder: Path, files: Sequence[str]) -> ImageSizes:
     sample = [files[index * len(files) // count] for index in range(count)]
     modes, sizes = set(), set()
     for name in sample:
-        with _opened(folder / name) as image:
+        with opened(folder / name) as image:
             modes.add(image.mode)
             sizes.add((image.height, image.width))
     gray = all(mode in ("1", "L") or mode.startswith("I") for mode in modes)
@@ -160,7 +217,8 @@ def hold(stream: FileStream, shape: Shape) -> Tensor:
     return images
 
 
-def _opened(path: Path) -> Image.Image:
+def opened(path: Path) -> Image.Image:
+    """Read the header of an image file. Raises DataError naming it if it is missing or damaged."""
     try:
         return Image.open(path)
     except FileNotFoundError as error:
@@ -172,11 +230,12 @@ def _opened(path: Path) -> Image.Image:
         raise DataError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
-def _decode(path: Path, channels: int) -> Image.Image:
+def decode(path: Path, channels: int) -> Image.Image:
+    """Read an image file as gray (1 channel) or RGB (3). Raises DataError naming it if it is damaged."""
     if channels not in PIL_MODES:
         raise DataError(f"image files are served with 1 or 3 channels, not {channels}")
-    with _opened(path) as opened:
-        image: Image.Image = opened
+    with opened(path) as file:
+        image: Image.Image = file
         try:
             image.load()
             if image.mode.startswith("I"):
@@ -190,19 +249,20 @@ def _decode(path: Path, channels: int) -> Image.Image:
             raise DataError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
-def _padded(image: Image.Image, x: int, y: int, mode: Padding) -> Image.Image:
+def _padded(image: Image.Image, x: int, y: int, mode: Padding, fill: int) -> Image.Image:
     pixels = np.asarray(image)
     widths = [(y, y), (x, x)] + [(0, 0)] * (pixels.ndim - 2)
-    return Image.fromarray(np.pad(pixels, widths, mode=NUMPY_PADDING[mode]))  # type: ignore[call-overload]
+    if mode is Padding.ZERO:
+        return Image.fromarray(np.pad(pixels, widths, constant_values=fill))
+    return Image.fromarray(np.pad(pixels, widths, mode="symmetric"))
 
 
 def _random_part(
-    image: Image.Image, shape: Shape, area: tuple[float, float], draw: random.Random
-) -> Image.Image:
-    pixels = draw.uniform(*area) * image.width * image.height
+    size: tuple[int, int], area: tuple[float, float], draw: random.Random
+) -> tuple[float, float, float, float]:
+    pixels = draw.uniform(*area) * size[0] * size[1]
     ratio = math.exp(draw.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
-    width = min(image.width, math.sqrt(pixels * ratio))
-    height = min(image.height, math.sqrt(pixels / ratio))
-    left, top = draw.uniform(0, image.width - width), draw.uniform(0, image.height - height)
-    box = (left, top, left + width, top + height)
-    return image.resize((shape[2], shape[1]), Image.Resampling.BILINEAR, box=box)
+    width = min(size[0], math.sqrt(pixels * ratio))
+    height = min(size[1], math.sqrt(pixels / ratio))
+    left, top = draw.uniform(0, size[0] - width), draw.uniform(0, size[1] - height)
+    return left, top, left + width, top + height

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -15,8 +16,11 @@ from torch import Tensor
 from cctool.base.errors import DataError
 
 Shape = tuple[int, int, int]
+Target = int | Tensor
+"""What an image is to be told as: a class index, or a tensor (a mask, a vector, an image)."""
 
 SPLITS = ("train", "validation", "test")
+_ROLES = {"train": "training", "validation": "validation", "test": "test"}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -69,8 +73,8 @@ class Stream(Protocol):
 
     def read(
         self, index: int, shape: Shape, augmentation: Augmentation | None, seed: int
-    ) -> tuple[Tensor, int | None]:
-        """Return image ``index`` as uint8 of ``shape`` [C, H, W], and its label if the stream knows it.
+    ) -> tuple[Tensor, Target | None]:
+        """Return image ``index`` as uint8 of ``shape`` [C, H, W], and its target if the stream knows it.
 
         Args:
             index: 0 <= index < len.
@@ -90,7 +94,7 @@ class Loaded:
     """Batches that the caller's own loader makes, in its own order.
 
     Attributes:
-        batches: gives floating-point images [B, C, H, W], or pairs of them and int64 labels [B]; iterated
+        batches: gives floating-point images [B, C, H, W], or pairs of them and targets [B, ...]; iterated
             once an epoch.
         sizes: images in each batch.
         labelled: whether they are pairs.
@@ -109,9 +113,11 @@ class Split:
         name: ``train``, ``validation`` or ``test``.
         shape: (C, H, W) of the images that `cctool.data.serving.batches` serves from it.
         images: uint8 [N, c, h, w] as stored (perhaps not yet of `shape`); None if `stream` reads them.
-        labels: int64 [N]; None if there are none, or if a label is only known once `stream` reads its image.
+        labels: the targets, [N, ...]: int64 [N] for classes, else of any shape and type; None if there are
+            none, or if one is only known once `stream` reads its image.
         stream: reads images that are not in memory.
         files: the images' paths relative to `folder`, if they are files.
+        masks: likewise the files of their masks, if these are their targets.
         folder: the folder of the files.
         as_given: whether `images` are floating point [N, C, H, W] that the network takes as they are: neither
             normalised nor varied.
@@ -124,6 +130,7 @@ class Split:
     labels: Tensor | None = None
     stream: Stream | None = None
     files: tuple[str, ...] | None = None
+    masks: tuple[str, ...] | None = None
     folder: Path | None = None
     as_given: bool = False
     loaded: Loaded | None = None
@@ -155,6 +162,7 @@ class Split:
             labels=None if self.labels is None else self.labels[chosen],
             stream=None if self.stream is None else self.stream.take(indices),
             files=None if self.files is None else tuple(self.files[i] for i in indices),
+            masks=None if self.masks is None else tuple(self.masks[i] for i in indices),
             _on_device={},
         )
 
@@ -166,7 +174,7 @@ class DataSource:
     Attributes:
         name: the kind, such as ``cifar10``.
         reference: as the user wrote it, such as ``cifar10:DIR``.
-        classes: class names in the order of the labels; empty for unlabelled images.
+        classes: class names in the order of the labels; empty if targets are no classes, or there are none.
         shape: (C, H, W) as served.
         mean: recommended preprocessing, per served channel, of images in 0..1.
         std: likewise.
@@ -176,6 +184,10 @@ class DataSource:
         whole: reads all images together; None unless the splits were made here and not by the source.
         limit: the largest number of images that are served of a split.
         held: whether it is in the caller's memory, where no reference leads.
+        task: name of the task that its targets are for; None if nothing says which.
+        labelled: whether any of its splits has targets.
+        sizes: images of each split, as far as they are known before it is read.
+        warnings: what is probably wrong with it, one sentence each.
     """
 
     name: str
@@ -190,7 +202,10 @@ class DataSource:
     whole: Callable[[], Split] | None = None
     limit: int | None = None
     held: bool = False
-    task: str | None = None
+    task: str | None = "classification"
+    labelled: bool = True
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     _loaded: dict[str, Split] = field(default_factory=dict, repr=False)
     _served: dict[str, Split] = field(default_factory=dict, repr=False)
 
@@ -205,6 +220,17 @@ class DataSource:
             self._served[name] = dataclasses.replace(limited, name=name, shape=self.shape, _on_device={})
         return self._served[name]
 
+    def contents(self) -> str:
+        """How many classes it has, if any, and how many images are served of each split.
+
+        Raises:
+            DataError: a split, whose size is known only once it is read, is damaged.
+        """
+        classes = f"{_counted(len(self.classes), 'class', 'classes')}; " if self.classes else ""
+        counts = [f"{self._count(name):,} {word}" for name, word in _ROLES.items() if name in self.loaders]
+        single = len(counts) == 1 and counts[0].startswith("1 ")
+        return f"{classes}{', '.join(counts) or 'no'} image{'' if single else 's'}"
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the class names, and each split's size and a sample of its images as stored.
 
@@ -216,16 +242,23 @@ class DataSource:
                 _add_to_digest(digest, self._load(name))
         return digest.hexdigest()
 
+    def _count(self, name: str) -> int:
+        size = self.sizes.get(name)
+        return min(len(self.split(name)) if size is None else size, self.limit or sys.maxsize)
+
     def _load(self, name: str) -> Split:
         if name not in self.loaders:
             there_are = ", ".join(self.loaders) or "none"
             option = {"validation": "; name one with --val-data", "test": "; name one with --test-data"}
-            raise DataError(
-                f"{self.reference} has no {name} split (it has: {there_are}){option.get(name, '')}"
-            )
+            lacks = f"{name} split{'' if self.labelled else ' and no labels'}"
+            raise DataError(f"{self.reference} has no {lacks} (it has: {there_are}){option.get(name, '')}")
         if name not in self._loaded:
             self._loaded[name] = self.loaders[name]()
         return self._loaded[name]
+
+
+def _counted(count: int, one: str, more: str) -> str:
+    return f"{count:,} {one if count == 1 else more}"
 
 
 def _limited(split: Split, limit: int | None) -> Split:
@@ -241,15 +274,23 @@ def _add_to_digest(digest: "hashlib._Hash", split: Split) -> None:
     sample = np.linspace(0, max(len(split) - 1, 0), num=min(FINGERPRINT_SAMPLES, len(split)), dtype=np.int64)
     for index in sample.tolist():
         if split.labels is not None:
-            digest.update(str(int(split.labels[index])).encode())
+            digest.update(_target_bytes(split.labels[index]))
         if split.files is not None and split.folder is not None:
             digest.update(split.files[index].encode())
             digest.update(_head(split.folder / split.files[index]))
+            if split.masks is not None:
+                digest.update(_head(split.folder / split.masks[index]))
         elif split.images is not None:
             digest.update(split.images[index].contiguous().numpy().tobytes())
         elif split.stream is not None:
             image, label = split.stream.read(index, split.shape, None, 0)
-            digest.update(str(label).encode() + image.numpy().tobytes())
+            digest.update(_target_bytes(label) + image.numpy().tobytes())
+
+
+def _target_bytes(target: Target | None) -> bytes:
+    if isinstance(target, Tensor) and target.dim():
+        return target.contiguous().numpy().tobytes()
+    return str(target.item() if isinstance(target, Tensor) else target).encode()
 
 
 def _head(path: Path) -> bytes:

@@ -44,7 +44,7 @@ def official_loaders(
     @cache
     def training() -> dict[str, Split]:
         whole = Split("train", shape, *read(train=True))
-        kept, held = held_out(len(whole), HELD_OUT if len(whole) >= 10 * HELD_OUT else len(whole) // 10)
+        kept, held = held_out(len(whole), _official_share(len(whole)))
         return {"train": whole.take(kept), "validation": whole.take(held)}
 
     return {
@@ -52,6 +52,16 @@ def official_loaders(
         "validation": lambda: training()["validation"],
         "test": lambda: Split("test", shape, *read(train=False)),
     }
+
+
+def official_sizes(train: int, test: int) -> dict[str, int]:
+    """Images in each split of `official_loaders`, from those in the two official sets."""
+    held = _official_share(train)
+    return {"train": train - held, "validation": held, "test": test}
+
+
+def _official_share(size: int) -> int:
+    return HELD_OUT if size >= 10 * HELD_OUT else size // 10
 
 
 def stratified(labels: Sequence[int], counts: Sequence[int]) -> list[list[int]]:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from cctool.base.errors import DataError, UsageError
 from cctool.base.networks import device_of, in_mode
-from cctool.base.user_code import looks_like_user_code
+from cctool.base.user_code import is_named, looks_like_user_code, split_arguments
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Preprocessing
 from cctool.data.classes import by_name
 from cctool.data.serving.batches import Batch, Batches
 from cctool.graph.execution import blaming_the_size
 from cctool.operations.context import Context
+from cctool.operations.opening import parse_arguments
 from cctool.operations.task import judge_of
 from cctool.options.common import DataOptions
 from cctool.training.evaluate import evaluate, outputs_of
@@ -40,7 +41,7 @@ def open_source(
     A remembered data set that cannot be opened gives a warning; one that was given is an error.
     """
     remembered = options.data is None
-    reference = checkpoint.spec.data if remembered else options.data
+    reference = reference_of(options, checkpoint.spec.data)
     if reference is None:
         for option, other in (("--val-data", options.val_data), ("--test-data", options.test_data)):
             if other is not None:
@@ -48,10 +49,15 @@ def open_source(
         return None
     if remembered:
         context.reporter.note(f"data: {reference}, the checkpoint's last (--data names another)")
+    elif reference != options.data and not options.data_arguments:
+        context.reporter.note(
+            f"data: {reference}, with the arguments of the last time (--data-arg gives others)"
+        )
     try:
         source = _opened_first(options, checkpoint, context) or open_named(
             options, reference, context.user_code, checkpoint.spec.input_shape
         )
+        contents = f"data: {source.reference}: {source.contents()}"
         known = checkpoint.spec.classes
         if not renames or known is None or not set(source.classes).isdisjoint(known):
             source = by_name(source, known)
@@ -62,21 +68,50 @@ def open_source(
             f"the checkpoint's last data set cannot be opened, so nothing is measured: {error}"
         )
         return None
+    context.say_once(contents)
     for note in source.notes:
-        context.reporter.note(f"data: {note}")
+        context.say_once(f"data: {note}")
+    for warning in source.warnings:
+        context.reporter.warn(warning)
     return source
+
+
+def reference_of(options: DataOptions, remembered: str | None) -> str | None:
+    """The data set that a command names, or the remembered one.
+
+    The user's function gets the arguments that the command gives, and else those that it got the last time.
+
+    Raises:
+        DataError: if arguments are given for data that are not the user's own.
+    """
+    from cctool.data.registry import with_arguments
+
+    if options.data is None:
+        return remembered
+    arguments = parse_arguments(options.data_arguments)
+    code, before = split_arguments(remembered or "")
+    if not arguments and before and is_named(code, (options.data,)):
+        arguments = before
+    return with_arguments(options.data, arguments)
 
 
 def open_named(
     options: DataOptions, reference: str, named: frozenset[str], input_shape: tuple[int, int, int] | None
 ) -> DataSource:
     """Open a data set, for a network of that input shape or before there is one."""
-    from cctool.data.registry import open_data
+    from cctool.data.registry import open_data, with_arguments
 
+    val_data, test_data = (
+        None if other is None else with_arguments(other, parse_arguments(given))
+        for other, given in (
+            (options.val_data, options.val_data_arguments),
+            (options.test_data, options.test_data_arguments),
+        )
+    )
     return open_data(
         reference,
-        val_data=options.val_data,
-        test_data=options.test_data,
+        val_data=val_data,
+        test_data=test_data,
         user_code=named,
         input_shape=input_shape,
         limit=options.limit,

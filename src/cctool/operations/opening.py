@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def fresh(
         architecture=options.arch,
         arguments=arguments,
         input_shape=shape,
-        classes=data.classes if data else None,
+        classes=(data.classes or None) if data else None,
         preprocessing=_preprocessing(options) or (data.preprocessing if data else None),
         data=reference,
     )
@@ -96,11 +96,12 @@ def open_checkpoint(
     tables: Tables,
     named: frozenset[str],
     reporter: Reporter,
-    data: DataShape | None = None,
+    data: Callable[[], DataShape | None] = lambda: None,
 ) -> Checkpoint:
     """Load a file, cctool's or foreign, as the command line describes it.
 
-    ``data`` gives the input size of a foreign network; ``named`` is the user code that may run.
+    ``data`` opens the data that give the input size of a foreign network; ``named`` is the user code that may
+    run.
 
     Raises:
         CheckpointError: if it is missing, damaged, unsafe, or foreign and its architecture is not given.
@@ -117,7 +118,7 @@ def open_checkpoint(
             f"{path} does not say which network it holds; name it with --arch, "
             "as in --arch torchvision:resnet18"
         )
-    spec = _foreign_spec(opened, options, tables, named, data)
+    spec = _foreign_spec(opened, options, tables, named, data())
     reporter.note(
         f"{path} is foreign: loaded {len(opened.tensors or ())} tensors into {spec.architecture}, "
         f"input {'x'.join(map(str, spec.input_shape))}"

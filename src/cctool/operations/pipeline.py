@@ -28,13 +28,13 @@ from cctool.data.records import DataSource
 from cctool.graph.execution import refuse_several_inputs
 from cctool.models import registry
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import open_named
+from cctool.operations.data import open_named, reference_of
 from cctool.operations.keep import events
 from cctool.operations.opening import DataShape, fresh, open_checkpoint
 from cctool.operations.registries import tables
 from cctool.operations.size import measure
 from cctool.operations.task import asked_of, with_task
-from cctool.options.common import ModelOptions, RuntimeOptions
+from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.fields import recorded
 
 
@@ -187,26 +187,33 @@ def _prepare(
     # Before a fresh network draws its weights.
     seed_everything(request.runtime.seed, deterministic=request.runtime.deterministic)
     data = getattr(options, "data", None)
+    named_data = data if data is not None and data.data and source is None else None
+    # A function may need the arguments that the checkpoint remembers, so the data wait for the checkpoint.
+    waits = named_data is not None and (given or request.source) and looks_like_user_code(named_data.data)
     opened = source
-    if source is None and data is not None and data.data:
-        opened = open_named(data, data.data, named, request.model.input_shape)
-    shape = None
-    if opened is not None:
-        preprocessing = Preprocessing(mean=opened.mean, std=opened.std)
-        shape = DataShape(opened.shape, opened.classes, preprocessing)
-    remembered = (data.data or None) if data is not None and source is None else None
+    if named_data is not None and not waits:
+        opened = _open(named_data, None, named, request)
     if given is not None:
         checkpoint = given
     elif request.source is None:
-        checkpoint = fresh(request.model, registries, named, shape, remembered)
+        reference = None if named_data is None else reference_of(named_data, None)
+        checkpoint = fresh(request.model, registries, named, _shape(opened), reference)
     else:
         checkpoint = open_checkpoint(
-            Path(request.source), request.model, registries, named, request.reporter, shape
+            Path(request.source),
+            request.model,
+            registries,
+            named,
+            request.reporter,
+            lambda: _shape(_open(named_data, None, named, request) if named_data and waits else opened),
         )
     refuse_several_inputs(checkpoint.model)
-    if remembered is not None:
+    if named_data is not None:
+        if waits:
+            opened = _open(named_data, checkpoint.spec.data, named, request)
         # Only the data set: its class names need not be those of a foreign network's outputs.
-        checkpoint = replace(checkpoint, spec=checkpoint.spec.model_copy(update={"data": remembered}))
+        update = {"data": reference_of(named_data, checkpoint.spec.data)}
+        checkpoint = replace(checkpoint, spec=checkpoint.spec.model_copy(update=update))
     context = Context(
         device=device,
         runtime=request.runtime,
@@ -222,6 +229,19 @@ def _prepare(
     )
     of_data = None if opened is None else opened.task
     return with_task(checkpoint, of_data, registry.task_of(checkpoint.spec.architecture), context), context
+
+
+def _open(data: DataOptions, remembered: str | None, named: frozenset[str], request: Request) -> DataSource:
+    """The data that a command names, before their network is known."""
+    reference = reference_of(data, remembered)
+    assert reference is not None
+    return open_named(data, reference, named, request.model.input_shape)
+
+
+def _shape(data: DataSource | None) -> DataShape | None:
+    if data is None:
+        return None
+    return DataShape(data.shape, data.classes, Preprocessing(mean=data.mean, std=data.std))
 
 
 def default_output(verb: str, source: str | None, arch: str | None) -> Path:

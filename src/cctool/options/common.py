@@ -24,6 +24,24 @@ class Precision(Choice):
     FP16 = "16"
 
 
+def _argument(text: str, flag: str, example: str) -> str:
+    if "=" not in text:
+        raise UsageError(f"{flag} {text}: key=value is expected, as in {example}")
+    return text
+
+
+def _data_argument(of: str, flag: str) -> Any:
+    """The arguments of the user's function that gives a data set."""
+    return _data(
+        (),
+        f"Argument of the function that {of} names, if it is your own; may be repeated.",
+        flag,
+        metavar="KEY=VALUE",
+        repeated=True,
+        parse=lambda text: _argument(text, flag, "size=64"),
+    )
+
+
 @dataclass(frozen=True)
 class DataOptions(Options):
     """Which data, and how much of it at a time."""
@@ -32,13 +50,28 @@ class DataOptions(Options):
     data: str | None = _data(
         None, "Data set: digits, cifar10[:DIR], folder:DIR, my.py:factory, ... See `cctool datasets`.",
         runs_code=True, unset="the checkpoint's last")
+    data_arguments: tuple[str, ...] = _data_argument("--data", "--data-arg")
     val_data: str | None = _data(None, "Data set that replaces the validation split.", runs_code=True)
+    val_data_arguments: tuple[str, ...] = _data_argument("--val-data", "--val-data-arg")
     test_data: str | None = _data(None, "Data set that replaces the test split.", runs_code=True)
+    test_data_arguments: tuple[str, ...] = _data_argument("--test-data", "--test-data-arg")
     batch_size: int = _data(128, "Samples per step, summed over all devices.", bounds=at_least(1))
     workers: int = _data(
         0, "Processes that decode image files; 0 decodes in the main process.", bounds=at_least(0))
     limit: int | None = _data(None, "Use at most this many samples of each split.", bounds=at_least(1))
     # fmt: on
+
+    def clashes(self) -> Iterable[tuple[bool, str]]:
+        """Arguments of a function that is not named."""
+        # fmt: off
+        return (
+            (bool(self.data_arguments) and self.data is None, "--data-arg needs --data my.py:factory"),
+            (bool(self.val_data_arguments) and self.val_data is None,
+             "--val-data-arg needs --val-data my.py:factory"),
+            (bool(self.test_data_arguments) and self.test_data is None,
+             "--test-data-arg needs --test-data my.py:factory"),
+        )
+        # fmt: on
 
 
 _task = section("What is measured")
@@ -95,12 +128,6 @@ def parse_values(text: str, flag: str) -> tuple[float, ...]:
         raise UsageError(f"{flag} {text}: comma-separated numbers are expected, as in .5,.5,.5") from None
 
 
-def _argument(text: str) -> str:
-    if "=" not in text:
-        raise UsageError(f"--arg {text}: key=value is expected, as in num_classes=10")
-    return text
-
-
 @dataclass(frozen=True)
 class ModelOptions(Options):
     """Which network, if the file does not say it."""
@@ -111,7 +138,7 @@ class ModelOptions(Options):
         runs_code=True)
     arguments: tuple[str, ...] = _network(
         (), "Argument of the architecture's builder; may be repeated.", "--arg", metavar="KEY=VALUE",
-        repeated=True, parse=_argument)
+        repeated=True, parse=lambda text: _argument(text, "--arg", "num_classes=10"))
     input_shape: tuple[int, int, int] | None = _network(
         None, "Channels, height and width of one input.", "--input", metavar="CxHxW", parse=parse_shape)
     mean: tuple[float, ...] | None = _network(
@@ -207,6 +234,7 @@ def zero_bar_option(panel: str) -> Any:
 
 def sampled_data(limit: str) -> Any:
     """Data on which a written model is verified, in addition to random inputs; ``limit`` is a help text."""
+    replaced = ("val_data", "val_data_arguments", "test_data", "test_data_arguments")
     changed = {"limit": {"help": limit}}
     few = DataOptions(batch_size=64, limit=256)
-    return nested(DataOptions, few, without=("val_data", "test_data"), changed=changed)
+    return nested(DataOptions, few, without=replaced, changed=changed)

@@ -39,4 +39,4 @@ def test_what_the_system_refuses_is_an_error_and_not_a_smaller_data_set(
 
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(DataError, match="closed cannot be read: Permission denied"):
-        folders._images(tmp_path, tmp_path / "cat")
+        folders.image_files(tmp_path, tmp_path / "cat")

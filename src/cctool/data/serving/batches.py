@@ -16,7 +16,7 @@ from cctool.data.records import Augmentation, Loaded, Split
 from cctool.data.serving import augment
 from cctool.data.serving.augment import generator
 from cctool.data.serving.convert import convert
-from cctool.data.serving.streaming import stream_batches
+from cctool.data.serving.streaming import MakeTargets, stacked, stream_batches
 
 MINIMUM_TRAINING_SAMPLES = 2
 
@@ -27,7 +27,8 @@ class Batch:
 
     Attributes:
         images: floating point [B, C, H, W], normalised.
-        labels: int64 [B], or None if there are none.
+        labels: the targets, [B, ...]: int64 [B] for classes, else of any shape and type; None if there are
+            none.
         indices: int64 [B] into the split, on the CPU.
     """
 
@@ -50,6 +51,7 @@ class Batches:
     seed: int
     epoch: int
     workers: int
+    make_targets: MakeTargets = stacked
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -84,6 +86,12 @@ class Batches:
                 )
             indices = torch.arange(start, start + len(images))
             start += len(images)
+            if labels is not None and (not isinstance(labels, Tensor) or len(labels) != len(images)):
+                kind = f"{len(labels)}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+                raise DataError(
+                    f"the loader gave {len(images)} images with {kind} as targets: a tensor with one for "
+                    "each image is expected"
+                )
             moved = None if labels is None else labels.to(self.device)
             yield Batch(images.to(self.device, self.dtype), moved, indices)
 
@@ -117,7 +125,14 @@ class Batches:
     def _streamed(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         pinned = self.device.type == "cuda"
         found = stream_batches(
-            self.split, self.parts, self.augmentation, self.seed, self.epoch, self.workers, pinned=pinned
+            self.split,
+            self.parts,
+            self.augmentation,
+            self.seed,
+            self.epoch,
+            self.workers,
+            make_targets=self.make_targets,
+            pinned=pinned,
         )
         for images, labels, indices in found:
             moved = None if labels is None else labels.to(self.device, non_blocking=pinned)
@@ -140,6 +155,7 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
     drop_last: bool = False,
+    make_targets: MakeTargets = stacked,
 ) -> Batches:
     """Divide a split into batches, and each batch among processes.
 
@@ -160,6 +176,7 @@ def batches(
         world_size: number of processes. Each image goes to exactly one process, and the processes' parts of a
             batch differ by at most one image.
         drop_last: leave out a last batch that is not full, unless it is the only one.
+        make_targets: makes the targets of a batch of those that a stream reads one by one.
 
     Raises:
         DataError: the split is empty, or mean and std do not fit its channels.
@@ -188,8 +205,9 @@ def batches(
     smallest = batch_size if drop_last else MINIMUM_TRAINING_SAMPLES * world_size if shuffle else 1
     mine = (part.tensor_split(world_size)[rank] for part in _parts(order, batch_size, smallest))
     parts = tuple(part for part in mine if len(part))
+    place, normalisation = torch.device(device), (tuple(mean), tuple(std))
     return Batches(
-        split, parts, torch.device(device), tuple(mean), tuple(std), dtype, augmentation, seed, epoch, workers
+        split, parts, place, *normalisation, dtype, augmentation, seed, epoch, workers, make_targets
     )
 
 

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cctool.base.errors import CctoolError, DataError
-from cctool.data.records import Augmentation, Split
+from cctool.data.records import Augmentation, Split, Target
 from cctool.data.serving.augment import derive, generator
 
 Read = tuple[Tensor, Tensor | None, Tensor]
+MakeTargets = Callable[[Sequence[Target]], Tensor]
+"""Makes the targets of a batch, [B, ...], of those of its images."""
+
+
+def stacked(targets: Sequence[Target]) -> Tensor:
+    """Targets of equal shape as one tensor: int64 [B] of class indices, else [B, ...] of their own type.
+
+    Raises:
+        DataError: their shapes or types differ.
+    """
+    tensors = [target if isinstance(target, Tensor) else torch.tensor(target) for target in targets]
+    kinds = {(tuple(tensor.shape), tensor.dtype) for tensor in tensors}
+    if len(kinds) > 1:
+        shown = " and ".join(sorted(f"{dtype} {list(shape)}" for shape, dtype in kinds)[:2])
+        raise DataError(f"the targets of one batch differ ({shown}), so they cannot be stacked")
+    return torch.stack(tensors)
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,7 @@ class _ImageDataset(Dataset[Any]):
     augmentation: Augmentation | None
     seed: int
     epoch: int
+    make_targets: MakeTargets
 
     def __getitems__(self, indices: Sequence[int]) -> Read | CctoolError:
         try:
@@ -46,11 +63,11 @@ class _ImageDataset(Dataset[Any]):
         images = torch.stack([image for image, _ in found])
         return images, self._labels(indices, [label for _, label in found]), torch.tensor(indices)
 
-    def _labels(self, indices: Sequence[int], read: Sequence[int | None]) -> Tensor | None:
+    def _labels(self, indices: Sequence[int], read: Sequence[Target | None]) -> Tensor | None:
         if self.split.labels is not None:
             return self.split.labels[torch.tensor(indices)]
-        labels = [label for label in read if label is not None]
-        return torch.tensor(labels, dtype=torch.int64) if len(labels) == len(read) else None
+        targets = [target for target in read if target is not None]
+        return self.make_targets(targets) if len(targets) == len(read) else None
 
 
 def stream_batches(
@@ -61,15 +78,16 @@ def stream_batches(
     epoch: int,
     workers: int,
     *,
+    make_targets: MakeTargets = stacked,
     pinned: bool,
 ) -> Iterator[Read]:
-    """Yield (images uint8 [B, C, H, W], labels int64 [B] or None, indices int64 [B]) of each part, in order.
+    """Yield (images uint8 [B, C, H, W], targets [B, ...] or None, indices int64 [B]) of each part, in order.
 
     Raises:
-        DataError: an image is missing or damaged; the message names it.
+        DataError: an image is missing or damaged, the message names it; or targets differ in shape.
         UserCodeError: the user's data set failed.
     """
-    reader = _ImageDataset(split, augmentation, seed, epoch)
+    reader = _ImageDataset(split, augmentation, seed, epoch, make_targets)
     loader: DataLoader[Any] = DataLoader(
         reader,
         batch_sampler=[part.tolist() for part in parts],

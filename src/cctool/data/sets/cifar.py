@@ -17,10 +17,11 @@ from torch import Tensor
 from cctool.base.errors import DataError
 from cctool.data.places import download_allowed, missing, root_folder
 from cctool.data.records import Augmentation, Crop, DataSource, Shape
-from cctool.data.splits import official_loaders
+from cctool.data.splits import official_loaders, official_sizes
 
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
+OFFICIAL = (50_000, 10_000)
 TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -91,7 +92,21 @@ def open_cifar(layout: CifarSet, reference: str, folder: str, input_shape: Shape
         std=layout.std,
         augmentation=Augmentation(crop=Crop.PADDED, padding=4, flip=True),
         loaders=official_loaders(read, SHAPE),
+        sizes=official_sizes(*_counts(layout, binary)),
     )
+
+
+def _counts(layout: CifarSet, folder: Path | None) -> tuple[int, int]:
+    """Training and test images; those of the files whose MD5 torchvision checks are known."""
+    if folder is None:
+        return OFFICIAL
+    record = layout.label_bytes + PIXELS
+    sizes = (
+        sum(path.stat().st_size for name in files if (path := folder / name).is_file())
+        for files in (layout.train_files, layout.test_files)
+    )
+    train, test = (size // record for size in sizes)
+    return train, test
 
 
 def _read_binary(layout: CifarSet, folder: Path, *, train: bool) -> tuple[Tensor, Tensor]:

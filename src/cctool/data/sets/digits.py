@@ -44,6 +44,7 @@ def open_digits(reference: str, folder: str = "", input_shape: Shape | None = No
         std=(STD,),
         augmentation=Augmentation(crop=Crop.PADDED, padding=2, rotation=10.0),
         loaders={name: partial(whole.take, part) for name, part in parts.items()},
+        sizes=COUNTS,
     )
 
 

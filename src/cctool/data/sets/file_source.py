@@ -10,6 +10,7 @@ import torch
 
 from cctool.base.errors import DataError
 from cctool.data.image_files import FileStream, Resize, hold
+from cctool.data.mask_files import MaskStream
 from cctool.data.records import IMAGENET_MEAN, IMAGENET_STD, Augmentation, DataSource, Shape, Split
 from cctool.data.splits import stratified_by_name
 
@@ -21,15 +22,30 @@ HELD_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class FileSet:
-    """Image files and the class name of each; ``names`` is None if they have no labels."""
+    """Image files, and the class name or the file of the mask of each, if they have labels of that kind.
+
+    Attributes:
+        files: paths relative to the data set's folder.
+        names: class names; None if there are none.
+        masks: paths; None if there are none.
+        empty: paths of class folders without images.
+    """
 
     files: tuple[str, ...]
-    names: tuple[str, ...] | None
+    names: tuple[str, ...] | None = None
+    masks: tuple[str, ...] | None = None
+    empty: tuple[str, ...] = ()
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the files have labels of any kind."""
+        return self.names is not None or self.masks is not None
 
     def take(self, indices: list[int]) -> "FileSet":
         """These files only."""
         names = None if self.names is None else tuple(self.names[index] for index in indices)
-        return FileSet(tuple(self.files[index] for index in indices), names)
+        masks = None if self.masks is None else tuple(self.masks[index] for index in indices)
+        return FileSet(tuple(self.files[index] for index in indices), names, masks)
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,8 @@ def file_source(
     parts: Mapping[str, FileSet],
     presentation: Presentation,
     classes: tuple[str, ...] | None = None,
+    *,
+    task: str = "classification",
 ) -> DataSource:
     """Make a data source from image files.
 
@@ -61,6 +79,7 @@ def file_source(
             images replace a missing test split, and a note says so.
         presentation: how the files are served.
         classes: in the order of the labels; None takes the sorted class names of the training files.
+        task: that the labels are for.
 
     Raises:
         DataError: there are no images, or a class that the training files do not have.
@@ -70,9 +89,9 @@ def file_source(
     labels = {name: index for index, name in enumerate(names)}
     for name, files in divided.items():
         _check_names(reference, name, files, labels)
-    load = partial(_load, folder, presentation, labels)
-    gray = (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if presentation.shape[0] == 3 else gray
+    load = partial(load_files, folder, presentation, labels)
+    mean, std = statistics(presentation.shape[0])
+    labelled = any(files.labelled for files in divided.values())
     return DataSource(
         name=kind,
         reference=reference,
@@ -84,7 +103,22 @@ def file_source(
         loaders={name: partial(load, name, files) for name, files in divided.items()},
         notes=notes,
         whole=partial(load, "whole", parts["whole"]) if "whole" in parts else None,
+        task=task if labelled else None,
+        labelled=labelled,
+        sizes={name: len(files.files) for name, files in divided.items()},
+        warnings=tuple(
+            f"{reference}: the class folder {name} has no images"
+            for part in parts.values()
+            for name in part.empty
+        ),
     )
+
+
+def statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """ImageNet's mean and standard deviation for RGB (3 channels) or gray images (1)."""
+    if channels == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
 
 
 def _complete(reference: str, parts: dict[str, FileSet]) -> tuple[dict[str, FileSet], tuple[str, ...]]:
@@ -92,7 +126,7 @@ def _complete(reference: str, parts: dict[str, FileSet]) -> tuple[dict[str, File
         raise DataError(f"{reference}: there are no images in it")
     whole = parts.pop("train" if set(parts) == {"train"} else "whole", None)
     if whole is not None:
-        if whole.names is None:
+        if not whole.labelled:
             return {"test": whole}, (
                 f"{reference} has no labels: all {len(whole.files)} images are its test split",
             )
@@ -125,7 +159,7 @@ def _class_names(parts: Mapping[str, FileSet]) -> tuple[str, ...]:
 
 
 def _check_names(reference: str, split: str, files: FileSet, labels: Mapping[str, int]) -> None:
-    if split == "train" and files.names is None:
+    if split == "train" and not files.labelled:
         raise DataError(f"{reference}: the training images have no labels")
     unknown = sorted(set(files.names or ()) - set(labels))
     if unknown:
@@ -134,14 +168,22 @@ def _check_names(reference: str, split: str, files: FileSet, labels: Mapping[str
         )
 
 
-def _load(
+def load_files(
     folder: Path, presentation: Presentation, labels: Mapping[str, int], name: str, files: FileSet
 ) -> Split:
-    stream = FileStream(folder, files.files, presentation.geometry)
+    """The split of image files, held in memory if that is allowed and they fit; ``labels`` number names.
+
+    Raises:
+        DataError: a file that is held is missing or damaged.
+    """
+    pictures = FileStream(folder, files.files, presentation.geometry)
+    if files.masks is not None:
+        stream = MaskStream(pictures, files.masks, tuple(labels))
+        return Split(name, presentation.shape, None, None, stream, files.files, files.masks, folder)
     known = None
     if files.names is not None:
         known = torch.tensor([labels[label] for label in files.names], dtype=torch.int64)
     shape = presentation.shape
-    if presentation.may_hold and len(stream) * math.prod(shape) <= HELD_BYTES:
-        return Split(name, shape, hold(stream, shape), known, files=files.files, folder=folder)
-    return Split(name, shape, None, known, stream, files.files, folder)
+    if presentation.may_hold and len(pictures) * math.prod(shape) <= HELD_BYTES:
+        return Split(name, shape, hold(pictures, shape), known, files=files.files, folder=folder)
+    return Split(name, shape, None, known, pictures, files.files, folder=folder)

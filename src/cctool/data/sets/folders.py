@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from cctool.base.errors import DataError
 from cctool.data.image_files import EXTENSIONS, Resize, measure_images
 from cctool.data.places import named_folder
 from cctool.data.records import Augmentation, Crop, DataSource, Padding, Shape
-from cctool.data.sets.file_source import FileSet, Presentation, file_source
+from cctool.data.sets.file_source import FileSet, Presentation, file_source, load_files, statistics
 
 ROLES = {
     "train": ("train", "training"),
@@ -34,8 +35,47 @@ def open_folder(reference: str, folder: str, input_shape: Shape | None = None) -
         DataError: the folder does not exist, or holds no images or a damaged one.
     """
     root = named_folder("folder", folder)
-    parts = _parts(root, _by_folder)
-    sizes = measure_images(root, _first_files(reference, parts))
+    parts = parts_of(root, by_class_folder)
+    presentation = presented(root, first_files(reference, parts), input_shape)
+    return file_source("folder", reference, root, parts, presentation)
+
+
+def open_images(reference: str, folder: str, input_shape: Shape | None = None) -> DataSource:
+    """Open pictures without labels: all image files below a folder, which are its training split.
+
+    They are served as `open_folder` serves them.
+
+    Raises:
+        DataError: the folder does not exist, or holds no images or a damaged one.
+    """
+    root = named_folder("images", folder)
+    files = FileSet(tuple(image_files(root, root)))
+    presentation = presented(root, first_files(reference, {"train": files}), input_shape)
+    mean, std = statistics(presentation.shape[0])
+    load = partial(load_files, root, presentation, {}, files=files)
+    return DataSource(
+        name="images",
+        reference=reference,
+        classes=(),
+        shape=presentation.shape,
+        mean=mean,
+        std=std,
+        augmentation=presentation.augmentation,
+        loaders={"train": partial(load, "train")},
+        whole=partial(load, "whole"),
+        task=None,
+        labelled=False,
+        sizes={"train": len(files.files)},
+    )
+
+
+def presented(root: Path, files: tuple[str, ...], input_shape: Shape | None) -> Presentation:
+    """How image files are served: small ones of one size as they are, others as photographs.
+
+    Raises:
+        DataError: one of them is damaged.
+    """
+    sizes = measure_images(root, files)
     own = (PHOTO_SIZE, PHOTO_SIZE)
     if sizes.common is not None and max(sizes.common) <= SMALL:
         own = sizes.common
@@ -43,10 +83,8 @@ def open_folder(reference: str, folder: str, input_shape: Shape | None = None) -
     if max(shape[1:]) <= SMALL:
         padding = max(1, max(shape[1:]) // 8)
         augmentation = Augmentation(crop=Crop.PADDED, padding=padding, flip=True)
-        presentation = Presentation(shape, Resize(), augmentation, may_hold=True)
-    else:
-        presentation = Presentation(shape, IMAGENET_GEOMETRY, PHOTO_AUGMENTATION)
-    return file_source("folder", reference, root, parts, presentation)
+        return Presentation(shape, Resize(), augmentation, may_hold=True)
+    return Presentation(shape, IMAGENET_GEOMETRY, PHOTO_AUGMENTATION)
 
 
 def open_labelled(reference: str, folder: str, input_shape: Shape | None = None) -> DataSource:
@@ -61,8 +99,8 @@ def open_labelled(reference: str, folder: str, input_shape: Shape | None = None)
         DataError: the folder does not exist or holds no images, or an image is damaged or alone has no label.
     """
     root = named_folder("labelled", folder)
-    parts = _parts(root, _by_name)
-    sizes = measure_images(root, _first_files(reference, parts))
+    parts = parts_of(root, _by_name)
+    sizes = measure_images(root, first_files(reference, parts))
     size = min(LABELLED_SIZE, sizes.longest)
     augmentation = Augmentation(crop=Crop.PADDED, padding_mode=Padding.SYMMETRIC, flip=True, rotation=15.0)
     shape = input_shape or (sizes.channels, size, size)
@@ -78,7 +116,14 @@ def open_labelled(reference: str, folder: str, input_shape: Shape | None = None)
     return file_source("labelled", reference, root, parts, presentation, classes)
 
 
-def _parts(root: Path, find: Callable[[Path, Path], FileSet]) -> dict[str, FileSet]:
+def parts_of(root: Path, find: Callable[[Path, Path], FileSet]) -> dict[str, FileSet]:
+    """The files in the folders train, val and test, under any of their names; ``whole`` if there are none.
+
+    ``find`` lists the files of a part from (data set's folder, the part's).
+
+    Raises:
+        DataError: a part is there under two names.
+    """
     folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
     found: dict[str, FileSet] = {}
     for role, names in ROLES.items():
@@ -90,28 +135,31 @@ def _parts(root: Path, find: Callable[[Path, Path], FileSet]) -> dict[str, FileS
     return found or {"whole": find(root, root)}
 
 
-def _by_folder(root: Path, part: Path) -> FileSet:
+def by_class_folder(root: Path, part: Path) -> FileSet:
+    """The images in the folders of ``part``, a class each; without folders the unlabelled images in it."""
     classes = sorted(path.name for path in part.iterdir() if path.is_dir() and not path.name.startswith("."))
-    labelled = [(file, name) for name in classes for file in _images(root, part / name)]
+    found = {name: image_files(root, part / name) for name in classes}
+    labelled = [(file, name) for name, held in found.items() for file in held]
     if labelled:
+        empty = tuple((part / name).relative_to(root).as_posix() for name, held in found.items() if not held)
         files, names = zip(*labelled, strict=True)
-        return FileSet(files, names)
-    return FileSet(tuple(_images(root, part)), None)
+        return FileSet(files, names, empty=empty)
+    return FileSet(tuple(image_files(root, part)))
 
 
 def _by_name(root: Path, part: Path) -> FileSet:
-    files = tuple(_images(root, part))
+    files = tuple(image_files(root, part))
     names = tuple(Path(file).stem.rpartition("_")[0] for file in files)
     if not any(names):
-        return FileSet(files, None)
+        return FileSet(files)
     if not all(names):
         bad = files[names.index("")]
         raise DataError(f"{root / bad} has no label in its name, <label>_<id>, though other files have one")
     return FileSet(files, names)
 
 
-def _images(root: Path, folder: Path) -> list[str]:
-    """All image files below ``folder``, as sorted POSIX paths relative to ``root``.
+def image_files(root: Path, folder: Path) -> list[str]:
+    """All files below ``folder`` whose names end like images, as sorted POSIX paths relative to ``root``.
 
     Links are followed, except to a folder above themselves, which would never end.
     """
@@ -135,7 +183,8 @@ def _unreadable(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
-def _first_files(reference: str, parts: dict[str, FileSet]) -> tuple[str, ...]:
+def first_files(reference: str, parts: dict[str, FileSet]) -> tuple[str, ...]:
+    """The files of the first part that has any. Raises DataError if none has."""
     for part in parts.values():
         if part.files:
             return part.files

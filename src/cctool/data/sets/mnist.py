@@ -15,7 +15,7 @@ from torch import Tensor
 from cctool.base.errors import DataError
 from cctool.data.places import download_allowed, missing, root_folder
 from cctool.data.records import Augmentation, Crop, DataSource, Shape
-from cctool.data.splits import official_loaders
+from cctool.data.splits import official_loaders, official_sizes
 
 IMAGES_MAGIC = 0x00000803
 LABELS_MAGIC = 0x00000801
@@ -71,6 +71,7 @@ def open_mnist(layout: MnistSet, reference: str, folder: str, input_shape: Shape
     if place is None:
         raise missing(reference, "train-images-idx3-ubyte[.gz] and its siblings", places, downloadable=True)
     first, _ = _read(place, train=False)
+    sizes = official_sizes(_count(place), len(first))
     shape = (1, first.shape[2], first.shape[3])
     return DataSource(
         name=layout.name,
@@ -81,6 +82,7 @@ def open_mnist(layout: MnistSet, reference: str, folder: str, input_shape: Shape
         std=(layout.std,),
         augmentation=layout.augmentation,
         loaders=official_loaders(partial(_read, place), shape),
+        sizes=sizes,
     )
 
 
@@ -133,6 +135,19 @@ def _read(place: Path, *, train: bool) -> tuple[Tensor, Tensor]:
     if labels.max() >= CLASSES:
         raise DataError(f"{place} is damaged: label {labels.max()}, allowed are 0..{CLASSES - 1}")
     return torch.from_numpy(images.copy()).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))
+
+
+def _count(place: Path) -> int:
+    """Training images, as the header of their labels says; 0 if there is none, which reading them reports."""
+    path = _file(place, f"{PARTS[True]}-labels-idx1-ubyte")
+    if path is None:
+        return 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(8)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}; fetch it again") from error
+    return int.from_bytes(header[4:], "big")
 
 
 def _download(layout: MnistSet, root: Path) -> None:

@@ -1,13 +1,15 @@
 """A data set made by the user's own function, ``my.py:factory``, named on the command line.
 
-The function takes no arguments and returns a mapping, or an object with attributes:
+The function takes the arguments that the command line gives and returns a mapping, or an object with
+attributes:
 
 - ``train``, ``validation``, ``test``: each is either a pair of arrays (uint8 images [N, H, W], [N, H, W, C]
-  or [N, C, H, W]; integer labels [N]) that is held in memory, or a map-style data set (``__len__`` and
-  ``__getitem__``) of pairs (image, label) that is read on demand. An image is a PIL image, a uint8 array
+  or [N, C, H, W]; targets [N, ...]) that is held in memory, or a map-style data set (``__len__`` and
+  ``__getitem__``) of pairs (image, target) that is read on demand. An image is a PIL image, a uint8 array
   [H, W] or [H, W, C], a uint8 tensor [C, H, W], or a floating-point tensor [C, H, W] in 0..1. At least one
-  split is required.
-- ``classes``: the class names, or their number.
+  split is required. What a target may be is said in `user_targets`.
+- ``classes``: the class names, or their number; only needed if targets are class indices.
+- ``task`` (optional): name of the task that the targets are for, where they do not show it.
 - ``mean``, ``std`` (optional): recommended preprocessing per channel, of images in 0..1.
 """
 
@@ -25,9 +27,19 @@ from torch import Tensor
 
 from cctool.base import user_code
 from cctool.base.errors import DataError, UserCodeError
-from cctool.data.records import IMAGENET_MEAN, IMAGENET_STD, SPLITS, Augmentation, DataSource, Shape, Split
+from cctool.data.records import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SPLITS,
+    Augmentation,
+    DataSource,
+    Shape,
+    Split,
+    Target,
+)
 from cctool.data.serving import augment
 from cctool.data.serving.convert import convert
+from cctool.data.sets.user_targets import Targets, as_tensor, kind_of
 from cctool.data.splits import held_out
 
 
@@ -37,7 +49,7 @@ class UserStream:
 
     reference: str
     dataset: Any
-    classes: int
+    targets: Targets
     indices: tuple[int, ...]
 
     def __len__(self) -> int:
@@ -45,11 +57,11 @@ class UserStream:
 
     def read(
         self, index: int, shape: Shape, augmentation: Augmentation | None, seed: int
-    ) -> tuple[Tensor, int | None]:
-        """Return item ``index`` as uint8 [C, H, W] and its label, with all random states set by ``seed``.
+    ) -> tuple[Tensor, Target | None]:
+        """Return item ``index`` as uint8 [C, H, W] and its target, with all random states set by ``seed``.
 
         Raises:
-            UserCodeError: the data set raised, or gave something other than (image, label).
+            UserCodeError: the data set raised, or gave something other than (image, target).
         """
         position = self.indices[index]
         with _seeded(seed):
@@ -57,19 +69,21 @@ class UserStream:
         where = f"{self.reference}: item {position}"
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise UserCodeError(f"{where} is a {type(item).__name__}, not a pair (image, label)")
-        image, label = _image(item[0], where).unsqueeze(0), _label(item[1], self.classes, where)
+        image, target = _image(item[0], where).unsqueeze(0), self.targets.read(item[1], where)
         if augmentation is not None:
             size = (image.shape[2], image.shape[3])
             image = augment.apply(image, augment.draw(1, size, augmentation, seed, 0), augmentation)
         served = convert(image, shape)[0]
-        return (served if served.dtype == torch.uint8 else served.round().to(torch.uint8)), label
+        return (served if served.dtype == torch.uint8 else served.round().to(torch.uint8)), target
 
     def take(self, indices: Sequence[int]) -> "UserStream":
         """A stream of these items only, in this order."""
         return replace(self, indices=tuple(self.indices[index] for index in indices))
 
 
-def open_user_data(reference: str, named: Collection[str]) -> DataSource:
+def open_user_data(
+    reference: str, named: Collection[str], arguments: Mapping[str, Any] | None = None
+) -> DataSource:
     """Call the user's function and check what it returns.
 
     A missing validation split is held out of the training split (a tenth, by a fixed permutation); a missing
@@ -78,31 +92,40 @@ def open_user_data(reference: str, named: Collection[str]) -> DataSource:
     Args:
         reference: ``my.py:factory`` or ``package.module:factory``.
         named: the references that the command line names.
+        arguments: keyword arguments of the function; the data set's reference has them, too.
 
     Raises:
         DataError: the reference was not named.
         UserCodeError: the function failed or returned the wrong thing.
     """
+    given = dict(arguments or {})
     if not user_code.is_named(reference, named):
         raise DataError(
             f"{reference} is user code, which runs only when it is named: name it with --data {reference}"
         )
-    returned = user_code.call(reference, user_code.load(reference))
-    classes = _classes(_get(returned, "classes"), reference)
-    parts = {name: _get(returned, name) for name in SPLITS}
-    given = {name: part for name, part in parts.items() if part is not None}
-    if not given:
+    returned = user_code.call(reference, user_code.load(reference), **given)
+    parts = {name: part for name in SPLITS if (part := _get(returned, name)) is not None}
+    if not parts:
         raise UserCodeError(
             f"{reference} returned a {type(returned).__name__} with none of {', '.join(SPLITS)}; "
-            "it must return a mapping with at least one of them, and 'classes'"
+            "it must return a mapping with at least one of them, and 'classes' if there are any"
         )
-    splits = {name: _split(name, part, reference, len(classes)) for name, part in given.items()}
+    classes = _classes(_get(returned, "classes"), reference)
+    # Read once: an item may be drawn at random.
+    items = {name: _first_item(name, part, reference) for name, part in parts.items() if not _is_pair(part)}
+    targets = _targets(reference, parts, items, classes, _get(returned, "task"))
+    splits = {
+        name: _stream(name, part, items[name], reference, targets)
+        if name in items
+        else _held(name, part, reference, targets)
+        for name, part in parts.items()
+    }
     shape = next(iter(splits.values())).shape
     divided, notes = _complete(reference, splits)
     mean, std = _statistics(returned, shape[0], reference)
     return DataSource(
         name=reference,
-        reference=reference,
+        reference=user_code.with_arguments(reference, given),
         classes=classes,
         shape=shape,
         mean=mean,
@@ -110,6 +133,9 @@ def open_user_data(reference: str, named: Collection[str]) -> DataSource:
         augmentation=Augmentation(),
         loaders={name: partial(divided.__getitem__, name) for name in divided},
         notes=notes,
+        task=targets.task,
+        labelled=targets.labelled,
+        sizes={name: len(split) for name, split in divided.items()},
     )
 
 
@@ -118,6 +144,8 @@ def _get(returned: Any, name: str) -> Any:
 
 
 def _classes(classes: Any, reference: str) -> tuple[str, ...]:
+    if classes is None:
+        return ()
     if isinstance(classes, int) and not isinstance(classes, bool) and classes >= 1:
         return tuple(str(label) for label in range(classes))
     if isinstance(classes, (list, tuple)) and classes:
@@ -127,27 +155,65 @@ def _classes(classes: Any, reference: str) -> tuple[str, ...]:
     )
 
 
-def _split(name: str, part: Any, reference: str, classes: int) -> Split:
+def _targets(
+    reference: str,
+    parts: Mapping[str, Any],
+    items: Mapping[str, Any],
+    classes: tuple[str, ...],
+    told: Any,
+) -> Targets:
+    """The kind of the targets, from the first target of the first part."""
+    name, part = next(iter(parts.items()))
+    if name in items:
+        item = items[name]
+        # What is no pair is reported when it is read.
+        example = item[1] if isinstance(item, (tuple, list)) and len(item) == 2 else 0
+    else:
+        example = part[1][0] if len(part[1].shape) and len(part[1]) else part[1]
+    targets = kind_of(example, classes, told, reference)
+    if targets.are_classes and not classes:
+        raise UserCodeError(
+            f"{reference} returned classes=None; it must give the class names, or their number"
+        )
+    return targets
+
+
+def _is_pair(part: Any) -> bool:
+    return isinstance(part, (tuple, list)) and len(part) == 2 and all(hasattr(a, "shape") for a in part)
+
+
+def _first_item(name: str, part: Any, reference: str) -> Any:
     where = f"{reference}: {name}"
-    if isinstance(part, (tuple, list)) and len(part) == 2 and all(hasattr(array, "shape") for array in part):
-        images, labels = _images(part[0], where), torch.as_tensor(part[1])
-        if labels.dim() != 1 or len(labels) != len(images) or labels.is_floating_point() or not len(images):
-            raise UserCodeError(f"{where} has {len(images)} images but labels of shape {tuple(labels.shape)}")
-        for label in (int(labels.min()), int(labels.max())):
-            _label(label, classes, where)
-        return Split(name, _shape(images[0]), images=images, labels=labels.to(torch.int64))
     if not hasattr(part, "__getitem__") or not hasattr(part, "__len__"):
         raise UserCodeError(
-            f"{where} is a {type(part).__name__}; it must be a pair of arrays (images, labels), "
+            f"{where} is a {type(part).__name__}; it must be a pair of arrays (images, targets), "
             "or a data set with __len__ and __getitem__"
         )
-    count = user_code.call(reference, part.__len__)
-    if count == 0:
+    if user_code.call(reference, part.__len__) == 0:
         raise UserCodeError(f"{where} has no items")
-    stream = UserStream(reference, part, classes, tuple(range(count)))
-    item = user_code.call(reference, part.__getitem__, 0)
+    return user_code.call(reference, part.__getitem__, 0)
+
+
+def _held(name: str, part: Any, reference: str, targets: Targets) -> Split:
+    where = f"{reference}: {name}"
+    images, labels = _images(part[0], where), as_tensor(part[1], where)
+    numbers = not labels.is_floating_point() and labels.dim() == 1
+    fits = labels.dim() > 0 and len(labels) == len(images) and (numbers or not targets.are_classes)
+    if not fits or not len(images):
+        given = f"labels of shape {tuple(labels.shape)} and {labels.dtype}"
+        raise UserCodeError(f"{where} has {len(images)} images but {given}")
+    if targets.are_classes:
+        for label in (int(labels.min()), int(labels.max())):
+            targets.index(label, where)
+    targets.check(labels, where)
+    return Split(name, _shape(images[0]), images=images, labels=labels)
+
+
+def _stream(name: str, part: Any, item: Any, reference: str, targets: Targets) -> Split:
+    count = user_code.call(reference, part.__len__)
+    stream = UserStream(reference, part, targets, tuple(range(count)))
     first = item[0] if isinstance(item, (tuple, list)) and item else item
-    return Split(name, _shape(_image(first, f"{where}: item 0")), stream=stream)
+    return Split(name, _shape(_image(first, f"{reference}: {name}: item 0")), stream=stream)
 
 
 def _complete(reference: str, splits: dict[str, Split]) -> tuple[dict[str, Split], tuple[str, ...]]:
@@ -210,18 +276,6 @@ def _image(image: Any, where: str) -> Tensor:
         )
     kind = f"{type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}"
     raise UserCodeError(f"{where}: the image is a {kind}; see docs/datasets.md for what it may be")
-
-
-def _label(label: Any, classes: int, where: str) -> int:
-    try:
-        value = int(label)
-    except (TypeError, ValueError) as error:
-        raise UserCodeError(f"{where} has the label {label!r}; it must be a whole number") from error
-    if not 0 <= value < classes:
-        raise UserCodeError(
-            f"{where} has the label {value}; with {classes} classes it must lie in 0..{classes - 1}"
-        )
-    return value
 
 
 def _shape(image: Tensor) -> Shape:

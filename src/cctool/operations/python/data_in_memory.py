@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cctool.base.errors import DataError
+from cctool.data.classes import IGNORED
 from cctool.data.records import SPLITS, Augmentation, DataSource, Loaded, Shape, Split
+
+_WITH_CLASSES = ("classification", "segmentation")
 
 
 def is_reference(data: Any) -> bool:
@@ -23,9 +26,10 @@ def in_memory(parts: Mapping[str, Any], classes: tuple[str, ...], limit: int | N
     """A data set of loaders or tensors.
 
     Args:
-        parts: ``train``, ``validation`` or ``test`` -> a loader of (images, labels) or images; a pair of
-            tensors (images, labels); or images alone. Images are floating point [N, C, H, W], normalised
-            already; labels are int64 [N].
+        parts: ``train``, ``validation`` or ``test`` -> a loader of (images, targets) or images; a pair of
+            tensors (images, targets); or images alone. Images are floating point [N, C, H, W], normalised
+            already. Whole numbers [N] are class indices, whole numbers [N, H, W] masks of classes, floating
+            point [N, ...] values to be told; other targets need a task that is named.
         classes: names of the network's classes; empty if unknown.
         limit: use at most this many images of each pair of tensors.
 
@@ -43,13 +47,16 @@ def in_memory(parts: Mapping[str, Any], classes: tuple[str, ...], limit: int | N
         raise DataError(f"data in memory: the parts' images differ in shape: {sorted(shapes)}")
     (shape,) = shapes
     first = splits[next(name for name in SPLITS if name in splits)]
-    labels = max(
-        (int(split.labels.max()) + 1 for split in splits.values() if split.labels is not None), default=0
-    )
+    examples = {name: found for name, split in splits.items() if (found := _example(split)) is not None}
+    tasks = {name: _task_of(found) for name, found in examples.items()}
+    if len(set(tasks.values())) > 1:
+        told = ", ".join(f"{name} for {task}" for name, task in tasks.items())
+        raise DataError(f"data in memory: the parts' targets differ in kind: {told}")
+    task = next(iter(tasks.values()), None)
     return DataSource(
         name="data in memory",
         reference=f"in memory (n={len(first)}, {'x'.join(map(str, shape))})",
-        classes=classes or tuple(map(str, range(labels))),
+        classes=(classes or _numbered(splits.values())) if task in _WITH_CLASSES else (),
         shape=shape,
         # Images are neither scaled nor centred: (x / 255 - mean) / std would be x.
         mean=(0.0,) * shape[0],
@@ -58,7 +65,34 @@ def in_memory(parts: Mapping[str, Any], classes: tuple[str, ...], limit: int | N
         loaders={name: partial(splits.__getitem__, name) for name in splits},
         limit=limit,
         held=True,
+        task=task,
+        labelled=bool(examples),
+        sizes={name: len(split) for name, split in splits.items()},
     )
+
+
+def _example(split: Split) -> Tensor | None:
+    """Some targets of a part, [B, ...]; None if it has none."""
+    if split.loaded is None:
+        return split.labels
+    first = next(iter(split.loaded.batches)) if split.loaded.labelled else (None, None)
+    return first[1] if isinstance(first[1], Tensor) else None
+
+
+def _task_of(targets: Tensor) -> str | None:
+    """The task that targets [B, ...] are for, if their type and shape say it."""
+    if targets.is_floating_point():
+        return "regression"
+    whole = targets.dtype != torch.bool
+    return {1: "classification", 3: "segmentation"}.get(targets.dim()) if whole else None
+
+
+def _numbered(splits: Iterable[Split]) -> tuple[str, ...]:
+    """Names for the classes that occur in tensors; () where loaders hold them."""
+    held = [split.labels for split in splits if split.labels is not None]
+    found = [labels[labels != IGNORED] if labels.dim() > 1 else labels for labels in held]
+    largest = max((int(labels.max()) for labels in found if labels.numel()), default=-1)
+    return tuple(map(str, range(largest + 1)))
 
 
 def _split(name: str, part: Any) -> Split:
@@ -87,13 +121,16 @@ def _of_tensors(name: str, images: Tensor, labels: Tensor | None) -> Split:
             f"data in memory, {name}: floating-point images [N, C, H, W] are expected, as the network takes "
             f"them, not {images.dtype} of shape {tuple(images.shape)}"
         )
-    if labels is not None and (labels.shape != images.shape[:1] or labels.is_floating_point()):
+    if labels is None or labels.is_floating_point() or labels.dtype == torch.bool:
+        targets = labels
+    else:
+        targets = labels.to(torch.int64)
+    if targets is not None and (not targets.dim() or len(targets) != len(images) or targets.is_complex()):
         raise DataError(
-            f"data in memory, {name}: whole-number labels [{len(images)}] are expected, "
-            f"not {labels.dtype} of shape {tuple(labels.shape)}"
+            f"data in memory, {name}: targets [{len(images)}] or [{len(images)}, ...] are expected, one for each "
+            f"image, not {targets.dtype} of shape {tuple(targets.shape)}"
         )
-    whole = None if labels is None else labels.to(torch.int64)
-    return Split(name, _shape(images), images=images, labels=whole, as_given=True)
+    return Split(name, _shape(images), images=images, labels=targets, as_given=True)
 
 
 def _of_loader(name: str, loader: Iterable[Any]) -> Split:

@@ -57,7 +57,7 @@ def refuse_other_options(earlier: Step, verb: str, now: Mapping[str, JsonValue],
     different = [
         f"{name.rpartition('.')[2]} was {then_flat.get(name)}, now {now_flat.get(name)}"
         for name in sorted(then_flat.keys() | now_flat.keys())
-        if name not in free and then_flat.get(name) != now_flat.get(name)
+        if name not in free and _given(then_flat.get(name)) != _given(now_flat.get(name))
     ]
     if different:
         raise TrainingError(
@@ -98,6 +98,11 @@ def starts_afresh(history: Sequence[Step]) -> bool:
         step.verb == "transform" and flat(step.options).get("weights.mode") == Mode.BASIS.value
         for step in since
     )
+
+
+def _given(value: Any) -> Any:
+    # Files from before there was the option have no list, where others have an empty one.
+    return None if value == [] else value
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

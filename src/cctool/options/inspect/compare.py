@@ -24,7 +24,7 @@ class CompareOptions(Options):
         None, "Write the comparison to this file.", metavar="FILE.csv", recorded=False)
     xlsx: str | None = option(
         None, "Write the comparison to this workbook.", metavar="FILE.xlsx", recorded=False)
-    data: DataOptions = nested(DataOptions, without=("val_data",))
+    data: DataOptions = nested(DataOptions, without=("val_data", "val_data_arguments"))
     judge: TaskOptions = judged()
     # fmt: on
 

@@ -11,6 +11,7 @@ import torch
 from cctool.checkpoint.spec import Preprocessing
 from cctool.data.records import DataSource
 from cctool.data.serving.batches import Batches, batches
+from cctool.data.serving.streaming import MakeTargets, stacked
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Feed:
         workers: processes that read files.
         rank: this process.
         world_size: number of processes.
+        make_targets: makes the targets of a batch, for a task that does not stack them.
     """
 
     source: DataSource
@@ -37,6 +39,7 @@ class Feed:
     workers: int = 0
     rank: int = 0
     world_size: int = 1
+    make_targets: MakeTargets = stacked
 
     def has(self, split: str) -> bool:
         """Whether the data set has this split."""
@@ -62,5 +65,6 @@ class Feed:
             workers=self.workers,
             rank=self.rank,
             world_size=self.world_size,
+            make_targets=self.make_targets,
             **order,
         )
