@@ -19,6 +19,7 @@ from torch import nn
 from cctool.base import user_code as user
 from cctool.base.errors import ArchitectureError, CctoolError, UserCodeError
 from cctool.models.architectures import ARCHITECTURES, COLLECTIONS, Architecture, Collected, Shape
+from cctool.models.published import Published
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,21 @@ def input_shape(reference: str, arguments: Mapping[str, Any], data_shape: Shape 
         raise ArchitectureError(f"{reference}: its input size is not known; give --input CxHxW, or --data")
     channels = arguments.get("in_channels", arguments.get("in_chans", data_shape[0]))
     return int(channels), data_shape[1], data_shape[2]
+
+
+def published(reference: str) -> Published:
+    """The weights that the library of ``torchvision:NAME`` or ``timm:NAME`` publishes; reads no file.
+
+    Raises:
+        ArchitectureError: the network is of no library, unknown, or without published weights.
+    """
+    collection, name = _collected(reference)
+    if collection is None:
+        raise ArchitectureError(
+            f"{reference} has no published weights: --pretrained is for "
+            f"{' and '.join(f'{prefix}:NAME' for prefix in COLLECTIONS)}"
+        )
+    return collection.published(name)
 
 
 def is_user_code(reference: str) -> bool:

@@ -28,7 +28,7 @@ from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import open_named
 from cctool.operations.keep import events
-from cctool.operations.opening import DataShape, fresh, open_checkpoint
+from cctool.operations.opening import DataShape, fresh, open_checkpoint, pretrained
 from cctool.operations.registries import tables
 from cctool.operations.size import measure
 from cctool.options.common import ModelOptions, RuntimeOptions
@@ -192,13 +192,19 @@ def _prepare(
         preprocessing = Preprocessing(mean=opened.mean, std=opened.std)
         shape = DataShape(opened.shape, opened.classes, preprocessing)
     remembered = (data.data or None) if data is not None and source is None else None
+    start = getattr(options, "start", None)
+    published, new_head = (start.pretrained, start.new_head) if start is not None else (False, False)
+    if published and (given is not None or request.source is not None):
+        raise UsageError("--pretrained is for a fresh network: leave INPUT out, and name it with --arch")
     if given is not None:
         checkpoint = given
+    elif published:
+        checkpoint = pretrained(request.model, registries, remembered, request.reporter)
     elif request.source is None:
         checkpoint = fresh(request.model, registries, named, shape, remembered)
     else:
         checkpoint = open_checkpoint(
-            Path(request.source), request.model, registries, named, request.reporter, shape
+            Path(request.source), request.model, registries, named, request.reporter, shape, new_head=new_head
         )
     if remembered is not None:
         # Only the data set: its class names need not be those of a foreign network's outputs.
