@@ -272,7 +272,11 @@ def _with_last_layer(
     ]
     if not lacking:
         return opened
-    heads = output_layers(model, (torch.zeros(2, *spec.input_shape),))
+    try:
+        heads = output_layers(model, (torch.zeros(2, *spec.input_shape),))
+    # What was built for a file that does not fit may not run; building it again says what is missing.
+    except Exception:
+        return opened
     if any(name.rpartition(".")[0] not in heads for name in lacking):
         return opened
     reporter.note(f"{path} has no fitting {some(lacking)}: random values take their place")
