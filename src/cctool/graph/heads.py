@@ -35,11 +35,12 @@ def output_layers(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[str, ...]
         plain = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
         if plain and leaf == "weight" and item.dim == 0 and item.indices == item.of:
             found[owner] = item.of
-    others = [item.parameter for item in fixed if item.parameter.rpartition(".")[0] not in found]
+    owners = dict.fromkeys(item.parameter.rpartition(".")[0] for item in fixed)
+    others = [owner or "the network" for owner in owners if owner not in found]
     first = next(tensors_in(execute(model, inputs, [])), None)
     width = first.shape[1] if first is not None and first.dim() > 1 else None
     if not found or others:
-        why = f": {some(others)} has a value for each of them" if others else ""
+        why = f": {some(others)} too has a value for each of them" if others else ""
         raise ArchitectureError(
             f"no linear layer or convolution alone gives this network's outputs{why}; --new-head cannot "
             "replace it"

@@ -159,7 +159,15 @@ def test_a_student_gets_a_fresh_layer_for_a_teachers_classes(place: Path) -> Non
     data = ["--data", f"folder:{place / 'three'}"]
     ran("train", place / "digits.pt", "--new-head", *data, *FAST, "-o", place / "teacher.pt")
     ran(
-        *("distill", state(place, "pruned"), "--teacher", place / "teacher.pt", "--alpha", "1", "--new-head"),
+        *(
+            "distill",
+            state(place, "pruned"),
+            "--teacher",
+            place / "teacher.pt",
+            "--alpha",
+            "0.5",
+            "--new-head",
+        ),
         *(*data, *FAST, "--epochs", "20", "-o", place / "student.pt"),
     )
     report = cctool.evaluate(cctool.load(place / "student.pt"), data=f"folder:{place / 'three'}")
@@ -226,7 +234,7 @@ class Normed(Fixed):
     ("name", "options", "why"),
     [
         ("Fixed", (), ""),
-        ("Normed", (), "norm.weight, norm.bias, norm.running_mean"),
+        ("Normed", (), "gives this network's outputs: norm too has a value for each of them"),
         ("Fixed", ("--arg", "reshape=true"), "does not take a last layer of 3 outputs"),
     ],
 )
