@@ -1,39 +1,14 @@
 """Labels go with names: data sets whose classes are some of the network's, in any order, or others."""
 
 import csv
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-from typer.testing import CliRunner
 
 import cctool
-from cctool.cli.main import app
 from cctool.data.classes import by_name, numbers_of
 from cctool.data.registry import open_data
-
-SHADES = {"black": 0, "dark": 60, "grey": 120, "light": 180, "white": 250}
-
-
-def picture_folder(place: Path, names: Mapping[str, int], n: int = 12) -> Path:
-    """A folder set of grey pictures, a class a shade."""
-    random = np.random.default_rng(0)
-    for split in ("train", "val", "test"):
-        for name, shade in names.items():
-            folder = place / split / name
-            folder.mkdir(parents=True)
-            for index in range(n):
-                noise = random.integers(-5, 6, (16, 16))
-                Image.fromarray(np.clip(shade + noise, 0, 255).astype(np.uint8)).save(folder / f"{index}.png")
-    return place
-
-
-def ran(*line: object, exit_code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in line])
-    assert result.exit_code == exit_code, result.output
-    return " ".join(result.output.split())
+from shade_toys import SHADES, picture_folder, ran
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +18,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picture_folder(place / "two", {"grey": 120, "white": 250})
     # Another order: its "a" comes first, and means the last class of the others.
     picture_folder(place / "odd", {"grey": 120, "crimson": 30})
+    picture_folder(place / "others", {"red": 30, "green": 150, "blue": 220})
     line = ["--arch", "lenet", "--input", "1x32x32", "--epochs", "12", "--lr", "0.01", "--batch-size", "8"]
     ran("train", *line, "--data", f"folder:{place / 'all'}", "-o", place / "net.pt")
     return place
@@ -73,22 +49,31 @@ def test_training_on_a_subset_moves_the_right_outputs(place: Path) -> None:
     assert report.metrics.values["top1"] > 75
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        ["evaluate"],
-        ["train", "--epochs", "1"],
-        ["prune", "--method", "l1", "--recalibrate", "8"],
-        ["quantize", "--method", "int8"],
-        ["transform", "--target", "features"],
-        ["compare"],
-    ],
-    ids=lambda line: line[0],
+VERBS = (
+    ["evaluate"],
+    ["train", "--epochs", "1"],
+    ["distill", "--epochs", "1", "--teacher", "net.pt"],
+    ["prune", "--method", "l1", "--recalibrate", "8"],
+    ["quantize", "--method", "int8"],
+    ["transform", "--target", "features"],
+    ["compare"],
 )
-def test_a_class_that_the_network_lacks_is_refused_by_every_verb(place: Path, line: list[str]) -> None:
-    verb, *options = line
-    said = ran(verb, place / "net.pt", *options, "--data", f"folder:{place / 'odd'}", exit_code=1)
-    assert f"folder:{place / 'odd'} has the class 'crimson', which the network does not know" in said
+
+
+@pytest.mark.parametrize("line", VERBS, ids=lambda line: line[0])
+@pytest.mark.parametrize(("name", "first"), [("odd", "crimson"), ("others", "blue")])
+def test_a_class_that_the_network_lacks_is_refused_by_every_verb(
+    place: Path, line: list[str], name: str, first: str
+) -> None:
+    verb, *options = [str(place / word) if word == "net.pt" else word for word in line]
+    before = sorted(place.iterdir())
+    said = ran(verb, place / "net.pt", *options, "--data", f"folder:{place / name}", exit_code=1)
+    more = "" if name == "odd" else " (and 2 more)"
+    assert (
+        f"folder:{place / name} has the class '{first}', which the network does not know{more}; "
+        "`cctool train --new-head` trains a fresh last layer for its classes"
+    ) in said
+    assert sorted(place.iterdir()) == before
 
 
 def test_a_teachers_classes_are_matched_by_name(place: Path) -> None:

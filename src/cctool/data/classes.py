@@ -20,8 +20,12 @@ IGNORED = 255
 _NUMBERED = ("classification", "segmentation")
 """Tasks whose targets are class indices."""
 
+NEW_HEAD = "; `cctool train --new-head` trains a fresh last layer for its classes"
 
-def numbers_of(classes: Sequence[str], known: Sequence[str], whose: str, *, owner: str) -> list[int]:
+
+def numbers_of(
+    classes: Sequence[str], known: Sequence[str], whose: str, *, owner: str, way_out: str = ""
+) -> list[int]:
     """For each class, its place among those that are known.
 
     Args:
@@ -29,6 +33,7 @@ def numbers_of(classes: Sequence[str], known: Sequence[str], whose: str, *, owne
         known: names in the order of the numbers.
         whose: how an error names what has ``classes``.
         owner: how an error names what has ``known``.
+        way_out: what the error on a class that is not known says in the end.
 
     Raises:
         DataError: if one is not known, or its name is there more than once.
@@ -38,6 +43,7 @@ def numbers_of(classes: Sequence[str], known: Sequence[str], whose: str, *, owne
         raise DataError(
             f"{whose} has the class {unknown[0]!r}, which {owner} does not know"
             + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
+            + way_out
         )
     repeated = [name for name, count in Counter(known).items() if count > 1 and name in classes]
     if repeated or len(set(classes)) < len(classes):
@@ -60,7 +66,7 @@ def by_name(source: DataSource, known: tuple[str, ...] | None) -> DataSource:
     if known is None:
         note = f"the network has no class names, so those of {source.reference} are taken in order"
         return dataclasses.replace(source, notes=(*source.notes, note))
-    numbers = numbers_of(source.classes, known, source.reference, owner="the network")
+    numbers = numbers_of(source.classes, known, source.reference, owner="the network", way_out=NEW_HEAD)
     what = "all" if len(numbers) == len(known) else f"{len(numbers)} of {len(known)}"
     note = f"{what} classes of the network, matched by name: {some(source.classes)}"
     return dataclasses.replace(

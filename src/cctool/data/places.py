@@ -3,10 +3,11 @@
 import os
 from pathlib import Path
 
+from cctool.base.downloads import DOWNLOAD_VARIABLE
+from cctool.base.downloads import download_allowed as download_allowed
 from cctool.base.errors import DataError
 
 FOLDER_VARIABLE = "CCTOOL_DATA"
-DOWNLOAD_VARIABLE = "CCTOOL_DOWNLOAD"
 
 
 def root_folder(folder: str) -> Path:
@@ -26,11 +27,6 @@ def named_folder(kind: str, folder: str) -> Path:
     if not path.is_dir():
         raise DataError(f"{kind}:{folder}: there is no folder {path}")
     return path
-
-
-def download_allowed() -> bool:
-    """Whether CCTOOL_DOWNLOAD=1 lets torchvision download what is missing."""
-    return os.environ.get(DOWNLOAD_VARIABLE, "") not in ("", "0")
 
 
 def missing(reference: str, wanted: str, places: list[Path], *, downloadable: bool = False) -> DataError:

@@ -20,6 +20,9 @@ from cctool.graph.rules import apply_rule
 from cctool.graph.solution import solve
 from cctool.graph.widths import Scale, Width, remembered
 
+OUTPUT_WIDTH = "the width of the model's output"
+"""Why channels of the outputs are fixed, unless something before the outputs fixes them."""
+
 # Reading these says nothing about channels. Most calls are of this kind, so the pass skips them early.
 _SILENT = """
     size shape dim ndim numel nelement item device dtype layout is_cuda is_floating_point is_complex stride
@@ -75,7 +78,7 @@ def _carry(ledger: Ledger, inputs: tuple[Tensor, ...], training: bool, widths: b
     ledger.begin("output", "")
     for result in tensors_in(output):
         if result.ndim:
-            ledger.freeze(compact(ledger.of(result)), "the width of the model's output")
+            ledger.freeze(compact(ledger.of(result)), OUTPUT_WIDTH)
 
 
 _ARITHMETIC = frozenset({"add", "sub", "rsub", "mul", "div", "floor_divide", "pow", "float_power"})

@@ -12,6 +12,7 @@ from cctool.models.alexnet import AlexNet
 from cctool.models.densenet import CifarDenseNet
 from cctool.models.lenet import LeNet
 from cctool.models.mobilenet import MobileNetStudent
+from cctool.models.published import Published
 from cctool.models.resnet import CifarPreActResNet, CifarResNet
 from cctool.models.vgg import STAGES_A, STAGES_D, STAGES_E, CifarVGG
 
@@ -52,6 +53,7 @@ class Collected:
         default_arguments: (channels, classes) of a data set -> arguments for it.
         input_shape: (name, arguments) -> (C, H, W).
         summary: one line for the list of architectures.
+        published: name -> the weights that the library publishes; raises ArchitectureError if there are none.
     """
 
     names: Callable[[], Sequence[str]]
@@ -59,6 +61,8 @@ class Collected:
     default_arguments: Callable[[int | None, int | None], dict[str, int]]
     input_shape: Callable[[str, Mapping[str, Any]], Shape]
     summary: str
+    published: Callable[[str], Published]
+    task: Callable[[str], str | None] = lambda name: None
 
 
 # Signatures of the builders say which arguments may be set; `partial` hides those that are fixed.
@@ -91,6 +95,8 @@ COLLECTIONS: dict[str, Collected] = {
         torchvision_models.default_arguments,
         torchvision_models.input_shape,
         "torchvision's classifiers, segmentation networks and detectors",
+        torchvision_models.published,
+        torchvision_models.task_of,
     ),
     "timm": Collected(
         timm_models.names,
@@ -98,5 +104,6 @@ COLLECTIONS: dict[str, Collected] = {
         timm_models.default_arguments,
         timm_models.input_shape,
         "timm's classifiers (extra: timm)",
+        timm_models.published,
     ),
 }

@@ -19,6 +19,7 @@ from torch import nn
 from cctool.base import user_code as user
 from cctool.base.errors import ArchitectureError, CctoolError, UserCodeError
 from cctool.models.architectures import ARCHITECTURES, COLLECTIONS, Architecture, Collected, Shape
+from cctool.models.published import Published
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,30 @@ def input_shape(reference: str, arguments: Mapping[str, Any], data_shape: Shape 
     return int(channels), data_shape[1], data_shape[2]
 
 
+def published(reference: str) -> Published:
+    """The weights that the library of ``torchvision:NAME`` or ``timm:NAME`` publishes; reads no file.
+
+    Raises:
+        ArchitectureError: the network is of no library, unknown, or without published weights.
+    """
+    collection, name = _collected(reference)
+    if collection is None:
+        raise ArchitectureError(
+            f"{reference} has no published weights: --pretrained is for "
+            f"{' and '.join(f'{prefix}:NAME' for prefix in COLLECTIONS)}"
+        )
+    return collection.published(name)
+
+
 def is_user_code(reference: str) -> bool:
     """Whether a reference names a user's function, not a network of ours or of a library."""
     return user.looks_like_user_code(reference) and reference.partition(":")[0] not in COLLECTIONS
 
 
 def task_of(reference: str) -> str | None:
-    """Name of the task that an architecture is for; None if it is for any."""
-    return None
+    """Name of the task that an architecture is for; None if that is not known."""
+    prefix, _, name = reference.partition(":")
+    return COLLECTIONS[prefix].task(name) if prefix in COLLECTIONS else None
 
 
 def listing(family: str | None = None) -> list[ArchitectureRecord]:

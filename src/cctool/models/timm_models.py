@@ -1,12 +1,19 @@
-"""timm's classifiers as ``timm:NAME`` (the ``timm`` extra), always with random weights."""
+"""timm's classifiers as ``timm:NAME`` (the ``timm`` extra).
 
-from collections.abc import Mapping
-from functools import cache
+They are built with random weights, and nothing is downloaded meanwhile; `published` says where the published
+ones are.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from cctool.base.errors import ArchitectureError
+from cctool.models.published import Published, distinct, from_address, from_hub
+from cctool.models.torchvision_models import IMAGENET_CLASSES, imagenet_classes
 
 # A spec may come from an untrusted file: `checkpoint_path` would unpickle a file, and `pretrained*` download
 # one. The others would build something other than a classifier, or on another device.
@@ -14,6 +21,8 @@ REFUSED = frozenset({
     "cache_dir", "checkpoint_path", "device", "dtype", "exportable", "feature_cfg", "feature_cls",
     "features_only", "kwargs_filter", "model_cfg", "no_jit", "out_indices", "pruned", "scriptable",
 })  # fmt: skip
+# Names of a file of weights in a repository, the safe format first.
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 DEFAULT_SHAPE = (3, 224, 224)
 
 
@@ -66,3 +75,37 @@ def input_shape(name: str, arguments: Mapping[str, Any]) -> tuple[int, int, int]
     size = arguments.get("img_size", (height, width))
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return int(arguments.get("in_chans", channels)), int(height), int(width)
+
+
+def published(name: str) -> Published:
+    """The weights that timm gives ``name``, which may have a tag, as in ``resnet18.a1_in1k``.
+
+    Networks of 1000 classes are taken to know those of ILSVRC2012, as timm itself does.
+
+    Raises:
+        ArchitectureError: there are none.
+    """
+    import timm
+
+    found = timm.get_pretrained_cfg(name)
+    reference = f"timm:{name}"
+    fetch: Callable[[], Path]
+    if found is not None and found.num_classes and found.hf_hub_id:
+        names = (found.hf_hub_filename,) if found.hf_hub_filename else HUB_FILES
+        label, fetch = found.hf_hub_id, partial(from_hub, reference, found.hf_hub_id, names)
+    elif found is not None and found.num_classes and isinstance(found.url, str) and found.url:
+        label, fetch = found.url.rpartition("/")[2], partial(from_address, reference, found.url)
+    else:
+        raise ArchitectureError(f"timm publishes no weights of a classifier {name}")
+    classes = distinct(found.label_names) if found.label_names else None
+    if classes is None and found.num_classes == IMAGENET_CLASSES:
+        classes = imagenet_classes()
+    return Published(
+        label=label,
+        arguments={"in_chans": found.input_size[0], "num_classes": found.num_classes},
+        input_shape=found.input_size,
+        classes=classes,
+        mean=tuple(found.mean),
+        std=tuple(found.std),
+        fetch=fetch,
+    )

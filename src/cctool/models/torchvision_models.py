@@ -1,24 +1,31 @@
-"""torchvision's classifiers, segmentation networks and detectors as ``torchvision:NAME``, random weights.
+"""torchvision's classifiers, segmentation networks and detectors as ``torchvision:NAME``.
 
-Nothing is downloaded. A segmentation network returns a dict: ``out`` of shape (N, classes, H, W), and ``aux``
+They are built with random weights, and nothing is downloaded meanwhile; `published` says where torchvision's
+own weights are. A segmentation network returns a dict: ``out`` of shape (N, classes, H, W), and ``aux``
 of the same shape where it was built with ``aux_loss=true``. A detector returns a list with a dict for each
 image (``boxes``, ``labels``, ``scores``), whose lengths depend on the image; it resizes and normalises images
 itself, and its ``num_classes`` includes the background.
 """
 
 import inspect
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
 from cctool.base.errors import ArchitectureError
+from cctool.models.published import Published, distinct, from_address
 
 # These read files, download or print, and a spec may come from an untrusted file.
 REFUSED = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress"})
 # Their constructors warn that the default of `init_weights` will change, unless it is given.
 NEED_INIT_WEIGHTS = frozenset({"googlenet", "inception_v3"})
+# What torchvision sets where weights are given, besides the number of classes.
+ARGUMENTS_OF_WEIGHTS = {name: {"transform_input": True} for name in ("googlenet", "inception_v3")}
+IMAGENET_CLASSES = 1000
+# Older versions of torchvision gave two classes each the names "crane" and "maillot".
+RENAMED = {(134, "crane"): "crane bird", (639, "maillot"): "maillot tank suit"}
 INPUT_SIZES = {"inception_v3": 299}
 DEFAULT_SIZE = 224
 _DETECTOR_SIZES = {
@@ -51,6 +58,11 @@ def detectors() -> tuple[str, ...]:
     from torchvision import models
 
     return tuple(models.list_models(module=models.detection))
+
+
+def task_of(name: str) -> str | None:
+    """``segmentation`` for a segmentation network; None for others."""
+    return "segmentation" if name in segmentation_networks() else None
 
 
 def names() -> tuple[str, ...]:
@@ -136,3 +148,52 @@ def input_shape(name: str, arguments: Mapping[str, Any]) -> tuple[int, int, int]
 def _detector_size(name: str, arguments: Mapping[str, Any]) -> int:
     size = arguments.get("min_size", _DETECTOR_SIZES.get(name, _DETECTOR_SIZE))
     return int(size[-1] if isinstance(size, (list, tuple)) else size)
+
+
+def published(name: str) -> Published:
+    """The weights that torchvision gives this network by default.
+
+    Raises:
+        ArchitectureError: there are none.
+    """
+    from torchvision import models
+
+    weights = getattr(models.get_model_weights(name), "DEFAULT", None)
+    if weights is None:
+        raise ArchitectureError(f"torchvision publishes no weights of {name}")
+    served = weights.transforms()
+    classes = class_names(weights.meta["categories"])
+    arguments: dict[str, Any] = {"num_classes": len(classes), **ARGUMENTS_OF_WEIGHTS.get(name, {})}
+    if "aux_loss" in allowed_arguments(name):
+        arguments["aux_loss"] = True
+    if name.startswith("vit_"):
+        arguments["image_size"] = served.crop_size[0]
+    size = getattr(served, "crop_size", None)
+    return Published(
+        label=weights.url.rpartition("/")[2],
+        arguments=arguments,
+        input_shape=(3, size[0], size[0]) if size else input_shape(name, arguments),
+        classes=classes,
+        # Networks without these take images in 0..1, and normalise them themselves.
+        mean=tuple(getattr(served, "mean", (0.0,) * 3)),
+        std=tuple(getattr(served, "std", (1.0,) * 3)),
+        fetch=partial(from_address, f"torchvision:{name}", weights.url),
+    )
+
+
+def class_names(categories: Sequence[str]) -> tuple[str, ...]:
+    """Torchvision's names of classes, which are distinct in the same way in all of its versions."""
+    return distinct(
+        [
+            RENAMED.get((i, name), name) if len(categories) == IMAGENET_CLASSES else name
+            for i, name in enumerate(categories)
+        ]
+    )
+
+
+@cache
+def imagenet_classes() -> tuple[str, ...]:
+    """The names of the 1000 classes of ILSVRC2012, in the order of every network's outputs."""
+    from torchvision import models
+
+    return class_names(models.ResNet18_Weights.DEFAULT.meta["categories"])

@@ -31,12 +31,18 @@ if TYPE_CHECKING:
 
 
 def open_source(
-    options: DataOptions, checkpoint: Checkpoint, context: Context, *, renames: bool = False
+    options: DataOptions,
+    checkpoint: Checkpoint,
+    context: Context,
+    *,
+    renames: bool = False,
+    own_labels: bool = False,
 ) -> DataSource | None:
     """Open the data for a checkpoint; None if no data set is given, or a remembered one cannot be opened.
 
-    Labels are numbered by the names of the network's classes; ``renames`` keeps the data set's own numbers if
-    it has none of these names, for a training that gives the network other classes.
+    Labels are numbered by the names of the network's classes. ``renames`` keeps the data set's own numbers if
+    it has as many classes and none of these names, for a training that gives the network other classes;
+    ``own_labels`` always keeps them, for a network that gets a last layer for them.
 
     A remembered data set that cannot be opened gives a warning; one that was given is an error.
     """
@@ -59,7 +65,10 @@ def open_source(
         )
         contents = f"data: {source.reference}: {source.contents()}"
         known = checkpoint.spec.classes
-        if not renames or known is None or not set(source.classes).isdisjoint(known):
+        others = known is not None and set(source.classes).isdisjoint(known)
+        if not own_labels and not (
+            renames and others and known is not None and len(source.classes) == len(known)
+        ):
             source = by_name(source, known)
     except DataError as error:
         if not remembered:
@@ -135,7 +144,13 @@ def _opened_first(options: DataOptions, checkpoint: Checkpoint, context: Context
 
 
 def require_source(
-    options: DataOptions, checkpoint: Checkpoint, context: Context, why: str, *, renames: bool = False
+    options: DataOptions,
+    checkpoint: Checkpoint,
+    context: Context,
+    why: str,
+    *,
+    renames: bool = False,
+    own_labels: bool = False,
 ) -> DataSource:
     """Open the data for a checkpoint, as `open_source`; ``why`` says in the error what needs them.
 
@@ -146,7 +161,7 @@ def require_source(
     reference = options.data or checkpoint.spec.data
     if reference is None:
         raise UsageError(f"{why} needs data: name it with --data, as in --data digits or --data folder:DIR")
-    source = open_source(options, checkpoint, context, renames=renames)
+    source = open_source(options, checkpoint, context, renames=renames, own_labels=own_labels)
     if source is None:
         raise DataError(f"{why} needs data, and {reference} cannot be opened; --data names another")
     return source

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cctool.base import user_code
 from cctool.base.errors import ArchitectureError, CheckpointError, SpecError, UsageError
+from cctool.base.networks import some
 from cctool.base.runtime import Reporter
 from cctool.checkpoint.build import build_fresh, instantiate
 from cctool.checkpoint.checkpoint import Checkpoint, Opened, build, open_file
@@ -22,6 +23,7 @@ from cctool.checkpoint.file.payload import parse
 from cctool.checkpoint.foreign import match_names
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.checkpoint.tables import Tables
+from cctool.graph.heads import output_layers
 from cctool.models import registry
 from cctool.options.common import ModelOptions
 
@@ -90,6 +92,46 @@ def fresh(
     return Checkpoint(build_fresh(spec, tables), spec)
 
 
+def pretrained(
+    options: ModelOptions, tables: Tables, reference: str | None, reporter: Reporter
+) -> Checkpoint:
+    """Build the library's network that ``--arch`` names with its published weights, as a foreign file's.
+
+    Input size, preprocessing and classes are those of the weights unless the command line gives others; the
+    spec remembers the data set's ``reference``.
+
+    Raises:
+        UsageError: if no network is named, or with other arguments than its weights need.
+        ArchitectureError: if there are no published weights, or they are not there and not to be downloaded.
+        CheckpointError: if the file is damaged or fits another network.
+    """
+    if options.arch is None:
+        raise UsageError("--pretrained needs --arch torchvision:NAME or timm:NAME")
+    found = registry.published(options.arch)
+    given = parse_arguments(options.arguments)
+    for key, value in given.items():
+        if found.arguments.get(key, value) != value:
+            raise UsageError(
+                f"--arg {key}={value}: the published weights of {options.arch} need {key}="
+                f"{found.arguments[key]}" + ("; --new-head changes the classes" if "classes" in key else "")
+            )
+    opened = open_file(found.fetch())
+    spec = ModelSpec(
+        architecture=options.arch,
+        arguments={**found.arguments, **given},
+        input_shape=options.input_shape or found.input_shape,
+        classes=found.classes,
+        preprocessing=_preprocessing(options) or Preprocessing(mean=found.mean, std=found.std),
+        data=reference,
+    )
+    reporter.note(
+        f"published weights of {options.arch}: {found.label}, {found.arguments['num_classes']} classes, "
+        f"input {'x'.join(map(str, spec.input_shape))}"
+    )
+    origin = opened.origin.model_copy(update={"path": found.label})
+    return build(replace(opened, origin=origin), spec, tables)
+
+
 def open_checkpoint(
     path: Path,
     options: ModelOptions,
@@ -97,11 +139,13 @@ def open_checkpoint(
     named: frozenset[str],
     reporter: Reporter,
     data: Callable[[], DataShape | None] = lambda: None,
+    *,
+    new_head: bool = False,
 ) -> Checkpoint:
     """Load a file, cctool's or foreign, as the command line describes it.
 
     ``data`` opens the data that give the input size of a foreign network; ``named`` is the user code that may
-    run.
+    run. With ``new_head`` a foreign file may lack the last layer, whose weights are random then.
 
     Raises:
         CheckpointError: if it is missing, damaged, unsafe, or foreign and its architecture is not given.
@@ -119,6 +163,8 @@ def open_checkpoint(
             "as in --arch torchvision:resnet18"
         )
     spec = _foreign_spec(opened, options, tables, named, data())
+    if new_head:
+        opened = _with_last_layer(opened, spec, tables, path, reporter)
     reporter.note(
         f"{path} is foreign: loaded {len(opened.tensors or ())} tensors into {spec.architecture}, "
         f"input {'x'.join(map(str, spec.input_shape))}"
@@ -223,6 +269,28 @@ def _foreign_spec(
     # Neither fits: building by the command line alone gives the error that the user can act on.
     arguments = registry.defaults(arch, **attempts[0], arguments=given, user_code=named)
     return spec.model_copy(update={"arguments": arguments})
+
+
+def _with_last_layer(
+    opened: Opened, spec: ModelSpec, tables: Tables, path: Path, reporter: Reporter
+) -> Opened:
+    """A foreign file with random tensors for its last layer, if it lacks just these or has other shapes."""
+    model = build_fresh(spec, tables)
+    expected, tensors = model.state_dict(), match_names(model, dict(opened.tensors or {}))
+    lacking = [
+        name for name, value in expected.items() if name not in tensors or tensors[name].shape != value.shape
+    ]
+    if not lacking:
+        return opened
+    try:
+        heads = output_layers(model, (torch.zeros(2, *spec.input_shape),))
+    # What was built for a file that does not fit may not run; building it again says what is missing.
+    except Exception:
+        return opened
+    if any(name.rpartition(".")[0] not in heads for name in lacking):
+        return opened
+    reporter.note(f"{path} has no fitting {some(lacking)}: random values take their place")
+    return replace(opened, tensors={**tensors, **{name: expected[name] for name in lacking}})
 
 
 def _input_shape(

@@ -30,7 +30,7 @@ from cctool.models import registry
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import open_named, reference_of
 from cctool.operations.keep import events
-from cctool.operations.opening import DataShape, fresh, open_checkpoint
+from cctool.operations.opening import DataShape, fresh, open_checkpoint, pretrained
 from cctool.operations.registries import tables
 from cctool.operations.size import measure
 from cctool.operations.task import asked_of, with_task
@@ -193,8 +193,15 @@ def _prepare(
     opened = source
     if named_data is not None and not waits:
         opened = _open(named_data, None, named, request)
+    start = getattr(options, "start", None)
+    published, new_head = (start.pretrained, start.new_head) if start is not None else (False, False)
+    if published and (given is not None or request.source is not None):
+        raise UsageError("--pretrained is for a fresh network: leave INPUT out, and name it with --arch")
     if given is not None:
         checkpoint = given
+    elif published:
+        reference = None if named_data is None else reference_of(named_data, None)
+        checkpoint = pretrained(request.model, registries, reference, request.reporter)
     elif request.source is None:
         reference = None if named_data is None else reference_of(named_data, None)
         checkpoint = fresh(request.model, registries, named, _shape(opened), reference)
@@ -206,6 +213,7 @@ def _prepare(
             named,
             request.reporter,
             lambda: _shape(_open(named_data, None, named, request) if named_data and waits else opened),
+            new_head=new_head,
         )
     refuse_several_inputs(checkpoint.model)
     if named_data is not None:

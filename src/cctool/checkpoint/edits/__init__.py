@@ -1,1 +1,1 @@
-"""The edits that `checkpoint` itself knows: thinned widths and masks."""
+"""The edits that `checkpoint` itself knows: thinned widths, masks and fresh last layers."""

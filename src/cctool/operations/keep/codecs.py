@@ -7,7 +7,7 @@ codecs, so that weights adapt to their ranges: the ranges stay, and a warning na
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from cctool.transforms.codec.taps import (
     drop_taps,
     fingerprint,
     recording,
+    set_taps,
     stale_taps,
     tap_buffers,
     taps_of,
@@ -66,6 +67,27 @@ class Codecs(Follower):
             for site in find_sites(model, example(checkpoint), tuple(hooks)):
                 hooks[site.name].shape = site.shape
         return Followed(replace(checkpoint, spec=with_taps(checkpoint.spec, model)))
+
+    def after_new_head(self, checkpoint: Checkpoint, names: Collection[str], context: Context) -> Followed:
+        """Codecs of maps with a channel for each class are gone."""
+        from cctool.operations.data import example
+        from cctool.transforms.codec.sites import find_sites
+
+        model, hooks = checkpoint.model, taps_of(checkpoint.model)
+        with bypassed(model):
+            sites = find_sites(model, example(checkpoint), tuple(hooks)) if hooks else ()
+        fitting = {site.name for site in sites if hooks[site.name].shape == site.shape}
+        gone = [
+            str(edit["module"])
+            for edit in checkpoint.spec.edits
+            if edit.get("kind") == "tap" and edit["module"] not in fitting
+        ]
+        if not gone:
+            return Followed(checkpoint)
+        taps = drop_taps(model)
+        set_taps(model, {name: tap for name, tap in taps.items() if name in fitting})
+        note = f"no codec behind {some(gone)}: its maps have a channel for each class"
+        return Followed(replace(checkpoint, spec=with_taps(checkpoint.spec, model)), (note,))
 
     def after_change(self, checkpoint: Checkpoint, change: Change) -> Followed:
         """Calibrate again."""

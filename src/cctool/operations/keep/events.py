@@ -10,15 +10,19 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
+from cctool.base.networks import device_of
 from cctool.base.runtime import Reporter
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.edits.head import fresh_head, put_head
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.tables import EditKind, Tables
 from cctool.operations.context import Context
 from cctool.operations.keep.codecs import Codecs
 from cctool.operations.keep.follower import Change, Cutting, Followed, Follower, sharing_copy
+from cctool.operations.keep.heads import Heads
 from cctool.operations.keep.layers import SwappedLayers, Widths
 from cctool.operations.keep.masks import Masks
 from cctool.operations.keep.optimizer_state import OptimizerState
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
 
 
 FOLLOWERS: tuple[Follower, ...] = (
+    # The outputs of a last layer before widths, which are cut from them.
+    Heads(),
     Widths(),
     OptimizerState(),
     # Weights are stored again before anything is fitted to their values, by codebooks and few bits ...
@@ -98,6 +104,27 @@ def masked(checkpoint: Checkpoint) -> Checkpoint:
     for follower in FOLLOWERS:
         checkpoint = follower.after_masking(checkpoint)
     return checkpoint
+
+
+def new_head(checkpoint: Checkpoint, layers: Collection[str], outputs: int, context: Context) -> Followed:
+    """Replace last layers by fresh ones, in place, and make all forget them that followed their weights.
+
+    The weights are drawn as torch initialises such a layer, from the command's seed alone.
+
+    Args:
+        checkpoint: its model is changed in place.
+        layers: names of linear layers or ungrouped convolutions of the plain network.
+        outputs: of each fresh layer.
+        context: seed; device.
+    """
+    plain = dict(plain_checkpoint(checkpoint).model.named_modules())
+    names: list[str] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.runtime.seed)
+        for name in layers:
+            layer = fresh_head(plain[name], outputs).to(device_of(checkpoint.model))
+            names += put_head(checkpoint.model, name, layer)
+    return _passed_on(checkpoint, lambda follower, found: follower.after_new_head(found, names, context))
 
 
 def changed(

@@ -7,6 +7,7 @@ do not know the followers: they announce what they did to the weights, and `even
     prune      plan on `plain` -> ordinary tensors cut, `cut` among them -> after_cut
                masks set or dropped                                      -> after_masking
     any verb   weights changed, nothing else at work                     -> after_change
+    train      the last layer replaced by a fresh one                    -> after_new_head
     training   before_training -> constraints in the loop ->                after_training
     pipeline   before every file that it writes                          -> as_stored
     evaluate   `stale` -> a warning           export   `plain`, `in_programs`
@@ -105,6 +106,10 @@ class Follower:
         """Update spec and stored forms after masks were set or dropped."""
         return checkpoint
 
+    def after_new_head(self, checkpoint: Checkpoint, names: Collection[str], context: Context) -> Followed:
+        """Forget what belonged to the layers that fresh ones replaced, under all their ``names``."""
+        return Followed(checkpoint)
+
     def constraints(self, checkpoint: Checkpoint, forms: Mapping[str, EncodedTensor]) -> Sequence[Constraint]:
         """Constraints on training, if tensors will be stored again as ``forms`` say."""
         return ()
@@ -140,6 +145,15 @@ class Follower:
             PruningError: if there is nothing else to cut.
         """
         return {}
+
+
+def within(name: str, modules: Collection[str]) -> bool:
+    """Whether a module or tensor is one of these modules or inside one.
+
+    >>> within("fc.weight", ["fc"]), within("fc2.weight", ["fc"])
+    (True, False)
+    """
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def own_cuts(plan: CutPlan, module: str) -> dict[str, Sequence[Cut]]:

@@ -19,7 +19,8 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import with_masks
 from cctool.checkpoint.edits.thin import THIN, thinned
 from cctool.checkpoint.spec import ModelSpec
-from cctool.operations.keep.follower import Cutting, Followed, Follower, own_cuts
+from cctool.operations.context import Context
+from cctool.operations.keep.follower import Cutting, Followed, Follower, own_cuts, within
 from cctool.pruning.cut.surgery import CutPlan
 from cctool.transforms.layers.base import SwappedLayer, swapped_layers, with_swaps
 from cctool.transforms.plain import plain_model
@@ -42,6 +43,13 @@ class Widths(Follower):
         attributes = [(module, name) for module, values in plan.attributes.items() for name in values]
         spec = thinned(checkpoint.spec, checkpoint.model, plan.tensors, attributes)
         return Followed(replace(checkpoint, spec=spec))
+
+    def after_new_head(self, checkpoint: Checkpoint, names: Collection[str], context: Context) -> Followed:
+        """Write the shapes of layers that were cut before they were replaced."""
+        cut = {str(edit["module"]) for edit in checkpoint.spec.edits if edit.get("kind") == "thin"}
+        if cut.isdisjoint(names):
+            return Followed(checkpoint)
+        return Followed(replace(checkpoint, spec=thinned(checkpoint.spec, checkpoint.model, (), ())))
 
 
 class SwappedLayers(Follower):
@@ -82,6 +90,24 @@ class SwappedLayers(Follower):
             return Followed(checkpoint)
         spec = with_swaps(checkpoint.spec, model)
         return Followed(replace(checkpoint, spec=spec), _not_smaller(model, cutting))
+
+    def after_new_head(self, checkpoint: Checkpoint, names: Collection[str], context: Context) -> Followed:
+        """A fresh layer is an ordinary one."""
+        gone = {
+            str(edit["module"])
+            for edit in checkpoint.spec.edits
+            if edit.get("kind") == "swap" and within(str(edit["module"]), names)
+        }
+        if not gone:
+            return Followed(checkpoint)
+        edits = tuple(
+            edit
+            for edit in checkpoint.spec.edits
+            if edit.get("kind") != "swap" or edit.get("module") not in gone
+        )
+        note = f"the fresh {some(sorted(gone))} is an ordinary layer: `cctool transform` transforms it again"
+        spec = checkpoint.spec.model_copy(update={"edits": edits})
+        return Followed(replace(checkpoint, spec=spec), (note,))
 
     def plain(self, checkpoint: Checkpoint) -> Checkpoint:
         """The network of ordinary layers without codecs and quantizers; it shares all other tensors."""

@@ -13,6 +13,7 @@ from cctool.checkpoint.edits.mask import MASK, mask_name, masked_places, with_ma
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.file.payload import place
 from cctool.checkpoint.tables import Tables
+from cctool.operations.context import Context
 from cctool.operations.keep.encode import names_by_place
 from cctool.operations.keep.follower import Change, Followed, Follower
 from cctool.quantization.encodings.bitmask import BITS
@@ -37,6 +38,12 @@ class Masks(Follower):
         stored = {name: form for name, form in checkpoint.stored.items() if name in present}
         spec = with_masks(checkpoint.spec, checkpoint.model)
         return stored_with_masks(replace(checkpoint, spec=spec, stored=stored))
+
+    def after_new_head(self, checkpoint: Checkpoint, names: Collection[str], context: Context) -> Followed:
+        """Fresh layers have no masks."""
+        if not any(edit.get("kind") == "mask" and edit["module"] in names for edit in checkpoint.spec.edits):
+            return Followed(checkpoint)
+        return Followed(self.after_masking(checkpoint), ("the fresh last layer has no mask",))
 
     def constraints(self, checkpoint: Checkpoint, forms: Mapping[str, EncodedTensor]) -> Sequence[Constraint]:
         """Masked weights stay zero."""

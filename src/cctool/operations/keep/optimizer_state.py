@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cctool.base.errors import CctoolError, PruningError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.payload import ResumeState
+from cctool.operations.context import Context
 from cctool.operations.keep.follower import Cutting, Followed, Follower
 from cctool.options.train.fit import DecayScope
 from cctool.pruning.cut.surgery import cut_tensor
@@ -41,6 +42,10 @@ class OptimizerState(Follower):
             text = str(error) if isinstance(error, CctoolError) else f"{type(error).__name__}: {error}"
             return _left_out(checkpoint, text)
         return Followed(replace(checkpoint, resume=resume))
+
+    def after_new_head(self, checkpoint: Checkpoint, names: Collection[str], context: Context) -> Followed:
+        """The training before had other outputs."""
+        return Followed(replace(checkpoint, resume=None))
 
 
 def _left_out(checkpoint: Checkpoint, why: str) -> Followed:

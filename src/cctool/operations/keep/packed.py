@@ -17,7 +17,7 @@ from cctool.checkpoint.file.payload import MemoryPlace, place
 from cctool.operations.context import Context
 from cctool.operations.keep.codebooks import codebooks_after, keeping_codebooks
 from cctool.operations.keep.encode import encode_under_mask, masks_by_place
-from cctool.operations.keep.follower import Change, Cutting, Followed, Follower, own_cuts
+from cctool.operations.keep.follower import Change, Cutting, Followed, Follower, own_cuts, within
 from cctool.pruning.cut.surgery import CutPlan
 from cctool.training.constraints.base import Constraint
 from cctool.transforms.layers.base import SwappedLayer
@@ -37,6 +37,11 @@ class PackedTensors(Follower):
         stored = cut_stored(left, CutPlan(tensors, {}), cutting.context)
         notes = tuple(f"{name} is stored dense: its stored form cannot be cut so" for name in lost)
         return Followed(replace(checkpoint, stored=stored), notes)
+
+    def after_new_head(self, checkpoint: Checkpoint, names: Collection[str], context: Context) -> Followed:
+        """Fresh layers are stored dense."""
+        stored = {name: form for name, form in checkpoint.stored.items() if not within(name, names)}
+        return Followed(replace(checkpoint, stored=stored))
 
     def constraints(self, checkpoint: Checkpoint, forms: Mapping[str, EncodedTensor]) -> Sequence[Constraint]:
         """Weights that share an entry of a codebook must stay equal."""

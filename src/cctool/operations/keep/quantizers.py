@@ -14,6 +14,7 @@ from torch import nn
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.payload import fingerprint_of
 from cctool.checkpoint.tables import Tables
+from cctool.operations.context import Context
 from cctool.operations.keep.encode import in_step, settled
 from cctool.operations.keep.follower import Change, Cutting, Followed, Follower
 from cctool.pruning.cut.surgery import CutPlan
@@ -42,6 +43,15 @@ class Quantizers(Follower):
     def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
         """Write the number of scales into the spec."""
         return Followed(replace(checkpoint, spec=with_quantizers(checkpoint.spec, checkpoint.model)))
+
+    def after_new_head(self, checkpoint: Checkpoint, names: Collection[str], context: Context) -> Followed:
+        """Fresh layers compute in floating point."""
+        held = quantizers_of(checkpoint.model)
+        if held is None or not held.drop_within(names):
+            return Followed(checkpoint)
+        note = "the fresh last layer is not quantized: `cctool quantize` quantizes it"
+        spec = with_quantizers(checkpoint.spec, checkpoint.model)
+        return Followed(replace(checkpoint, spec=spec), (note,))
 
     def after_training(self, checkpoint: Checkpoint, change: Change) -> Followed:
         """Give weights the rounded values that are stored."""

@@ -251,7 +251,9 @@ class _Call:
             # For verbs that only measure, the data are what is measured.
             split = "test" if name == "data" and not self.verb.writes else _SPLITS[name]
             parts |= part if isinstance(part, Mapping) else {split: part}
-        classes = tuple(given.spec.classes or ()) if given is not None else ()
+        # A fresh last layer is for the classes of the data, not for those that the network knows.
+        known = given is not None and not values.get("new_head")
+        classes = tuple(given.spec.classes or ()) if known and given is not None else ()
         source = in_memory(parts, classes, values.get("limit"))
         if given is not None and source.shape != given.spec.input_shape:
             shapes = ["x".join(map(str, shape)) for shape in (source.shape, given.spec.input_shape)]

@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cctool.base.errors import CctoolError, CorruptCheckpointError, DataError, TrainingError
+from cctool.base.errors import CctoolError, CorruptCheckpointError, DataError, TrainingError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent
+from cctool.data.classes import NEW_HEAD
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import open_source, preprocessing_of, require_source
 from cctool.operations.keep import events
+from cctool.operations.keep.follower import Followed
 from cctool.operations.task import Judge, judge_of
+from cctool.operations.train.new_head import with_new_head
 from cctool.operations.train.one_process import Start, fit_here, metrics_of
 from cctool.operations.train.rate_penalty import refuse_rate_without_taps
 from cctool.operations.train.resume import forms_from, refuse_other_files, refuse_other_options, starts_afresh
@@ -86,25 +89,42 @@ def conduct(
     folder = RunFolder(context.output, context.tables)
     if not options.run.resume:
         folder.refuse_earlier(force=context.force)
-    source = require_source(options.data, checkpoint, context, verb, renames=True)
+    new_head = options.start.new_head
+    source = require_source(options.data, checkpoint, context, verb, renames=True, own_labels=new_head)
     judge_of(checkpoint, context).require_loss("training")
-    start = _resumed(verb, checkpoint, options, context, folder) if options.run.resume else None
-    if start is None:
-        dense = _completed(events.decoded(checkpoint, context), source, context)
-        fresh = checkpoint.origin is None or starts_afresh(checkpoint.history)
-        start = Start(dense, fresh=fresh, forms=events.forms_of(checkpoint))
+    if options.run.resume:
+        start = _resumed(verb, checkpoint, options, context, folder)
+    else:
+        start = _started(checkpoint, source, options, context)
     _refuse_other_classes(start.checkpoint, source, context)
     refuse_rate_without_taps(start.checkpoint.model, options.fit.rate_weight)
     goal = make_goal(start.checkpoint, source, options, context)
     if start.continues is not None:
         refuse_other_files(start.continues, goal.others)
     start = replace(start, others=goal.others)
-    # A fresh network's accuracy is chance; a resumed training has its first metrics in the history.
-    if start.resume is None and checkpoint.origin is not None:
+    # A fresh last layer's accuracy is chance; a resumed training has its first metrics in the history.
+    if start.resume is None and checkpoint.origin is not None and not new_head:
         start = replace(start, metrics_before=metrics_of(start.checkpoint, source, options, context))
     folder.begin(context.device, resume=start.resume is not None)
     context = replace(context, reporter=LoggedReporter(context.reporter, folder))
     yield from _fit(verb, goal, start, source, options, context, folder)
+
+
+def _started(checkpoint: Checkpoint, source: DataSource, options: Any, context: Context) -> Start:
+    """Where a training of this checkpoint begins; with a fresh last layer if the options ask for one."""
+    fresh = checkpoint.origin is None or starts_afresh(checkpoint.history)
+    remarks: tuple[str, ...] = ()
+    if options.start.new_head:
+        checkpoint, remarks = _with_new_head(checkpoint, source, options, context)
+    dense = _completed(events.decoded(checkpoint, context), source, context)
+    return Start(dense, fresh=fresh, forms=events.forms_of(checkpoint), remarks=remarks)
+
+
+def _with_new_head(checkpoint: Checkpoint, source: DataSource, options: Any, context: Context) -> Followed:
+    headed, remarks = with_new_head(checkpoint, source, context)
+    # Behind a fresh layer, and on other images, maps have other ranges than they were calibrated for.
+    followed, more = events.changed(_completed(headed, source, context), source, options.data, context)
+    return Followed(followed, (*remarks, *more))
 
 
 def _fit(
@@ -186,18 +206,26 @@ def _stopped(
 
 def _untrained(make_goal: MakeGoal, checkpoint: Checkpoint, options: Any, context: Context) -> Outcome:
     """Yield the network as it came in (--epochs 0), measured if there is data."""
-    source = open_source(options.data, checkpoint, context)
+    new_head = options.start.new_head
+    source = open_source(options.data, checkpoint, context, own_labels=new_head)
+    notes: tuple[str, ...] = ("no epoch was trained",)
     if source is None:
-        return Outcome(checkpoint, TrainReport(0, None, (), ()), notes=("no epoch was trained",))
+        if new_head:
+            raise UsageError("--new-head needs data for its classes: name it with --data")
+        return Outcome(checkpoint, TrainReport(0, None, (), ()), notes=notes)
+    came_in = checkpoint.origin is not None and not new_head
+    if new_head:
+        checkpoint, remarks = _with_new_head(checkpoint, source, options, context)
+        notes = (*remarks, *notes)
     others = make_goal(checkpoint, source, options, context).others
     after = metrics_of(checkpoint, source, options, context)
-    before = after if checkpoint.origin is not None else ()
+    before = after if came_in else ()
     return Outcome(
         replace(checkpoint, spec=checkpoint.spec.model_copy(update={"data": source.reference})),
         TrainReport(0, None, before, after),
         metrics_before=before,
         metrics_after=after,
-        notes=("no epoch was trained",),
+        notes=notes,
         others=others,
     )
 
@@ -241,6 +269,7 @@ def _resumed(verb: str, checkpoint: Checkpoint, options: Any, context: Context, 
         resume=found.resume,
         continues=None if cut else earlier,
         metrics_before=found.history[-1].metrics_after if cut else earlier.metrics_before,
+        remarks=() if cut else tuple(map(str, found.resume.state.get("remarks") or ())),  # type: ignore[arg-type]
     )
 
 
@@ -250,7 +279,7 @@ def _refuse_other_classes(checkpoint: Checkpoint, source: DataSource, context: C
     if judge_of(checkpoint, context).loss is None and width is not None and width < len(source.classes):
         raise DataError(
             f"{source.reference} has {len(source.classes)} classes, the network tells {width} "
-            "apart: another data set, or another network, is needed"
+            f"apart: another data set, or another network, is needed{NEW_HEAD}"
         )
 
 

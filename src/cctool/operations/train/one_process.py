@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue
 from torch import nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
@@ -46,6 +47,7 @@ class Start:
         continues: its unfinished line of history.
         metrics_before: of the input network.
         others: other files that were read, by role.
+        remarks: notes for the history on how the network was changed before the training.
     """
 
     checkpoint: Checkpoint
@@ -55,13 +57,17 @@ class Start:
     continues: Step | None = None
     metrics_before: tuple[Metrics, ...] = ()
     others: Mapping[str, Parent] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     def notes(self, *, keep_storage: bool) -> tuple[str, ...]:
-        """Notes for the history about encoded tensors."""
+        """Notes for the history about a fresh last layer and encoded tensors."""
         if not self.forms:
-            return ()
+            return self.remarks
         done = "encoded again" if keep_storage else "left dense"
-        return (f"{len(self.forms)} stored tensors were decoded to float32 for training and {done}",)
+        return (
+            *self.remarks,
+            f"{len(self.forms)} stored tensors were decoded to float32 for training and {done}",
+        )
 
 
 @dataclass(frozen=True)
@@ -204,7 +210,8 @@ def _save(
     """Write ``last.pt`` and the CSV table after an epoch."""
     # The forms are not in the model, and a resumed training must know how to encode the product.
     row = progress.rows[-1]
-    resume = ResumeState(state.tensors, {**state.state, "storage": forms_to(start.forms)})
+    more: dict[str, JsonValue] = {"remarks": list(start.remarks)} if start.remarks else {}
+    resume = ResumeState(state.tensors, {**state.state, "storage": forms_to(start.forms), **more})
     measured = Metrics(split="validation", n=row.validation_n, values=dict(row.validation))
     unfinished = Outcome(
         replace(start.checkpoint, model=model, resume=resume),

@@ -109,6 +109,7 @@ def _work(job: dict[str, Any], channel: _Channel) -> None:
         fresh=job["fresh"],
         forms=forms_from(job["forms"]),
         resume=checkpoint.resume,
+        remarks=tuple(job["remarks"]),
     )
     source = require_source(options.data, checkpoint, context, job["verb"], renames=True)
     checkpoint.model.to(context.device)

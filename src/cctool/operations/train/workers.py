@@ -102,6 +102,7 @@ def _job(verb: str, start: Start, options: Any, context: Context) -> dict[str, A
         "output": str(context.output),
         "fresh": start.fresh,
         "forms": forms_to(start.forms),
+        "remarks": list(start.remarks),
         "step": template.model_dump(mode="json"),
     }
 

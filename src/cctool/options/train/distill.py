@@ -11,6 +11,7 @@ from cctool.options.fields import Choice, Options, assemble, leaves, nested, opt
 from cctool.options.teacher import alpha_option, keep_storage_option, teacher_model, temperature_option
 from cctool.options.train.fit import FitOptions, OptimizerName, Schedule
 from cctool.options.train.run import RunOptions, refuse_small_batches
+from cctool.options.train.start import StartOptions
 
 
 class DistillPreset(Choice):
@@ -33,6 +34,7 @@ class DistillOptions(Options):
     data: DataOptions = nested(DataOptions)
     run: RunOptions = nested(RunOptions)
     keep_storage: bool = keep_storage_option("Output")
+    start: StartOptions = nested(StartOptions)
     preset: DistillPreset | None = option(
         None, "Set the options of a published method; options that you give win.")
     # fmt: on

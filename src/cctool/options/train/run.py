@@ -10,6 +10,7 @@ from cctool.options.common import DataOptions
 from cctool.options.fields import Options, at_least, nested, option, section
 from cctool.options.teacher import keep_storage_option
 from cctool.options.train.fit import FitOptions
+from cctool.options.train.start import StartOptions
 from cctool.options.transform.choices import Mode
 
 _run_folder = section("The run folder")
@@ -95,6 +96,7 @@ class TrainOptions(Options):
     data: DataOptions = nested(DataOptions)
     run: RunOptions = nested(RunOptions)
     keep_storage: bool = keep_storage_option("Output")
+    start: StartOptions = nested(StartOptions)
     swap: tuple[str, ...] | None = option(
         None, "Put layers of a fresh network into a transform domain before training, as in "
         "basis:dct:linear or coefficient:dwt:all; may be repeated.", metavar="MODE:KERNEL:LAYERS",

@@ -107,6 +107,20 @@ class NetworkQuantizers(nn.Module):
             point = self.state.weights[weight]
             self.state.weights[weight] = point.model_copy(update={"channels": len(indices)})
 
+    def drop_within(self, modules: Collection[str]) -> bool:
+        """Remove the quantizers of these modules' weights and calls; returns whether there were any."""
+        owned = tuple(f"{module}." for module in modules)
+        weights = [name for name in self.state.weights if name.startswith(owned)]
+        calls = [place for place in self.state.calls if f"{place.module}.".startswith(owned)]
+        for name in weights:
+            del self.state.weights[name]
+            self._modules.pop(weight_key(name), None)
+        for place in calls:
+            del self.state.calls[place]
+            for slot in ("input", "output"):
+                self._modules.pop(activation_key(place, slot), None)
+        return bool(weights or calls)
+
     def act(self, key: str, value: Any, fold: Tensor | None = None) -> Any:
         """Pass a value to the follower, and quantize it if its quantizer is active."""
         if not isinstance(value, Tensor) or not value.is_floating_point():
