@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -108,16 +109,16 @@ def call(reference: str, function: Callable[..., Any], *arguments: Any, **named:
         return _guarded(reference, lambda: function(*arguments, **named))
 
 
-def call_often(reference: str, function: Callable[..., Any], *arguments: Any) -> Any:
+def call_often(reference: str, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
     """Call a user's function as `call` does, at full speed unless it fails.
 
     Preparing imports and finding the line to blame is too slow for every step or image, so a function that
     raised is called a second time, by `call`.
     """
     try:
-        return function(*arguments)
+        return function(*arguments, **more)
     except Exception:
-        return call(reference, function, *arguments)
+        return call(reference, function, *arguments, **more)
 
 
 def _guarded(reference: str, action: Callable[[], Any]) -> Any:

@@ -54,6 +54,7 @@ class Collected:
         input_shape: (name, arguments) -> (C, H, W).
         summary: one line for the list of architectures.
         published: name -> the weights that the library publishes; raises ArchitectureError if there are none.
+        task: name -> name of the task that it is for; None if that is not known.
     """
 
     names: Callable[[], Sequence[str]]
