@@ -5,6 +5,7 @@ The stub is made of the options' fields; a test compares the two.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import typing
 from collections.abc import Iterator
@@ -91,6 +92,7 @@ def stub() -> str:
 def main() -> None:
     """Write the file."""
     STUB.write_text(stub(), encoding="utf-8")
+    subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", str(STUB)], check=True)
     sys.stdout.write(f"{STUB.name}\n")
 
 

@@ -273,3 +273,12 @@ def test_idle_options_are_named_together() -> None:
         "--brush-hairs: there is no --brush",
     ]
     assert idle_problems(Toy("x", brush=Brush(1)), leaves(Toy), {"other", "brush", "brush_hairs"}) == []
+
+
+@pytest.mark.parametrize("kind", ["Path | None", "tuple[int, ...]"])
+def test_kinds_that_are_not_made_of_text_need_a_parse_function(kind: str) -> None:
+    made = dataclass(frozen=True)(
+        type("Odd", (Options,), {"__annotations__": {"field": kind}, "field": option(None, "A.")})
+    )
+    with pytest.raises(TypeError, match="Odd.field: .* needs a parse function"):
+        leaves(made)

@@ -12,6 +12,7 @@ Standard library only.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
@@ -23,6 +24,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from cctool.base.errors import UsageError
 
 T = TypeVar("T", bound="Options")
+# Kinds whose values neither the command line nor a history can make of text by themselves.
+_FREE = re.compile(r"Path|tuple\[(?!str\b)")
 
 
 class Choice(str, Enum):
@@ -360,6 +363,8 @@ def leaves_of(spec: GroupSpec, default: Any = None, path: tuple[str, ...] = ()) 
             continue
         told = replace(item.metadata["option"], **spec.changed.get(item.name, {}))
         told = replace(told, panel=spec.panel or told.panel)
+        if told.parse is None and _FREE.search(str(hints[item.name])):
+            raise TypeError(f"{spec.kind.__name__}.{item.name}: {hints[item.name]} needs a parse function")
         flags = _flags(item.name, told, spec.prefix if "flags" not in spec.changed.get(item.name, {}) else "")
         yield Leaf(
             path=(*path, item.name),
