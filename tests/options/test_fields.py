@@ -280,5 +280,5 @@ def test_kinds_that_are_not_made_of_text_need_a_parse_function(kind: str) -> Non
     made = dataclass(frozen=True)(
         type("Odd", (Options,), {"__annotations__": {"field": kind}, "field": option(None, "A.")})
     )
-    with pytest.raises(TypeError, match="Odd.field: .* needs a parse function"):
+    with pytest.raises(TypeError, match=r"Odd\.field: .* needs a parse function"):
         leaves(made)
