@@ -48,6 +48,13 @@ def test_a_table_in_a_file_keeps_each_row_on_one_line(capsys: pytest.CaptureFixt
     assert any("[bold]" in line for line in lines)
 
 
+def test_intervals_are_aligned_as_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().table("", ("95 %",), [("8.25..90.05",), (None,), ("100.00..100.00",)])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines() if ".." in line]
+    assert [line.lstrip() for line in lines] == ["8.25..90.05", "100.00..100.00"]
+    assert len({len(line) for line in lines}) == 1
+
+
 def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     Console().error("first\nsecond")
     assert capsys.readouterr().err == "error: first second\n"

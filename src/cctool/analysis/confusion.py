@@ -18,6 +18,7 @@ from cctool.checkpoint.file.atomic import write_bytes
 _WITH_NUMBERS = 20  # classes up to which each cell shows its count
 _MOST_NAMES = 250  # names on an axis; of more classes every second, third ... is named
 _LONGEST = 24  # letters of a name
+_SHORT = 4  # letters that fit below a column with a count
 _TICKS = (0, 1, 5, 10, 25, 50, 100)
 
 
@@ -106,8 +107,10 @@ def _name_classes(axes: Any, names: Sequence[str]) -> None:
     step = -(-len(names) // _MOST_NAMES)
     places = range(0, len(names), step)
     texts = [names[i] if len(names[i]) <= _LONGEST else f"{names[i][: _LONGEST - 1]}…" for i in places]
-    size = 8 if len(names) <= _WITH_NUMBERS else 6
-    axes.set_xticks(places, texts, fontsize=size, rotation=90, parse_math=False)
+    few = len(names) <= _WITH_NUMBERS
+    size = 8 if few else 6
+    turned = 0 if few and max(map(len, texts), default=0) <= _SHORT else 90
+    axes.set_xticks(places, texts, fontsize=size, rotation=turned, parse_math=False)
     axes.set_yticks(places, texts, fontsize=size, parse_math=False)
     axes.tick_params(length=2, pad=1)
 

@@ -189,7 +189,9 @@ def _numeric(cell: str) -> bool:
     if stripped in ("", "-"):
         return True
     try:
-        float(stripped)
+        # An interval, as 88.85..90.05, is a number too.
+        for end in stripped.split(".."):
+            float(end)
     except ValueError:
         return False
     return True

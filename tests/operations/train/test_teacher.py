@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import procedure_toys as toys
-from cctool.base.errors import CheckpointError, TrainingError
-from cctool.checkpoint.checkpoint import Checkpoint, load
+from cctool.base.errors import ArchitectureError, CheckpointError, TrainingError
+from cctool.checkpoint.checkpoint import Checkpoint, load, save
 from cctool.checkpoint.spec import Metrics
 from cctool.operations.registries import tables
 from cctool.operations.train.finetune import finetune
@@ -145,3 +145,22 @@ def test_the_last_epoch_counts_where_the_best_is_not_asked_for(
     last = run(choose_best=False)
     assert len(epochs) == 3
     assert all(torch.equal(value, epochs[2][name]) for name, value in last.items())
+
+
+def test_errors_about_a_teacher_name_its_own_options(tmp_path: Path, dense: Path) -> None:
+    student, context = load(dense, tables()), toys.context()
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))\n"
+    )
+    reference = f"{tmp_path / 'net.py'}:make"
+    known = tables({reference})
+    spec = student.spec.model_copy(update={"architecture": reference, "arguments": {}, "edits": ()})
+    own, bare = tmp_path / "own.pt", tmp_path / "bare.pth"
+    save(Checkpoint(known.build(reference, {}), spec), own, known)
+    torch.save(known.build(reference, {}).state_dict(), bare)
+    with pytest.raises(ArchitectureError, match=f"name it with --teacher-arch {reference}"):
+        distillation(student, toys.digits(), TeacherOptions(str(own)), context)
+    with pytest.raises(
+        CheckpointError, match="name it with --teacher-arch, as in --teacher-arch torchvision"
+    ):
+        distillation(student, toys.digits(), TeacherOptions(str(bare)), context)

@@ -302,7 +302,7 @@ def test_decode_wants_its_own_folder(written: Path, tmp_path: Path) -> None:
 def test_the_command_shows_taps_and_gives_json(coded: Path, tmp_path: Path) -> None:
     line = ["evaluate", str(coded), "--limit", "20", "--device", "cpu"]
     shown = CliRunner().invoke(app, line)
-    assert "top1" in shown.stdout
+    assert "top-1" in shown.stdout
     assert "coded feature maps, test split" in shown.stderr
     done = CliRunner().invoke(app, [*line, "--bitstream", str(tmp_path / "maps"), "--json"])
     report = json.loads(done.stdout)

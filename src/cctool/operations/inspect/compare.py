@@ -52,7 +52,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Samples:
+class PairedSamples:
     """What single samples gave.
 
     Attributes:
@@ -94,7 +94,7 @@ class CompareReport:
     milliseconds: float | None = None
     differences: tuple[Difference, ...] = ()
     judge: Task = field(default=CLASSIFICATION, metadata={"json": False})
-    samples: Samples | None = field(default=None, compare=False, repr=False, metadata={"json": False})
+    samples: PairedSamples | None = field(default=None, compare=False, repr=False, metadata={"json": False})
 
 
 def run(checkpoint: Checkpoint, options: CompareOptions, context: Context) -> CompareReport:
@@ -172,11 +172,11 @@ class _Gathered:
         for name, hits in self._task.hits(outputs, targets).items():
             self._hits.setdefault(name, []).append(hits.cpu())
 
-    def samples(self, source: DataSource, split: str, names: tuple[str, ...]) -> Samples | None:
+    def samples(self, source: DataSource, split: str, names: tuple[str, ...]) -> PairedSamples | None:
         if not self._hits:
             return None
         # By name, because networks may number their classes differently.
         labels = [class_name(label, names) for label in torch.cat(self._labels).tolist()]
         digest = hashlib.sha256("\n".join(labels).encode()).hexdigest()
         hits = {name: torch.cat(parts) for name, parts in self._hits.items()}
-        return Samples((source.reference, split, digest), hits)
+        return PairedSamples((source.reference, split, digest), hits)

@@ -23,7 +23,7 @@ _LEVEL = 0.05
 
 
 @dataclass(frozen=True)
-class Entry:
+class Opening:
     """How a file is compared.
 
     Attributes:
@@ -53,7 +53,7 @@ def is_onnx(file: str) -> bool:
     return file.lower().endswith(".onnx")
 
 
-def entries(files: Sequence[str], options: CompareOptions, *, force: bool) -> tuple[Entry, ...]:
+def entries(files: Sequence[str], options: CompareOptions, *, force: bool) -> tuple[Opening, ...]:
     """Say how each file is opened.
 
     An ONNX file is run on the data, and with the preprocessing, of the first checkpoint.
@@ -72,7 +72,7 @@ def entries(files: Sequence[str], options: CompareOptions, *, force: bool) -> tu
     archs = _matched(checkpoints, options.arch)
     first = checkpoints[0]
     return tuple(
-        Entry(file, opened, archs[opened], operation_for(file))
+        Opening(file, opened, archs[opened], operation_for(file))
         for file in files
         for opened in [first if is_onnx(file) else file]
     )
