@@ -127,8 +127,8 @@ def _of_tensors(name: str, images: Tensor, labels: Tensor | None) -> Split:
         targets = labels.to(torch.int64)
     if targets is not None and (not targets.dim() or len(targets) != len(images) or targets.is_complex()):
         raise DataError(
-            f"data in memory, {name}: targets [{len(images)}] or [{len(images)}, ...] are expected, one for each "
-            f"image, not {targets.dtype} of shape {tuple(targets.shape)}"
+            f"data in memory, {name}: targets [{len(images)}] or [{len(images)}, ...] are expected, one for "
+            f"each image, not {targets.dtype} of shape {tuple(targets.shape)}"
         )
     return Split(name, _shape(images), images=images, labels=targets, as_given=True)
 
