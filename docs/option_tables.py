@@ -15,7 +15,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
-from cctool.options.common import DataOptions
+from cctool.options.common import DataOptions, TaskOptions
 from cctool.options.fields import Leaf, leaves
 from cctool.options.verbs import VERBS, Frame
 
@@ -74,7 +74,11 @@ def default(leaf: Leaf) -> str:
 
 def offered(verb: str) -> tuple[Leaf, ...]:
     """The options of a verb, or those that commands share."""
-    return (*leaves(Frame), *leaves(DataOptions)) if verb == COMMON else VERBS[verb].offered
+    return (
+        (*leaves(Frame), *leaves(DataOptions), *leaves(TaskOptions))
+        if verb == COMMON
+        else VERBS[verb].offered
+    )
 
 
 def told_elsewhere(verb: str) -> set[str]:

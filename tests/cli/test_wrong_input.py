@@ -224,10 +224,13 @@ def test_stdin_must_give_one_path() -> None:
 def test_compare_takes_a_path_from_stdin() -> None:
     result = CliRunner().invoke(app, ["compare", "-", "teacher.pt"], input="good.pt\n")
     assert result.exit_code == 0, result.stderr
-    assert [line.split()[0] for line in result.stdout.splitlines() if ".pt" in line] == [
+    # In the table of what was measured, and in that of sizes.
+    assert [
+        line.split()[0] for line in result.stdout.splitlines() if line.startswith("  ") and ".pt" in line
+    ] == [
         "good.pt",
         "teacher.pt",
-    ]
+    ] * 2
 
 
 @pytest.mark.usefixtures("folder")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import ExportError
-from cctool.formats.parity import compare, random_batches, require_top1, runner_of
-from cctool.formats.records import Agreement
+from cctool.formats.parity import compare, random_batches, require_agreement
+from cctool.formats.records import Agreement, ChoiceAgreement
+from cctool.formats.rounding import runner_of
 from cctool.quantization.network.attach import attach
 from cctool.quantization.network.placement import INPUT_PLACE
 from cctool.quantization.network.points import CallPoint, activation_key
@@ -175,6 +176,11 @@ def test_another_codec_is_caught() -> None:
         compare(Rounding(), runner_of(Rounding(step=0.2)), inputs(), "noise", coded=True)
 
 
+def agreeing(n: int, percent: float, *, undecided: int = 0) -> Agreement:
+    choices = ChoiceAgreement("top1", "top-1", "samples", n, percent)
+    return Agreement("samples", n, (n,), 0.0, 1.0, 1.0, percent, 1e-5, undecided=undecided, choices=choices)
+
+
 @pytest.mark.parametrize(
     ("different", "n", "accepted"),
     [
@@ -188,16 +194,16 @@ def test_another_codec_is_caught() -> None:
     ],
 )
 def test_top1_is_judged_by_how_much_the_samples_tell(different: int, n: int, accepted: bool) -> None:
-    found = Agreement("samples", n, (n,), 0.0, 1.0, 1.0, 100 * (n - different) / n, 1e-5)
+    found = agreeing(n, 100 * (n - different) / n)
     with contextlib.nullcontext() if accepted else pytest.raises(ExportError, match="99 % is asked for"):
-        require_top1(found)
+        require_agreement(found)
 
 
 @pytest.mark.parametrize(("undecided", "accepted"), [(4, True), (3, False)])
 def test_undecided_samples_do_not_count(undecided: int, accepted: bool) -> None:
-    found = Agreement("samples", 256, (256,), 0.0, 1.0, 1.0, 100 * 247 / 256, 1e-5, undecided=undecided)
+    found = agreeing(256, 100 * 247 / 256, undecided=undecided)
     with contextlib.nullcontext() if accepted else pytest.raises(ExportError, match=f"{undecided} undecided"):
-        require_top1(found)
+        require_agreement(found)
 
 
 def test_only_samples_near_a_border_between_steps_are_undecided() -> None:

@@ -6,7 +6,7 @@ import torch
 from cctool.base.errors import ArchitectureError
 from cctool.models.architectures import COLLECTIONS
 from cctool.models.registry import build, defaults, input_shape, listing
-from cctool.models.torchvision_models import allowed_arguments, classifiers, segmentation_networks
+from cctool.models.torchvision_models import allowed_arguments, classifiers, detectors, segmentation_networks
 
 HAS_TIMM = not listing()[-1].summary.endswith("not installed")
 needs_timm = pytest.mark.skipif(not HAS_TIMM, reason="timm is an extra")
@@ -22,11 +22,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
 
 
-def test_all_torchvision_classifiers_and_segmentation_networks_are_there() -> None:
+def test_all_of_torchvisions_networks_for_images_are_there() -> None:
     from torchvision import models
 
     names = [record.name for record in listing("torchvision")]
-    expected = [*models.list_models(module=models), *models.list_models(module=models.segmentation)]
+    modules = (models, models.segmentation, models.detection)
+    expected = [name for module in modules for name in models.list_models(module=module)]
     assert names == [f"torchvision:{name}" for name in sorted(expected)]
     assert len(names) >= 86
 
@@ -45,6 +46,32 @@ def test_segmentation_networks_build_without_a_download(name: str, no_network: N
     assert any(key.startswith("aux_classifier") for key in ours.state_dict()) == bool(aux)
     with pytest.raises(ArchitectureError, match=r"does not take weights_backbone; allowed: .*num_classes"):
         build(f"torchvision:{name}", {"weights_backbone": "DEFAULT"})
+
+
+@pytest.mark.parametrize("name", detectors())
+def test_detectors_build_without_a_download(name: str, no_network: None) -> None:
+    from torchvision import models
+
+    with torch.device("meta"):
+        ours = build(f"torchvision:{name}", defaults(f"torchvision:{name}", channels=3, classes=5))
+        theirs = models.get_model(name, weights=None, weights_backbone=None, num_classes=5)
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {
+        key: value.shape for key, value in theirs.state_dict().items()
+    }
+    # What the network scales its images to, along the shorter side.
+    assert input_shape(f"torchvision:{name}", {}) == (3, *[theirs.transform.min_size[-1]] * 2)
+    with pytest.raises(ArchitectureError, match=r"does not take weights_backbone; allowed: .*num_classes"):
+        build(f"torchvision:{name}", {"weights_backbone": "DEFAULT"})
+
+
+def test_a_detectors_size_and_thresholds_are_arguments() -> None:
+    given = {"min_size": 96, "max_size": 160, "score_thresh": 0.25}
+    with torch.device("meta"):
+        model = build("torchvision:retinanet_resnet50_fpn", given)
+    assert (model.transform.min_size, model.transform.max_size, model.score_thresh) == ((96,), 160, 0.25)
+    assert input_shape("torchvision:retinanet_resnet50_fpn", given) == (3, 96, 96)
+    with pytest.raises(ArchitectureError, match=r"does not take min_size; allowed: .*score_thresh"):
+        build("torchvision:ssdlite320_mobilenet_v3_large", {"min_size": 96})
 
 
 @pytest.mark.parametrize(

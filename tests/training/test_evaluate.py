@@ -7,7 +7,7 @@ from torch import nn
 
 from cctool.base.errors import DataError, UserCodeError
 from cctool.training.evaluate import evaluate, outputs_of
-from cctool.training.user_functions import UserMetric
+from cctool.training.user_functions import UserLoss, UserMetric
 from training_toys import batch, network
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_the_loss_can_be_replaced() -> None:
         [batch(logits, labels)],
         split="x",
         device=CPU,
-        loss=lambda outputs, truth: outputs.sum() * 0 + 4,
+        loss=UserLoss("my.py:four", lambda outputs, truth: outputs.sum() * 0 + 4),
     )
     assert found.values["loss"] == 4
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import TrainingError
+from cctool.tasks.classification import distillation_loss
 from cctool.training.objectives import (
     CLASSIFICATION,
     Distillation,
     Supervised,
-    distillation_loss,
     gamma_penalty,
 )
 from training_toys import network

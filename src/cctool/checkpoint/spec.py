@@ -7,9 +7,18 @@ Which architectures, edits and encodings exist is not known here; `tables.py` pa
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 MAX_DIMENSION = 2**31 - 1
 """Largest size of one dimension that a spec may name."""
@@ -60,7 +69,8 @@ class ModelSpec(Record):
         architecture: name in the table of architectures, or the user's ``file.py:factory``.
         arguments: keyword arguments of the builder.
         input_shape: (channels, height, width) of one input.
-        task: what the outputs mean.
+        task: name of what the outputs mean; which names exist is not known here.
+        task_settings: of the task, such as the references of the user's loss and metric.
         classes: names of the classes, in the order of the logits.
         preprocessing: normalisation that the inputs need; None if unknown.
         data: reference of the last data set, never the data themselves.
@@ -70,11 +80,17 @@ class ModelSpec(Record):
     architecture: str = Field(min_length=1, max_length=4096)
     arguments: dict[str, JsonValue] = {}
     input_shape: tuple[Dimension, Dimension, Dimension]
-    task: Literal["classification"] = "classification"
+    task: str = Field(default="classification", min_length=1, max_length=100)
+    task_settings: dict[str, JsonValue] = Field(default={}, max_length=100)
     classes: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
     data: str | None = None
     edits: tuple[dict[str, JsonValue], ...] = Field(default=(), max_length=MAX_EDITS)
+
+    @model_serializer(mode="wrap")
+    def _without_empty_settings(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        # Specs without settings are written as they always were, so that their content hashes stay.
+        return {name: value for name, value in handler(self).items() if name != "task_settings" or value}
 
     def with_edits(self, edits: tuple[Edit, ...]) -> ModelSpec:
         """Return this spec with ``edits`` merged in; they replace earlier ones of their kind and module."""
@@ -87,7 +103,7 @@ class ModelSpec(Record):
 
 
 class Metrics(Record):
-    """What an evaluation measured. ``top1`` and ``top5`` are percent, ``loss`` a mean over n samples."""
+    """What an evaluation measured on n samples, by name: ``loss``, a mean, and the metrics of the task."""
 
     split: str
     n: int = Field(ge=0)

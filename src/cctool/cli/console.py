@@ -21,11 +21,18 @@ T = TypeVar("T")
 def plain(value: Any) -> Any:
     """Turn records, enums, tuples and paths into JSON types; NaN and infinities become None.
 
-    A field whose metadata says ``json=False`` is left out.
+    A field whose metadata says ``json=False`` is left out; the items of one that says ``json="inline"`` take
+    its place.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = (f.name for f in dataclasses.fields(value) if f.metadata.get("json", True))
-        return {name: plain(getattr(value, name)) for name in kept}
+        found: dict[str, Any] = {}
+        for item in dataclasses.fields(value):
+            how = item.metadata.get("json", True)
+            if how == "inline":
+                found |= plain(getattr(value, item.name))
+            elif how:
+                found[item.name] = plain(getattr(value, item.name))
+        return found
     if hasattr(value, "model_dump"):
         return plain(value.model_dump(mode="json"))
     if isinstance(value, dict):

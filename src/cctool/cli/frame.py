@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import typer
@@ -82,16 +82,25 @@ class Invocation:
                 products.append(product)
             self.console.document({"products": products})
 
-    def read(self, source: str | None = None, carry_out: Callable[..., Any] | None = None) -> Any:
+    def read(
+        self,
+        source: str | None = None,
+        carry_out: Callable[..., Any] | None = None,
+        arch: str | None = None,
+    ) -> Any:
         """Carry out a verb that writes no checkpoint, and return its report.
 
-        ``source`` and ``carry_out`` replace the command's input and the verb's operation.
+        ``source``, ``carry_out`` and ``arch`` replace the command's input, the verb's operation and the
+        architecture that the command line names.
         """
         from cctool.operations import pipeline
 
         options = self.options
         with self.console.products_only():
-            return pipeline.read(carry_out or self._operation(), options, self.request(source))
+            request = self.request(source)
+            if arch is not None:
+                request = replace(request, model=replace(request.model, arch=arch))
+            return pipeline.read(carry_out or self._operation(), options, request)
 
     def request(self, source: str | None = None, *, resumes: bool = False) -> Any:
         """The request to the pipeline, with the input ``-`` replaced by the path from stdin."""
@@ -135,14 +144,31 @@ def resolved_source(source: str) -> str:
     """
     if source != "-":
         return source
-    if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("INPUT is -, which reads a path from stdin, but nothing is piped into this command")
-    lines = [line.strip() for line in sys.stdin.read().splitlines() if line.strip()]
-    if not lines:
-        raise CctoolError("no path came from stdin: the command before this one failed, or wrote no file")
+    lines = _piped()
     if len(lines) > 1:
         raise CctoolError(f"{len(lines)} paths came from stdin, one is expected: {', '.join(lines)}")
     return lines[0]
+
+
+def resolved_sources(sources: tuple[str, ...]) -> tuple[str, ...]:
+    """The inputs of a command that takes several; ``-`` stands for all paths from stdin.
+
+    Raises:
+        UsageError: if ``-`` is given twice, or stdin is a terminal.
+        CctoolError: if no path comes from stdin.
+    """
+    if sources.count("-") > 1:
+        raise UsageError("- stands for all paths from stdin: give it once")
+    return tuple(path for source in sources for path in (_piped() if source == "-" else [source]))
+
+
+def _piped() -> list[str]:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("INPUT is -, which reads paths from stdin, but nothing is piped into this command")
+    lines = [line.strip() for line in sys.stdin.read().splitlines() if line.strip()]
+    if not lines:
+        raise CctoolError("no path came from stdin: the command before this one failed, or wrote no file")
+    return lines
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:

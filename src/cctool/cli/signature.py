@@ -17,7 +17,11 @@ _CHECKPOINT = "Checkpoint to read; - takes its path from stdin."
 _INPUTS: dict[Input, tuple[Any, Any, str]] = {
     Input.CHECKPOINT: (str, inspect.Parameter.empty, _CHECKPOINT),
     Input.OPTIONAL: (str | None, None, "Checkpoint to continue from; - takes its path from stdin."),
-    Input.FILES: (list[str], inspect.Parameter.empty, "Checkpoints to put side by side."),
+    Input.FILES: (
+        list[str],
+        inspect.Parameter.empty,
+        "Checkpoints and .onnx files to put side by side; - takes paths from stdin, one a line.",
+    ),
     Input.STREAMS: (
         list[str],
         inspect.Parameter.empty,

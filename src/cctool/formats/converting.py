@@ -16,14 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from cctool import __version__
+from cctool.base.detectors import before_boxes, chooses_boxes
 from cctool.base.networks import float_type_of
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.formats.parity import BATCH_SIZES, Run, compare, random_batches, require_top1
+from cctool.formats.parity import BATCH_SIZES, compare, random_batches, require_agreement
 from cctool.formats.records import Agreement, ExportRequest
+from cctool.formats.rounding import Run
 
 BATCH = "batch"
 EXPORT_BATCH = 2
 """Batch size of the example: torch.export treats sizes 0 and 1 as constants."""
+
+BEFORE_BOXES = (
+    "the file ends at what the detector's head puts out: how many boxes are chosen from it depends on the "
+    "image, and torch cannot export that"
+)
+"""The note on detectors."""
 
 _FLAT = 1e-4  # of the largest output: a smaller range of outputs is near the noise of float32
 
@@ -44,6 +52,8 @@ def reason(error: BaseException) -> str:
     """The innermost cause in one line, because exporters wrap it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if type(error).__name__ == "GuardOnDataDependentSymNode":
+        return "shapes inside it depend on the data, as where boxes are chosen by their scores"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
@@ -63,6 +73,13 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def ending_before_boxes(model: nn.Module, request: ExportRequest) -> Iterator[tuple[str, ...]]:
+    """Let the model and the request's network end where shapes begin to depend on the data; gives notes."""
+    with before_boxes(model, request.checkpoint.model):
+        yield (BEFORE_BOXES,) if chooses_boxes(model) else ()
 
 
 def descriptions(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[str, str]:
@@ -100,7 +117,13 @@ def agreements_with(candidate: Run, request: ExportRequest, *, free_batch: bool)
         batch.to(float_type_of(model)) for batch in random_batches(request.input_shape, request.seed, sizes)
     )
     judge = partial(
-        compare, model, candidate, allow_nonfinite=allowed, coded=request.coded, quantized=request.quantized
+        compare,
+        model,
+        candidate,
+        allow_nonfinite=allowed,
+        coded=request.coded,
+        quantized=request.quantized,
+        task=request.task,
     )
     found = [judge(random, "random inputs")]
     if request.samples is not None:
@@ -109,15 +132,26 @@ def agreements_with(candidate: Run, request: ExportRequest, *, free_batch: bool)
             batches = (batch[i : i + 1] for batch in batches for i in range(len(batch)))
         found.append(judge(batches, request.samples.name))
         if request.quantized:
-            require_top1(found[-1])
+            require_agreement(found[-1])
     return found
 
 
 def comparison_notes(request: ExportRequest, agreements: Iterable[Agreement]) -> tuple[str, ...]:
     """Notes on the limits of the comparison."""
     notes = []
+    agreements = tuple(agreements)
     if request.samples is None:
         notes.append("compared on random inputs only: no data set was named, or it is not there")
-    if all(found.output_range <= _FLAT * found.largest_output for found in agreements):
+    if _hardly_depends(agreements):
         notes.append("the outputs hardly depend on the inputs, so comparing them says little")
     return tuple(notes)
+
+
+def _hardly_depends(agreements: Iterable[Agreement]) -> bool:
+    """Whether the numbers that were compared are nearly the same for all inputs."""
+    measured = [
+        found
+        for found in agreements
+        if not found.outputs or any(o.output_range is not None and not o.not_compared for o in found.outputs)
+    ]
+    return bool(measured) and all(f.output_range <= _FLAT * f.largest_output for f in measured)

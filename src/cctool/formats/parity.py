@@ -1,10 +1,11 @@
 """Checks that a written model computes what the model computes.
 
-Errors are measured relative to the range of the outputs over the inputs: an absolute error has no scale, and
-relative to the outputs themselves, a common offset would hide errors. Two float32 programs for the same
-function differ by rounding, which grows with depth and with badly scaled statistics. If the error exceeds the
-tolerance, both are compared with the model in float64, from which the written one may be at most a few times
-as far away as the model itself.
+Every output is compared by itself: numbers by their difference, whole numbers and truth values by the share
+that differs. Errors are measured relative to the range of the output over the inputs: an absolute error has
+no scale, and relative to the outputs themselves, a common offset would hide errors. Two float32 programs for
+the same function differ by rounding, which grows with depth and with badly scaled statistics. If the error
+exceeds the tolerance, both are compared with the model in float64, from which the written one may be at most
+a few times as far away as the model itself.
 
 A network that rounds its activations (a codec of feature maps) turns a difference in the last digit into a
 whole step; such steps are rare and large. Then the written model may be a few times as far from the model as
@@ -19,19 +20,32 @@ another class for it.
 from __future__ import annotations
 
 import contextlib
-import copy
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from cctool.base.errors import ExportError
-from cctool.base.networks import device_of, in_mode
-from cctool.formats.records import Agreement
-from cctool.quantization.export.noise import shaken
+from cctool.base.errors import ExportError, TrainingError
+from cctool.base.outputs import is_measured, named_tensors, other_inputs, varying_shapes
+from cctool.formats.records import Agreement, ChoiceAgreement
+from cctool.formats.rounding import (
+    AGREED,
+    Judge,
+    Run,
+    beyond_rounding,
+    beyond_shakes,
+    beyond_steps,
+    left_by,
+    returned,
+    too_many,
+    undecided_choices,
+)
+from cctool.formats.tally import ChoiceTally, OutputTally
+from cctool.tasks.base import Agreeing, Task
+from cctool.tasks.classification import Classification
 
 TOLERANCE = 1e-5
 """Allowed difference of two float32 programs, as a fraction of the output range; 1e-7 is usual."""
@@ -40,42 +54,8 @@ BATCH_SIZES = (1, 5)
 """Of the random inputs: one, and an odd number, so that no width written into a reshape divides it."""
 
 _ROUNDS = 3  # random batches of each size
-_ROUNDING_FACTOR = 4.0  # allowed error over the model's own, or over the movement of its outputs
-_SHAKES = 8  # perturbations that the movement of outputs is measured over
-_STEP_SHARE = 1 / 32  # of a quantizer's step, its largest perturbation
-_SHAKEN_FACTOR = 2.0  # allowed error over the movement under such perturbations
-_AGREED = 0.99  # required top-1 agreement
-_UNLIKELY = 0.05  # significance level of the test for it
-_SIXTH_DIGIT = 1e-5  # of the inputs' spread
-_FLOAT32 = 5e-7  # of the largest output, four roundings: no float32 program can be held to less
 
-Run = Callable[[Tensor], list[Tensor]]
-
-
-def runner_of(model: nn.Module) -> Run:
-    """A function that runs a model in evaluation mode and returns its output tensors, on the CPU, in order.
-
-    TF32 is switched off while it runs: its mantissa of ten bits makes larger errors than those looked for.
-    """
-    device = device_of(model)
-
-    def run(inputs: Tensor) -> list[Tensor]:
-        with in_mode(model, training=False), _without_tf32():
-            found = tree_leaves(model(inputs.to(device)))
-        return [value.detach().cpu() for value in found if isinstance(value, Tensor)]
-
-    return run
-
-
-@contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    convolution, product = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = convolution.allow_tf32, product.allow_tf32
-    convolution.allow_tf32 = product.allow_tf32 = False
-    try:
-        yield
-    finally:
-        convolution.allow_tf32, product.allow_tf32 = before
+_LOGITS = 2  # dimensions of scores of classes
 
 
 def random_batches(
@@ -85,43 +65,6 @@ def random_batches(
     generator = torch.Generator().manual_seed(seed)
     for size in sizes * _ROUNDS:
         yield torch.randn((size, *shape), generator=generator)
-
-
-class _Differences:
-    """Errors, agreement and the range of each output over the batches so far."""
-
-    def __init__(self) -> None:
-        self.n = 0
-        self.same = 0
-        self.error = 0.0
-        self.largest = 0.0
-        self.different: list[Tensor] = []
-        self._bounds: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, batch: Tensor, expected: list[Tensor], found: list[Tensor]) -> None:
-        self.n += len(expected[0])
-        same = _top1(expected[0]) == _top1(found[0])
-        self.same += int(same.sum())
-        self.different.append(batch.detach().cpu()[~same])
-        bounds = []
-        for left, right in zip(expected, found, strict=True):
-            # Non-finite values count as equal: `_check_finite` has found them in the same places.
-            left, right = left.double().nan_to_num(0, 0, 0), right.double().nan_to_num(0, 0, 0)
-            self.error = max(self.error, float((left - right).abs().max()))
-            self.largest = max(self.largest, float(left.abs().max()))
-            bounds.append((left.amin(0), left.amax(0)))
-        self._bounds = [
-            (torch.minimum(low, old_low), torch.maximum(high, old_high))
-            for (low, high), (old_low, old_high) in zip(bounds, self._bounds or bounds, strict=True)
-        ]
-
-    @property
-    def range(self) -> float:
-        return max(float((high - low).max()) for low, high in self._bounds)
-
-
-def _top1(outputs: Tensor) -> Tensor:
-    return outputs.flatten(1).argmax(1)
 
 
 def compare(
@@ -134,164 +77,222 @@ def compare(
     allow_nonfinite: bool = False,
     coded: bool = False,
     quantized: bool = False,
+    task: Task | None = None,
 ) -> Agreement:
-    """Compare a candidate's outputs with the model's.
+    """Compare a candidate's outputs with the model's, each output by its own range.
 
     Args:
         model: the reference, on any device.
-        candidate: gives its outputs for a batch on the CPU.
+        candidate: gives its outputs for a batch on the CPU, in the order of `named_tensors`.
         batches: inputs [B, ...], on any device.
         inputs: description of the inputs, for the report.
-        tolerance: allowed difference as a fraction of the output range.
+        tolerance: allowed difference as a fraction of an output's range.
         allow_nonfinite: whether outputs may be NaN or infinite, in the same places as the model's.
         coded: whether codecs round activations.
         quantized: whether quantizers round activations.
+        task: what the network is for; None asks classification if the first output is (N, C).
 
     Raises:
-        ExportError: if shapes differ, values are not finite, or the error exceeds the tolerance.
+        ExportError: if shapes differ that do not depend on the data, values are not finite, the error of an
+            output exceeds the tolerance, or too many whole numbers differ.
     """
-    reference = runner_of(model)
-    tally, sizes, worst = _Differences(), set(), (-1.0, torch.empty(0))
+    found = _Comparison(model, candidate, inputs, allow_nonfinite=allow_nonfinite, task=task)
     for batch in batches:
-        expected, found = reference(batch), candidate(batch.detach().cpu())
-        _check_shapes(expected, found, batch, inputs)
-        _check_finite(expected, found, inputs, allow_nonfinite)
-        before = tally.error
-        tally.add(batch, expected, found)
-        if tally.error > before or worst[0] < 0:
-            worst = (tally.error, batch)
-        sizes.add(len(batch))
-    if not tally.n:
+        found.add(batch)
+    if not found.n:
         raise ExportError(f"there are no inputs to compare on: {inputs}")
-    agreement = Agreement(
-        inputs=inputs,
-        n=tally.n,
-        batch_sizes=tuple(sorted(sizes)),
-        max_abs_error=tally.error,
-        output_range=tally.range,
-        largest_output=tally.largest,
-        top1_agreement=100 * tally.same / tally.n,
-        tolerance=tolerance,
+    failing = [i for i, one in enumerate(found.tallies) if one.error > tolerance * one.range]
+    judges: list[tuple[str, Judge]] = []
+    if quantized:
+        judges.append(("shaken", partial(beyond_shakes, model, candidate)))
+    largest = [one.largest for one in found.tallies]
+    judges.append(("rounding", partial(beyond_rounding, model, candidate, largest)))
+    if coded:
+        judges.append(("steps", partial(beyond_steps, model, candidate)))
+    passed = set()
+    for name, judge in judges:
+        left = left_by(judge, failing, found.tallies)
+        if len(left) < len(failing):
+            passed.add(name)
+        failing = left
+    undecided = undecided_choices(model, found.choices) if "shaken" in passed else 0
+    agreement = found.agreement(tolerance)
+    if failing:
+        raise ExportError(_too_far(found, failing, tolerance, agreement))
+    found.refuse_other_numbers(model, shaken=quantized)
+    return replace(
+        agreement,
+        judged_in_float64="rounding" in passed,
+        judged_by_steps=bool(passed & {"shaken", "steps"}),
+        undecided=undecided,
     )
-    if tally.error <= tolerance * tally.range:
-        return agreement
-    if quantized and _is_shaken(model, candidate, worst[1]):
-        undecided = _undecided(model, torch.cat(tally.different))
-        return replace(agreement, judged_by_steps=True, undecided=undecided)
-    if _is_rounding(model, candidate, worst[1], tally.largest):
-        return replace(agreement, judged_in_float64=True)
-    if coded and _is_steps(model, candidate, worst[1]):
-        return replace(agreement, judged_by_steps=True)
-    raise ExportError(
-        f"the exported model does not compute what the model does: on {inputs} its outputs are off by up to "
-        f"{tally.error:.3g}; {tolerance:.0e} of their range of {tally.range:.3g} is allowed; "
-        f"top-1 agrees on {agreement.top1_agreement:.1f} % of {tally.n}"
+
+
+class _Comparison:
+    """The outputs of two programs over the batches so far."""
+
+    def __init__(
+        self, model: nn.Module, candidate: Run, inputs: str, *, allow_nonfinite: bool, task: Task | None
+    ) -> None:
+        self.model, self.candidate, self.inputs = model, candidate, inputs
+        self.allow_nonfinite, self.task = allow_nonfinite, task
+        self.agreeing: Agreeing | None = None
+        self.choices: ChoiceTally | None = None
+        self.whole: dict[str, ChoiceTally] = {}
+        self._named: dict[str, OutputTally] = {}
+        self._sizes: set[int] = set()
+        self.n = 0
+
+    @property
+    def tallies(self) -> list[OutputTally]:
+        return list(self._named.values())
+
+    def add(self, batch: Tensor) -> None:
+        """Run both on a batch and compare every output."""
+        outputs = returned(self.model, batch)
+        named = {name: value.detach().cpu() for name, value in named_tensors(outputs).items()}
+        found = self.candidate(batch.detach().cpu())
+        others = _other_shapes(self.model, list(named.values()), found, batch, self.inputs)
+        if not self.n:
+            self._ask(outputs)
+        for index, (name, expected) in enumerate(named.items()):
+            tally = self._named.setdefault(name, OutputTally(name))
+            if index in others:
+                tally.missed += 1
+                continue
+            other = found[index]
+            _check_finite(expected, other, self.inputs, self.allow_nonfinite)
+            tally.add(batch, expected, other)
+            if not tally.measured:
+                self.whole.setdefault(name, ChoiceTally(_itself, index)).add(batch, expected, other)
+            if self.choices is not None and index == self.choices.index:
+                self.choices.add(batch, expected, other)
+        self.n += len(batch)
+        self._sizes.add(len(batch))
+
+    def _ask(self, outputs: Any) -> None:
+        """Ask the task what is to be chosen alike, and of which output."""
+        tensors = list(named_tensors(outputs).values())
+        main: Tensor | None = tensors[0]
+        if self.task is not None:
+            with contextlib.suppress(TrainingError):  # the task finds no output that it is about
+                main = self.task.main_output(outputs)
+            self.agreeing = self.task.agreement
+        elif tensors[0].dim() == _LOGITS and is_measured(tensors[0]):
+            self.agreeing = Classification().agreement
+        index = next((i for i, value in enumerate(tensors) if value is main), None)
+        if self.agreeing is None or index is None:
+            self.agreeing = None
+            return
+        self.choices = ChoiceTally(self.agreeing.choices, index)
+
+    def agreement(self, tolerance: float) -> Agreement:
+        """What is known before the errors are judged."""
+        choices = None
+        if self.agreeing is not None and self.choices is not None and self.choices.n:
+            n, same = self.choices.n, self.choices.n - self.choices.different
+            what = self.agreeing
+            choices = ChoiceAgreement(what.name, what.title, what.things, n, 100 * same / n)
+        tallies = self.tallies
+        by_class = choices is not None and choices.name == Classification().agreement.name
+        return Agreement(
+            inputs=self.inputs,
+            n=self.n,
+            batch_sizes=tuple(sorted(self._sizes)),
+            max_abs_error=max((one.error for one in tallies), default=0.0),
+            output_range=max((one.range for one in tallies), default=0.0),
+            largest_output=max((one.largest for one in tallies), default=0.0),
+            top1_agreement=choices.percent if choices is not None and by_class else None,
+            tolerance=tolerance,
+            choices=choices,
+            outputs=tuple(one.record(self.whole.get(one.name)) for one in tallies),
+        )
+
+    def refuse_other_numbers(self, model: nn.Module, *, shaken: bool) -> None:
+        """Refuse an output of whole numbers that differs in more elements than rounding explains."""
+        for name, tally in self.whole.items():
+            different = tally.different
+            if shaken and too_many(different, tally.n):
+                different -= undecided_choices(model, tally)
+            if too_many(different, tally.n):
+                raise ExportError(
+                    f"the exported model does not compute what the model does: on {self.inputs} "
+                    f"{different:,} of {tally.n:,} elements of its output {name} differ"
+                )
+
+
+def _itself(value: Tensor) -> Tensor:
+    return value
+
+
+def _too_far(found: _Comparison, failing: list[int], tolerance: float, agreement: Agreement) -> str:
+    """The sentence about the output whose error is largest for its range."""
+    tallies = found.tallies
+    one = max((tallies[i] for i in failing), key=lambda tally: tally.error / max(tally.range, 1e-30))
+    whose = f"its output {one.name} is" if len(tallies) > 1 else "its outputs are"
+    chosen = agreement.choices
+    return (
+        f"the exported model does not compute what the model does: on {found.inputs} {whose} off by up to "
+        f"{one.error:.3g}; {tolerance:.0e} of their range of {one.range:.3g} is allowed"
+        + (f"; {chosen.title} agrees on {chosen.percent:.1f} % of {chosen.n}" if chosen is not None else "")
     )
 
 
-def _is_rounding(model: nn.Module, candidate: Run, batch: Tensor, largest: float) -> bool:
-    """Whether the candidate is about as close to the model in float64 as the model in float32 is."""
-    exact_model = copy.deepcopy(model).to("cpu", torch.float64)
-    try:
-        exact = runner_of(exact_model)(batch.detach().cpu().double())
-    except (RuntimeError, TypeError):
-        # Without a float64 reference, the error cannot be attributed to rounding.
-        return False
-    expected, found = runner_of(model)(batch), candidate(batch.detach().cpu())
-    own, other = _distance(exact, expected), _distance(exact, found)
-    return other <= max(_ROUNDING_FACTOR * own, _FLOAT32 * largest)
+def require_agreement(agreement: Agreement) -> None:
+    """Refuse a written model whose choices agree significantly less often than 99 %, undecided ones apart.
 
-
-def _is_steps(model: nn.Module, candidate: Run, batch: Tensor) -> bool:
-    """Whether the error is about as large as the effect of changing inputs in their sixth digit."""
-    reference, generator = runner_of(model), torch.Generator().manual_seed(0)
-    expected, found = reference(batch), candidate(batch.detach().cpu())
-    plain = batch.detach().cpu()
-    moved = 0.0
-    for _ in range(_SHAKES):
-        noise = torch.randn(plain.shape, generator=generator).to(plain.dtype)
-        moved = max(moved, _rms(expected, reference(plain + _SIXTH_DIGIT * noise * plain.std())))
-    return _rms(expected, found) <= _ROUNDING_FACTOR * moved
-
-
-def _is_shaken(model: nn.Module, candidate: Run, batch: Tensor) -> bool:
-    """Whether the error is about as large as the effect of perturbing quantizers by a fraction of a step."""
-    reference, generator = runner_of(model), torch.Generator().manual_seed(0)
-    expected, found = reference(batch), candidate(batch.detach().cpu())
-    moved = 0.0
-    for _ in range(_SHAKES):
-        with shaken(model, _STEP_SHARE, generator):
-            moved = max(moved, _rms(expected, reference(batch)))
-    return _rms(expected, found) <= _SHAKEN_FACTOR * moved
-
-
-def _undecided(model: nn.Module, samples: Tensor) -> int:
-    """Number of samples for which the model's class changes when quantizers are perturbed likewise."""
-    if not len(samples):
-        return 0
-    reference, generator = runner_of(model), torch.Generator().manual_seed(0)
-    chosen = _top1(reference(samples)[0])
-    changed = torch.zeros_like(chosen, dtype=torch.bool)
-    for _ in range(_SHAKES):
-        with shaken(model, _STEP_SHARE, generator):
-            changed |= _top1(reference(samples)[0]) != chosen
-    return int(changed.sum())
-
-
-def require_top1(agreement: Agreement) -> None:
-    """Refuse a written model whose top-1 agreement is significantly below 99 %, without undecided samples.
-
-    It is refused if a model that agrees on 99 % of all inputs would differ on as many samples with a
-    probability below 5 % (one-sided binomial test). One sample may always differ.
+    It is refused if a model that agrees on 99 % of all choices would differ on as many with a probability
+    below 5 % (one-sided binomial test). One choice may always differ.
 
     Raises:
         ExportError: in that case.
     """
-    different = round(agreement.n * (100 - agreement.top1_agreement) / 100) - agreement.undecided
-    if different > 1 and _chance_of(different, agreement.n, 1 - _AGREED) < _UNLIKELY:
+    chosen = agreement.choices
+    if chosen is None:
+        return
+    different = round(chosen.n * (100 - chosen.percent) / 100) - agreement.undecided
+    if too_many(different, chosen.n):
         raise ExportError(
-            f"the exported model chooses another class than the model for {different} of {agreement.n} "
-            f"inputs ({agreement.inputs}), {agreement.undecided} undecided ones apart: top-1 agreement "
-            f"{agreement.top1_agreement:.2f} %, {100 * _AGREED:.0f} % is asked for"
+            f"the exported model chooses another class than the model for {different} of {chosen.n} "
+            f"{'inputs' if chosen.n == agreement.n else chosen.things} ({agreement.inputs}), "
+            f"{agreement.undecided} undecided ones apart: {chosen.title} agreement {chosen.percent:.2f} %, "
+            f"{100 * AGREED:.0f} % is asked for"
         )
 
 
-def _chance_of(least: int, n: int, share: float) -> float:
-    """Probability of ``least`` or more successes in ``n`` trials of probability ``share``."""
-    return 1 - sum(math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(least))
+def _other_shapes(
+    model: nn.Module, expected: list[Tensor], found: list[Tensor], batch: Tensor, inputs: str
+) -> set[int]:
+    """The outputs whose shapes differ because they depend on the data.
 
-
-def _rms(left: list[Tensor], right: list[Tensor]) -> float:
-    return float(torch.cat([value.square().flatten() for value in _apart(left, right)]).mean().sqrt())
-
-
-def _distance(left: list[Tensor], right: list[Tensor]) -> float:
-    return max(float(value.abs().max()) for value in _apart(left, right))
-
-
-def _apart(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
-    """Differences in float64; 0 where a value is not finite."""
-    return [(a.double() - b.double()).nan_to_num(0, 0, 0) for a, b in zip(left, right, strict=True)]
-
-
-def _check_shapes(expected: list[Tensor], found: list[Tensor], batch: Tensor, inputs: str) -> None:
+    Raises:
+        ExportError: if others differ, or there is no output.
+    """
     left, right = [list(t.shape) for t in expected], [list(t.shape) for t in found]
-    if left != right or not left:
+    differ = {i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b}
+    if left and len(left) == len(right) and differ <= (_depending(model, batch) if differ else set()):
+        return differ
+    raise ExportError(
+        f"the exported model puts out {right} for a batch of {len(batch)} ({inputs}), the model {left}"
+    )
+
+
+def _depending(model: nn.Module, batch: Tensor) -> set[int]:
+    """The outputs whose shapes change when the inputs of a batch do."""
+    runs = [named_tensors(returned(model, other)) for other in other_inputs(batch)]
+    depending = varying_shapes(runs)
+    return {i for i, name in enumerate(runs[0]) if name in depending}
+
+
+def _check_finite(expected: Tensor, found: Tensor, inputs: str, allowed: bool) -> None:
+    if not expected.is_floating_point():
+        return
+    if not allowed and not bool(torch.isfinite(expected).all()):
         raise ExportError(
-            f"the exported model puts out {right} for a batch of {len(batch)} ({inputs}), the model {left}"
+            f"the model puts out NaN or infinities on {inputs}; `cctool analyze` lists weights that are "
+            "not finite, --allow-nonfinite exports all the same"
         )
-
-
-def _check_finite(expected: list[Tensor], found: list[Tensor], inputs: str, allowed: bool) -> None:
-    for left, right in zip(expected, found, strict=True):
-        if not left.is_floating_point():
-            continue
-        if not allowed and not bool(torch.isfinite(left).all()):
-            raise ExportError(
-                f"the model puts out NaN or infinities on {inputs}; `cctool analyze` lists weights that are "
-                "not finite, --allow-nonfinite exports all the same"
-            )
-        if not torch.equal(torch.isfinite(left), torch.isfinite(right)):
-            raise ExportError(
-                f"the exported model puts out NaN or infinities where the model does not ({inputs})"
-            )
+    if not torch.equal(torch.isfinite(expected), torch.isfinite(found)):
+        raise ExportError(
+            f"the exported model puts out NaN or infinities where the model does not ({inputs})"
+        )

@@ -7,15 +7,16 @@ parts of it, so open files of others only if you trust them.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from cctool.base.errors import ExportError
 from cctool.base.networks import in_mode
+from cctool.base.outputs import named_tensors
 from cctool.checkpoint.file.atomic import write_atomically
 from cctool.formats.converting import (
     BATCH,
@@ -23,13 +24,14 @@ from cctool.formats.converting import (
     agreements_with,
     comparison_notes,
     descriptions,
+    ending_before_boxes,
     example,
     on_cpu,
     quiet,
     reason,
 )
-from cctool.formats.parity import Run
 from cctool.formats.records import Agreement, ExportRequest, Written
+from cctool.formats.rounding import Run
 from cctool.graph.execution import blaming_the_size
 
 DESCRIPTION = "cctool.json"
@@ -48,6 +50,12 @@ def write_pt2(request: ExportRequest) -> Written:
         CheckpointError: if the file cannot be written.
     """
     model = on_cpu(request.network or request.checkpoint.model)
+    with ending_before_boxes(model, request) as ends:
+        written = _write(model, request)
+    return replace(written, notes=(*ends, *written.notes))
+
+
+def _write(model: nn.Module, request: ExportRequest) -> Written:
     program, notes = _convert(model, request.input_shape)
     about = json.dumps(descriptions(request.checkpoint, request.input_shape), ensure_ascii=False)
     agreements: list[Agreement] = []
@@ -96,11 +104,11 @@ def _read_back(path: Path) -> Run:
     def run(batch: Tensor) -> list[Tensor]:
         with torch.no_grad():
             try:
-                found = tree_leaves(module(batch))
+                found = module(batch)
             except Exception as error:
                 raise ExportError(
                     f"torch cannot run the exported program on a batch of {len(batch)}: {reason(error)}"
                 ) from error
-        return [value for value in found if isinstance(value, Tensor)]
+        return list(named_tensors(found).values())
 
     return run

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from cctool.base.networks import some
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.quantization.export.integer_weights import IntegerWeight
+from cctool.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class ExportRequest:
         weights: weights of ``network`` to write as integers.
         quantized: whether activations go through quantizers.
         packed: whether integers of 4 bits and fewer take half a byte each.
+        task: what the network is for, which says what the written one must choose alike; None asks
+            classification if the first output is (N, C), and otherwise nothing.
     """
 
     checkpoint: Checkpoint
@@ -57,6 +61,63 @@ class ExportRequest:
     weights: tuple[IntegerWeight, ...] = ()
     quantized: bool = False
     packed: bool = False
+    task: Task | None = None
+
+
+@dataclass(frozen=True)
+class OutputAgreement:
+    """How close one output of a written model is to the model's.
+
+    Attributes:
+        name: of the output.
+        max_abs_error: largest difference; None for whole numbers and truth values.
+        output_range: largest minus smallest value over the inputs, where that is largest; None likewise.
+        different: percent of the elements that differ, for whole numbers and truth values; else None.
+        elements: number of elements that were compared.
+        other_shapes: number of batches that were not compared, because the shape depends on the data and was
+            another one.
+        not_compared: why nothing of it was compared; empty if something was.
+    """
+
+    name: str
+    max_abs_error: float | None
+    output_range: float | None
+    different: float | None
+    elements: int
+    other_shapes: int = 0
+    not_compared: str = ""
+
+    @property
+    def line(self) -> str:
+        """The comparison in one line."""
+        if self.not_compared:
+            return f"{self.name}: not compared, {self.not_compared}"
+        missed = ""
+        if self.other_shapes:
+            missed = f", {self.other_shapes} batches not compared, whose shapes depend on the data and differ"
+        if self.different is not None:
+            return f"{self.name}: {self.different:.2f} % of {self.elements:,} elements differ{missed}"
+        error = f"max abs error {self.max_abs_error:.2g} of a range of {self.output_range:.3g}"
+        return f"{self.name}: {error}{missed}"
+
+
+@dataclass(frozen=True)
+class ChoiceAgreement:
+    """How often a written model chooses what the model chooses, in the words of the task.
+
+    Attributes:
+        name: key of what is chosen.
+        title: as sentences name it.
+        things: what a choice is made for, in the plural.
+        n: number of choices.
+        percent: of the choices that are the same.
+    """
+
+    name: str
+    title: str
+    things: str
+    n: int
+    percent: float
 
 
 @dataclass(frozen=True)
@@ -71,14 +132,17 @@ class Agreement:
         output_range: largest minus smallest value over the inputs, for the output where that is largest;
             0 if the outputs are the same for every input.
         largest_output: largest magnitude of the model's outputs.
-        top1_agreement: percent of inputs for which the largest output is the same one.
-        tolerance: allowed max_abs_error / output_range.
+        top1_agreement: percent of inputs for which the largest output is the same one; None if the outputs
+            are no scores of classes.
+        tolerance: allowed max_abs_error / output_range, for each output.
         judged_in_float64: whether the tolerance was exceeded, so that both were compared with the model in
             float64.
         judged_by_steps: whether the tolerance was exceeded, so that the error was compared with the effect of
             small changes before codecs or quantizers.
-        undecided: of the inputs on which the classes differ, the number where the model's own class changes
-            under such changes.
+        undecided: of the choices that differ, the number that the model itself makes otherwise under such
+            changes.
+        choices: how often both choose the same, as the task asks; None if it asks nothing.
+        outputs: every output by itself.
     """
 
     inputs: str
@@ -87,11 +151,19 @@ class Agreement:
     max_abs_error: float
     output_range: float
     largest_output: float
-    top1_agreement: float
+    top1_agreement: float | None
     tolerance: float
     judged_in_float64: bool = False
     judged_by_steps: bool = False
     undecided: int = 0
+    choices: ChoiceAgreement | None = None
+    outputs: tuple[OutputAgreement, ...] = ()
+
+    def lines(self) -> list[str]:
+        """A line for each output, unless there is but one of real numbers, which was compared."""
+        if len(self.outputs) == 1 and self.outputs[0].max_abs_error is not None:
+            return [output.line for output in self.outputs if output.not_compared or output.other_shapes]
+        return [output.line for output in self.outputs]
 
 
 @dataclass(frozen=True)
@@ -134,6 +206,18 @@ class Written:
     agreements: tuple[Agreement, ...] = ()
     notes: tuple[str, ...] = field(default=())
     kernels: Kernels | None = None
+
+    @property
+    def verified(self) -> str:
+        """What the comparisons say of the file, naming the outputs that none of them compared."""
+        found = [output for agreement in self.agreements for output in agreement.outputs]
+        compared = {output.name for output in found if not output.not_compared}
+        missed = list(dict.fromkeys(output.name for output in found if output.name not in compared))
+        if not missed:
+            return "verified"
+        if not compared:
+            return "not verified: none of its outputs could be compared"
+        return f"verified but for {some(missed)}, which could not be compared"
 
 
 Writer = Callable[[ExportRequest], Written]

@@ -10,6 +10,7 @@ where even the call is invisible, as a tensor that no event has produced.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -228,6 +229,25 @@ class Watch(TorchFunctionMode):
             if not self._in_script:
                 self.show(SCRIPT_MODULE, module, args, {}, result)
         self.modules.pop()
+
+
+def refuse_several_inputs(model: nn.Module) -> None:
+    """Refuse a network whose forward needs more than one image tensor.
+
+    Raises:
+        ArchitectureError: naming the parameters.
+    """
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    needed = [
+        p.name
+        for p in parameters[1:]
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if needed:
+        raise ArchitectureError(
+            f"the network's forward needs {' and '.join(needed)} besides {parameters[0].name}: networks of "
+            "several inputs are not supported, only those of one image tensor"
+        )
 
 
 @contextmanager

@@ -90,7 +90,7 @@ COLLECTIONS: dict[str, Collected] = {
         torchvision_models.build,
         torchvision_models.default_arguments,
         torchvision_models.input_shape,
-        "torchvision's classifiers and segmentation networks",
+        "torchvision's classifiers, segmentation networks and detectors",
     ),
     "timm": Collected(
         timm_models.names,

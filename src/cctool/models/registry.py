@@ -119,6 +119,11 @@ def is_user_code(reference: str) -> bool:
     return user.looks_like_user_code(reference) and reference.partition(":")[0] not in COLLECTIONS
 
 
+def task_of(reference: str) -> str | None:
+    """Name of the task that an architecture is for; None if it is for any."""
+    return None
+
+
 def listing(family: str | None = None) -> list[ArchitectureRecord]:
     """Our own networks and a line for each library, or all of the library ``family`` (torchvision or timm).
 

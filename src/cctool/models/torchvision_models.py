@@ -1,7 +1,9 @@
-"""torchvision's classifiers and segmentation networks as ``torchvision:NAME``, with random weights.
+"""torchvision's classifiers, segmentation networks and detectors as ``torchvision:NAME``, random weights.
 
 Nothing is downloaded. A segmentation network returns a dict: ``out`` of shape (N, classes, H, W), and ``aux``
-of the same shape where it was built with ``aux_loss=true``.
+of the same shape where it was built with ``aux_loss=true``. A detector returns a list with a dict for each
+image (``boxes``, ``labels``, ``scores``), whose lengths depend on the image; it resizes and normalises images
+itself, and its ``num_classes`` includes the background.
 """
 
 import inspect
@@ -19,6 +21,12 @@ REFUSED = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_ba
 NEED_INIT_WEIGHTS = frozenset({"googlenet", "inception_v3"})
 INPUT_SIZES = {"inception_v3": 299}
 DEFAULT_SIZE = 224
+_DETECTOR_SIZES = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn": 320,
+    "ssd300_vgg16": 300,
+    "ssdlite320_mobilenet_v3_large": 320,
+}
+_DETECTOR_SIZE = 800
 
 
 @cache
@@ -37,9 +45,17 @@ def segmentation_networks() -> tuple[str, ...]:
     return tuple(models.list_models(module=models.segmentation))
 
 
+@cache
+def detectors() -> tuple[str, ...]:
+    """The names of all of torchvision's detectors, sorted."""
+    from torchvision import models
+
+    return tuple(models.list_models(module=models.detection))
+
+
 def names() -> tuple[str, ...]:
     """The names of all networks that can be built, sorted."""
-    return tuple(sorted({*classifiers(), *segmentation_networks()}))
+    return tuple(sorted({*classifiers(), *segmentation_networks(), *detectors()}))
 
 
 def allowed_arguments(name: str) -> tuple[str, ...]:
@@ -48,7 +64,14 @@ def allowed_arguments(name: str) -> tuple[str, ...]:
 
     if name in segmentation_networks():
         return ("num_classes",) if name.startswith("lraspp") else ("aux_loss", "num_classes")
-    constructor = inspect.signature(models.get_model_builder(name)).return_annotation
+    builder = inspect.signature(models.get_model_builder(name))
+    constructor = builder.return_annotation
+    if name in detectors():
+        numbers = _numbers(inspect.signature(constructor.__init__))
+        # Those of fixed size are named for it, and their anchors are made for it.
+        sizes = {"min_size", "max_size"} if "min_size" in numbers or "max_size" in numbers else set()
+        keypoints = {"num_keypoints"} & set(builder.parameters)
+        return tuple(sorted({"num_classes"} | numbers | sizes | keypoints))
     found = {
         parameter.name
         for parameter in inspect.signature(constructor.__init__).parameters.values()
@@ -60,6 +83,12 @@ def allowed_arguments(name: str) -> tuple[str, ...]:
     if name == "maxvit_t":
         found.add("input_size")
     return tuple(sorted(found - REFUSED))
+
+
+def _numbers(signature: inspect.Signature) -> set[str]:
+    """The parameters whose defaults are numbers: thresholds, counts and sizes."""
+    found = signature.parameters.values()
+    return {p.name for p in found if isinstance(p.default, (int, float)) and not isinstance(p.default, bool)}
 
 
 def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -80,7 +109,7 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     arguments = dict(arguments)
     if name in NEED_INIT_WEIGHTS:
         arguments.setdefault("init_weights", True)
-    if name in segmentation_networks():
+    if name in segmentation_networks() or name in detectors():
         arguments["weights_backbone"] = None  # its default would be downloaded
     model: nn.Module = models.get_model(name, weights=None, progress=False, **arguments)
     return model
@@ -92,7 +121,18 @@ def default_arguments(channels: int | None, classes: int | None) -> dict[str, in
 
 
 def input_shape(name: str, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-    """The input size (3, H, W) that ``name`` was made for (224x224 or 299x299), or that of the arguments."""
+    """The input size (3, H, W) that ``name`` was made for, or that of the arguments.
+
+    224x224 or 299x299; for a detector, the size that it scales images to.
+    """
+    if name in detectors():
+        side = _detector_size(name, arguments)
+        return 3, side, side
     size = arguments.get("image_size", arguments.get("input_size", INPUT_SIZES.get(name, DEFAULT_SIZE)))
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return 3, int(height), int(width)
+
+
+def _detector_size(name: str, arguments: Mapping[str, Any]) -> int:
+    size = arguments.get("min_size", _DETECTOR_SIZES.get(name, _DETECTOR_SIZE))
+    return int(size[-1] if isinstance(size, (list, tuple)) else size)

@@ -15,7 +15,7 @@ from cctool.base.runtime import Reporter
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent, Step
 from cctool.checkpoint.tables import Tables
-from cctool.options.common import ModelOptions, RuntimeOptions
+from cctool.options.common import ModelOptions, RuntimeOptions, TaskOptions
 
 if TYPE_CHECKING:
     from cctool.data.records import DataSource
@@ -70,6 +70,8 @@ class Context:
         stamp: outcome -> its checkpoint with the line of history that the pipeline would add; for files
             that are written before the operation ends.
         opened: the data set that the command line names, if it was opened before there was a network.
+        asked: what the command line says about the task, and the user's loss and metric.
+        judges: how networks are judged, by their task; filled by `task.judge_of`.
         said: notes that are given once in a command.
     """
 
@@ -83,6 +85,8 @@ class Context:
     force: bool
     stamp: Callable[[Outcome], Checkpoint]
     opened: DataSource | None = None
+    asked: TaskOptions = field(default_factory=TaskOptions)
+    judges: dict[Any, Any] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
 
     def say_once(self, note: str) -> None:
@@ -103,10 +107,19 @@ def refuse_existing(paths: tuple[Path, ...], context: Context) -> None:
     Raises:
         CheckpointError: if a path exists and may not be replaced, or its folder does not exist.
     """
+    refuse_taken(paths, (context.output,), force=context.force)
+
+
+def refuse_taken(paths: tuple[Path, ...], inputs: tuple[Path, ...], *, force: bool) -> None:
+    """Refuse paths that may not be written: `refuse_existing` for a command of several inputs.
+
+    Raises:
+        CheckpointError: if a path exists and ``force`` is false, is an input, or its folder does not exist.
+    """
     for path in paths:
-        if path.exists() and not context.force:
+        if path.exists() and not force:
             raise CheckpointError(f"{path} exists already; --force replaces it")
-        if path.exists() and context.output.exists() and path.samefile(context.output):
+        if path.exists() and any(given.exists() and path.samefile(given) for given in inputs):
             raise CheckpointError(f"{path} is the input itself; name another file")
         if not path.parent.is_dir():
             raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,14 +19,15 @@ from cctool.data.serving.batches import Batch, Batches
 from cctool.graph.execution import blaming_the_size
 from cctool.operations.context import Context
 from cctool.operations.opening import parse_arguments
+from cctool.operations.task import judge_of
 from cctool.options.common import DataOptions
-from cctool.training.evaluate import evaluate
+from cctool.training.evaluate import evaluate, outputs_of
 from cctool.training.loop.feed import Feed
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-    from cctool.data.records import DataSource
+    from cctool.data.records import DataSource, Split
 
 
 def open_source(
@@ -224,13 +225,16 @@ def serve(
 def measured(
     checkpoint: Checkpoint, source: DataSource, options: DataOptions, context: Context, *, split: str = "test"
 ) -> Metrics:
-    """Measure top-1 and top-5 in percent and the loss on ``train``, ``validation`` or ``test``.
+    """Measure the loss and the metrics of the network's task on ``train``, ``validation`` or ``test``.
 
     Moves the model to the context's device.
 
     Raises:
-        DataError: if the data has no such split, or other classes than the network.
+        DataError: if the data has no such split, no targets, or other classes than the network.
+        UsageError: if nothing says what the outputs mean.
     """
+    judge = judge_of(checkpoint, context)
+    judge.require_measure("measuring")
     served = serve(checkpoint, source, split, options, context)
     return evaluate(
         checkpoint.model.to(context.device),
@@ -238,17 +242,67 @@ def measured(
         split=split,
         device=context.device,
         precision=str(context.runtime.precision),
+        task=judge.task,
+        loss=judge.loss,
+        metric=judge.metric,
     )
+
+
+def measured_or_run(
+    checkpoint: Checkpoint, source: DataSource, options: DataOptions, context: Context, *, split: str
+) -> Metrics:
+    """Measure on a split; a network that nothing can judge only runs on its images, and has no values."""
+    if can_measure(checkpoint, source, (split,), context):
+        return measured(checkpoint, source, options, context, split=split)
+    served = serve(checkpoint, source, split, options, context)
+    shown = context.reporter.progress(served, f"running on {split}", len(served))
+    model = checkpoint.model.to(context.device)
+    n = sum(
+        len(b.images) for _, b in outputs_of(model, shown, context.device, str(context.runtime.precision))
+    )
+    return Metrics(split=split, n=n, values={})
 
 
 def measured_splits(
     checkpoint: Checkpoint, source: DataSource | None, options: DataOptions, context: Context
 ) -> tuple[Metrics, ...]:
-    """Measure on the validation and test splits that the data has; () without data."""
+    """Measure on the validation and test splits that the data has.
+
+    () without data, without targets, and for a network of which nothing says how it is judged; the last two
+    are said.
+    """
     if source is None:
         return ()
     splits = [split for split in ("validation", "test") if split in source.loaders]
+    if not can_measure(checkpoint, source, splits, context):
+        return ()
     return tuple(measured(checkpoint, source, options, context, split=split) for split in splits)
+
+
+def can_measure(checkpoint: Checkpoint, source: DataSource, splits: Sequence[str], context: Context) -> bool:
+    """Whether a network can be measured on splits; says why not."""
+    judge = judge_of(checkpoint, context)
+    if not judge.measures:
+        option = "--metric" if "--metric" in judge.recorded or "--loss" not in judge.recorded else "--loss"
+        context.say_once(f"not measured: {judge.why_not(option)}")
+        return False
+    missing = [f"{name} {reference}" for name, reference in judge.recorded.items() if not judge.has(name)]
+    if missing:
+        context.say_once(f"this network was trained with {' and '.join(missing)}, not named here")
+    if judge.needs_targets and any(not has_targets(source.split(split)) for split in splits):
+        context.say_once(f"not measured: {source.reference} has no labels")
+        return False
+    return True
+
+
+def has_targets(split: Split) -> bool:
+    """Whether the images of a split have labels or other targets."""
+    if split.loaded is not None:
+        return split.loaded.labelled
+    if split.labels is not None or split.stream is None or not len(split):
+        return split.labels is not None
+    # A stream's labels come with its images: the first one tells.
+    return split.stream.read(0, split.shape, None, 0)[1] is not None
 
 
 def example(checkpoint: Checkpoint) -> tuple[Tensor, ...]:

@@ -127,6 +127,16 @@ def open_checkpoint(
     return build(opened, spec, tables)
 
 
+def recorded_architecture(path: Path) -> str | None:
+    """The architecture that a file of ours records; None for a foreign one.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or unsafe.
+    """
+    payload = open_file(path).payload
+    return None if payload is None else payload.spec.architecture
+
+
 @contextlib.contextmanager
 def _classes_at_hand(options: ModelOptions) -> Iterator[None]:
     """Let a trusted pickle find the classes that the user's file defines.

@@ -25,12 +25,15 @@ from cctool.checkpoint.checkpoint import SUFFIXES, Checkpoint, save
 from cctool.checkpoint.file.payload import content_hash
 from cctool.checkpoint.spec import Parent, Preprocessing, Size, Step
 from cctool.data.records import DataSource
+from cctool.graph.execution import refuse_several_inputs
+from cctool.models import registry
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import open_named, reference_of
 from cctool.operations.keep import events
 from cctool.operations.opening import DataShape, fresh, open_checkpoint
 from cctool.operations.registries import tables
 from cctool.operations.size import measure
+from cctool.operations.task import asked_of, with_task
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.fields import recorded
 
@@ -204,6 +207,7 @@ def _prepare(
             request.reporter,
             lambda: _shape(_open(named_data, None, named, request) if named_data and waits else opened),
         )
+    refuse_several_inputs(checkpoint.model)
     if named_data is not None:
         if waits:
             opened = _open(named_data, checkpoint.spec.data, named, request)
@@ -221,8 +225,10 @@ def _prepare(
         force=request.force,
         stamp=lambda outcome: outcome.checkpoint,
         opened=opened,
+        asked=asked_of(options),
     )
-    return checkpoint, context
+    of_data = None if opened is None else opened.task
+    return with_task(checkpoint, of_data, registry.task_of(checkpoint.spec.architecture), context), context
 
 
 def _open(data: DataOptions, remembered: str | None, named: frozenset[str], request: Request) -> DataSource:

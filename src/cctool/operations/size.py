@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 from torch import Tensor
 
 from cctool.base.errors import CctoolError
@@ -23,6 +26,33 @@ def measure(checkpoint: Checkpoint) -> Size:
     except CctoolError:
         macs = None
     return Size(parameters=parameters, macs=macs, bytes=stored_bytes(checkpoint))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """How large a network is.
+
+    Attributes:
+        parameters: number of scalar parameters; None if unknown.
+        file_bytes: of its file; None without a file.
+        dense_bytes: of all tensors as they compute; None if unknown.
+        stored_bytes: of all tensors as the file stores them, without names and headers; None if unknown.
+    """
+
+    parameters: int | None = None
+    file_bytes: int | None = None
+    dense_bytes: int | None = None
+    stored_bytes: int | None = None
+
+
+def footprint(checkpoint: Checkpoint, path: Path | None) -> Footprint:
+    """Count parameters and bytes of a checkpoint, whose file is ``path``, if it has one."""
+    return Footprint(
+        parameters=sum(parameter.numel() for parameter in checkpoint.model.parameters()),
+        file_bytes=path.stat().st_size if path is not None and path.is_file() else None,
+        dense_bytes=stored_bytes(replace(checkpoint, stored={})),
+        stored_bytes=stored_bytes(checkpoint),
+    )
 
 
 def stored_bytes(checkpoint: Checkpoint) -> int:

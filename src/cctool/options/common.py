@@ -74,6 +74,32 @@ class DataOptions(Options):
         # fmt: on
 
 
+_task = section("What is measured")
+
+
+@dataclass(frozen=True)
+class TaskOptions(Options):
+    """What the network is for, and the user's functions in place of the task's loss and metrics."""
+
+    # fmt: off
+    task: str | None = _task(
+        None, "What the outputs mean: classification, segmentation, regression, custom (your --loss and "
+        "--metric) or unknown.", metavar="TASK", unset="the recorded one, else as data and outputs say",
+        if_given=True)
+    loss: str | None = _task(
+        None, "Your loss(outputs, targets), a scalar tensor; gets inputs, too, if it has such a parameter.",
+        metavar="FILE.py:FN", unset="the task's", runs_code=True)
+    metric: str | None = _task(
+        None, "Your metric(outputs, targets) of a whole split, a number; likewise. Epochs and searches go by "
+        "it.", metavar="FILE.py:FN", unset="the task's", runs_code=True)
+    # fmt: on
+
+
+def judged() -> Any:
+    """The options of the task, recorded if they are given."""
+    return nested(TaskOptions, if_given=True)
+
+
 def parse_shape(text: str) -> tuple[int, int, int]:
     """Parse ``CxHxW``.
 
@@ -181,6 +207,12 @@ class TalkOptions(Options):
     quiet: bool = _output(False, "Print only warnings and errors.", "--quiet", "-q")
     debug: bool = _output(False, "Show the traceback when an error occurs.")
     # fmt: on
+
+
+def wrong_suffix(flag: str, path: str | None, *suffixes: str) -> tuple[bool, str]:
+    """Whether a file's name ends in none of the suffixes, and the error message."""
+    wrong = path is not None and not path.lower().endswith(suffixes)
+    return wrong, f"{flag} {path}: a name that ends in {' or '.join(suffixes)} is expected"
 
 
 def report_file_option(panel: str) -> Any:

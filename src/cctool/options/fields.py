@@ -131,6 +131,7 @@ def option(
     idle: tuple[Idle, ...] | Idle = (),
     runs_code: bool = False,
     recorded: bool = True,
+    if_given: bool = False,
 ) -> Any:
     """A field of an options dataclass that is an option of the command line.
 
@@ -148,11 +149,13 @@ def option(
         idle: conditions under which the option has no effect.
         runs_code: whether the value may name the user's code, which is thereby allowed to run.
         recorded: whether history stores it; options that do not influence the result are not stored.
+        if_given: whether history stores it only if it is given, so that it can be added to a verb without
+            changing what other calls store.
     """
     idle = (idle,) if isinstance(idle, Idle) else idle
     spec = OptionSpec(help, flags, metavar, panel, unset, bounds, parse, shown, repeated, idle, runs_code)
     value = MISSING if default is ... else default
-    return field(default=value, metadata={"option": spec, "recorded": recorded})
+    return field(default=value, metadata={"option": spec, "recorded": recorded, "if_given": if_given})
 
 
 def section(panel: str) -> Callable[..., Any]:
@@ -169,6 +172,7 @@ def nested(
     changed: Mapping[str, Mapping[str, Any]] | None = None,
     panel: str = "",
     key: str | None = None,
+    if_given: bool = False,
 ) -> Any:
     """A field that holds another options dataclass, whose options become the verb's.
 
@@ -180,9 +184,10 @@ def nested(
         changed: field -> arguments of `option` that are different here.
         panel: heading in help and docs, replacing those of its options.
         key: field without which the group is None and its other options have no effect.
+        if_given: whether history stores the group only if one of its options is given.
     """
     spec = GroupSpec(kind, prefix, without, changed or {}, panel, key)
-    metadata = {"group": spec}
+    metadata = {"group": spec, "if_given": if_given}
     if key is not None:
         return field(default=None, metadata=metadata)
     return field(default_factory=(lambda: default) if default is not None else kind, metadata=metadata)
@@ -449,10 +454,18 @@ def recorded(options: Any) -> dict[str, Any]:
     return result if isinstance(result, dict) else {}
 
 
+def _is_given(item: Any) -> bool:
+    return any(map(_is_given, item.values())) if isinstance(item, dict) else item not in (None, [], False)
+
+
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         kept = [item for item in fields(value) if item.metadata.get("recorded", True)]
-        return {item.name: _plain(getattr(value, item.name)) for item in kept}
+        found = {item.name: _plain(getattr(value, item.name)) for item in kept}
+        optional = {item.name for item in kept if item.metadata.get("if_given")}
+        return {name: item for name, item in found.items() if name not in optional or _is_given(item)}
+    if hasattr(value, "as_recorded"):
+        return value.as_recorded()
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (list, tuple)):

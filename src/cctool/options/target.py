@@ -91,3 +91,47 @@ def parse_target(text: str) -> Target:
         raise UsageError(f"--target {text}: a time needs its unit, us, ms or s, as in latency={found[1]}ms")
     scaled = number * _UNITS[quantity].get(unit, 1.0)
     return Target(quantity, scaled, absolute=bool(unit) and scaled <= 1)
+
+
+class Drop(float):
+    """How much of a metric may be lost: in its own unit, or relative to its value before.
+
+    Attributes:
+        relative: whether the number is a fraction of the value before.
+    """
+
+    relative: bool
+
+    def __new__(cls, value: float, relative: bool = False) -> Drop:
+        """Make one of a number from 0 on."""
+        made = super().__new__(cls, value)
+        made.relative = relative
+        return made
+
+    def __str__(self) -> str:
+        return f"{100 * float(self):g}%" if self.relative else f"{float(self):g}"
+
+    def as_recorded(self) -> float | str:
+        """As history stores it: a number, or text with a percent sign."""
+        return str(self) if self.relative else float(self)
+
+
+def parse_drop(text: str) -> Drop:
+    """Parse ``1.5`` (in the metric's unit) or ``2%`` (of its value before).
+
+    Raises:
+        UsageError: for anything else, and for negative numbers.
+
+    >>> parse_drop("1.5"), parse_drop("2%").relative
+    (1.5, True)
+    """
+    number, relative = text.removesuffix("%"), text.endswith("%")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise UsageError(
+            f"--max-drop {text}: 0 or more is allowed, in the metric's own unit or with %, as in 1.5 or 2%"
+        )
+    return Drop(value / 100 if relative else value, relative)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from typing import Any
@@ -44,11 +44,10 @@ class _AnalyzeFrame(_ExportFrame):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _CompareFrame(Frame):
-    model: ModelOptions = nested(
-        ModelOptions, without=tuple(item.name for item in fields(ModelOptions) if item.name != "arch")
-    )
+    # Its own --arch names several architectures.
+    model: ModelOptions = nested(ModelOptions, without=("*",))
     runtime: RuntimeOptions = nested(RuntimeOptions, without=("seed", "deterministic"))
-    output: OutputOptions = nested(OutputOptions, without=("*",))
+    output: OutputOptions = nested(OutputOptions, without=_NO_PRODUCT)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -147,7 +146,10 @@ class Verb:
     def references(self, given: Mapping[str, Any]) -> tuple[str, ...]:
         """The given values that may name the user's code, which is thereby allowed to run."""
         may = {leaf.keyword for leaf in (*self.own, *self.shared) if leaf.spec.runs_code}
-        return tuple(str(given[name]) for name in sorted(may & given.keys()) if given[name])
+        values = (given[name] for name in sorted(may & given.keys()) if given[name])
+        return tuple(
+            str(item) for value in values for item in (value if isinstance(value, tuple) else (value,))
+        )
 
 
 # fmt: off

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
+
+from cctool.base.errors import TrainingError
+from cctool.base.outputs import named_tensors
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,32 @@ class Measure:
     rising: bool = True
     share: bool = False
 
+    @property
+    def heading(self) -> str:
+        """As a column is called."""
+        title = self.title[0].upper() + self.title[1:]
+        return f"{title} ({self.unit})" if self.unit else title
+
 
 LOSS = Measure("loss", "loss", rising=False)
 """The mean loss, which every task has that has one at all."""
+
+
+@dataclass(frozen=True)
+class Agreeing:
+    """What two versions of a network are asked to choose alike, for instance before and after an export.
+
+    Attributes:
+        name: its key in records.
+        title: as sentences name it, as in "top-1 agreement".
+        things: what a choice is made for, in the plural.
+        choices: the choices in a main output (N, ...), whole numbers (N,) or (N, ...).
+    """
+
+    name: str
+    title: str
+    things: str
+    choices: Callable[[Tensor], Tensor]
 
 
 class Task(Protocol):
@@ -39,6 +67,8 @@ class Task(Protocol):
     Attributes:
         name: in specs and on the command line.
         measures: what is measured besides the loss, the main one first; () if the loss alone judges.
+        agreement: what an exported network is asked to choose like the network; None if nothing is chosen, so
+            that only differences of the outputs count.
     """
 
     @property
@@ -48,6 +78,11 @@ class Task(Protocol):
 
     @property
     def measures(self) -> tuple[Measure, ...]:
+        """See above."""
+        ...
+
+    @property
+    def agreement(self) -> Agreeing | None:
         """See above."""
         ...
 
@@ -75,6 +110,35 @@ class Task(Protocol):
         """
         ...
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether it has a loss of its own; without, the user's functions alone judge."""
+        ...
+
+    def fits(self, outputs: Any) -> bool:
+        """Whether what a network returned may mean this."""
+        ...
+
+    def classes_in(self, outputs: Any) -> int | None:
+        """How many classes the outputs tell apart; None for a task without classes."""
+        ...
+
+    def imitation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Mean distance of a student's main output from a teacher's, which is a constant; a scalar."""
+        ...
+
+    def compared(self, outputs: Any) -> list[Tensor]:
+        """The floating-point tensors by which `divergence` compares two passes."""
+        ...
+
+    def divergence(self, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+        """How much outputs differ from others of the same images: 0 or more, infinite if not finite."""
+        ...
+
+    def guess(self, classes: int | None) -> float | None:
+        """The main metric of a blind guess among so many classes; None if that is not known."""
+        ...
+
     def sums(self, outputs: Any, targets: Tensor, *, training: bool = False) -> Mapping[str, Tensor] | None:
         """Figures of a batch that add up over a split, on the outputs' device; None if they do not apply.
 
@@ -90,3 +154,40 @@ class Task(Protocol):
 def main_measure(task: Task) -> Measure:
     """The measure by which epochs, searches and budgets judge."""
     return task.measures[0] if task.measures else LOSS
+
+
+def only_tensor(outputs: Any) -> Tensor:
+    """The first floating-point tensor in what a network returned, else its first tensor.
+
+    Raises:
+        TrainingError: if there is none.
+    """
+    found = list(named_tensors(outputs).values())
+    if not found:
+        raise TrainingError(f"the network returned a {type(outputs).__name__} without any tensor")
+    return next((tensor for tensor in found if tensor.is_floating_point()), found[0])
+
+
+def divergence_of_classes(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Mean over images and positions of KL(softmax(wanted) || softmax(found)), logits being (N, C, ...)."""
+    if not _finite(found):
+        return math.inf
+    # Rounding errors can make the divergence of nearly equal predictions slightly negative.
+    p, q = wanted[0].double().log_softmax(1), found[0].double().log_softmax(1)
+    return max(0.0, float(F.kl_div(q, p, log_target=True, reduction="none").sum(1).mean()))
+
+
+def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Mean over the tensors of: mean squared error divided by the mean square of what is wanted."""
+    if not _finite(found):
+        return math.inf
+    errors = [
+        float((a.double() - b.double()).square().mean() / b.double().square().mean().clamp(min=1e-30))
+        for a, b in zip(found, wanted, strict=True)
+        if b.numel()
+    ]
+    return sum(errors) / max(len(errors), 1)
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

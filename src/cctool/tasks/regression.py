@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from cctool.base.errors import DataError, TrainingError
-from cctool.tasks.base import Measure
+from cctool.tasks.base import Measure, relative_error
+
+_MOST_VALUES = 16  # predicted numbers of a sample that are written down
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Regression:
         Measure("mse", "mean squared error", rising=False),
         Measure("mae", "mean absolute error", rising=False),
     )
+    agreement: None = None
 
     def main_output(self, outputs: Any) -> Tensor:
         """The tensor itself, ``out`` of a dict, or the first of several.
@@ -28,13 +31,39 @@ class Regression:
         Raises:
             TrainingError: if there is no tensor.
         """
-        found = outputs.get("out") if isinstance(outputs, Mapping) else outputs
-        found = found[0] if isinstance(found, (tuple, list)) and found else found
+        found = _first(outputs)
         if not isinstance(found, Tensor):
             raise TrainingError(
                 f"the network returned a {type(outputs).__name__}; regression needs a tensor (N, ...)"
             )
         return found
+
+    has_loss = True
+
+    def fits(self, outputs: Any) -> bool:
+        """Whether there is a floating-point tensor."""
+        found = _first(outputs)
+        return isinstance(found, Tensor) and found.is_floating_point()
+
+    def classes_in(self, outputs: Any) -> int | None:
+        """None: values are no classes."""
+        return None
+
+    def imitation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Mean squared difference; the temperature has no meaning here."""
+        return (student - teacher.detach()).square().mean()
+
+    def compared(self, outputs: Any) -> list[Tensor]:
+        """The main output."""
+        return [self.main_output(outputs)]
+
+    def divergence(self, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+        """Mean squared error divided by the mean square."""
+        return relative_error(found, wanted)
+
+    def guess(self, classes: int | None) -> float | None:
+        """Not known: the error of a guess depends on how far the targets spread."""
+        return None
 
     def loss(self, outputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Mean squared error over all elements.
@@ -55,13 +84,28 @@ class Regression:
 
     def sums(self, outputs: Any, targets: Tensor, *, training: bool = False) -> Mapping[str, Tensor] | None:
         """Sum over the samples of each one's mean squared and absolute error."""
-        errors = self._errors(outputs, targets).flatten(1) if targets.dim() > 1 else None
-        errors = self._errors(outputs, targets)[:, None] if errors is None else errors
+        errors = _rows(self._errors(outputs, targets))
         return {"mse": errors.square().mean(1).sum(), "mae": errors.abs().mean(1).sum()}
 
     def values(self, sums: Mapping[str, Tensor], n: float) -> dict[str, float]:
         """Means over the samples."""
         return {measure.name: float(sums[measure.name]) / n for measure in self.measures}
+
+    def predictions(
+        self, outputs: Any, targets: Tensor | None, names: Sequence[str]
+    ) -> Iterator[Mapping[str, object]]:
+        """Mean squared and absolute error of each sample, and its predicted numbers, if 16 at most."""
+        found = _rows(self.main_output(outputs))
+        errors = _rows(self._errors(outputs, targets)) if targets is not None else None
+        for index, values in enumerate(found.tolist()):
+            error = None if errors is None else errors[index]
+            row: dict[str, object] = {
+                "squared_error": "" if error is None else f"{float(error.square().mean()):.6g}",
+                "absolute_error": "" if error is None else f"{float(error.abs().mean()):.6g}",
+            }
+            if len(values) <= _MOST_VALUES:
+                row |= {f"predicted_{place}": f"{value:.6g}" for place, value in enumerate(values)}
+            yield row
 
     def _errors(self, outputs: Any, targets: Tensor) -> Tensor:
         found = self.main_output(outputs)
@@ -71,3 +115,13 @@ class Regression:
                 "regression needs equal shapes"
             )
         return found - targets.to(found.dtype)
+
+
+def _first(outputs: Any) -> Any:
+    found = outputs.get("out") if isinstance(outputs, Mapping) else outputs
+    return found[0] if isinstance(found, (tuple, list)) and found else found
+
+
+def _rows(values: Tensor) -> Tensor:
+    """A row of numbers for each sample."""
+    return values.flatten(1) if values.dim() > 1 else values[:, None]

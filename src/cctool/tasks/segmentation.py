@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cctool.base.errors import DataError, TrainingError
-from cctool.tasks.base import Measure
+from cctool.tasks.base import Agreeing, Measure, divergence_of_classes
+from cctool.tasks.classification import distillation_loss
+from cctool.tasks.details import class_name, counts
 
 _AUXILIARY_WEIGHT = 0.5
 IGNORED = 255
 """The label of pixels that belong to no class, as in Pascal VOC and Cityscapes."""
+
+
+def _classes_of_pixels(logits: Tensor) -> Tensor:
+    return logits.argmax(1)
+
+
+_PIXELS = Agreeing("pixels", "pixel", "pixels", _classes_of_pixels)
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,12 @@ class Segmentation:
         Measure("miou", "mean IoU", "%"),
         Measure("pixels", "pixel accuracy", "%"),
     )
+    agreement: Agreeing = _PIXELS
+    class_measures: tuple[Measure, ...] = (
+        Measure("iou", "IoU", "%"),
+        Measure("accuracy", "pixel accuracy", "%"),
+    )
+    counted: str = "pixels"
     ignored: int = IGNORED
 
     def main_output(self, outputs: Any) -> Tensor:
@@ -41,11 +55,7 @@ class Segmentation:
         Raises:
             TrainingError: if there are no logits (N, classes, h, w).
         """
-        found = outputs
-        if isinstance(outputs, Mapping):
-            found = outputs.get("out")
-        elif isinstance(outputs, (tuple, list)) and outputs:
-            found = outputs[0]
+        found = _first(outputs)
         if not isinstance(found, Tensor) or found.dim() != 4:
             shape = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(outputs).__name__
             raise TrainingError(
@@ -53,6 +63,40 @@ class Segmentation:
                 "or as 'out' of a dict"
             )
         return found
+
+    has_loss = True
+
+    def fits(self, outputs: Any) -> bool:
+        """Whether there are logits (N, classes, h, w) of two classes or more."""
+        found = _first(outputs)
+        return (
+            isinstance(found, Tensor)
+            and found.dim() == 4
+            and found.shape[1] > 1
+            and found.is_floating_point()
+        )
+
+    def classes_in(self, outputs: Any) -> int | None:
+        """Number of logits of a pixel."""
+        return int(self.main_output(outputs).shape[1])
+
+    def imitation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """The distillation loss of each pixel, averaged; a teacher of another size is resized."""
+        if teacher.shape[-2:] != student.shape[-2:]:
+            teacher = resized(teacher, student)
+        return distillation_loss(_by_pixel(student), _by_pixel(teacher), temperature)
+
+    def compared(self, outputs: Any) -> list[Tensor]:
+        """The main logits."""
+        return [self.main_output(outputs)]
+
+    def divergence(self, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+        """Kullback-Leibler divergence of the predictions, averaged over pixels."""
+        return divergence_of_classes(found, wanted)
+
+    def guess(self, classes: int | None) -> float | None:
+        """Not known: the mean IoU of a guess depends on how large the classes are."""
+        return None
 
     def loss(self, outputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy over the pixels that count; an output ``aux`` counts half, as in torchvision.
@@ -88,14 +132,11 @@ class Segmentation:
 
     def sums(self, outputs: Any, targets: Tensor, *, training: bool = False) -> Mapping[str, Tensor] | None:
         """The confusion matrix, rows by target; while training the counts of right and all pixels."""
-        logits = self.main_output(outputs)
-        classes = logits.shape[1]
-        predicted = resized(logits, targets).argmax(1)
-        counts = targets != self.ignored
-        if training:
-            return {"right": ((predicted == targets) & counts).sum(), "all": counts.sum()}
-        places = targets[counts] * classes + predicted[counts]
-        return {"confusion": torch.bincount(places, minlength=classes**2).reshape(classes, classes)}
+        if not training:
+            return {"confusion": self.confusion(outputs, targets)}
+        predicted = resized(self.main_output(outputs), targets).argmax(1)
+        belongs = targets != self.ignored
+        return {"right": ((predicted == targets) & belongs).sum(), "all": belongs.sum()}
 
     def values(self, sums: Mapping[str, Tensor], n: float) -> dict[str, float]:
         """Mean IoU over the classes that occur in targets or predictions, and share of right pixels, percent.
@@ -104,11 +145,44 @@ class Segmentation:
         """
         if "confusion" not in sums:
             return {"pixels": 100 * float(sums["right"]) / max(float(sums["all"]), 1.0)}
-        matrix = sums["confusion"].double()
-        right, union = matrix.diagonal(), matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
-        occurs = union > 0
-        mean = float((right[occurs] / union[occurs]).mean()) if occurs.any() else 0.0
-        return {"miou": 100 * mean, "pixels": 100 * float(right.sum() / matrix.sum().clamp(min=1))}
+        return _judged(sums["confusion"].double())
+
+    def confusion(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Pixels that count, by mask (rows) and by the largest logit (columns)."""
+        logits = self.main_output(outputs)
+        predicted = resized(logits, targets).argmax(1)
+        belongs = targets != self.ignored
+        return counts(predicted[belongs], targets[belongs], logits.shape[1])
+
+    def per_class(self, confusion: Tensor) -> Mapping[str, Tensor]:
+        """Percent of the pixels of either mask or prediction that both have, and of the mask's alone."""
+        right, labelled = 100 * confusion.diagonal().double(), confusion.sum(1)
+        union = confusion.sum(0) + labelled - confusion.diagonal()
+        return {"iou": right / union, "accuracy": right / labelled}
+
+    def predictions(
+        self, outputs: Any, targets: Tensor | None, names: Sequence[str]
+    ) -> Iterator[Mapping[str, object]]:
+        """Pixel accuracy and mean IoU of each image, and how much of it is predicted as each class, percent.
+
+        The shares are of all pixels, ignored ones too, at the mask's size if there is one.
+        """
+        logits = self.main_output(outputs)
+        if targets is not None:
+            logits = resized(logits, targets)
+        classes = logits.shape[1]
+        for index, choice in enumerate(logits.argmax(1)):
+            judged = {"miou": "", "pixels": ""}
+            if targets is not None and (targets[index] != self.ignored).any():
+                one = slice(index, index + 1)
+                found = _judged(self.confusion(logits[one], targets[one]).double())
+                judged = {name: f"{value:.4f}" for name, value in found.items()}
+            taken = 100 * choice.flatten().bincount(minlength=classes).double() / choice.numel()
+            yield {
+                "pixel_accuracy": judged["pixels"],
+                "mean_iou": judged["miou"],
+                **{f"share_{class_name(k, names)}": f"{share:.4f}" for k, share in enumerate(taken.tolist())},
+            }
 
     def _mean(self, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         total = F.cross_entropy(
@@ -119,6 +193,23 @@ class Segmentation:
             reduction="sum",
         )
         return total / (targets != self.ignored).sum().clamp(min=1)
+
+
+def _first(outputs: Any) -> Any:
+    if isinstance(outputs, Mapping):
+        return outputs.get("out")
+    return outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+
+
+def _by_pixel(logits: Tensor) -> Tensor:
+    return logits.movedim(1, -1).reshape(-1, logits.shape[1])
+
+
+def _judged(matrix: Tensor) -> dict[str, float]:
+    right, union = matrix.diagonal(), matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+    occurs = union > 0
+    mean = float((right[occurs] / union[occurs]).mean()) if occurs.any() else 0.0
+    return {"miou": 100 * mean, "pixels": 100 * float(right.sum() / matrix.sum().clamp(min=1))}
 
 
 def resized(logits: Tensor, targets: Tensor) -> Tensor:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from cctool.base.errors import SpecError
 from cctool.tasks.base import Task
 from cctool.tasks.classification import Classification
+from cctool.tasks.custom import CUSTOM, UNKNOWN, Untold
 from cctool.tasks.regression import Regression
 from cctool.tasks.segmentation import Segmentation
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Segmentation(), Regression())}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (Classification(), Segmentation(), Regression(), Untold(CUSTOM), Untold(UNKNOWN))
+}
 """A new task is one file and one line here."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,22 +17,18 @@ from cctool.graph.execution import blaming_the_size
 from cctool.tasks.base import Task
 from cctool.training.objectives import CLASSIFICATION
 from cctool.training.processes import Group
-from cctool.training.user_functions import UserMetric
-
-LossFunction = Callable[[Any, Tensor], Tensor]
+from cctool.training.user_functions import UserLoss, UserMetric
 
 
-def trial_output(model: nn.Module, input_shape: tuple[int, int, int], task: Task = CLASSIFICATION) -> Tensor:
-    """Main output of a network, in eval mode, for two images of zeros of ``input_shape`` (C, H, W).
+def trial_outputs(model: nn.Module, input_shape: tuple[int, int, int]) -> Any:
+    """What a network returns, in eval mode, for two images of zeros of ``input_shape`` (C, H, W).
 
     Raises:
         ArchitectureError: if it does not run on them.
-        TrainingError: if its outputs cannot be trained on.
     """
     device = device_of(model)
     with blaming_the_size(input_shape), in_eval_mode(model), torch.no_grad():
-        outputs = model(torch.zeros(2, *input_shape, device=device))
-    return task.main_output(outputs)
+        return model(torch.zeros(2, *input_shape, device=device))
 
 
 def outputs_of(
@@ -42,7 +38,7 @@ def outputs_of(
 
     Args:
         model: on ``device`` already.
-        batches: normalised images (N, C, H, W), with labels (N,) if there are any.
+        batches: normalised images (N, C, H, W), with targets if there are any.
         device: the network's device.
         precision: ``32``, ``bf16`` or ``16``.
 
@@ -58,50 +54,88 @@ def outputs_of(
         shape = tuple(images.shape[1:])
         with blaming_the_size(shape), in_eval_mode(model), torch.no_grad(), autocast(device, precision):
             outputs = model(images)
-        yield outputs.float() if isinstance(outputs, Tensor) else outputs, batch
+        yield _each(outputs, _in_full_precision), batch
 
 
 class _EvaluationSums:
     """Sums over the batches of one split, kept on the device so that no batch waits for them."""
 
     def __init__(
-        self, device: torch.device, task: Task, loss: LossFunction | None, metric: UserMetric | None
+        self, device: torch.device, task: Task, loss: UserLoss | None, metric: UserMetric | None
     ) -> None:
         self._task = task
-        self._loss = loss or task.loss
+        self._loss = loss
         self._metric = metric
         # Samples, and the sum of losses.
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._figures: dict[str, Tensor] = {}
         self._fits = True
-        self._outputs: list[Tensor] = []
-        self._labels: list[Tensor] = []
+        self._has_loss = False
+        self._kept: list[tuple[Any, Tensor | None, Tensor | None]] = []
 
-    def add(self, outputs: Any, labels: Tensor) -> None:
-        n = labels.shape[0]
-        loss = self._loss(outputs, labels).detach().to(self._sums.dtype)
+    def add(self, outputs: Any, labels: Tensor | None, images: Tensor) -> None:
+        n = len(images)
+        loss = self._loss_of(outputs, labels, images)
         self._sums += torch.stack([loss.new_tensor(n), loss * n])
-        figures = self._task.sums(outputs, labels) if self._fits else None
+        figures = self._task.sums(outputs, labels) if self._fits and labels is not None else None
         self._fits = figures is not None
         for name, figure in (figures or {}).items():
             known = self._figures.get(name)
             self._figures[name] = figure.to(loss) if known is None else known + figure.to(loss)
         if self._metric is not None:
-            self._outputs.append(self._task.main_output(outputs).cpu())
-            self._labels.append(labels.cpu())
+            kept = self._task.main_output(outputs) if self._task.has_loss else outputs
+            inputs = images.cpu() if self._metric.takes_inputs else None
+            self._kept.append((_each(kept, Tensor.cpu), None if labels is None else labels.cpu(), inputs))
+
+    def _loss_of(self, outputs: Any, labels: Tensor | None, images: Tensor) -> Tensor:
+        if self._loss is None and (labels is None or not self._task.has_loss):
+            return self._sums.new_zeros(())
+        self._has_loss = True
+        if self._loss is not None:
+            return self._loss(outputs, labels, images).detach().to(self._sums.dtype)
+        assert labels is not None
+        return self._task.loss(outputs, labels).detach().to(self._sums.dtype)
 
     def metrics(self, split: str, group: Group) -> Metrics:
         n, loss = group.sum(self._sums).tolist()
         if not n:
             raise DataError(f"the {split} split is empty: nothing can be measured on it")
-        values = {"loss": loss / n}
+        values = {"loss": loss / n} if self._has_loss else {}
         if self._fits:
             figures = {name: group.sum(figure) for name, figure in self._figures.items()}
             values |= self._task.values(figures, n)
         if self._metric is not None:
-            outputs, labels = (group.concatenate(torch.cat(parts)) for parts in (self._outputs, self._labels))
-            values[self._metric.name] = self._metric(outputs, labels)
+            outputs, labels, inputs = (_joined(list(parts), group) for parts in zip(*self._kept, strict=True))
+            values[self._metric.name] = self._metric(outputs, labels, inputs)
         return Metrics(split=split, n=int(n), values=values)
+
+
+def _each(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a network returned, with every tensor in it changed."""
+    if isinstance(outputs, Tensor):
+        return change(outputs)
+    if isinstance(outputs, Mapping):
+        return {name: _each(item, change) for name, item in outputs.items()}
+    if isinstance(outputs, (tuple, list)):
+        kind = tuple if isinstance(outputs, tuple) else list
+        return kind(_each(item, change) for item in outputs)
+    return outputs
+
+
+def _in_full_precision(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _joined(parts: list[Any], group: Group) -> Any:
+    """The outputs of all batches as one, tensors concatenated; lists with an item for each image grow."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return group.concatenate(torch.cat(parts))
+    if isinstance(first, dict):
+        return {name: _joined([part[name] for part in parts], group) for name in first}
+    if isinstance(first, (tuple, list)) and all(isinstance(item, Tensor) for item in first):
+        return type(first)(_joined([part[place] for part in parts], group) for place in range(len(first)))
+    return [item for part in parts for item in part] if isinstance(first, (tuple, list)) else first
 
 
 def evaluate(
@@ -112,22 +146,24 @@ def evaluate(
     device: torch.device,
     precision: str = "32",
     task: Task = CLASSIFICATION,
-    loss: LossFunction | None = None,
+    loss: UserLoss | None = None,
     metric: UserMetric | None = None,
     group: Group | None = None,
+    also: Callable[[Any, Tensor], None] | None = None,
 ) -> Metrics:
     """Measure a network on one split.
 
     Args:
         model: on ``device`` already; its modes and weights do not change.
-        batches: normalised images (N, C, H, W) and labels (N,); each sample once.
+        batches: normalised images (N, C, H, W) and their targets; each sample once.
         split: name of the split, for the record.
         device: the network's device.
         precision: ``32``, ``bf16`` or ``16``.
         task: what the outputs mean, and what is measured.
-        loss: (outputs, labels) -> mean loss of a batch; None is the task's.
+        loss: the user's, in place of the task's.
         metric: the user's metric, computed over all samples together.
         group: the processes that share the split, each with its own part of it.
+        also: gets the outputs and labels of each batch, on the device, to gather more from the same pass.
 
     Returns:
         ``loss`` (mean), the task's metrics where they apply, and the user's metric.
@@ -137,12 +173,18 @@ def evaluate(
         UserCodeError: if the user's loss or metric fails.
     """
     totals = _EvaluationSums(device, task, loss, metric)
+    named = [function for function in (loss, metric) if function is not None]
+    reads_inputs = any(function.takes_inputs for function in named)
+    # An autoencoder's images are their own targets.
+    blind = bool(named) and all(function.takes_inputs for function in named)
     for outputs, batch in outputs_of(model, batches, device, precision):
-        if batch.labels is None:
+        if batch.labels is None and not blind:
             raise DataError(f"the {split} split has no labels: only `evaluate --predictions` can use it")
-        labels = batch.labels.to(device, non_blocking=True)
-        if loss is None:
+        labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+        if loss is None and labels is not None:
             task.refuse(outputs, labels, split)
         with torch.no_grad():
-            totals.add(outputs, labels)
+            totals.add(outputs, labels, batch.images.to(device) if reads_inputs else batch.images)
+            if also is not None and labels is not None:
+                also(outputs, labels)
     return totals.metrics(split, group or Group())

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cctool.base.errors import TrainingError
+from cctool.base.errors import DataError, TrainingError
 from cctool.tasks.base import Task
 from cctool.tasks.classification import Classification
 from cctool.training.user_functions import UserLoss
@@ -28,12 +26,12 @@ class Terms:
 
     Attributes:
         loss: what is minimised, a scalar.
-        logits: the network's main output, shape (N, classes).
+        output: the network's main output, for classification logits (N, classes).
         components: the summands of ``loss``, with their weights, if there are several.
     """
 
     loss: Tensor
-    logits: Tensor
+    output: Tensor
     components: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -43,28 +41,15 @@ class Objective(Protocol):
     Attributes:
         task: what the outputs mean.
         user: names the user's function in it, if there is one.
+        needs_targets: whether it cannot do without targets.
     """
 
     task: Task
     user: str | None
+    needs_targets: bool
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Terms:
-        """Run the network on normalised images (N, C, H, W) and labels (N,)."""
-
-
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``T^2 * KL(softmax(teacher / T) || softmax(student / T))``, mean over the batch.
-
-    Hinton et al. 2015, arXiv 1503.02531, section 2; the factor T^2 keeps the size of gradients about the same
-    for every T > 0. Both logits are (N, classes); the teacher's are constants.
-    """
-    divergence = F.kl_div(
-        F.log_softmax(student / temperature, dim=1),
-        F.log_softmax(teacher.detach() / temperature, dim=1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    return temperature**2 * divergence
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Terms:
+        """Run the network on normalised images (N, C, H, W), with their targets if there are any."""
 
 
 def _batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
@@ -118,19 +103,27 @@ class Supervised:
     ) -> None:
         self.task = task
         self.user = loss.reference if loss is not None else None
-        self._loss = loss or partial(task.loss, label_smoothing=label_smoothing)
+        self.needs_targets = loss is None or not loss.takes_inputs
+        self._loss = loss
+        self._smoothing = label_smoothing
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Terms:
-        """Run the network and compare its outputs with the labels."""
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Terms:
+        """Run the network and compare its outputs with the targets."""
         outputs = model(images)
-        return Terms(self._loss(outputs, labels), self.task.main_output(outputs))
+        if self._loss is not None:
+            return Terms(self._loss(outputs, labels, images), self.task.main_output(outputs))
+        if labels is None:
+            raise DataError("the training split has no labels")
+        return Terms(self.task.loss(outputs, labels, self._smoothing), self.task.main_output(outputs))
 
 
 class Distillation:
-    """``alpha * T^2 * KL(teacher || student) + (1 - alpha) * hard``, where ``hard`` is a `Supervised` loss.
+    """``alpha * imitation + (1 - alpha) * hard``: of the teacher, and a `Supervised` loss.
+
+    For classification the imitation is ``T^2 * KL(teacher || student)``.
 
     Args:
-        teacher: the student's images -> teacher logits (N, classes), without gradients.
+        teacher: the student's images -> the teacher's main output, without gradients.
         temperature: T, above 0.
         alpha: weight of the teacher, in [0, 1].
         label_smoothing: of the hard loss.
@@ -150,10 +143,11 @@ class Distillation:
         self._teacher, self._temperature, self._alpha = teacher, temperature, alpha
         self._supervised = Supervised(label_smoothing, loss, task)
         self.user, self.task = self._supervised.user, task
+        self.needs_targets = self._supervised.needs_targets
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Terms:
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Terms:
         """Run both networks on the same images."""
         hard = self._supervised(model, images, labels)
-        soft = distillation_loss(hard.logits, self._teacher(images), self._temperature)
+        soft = self.task.imitation(hard.output, self._teacher(images), self._temperature)
         components = {"distillation": self._alpha * soft, "hard": (1 - self._alpha) * hard.loss}
-        return Terms(components["distillation"] + components["hard"], hard.logits, components)
+        return Terms(components["distillation"] + components["hard"], hard.output, components)

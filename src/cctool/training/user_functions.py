@@ -1,7 +1,12 @@
-"""The user's loss, metric and optimizer, called so that every error names the function."""
+"""The user's loss, metric and optimizer, called so that every error names the function.
+
+Losses and metrics are called with (outputs, targets), and with the network's inputs by keyword if they have a
+parameter of that name: an autoencoder has no other target.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Collection
 from typing import Any
@@ -28,19 +33,37 @@ def named_function(reference: str, named: Collection[str], option: str) -> Calla
     return user_code.load(reference)
 
 
-class UserLoss:
-    """A user's loss: (outputs, labels) -> scalar tensor.
+def takes_inputs(function: Callable[..., Any]) -> bool:
+    """Whether a function has a parameter ``inputs``."""
+    try:
+        return "inputs" in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        # Built-in functions do not tell their parameters.
+        return False
+
+
+class _UserFunction:
+    """A user's function of (outputs, targets) and perhaps inputs."""
+
+    def __init__(self, reference: str, function: Callable[..., Any]) -> None:
+        self.reference = reference
+        self.takes_inputs = takes_inputs(function)
+        self._function = function
+
+    def _called(self, outputs: Any, targets: Tensor | None, inputs: Tensor | None) -> Any:
+        more = {"inputs": inputs} if self.takes_inputs else {}
+        return user_code.call_often(self.reference, self._function, outputs, targets, **more)
+
+
+class UserLoss(_UserFunction):
+    """A user's loss: (outputs, targets) -> scalar tensor.
 
     Raises UserCodeError if the function raises or returns something else.
     """
 
-    def __init__(self, reference: str, function: Callable[..., Any]) -> None:
-        self.reference = reference
-        self._function = function
-
-    def __call__(self, outputs: Any, labels: Tensor) -> Tensor:
+    def __call__(self, outputs: Any, targets: Tensor | None, inputs: Tensor | None = None) -> Tensor:
         """Loss of one batch."""
-        value = user_code.call_often(self.reference, self._function, outputs, labels)
+        value = self._called(outputs, targets, inputs)
         wrong = None
         if not isinstance(value, Tensor):
             wrong = f"a {type(value).__name__}; a loss is a scalar tensor that depends on the outputs"
@@ -55,20 +78,29 @@ class UserLoss:
         return value.reshape(())  # type: ignore[no-any-return]
 
 
-class UserMetric:
-    """A user's metric: (outputs of a whole split, labels) -> number.
+class UserMetric(_UserFunction):
+    """A user's metric: (outputs of a whole split, targets) -> number.
 
     Raises UserCodeError if the function raises or returns something other than one finite number.
+
+    Attributes:
+        name: of the function.
+        rising: whether larger is better, by the function's attribute ``direction`` (``max`` or ``min``).
+        unit: after its values, by the function's attribute ``unit``.
     """
 
     def __init__(self, reference: str, function: Callable[..., Any]) -> None:
-        self.reference = reference
+        super().__init__(reference, function)
         self.name = reference.rpartition(":")[2]
-        self._function = function
+        direction = getattr(function, "direction", "max")
+        if direction not in ("max", "min"):
+            raise UserCodeError(f"{reference}: its direction is {direction!r}; 'max' or 'min' is allowed")
+        self.rising = direction == "max"
+        self.unit = str(getattr(function, "unit", ""))
 
-    def __call__(self, outputs: Tensor, labels: Tensor) -> float:
+    def __call__(self, outputs: Any, targets: Tensor | None, inputs: Tensor | None = None) -> float:
         """Metric of all samples together, on the CPU."""
-        value = user_code.call_often(self.reference, self._function, outputs, labels)
+        value = self._called(outputs, targets, inputs)
         try:
             number = float(value)
         except (TypeError, ValueError, RuntimeError):

@@ -111,7 +111,7 @@ def test_with_predictions_their_path_is_the_product(path: Path, tmp_path: Path) 
     arguments = ["evaluate", str(path), "--data", "digits", "--limit", "20", "--predictions", target]
     result = CliRunner().invoke(app, arguments)
     assert result.stdout == f"{target}\n"
-    assert "top1" in result.stderr
+    assert "top-1" in result.stderr
 
 
 @pytest.fixture

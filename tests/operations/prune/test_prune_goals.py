@@ -21,7 +21,7 @@ from cctool.operations.prune.goals import TargetReport
 from cctool.operations.prune.report import picture_path
 from cctool.operations.registries import tables
 from cctool.operations.size import measure, stored_bytes
-from cctool.options.common import DataOptions, RuntimeOptions
+from cctool.options.common import DataOptions, RuntimeOptions, TaskOptions
 from cctool.options.inspect.evaluate import EvaluateOptions, SplitName
 from cctool.options.prune.choices import Growth, PruneMethod, Scope, StepMode
 from cctool.options.prune.options import PruneOptions
@@ -281,6 +281,7 @@ def test_guesses_that_scatter_are_no_collapse(
     warnings: list[str] = []
     reporter = SimpleNamespace(warn=warnings.append)
     old, new = (Metrics(split="test", n=n, values={"top1": value}) for value in (before, after))
-    work = SimpleNamespace(metrics=(old,), options=PruneOptions(), context=SimpleNamespace(reporter=reporter))
+    asked = SimpleNamespace(reporter=reporter, judges={}, asked=TaskOptions())
+    work = SimpleNamespace(metrics=(old,), options=PruneOptions(), context=asked)
     prune._warn_of_collapse(load(trained, tables()), (new,), 0, cast("Any", work))
     assert bool(warnings) == said

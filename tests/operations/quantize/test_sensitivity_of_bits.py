@@ -16,13 +16,14 @@ from cctool.operations.keep.events import stored as as_stored
 from cctool.operations.quantize import run as quantize
 from cctool.operations.quantize.plan import plan
 from cctool.operations.quantize.prepare import attached
-from cctool.operations.quantize.sensitivity import damage_between, searched_bits
+from cctool.operations.quantize.sensitivity import searched_bits
 from cctool.operations.size import stored_bytes
 from cctool.options.quantize.choices import Edges, QuantizeMethod, Rounding
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.quantize.parts import CalibrationOptions, LayerBits
 from cctool.options.target import Quantity, Target
 from cctool.quantization.network.attach import detach, only, quantizers_of
+from cctool.tasks.table import task_named
 from procedure_toys import DIGITS, Listening, context, digits, plain_network
 
 DATA = replace(DIGITS, limit=48)
@@ -177,10 +178,13 @@ def test_goals_that_cannot_be_reached_are_refused(checkpoint):
 
 
 def test_outputs_that_are_not_finite_are_infinitely_far_and_scores_are_compared_by_squares():
+    def damage(found, wanted):
+        return task_named("classification").divergence([torch.tensor(found)], [wanted])
+
     wanted = torch.tensor([[1.0, 2.0]])
-    assert damage_between(torch.tensor([[1.0, float("nan")]]), wanted) == float("inf")
-    assert damage_between(torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0], [4.0]])) == pytest.approx(1 / 20)
-    assert damage_between(wanted + 5, wanted) == pytest.approx(0, abs=1e-12)
+    assert damage([[1.0, float("nan")]], wanted) == float("inf")
+    assert damage([[3.0], [4.0]], torch.tensor([[2.0], [4.0]])) == pytest.approx(1 / 20)
+    assert damage((wanted + 5).tolist(), wanted) == pytest.approx(0, abs=1e-12)
 
 
 def test_a_whole_run_with_every_correction_keeps_the_target(checkpoint):

@@ -69,7 +69,8 @@ def test_the_model_is_as_it_was() -> None:
 def test_masked_calls_are_the_network_with_zeros_in_its_weights(wide: bool) -> None:
     model = distinct(net(lambda m, x: head(m, m.b(F.relu(m.a(x)))))).float().eval()
     result = plan_thinning(model, (X,), HALF)
-    (found,) = run(model, [X], MaskedCalls(model, result.graph, result.selection, wide=wide))
+    calls = MaskedCalls(model, result.graph, result.selection, wide=wide)
+    (found,) = run(model, [X], calls).values()
     masked = copy.deepcopy(model)
     mask(masked, result.graph, result.selection)
     with torch.no_grad():
@@ -104,7 +105,7 @@ def test_large_linear_layers_are_widened_some_rows_at_a_time(monkeypatch: pytest
     selection = Selection(kept, {})
 
     def outputs() -> torch.Tensor:
-        return run(model, inputs, MaskedCalls(model, graph, selection, wide=True))[0]
+        return run(model, inputs, MaskedCalls(model, graph, selection, wide=True))["output"]
 
     whole = outputs()
     assert whole.dtype == torch.float64

@@ -215,7 +215,7 @@ class _Broken:
     def __call__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Terms:
         terms = Supervised()(model, images, labels)
         self.left -= 1
-        return terms if self.left >= 0 else Terms(terms.loss * self.value, terms.logits)
+        return terms if self.left >= 0 else Terms(terms.loss * self.value, terms.output)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

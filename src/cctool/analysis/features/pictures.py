@@ -31,13 +31,13 @@ class CurvePoint:
         split: of the data set.
         quality: 1 to 100.
         ratio: bits of an 8-bit map over the coded bits, including side information.
-        accuracy: top-1 in percent.
+        value: the network's main metric.
     """
 
     split: str
     quality: float
     ratio: float
-    accuracy: float
+    value: float
 
 
 def draw_histograms(title: str, bands: Sequence[Band], *, zero_bar: bool = False) -> bytes:
@@ -66,13 +66,16 @@ def draw_histograms(title: str, bands: Sequence[Band], *, zero_bar: bool = False
     return _png(figure)
 
 
-def draw_curve(title: str, points: Sequence[CurvePoint], uncoded: Sequence[tuple[str, float]]) -> bytes:
-    """Draw accuracy against compression ratio; returns the bytes of a PNG.
+def draw_curve(
+    title: str, points: Sequence[CurvePoint], uncoded: Sequence[tuple[str, float]], label: str
+) -> bytes:
+    """Draw the main metric against compression ratio; returns the bytes of a PNG.
 
     Args:
         title: above the picture.
         points: measured qualities.
-        uncoded: (split, top-1 in percent) of the network without codecs, drawn as dashed lines.
+        uncoded: (split, metric) of the network without codecs, drawn as dashed lines.
+        label: the metric and its unit.
     """
     from matplotlib.figure import Figure
 
@@ -83,7 +86,7 @@ def draw_curve(title: str, points: Sequence[CurvePoint], uncoded: Sequence[tuple
         line = sorted((point for point in points if point.split == split), key=lambda point: point.ratio)
         axes.plot(
             [point.ratio for point in line],
-            [point.accuracy for point in line],
+            [point.value for point in line],
             color=colour,
             marker="o",
             markersize=4,
@@ -96,7 +99,7 @@ def draw_curve(title: str, points: Sequence[CurvePoint], uncoded: Sequence[tuple
             if name == split:
                 axes.axhline(accuracy, color=colour, linestyle="--", linewidth=0.9, label=f"{split}, uncoded")
     axes.set_xlabel("ratio against 8 bit, side information included")
-    axes.set_ylabel("top-1, %")
+    axes.set_ylabel(label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e6eaee", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -110,7 +113,7 @@ def _name_qualities(axes: Axes, line: Sequence[CurvePoint]) -> None:
     for point in line:
         axes.annotate(
             f"{point.quality:g}",
-            (point.ratio, point.accuracy),
+            (point.ratio, point.value),
             xytext=(4, 4),
             textcoords="offset points",
             fontsize=7,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cctool.cli.commands.export import agreement_line
+from cctool.cli.commands.export import agreement_notes
 from cctool.cli.console import Console
 from cctool.cli.frame import Invocation
 from cctool.options.inspect.analyze import View
@@ -45,5 +45,4 @@ def _show(console: Console, report: Any, talk: bool) -> None:
     if report.history:
         table("History (--history: in full)", SHORT_HEADERS, short_rows(report.history))
     for file in report.written:
-        for agreement in file.agreements:
-            console.note(agreement_line(agreement))
+        agreement_notes(console, file)

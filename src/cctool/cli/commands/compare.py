@@ -1,35 +1,32 @@
-"""`cctool compare`, and its table."""
+"""`cctool compare`, and its tables."""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
-from cctool.cli.frame import Invocation, resolved_source
+from cctool.cli.frame import Invocation, resolved_sources
 
 
 def compare(call: Invocation) -> None:
-    """Put checkpoints side by side: accuracy, parameters, MACs and bytes.
+    """Put networks side by side: accuracy, loss, parameters, MACs and bytes.
 
     Example: cctool compare teacher.pt student.pt pruned.pt
     """
-    found = [(file, call.read(file)) for file in map(resolved_source, call.inputs)]
-    rows = [(file, Path(file).stat().st_size, report) for file, report in found]
-    first_bytes = rows[0][1]
-    call.console.table(
-        "",
-        ("file", "steps", "top-1 %", "n", "parameters", "MACs", "bytes", "smaller"),
-        [
-            (
-                file,
-                " > ".join(report.verbs),
-                f"{report.metrics.values.get('top1', float('nan')):.2f}" if report.metrics else None,
-                report.metrics.n if report.metrics else None,
-                report.parameters,
-                report.macs,
-                size,
-                f"{first_bytes / size:.2f}x",
-            )
-            for file, size, report in rows
-        ],
-    )
-    call.console.document([{"file": file, "bytes": size, "report": report} for file, size, report in rows])
+    from cctool.operations.inspect.comparison import Compared, compared, entries, remarks, tables
+
+    console, force = call.console, call.frame.output.force
+    rows = []
+    for entry in entries(resolved_sources(call.inputs), call.options, force=force):
+        report = call.read(entry.opened, entry.operation, entry.arch)
+        rows.append(Compared(entry.file, Path(entry.file).stat().st_size, report))
+    told, paths = compared(rows, call.options, force=force)
+    # If the product is files, the tables go to stderr.
+    show, say = (console.talk_table, console.note) if paths else (console.table, console.text)
+    for table in tables(told):
+        show(*table)
+    for line in remarks(told):
+        say(textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+    for path in paths:
+        console.path(path)
+    console.document(told)

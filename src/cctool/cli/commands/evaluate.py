@@ -14,12 +14,9 @@ def evaluate(call: Invocation) -> None:
     # If the product is files, the table goes to stderr.
     show = console.talk_table if report.files else console.table
     if report.metrics is not None:
-        values = report.metrics.values
-        show(
-            "",
-            ("network", "data", "split", "n", *values),
-            [(report.architecture, report.data, report.split, report.n, *values.values())],
-        )
+        show("", ("measured", "value"), report.summary())
+    for title, columns, rows in report.class_tables():
+        show(title, columns, rows)
     for title, columns, rows in report.tables():
         console.talk_table(title, columns, rows)
     for file in report.files:

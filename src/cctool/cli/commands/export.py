@@ -23,9 +23,8 @@ def export(call: Invocation) -> None:
 
 
 def _say(console: Console, file: Any) -> None:
-    console.note(f"{file.path}: {file.format}, {file.bytes:,} bytes, verified")
-    for agreement in file.agreements:
-        console.note(agreement_line(agreement))
+    console.note(f"{file.path}: {file.format}, {file.bytes:,} bytes, {file.verified}")
+    agreement_notes(console, file)
     if file.kernels is not None:
         kernels_note(console, file.kernels)
 
@@ -41,15 +40,25 @@ def kernels_note(console: Console, kernels: Any) -> None:
         console.note(f"    and {len(kernels.floating) - _LISTED} more, see --json")
 
 
-def agreement_line(agreement: Any) -> str:
-    """One line on how close the outputs of the written model are."""
+def agreement_notes(console: Console, file: Any) -> None:
+    """Print how close the outputs of a written model are."""
+    for agreement in file.agreements:
+        console.note(_agreement_line(agreement))
+        for line in agreement.lines()[:_LISTED]:
+            console.note(f"    {line}")
+        if len(agreement.lines()) > _LISTED:
+            console.note(f"    and {len(agreement.lines()) - _LISTED} more outputs, see --json")
+
+
+def _agreement_line(agreement: Any) -> str:
     judged = ", judged in float64" if agreement.judged_in_float64 else ""
     judged += ", judged by the steps of what rounds it" if agreement.judged_by_steps else ""
+    chosen = agreement.choices
     sizes = " and ".join(map(str, agreement.batch_sizes))
     return (
         f"  {agreement.inputs} (n={agreement.n:,}, batches of {sizes}): max abs error "
-        f"{agreement.max_abs_error:.2g} of a range of {agreement.output_range:.3g}{judged}, "
-        f"top-1 agreement {agreement.top1_agreement:.2f} %"
+        f"{agreement.max_abs_error:.2g} of a range of {agreement.output_range:.3g}{judged}"
+        + (f", {chosen.title} agreement {chosen.percent:.2f} %" if chosen is not None else "")
         + (
             f", {agreement.undecided} of the others undecided within 1/32 of a step"
             if agreement.undecided

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,3 +132,37 @@ class OnnxGraph:
             entries = [type(entry).FromString(entry.SerializeToString()) for entry in entries]
             self.graph.ClearField(name)
             getattr(self.graph, name).extend(entries)
+
+
+def name_outputs(document: Any, names: Mapping[str, str]) -> None:
+    """Rename a graph's outputs, in place; values inside that have such a name already get another.
+
+    Args:
+        document: the model.
+        names: new names by old ones; all different, and none of them an input's.
+    """
+    graph = document.graph
+    used = {value for node in _all_nodes(graph) for value in (*node.input, *node.output)}
+    used |= {tensor.name for tensor in graph.initializer}
+    changes = dict(names)
+    for name in names.values():
+        if name in used:
+            number = 1
+            while f"{name}_{number}" in used or f"{name}_{number}" in names.values():
+                number += 1
+            changes[name] = f"{name}_{number}"
+            used.add(changes[name])
+    for node in _all_nodes(graph):
+        for values in (node.input, node.output):
+            values[:] = [changes.get(value, value) for value in values]
+    for entry in (*graph.initializer, *graph.value_info, *graph.output):
+        entry.name = changes.get(entry.name, entry.name)
+
+
+def _all_nodes(graph: Any) -> Iterator[Any]:
+    """The nodes of a graph and of the graphs in their attributes."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                yield from _all_nodes(inner)

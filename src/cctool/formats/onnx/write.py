@@ -6,6 +6,9 @@ identify the network; what would identify the exporting machine (stack traces, p
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -15,8 +18,8 @@ from torch import Tensor, nn
 
 from cctool import __version__
 from cctool.base.errors import ExportError
-from cctool.base.networks import in_mode, some
-from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.base.networks import in_mode, removing, some
+from cctool.base.outputs import OUTPUT, named_tensors, other_values
 from cctool.checkpoint.file.atomic import write_atomically
 from cctool.formats.converting import (
     BATCH,
@@ -24,19 +27,24 @@ from cctool.formats.converting import (
     agreements_with,
     comparison_notes,
     descriptions,
+    ending_before_boxes,
     example,
     on_cpu,
     quiet,
     reason,
 )
 from cctool.formats.onnx.chains import rounding
+from cctool.formats.onnx.graph import name_outputs
 from cctool.formats.onnx.integers import PACKED_OPSET, with_integers
 from cctool.formats.onnx.kernels import SATURATES, kernels_of, saturating_cpu, session_options
-from cctool.formats.parity import Run, runner_of
 from cctool.formats.records import Agreement, ExportRequest, Kernels, Written
+from cctool.formats.rounding import Run, returned
 from cctool.graph.execution import blaming_the_size
 
-INPUT, OUTPUT = "input", "logits"
+INPUT, LOGITS = "input", "logits"
+
+_PLACE = "cctool_output_"
+"""Names of outputs while torch's exporter runs: those of the network may be taken inside the graph."""
 
 _LARGEST = 2**31 - 2**20  # protobuf's limit of 2 GiB, less room for the graph
 
@@ -54,10 +62,16 @@ def write_onnx(request: ExportRequest) -> Written:
     """
     model = on_cpu(request.network or request.checkpoint.model)
     _refuse_large(model)
-    document, notes = _convert(model, request)
-    free_batch = not notes
-    notes = (*notes, *_put_integers(document, request))
-    _describe(document, request.checkpoint, request.input_shape)
+    with ending_before_boxes(model, request) as ends:
+        written = _write(model, request)
+    return replace(written, notes=(*ends, *written.notes))
+
+
+def _write(model: nn.Module, request: ExportRequest) -> Written:
+    document, fixed, left_out = _convert(model, request)
+    free_batch = not fixed
+    notes = (*fixed, *left_out, *_put_integers(document, request))
+    _describe(document, request)
     agreements: list[Agreement] = []
     kernels: list[Kernels] = []
 
@@ -98,30 +112,68 @@ def _refuse_large(model: nn.Module) -> None:
         )
 
 
-def _convert(model: nn.Module, request: ExportRequest) -> tuple[Any, tuple[str, ...]]:
-    """Convert with a free batch size, or, if that fails, for batches of one with a note."""
+def _convert(model: nn.Module, request: ExportRequest) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
+    """Convert with a free batch size, or, if that fails, for batches of one.
+
+    Returns:
+        The document, notes on a fixed batch size, and notes on what was left out.
+    """
     shape = request.input_shape
-    names = _output_names(model, shape)
+    names, other = _output_names(model, request)
     options: dict[str, Any] = {"custom_translation_table": rounding()} if request.quantized else {}
     if request.packed and any(weight.bits <= 4 for weight in request.weights):
         options["opset_version"] = PACKED_OPSET
     run = partial(_run_exporter, model, shape, names, options)
+    left_out = tuple(
+        f"{name} is no tensor but a value of type {kind}: left out" for name, kind in other.items()
+    )
     try:
         document = run(free_batch=True)
     except ExportError as error:
         document = run(free_batch=False)
-        return document, (f"the batch size is fixed to 1: with a free one, {error}",)
+        return document, (f"the batch size is fixed to 1: with a free one, {error}",), left_out
     # The exporter may succeed although the code computed with the example's batch size.
     if not document.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         document = run(free_batch=False)
-        return document, ("the batch size is fixed to 1: the network computes with a constant batch size",)
-    return document, ()
+        fixed = "the batch size is fixed to 1: the network computes with a constant batch size"
+        return document, (fixed,), left_out
+    return document, (), left_out
 
 
-def _output_names(model: nn.Module, shape: tuple[int, int, int]) -> list[str]:
+def _output_names(model: nn.Module, request: ExportRequest) -> tuple[list[str], dict[str, str]]:
+    """Names of the output tensors, and what else the network returns.
+
+    Raises:
+        ExportError: if it returns no tensor at all.
+    """
+    shape = request.input_shape
     with blaming_the_size(shape):
-        found = runner_of(model)(example(model, 1, shape))
-    return [OUTPUT, *(f"output{i}" for i in range(1, len(found)))]
+        outputs = returned(model, example(model, 1, shape))
+    found, other = named_tensors(outputs), other_values(outputs)
+    if not found:
+        raise ExportError(
+            f"the network returns a {type(outputs).__name__} without any tensor: nothing to export"
+        )
+    names = list(found)
+    first = found[names[0]]
+    scores = first.dim() == 2 if request.task is None else request.task.agreement is not None
+    if names[0] == OUTPUT and scores and first.is_floating_point():
+        names[0] = LOGITS
+    # The names of values in a graph are unique, its input's among them.
+    return [f"{name}_2" if name == INPUT else name for name in names], other
+
+
+@contextlib.contextmanager
+def _flat(model: nn.Module) -> Iterator[None]:
+    """Let a network return its tensors alone, as a tuple, each once."""
+
+    def flatten(_: nn.Module, args: Any, outputs: Any) -> Any:
+        if isinstance(outputs, Tensor):
+            return outputs
+        return tuple(named_tensors(outputs).values())
+
+    with removing([model.register_forward_hook(flatten)]):
+        yield
 
 
 def _run_exporter(
@@ -134,7 +186,8 @@ def _run_exporter(
 ) -> Any:
     inputs = example(model, EXPORT_BATCH if free_batch else 1, shape)
     dimensions = ({0: torch.export.Dim(BATCH, min=1)},) if free_batch else None
-    with in_mode(model, training=False), quiet():
+    places = [f"{_PLACE}{i}" for i in range(len(outputs))]
+    with in_mode(model, training=False), quiet(), _flat(model):
         try:
             program = torch.onnx.export(
                 model,
@@ -142,7 +195,7 @@ def _run_exporter(
                 dynamo=True,
                 verbose=False,
                 input_names=[INPUT],
-                output_names=outputs,
+                output_names=places,
                 dynamic_shapes=dimensions,
                 **options,
             )
@@ -151,19 +204,25 @@ def _run_exporter(
             raise ExportError(f"torch cannot export this network: {reason(error)}") from error
     if program is None:
         raise ExportError("torch's exporter gave nothing back")
-    return program.model_proto
+    document = program.model_proto
+    name_outputs(document, dict(zip(places, outputs, strict=True)))
+    return document
 
 
-def _describe(document: Any, checkpoint: Checkpoint, shape: tuple[int, int, int]) -> None:
+def _describe(document: Any, request: ExportRequest) -> None:
     """Describe the network in the file, and remove the exporter's notes about modules, stacks and paths."""
     _strip(document)
+    checkpoint, shape = request.checkpoint, request.input_shape
     spec = checkpoint.spec
+    names = [entry.name for entry in document.graph.output]
+    scores = LOGITS in names and request.task is None
     document.producer_name, document.producer_version = "cctool", __version__
     document.graph.name = spec.architecture
     document.doc_string = (
         f"{spec.architecture} for {spec.task}, exported by cctool {__version__}. "
         f"{INPUT}: float images [{BATCH}, {', '.join(map(str, shape))}], scaled to 0..1, then "
-        f"(x - mean) / std as cctool.mean and cctool.std say. {OUTPUT}: one score per class, before softmax."
+        "(x - mean) / std as cctool.mean and cctool.std say. "
+        + (f"{LOGITS}: one score per class, before softmax." if scores else f"Outputs: {', '.join(names)}.")
     )
     for key, value in descriptions(checkpoint, shape).items():
         document.metadata_props.add(key=key, value=value)

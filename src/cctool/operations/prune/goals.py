@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from cctool.base.errors import PruningError, UsageError
+from cctool.base.errors import PruningError
 from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
+from cctool.operations.budget import BudgetScale, budget_scale
 from cctool.operations.context import Context
 from cctool.operations.data import measured
 from cctool.operations.keep.events import cut_model
@@ -17,7 +18,7 @@ from cctool.operations.prune.costs import counter
 from cctool.operations.train.batch_norm import recalibrated
 from cctool.options.prune.choices import Images, StepMode
 from cctool.options.prune.options import PruneOptions
-from cctool.options.target import Quantity, Target
+from cctool.options.target import Drop, Quantity, Target
 from cctool.pruning.cut.planner import Planner
 from cctool.pruning.cut.report import ThinResult
 from cctool.pruning.cut.surgery import CutPlan
@@ -61,7 +62,8 @@ class BudgetTrial:
         rate: fraction of the removable units that were removed.
         removed: number of removed units.
         value: metric on the validation split, after batch-norm statistics were estimated again.
-        drop: percentage points lost.
+        drop: what is lost, in the metric's unit (percentage points for percentages), or relative to the value
+            before if the budget is.
     """
 
     rate: float
@@ -78,7 +80,8 @@ class BudgetReport:
         metric: that was measured.
         split: that it was measured on.
         n: number of samples.
-        budget: percentage points that may be lost.
+        budget: what may be lost, in the unit of ``drop``.
+        relative: whether budget and drops are fractions of the value before.
         before: metric of the input network.
         rate: the largest rate found within the budget.
         recalibrated: number of images for batch-norm statistics, for each trial and the product.
@@ -95,6 +98,7 @@ class BudgetReport:
     recalibrated: int
     augmented: bool
     curve: tuple[BudgetTrial, ...]
+    relative: bool = False
 
 
 def limit_of(target: Target, before: float, options: PruneOptions, step: int) -> float:
@@ -183,44 +187,40 @@ def within_budget(
     ``planner`` is of the checkpoint's network, which is not changed; ``before`` are its metrics.
 
     Raises:
-        UsageError: the data has no validation split, or the outputs are not logits.
+        UsageError: the data has no validation split, or the metric has no unit and the budget is absolute.
         PruningError: not even one unit can be removed.
     """
-    budget = options.max_drop or 0.0
-    dense = next((found for found in before if found.split == "validation"), None)
-    if dense is None or "top1" not in dense.values:
-        raise UsageError(
-            "--max-drop searches on the validation split by top-1: the data has none (--val-data names one), "
-            "or the outputs are no logits"
-        )
+    scale = budget_scale(checkpoint, options.max_drop or Drop(0.0), before, context)
+    dense = scale.dense
     if not checkpoint.history and options.data.val_data is None:
         context.reporter.warn(
             f"this network was trained elsewhere, perhaps on the very images of {source.reference}'s "
             "validation split: --val-data names images that it has not seen"
         )
-    search = _BudgetSearch(planner, checkpoint, source, dense, options, context)
+    search = _BudgetSearch(planner, checkpoint, source, scale, options, context)
     # Verifying a large cut first finds families that cannot be cut exactly, before any trial is measured.
     planner.verified(lambda chosen: search.counts(chosen, 1 - 1 / _GRID))
     search.choose_images()
-    rate = search.largest(budget)
+    rate = search.largest(scale.allowed)
     if not search.removed(rate):
         least = min(search.trials.values(), key=lambda trial: trial.rate)
         raise PruningError(
-            f"--max-drop {budget:g}: no unit can go within this budget; at rate {least.rate:.3f} validation "
-            f"top-1 falls by {least.drop:.2f} points (n={dense.n:,})"
+            f"--max-drop {scale.budget}: no unit can go within this budget; at rate {least.rate:.3f} "
+            f"{scale.sentence(least.drop)} (n={dense.n:,})"
         )
     result = planner.verified(lambda chosen: search.counts(chosen, rate))
     curve = tuple(sorted(search.trials.values(), key=lambda trial: trial.rate))
     report = BudgetReport(
-        metric="top1",
+        metric=scale.measure.name,
         split="validation",
         n=dense.n,
-        budget=budget,
-        before=dense.values["top1"],
+        budget=scale.allowed,
+        before=scale.before,
         rate=rate,
         recalibrated=search.recalibrated,
         augmented=search.augmented,
         curve=curve,
+        relative=scale.budget.relative,
     )
     return result, report
 
@@ -232,7 +232,7 @@ class _BudgetSearch:
     planner: Planner
     checkpoint: Checkpoint
     source: DataSource
-    dense: Metrics
+    scale: BudgetScale
     options: PruneOptions
     context: Context
     recalibrated: int = 0
@@ -254,33 +254,33 @@ class _BudgetSearch:
             return
         kept = {augmented: self._measured(None, augmented) for augmented in (False, True)}
         if self.recalibrated:
-            self.augmented = kept[True] > kept[False]
+            self.augmented = self.scale.lost(kept[True]) < self.scale.lost(kept[False])
             kind = "varied as for training" if self.augmented else "as they are"
             self.context.reporter.note(
                 f"batch-norm statistics from {self.recalibrated:,} training images {kind}: the dense network "
-                f"keeps {kept[self.augmented]:.2f} of {self.dense.values['top1']:.2f} with them, "
+                f"keeps {kept[self.augmented]:.2f} of {self.scale.before:.2f} with them, "
                 f"{kept[not self.augmented]:.2f} with the other kind"
             )
 
     def _measured(self, plan: CutPlan | None, augmented: bool) -> float:
-        """Top-1 on the validation split after a cut, with batch-norm statistics estimated again."""
+        """The main metric on the validation split after a cut, with batch-norm statistics estimated again."""
         trial = replace(self.checkpoint, model=copied(self.checkpoint.model))
         if plan is not None:
             cut_model(trial.model, plan)
         source, data, images = self.source, self.options.data, self.options.recalibrate or RECALIBRATION
         self.recalibrated = recalibrated(trial, source, images, data, self.context, augmented=augmented)
-        return measured(trial, source, data, self.context, split="validation").values["top1"]
+        return measured(trial, source, data, self.context, split="validation").values[self.scale.measure.name]
 
     def look(self, rate: float) -> BudgetTrial:
         if rate not in self.trials:
             chosen = self.planner.candidates()
             selection, plan = self.planner.planned(chosen, self.counts(chosen, rate))
             value = self._measured(plan, self.augmented)
-            drop = self.dense.values["top1"] - value
+            drop = self.scale.lost(value)
             self.trials[rate] = BudgetTrial(rate, selection.removed_units(), value, drop)
             self.context.reporter.note(
-                # 0 - drop, because -drop would print a drop of 0 as -0.00.
-                f"rate {rate:.4f}: validation top-1 {value:.2f} ({0 - drop:+.2f} points, n={self.dense.n:,})"
+                f"rate {rate:.4f}: validation {self.scale.measure.title} {value:{self.scale.digits}} "
+                f"({self.scale.change(drop)}, n={self.scale.dense.n:,})"
             )
         return self.trials[rate]
 

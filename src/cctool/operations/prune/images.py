@@ -9,9 +9,9 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.operations.data import feed_of
+from cctool.operations.task import judge_of
 from cctool.options.prune.options import PruneOptions
-from cctool.pruning.scores.evidence import Evidence, gather
-from cctool.training.objectives import CLASSIFICATION
+from cctool.pruning.scores.evidence import GRADIENTS, Evidence, gather
 
 
 def evidence_for(
@@ -19,7 +19,8 @@ def evidence_for(
 ) -> Evidence | None:
     """Gather the gradients or activations that the method needs, on un-augmented training images.
 
-    The seed decides the order of images. Gradients are those of cross-entropy. The network is not changed.
+    The seed decides the order of images. Gradients are those of the task's loss, or the user's. The network
+    is not changed.
 
     Returns:
         None for a method that needs no images.
@@ -48,8 +49,15 @@ def evidence_for(
     enough = 1 + sum(images < options.samples for images in accumulate(map(len, served.parts)))
     steps = min(enough, len(served.parts))
     shown = context.reporter.progress(served, f"{method.value}: looking at images", steps)
+    judge = judge_of(checkpoint, context)
+    if method in GRADIENTS:
+        judge.require_loss(f"--method {method.value}")
     found = gather(
-        checkpoint.model.to(context.device), shown, options.samples, method, loss=CLASSIFICATION.loss
+        checkpoint.model.to(context.device),
+        shown,
+        options.samples,
+        method,
+        loss=judge.loss or judge.task.loss,
     )
     if found.images < options.samples:
         context.reporter.note(f"{method.value}: {found.images} training images were there to look at")

@@ -30,6 +30,7 @@ from cctool.operations.prune.report import StepReport, picture_path, pictured, s
 from cctool.operations.prune.rewind import open_earlier, rewound
 from cctool.operations.prune.sparse_training import sparsified
 from cctool.operations.prune.step import Changed, Changer
+from cctool.operations.task import judge_of
 from cctool.operations.train.batch_norm import recalibrated, refuse_unknown_preprocessing
 from cctool.operations.train.finetune import finetune
 from cctool.operations.train.resume import never_trained
@@ -38,6 +39,7 @@ from cctool.options.prune.choices import Images, StepMode
 from cctool.options.prune.options import PruneOptions
 from cctool.options.train.fit import FitOptions
 from cctool.pruning.cut.surgery import CutPlan
+from cctool.tasks.base import Measure
 from cctool.training.objectives import Objective
 from cctool.transforms.codec.taps import bypassed
 
@@ -154,6 +156,10 @@ def _opened(
     """Open the other networks that options name, and refuse now what would fail after training."""
     if options.recalibrate:
         refuse_unknown_preprocessing(checkpoint, "--recalibrate")
+    if options.finetune_epochs or options.sparsify is not None:
+        judge_of(checkpoint, context).require_loss(
+            "--finetune-epochs" if options.finetune_epochs else "--sparsify"
+        )
     work = _Run(source, options, context, (), Scales(checkpoint))
     if options.rewind is not None:
         work.earlier = open_earlier(checkpoint, options.rewind, context)
@@ -249,22 +255,33 @@ def _finetuned(checkpoint: Checkpoint, work: _Run) -> Followed:
 
 
 def _warn_of_collapse(checkpoint: Checkpoint, after: tuple[Metrics, ...], images: int, work: _Run) -> None:
-    """Warn if more than half of the points above chance are lost."""
-    classes = len(checkpoint.spec.classes or ())
-    chance = 100 / classes if classes else 0.0
-    epochs = work.options.finetune_epochs
+    """Warn if more than half of what the network knew is lost."""
+    if not after:
+        return
+    judge = judge_of(checkpoint, work.context)
+    measure, epochs = judge.main, work.options.finetune_epochs
+    classes = len(checkpoint.spec.classes or ()) or None
+    chance = judge.task.guess(classes) if judge.metric is None else None
     for old, new in zip(work.metrics, after, strict=True):
-        before, now = old.values.get("top1"), new.values.get("top1")
-        if before is None or now is None:
-            continue
-        # Two standard deviations of the accuracy of guessing may be mere chance.
-        scatter = 2 * math.sqrt(chance * (100 - chance) / new.n)
-        if before - now < max(_COLLAPSE * (before - chance), scatter, 1e-9):
+        before, now = old.values.get(measure.name), new.values.get(measure.name)
+        if before is None or now is None or not _collapsed(before, now, measure, chance, new.n):
             continue
         ways = ["more --finetune-epochs" if epochs else "--finetune-epochs"]
         ways += [] if images or epochs else ["--recalibrate 1024"]
+        verb, digits = ("fell", ".2f") if measure.rising else ("rose", ".4g")
+        unit = f" {measure.unit}" if measure.unit else ""
         work.context.reporter.warn(
-            f"{new.split} top-1 fell from {before:.2f} to {now:.2f} % (n={new.n:,}): {', '.join(ways)}, "
-            "a smaller --rate or --max-drop would help"
+            f"{new.split} {measure.title} {verb} from {before:{digits}} to {now:{digits}}{unit} "
+            f"(n={new.n:,}): {', '.join(ways)}, a smaller --rate or --max-drop would help"
         )
         return
+
+
+def _collapsed(before: float, now: float, measure: Measure, chance: float | None, n: int) -> bool:
+    if chance is not None:
+        # Two standard deviations of the accuracy of guessing may be mere chance.
+        scatter = 2 * math.sqrt(chance * (100 - chance) / n)
+        return before - now >= max(_COLLAPSE * (before - chance), scatter, 1e-9)
+    if measure.rising:
+        return before > 0 and now <= (1 - _COLLAPSE) * before
+    return before > 0 and now >= before / _COLLAPSE

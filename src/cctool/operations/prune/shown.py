@@ -64,7 +64,7 @@ _FROZEN = ("parameter", "dim", "indices", "by", "in module", "why")
 
 
 def _comparison(cut: Any) -> str:
-    same = f"cut equals masked within {cut.error:.1e} ({cut.precision or 'nothing was cut'})"
+    same = _equality(cut)
     if not cut.statistics:
         return same
     places = [f"{found.op} of {found.module}" if found.module else found.op for found in cut.statistics]
@@ -72,6 +72,21 @@ def _comparison(cut: Any) -> str:
         f"{same}, statistics running over the kept channels in both: {some(places)} "
         "(--exact leaves such widths alone)"
     )
+
+
+def _equality(cut: Any) -> str:
+    """What the comparison of the cut with the masked network found, and of which outputs."""
+    compared = [output for output in cut.outputs if not output.not_compared]
+    missed = [f"{output.name} ({output.not_compared})" for output in cut.outputs if output.not_compared]
+    left_out = f"; not compared: {some(missed)}" if missed else ""
+    if cut.outputs and not compared:
+        return f"cut and masked have outputs of the same shapes{left_out}"
+    whole = [output for output in compared if output.different is not None]
+    counted = [f"{output.different:.2f} % of {output.elements:,} in {output.name} differ" for output in whole]
+    if whole and len(whole) == len(compared):
+        return f"cut compared with masked in whole numbers: {some(counted)}{left_out}"
+    same = f"cut equals masked within {cut.error:.1e} ({cut.precision or 'nothing was cut'})"
+    return f"{same}{', ' + some(counted) if counted else ''}{left_out}"
 
 
 _FAMILY = ("family", "units", "kept", "width", "parameters touched", "removed up to", "kept from", "note")

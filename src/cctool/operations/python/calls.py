@@ -59,6 +59,9 @@ class Warner:
 def keywords(verb: Verb) -> tuple[Leaf, ...]:
     """The options that a verb's function takes as keywords."""
     hidden = _FILES_ONLY | ({"spec"} if verb.name != "analyze" else set())
+    if verb.reads is Input.FILES:
+        # Networks in memory are built already.
+        hidden |= {"arch"}
     return tuple(leaf for leaf in verb.offered if leaf.keyword not in hidden)
 
 
@@ -90,7 +93,8 @@ class _Call:
 
     Attributes:
         verb: the verb.
-        given: the checkpoint; several for ``compare``, files for ``decode``, None for a fresh network.
+        given: the checkpoint; several, and paths of ONNX files, for ``compare``; files for ``decode``; None
+            for a fresh network.
         values: keyword -> value.
     """
 
@@ -107,9 +111,7 @@ class _Call:
             if self.verb.reads is Input.STREAMS:
                 return self._decoded()
             if self.verb.reads is Input.FILES:
-                if not isinstance(self.given, (list, tuple)):
-                    raise TypeError(f"{self.verb.name}() takes a list of checkpoints")
-                return [self._read(checkpoint, folder) for checkpoint in self.given]
+                return self._compared(folder)
             return (
                 self._written(folder)
                 if self.verb.writes
@@ -152,6 +154,26 @@ class _Call:
         options, request, source = self._prepared(given, folder)
         report = pipeline.read_in_memory(self._operation(), options, request, _ready(given, source), source)
         return (report.files[0].path, report) if self.verb.name == "export" else report
+
+    def _compared(self, folder: Path) -> list[Any]:
+        from cctool.operations.inspect import comparison
+
+        if not isinstance(self.given, (list, tuple)):
+            raise TypeError(f"{self.verb.name}() takes a list of checkpoints")
+        first = next((item for item in self.given if isinstance(item, Checkpoint)), None)
+        rows: list[Any] = []
+        options: Any = None
+        for number, item in enumerate(self.given, start=1):
+            onnx = str(item) if isinstance(item, (str, Path)) and comparison.is_onnx(str(item)) else None
+            given = self._checkpoint(item if onnx is None else first)
+            options, request, source = self._prepared(given, folder)
+            comparison.refuse_written(options, (), force=request.force)
+            operation = comparison.operation_for(onnx or "")
+            report = pipeline.read_in_memory(operation, options, request, _ready(given, source), source)
+            name = onnx or (given.origin.path if given.origin is not None else f"network {number}")
+            rows.append(comparison.Compared(name, report.size.file_bytes, report))
+        told, _ = comparison.compared(rows, options, force=bool(self.values.get("force")))
+        return [row.report for row in told]
 
     def _decoded(self) -> Any:
         sources = (self.given,) if isinstance(self.given, (str, Path)) else tuple(self.given or ())

@@ -49,7 +49,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class MeasuredAssignment:
-    """An assignment, and the percentage points of accuracy that were measured to be lost with it."""
+    """An assignment, and what of the metric was measured to be lost with it."""
 
     assignment: Assignment
     drop: float
@@ -98,11 +98,14 @@ def cheapest(choices: Sequence[LayerChoice], limit: int) -> Assignment:
 
 
 def fewest_bytes(
-    choices: Sequence[LayerChoice], drop: Callable[[Assignment], float], most: float
+    choices: Sequence[LayerChoice],
+    drop: Callable[[Assignment], float],
+    most: float,
+    shown: Callable[[float], str] = "the metric falls by {:.2f} points".format,
 ) -> tuple[Assignment, tuple[MeasuredAssignment, ...]]:
-    """The assignment of fewest bytes that bisecting the `frontier` finds within a drop of ``most`` points.
+    """The assignment of fewest bytes that bisecting the `frontier` finds within a drop of ``most``.
 
-    ``drop`` measures how many percentage points an assignment loses; it is called once for each assignment
+    ``drop`` measures what an assignment loses, and ``shown`` says it; it is called once for each assignment
     that is tried. Accuracy need not fall evenly along the frontier: the result keeps the budget, but an
     assignment with fewer bytes might, too. All trials are returned, in order.
 
@@ -119,8 +122,7 @@ def fewest_bytes(
     low, high = 0, len(found) - 1
     if not within(high):
         raise QuantizationError(
-            f"--max-drop {most:g}: with the least damage that --choices allow, validation top-1 falls by "
-            f"{trials[-1].drop:.2f} points"
+            f"--max-drop {most:g}: with the least damage that --choices allow, {shown(trials[-1].drop)}"
         )
     while low < high:
         middle = (low + high) // 2

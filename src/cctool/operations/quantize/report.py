@@ -75,7 +75,7 @@ class SensitivityReport:
     Attributes:
         layer: its name.
         bits: that were tried.
-        damage: change of the network's outputs, see `sensitivity.damage_between`.
+        damage: change of the network's outputs, see `tasks.base.Task.divergence`.
         bytes: of its weight.
         chosen: whether these bits were chosen.
     """

@@ -1,25 +1,24 @@
 """The bits of each layer, chosen by how much the outputs change if this layer alone is quantized.
 
-The damage of a layer at a number of bits is the mean Kullback-Leibler divergence of the network's predictions
-from those in floating point, on training images; for outputs other than logits it is the mean squared error
-relative to the mean square. Weights are rounded to nearest for it, and activations are not quantized.
+The damage of a layer at a number of bits is the divergence of the network's outputs from those in floating
+point, on training images, as its task defines it: for classes the mean Kullback-Leibler divergence of the
+predictions, for other outputs the mean squared error relative to the mean square. Weights are rounded to
+nearest for it, and activations are not quantized.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError, UsageError
 from cctool.base.networks import copied, in_eval_mode
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
-from cctool.graph.execution import tensors_in
+from cctool.operations.budget import BudgetScale, budget_scale
 from cctool.operations.context import Context
 from cctool.operations.data import measured
 from cctool.operations.keep import events
@@ -30,12 +29,14 @@ from cctool.operations.quantize.plan import fixed_bits, plan
 from cctool.operations.quantize.prepare import attached, calibrated, observing
 from cctool.operations.quantize.report import SensitivityReport
 from cctool.operations.size import stored_bytes
+from cctool.operations.task import judge_of
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.target import Target
 from cctool.quantization.calibration.weight_ranges import fit_weight
 from cctool.quantization.network.attach import attach, detach, only
 from cctool.quantization.network.edit import with_quantizers
 from cctool.quantization.network.points import CallPoint, weight_key
+from cctool.tasks.base import Task
 
 _MOST_IMAGES = 256
 """Images that damages are measured on, few because each choice of each layer needs a pass over them."""
@@ -83,27 +84,6 @@ def searched_bits(
     return dict(found.bits), report, [*notes, note]
 
 
-def damage_between(outputs: Tensor, wanted: Tensor) -> float:
-    """How much outputs differ from ``wanted``, 0 or more; infinite if they are not finite.
-
-    Args:
-        outputs: logits (N, C, ...) of two or more classes, or other outputs.
-        wanted: of the same shape, those of the network in floating point.
-
-    Returns:
-        The mean over images and positions of KL(softmax(wanted) || softmax(outputs)); for other outputs the
-        mean squared error divided by the mean square of ``wanted``.
-    """
-    if not bool(torch.isfinite(outputs).all()):
-        return math.inf
-    outputs, wanted = outputs.double(), wanted.double()
-    if wanted.dim() < 2 or wanted.shape[1] < 2:
-        return float((outputs - wanted).square().mean() / wanted.square().mean().clamp(min=1e-30))
-    # Rounding errors can make the divergence of nearly equal predictions slightly negative.
-    p, q = wanted.log_softmax(1), outputs.log_softmax(1)
-    return max(0.0, float(F.kl_div(q, p, log_target=True, reduction="none").sum(1).mean()))
-
-
 def _sizes(
     product: Checkpoint,
     options: QuantizeOptions,
@@ -141,20 +121,20 @@ def _damages(
     context: Context,
 ) -> dict[tuple[str, int], float]:
     """Damage by weight and bits; quantizers are attached for it and removed again."""
-    model = product.model
+    model, task = product.model, judge_of(product, context).task
     found: dict[tuple[str, int], float] = {}
     # All layers of one number of bits in a row: attaching quantizers costs more than switching them on.
     pairs = [(bits, name) for bits in tried for name in names]
     present = 0
     with in_eval_mode(model):
         try:
-            wanted = [_outputs(model, batch).cpu() for batch in images]
+            wanted = [[tensor.cpu() for tensor in _outputs(model, batch, task)] for batch in images]
             for bits, name in context.reporter.progress(pairs, "measuring layers", len(pairs)):
                 if bits != present:
                     _attach_weights(product, options, names, bits)
                     present = bits
                 with only(model, {weight_key(name)}):
-                    found[name, bits] = _mean_damage(model, images, wanted)
+                    found[name, bits] = _mean_damage(model, images, wanted, task)
         finally:
             detach(model)
     return found
@@ -175,18 +155,21 @@ def _attach_weights(product: Checkpoint, options: QuantizeOptions, names: Sequen
         fit_weight(quantizer, parameter.detach(), fold)
 
 
-def _outputs(model: nn.Module, batch: Tensor) -> Tensor:
-    """The first floating-point tensor among the network's outputs."""
-    found = next((t for t in tensors_in(model(batch)) if t.is_floating_point()), None)
-    if found is None:
+def _outputs(model: nn.Module, batch: Tensor, task: Task) -> list[Tensor]:
+    """The outputs that are compared."""
+    found = task.compared(model(batch))
+    if not found:
         raise QuantizationError("the network puts out no floating-point tensor to compare")
     return found
 
 
-def _mean_damage(model: nn.Module, images: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
+def _mean_damage(
+    model: nn.Module, images: Iterable[Tensor], wanted: Iterable[Sequence[Tensor]], task: Task
+) -> float:
     total, seen = 0.0, 0
     for batch, outputs in zip(images, wanted, strict=True):
-        total += damage_between(_outputs(model, batch), outputs.to(batch.device)) * len(batch)
+        there = [tensor.to(batch.device) for tensor in outputs]
+        total += task.divergence(_outputs(model, batch, task), there) * len(batch)
         seen += len(batch)
     return total / max(seen, 1)
 
@@ -213,23 +196,22 @@ def _within_drop(
         raise UsageError(
             "--max-drop searches on the validation split: the data has none (--val-data names one)"
         )
-    drop = _drop(product, options, source, context)
     assert options.max_drop is not None
-    found, trials = fewest_bytes(choices, drop, options.max_drop)
+    before = measured(product, source, options.data, context, split="validation")
+    scale = budget_scale(product, options.max_drop, (before,), context)
+    drop = _drop(product, options, source, scale, context)
+    found, trials = fewest_bytes(choices, drop, scale.allowed, scale.sentence)
     reached = next(trial for trial in trials if trial.assignment is found)
     return found, (
         f"{len(trials)} assignments of bits were measured on the validation split; the chosen one loses "
-        f"{reached.drop:.2f} of {options.max_drop:g} points"
+        f"{scale.part(reached.drop)}"
     )
 
 
 def _drop(
-    product: Checkpoint, options: QuantizeOptions, source: DataSource, context: Context
+    product: Checkpoint, options: QuantizeOptions, source: DataSource, scale: BudgetScale, context: Context
 ) -> Callable[[Assignment], float]:
-    """A function that measures lost points of validation top-1, activations quantized as in the product."""
-    before = measured(product, source, options.data, context, split="validation")
-    if "top1" not in before.values:
-        raise UsageError("--max-drop needs top-1, and the network's outputs are no logits")
+    """A function that measures what validation loses, activations quantized as in the product."""
 
     def drop(assignment: Assignment) -> float:
         trial = replace(product, model=copied(product.model))
@@ -240,8 +222,8 @@ def _drop(
             calibrated(trial.model, planned, images, observing(options))
             trial = replace(trial, spec=with_quantizers(trial.spec, trial.model))
         after = measured(trial, source, options.data, context, split="validation")
-        lost = before.values["top1"] - after.values["top1"]
-        context.reporter.note(f"{assignment.bytes:,} bytes: {0 - lost:+.2f} points (n={after.n:,})")
+        lost = scale.lost(after.values[scale.measure.name])
+        context.reporter.note(f"{assignment.bytes:,} bytes: {scale.change(lost)} (n={after.n:,})")
         return lost
 
     return drop

@@ -13,14 +13,16 @@ from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import open_source, preprocessing_of, require_source
 from cctool.operations.keep import events
+from cctool.operations.task import Judge, judge_of
 from cctool.operations.train.one_process import Start, fit_here, metrics_of
 from cctool.operations.train.rate_penalty import refuse_rate_without_taps
 from cctool.operations.train.resume import forms_from, refuse_other_files, refuse_other_options, starts_afresh
 from cctool.operations.train.run_folder import LoggedReporter, RunFolder
 from cctool.operations.train.workers import fit_in_processes, node_rank
 from cctool.options.fields import recorded
+from cctool.tasks.base import LOSS
 from cctool.training.averaging import average_in
-from cctool.training.evaluate import trial_output
+from cctool.training.evaluate import trial_outputs
 from cctool.training.objectives import Objective
 from cctool.training.resume.progress import EpochRow, best_of
 
@@ -85,12 +87,13 @@ def conduct(
     if not options.run.resume:
         folder.refuse_earlier(force=context.force)
     source = require_source(options.data, checkpoint, context, verb, renames=True)
+    judge_of(checkpoint, context).require_loss("training")
     start = _resumed(verb, checkpoint, options, context, folder) if options.run.resume else None
     if start is None:
         dense = _completed(events.decoded(checkpoint, context), source, context)
         fresh = checkpoint.origin is None or starts_afresh(checkpoint.history)
         start = Start(dense, fresh=fresh, forms=events.forms_of(checkpoint))
-    _refuse_other_classes(start.checkpoint, source, options)
+    _refuse_other_classes(start.checkpoint, source, context)
     refuse_rate_without_taps(start.checkpoint.model, options.fit.rate_weight)
     goal = make_goal(start.checkpoint, source, options, context)
     if start.continues is not None:
@@ -135,7 +138,7 @@ def _fit(
         log.finish(after)
     best = result.best_epoch
     context.reporter.note(f"best epoch {best} of {options.fit.epochs}; logs in {folder.path}")
-    folder.log(_summary(after))
+    folder.log(_summary(after, judge_of(finished, context)))
     report = TrainReport(len(result.rows), best, start.metrics_before, after, str(folder.path), result.rows)
     yield Outcome(
         finished,
@@ -206,7 +209,7 @@ def _completed(checkpoint: Checkpoint, source: DataSource, context: Context) -> 
         "data": source.reference,
         "preprocessing": preprocessing_of(checkpoint, source, context),
     }
-    if source.classes != spec.classes and len(source.classes) == _width(checkpoint):
+    if source.classes != spec.classes and len(source.classes) == _width(checkpoint, context):
         if spec.classes is not None:
             context.reporter.warn(
                 f"the classes of {source.reference} take the place of those that the network was made for"
@@ -241,20 +244,21 @@ def _resumed(verb: str, checkpoint: Checkpoint, options: Any, context: Context, 
     )
 
 
-def _refuse_other_classes(checkpoint: Checkpoint, source: DataSource, options: Any) -> None:
-    width = _width(checkpoint)
+def _refuse_other_classes(checkpoint: Checkpoint, source: DataSource, context: Context) -> None:
+    width = _width(checkpoint, context)
     # The user's own loss may use outputs and labels in another way.
-    if options.fit.loss is None and width is not None and width < len(source.classes):
+    if judge_of(checkpoint, context).loss is None and width is not None and width < len(source.classes):
         raise DataError(
             f"{source.reference} has {len(source.classes)} classes, the network tells {width} "
             "apart: another data set, or another network, is needed"
         )
 
 
-def _width(checkpoint: Checkpoint) -> int | None:
-    """Number of logits; None if the outputs are not (N, classes)."""
-    logits = trial_output(checkpoint.model, checkpoint.spec.input_shape)
-    return logits.shape[1] if logits.dim() == 2 else None
+def _width(checkpoint: Checkpoint, context: Context) -> int | None:
+    """Number of classes that the outputs tell apart; None if they are about something else."""
+    outputs = trial_outputs(checkpoint.model, checkpoint.spec.input_shape)
+    task = judge_of(checkpoint, context).task
+    return task.classes_in(outputs) if task.fits(outputs) else None
 
 
 def _left(folder: RunFolder, context: Context) -> str:
@@ -274,10 +278,12 @@ def _left(folder: RunFolder, context: Context) -> str:
     return text
 
 
-def _summary(metrics: tuple[Metrics, ...]) -> str:
+def _summary(metrics: tuple[Metrics, ...], judge: Judge) -> str:
+    less = {LOSS.name, *(measure.name for measure in judge.task.measures)} - {judge.main.name}
+    less -= {judge.task.measures[0].name} if judge.task.measures else set()
     return ", ".join(
         f"{measured.split} {name} {value:.2f} (n {measured.n})"
         for measured in metrics
         for name, value in measured.values.items()
-        if name not in ("loss", "top5")
+        if name not in less
     )

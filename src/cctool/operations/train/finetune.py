@@ -13,6 +13,7 @@ from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.operations.data import feed_of
 from cctool.operations.keep import events
+from cctool.operations.task import judge_of
 from cctool.operations.train.rate_penalty import rate_penalties
 from cctool.options.common import DataOptions
 from cctool.options.train.fit import FitOptions
@@ -44,12 +45,15 @@ def finetune(
         options: epochs, optimizer, learning rate.
         data: batch size and workers.
         context: device, seed, reporter.
-        objective: what is minimised; None is cross-entropy. `teacher.distillation` gives one with a teacher.
+        objective: what is minimised; None is the loss of the task, or the user's. `teacher.distillation`
+            gives one with a teacher.
         constraints: on the parameters of this model, in addition to the followers'.
         choose_best: take the best epoch; if false the last, without validation.
         fresh: whether the weights were never trained, which decides the default learning rate.
         forms: by which tensors will be stored again; training respects them.
     """
+    judge = judge_of(checkpoint, context)
+    judge.require_loss("fine-tuning")
     trained = events.decoded(checkpoint, context)
     feed = feed_of(checkpoint, source, data, context)
 
@@ -60,6 +64,9 @@ def finetune(
             split="validation",
             device=context.device,
             precision=str(context.runtime.precision),
+            task=judge.task,
+            loss=judge.loss,
+            metric=judge.metric,
         )
 
     with rate_penalties(trained.model, options.rate_weight) as penalties:
@@ -68,7 +75,7 @@ def finetune(
                 model=trained.model,
                 batches=feed.training(augment=options.augment),
                 options=options,
-                objective=objective or Supervised(),
+                objective=objective or Supervised(loss=judge.loss, task=judge.task),
                 lr=options.learning_rate(fresh=fresh, normalised=has_batch_norm(trained.model)),
                 fabric=make_fabric(context.device, context.runtime.precision),
                 validate=validate if choose_best and feed.has("validation") else None,
@@ -76,6 +83,7 @@ def finetune(
                 reporter=context.reporter,
                 input_shape=trained.spec.input_shape,
                 constraints=(*events.constraints_of(trained, forms), *constraints, *penalties),
+                judged_by=(judge.main.name, judge.main.rising),
             )
         )
     return trained

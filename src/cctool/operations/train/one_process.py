@@ -18,6 +18,7 @@ from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import feed_of
 from cctool.operations.keep import events
+from cctool.operations.task import Judge, judge_of
 from cctool.operations.train.rate_penalty import rate_penalties
 from cctool.operations.train.resume import flat, forms_to
 from cctool.operations.train.run_folder import RunFolder
@@ -31,7 +32,6 @@ from cctool.training.loop.fit import Training, fit
 from cctool.training.objectives import Objective, has_batch_norm
 from cctool.training.processes import Group, group_of, make_fabric
 from cctool.training.resume.progress import EpochRow, Progress
-from cctool.training.user_functions import UserLoss, UserMetric, named_function
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def fit_here(
     model, forms = start.checkpoint.model, start.forms if options.keep_storage else {}
     fabric = make_fabric(context.device, context.runtime.precision, devices=run.devices, nodes=run.nodes)
     feed = feed_of(start.checkpoint, source, options.data, context, fabric=fabric)
+    judge = judge_of(start.checkpoint, context)
     has_validation = feed.has("validation")
     if not has_validation:
         context.reporter.note(
@@ -92,7 +93,7 @@ def fit_here(
     # Only the first process writes logs.
     logs = open_logs(options, context, folder, first) if fabric.is_global_zero else ()
     measure = partial(
-        _measure, feed=feed, split="validation", options=options, context=context, group=group_of(fabric)
+        _measure, feed=feed, split="validation", judge=judge, context=context, group=group_of(fabric)
     )
     result = None
     try:
@@ -108,12 +109,16 @@ def fit_here(
                     validate=measure if has_validation else None,
                     user_code=context.user_code,
                     reporter=context.reporter,
-                    observers=(partial(_speak, context, fit_options.epochs), *(log.epoch for log in logs)),
+                    observers=(
+                        partial(_speak, context, judge, fit_options.epochs),
+                        *(log.epoch for log in logs),
+                    ),
                     save=partial(_save, start, options, context, folder),
                     resume=start.resume,
                     stop_after=run.stop_after,
                     input_shape=start.checkpoint.spec.input_shape,
                     constraints=(*events.constraints_of(start.checkpoint, forms), *penalties),
+                    judged_by=(judge.main.name, judge.main.rising),
                 )
             )
     finally:
@@ -129,14 +134,14 @@ def metrics_of(
 ) -> tuple[Metrics, ...]:
     """Measure a checkpoint on the validation and test splits that the data has."""
     feed = feed_of(checkpoint, source, options.data, context)
-    model = checkpoint.model.to(context.device)
+    model, judge = checkpoint.model.to(context.device), judge_of(checkpoint, context)
     return tuple(
-        _measure(model, feed, split, options, context) for split in ("validation", "test") if feed.has(split)
+        _measure(model, feed, split, judge, context) for split in ("validation", "test") if feed.has(split)
     )
 
 
 def _measure(
-    model: nn.Module, feed: Feed, split: str, options: Any, context: Context, group: Group | None = None
+    model: nn.Module, feed: Feed, split: str, judge: Judge, context: Context, group: Group | None = None
 ) -> Metrics:
     return evaluate(
         model,
@@ -144,24 +149,11 @@ def _measure(
         split=split,
         device=feed.device,
         precision=str(context.runtime.precision),
-        loss=user_loss(options.fit.loss, context),
-        metric=user_metric(options.fit.metric, context),
+        task=judge.task,
+        loss=judge.loss,
+        metric=judge.metric,
         group=group,
     )
-
-
-def user_loss(reference: str | None, context: Context) -> UserLoss | None:
-    """Load the user's loss, if one is named."""
-    if reference is None:
-        return None
-    return UserLoss(reference, named_function(reference, context.user_code, "--loss"))
-
-
-def user_metric(reference: str | None, context: Context) -> UserMetric | None:
-    """Load the user's metric, if one is named."""
-    if reference is None:
-        return None
-    return UserMetric(reference, named_function(reference, context.user_code, "--metric"))
 
 
 def open_logs(options: Any, context: Context, folder: RunFolder, first_epoch: int) -> tuple[Log, ...]:
@@ -184,12 +176,17 @@ def open_logs(options: Any, context: Context, folder: RunFolder, first_epoch: in
     return tuple(logs)
 
 
-def _speak(context: Context, epochs: int, row: EpochRow, model: nn.Module) -> None:
+def _speak(context: Context, judge: Judge, epochs: int, row: EpochRow, model: nn.Module) -> None:
     """Report loss, metrics and speed of an epoch."""
+    main = judge.task.measures[0] if judge.task.measures else judge.main
     parts = [f"loss {row.train['loss']:.4f}"]
-    if "top1" in row.train:
-        parts.append(f"top-1 {row.train['top1']:.2f} %")
-    parts += [f"validation {name} {value:.4g}" for name, value in row.validation.items() if name != "top5"]
+    parts += [
+        f"{measure.title} {row.train[measure.name]:.2f} {measure.unit}".rstrip()
+        for measure in judge.task.measures
+        if measure.name in row.train
+    ]
+    minor = {measure.name for measure in judge.task.measures} - {main.name, judge.main.name}
+    parts += [f"validation {name} {value:.4g}" for name, value in row.validation.items() if name not in minor]
     parts += [f"lr {row.lr:.3g}", f"{row.batch_ms:.1f} ms a step"]
     mark = " (best)" if row.best else ""
     context.reporter.note(f"epoch {row.epoch}/{epochs}: {', '.join(parts)}{mark}")

@@ -8,8 +8,8 @@ from cctool.base.errors import UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
+from cctool.operations.task import judge_of
 from cctool.operations.train.course import Goal, conduct
-from cctool.operations.train.one_process import user_loss
 from cctool.operations.train.teacher import distillation
 from cctool.operations.transform.basis import with_basis
 from cctool.operations.transform.weights import with_coefficients
@@ -35,8 +35,9 @@ def run(checkpoint: Checkpoint, options: TrainOptions, context: Context) -> Iter
 
 
 def goal(checkpoint: Checkpoint, source: DataSource, options: TrainOptions, context: Context) -> Goal:
-    """Minimise cross-entropy, or the user's own loss."""
-    return Goal(Supervised(options.fit.label_smoothing, user_loss(options.fit.loss, context)))
+    """Minimise the task's loss, or the user's own."""
+    judge = judge_of(checkpoint, context)
+    return Goal(Supervised(options.fit.label_smoothing, judge.loss, judge.task))
 
 
 def distill(checkpoint: Checkpoint, options: DistillOptions, context: Context) -> Iterator[Outcome]:
@@ -60,7 +61,6 @@ def distill_goal(
         teacher,
         context,
         label_smoothing=options.fit.label_smoothing,
-        loss=user_loss(options.fit.loss, context),
     )
     return Goal(objective, others)
 

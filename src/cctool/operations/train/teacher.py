@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,11 +21,12 @@ from cctool.data.serving.convert import convert, convert_statistics
 from cctool.operations.context import Context
 from cctool.operations.data import preprocessing_of
 from cctool.operations.opening import open_checkpoint
+from cctool.operations.task import judge_of
 from cctool.options.common import ModelOptions
 from cctool.options.teacher import TeacherOptions
-from cctool.training.evaluate import trial_output
+from cctool.tasks.base import Task
+from cctool.training.evaluate import trial_outputs
 from cctool.training.objectives import CLASSIFICATION, Distillation
-from cctool.training.user_functions import UserLoss
 
 
 def distillation(
@@ -33,7 +36,6 @@ def distillation(
     context: Context,
     *,
     label_smoothing: float = 0.0,
-    loss: UserLoss | None = None,
 ) -> tuple[Distillation, Mapping[str, Parent]]:
     """Load a teacher; give the objective of imitating it, and its file by role for the history.
 
@@ -47,19 +49,21 @@ def distillation(
         options: the teacher's file and architecture, temperature and alpha.
         context: device, precision, user code.
         label_smoothing: of the loss on the labels.
-        loss: the user's loss in place of cross-entropy.
 
     Raises:
         CheckpointError: if the file cannot be read.
         TrainingError: if teacher and student have different numbers of classes.
     """
-    found = open_checkpoint(
-        Path(options.path),
-        _named(checkpoint, options, context),
-        context.tables,
-        context.user_code,
-        context.reporter,
-    )
+    judge = judge_of(checkpoint, context)
+    judge.require_loss("learning from a teacher")
+    with _teachers_options():
+        found = open_checkpoint(
+            Path(options.path),
+            _named(checkpoint, options, context),
+            context.tables,
+            context.user_code,
+            context.reporter,
+        )
     own = preprocessing_of(
         found, source, context, whose="the teacher", options="--teacher-mean and --teacher-std"
     )
@@ -71,10 +75,23 @@ def distillation(
         preprocessing_of(checkpoint, source, context),
         str(context.runtime.precision),
         _order(found, checkpoint, options.path),
+        judge.task,
     )
     _refuse_other_outputs(checkpoint, teacher, options.path)
-    objective = Distillation(teacher, options.temperature, options.alpha, label_smoothing, loss)
+    objective = Distillation(
+        teacher, options.temperature, options.alpha, label_smoothing, judge.loss, judge.task
+    )
     return objective, {"teacher": found.origin} if found.origin is not None else {}
+
+
+@contextmanager
+def _teachers_options() -> Iterator[None]:
+    """Errors about the options that describe a network name those that describe the teacher."""
+    try:
+        yield
+    except CctoolError as error:
+        text = re.sub(r"(?<!\S)--(arch|arg|input|mean|std)\b", r"--teacher-\1", str(error))
+        raise type(error)(text) from error
 
 
 def _named(checkpoint: Checkpoint, options: TeacherOptions, context: Context) -> ModelOptions:
@@ -95,6 +112,7 @@ class Teacher:
         given: the student's preprocessing, which was applied to the images.
         precision: of its forward pass.
         order: of its logits, which of them stands at each place of the student's; None takes all as they are.
+        task: what its outputs mean.
     """
 
     def __init__(
@@ -105,6 +123,7 @@ class Teacher:
         given: Preprocessing,
         precision: str = "32",
         order: Sequence[int] | None = None,
+        task: Task = CLASSIFICATION,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self._shape = input_shape
@@ -112,12 +131,13 @@ class Teacher:
         self._given = given
         self._precision = precision
         self._order = None if order is None else list(order)
+        self.task = task
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) in float32 for normalised images (N, C, H, W)."""
+        """The main output in float32 for normalised images (N, C, H, W); classes are along dim 1."""
         with torch.no_grad(), autocast(images.device, self._precision):
             # Auxiliary outputs are not imitated.
-            logits = CLASSIFICATION.main_output(self.model(self._converted(images))).float()
+            logits = self.task.main_output(self.model(self._converted(images))).float()
             return logits if self._order is None else logits[:, self._order]
 
     def _converted(self, images: Tensor) -> Tensor:
@@ -152,7 +172,8 @@ def _order(teacher: Checkpoint, student: Checkpoint, path: str) -> list[int] | N
 
 
 def _refuse_other_outputs(checkpoint: Checkpoint, teacher: Teacher, path: str) -> None:
-    student = trial_output(checkpoint.model, checkpoint.spec.input_shape)
+    outputs, task = trial_outputs(checkpoint.model, checkpoint.spec.input_shape), teacher.task
+    student = task.main_output(outputs)
     images = torch.zeros(2, *checkpoint.spec.input_shape, device=student.device)
     try:
         taught = teacher(images)
@@ -164,8 +185,17 @@ def _refuse_other_outputs(checkpoint: Checkpoint, teacher: Teacher, path: str) -
         raise TrainingError(
             f"{path} does not run on its inputs ({text}); --teacher-input CxHxW names their size"
         ) from error
-    if student.shape != taught.shape:
+    classes = task.classes_in(student)
+    if classes is not None and taught.dim() == student.dim() and taught.shape[1] != student.shape[1]:
         raise TrainingError(
-            f"{path} tells {taught.shape[-1]} classes apart, the student {student.shape[-1]}: "
+            f"{path} tells {taught.shape[1]} classes apart, the student {student.shape[1]}: "
             "both must know the same classes in the same order"
+        )
+    # Logits of pixels are resized; other outputs must have one shape.
+    if student.shape[:2] != taught.shape[:2] or (
+        taught.dim() != student.dim() or (classes is None and taught.shape != student.shape)
+    ):
+        raise TrainingError(
+            f"{path} puts out shape {list(taught.shape)}, the student {list(student.shape)}: "
+            "a teacher's outputs must have the student's shape"
         )

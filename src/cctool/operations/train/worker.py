@@ -96,7 +96,7 @@ def _end_with_parent() -> None:
 def _work(job: dict[str, Any], channel: _Channel) -> None:
     kind, make_goal = _VERBS[job["verb"]]
     options = TypeAdapter(kind).validate_python(job["options"])
-    context = _context(job)
+    context = replace(_context(job), asked=options.fit)
     rank = int(os.environ["RANK"])
     seed_everything(context.runtime.seed, deterministic=context.runtime.deterministic)
     if rank:

@@ -19,8 +19,9 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome, ShownTables
-from cctool.operations.data import example, measured, measured_splits, require_source
+from cctool.operations.data import example, measured_or_run, measured_splits, require_source
 from cctool.operations.keep.calibrate import calibration_images, put_taps
+from cctool.operations.task import judge_of
 from cctool.operations.transform.files import refuse_reports, write_reports
 from cctool.operations.transform.quality_search import (
     SearchReport,
@@ -127,8 +128,11 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     measured_on = f"{source.reference}, {split} split"
     written = write_reports(figures, features, product, measured_on, before, after, context)
     if sweep:
-        title = f"{product.spec.architecture} on {source.reference}: {options.kernel}, top-1 against ratio"
-        written += write_sweep(sweep, before, title, context)
+        main = judge_of(product, context).main
+        title = (
+            f"{product.spec.architecture} on {source.reference}: {options.kernel}, {main.title} against ratio"
+        )
+        written += write_sweep(sweep, before, title, main, context)
     notes += tuple(f"written: {path}" for path in written)
     report = FeaturesReport(
         kernel=options.kernel,
@@ -219,8 +223,8 @@ def measured_with_figures(
     shown = splits[-1] if splits else "train"
     for split in splits or [shown]:
         with recording(checkpoint.model, statistics) if split == shown else nullcontext():
-            metrics.append(measured(checkpoint, source, data, context, split=split))
-    return tuple(metrics), shown, statistics.figures()
+            metrics.append(measured_or_run(checkpoint, source, data, context, split=split))
+    return tuple(found for found in metrics if found.values), shown, statistics.figures()
 
 
 def _ratio(figures: Sequence[TapFigures], bits: int) -> float:

@@ -5,8 +5,8 @@ A quality from 1 to 100 scales all quantization steps; 50 leaves them as their t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cctool.analysis.features.pictures import CurvePoint, draw_curve
@@ -19,8 +19,10 @@ from cctool.checkpoint.file.atomic import write_bytes
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, beside, refuse_existing
-from cctool.operations.data import first_images, measured, serve
+from cctool.operations.data import first_images, measured_or_run, serve
+from cctool.operations.task import judge_of
 from cctool.options.common import DataOptions
+from cctool.tasks.base import LOSS, Measure
 from cctool.transforms.codec.figures import NetworkStatistics, TapFigures
 from cctool.transforms.codec.taps import recording, set_quality, taps_of
 
@@ -79,8 +81,8 @@ class SweepPoint:
         ratio_float32: likewise against 32 bits per value.
         bits_per_element: coded bits per value of the maps.
         entropy_per_element: zero-order entropy of the symbols, in bits per value.
-        top1: percent; None if the outputs are not logits.
-        loss: mean over images.
+        values: the main metric of the network's task, by its name, and the mean loss; empty if nothing says
+            how the network is judged.
     """
 
     quality: float
@@ -90,8 +92,7 @@ class SweepPoint:
     ratio_float32: float
     bits_per_element: float
     entropy_per_element: float
-    top1: float | None
-    loss: float
+    values: Mapping[str, float] = field(metadata={"json": "inline"})
 
 
 def search_quality(
@@ -179,15 +180,15 @@ def sweep_qualities(
     model = checkpoint.model
     codecs = {name: hook.codec for name, hook in taps_of(model).items()}
     splits = [split for split in ("validation", "test") if split in source.loaders] or ["train"]
-    points = []
+    points, shown = [], (judge_of(checkpoint, context).main, LOSS)
     for quality in QUALITIES:
         set_quality(model, quality)
         choose_orders()
         for split in splits:
             statistics = NetworkStatistics(model)
             with recording(model, statistics):
-                metrics = measured(checkpoint, source, data, context, split=split)
-            points.append(_point(quality, metrics, statistics.figures()))
+                metrics = measured_or_run(checkpoint, source, data, context, split=split)
+            points.append(_point(quality, metrics, shown, statistics.figures()))
     for name, hook in taps_of(model).items():
         # Configurations are immutable: the old one has the old quality and order.
         hook.codec = codecs[name]
@@ -200,18 +201,31 @@ def refuse_sweep(context: Context) -> None:
 
 
 def write_sweep(
-    points: Sequence[SweepPoint], before: Sequence[Metrics], title: str, context: Context
+    points: Sequence[SweepPoint], before: Sequence[Metrics], title: str, main: Measure, context: Context
 ) -> tuple[str, ...]:
     """Write the table and the plot next to the product; returns their paths."""
     table, picture = _sweep_files(context)
-    columns = tuple(Column(key, title, meaning) for key, (title, meaning) in _SWEEP_COLUMNS.items())
-    rows = tuple(tuple(getattr(point, key) for key in _SWEEP_COLUMNS) for point in points)
-    write_report(Report(title, Table("Sweep", columns, rows)), table, overwrite=context.force)
-    curve = [CurvePoint(p.split, p.quality, p.ratio_8bit, p.top1) for p in points if p.top1 is not None]
+    columns = [Column(key, name, meaning) for key, (name, meaning) in _SWEEP_COLUMNS.items()]
+    rows = [[getattr(point, key) for key in _SWEEP_COLUMNS] for point in points]
+    for measure in dict.fromkeys((main, LOSS)):
+        if any(measure.name in point.values for point in points):
+            columns.append(Column(measure.name, measure.heading, "Of the coded network."))
+            for row, point in zip(rows, points, strict=True):
+                row.append(point.values.get(measure.name))
+    report = Report(title, Table("Sweep", tuple(columns), tuple(map(tuple, rows))))
+    write_report(report, table, overwrite=context.force)
+    curve = [
+        CurvePoint(p.split, p.quality, p.ratio_8bit, p.values[main.name])
+        for p in points
+        if main.name in p.values
+    ]
     if not curve:
         return (str(table),)
-    uncoded = [(metrics.split, metrics.values["top1"]) for metrics in before if "top1" in metrics.values]
-    write_bytes(picture, draw_curve(title, curve, uncoded), overwrite=context.force)
+    uncoded = [
+        (metrics.split, metrics.values[main.name]) for metrics in before if main.name in metrics.values
+    ]
+    drawn = draw_curve(title, curve, uncoded, f"{main.title}, {main.unit}" if main.unit else main.title)
+    write_bytes(picture, drawn, overwrite=context.force)
     return str(table), str(picture)
 
 
@@ -223,8 +237,6 @@ _SWEEP_COLUMNS = {
     "ratio_float32": ("vs float32", "32 bits a value over all coded bits."),
     "bits_per_element": ("Bits an element", "All coded bits over the values of all maps."),
     "entropy_per_element": ("Entropy bound", "Zero-order entropy over the values of all maps."),
-    "top1": ("Top-1 (%)", "Of the coded network."),
-    "loss": ("Loss", "Of the coded network."),
 }
 
 
@@ -241,7 +253,9 @@ def _bits(figures: Sequence[TapFigures], open_orders: Collection[str]) -> tuple[
     return bits, sum(tap.elements for tap in figures)
 
 
-def _point(quality: float, metrics: Metrics, figures: Sequence[TapFigures]) -> SweepPoint:
+def _point(
+    quality: float, metrics: Metrics, shown: Sequence[Measure], figures: Sequence[TapFigures]
+) -> SweepPoint:
     elements = sum(tap.elements for tap in figures)
     bits = sum(tap.bits for tap in figures)
     return SweepPoint(
@@ -252,6 +266,5 @@ def _point(quality: float, metrics: Metrics, figures: Sequence[TapFigures]) -> S
         ratio_float32=32 * elements / bits,
         bits_per_element=bits / elements,
         entropy_per_element=sum(tap.entropy_bits for tap in figures) / elements,
-        top1=metrics.values.get("top1"),
-        loss=metrics.values["loss"],
+        values={item.name: metrics.values[item.name] for item in shown if item.name in metrics.values},
     )

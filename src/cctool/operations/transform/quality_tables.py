@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from cctool.operations.context import ShownTables
 from cctool.operations.transform.quality_search import SearchReport, SweepPoint
 from cctool.operations.transform.write_streams import StreamFigures
+from cctool.tasks.base import LOSS
 from cctool.transforms.codec.figures import TapFigures
 
 _TAPS = (
@@ -68,6 +69,7 @@ def quality_tables(search: SearchReport | None, sweep: Sequence[SweepPoint]) -> 
         title = f"search for a ratio of {search.asked:g} on {search.n:,} {search.split} images"
         tables.append((title, ("quality", "vs 8 bit", "bits/element"), rows))
     if sweep:
+        names = list(dict.fromkeys(name for point in sweep for name in point.values if name != LOSS.name))
         points = [
             (
                 point.quality,
@@ -76,11 +78,11 @@ def quality_tables(search: SearchReport | None, sweep: Sequence[SweepPoint]) -> 
                 f"{point.bits_per_element:.3f}",
                 f"{point.ratio_8bit:.2f}",
                 f"{point.ratio_float32:.2f}",
-                point.top1,
+                *(point.values.get(name) for name in names),
             )
             for point in sweep
         ]
-        columns = ("quality", "split", "n", "bits/element", "vs 8 bit", "vs float32", "top1")
+        columns = ("quality", "split", "n", "bits/element", "vs 8 bit", "vs float32", *names)
         tables.append(("qualities", columns, points))
     return tables
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cctool.options.common import DataOptions, histograms_option, report_file_option, zero_bar_option
-from cctool.options.fields import Choice, Options, nested, option
+from cctool.options.common import (
+    DataOptions,
+    TaskOptions,
+    histograms_option,
+    report_file_option,
+    wrong_suffix,
+    zero_bar_option,
+)
+from cctool.options.fields import Choice, Idle, nested, option
 
 
 class SplitName(Choice):
@@ -17,11 +24,15 @@ class SplitName(Choice):
     TEST = "test"
 
 
+_PICTURES = (".png", ".csv", ".xlsx")
 _TAPS = "Coded feature maps (after transform --target features)"
 
 
+_OF_CLASSES = Idle(lambda o: not o.per_class, "it is for the table of --per-class, which is not given")
+
+
 @dataclass(frozen=True)
-class EvaluateOptions(Options):
+class EvaluateOptions(TaskOptions):
     """Options of one evaluation."""
 
     # fmt: off
@@ -30,12 +41,17 @@ class EvaluateOptions(Options):
     data: DataOptions = nested(DataOptions)
     predictions: str | None = option(
         None, "Write one row per image; works without labels, too.", metavar="FILE.csv")
-    loss: str | None = option(
-        None, "Your loss(outputs, labels), a scalar tensor.", metavar="FILE.py:FN", unset="cross-entropy",
-        runs_code=True)
-    metric: str | None = option(
-        None, "Your metric(outputs, labels) of the whole split, a number.", metavar="FILE.py:FN",
-        runs_code=True)
+    per_class: bool = option(
+        False, "Also measure each class: accuracy or IoU, and how many samples it has.", recorded=False)
+    csv: str | None = option(
+        None, "Write the table of classes to this file.", metavar="FILE.csv", idle=_OF_CLASSES,
+        recorded=False)
+    xlsx: str | None = option(
+        None, "Write the table of classes to this workbook.", metavar="FILE.xlsx",
+        idle=_OF_CLASSES, recorded=False)
+    confusion: str | None = option(
+        None, "Write which class was taken for which: as a picture, or as counts.",
+        metavar="FILE.png|.csv|.xlsx", recorded=False)
     bitstream: str | None = option(
         None, "Write the coded feature maps of the split, one file per tap, for `cctool decode`.",
         metavar="DIR", panel=_TAPS)
@@ -48,15 +64,21 @@ class EvaluateOptions(Options):
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
         """Names that do not fit, and a detail of pictures that are not drawn."""
-        predictions = self.predictions or ".csv"
         # fmt: off
         return (
-            (not predictions.lower().endswith(".csv"),
-             f"--predictions {predictions}: a name that ends in .csv is expected"),
+            wrong_suffix("--predictions", self.predictions, ".csv"),
+            wrong_suffix("--csv", self.csv, ".csv"),
+            wrong_suffix("--xlsx", self.xlsx, ".xlsx"),
+            wrong_suffix("--confusion", self.confusion, *_PICTURES),
             (self.zero_bar and self.histograms is None,
              "--zero-bar is for --histograms DIR, which is not given"),
         )
         # fmt: on
+
+    @property
+    def asks_for_classes(self) -> bool:
+        """Whether an option is given that needs to know which class was taken for which."""
+        return self.per_class or self.confusion is not None
 
     @property
     def asks_for_taps(self) -> bool:

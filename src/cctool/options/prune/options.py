@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cctool.base.errors import UsageError
-from cctool.options.common import DataOptions
+from cctool.options.common import DataOptions, TaskOptions, judged
 from cctool.options.fields import (
     Choice,
     Idle,
@@ -36,7 +36,7 @@ from cctool.options.prune.choices import (
     StepMode,
 )
 from cctool.options.prune.patterns import Block, Pattern, parse_block, parse_pattern
-from cctool.options.target import Target, parse_target
+from cctool.options.target import Drop, Target, parse_drop, parse_target
 from cctool.options.teacher import (
     TeacherOptions,
     keep_storage_option,
@@ -143,9 +143,9 @@ class PruneOptions(Options):
     target: Target | None = _amount(
         None, "What the network may cost: macs=0.5, params=30%, bytes=1.2MB, latency=0.6 (measured). Up to "
         "1 is a fraction of INPUT's cost.", metavar="QUANTITY=VALUE", parse=parse_target)
-    max_drop: float | None = _amount(
-        None, "Percentage points of validation top-1 that may be lost; finds the largest such rate.",
-        metavar="POINTS", bounds=at_least(0))
+    max_drop: Drop | None = _amount(
+        None, "What may be lost of the main metric on validation: points, or % of its value; finds the "
+        "largest such rate.", metavar="POINTS|%", parse=parse_drop)
     rates: str | None = _amount(
         None, "Table of rates: family or layer, and its rate.", metavar="FILE.csv|.json")
     round_to: int | None = _shape(
@@ -210,6 +210,7 @@ class PruneOptions(Options):
     preset: PrunePreset | None = option(
         None, "Set the options of a published method; options that you give win.")
     data: DataOptions = nested(DataOptions)
+    judge: TaskOptions = judged()
     dry_run: bool = _report(False, "Print the plan and write no checkpoint.", recorded=False)
     # fmt: on
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cctool.base.errors import UsageError
-from cctool.options.common import DataOptions
-from cctool.options.fields import Idle, Options, assemble, at_least, nested, option, positive, section
+from cctool.options.common import DataOptions, TaskOptions, judged
+from cctool.options.fields import Idle, Options, assemble, at_least, nested, option, section
 from cctool.options.quantize.choices import (
     CLIPPING,
     INTEGERS,
@@ -20,7 +20,7 @@ from cctool.options.quantize.choices import (
     Rounding,
 )
 from cctool.options.quantize.parts import CalibrationOptions, LayerBits, TuningOptions, parse_layer_bits
-from cctool.options.target import Quantity, Target, parse_target
+from cctool.options.target import Drop, Quantity, Target, parse_drop, parse_target
 
 _DEFAULT_BITS: dict[QuantizeMethod, int] = {
     **INTEGERS,
@@ -102,9 +102,9 @@ class QuantizeOptions(Options):
     target: Target | None = _layers(
         None, "Bytes that the weights may take, absolute or as a fraction; chooses bits layer by layer.",
         metavar="bytes=VALUE", parse=parse_target)
-    max_drop: float | None = _layers(
-        None, "Percentage points of validation accuracy that may be lost; chooses bits layer by layer.",
-        metavar="POINTS", bounds=positive())
+    max_drop: Drop | None = _layers(
+        None, "What may be lost of the main metric on validation: points, or % of its value; chooses bits "
+        "layer by layer.", metavar="POINTS|%", parse=parse_drop)
     choices: tuple[int, ...] = _layers(
         (2, 4, 8), "Bits that --target and --max-drop choose from.", metavar="B,B,...", parse=_choices,
         shown="2,4,8",
@@ -112,6 +112,7 @@ class QuantizeOptions(Options):
     preset: QuantizePreset | None = option(
         None, "Set the options of a published method; options that you give win.")
     data: DataOptions = nested(DataOptions)
+    judge: TaskOptions = judged()
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
@@ -151,6 +152,8 @@ class QuantizeOptions(Options):
             (activation is not None and not (1 if method in CLIPPING else 2) <= activation <= 8,
              f"--activation-bits {activation}: 2 to 8 are allowed"),
             (fitted and not integers, "--equalize and --bias-correction are for --method intN"),
+            (self.max_drop is not None and not self.max_drop > 0,
+             "--max-drop 0: a positive number is needed"),
             (self.target is not None and self.max_drop is not None,
              "--target and --max-drop both choose the bits: give one of them"),
             (self.searches and not integers, "--target and --max-drop choose bits for --method intN"),

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cctool.base.errors import UsageError
-from cctool.options.fields import Choice, Options, at_least, between, positive, section
+from cctool.options.common import TaskOptions
+from cctool.options.fields import Choice, at_least, between, positive, section
 from cctool.options.teacher import freeze_norm_option
 
 
@@ -84,7 +85,7 @@ def _rates() -> str:
 
 
 @dataclass(frozen=True)
-class FitOptions(Options):
+class FitOptions(TaskOptions):
     """How a network is trained. None means that the default depends on another option."""
 
     # fmt: off
@@ -130,12 +131,6 @@ class FitOptions(Options):
     rate_weight: float = _loss(
         0.0, "Weight of coded feature maps' bits per value in the loss; needs codecs.",
         bounds=between("[0, inf)"))
-    loss: str | None = _loss(
-        None, "Your loss(outputs, labels), a scalar tensor.", metavar="FILE.py:FN", unset="cross-entropy",
-        runs_code=True)
-    metric: str | None = _loss(
-        None, "Your metric(outputs, labels) of a whole split; decides which epoch is best.",
-        metavar="FILE.py:FN", unset="top-1", runs_code=True)
     metric_mode: MetricMode = _loss(
         MetricMode.MAX, "Whether larger or smaller values of --metric are better.")
     eval_from: int = _loss(
@@ -181,7 +176,7 @@ class FitOptions(Options):
             (self.loss is not None and self.label_smoothing > 0,
              "--label-smoothing belongs to cross-entropy; your own --loss does its own"),
             (self.metric is None and self.metric_mode is MetricMode.MIN,
-             "--metric-mode min belongs to a --metric of your own; top-1 is better when larger"),
+             "--metric-mode min belongs to a --metric of your own; a task knows its own"),
             (self.warmup is not None and self.warmup_epochs == 0,
              "--warmup with --warmup-epochs 0 warms nothing up: leave one of them out"),
         )

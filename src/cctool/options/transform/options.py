@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from cctool.base.errors import UsageError
-from cctool.options.common import DataOptions, histograms_option, report_file_option, zero_bar_option
+from cctool.options.common import (
+    DataOptions,
+    TaskOptions,
+    histograms_option,
+    judged,
+    report_file_option,
+    zero_bar_option,
+)
 from cctool.options.fields import Options, assemble, at_least, between, leaves, nested, section
 from cctool.options.prune.choices import Scope
 from cctool.options.transform.choices import (
@@ -193,6 +200,7 @@ class TransformOptions(Options):
     preset: TransformPreset | None = _both(
         None, "Set the options of a published method; options that you give win.")
     data: DataOptions = nested(DataOptions)
+    judge: TaskOptions = judged()
     # fmt: on
 
     @classmethod

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cctool.base.outputs import named_tensors as output_tensors
 from cctool.graph.execution import execute, tensors_in, with_tensors
 from cctool.graph.ledger import Kind
 from cctool.graph.records import ChannelGraph, Statistic
@@ -190,9 +191,9 @@ def _same(kept: Any, plain: Any) -> bool:
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max())) for a, b in pairs)
 
 
-def run(model: nn.Module, inputs: Sequence[Tensor], calls: MaskedCalls | None = None) -> list[Tensor]:
-    """All output tensors of the model in evaluation mode, with calls computed by `calls`."""
+def run(model: nn.Module, inputs: Sequence[Tensor], calls: MaskedCalls | None = None) -> dict[str, Tensor]:
+    """All output tensors of the model in evaluation mode by name, with calls computed by `calls`."""
     if calls is not None and calls.wide:
         inputs = with_tensors(tuple(inputs), lambda v: v.double() if v.dtype == torch.float32 else v)
     output = execute(model, tuple(inputs), [], substitute=calls)
-    return [value.detach() for value in tensors_in(output)]
+    return {name: value.detach() for name, value in output_tensors(output).items()}

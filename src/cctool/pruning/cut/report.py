@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cctool.graph.records import ChannelGraph, Family, Frozen
 from cctool.pruning.cut.surgery import CutPlan
-from cctool.pruning.cut.verify import BATCH_SIZES, Check
+from cctool.pruning.cut.verify import BATCH_SIZES, Check, OutputCheck
 from cctool.pruning.scores.criteria import Unscored
 from cctool.pruning.select.order import Selection
 
@@ -73,6 +73,7 @@ class PruneReport:
         precision: the dtype of that comparison.
         batch_sizes: batch sizes at which all output shapes were compared.
         notes: further remarks for the user.
+        outputs: every output as it was compared.
     """
 
     families: tuple[FamilyReport, ...]
@@ -84,6 +85,7 @@ class PruneReport:
     precision: str
     batch_sizes: tuple[int, ...]
     notes: tuple[str, ...]
+    outputs: tuple[OutputCheck, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def report_of(
         precision=outcome.precision,
         batch_sizes=BATCH_SIZES,
         notes=tuple(notes),
+        outputs=outcome.outputs,
     )
 
 

@@ -1,21 +1,25 @@
 """Checks before every cut that the cut network computes what the masked one does, by running the model.
 
-Widths may be written into code: `x.view(-1, 512)` can even fold a wrong width into the batch without an
-error. So the cut model runs at two odd batch sizes. All output shapes are compared with the dense model's,
-and at the first size the numbers are compared with the masked model's. Scales and statistics of norms are
-varied at random before, because gammas and betas of 0, as in a new network, would hide mistakes.
+All outputs are compared by name: numbers by their largest difference, whole numbers and truth values by the
+share that differs. Widths may be written into code: `x.view(-1, 512)` can even fold a wrong width into the
+batch without an error. So the cut model runs at two odd batch sizes. All output shapes are compared with the
+dense model's, and at the first size the numbers are compared with the masked model's. Scales and statistics
+of norms are varied at random before, because gammas and betas of 0, as in a new network, would hide mistakes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf, isnan
+from functools import partial
+from math import inf, isinf
 
 import torch
 from torch import Tensor, nn
 
+from cctool.base.detectors import before_boxes
 from cctool.base.errors import PruningError
+from cctool.base.outputs import as_numbers, differences, is_measured, other_inputs, varying_shapes
 from cctool.graph.execution import with_tensors
 from cctool.graph.ledger import Role
 from cctool.graph.records import ChannelGraph, Statistic
@@ -30,6 +34,25 @@ TOLERANCE = 1e-5
 SPREAD_TOLERANCE = 1e-3
 """Largest difference allowed, relative to the spread of the outputs over a batch. One wrong channel among
 thousands makes about 0.01, also where a large bias makes the error relative to the outputs small."""
+TIES = 1.0
+"""Percent of an output's whole numbers (classes, indices) that may differ, as they flip on ties."""
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """Comparison of one output of the cut and the masked network.
+
+    Attributes:
+        name: of the output.
+        elements: number of elements that were compared.
+        different: percent of them that differ, for whole numbers and truth values; else None.
+        not_compared: why nothing of it was compared; "" if it was.
+    """
+
+    name: str
+    elements: int
+    different: float | None = None
+    not_compared: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,11 +60,12 @@ class Check:
     """Result of one comparison.
 
     Attributes:
-        error: largest difference between cut and masked, relative to the largest masked output.
-        of_spread: the same relative to the spread of the masked network's outputs over a batch.
+        error: largest difference between cut and masked, relative to the largest value of its output.
+        of_spread: the same relative to the spread of the masked network's output over a batch.
         precision: the dtype of the comparison.
         failure: what went wrong, "" if nothing.
         statistics: calls that the masked network computed over the kept channels only.
+        outputs: every output by itself.
     """
 
     error: float
@@ -49,6 +73,19 @@ class Check:
     precision: str
     failure: str
     statistics: tuple[Statistic, ...] = ()
+    outputs: tuple[OutputCheck, ...] = ()
+
+    @property
+    def different(self) -> OutputCheck | None:
+        """The output of whole numbers that differs most; None if none differs."""
+        found = [output for output in self.outputs if output.different]
+        return max(found, key=lambda output: output.different or 0.0, default=None)
+
+    @property
+    def too_different(self) -> bool:
+        """Whether more whole numbers differ than ties explain."""
+        worst = self.different
+        return worst is not None and (worst.different or 0.0) > TIES
 
 
 def probe_inputs(inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
@@ -106,17 +143,18 @@ _TOO_SMALL = 1e-2  # layer scales often start below this, which hides what their
 
 
 Shapes = list[tuple[int, ...]]
+Named = Mapping[str, Tensor]
 
 
 def _to_meta(value: Tensor) -> Tensor:
     return value.to("meta")
 
 
-def _shapes(outputs: Sequence[Tensor]) -> Shapes:
-    return [tuple(value.shape) for value in outputs]
+def _shapes(outputs: Named) -> Shapes:
+    return [tuple(value.shape) for value in outputs.values()]
 
 
-def _shapes_at(outputs: Sequence[Tensor], batch: int, other: int) -> Shapes:
+def _shapes_at(outputs: Named, batch: int, other: int) -> Shapes:
     """The shapes that outputs should have at another batch size, if their first dim is the batch."""
     return [(other, *shape[1:]) if shape[:1] == (batch,) else shape for shape in _shapes(outputs)]
 
@@ -125,39 +163,75 @@ def _wrong_shapes(cut: Shapes, expected: Shapes) -> str:
     return f"outputs of shape {cut}, not {expected}: a width is written into code"
 
 
-def compare_outputs(masked: list[Tensor], cut: list[Tensor]) -> Check:
-    """Largest difference, relative to the largest output and to the spread; or why they do not compare."""
-    dtype = str(masked[0].dtype).removeprefix("torch.") if masked else ""
-    if _shapes(masked) != _shapes(cut):
+def _same_shapes(left: Named, right: Named, depending: Callable[[], set[str]]) -> bool:
+    """Whether the shapes are equal, but for those that depend on the data; `depending` is rarely called."""
+    if _shapes(left) == _shapes(right):
+        return True
+    if list(left) != list(right):
+        return False
+    return {name for name in left if left[name].shape != right[name].shape} <= depending()
+
+
+def compare_outputs(masked: Named, cut: Named, depending: Callable[[], set[str]] = set) -> Check:
+    """Largest difference, relative to the largest output and to the spread; or why they do not compare.
+
+    Args:
+        masked: the expected outputs by name.
+        cut: those to compare.
+        depending: gives the names of outputs whose shapes depend on the data; called where shapes differ.
+    """
+    dtype = str(next(iter(masked.values())).dtype).removeprefix("torch.") if masked else ""
+    if not _same_shapes(masked, cut, depending):
         return Check(inf, inf, dtype, _wrong_shapes(_shapes(cut), _shapes(masked)))
     error = of_spread = 0.0
-    for a, b in zip(masked, cut, strict=True):
-        # Whole numbers (indices, classes) may flip on ties.
-        if a.is_floating_point() and a.numel():
-            difference = float((a - b).abs().max())
-            tiny = torch.finfo(a.dtype).tiny
-            error = max(error, difference / max(float(a.abs().max()), tiny))
-            of_spread = max(of_spread, difference / max(_spread(a), tiny))
-            if isnan(difference):
-                return Check(inf, inf, dtype, "outputs are not finite")
-    return Check(error, of_spread, dtype, "")
+    outputs = []
+    for name, a in masked.items():
+        b = cut[name]
+        outputs.append(_compared(name, a, b))
+        if outputs[-1].not_compared or not is_measured(a):
+            continue
+        difference = float(differences(a, b).max())
+        tiny = torch.finfo(a.dtype).tiny
+        error = max(error, difference / max(_largest(a), tiny))
+        of_spread = max(of_spread, difference / max(_spread(a), tiny))
+    measured = [output for output in outputs if is_measured(masked[output.name]) and output.elements]
+    if isinf(error) or (measured and all(output.not_compared for output in measured)):
+        return Check(inf, inf, dtype, "outputs are not finite", outputs=tuple(outputs))
+    return Check(error, of_spread, dtype, "", outputs=tuple(outputs))
+
+
+def _compared(name: str, masked: Tensor, cut: Tensor) -> OutputCheck:
+    if masked.shape != cut.shape:
+        return OutputCheck(name, 0, not_compared="its shape depends on the data and differs")
+    count = masked.numel()
+    if not count:
+        return OutputCheck(name, 0, not_compared="it has no elements on random inputs")
+    if not is_measured(masked):
+        return OutputCheck(name, count, 100 * int((masked != cut).sum()) / count)
+    nothing = bool((~masked.isfinite() & ~cut.isfinite()).all())
+    return OutputCheck(name, count, not_compared="it holds nothing but NaN and infinities" if nothing else "")
+
+
+def _largest(value: Tensor) -> float:
+    return float(as_numbers(value).nan_to_num(0, 0, 0).abs().max())
 
 
 def _spread(value: Tensor) -> float:
     """Largest deviation of an output from its mean over the batch, which a constant offset does not hide."""
-    if not value.is_floating_point() or not value.numel() or not value.ndim:
+    if not is_measured(value) or not value.numel() or not value.ndim:
         return 0.0
-    return max(float((value - value.mean(dim=0)).abs().max()), _resolution(value))
+    numbers = value if bool(value.isfinite().all()) else value.nan_to_num(0, 0, 0)
+    return max(float((numbers - numbers.mean(dim=0)).abs().max()), _resolution(value))
 
 
 def _resolution(value: Tensor) -> float:
     steps = 1e5 if value.dtype == torch.float64 else 1e3  # float32 below this is repeated in float64
-    return steps * torch.finfo(value.dtype).eps * float(value.abs().max())
+    return steps * torch.finfo(value.dtype).eps * _largest(value)
 
 
 def _drowned(value: Tensor) -> bool:
     """Whether an offset is so large that rounding hides the effect of the inputs."""
-    counts = value.is_floating_point() and value.ndim > 0 and value.numel() > 0
+    counts = is_measured(value) and value.ndim > 0 and value.numel() > 0
     return counts and _spread(value) <= _resolution(value)
 
 
@@ -180,7 +254,13 @@ class CutComparison:
         self.batches = [probe_inputs(inputs, size) for size in BATCH_SIZES]
         self.statistics: tuple[Statistic, ...] = ()
 
-    def masked_outputs(self, selection: Selection, wide: bool = False) -> list[Tensor]:
+    def depending(self, batch: int) -> set[str]:
+        """Names of the model's outputs whose shapes depend on the data, at the first or second batch size."""
+        inputs = self.batches[batch]
+        changed = zip(*(other_inputs(v) if v.is_floating_point() else [v] * 4 for v in inputs), strict=True)
+        return varying_shapes([run(self.model, values) for values in changed])
+
+    def masked_outputs(self, selection: Selection, wide: bool = False) -> dict[str, Tensor]:
         """Outputs of the masked network, with statistics over the kept channels."""
         calls = MaskedCalls(self.model, self.graph, selection, self.varied, wide)
         outputs = run(self.model, self.batches[0], calls)
@@ -197,7 +277,7 @@ class CutComparison:
         cut = {name: cut_tensor(tensors[name], to) for name, to in plan.tensors.items() if name in tensors}
         return copy_with(self.model, changed | cut, plan)
 
-    def shape_failure(self, plan: CutPlan, masked: list[Tensor]) -> str:
+    def shape_failure(self, plan: CutPlan, masked: Named) -> str:
         """What is wrong with the cut network's output shapes at the second batch size, "" if nothing.
 
         Shapes need no numbers, so it runs on the meta device; on the real one only if that is not conclusive.
@@ -210,12 +290,14 @@ class CutComparison:
         except Exception:  # no kernel for the meta device, or code that reads values: run it on the real one
             pass
         try:
-            cut_shapes = _shapes(run(self.cut_network(plan), self.batches[1]))
+            cut = run(self.cut_network(plan), self.batches[1])
         except Exception as error:  # code that holds widths may fail in any way
             return f"the thinned network raises {_one_line(error)}"
-        if cut_shapes != shapes:
-            shapes = _shapes(run(self.model, self.batches[1]))
-        return "" if cut_shapes == shapes else _wrong_shapes(cut_shapes, shapes)
+        if _shapes(cut) == shapes:
+            return ""
+        dense = run(self.model, self.batches[1])
+        same = _same_shapes(dense, cut, partial(self.depending, 1))
+        return "" if same else _wrong_shapes(_shapes(cut), _shapes(dense))
 
     def compare(self, selection: Selection, plan: CutPlan) -> Check:
         """Compare outputs in the model's precision, and in float64 if that is not conclusive."""
@@ -228,13 +310,14 @@ class CutComparison:
             actual = run(cut, self.batches[0])
         except Exception as error:  # code that holds widths may fail in any way
             return Check(inf, inf, "", f"the thinned network raises {_one_line(error)}")
-        outcome = compare_outputs(expected, actual)
+        outcome = compare_outputs(expected, actual, partial(self.depending, 0))
         if outcome.failure:
             return outcome
         failure = self.shape_failure(plan, expected)
         if failure:
             return Check(inf, inf, outcome.precision, failure)
-        clear = not any(_drowned(value) for value in expected)
+        clear = not any(map(_drowned, expected.values())) and outcome.different is None
+        clear = clear and not any(output.not_compared for output in outcome.outputs)
         if clear and outcome.error <= TOLERANCE and outcome.of_spread <= SPREAD_TOLERANCE:
             return outcome
         # Freed first: with float64 copies, two networks may not fit in memory.
@@ -246,7 +329,8 @@ class CutComparison:
         try:
             expected = self.masked_outputs(selection, wide=True)
             cut = self.cut_network(plan)
-            return compare_outputs(expected, run(cut, self.batches[0], MaskedCalls(cut, wide=True)))
+            actual = run(cut, self.batches[0], MaskedCalls(cut, wide=True))
+            return compare_outputs(expected, actual, partial(self.depending, 0))
         except Exception:  # a dtype written into the user's code
             return None
 
@@ -269,8 +353,9 @@ def check(
     Raises:
         PruningError: the masked model fails at one of the batch sizes.
     """
-    trial = CutComparison(model, graph, inputs)
-    outcome = trial.compare(selection, plan)
+    with before_boxes(model):
+        trial = CutComparison(model, graph, inputs)
+        outcome = trial.compare(selection, plan)
     return replace(outcome, statistics=trial.statistics)
 
 
@@ -283,6 +368,9 @@ def does_not_run(error: Exception) -> PruningError:
 def _judge(outcome: Check) -> Check:
     """Judge a difference; without float64 a hundred times the tolerance, as rounding adds up with depth."""
     slack = 1 if outcome.precision == "float64" else 100
+    worst = outcome.different
+    if worst is not None and outcome.too_different and not outcome.failure:
+        return replace(outcome, failure=f"{worst.different:.1f} % of the elements of {worst.name} differ")
     if outcome.failure or (
         outcome.error <= slack * TOLERANCE and outcome.of_spread <= slack * SPREAD_TOLERANCE
     ):
@@ -333,6 +421,13 @@ def find_culprits(
     If the cut network raises an error on the meta device, bisection runs there, which is fast; otherwise it
     compares numbers.
     """
+    with before_boxes(model):
+        return _culprits(model, graph, selection, inputs)
+
+
+def _culprits(
+    model: nn.Module, graph: ChannelGraph, selection: Selection, inputs: Sequence[Tensor]
+) -> dict[int, str]:
     trial = CutComparison(model, graph, inputs)
     failures: dict[tuple[int, ...], str] = {}
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cctool.base.detectors import before_boxes
 from cctool.base.errors import PruningError
 from cctool.base.networks import in_mode
+from cctool.base.outputs import named_tensors as named_outputs
 from cctool.graph.channels import couple
-from cctool.graph.execution import tensors_in
 from cctool.graph.ledger import Role
 from cctool.graph.records import ChannelGraph, Family, Place
 from cctool.pruning.cut.surgery import CutPlan, copy_with, cut_tensor, named_tensors, plan_cut
@@ -193,19 +194,29 @@ class _CutCheck:
             except Exception as error:  # the user's code may fail in any way
                 raise does_not_run(error) from error
 
-    def _outputs(self, model: nn.Module) -> list[Tensor]:
-        with in_mode(model, training=False):
-            return [value for batch in self._batches for value in tensors_in(model(*batch))]
+    def _outputs(self, model: nn.Module) -> dict[str, Tensor]:
+        """The outputs for both batches; those of detectors before they choose among boxes."""
+        with in_mode(model, training=False), before_boxes(model):
+            found = [named_outputs(model(*batch)) for batch in self._batches]
+        sizes = zip(BATCH_SIZES, found, strict=True)
+        return {f"{name} (batch of {size})": value for size, named in sizes for name, value in named.items()}
 
     def compare(self, plan: CutPlan) -> tuple[float, str]:
         """Largest difference of the cut network, relative to the largest output, and its precision."""
         cut = {n: cut_tensor(t, plan.tensors.get(n, ())) for n, t in self._tensors.items()}
-        dtype = str(next((v.dtype for v in self._expected if v.is_floating_point()), "")).rpartition(".")[2]
+        expected = self._expected.values()
+        dtype = str(next((v.dtype for v in expected if v.is_floating_point()), "")).rpartition(".")[2]
         try:
             outputs = self._outputs(copy_with(self._model, cut, plan))
         except Exception:  # code that holds widths may fail in any way
             return float("inf"), dtype
-        return compare_outputs(self._expected, outputs).error, dtype
+        found = compare_outputs(self._expected, outputs)
+        if found.outputs and all(output.not_compared for output in found.outputs):
+            raise PruningError(
+                "whether the channels that masks left empty can be cut is not known: none of the network's "
+                f"outputs can be compared ({found.outputs[0].name}: {found.outputs[0].not_compared})"
+            )
+        return float("inf") if found.too_different else found.error, dtype
 
     def exact(self, error: float, precision: str) -> bool:
         """Whether a difference is only rounding."""

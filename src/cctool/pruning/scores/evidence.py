@@ -21,12 +21,13 @@ from cctool.graph.execution import execute
 from cctool.options.prune.choices import PruneMethod
 from cctool.pruning.scores.arrivals import ArrivalObserver, Key, Read, ReadApart
 
-LossFn = Callable[[Any, Tensor], Tensor]
-"""(outputs of the network, labels [N]) -> mean loss of the batch, a scalar."""
+LossFn = Callable[..., Tensor]
+"""(outputs of the network, targets) -> mean loss of the batch, a scalar; gets ``inputs`` if it takes them."""
 
 _PIXELS = 1 << 20
 """Pixels (without channels) that are processed together: 20 images of 224 x 224."""
-_GRADIENTS = frozenset({PruneMethod.TAYLOR, PruneMethod.HESSIAN, PruneMethod.GRADIENT})
+GRADIENTS = frozenset({PruneMethod.TAYLOR, PruneMethod.HESSIAN, PruneMethod.GRADIENT})
+"""Methods that need a loss."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def gather(
     """
     taken = _first(batches, samples)
     with _kept(model):
-        if method not in _GRADIENTS:
+        if method not in GRADIENTS:
             return _activations(model, taken, method)
         if loss is None:
             raise PruningError(f"method {method.value} needs a loss")
@@ -152,10 +153,13 @@ class _WithGradients(nn.Module):
 
 def _loss_of(outputs: Any, batch: Batch, loss: LossFn) -> Tensor:
     """Sum of the images' losses."""
-    if batch.labels is None:
+    # A user's loss of outputs and inputs, such as an autoencoder's.
+    takes_inputs = getattr(loss, "takes_inputs", False)
+    if batch.labels is None and not takes_inputs:
         raise DataError("gradients of the loss need labels, and this data set has none")
     with torch.enable_grad():
-        value = loss(outputs, batch.labels) * len(batch.images)
+        more = {"inputs": batch.images} if takes_inputs else {}
+        value = loss(outputs, batch.labels, **more) * len(batch.images)
     if not bool(torch.isfinite(value)):
         raise PruningError("the loss is not finite on these images: nothing can be ranked by its gradient")
     if not value.requires_grad:

@@ -22,6 +22,7 @@ from cctool.checkpoint.file.payload import ResumeState
 from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
 from cctool.options.train.fit import FitOptions, MetricMode
+from cctool.tasks.base import LOSS, Task, main_measure
 from cctool.training.averaging import WeightAverage
 from cctool.training.batch_norm import freeze_statistics
 from cctool.training.constraints.base import Constraint
@@ -71,6 +72,8 @@ class Training:
         stop_after: number of epochs after which this call stops.
         input_shape: (C, H, W) of one input; if given, and if the network runs in it, memory is channels last.
         constraints: what training must respect apart from the objective.
+        judged_by: name of the validation metric by which the best epoch is chosen, and whether larger values
+            are better; None takes the user's, else the main one of the objective's task.
     """
 
     model: nn.Module
@@ -88,6 +91,7 @@ class Training:
     stop_after: int | None = None
     input_shape: tuple[int, ...] | None = None
     constraints: Sequence[Constraint] = ()
+    judged_by: tuple[str, bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -189,11 +193,11 @@ class _Loop:
         lr = 0.0
         batches = self.training.reporter.progress(self.training.batches(epoch), title, total=self.steps)
         for step, batch in enumerate(batches):
-            if batch.labels is None:
+            if batch.labels is None and objective.needs_targets:
                 raise DataError("the training split has no labels")
             lr = self._set_learning_rate(epoch * self.steps + step)
             terms = self._step(batch.images, batch.labels)
-            tally.add(terms, batch.labels)
+            tally.add(terms, batch.labels, len(batch.images))
         tally.finish(group_of(self.fabric), self.fabric.device)
         return tally, lr
 
@@ -204,13 +208,14 @@ class _Loop:
             group["lr"] = group["initial_lr"] * factor
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _step(self, images: Tensor, labels: Tensor) -> Terms:
+    def _step(self, images: Tensor, labels: Tensor | None) -> Terms:
         images = images.to(self.fabric.device, memory_format=self.layout, non_blocking=True)
-        labels = labels.to(self.fabric.device, non_blocking=True)
+        if labels is not None:
+            labels = labels.to(self.fabric.device, non_blocking=True)
         terms = self.training.objective(self.model, images, labels)
         for name, extra in self._penalties():
             components = dict(terms.components) or {"loss_without_penalty": terms.loss}
-            terms = Terms(terms.loss + extra, terms.logits, components | {name: extra})
+            terms = Terms(terms.loss + extra, terms.output, components | {name: extra})
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(terms.loss)
         for constraint in self.training.constraints:
@@ -280,17 +285,21 @@ class _Loop:
         best = self.progress.best
         if best is None or best.metrics is None:
             return True
-        new, old, name = metrics.values, best.metrics.values, main_metric(self.options)
-        # Outputs other than logits have no top-1; the loss is compared instead.
-        lower = self.options.metric_mode is MetricMode.MIN or name not in new
+        new, old = metrics.values, best.metrics.values
+        name, rising = self.training.judged_by or _judged_by(self.options, self.training.objective.task)
+        # Outputs that do not suit the task have no such metric; the loss is compared instead.
         if name not in new:
-            name = "loss"
-        return new[name] < old[name] if lower else new[name] > old[name]
+            name, rising = LOSS.name, LOSS.rising
+        if name not in new or name not in old:
+            return True
+        return new[name] > old[name] if rising else new[name] < old[name]
 
 
-def main_metric(options: FitOptions) -> str:
-    """Name of the validation metric by which the best epoch is chosen."""
-    return "top1" if options.metric is None else options.metric.rpartition(":")[2]
+def _judged_by(options: FitOptions, task: Task) -> tuple[str, bool]:
+    if options.metric is not None:
+        return options.metric.rpartition(":")[2], options.metric_mode is MetricMode.MAX
+    main = main_measure(task)
+    return main.name, main.rising
 
 
 def _memory_format(

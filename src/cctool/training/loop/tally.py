@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ class Tally:
         self._sums: dict[str, float] = {}
         self._waiting: list[tuple[int, dict[str, Tensor]]] = []
 
-    def add(self, terms: Terms, labels: Tensor) -> None:
-        """Add the figures of one step.
+    def add(self, terms: Terms, labels: Tensor | None, n: int) -> None:
+        """Add the figures of one step on ``n`` images.
 
         Raises:
             DivergedError: if a loss since the last look was NaN or infinite.
@@ -45,10 +46,13 @@ class Tally:
         """
         values = {"loss": terms.loss.detach()}
         values |= {name: value.detach() for name, value in terms.components.items()}
-        counts = self._task.sums(terms.logits.detach(), labels.to(terms.logits.device), training=True) or {}
+        counts: Mapping[str, Tensor] = {}
+        if labels is not None:
+            output = terms.output.detach()
+            counts = self._task.sums(output, labels.to(output.device), training=True) or {}
         self._counted |= counts.keys()
         values |= counts
-        self._waiting.append((labels.shape[0], values))
+        self._waiting.append((n, values))
         self._steps += 1
         if len(self._waiting) >= self._every:
             self._look()

@@ -38,7 +38,7 @@ class EpochRow:
         batch_ms: milliseconds per step, including loading data.
         seconds: of its training, without validation.
         n: training images seen by all processes.
-        train: ``loss``, ``top1`` (percent) and the loss's components, means over the training images.
+        train: ``loss``, its components and what the task counts while training, means over the images.
         validation: metrics of the validation split; empty if it was not evaluated.
         validation_n: number of its images.
         best: whether it was the best epoch so far.

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from cctool.base.errors import TransformError
 from cctool.base.networks import removing
+from cctool.base.outputs import named_tensors
 from cctool.transforms.codec.codec import CodecState
 from cctool.transforms.codec.steps import allowed_lengths
 from cctool.transforms.codec.taps import CalibratedTap, bypassed
@@ -105,8 +106,7 @@ def measure_sensitivity(
         images: batches (N, ...).
 
     Raises:
-        TransformError: if the network returns no floating-point tensor, or one that does not depend on the
-            maps.
+        TransformError: if the network returns no floating-point tensor that depends on the maps.
     """
     found = {name: Sensitivity(tap) for name, tap in taps.items()}
     # A fixed seed on the CPU: the same network gets the same steps on every device.
@@ -117,12 +117,12 @@ def measure_sensitivity(
             model.get_submodule(name).register_forward_hook(partial(_watched, name, seen)) for name in taps
         ]
         with removing(handles), torch.enable_grad(), bypassed(model):
-            output = _first_tensor(model(batch))
-        if output is None or not output.requires_grad:
+            outputs = [value for value in named_tensors(model(batch)).values() if value.requires_grad]
+        if not outputs:
             raise TransformError("--allocate: the network's outputs do not tell what its maps do to them")
-        r = torch.randint(0, 2, output.shape, generator=signs).mul_(2).sub_(1).to(output)
+        r = [torch.randint(0, 2, z.shape, generator=signs).mul_(2).sub_(1).to(z) for z in outputs]
         maps = [x for _, x in seen]
-        gradients = torch.autograd.grad(output, maps, r, allow_unused=True)
+        gradients = torch.autograd.grad(outputs, maps, r, allow_unused=True)
         for (name, _), gradient in zip(seen, gradients, strict=True):
             if gradient is not None:
                 found[name].add(gradient.detach())
@@ -138,14 +138,6 @@ def _watched(
     seen.append((name, output))
     # A copy, because the next module may work in place.
     return output.clone()
-
-
-def _first_tensor(outputs: Any) -> Tensor | None:
-    if isinstance(outputs, Tensor):
-        return outputs if outputs.is_floating_point() else None
-    items = outputs.values() if isinstance(outputs, Mapping) else outputs
-    found = (_first_tensor(item) for item in items) if isinstance(items, Iterable) else iter(())
-    return next((item for item in found if item is not None), None)
 
 
 def allocated_steps(found: Mapping[str, Sensitivity], spreads: Mapping[str, float]) -> dict[str, Tensor]:

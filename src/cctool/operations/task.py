@@ -1,0 +1,240 @@
+"""Which task a network has in this command, and by which functions it is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+
+from cctool.base.errors import TrainingError, UsageError
+from cctool.base.networks import device_of, in_eval_mode
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.spec import ModelSpec
+from cctool.operations.context import Context
+from cctool.options.common import TaskOptions
+from cctool.options.train.fit import FitOptions, MetricMode
+from cctool.tasks.base import Measure, Task, main_measure
+from cctool.tasks.classification import Classification
+from cctool.tasks.custom import CUSTOM, UNKNOWN, Untold
+from cctool.tasks.table import TASKS, task_named
+from cctool.training.user_functions import UserLoss, UserMetric, named_function
+
+_DEFAULT = Classification().name
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How a command judges a network.
+
+    Attributes:
+        task: what the outputs mean.
+        loss: the user's, in place of the task's.
+        metric: the user's, besides the task's.
+        rising: whether larger values of the user's metric are better.
+        recorded: references of the user's functions that the checkpoint records, by option.
+    """
+
+    task: Task
+    loss: UserLoss | None = None
+    metric: UserMetric | None = None
+    rising: bool = True
+    recorded: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def main(self) -> Measure:
+        """By which epochs, searches and budgets judge."""
+        if self.metric is not None:
+            return Measure(self.metric.name, self.metric.name, self.metric.unit, self.rising)
+        return main_measure(self.task)
+
+    @property
+    def measures(self) -> bool:
+        """Whether anything can be measured."""
+        return self.task.has_loss or self.loss is not None or self.metric is not None
+
+    @property
+    def can_train(self) -> bool:
+        """Whether there is a loss."""
+        return self.task.has_loss or self.loss is not None
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether something that judges looks at targets, and not at inputs alone."""
+        named = [function for function in (self.loss, self.metric) if function is not None]
+        return not named or not all(function.takes_inputs for function in named)
+
+    def has(self, option: str) -> bool:
+        """Whether the command line names a function of the user's for ``--loss`` or ``--metric``."""
+        return (self.loss if option == "--loss" else self.metric) is not None
+
+    def why_not(self, option: str) -> str:
+        """What is missing, and how it is given: the end of a sentence.
+
+        Args:
+            option: ``--loss`` or ``--metric``.
+        """
+        reference = self.recorded.get(option)
+        what = option.removeprefix("--")
+        if reference is not None:
+            return f"this network's {what} is {reference}; name it with {option} {reference}"
+        return (
+            f"nothing says what this network's outputs mean; {option} FILE.py:FN names a {what} of yours, "
+            "--task the kind of outputs"
+        )
+
+    def require_loss(self, why: str) -> None:
+        """Refuse what needs gradients if there is no loss.
+
+        Raises:
+            UsageError: naming the recorded loss and the option.
+        """
+        if not self.can_train:
+            raise UsageError(f"{why} needs a loss: {self.why_not('--loss')}")
+
+    def require_measure(self, why: str) -> Measure:
+        """The main measure.
+
+        Raises:
+            UsageError: if nothing can be measured, naming the recorded metric and the option.
+        """
+        if not self.measures:
+            option = "--metric" if "--metric" in self.recorded or "--loss" not in self.recorded else "--loss"
+            raise UsageError(f"{why} needs a metric: {self.why_not(option)}")
+        return self.main
+
+
+def judge_of(checkpoint: Checkpoint, context: Context) -> Judge:
+    """How this command judges a network; the user's functions are those that the command line names.
+
+    Raises:
+        SpecError: if the checkpoint has a task that this version does not know.
+        UserCodeError: if a named function cannot be loaded.
+    """
+    key = (checkpoint.spec.task, repr(checkpoint.spec.task_settings))
+    if key not in context.judges:
+        context.judges[key] = _judge(checkpoint.spec, context)
+    found: Judge = context.judges[key]
+    return found
+
+
+def _judge(spec: ModelSpec, context: Context) -> Judge:
+    asked = context.asked
+    task = task_named(spec.task)
+    loss = (
+        UserLoss(asked.loss, named_function(asked.loss, context.user_code, "--loss")) if asked.loss else None
+    )
+    metric = (
+        UserMetric(asked.metric, named_function(asked.metric, context.user_code, "--metric"))
+        if asked.metric
+        else None
+    )
+    rising = metric is None or _rising(metric, asked, spec.task_settings)
+    if spec.task == CUSTOM and metric is not None:
+        task = Untold(CUSTOM, (Measure(metric.name, metric.name, metric.unit, rising),))
+    recorded = {
+        f"--{name}": str(spec.task_settings[name])
+        for name in ("loss", "metric")
+        if name in spec.task_settings
+    }
+    return Judge(task, loss, metric, rising, recorded)
+
+
+def _rising(metric: UserMetric, asked: TaskOptions, settings: Mapping[str, JsonValue]) -> bool:
+    if isinstance(asked, FitOptions) and asked.metric_mode is MetricMode.MIN:
+        return False
+    # A training said so; the same function means the same later.
+    same = str(settings.get("metric", "")).rpartition(":")[2] == metric.name
+    return metric.rising and not (same and settings.get("direction") == "min")
+
+
+def asked_of(options: Any) -> TaskOptions:
+    """The options of the task among a verb's options."""
+    for found in (options, getattr(options, "fit", None), getattr(options, "judge", None)):
+        if isinstance(found, TaskOptions):
+            return found
+    return TaskOptions()
+
+
+def with_task(
+    checkpoint: Checkpoint, of_data: str | None, of_network: str | None, context: Context
+) -> Checkpoint:
+    """Record in the spec the task that holds.
+
+    That is the one of ``--task``, else the recorded one, else the data set's, else the architecture's, if the
+    outputs suit it; else outputs (N, C) mean classification, and others custom if the command line names a
+    loss or a metric, or unknown.
+
+    Args:
+        checkpoint: as it was opened.
+        of_data: the data set's task; None if it says none.
+        of_network: the architecture's.
+        context: of the command.
+
+    Raises:
+        UsageError: if ``--task`` names none.
+        TrainingError: if the outputs do not suit it.
+    """
+    asked, spec = context.asked, checkpoint.spec
+    name = asked.task
+    if name is not None:
+        if name not in TASKS:
+            raise UsageError(f"--task {name}: {', '.join(TASKS)} is allowed")
+        outputs = _outputs(checkpoint)
+        if outputs is not None and not TASKS[name].fits(outputs):
+            # The task's own words say what it expects.
+            TASKS[name].main_output(outputs)
+            raise TrainingError(f"--task {name}: the network's outputs do not suit it")
+    else:
+        name = _found(checkpoint, of_data, of_network, named=bool(asked.loss or asked.metric))
+    settings = _settings(spec, context) if name == CUSTOM else {}
+    if name == spec.task and settings == spec.task_settings:
+        return checkpoint
+    return replace(checkpoint, spec=spec.model_copy(update={"task": name, "task_settings": settings}))
+
+
+def _found(checkpoint: Checkpoint, of_data: str | None, of_network: str | None, *, named: bool) -> str:
+    spec = checkpoint.spec
+    told = spec.task not in (_DEFAULT, UNKNOWN) or (spec.task == _DEFAULT and bool(checkpoint.history))
+    if told and spec.task not in TASKS:
+        # Which is an error where the task is asked for anything, and none where it is not.
+        return spec.task
+    if told and (spec.task != _DEFAULT or spec.classes is not None):
+        return spec.task
+    wanted = [name for name in ((spec.task if told else None), of_data, of_network) if name in TASKS]
+    if spec.task == UNKNOWN and not wanted and not named:
+        return UNKNOWN
+    outputs = _outputs(checkpoint)
+    if outputs is None:
+        return spec.task
+    fitting = next((name for name in (*wanted, _DEFAULT) if TASKS[name].fits(outputs)), None)
+    return fitting or (CUSTOM if named else UNKNOWN)
+
+
+def _settings(spec: ModelSpec, context: Context) -> dict[str, JsonValue]:
+    asked = context.asked
+    settings = dict(spec.task_settings) if spec.task == CUSTOM else {}
+    if asked.loss is not None:
+        settings["loss"] = asked.loss
+    if asked.metric is not None:
+        metric = UserMetric(asked.metric, named_function(asked.metric, context.user_code, "--metric"))
+        settings["metric"] = asked.metric
+        settings["direction"] = "max" if _rising(metric, asked, spec.task_settings) else "min"
+    return settings
+
+
+def _outputs(checkpoint: Checkpoint) -> Any:
+    """What the network returns for two images of zeros; None if it does not run on them."""
+    model = checkpoint.model
+    device = device_of(model)
+    devices = [device] if device.type == "cuda" else []
+    images = torch.zeros(2, *checkpoint.spec.input_shape, device=device)
+    # A network's own randomness must not move the generators that the command draws from.
+    with torch.random.fork_rng(devices=devices), in_eval_mode(model), torch.no_grad():
+        try:
+            return model(images)
+        except Exception:
+            # The command that runs the network says what is wrong with it.
+            return None
