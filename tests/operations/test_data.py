@@ -120,10 +120,20 @@ def test_pictures_are_enough_to_calibrate_and_to_rank(tmp_path: Path, net: Path)
     rows = tmp_path / "rows.csv"
     ran("evaluate", net, "--data", data, "--predictions", rows)
     assert len(rows.read_text().splitlines()) == 7
-    for verb, *line in (["evaluate"], ["compare"]):
+    coded = tmp_path / "coded.pt"
+    assert "calibrated on 6 training images" in ran(
+        "transform", net, "--target", "features", "--taps", "features.1", "--data", data, "-o", coded
+    )
+    ranked = ran(
+        "prune", net, "--method", "apoz", "--rate", 0.5, "--data", data, "-o", tmp_path / "pruned.pt"
+    )
+    assert "cut equals masked" in ranked
+    before = sorted(tmp_path.iterdir())
+    for verb, *line in (["evaluate"], ["compare"], ["train", "--epochs", "1"]):
         said = ran(verb, net, "--data", data, *line, exit_code=1)
         assert said.count("error:") == 1
         assert "no labels" in said.partition("error:")[2]
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_targets_in_memory_tell_the_task() -> None:

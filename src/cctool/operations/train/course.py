@@ -11,7 +11,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import open_source, preprocessing_of, require_source
+from cctool.operations.data import has_targets, open_source, preprocessing_of, require_source
 from cctool.operations.keep import events
 from cctool.operations.task import Judge, judge_of
 from cctool.operations.train.one_process import Start, fit_here, metrics_of
@@ -87,7 +87,10 @@ def conduct(
     if not options.run.resume:
         folder.refuse_earlier(force=context.force)
     source = require_source(options.data, checkpoint, context, verb, renames=True)
-    judge_of(checkpoint, context).require_loss("training")
+    judge = judge_of(checkpoint, context)
+    judge.require_loss("training")
+    if judge.needs_targets and not has_targets(source.split("train")):
+        raise DataError(f"{source.reference} has no labels, and {verb} needs them")
     start = _resumed(verb, checkpoint, options, context, folder) if options.run.resume else None
     if start is None:
         dense = _completed(events.decoded(checkpoint, context), source, context)
