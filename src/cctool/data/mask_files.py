@@ -101,7 +101,6 @@ def largest_index(folder: Path, masks: Sequence[str]) -> int:
     largest = -1
     for place in range(count):
         levels = read_mask(folder / masks[place * len(masks) // count])
-        largest = max(
-            largest, int(np.max(levels, initial=-1, where=levels != IGNORED)) if levels.size else -1
-        )
+        counted = levels[levels != IGNORED]
+        largest = max(largest, int(counted.max()) if counted.size else -1)
     return largest

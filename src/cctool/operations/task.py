@@ -63,6 +63,8 @@ class Judge:
     @property
     def needs_targets(self) -> bool:
         """Whether something that judges looks at targets, and not at inputs alone."""
+        if self.loss is None and self.task.has_loss:
+            return True
         named = [function for function in (self.loss, self.metric) if function is not None]
         return not named or not all(function.takes_inputs for function in named)
 

@@ -50,15 +50,15 @@ class DataOptions(Options):
     data: str | None = _data(
         None, "Data set: digits, cifar10[:DIR], folder:DIR, my.py:factory, ... See `cctool datasets`.",
         runs_code=True, unset="the checkpoint's last")
-    data_arguments: tuple[str, ...] = _data_argument("--data", "--data-arg")
     val_data: str | None = _data(None, "Data set that replaces the validation split.", runs_code=True)
-    val_data_arguments: tuple[str, ...] = _data_argument("--val-data", "--val-data-arg")
     test_data: str | None = _data(None, "Data set that replaces the test split.", runs_code=True)
-    test_data_arguments: tuple[str, ...] = _data_argument("--test-data", "--test-data-arg")
     batch_size: int = _data(128, "Samples per step, summed over all devices.", bounds=at_least(1))
     workers: int = _data(
         0, "Processes that decode image files; 0 decodes in the main process.", bounds=at_least(0))
     limit: int | None = _data(None, "Use at most this many samples of each split.", bounds=at_least(1))
+    data_arguments: tuple[str, ...] = _data_argument("--data", "--data-arg")
+    val_data_arguments: tuple[str, ...] = _data_argument("--val-data", "--val-data-arg")
+    test_data_arguments: tuple[str, ...] = _data_argument("--test-data", "--test-data-arg")
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:

@@ -365,3 +365,46 @@ def test_fingerprint_of_files_sees_content_and_names_only(tmp_path: Path) -> Non
     assert open_data(f"folder:{tmp_path}", input_shape=(1, 40, 40)).fingerprint() == first
     write_image(tmp_path / "cat" / "00.png", seed=77)
     assert open_data(f"folder:{tmp_path}").fingerprint() != first
+
+
+def test_pictures_without_labels_are_all_training_images(tmp_path: Path) -> None:
+    for index, place in enumerate(("a.png", "x/b.jpg", "x/y/c.bmp", "train/d.webp", "test/e.tif")):
+        write_image(tmp_path / place, seed=index)
+    (tmp_path / "x" / "notes.txt").write_text("no image")
+    source = open_data(f"images:{tmp_path}")
+    assert source.contents() == "5 training images"
+    assert (source.task, source.classes, source.labelled) == (None, (), False)
+    split = source.split("train")
+    assert split.files == ("a.png", "test/e.tif", "train/d.webp", "x/b.jpg", "x/y/c.bmp")
+    found = list(batches(split, batch_size=5, mean=NONE, std=ONE))
+    assert found[0].images.shape == (5, 3, 16, 20)
+    assert found[0].labels is None
+    assert open_data(f"images:{tmp_path}", limit=2).contents() == "2 training images"
+    assert open_data(f"images:{tmp_path}", input_shape=(1, 8, 8)).split("train").shape == (1, 8, 8)
+    with pytest.raises(DataError, match="has no test split and no labels"):
+        source.split("test")
+
+
+def test_pictures_can_be_another_sets_validation_images(tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "labelled")
+    write_class_folders(tmp_path / "pictures", count=3)
+    source = open_data(f"folder:{tmp_path / 'labelled'}", val_data=f"images:{tmp_path / 'pictures'}")
+    assert source.contents() == "2 classes; 16 training, 6 validation, 2 test images"
+    assert source.split("validation").labels is None
+
+
+def test_no_pictures_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there are no images in it"):
+        open_data(f"images:{tmp_path}")
+
+
+def test_an_empty_class_folder_is_a_warning_with_its_name(tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "train")
+    write_class_folders(tmp_path / "val", ("cat",))
+    (tmp_path / "train" / "cow").mkdir()
+    (tmp_path / "val" / "dog" / "old").mkdir(parents=True)
+    source = open_data(f"folder:{tmp_path}")
+    assert source.classes == ("cat", "dog")
+    assert source.warnings == tuple(
+        f"folder:{tmp_path}: the class folder {name} has no images" for name in ("train/cow", "val/dog")
+    )

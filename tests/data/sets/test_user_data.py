@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from cctool.base.errors import DataError, UserCodeError
+from cctool.base.user_code import split_arguments, with_arguments
+from cctool.data.classes import by_name
 from cctool.data.records import Augmentation
 from cctool.data.registry import open_data
+from cctool.data.registry import with_arguments as own_arguments
 from cctool.data.serving.batches import batches
 
 CODE = """
@@ -57,6 +60,36 @@ def tensor(): return {"train": Noisy(30, "tensor"), "classes": 3}
 def floating(): return {"train": Noisy(30, "float"), "classes": 3}
 def gray(): return {"test": (IMAGES[..., 0], LABELS), "classes": 3}
 
+class Pairs:
+    def __init__(self, targets): self.targets = targets
+    def __len__(self): return len(self.targets)
+    def __getitem__(self, index): return IMAGES[index], self.targets[index]
+
+MASKS = np.arange(12 * 16).reshape(12, 4, 4) % 3
+TARGETS = {
+    "float": np.linspace(0, 1, 12),
+    "vector": torch.linspace(0, 1, 36).reshape(12, 3),
+    "image": IMAGES.astype(np.float64).transpose(0, 3, 1, 2) / 255,
+    "mask": np.where(MASKS == 2, 255, MASKS).astype(np.uint8),
+    "codes": torch.arange(36).reshape(12, 3),
+    "truth": torch.arange(36).reshape(12, 3) % 2 == 0,
+}
+def targets(kind, streamed=False, **more):
+    found = TARGETS[kind]
+    return {"train": Pairs(list(found)) if streamed else (IMAGES, found), **more}
+def pictures(mode):
+    found = [Image.fromarray(image[..., 0] % 3 if mode == "L" else image) for image in IMAGES]
+    return {"train": Pairs(found)}
+def nothing(): return {"train": Pairs([None] * 12)}
+def ragged(): return {"train": Pairs([np.zeros(1 + index // 11) for index in range(12)])}
+def sometimes(): return {"train": Pairs([None] * 6 + [1] * 6)}
+def nan_targets(): return {"test": Pairs([0.5, float("nan")] * 6)}
+def nan_array(): return {"test": (IMAGES, np.full(12, np.nan))}
+def large_mask(): return {"test": (IMAGES, MASKS), "classes": 2}
+def large_item(): return {"test": Pairs(list(MASKS)), "classes": 2}
+def word_task(): return {"test": (IMAGES, LABELS), "classes": 3, "task": 7}
+def complex_targets(): return {"test": (IMAGES, LABELS * 1j)}
+
 def broken(): raise KeyError("lost")
 def no_classes(): return {"train": (IMAGES, LABELS)}
 def zero_classes(): return {"train": (IMAGES, LABELS), "classes": 0}
@@ -86,7 +119,8 @@ def code(tmp_path: Path) -> str:
 
 
 def opened(reference: str, **named: object) -> object:
-    return open_data(reference, user_code={reference}, **named)  # type: ignore[arg-type]
+    code, _ = split_arguments(reference)
+    return open_data(reference, user_code={code}, **named)  # type: ignore[arg-type]
 
 
 def pixels(split: object, **named: object) -> torch.Tensor:
@@ -191,6 +225,12 @@ def test_code_that_was_not_named_never_runs(tmp_path: Path) -> None:
         ("item_raises", "item_raises raised RuntimeError: bad item"),
         ("item_label", r"item_label: item 0 has the label 3; with 3 classes it must lie in 0\.\.2"),
         ("item_word", "item_word: item 0 has the label 'cat'"),
+        ("nan_targets", "nan_targets: item 1 has targets that are NaN"),
+        ("nan_array", "nan_array: test has targets that are NaN"),
+        ("large_mask", r"large_mask: test has a mask with the class index 2; .* 0\.\.1, or be 255"),
+        ("large_item", r"large_item: item 0 has a mask with the class index 2"),
+        ("word_task", "word_task returned task=7"),
+        ("complex_targets", "complex_targets has a complex target"),
     ],
 )
 @pytest.mark.parametrize("workers", [0, 1])
@@ -209,3 +249,114 @@ def test_its_fingerprint(code: str) -> None:
     assert opened(f"{code}:arrays").fingerprint() == opened(f"{code}:arrays").fingerprint()
     assert opened(f"{code}:arrays").fingerprint() != opened(f"{code}:named").fingerprint()
     assert opened(f"{code}:pil").fingerprint() == opened(f"{code}:pil").fingerprint()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "task", "dtype", "shape"),
+    [
+        ("float", "regression", torch.float32, ()),
+        ("vector", "regression", torch.float32, (3,)),
+        ("image", "regression", torch.float32, (3, 4, 4)),
+        ("mask", "segmentation", torch.int64, (4, 4)),
+        ("codes", None, torch.int64, (3,)),
+        ("truth", None, torch.bool, (3,)),
+    ],
+)
+def test_targets_of_any_tensor(
+    code: str, kind: str, task: str | None, dtype: torch.dtype, shape: tuple[int, ...], streamed: bool
+) -> None:
+    source = opened(with_arguments(f"{code}:targets", {"kind": kind, "streamed": streamed}))
+    assert (source.task, source.classes, source.labelled) == (task, (), True)
+    assert source.contents() == "11 training, 1 validation, 1 test images"
+    (batch,) = batches(source.split("train"), batch_size=12, mean=(0.0,), std=(1.0,))
+    assert batch.labels.dtype == dtype
+    assert batch.labels.shape == (11, *shape)
+    both = [
+        opened(with_arguments(f"{code}:targets", {"kind": kind, "streamed": way})) for way in (False, True)
+    ]
+    first, second = (
+        next(iter(batches(found.split("train"), batch_size=12, mean=(0.0,), std=(1.0,)))) for found in both
+    )
+    assert torch.equal(first.labels, second.labels)
+
+
+def test_a_task_can_be_told(code: str) -> None:
+    told = opened(with_arguments(f"{code}:targets", {"kind": "codes", "task": "detection"}))
+    assert told.task == "detection"
+    named = opened(with_arguments(f"{code}:targets", {"kind": "vector", "task": "regression", "classes": 3}))
+    assert (named.task, named.classes) == ("regression", ("0", "1", "2"))
+
+
+def test_masks_may_have_names(code: str) -> None:
+    source = opened(with_arguments(f"{code}:targets", {"kind": "mask", "classes": ["sky", "sea"]}))
+    matched = by_name(source, ("sea", "rock", "sky"))
+    own, renumbered = source.split("train").labels, matched.split("train").labels
+    expected = torch.full_like(own, 255)
+    expected[own == 0], expected[own == 1] = 2, 0
+    assert torch.equal(renumbered, expected)
+
+
+def test_other_targets_are_not_renumbered(code: str) -> None:
+    arguments = {"kind": "vector", "task": "regression", "classes": ["a", "b"]}
+    source = opened(with_arguments(f"{code}:targets", arguments))
+    assert by_name(source, ("b", "a")) is source
+
+
+def test_pictures_as_targets(code: str) -> None:
+    masks = opened(with_arguments(f"{code}:pictures", {"mode": "L"}))
+    colour = opened(with_arguments(f"{code}:pictures", {"mode": "RGB"}))
+    assert (masks.task, colour.task) == ("segmentation", "regression")
+    for source in (masks, colour):
+        (batch,) = batches(source.split("train"), batch_size=12, mean=(0.0,), std=(1.0,))
+        pixels = batch.images if source is colour else (batch.images[:, 0] * 255).round().long() % 3
+        assert torch.allclose(batch.labels, pixels)
+
+
+def test_images_alone_are_unlabelled(code: str) -> None:
+    source = opened(f"{code}:nothing")
+    assert (source.task, source.labelled) == (None, False)
+    (batch,) = batches(source.split("train"), batch_size=12, mean=(0.0,), std=(1.0,))
+    assert batch.labels is None
+    with pytest.raises(UserCodeError, match="has a target, though the first item has none"):
+        pixels(opened(f"{code}:sometimes").split("train"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_targets_of_one_batch_have_one_shape_unless_a_task_makes_the_batch(code: str, workers: int) -> None:
+    split = opened(f"{code}:ragged").split("train")
+    with pytest.raises(DataError, match=r"\[1\] and torch.float32 \[2\]\), so they cannot be stacked"):
+        pixels(split, batch_size=12, workers=workers)
+    served = batches(
+        split,
+        batch_size=12,
+        mean=(0.0,),
+        std=(1.0,),
+        workers=workers,
+        make_targets=lambda targets: torch.tensor([len(target) for target in targets]),
+    )
+    assert next(iter(served)).labels.tolist() == [1] * 10 + [2]
+
+
+def test_arguments_stand_in_the_reference(code: str) -> None:
+    reference = with_arguments(f"{code}:targets", {"kind": "float", "classes": None})
+    assert opened(reference).reference == reference
+    assert split_arguments(reference) == (f"{code}:targets", {"kind": "float", "classes": None})
+    with pytest.raises(UserCodeError, match="targets raised TypeError"):
+        opened(f"{code}:targets")
+    for text in ("digits", "folder:a {", 'folder {"a": 1}', "my.py:data {1}"):
+        assert split_arguments(text) == (text, {})
+
+
+def test_arguments_are_for_the_users_own_data() -> None:
+    with pytest.raises(DataError, match=r"folder:x takes no arguments \(size=3\)"):
+        own_arguments("folder:x", {"size": 3})
+
+
+def test_a_set_for_another_task_is_no_validation_part(code: str) -> None:
+    with pytest.raises(DataError, match=r"is for regression, the training data .* for classification"):
+        open_data(
+            f"{code}:arrays",
+            val_data=with_arguments(f"{code}:targets", {"kind": "float"}),
+            user_code={f"{code}:arrays", f"{code}:targets"},
+        )

@@ -165,7 +165,7 @@ def _synsets(path: Path) -> _Synsets:
     try:
         for row in table.reshape(-1):
             wnid, leaf = _scalar(row["WNID"]), int(_scalar(row["num_children"])) == 0
-            words[str(wnid)] = str(_scalar(row["words"]))
+            words[str(wnid)] = str(_scalar(row["words"])) if row["words"].size else ""
             # Synsets with children are groups of classes.
             if leaf:
                 wnids[int(_scalar(row["ILSVRC2012_ID"]))] = str(wnid)

@@ -12,7 +12,7 @@ from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.classes import NEW_HEAD
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import open_source, preprocessing_of, require_source
+from cctool.operations.data import has_targets, open_source, preprocessing_of, require_source
 from cctool.operations.keep import events
 from cctool.operations.keep.follower import Followed
 from cctool.operations.task import Judge, judge_of
@@ -91,7 +91,10 @@ def conduct(
         folder.refuse_earlier(force=context.force)
     new_head = options.start.new_head
     source = require_source(options.data, checkpoint, context, verb, renames=True, own_labels=new_head)
-    judge_of(checkpoint, context).require_loss("training")
+    judge = judge_of(checkpoint, context)
+    judge.require_loss("training")
+    if judge.needs_targets and not has_targets(source.split("train")):
+        raise DataError(f"{source.reference} has no labels, and {verb} needs them")
     if options.run.resume:
         start = _resumed(verb, checkpoint, options, context, folder)
     else:
