@@ -17,6 +17,7 @@ from cctool.checkpoint.checkpoint import Checkpoint, save
 from cctool.checkpoint.edits.mask import add_masks, with_masks
 from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.file.payload import ResumeState, fingerprint_of
+from cctool.operations.keep import events
 from cctool.operations.keep.encode import settled
 from cctool.operations.quantize.plan import attach_plan, plan
 from cctool.options.common import DataOptions
@@ -36,6 +37,7 @@ from cctool.transforms.layers.build import coefficient_layer
 from cctool.transforms.layers.coefficients import Coefficients
 from cctool.transforms.swap import put_in_place
 from checkpoint_toys import INPUT, TABLES, cut, make, masked, quantized
+from procedure_toys import context
 
 FOLDER = Path(__file__).parents[1] / "checkpoint" / "golden"
 EXPECTED = FOLDER / "expected.json"
@@ -44,6 +46,11 @@ EXPECTED = FOLDER / "expected.json"
 def thinned() -> Checkpoint:
     """The toy with two of four inner channels."""
     return cut(make(seed=3), torch.tensor([1, 3]))
+
+
+def new_head() -> Checkpoint:
+    """The thinned toy with a fresh last layer of five outputs, more than the architecture's three."""
+    return events.new_head(thinned(), ["fc"], 5, context(seed=16)).checkpoint
 
 
 def resumable() -> Checkpoint:
@@ -164,6 +171,7 @@ KINDS = {
     "dense.safetensors": lambda: make(seed=1),
     "tied.pt": lambda: make("tied", seed=2),
     "thinned.pt": thinned,
+    "new-head.pt": new_head,
     "resumable.pt": resumable,
     "fp16.pt": lambda: quantized(make(seed=5), "fp16"),
     "bf16.pt": lambda: quantized(make(seed=6), "bf16"),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cctool.base.errors import ArchitectureError
 from cctool.base.networks import some
+from cctool.checkpoint.edits.head import can_be_head
 from cctool.graph.channels import OUTPUT_WIDTH, couple
 from cctool.graph.execution import execute, tensors_in
 
@@ -23,17 +24,15 @@ def output_layers(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[str, ...]
         inputs: positional arguments of its forward, on its device.
 
     Raises:
-        ArchitectureError: if there is no such layer, their widths differ, or something behind them has a
-            value for each channel, too.
+        ArchitectureError: if there is no such layer, one is not as wide as the first output, or something
+            behind them has a value for each channel, too.
     """
     modules = dict(model.named_modules())
     fixed = [item for item in couple(model, inputs).frozen if item.reason == OUTPUT_WIDTH]
     found: dict[str, int] = {}
     for item in fixed:
         owner, _, leaf = item.parameter.rpartition(".")
-        layer = modules[owner]
-        plain = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-        if plain and leaf == "weight" and item.dim == 0 and item.indices == item.of:
+        if can_be_head(modules[owner]) and leaf == "weight" and item.dim == 0 and item.indices == item.of:
             found[owner] = item.of
     owners = dict.fromkeys(item.parameter.rpartition(".")[0] for item in fixed)
     others = [owner or "the network" for owner in owners if owner not in found]
@@ -48,7 +47,7 @@ def output_layers(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[str, ...]
     if set(found.values()) != {width}:
         widths = ", ".join(f"{name} {outputs}" for name, outputs in found.items())
         raise ArchitectureError(
-            f"the network's outputs come from layers of several widths ({widths}), so it is unclear which "
-            "gives the classes; --new-head cannot replace it"
+            f"the layers of the network's outputs ({widths}) are not all as wide as its first output "
+            f"({width}), so it is unclear which gives the classes; --new-head cannot replace it"
         )
     return tuple(found)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cctool.base.errors import SpecError
 from cctool.checkpoint.build import build_fresh
 from cctool.checkpoint.checkpoint import Checkpoint, load, save
+from cctool.checkpoint.edits.head import fresh_head
 from cctool.checkpoint.edits.thin import Thin, thin_edits
 from cctool.checkpoint.edits.thin import thinned as record_cut
 from cctool.checkpoint.spec import ModelSpec
@@ -109,6 +110,41 @@ def refused(edit: dict[str, Any], message: str) -> None:
 )
 def test_what_thin_refuses(edit: dict[str, Any], message: str) -> None:
     refused({"kind": "thin", **edit}, message)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"module": "nothing", "outputs": 5}, "no module 'nothing'"),
+        ({"module": "", "outputs": 5}, "a Toy cannot be given another number of outputs"),
+        ({"module": "bn", "outputs": 5}, "a BatchNorm2d cannot be given another number of outputs"),
+        ({"module": "depthwise", "outputs": 8}, "a Conv2d cannot be given another number of outputs"),
+        ({"module": "fc", "outputs": 0}, "malformed"),
+        ({"module": "fc", "outputs": 2.5}, "malformed"),
+        ({"module": "fc"}, "malformed"),
+    ],
+)
+def test_what_head_refuses(edit: dict[str, Any], message: str) -> None:
+    refused({"kind": "head", **edit}, message)
+
+
+def test_a_last_layer_that_the_file_does_not_hold_is_not_built(tmp_path: Path) -> None:
+    checkpoint = make()
+    for outputs, message in ((5, "do not fit"), (2**30, "much larger network than the tensors")):
+        edit = {"kind": "head", "module": "fc", "outputs": outputs}
+        spec = checkpoint.spec.model_copy(update={"edits": (edit,)})
+        save(replace(checkpoint, spec=spec), tmp_path / f"{outputs}.pt", TABLES)
+        with pytest.raises(SpecError, match=message):
+            load(tmp_path / f"{outputs}.pt", TABLES)
+
+
+def test_a_last_layer_keeps_the_settings_of_the_one_before() -> None:
+    before = nn.Conv2d(3, 4, (3, 5), stride=2, padding=1, dilation=2, bias=False, padding_mode="reflect")
+    made = fresh_head(before.double(), 7)
+    assert isinstance(made, nn.Conv2d)
+    settings = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "bias", "in_channels")
+    assert all(getattr(made, name) == getattr(before, name) for name in settings)
+    assert (made.weight.shape, made.weight.dtype) == ((7, 3, 3, 5), torch.float64)
 
 
 @pytest.mark.parametrize("edit", [{"kind": "telepathy", "module": "fc"}, {"module": "fc"}, {"kind": None}])

@@ -10,6 +10,7 @@ import cctool
 from cctool.base.errors import DataError
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.quantization.network.attach import quantizers_of
+from cctool.transforms.codec.taps import taps_of
 from cctool.transforms.layers.base import swapped_layers
 from shade_toys import picture_folder, ran
 
@@ -253,3 +254,40 @@ def test_a_fresh_layer_needs_data(place: Path) -> None:
     fresh = ["train", "--arch", "lenet", "--new-head", "-o", place / "no.pt"]
     assert "needs data" in ran(*fresh, exit_code=2)
     assert "--new-head needs data for its classes" in ran(*fresh, "--epochs", "0", exit_code=2)
+
+
+@pytest.mark.parametrize(
+    ("line", "note"),
+    [
+        (
+            ("transform", "--target", "features", "--taps", "last", "--data", "digits", "--limit", "64"),
+            "no codec behind last: its maps have a channel for each class",
+        ),
+        (
+            ("quantize", "--method", "int8", "--data", "digits", "--limit", "64"),
+            "the fresh last layer is not quantized: `cctool quantize` quantizes it",
+        ),
+        (("transform", "--kernel", "dct", "--layers", "last"), "the fresh last is an ordinary layer"),
+        (("prune", "--granularity", "element", "--rate", "0.6"), "the fresh last layer has no mask"),
+    ],
+    ids=("coded", "int8", "coefficients", "masked"),
+)
+def test_what_belonged_to_the_last_layer_is_gone(
+    place: Path, tmp_path: Path, line: tuple[str, ...], note: str
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    arch = ["--arch", f"{own}:Fixed"]
+    few = ["--data", "digits", "--epochs", "1", "--limit", "32"]
+    ran("train", *arch, *few, "-o", tmp_path / "a.pt")
+    verb, *options = line
+    ran(verb, tmp_path / "a.pt", *arch, *options, "-o", tmp_path / "b.pt")
+    data = ["--data", f"folder:{place / 'three'}", "--epochs", "1"]
+    said = ran("train", tmp_path / "b.pt", *arch, "--new-head", *data, "-o", tmp_path / "c.pt")
+    assert note in said
+    made = cctool.load(tmp_path / "c.pt", arch=f"{own}:Fixed")
+    assert any(note in found for found in made.history[-1].notes)
+    assert all(edit["kind"] in ("head", "mask", "quantize") for edit in made.spec.edits)
+    assert not taps_of(made.model)
+    assert made.model(torch.randn(2, 1, 32, 32)).shape == (2, 3)
+    ran("evaluate", tmp_path / "c.pt", *arch, *data[:2])

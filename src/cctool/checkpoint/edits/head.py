@@ -19,7 +19,7 @@ class Head(Edit):
 
 
 def can_be_head(layer: nn.Module) -> bool:
-    """Whether `fresh_head` can make a layer like this one."""
+    """Whether it is a linear layer or an ungrouped 2-d convolution."""
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
 
 
@@ -34,10 +34,10 @@ def fresh_head(layer: nn.Module, outputs: int) -> nn.Module:
     made: nn.Module
     bias = getattr(layer, "bias", None) is not None
     if isinstance(layer, nn.Linear):
-        made = nn.Linear(layer.in_features, outputs, bias=bias, dtype=layer.weight.dtype)
+        made = nn.Linear(layer.weight.shape[1], outputs, bias=bias, dtype=layer.weight.dtype)
     elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
         made = nn.Conv2d(
-            layer.in_channels,
+            layer.weight.shape[1],
             outputs,
             layer.kernel_size,  # type: ignore[arg-type]
             stride=layer.stride,  # type: ignore[arg-type]
