@@ -245,8 +245,8 @@ def refuse_several_inputs(model: nn.Module) -> None:
     ]
     if needed:
         raise ArchitectureError(
-            f"the network's forward needs {' and '.join(needed)} besides {parameters[0].name}: networks of several "
-            "inputs are not supported, only those of one image tensor"
+            f"the network's forward needs {' and '.join(needed)} besides {parameters[0].name}: networks of "
+            "several inputs are not supported, only those of one image tensor"
         )
 
 
