@@ -30,9 +30,9 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.registry import open_data
 from cctool.operations.context import Context
 from cctool.operations.data import measured
+from cctool.operations.judge.size import stored_bytes
 from cctool.operations.opening import DataShape, fresh
 from cctool.operations.registries import tables
-from cctool.operations.size import stored_bytes
 from cctool.operations.train.finetune import finetune
 from cctool.operations.transform.basis import with_basis
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions

@@ -33,9 +33,9 @@ from cctool.data.registry import open_data
 from cctool.models.registry import build
 from cctool.operations.context import Context
 from cctool.operations.data import measured
+from cctool.operations.judge.size import stored_bytes
 from cctool.operations.keep.masks import stored_with_masks
 from cctool.operations.registries import load, tables
-from cctool.operations.size import stored_bytes
 from cctool.operations.train.finetune import finetune
 from cctool.operations.transform import weights as transform_weights
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions

@@ -1,4 +1,4 @@
-"""Networks whose outputs are no single tensor: dicts, tuples, detections of changing lengths, integers."""
+"""Networks whose outputs are no single tensor: dicts, tuples, detections of any number, whole numbers."""
 
 from __future__ import annotations
 

@@ -27,15 +27,26 @@ def before_boxes(*models: nn.Module) -> Iterator[None]:
     try:
         for model in models:
             if chooses_boxes(model):
-                transform: nn.Module = model.transform  # type: ignore[assignment]
-                for owner, name in ((model, "postprocess_detections"), (transform, "postprocess")):
+                for owner, name, instead in _replacements(model):
                     if name not in vars(owner):
-                        vars(owner)[name] = _first
+                        vars(owner)[name] = instead
                         changed.append((owner, name))
         yield
     finally:
         for owner, name in changed:
             del vars(owner)[name]
+
+
+def _replacements(model: Any) -> Iterator[tuple[nn.Module, str, Any]]:
+    yield model, "postprocess_detections", _first
+    yield model.transform, "postprocess", _first
+    if isinstance(getattr(model, "anchor_generator", None), nn.Module):
+        # Anchors are constants that only the choice takes.
+        yield model.anchor_generator, "forward", _no_anchors
+
+
+def _no_anchors(*_: Any) -> list[Any]:
+    return []
 
 
 def _first(found: Any, *others: Any) -> Any:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import ExportError, TrainingError
-from cctool.base.outputs import is_measured, named_tensors, other_inputs, varying_shapes
+from cctool.base.outputs import OUTPUT, is_measured, named_tensors, other_inputs, varying_shapes
 from cctool.formats.records import Agreement, ChoiceAgreement
 from cctool.formats.rounding import (
     AGREED,
@@ -172,13 +172,14 @@ class _Comparison:
 
     def _ask(self, outputs: Any) -> None:
         """Ask the task what is to be chosen alike, and of which output."""
-        tensors = list(named_tensors(outputs).values())
+        named = named_tensors(outputs)
+        tensors = list(named.values())
         main: Tensor | None = tensors[0]
         if self.task is not None:
             with contextlib.suppress(TrainingError):  # the task finds no output that it is about
                 main = self.task.main_output(outputs)
             self.agreeing = self.task.agreement
-        elif tensors[0].dim() == _LOGITS and is_measured(tensors[0]):
+        elif OUTPUT in named and tensors[0].dim() == _LOGITS and is_measured(tensors[0]):
             self.agreeing = Classification().agreement
         index = next((i for i, value in enumerate(tensors) if value is main), None)
         if self.agreeing is None or index is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cctool.base.detectors import before_boxes
 from cctool.graph.execution import Event, execute, tensors_in, with_tensors
 from cctool.graph.ledger import INPUT, Kind, Ledger, compact, constant_ids
 from cctool.graph.records import ChannelGraph
@@ -45,10 +46,12 @@ def couple(
         exact: freeze widths over which statistics run (layer norm, attention) instead of noting them.
         heads: cut whole attention heads where the code allows it, not the same positions of every head.
     """
-    try:
-        return _coupled(model, tuple(inputs), exact, heads, widths=True)
-    except Exception:  # code that accepts int but no subclass of it may fail in any way
-        return _coupled(model, tuple(inputs), exact, heads, widths=False)
+    # What chooses boxes has no parameters, and takes what the head puts out, whose width is an output's.
+    with before_boxes(model):
+        try:
+            return _coupled(model, tuple(inputs), exact, heads, widths=True)
+        except Exception:  # code that accepts int but no subclass of it may fail in any way
+            return _coupled(model, tuple(inputs), exact, heads, widths=False)
 
 
 def _coupled(

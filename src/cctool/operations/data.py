@@ -18,8 +18,8 @@ from cctool.data.classes import by_name
 from cctool.data.serving.batches import Batch, Batches
 from cctool.graph.execution import blaming_the_size
 from cctool.operations.context import Context
+from cctool.operations.judge.task import judge_of
 from cctool.operations.opening import parse_arguments
-from cctool.operations.task import judge_of
 from cctool.options.common import DataOptions
 from cctool.training.evaluate import evaluate, outputs_of
 from cctool.training.loop.feed import Feed

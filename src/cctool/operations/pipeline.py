@@ -29,11 +29,11 @@ from cctool.graph.execution import refuse_several_inputs
 from cctool.models import registry
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import open_named, reference_of
+from cctool.operations.judge.size import measure
+from cctool.operations.judge.task import asked_of, with_task
 from cctool.operations.keep import events
 from cctool.operations.opening import DataShape, fresh, open_checkpoint, pretrained
 from cctool.operations.registries import tables
-from cctool.operations.size import measure
-from cctool.operations.task import asked_of, with_task
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.fields import recorded
 

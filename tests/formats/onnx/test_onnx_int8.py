@@ -194,3 +194,23 @@ def test_a_wrong_number_is_noticed_and_leaves_no_file(
     with pytest.raises(ExportError, match="does not compute what the model does"):
         write_onnx(request(quantized(Toy()), tmp_path / "a.onnx"))
     assert not list(tmp_path.iterdir())
+
+
+def test_every_output_of_a_dict_is_compared_and_runs_on_integers(tmp_path: Path) -> None:
+    class Two(Toy):
+        def forward(self, x: Tensor) -> Any:
+            out = super().forward(x)
+            return {"out": out, "shares": [out.softmax(1)], "class": out.argmax(1)}
+
+    file = write_onnx(request(quantized(Two()), tmp_path / "a.onnx", samples=samples()))
+    assert file.kernels is not None
+    assert (file.kernels.integer, file.kernels.floating) == (7, ())
+    assert file.verified == "verified"
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["out", "shares.0", "class"]
+    (out, shares, classes) = file.agreements[1].outputs
+    assert out.max_abs_error is not None
+    assert shares.max_abs_error is not None
+    assert classes.elements == 128
+    assert classes.different is not None
+    assert classes.different < 10

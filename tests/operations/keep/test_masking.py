@@ -24,13 +24,13 @@ from cctool.operations import registries as composition
 from cctool.operations.context import Context
 from cctool.operations.data import open_source
 from cctool.operations.inspect import analyze, compare, export
+from cctool.operations.judge.size import stored_bytes
 from cctool.operations.keep.masks import stored_with_masks
 from cctool.operations.keep.packed import cut_stored, encoded_again
 from cctool.operations.prune import run as prune
 from cctool.operations.prune.masks import emptied_cut, mask_channels, mask_weights
 from cctool.operations.quantize import run as quantize
 from cctool.operations.registries import tables
-from cctool.operations.size import stored_bytes
 from cctool.operations.train import run as train
 from cctool.operations.train.finetune import finetune
 from cctool.operations.train.run import distill

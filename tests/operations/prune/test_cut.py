@@ -16,12 +16,12 @@ from cctool.checkpoint.checkpoint import Checkpoint, load, save
 from cctool.checkpoint.edits.mask import add_masks, masks_of, with_masks
 from cctool.operations.context import Context
 from cctool.operations.inspect import analyze
+from cctool.operations.judge.size import measure, stored_bytes
 from cctool.operations.keep.events import cut as carried_out
 from cctool.operations.keep.events import plain_checkpoint
 from cctool.operations.keep.masks import stored_with_masks
 from cctool.operations.prune import run as prune
 from cctool.operations.prune.masks import mask_weights
-from cctool.operations.size import measure, stored_bytes
 from cctool.options.common import DataOptions
 from cctool.options.inspect.analyze import AnalyzeOptions
 from cctool.options.prune.choices import Granularity, PruneMethod

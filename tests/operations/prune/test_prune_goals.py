@@ -15,12 +15,12 @@ from cctool.checkpoint.spec import Metrics
 from cctool.cli.main import app
 from cctool.operations import pipeline
 from cctool.operations.inspect import evaluate
+from cctool.operations.judge.size import measure, stored_bytes
 from cctool.operations.prune import goals as prune_goals
 from cctool.operations.prune import run as prune
 from cctool.operations.prune.goals import TargetReport
 from cctool.operations.prune.report import picture_path
 from cctool.operations.registries import tables
-from cctool.operations.size import measure, stored_bytes
 from cctool.options.common import DataOptions, RuntimeOptions, TaskOptions
 from cctool.options.inspect.evaluate import EvaluateOptions, SplitName
 from cctool.options.prune.choices import Growth, PruneMethod, Scope, StepMode

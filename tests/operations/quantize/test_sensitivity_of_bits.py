@@ -11,13 +11,13 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.data.registry import open_data
 from cctool.operations.data import measured
+from cctool.operations.judge.size import stored_bytes
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.events import stored as as_stored
 from cctool.operations.quantize import run as quantize
 from cctool.operations.quantize.plan import plan
 from cctool.operations.quantize.prepare import attached
 from cctool.operations.quantize.sensitivity import searched_bits
-from cctool.operations.size import stored_bytes
 from cctool.options.quantize.choices import Edges, QuantizeMethod, Rounding
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.quantize.parts import CalibrationOptions, LayerBits

@@ -15,13 +15,13 @@ from cctool.checkpoint.checkpoint import Checkpoint, load, save
 from cctool.checkpoint.edits.thin import thinned
 from cctool.models import registry
 from cctool.operations.inspect.export import export, run
+from cctool.operations.judge.size import measure
 from cctool.operations.keep.events import cut as carried_out
 from cctool.operations.keep.events import plain_checkpoint
 from cctool.operations.prune import run as prune
 from cctool.operations.prune.from_scratch import reinitialised
 from cctool.operations.prune.rewind import rewound
 from cctool.operations.registries import tables
-from cctool.operations.size import measure
 from cctool.options.common import DataOptions
 from cctool.options.inspect.export import ExportFormat, ExportOptions
 from cctool.options.prune.choices import PruneMethod, Sparsifier

@@ -55,9 +55,13 @@ def _agreement_line(agreement: Any) -> str:
     judged += ", judged by the steps of what rounds it" if agreement.judged_by_steps else ""
     chosen = agreement.choices
     sizes = " and ".join(map(str, agreement.batch_sizes))
+    error = "outputs of whole numbers"
+    if any(output.max_abs_error is not None for output in agreement.outputs):
+        error = (
+            f"max abs error {agreement.max_abs_error:.2g} of a range of {agreement.output_range:.3g}{judged}"
+        )
     return (
-        f"  {agreement.inputs} (n={agreement.n:,}, batches of {sizes}): max abs error "
-        f"{agreement.max_abs_error:.2g} of a range of {agreement.output_range:.3g}{judged}"
+        f"  {agreement.inputs} (n={agreement.n:,}, batches of {sizes}): {error}"
         + (f", {chosen.title} agreement {chosen.percent:.2f} %" if chosen is not None else "")
         + (
             f", {agreement.undecided} of the others undecided within 1/32 of a step"

@@ -18,8 +18,8 @@ from cctool.data.records import DataSource
 from cctool.formats.onnx.network import OnnxNetwork
 from cctool.operations.context import Context
 from cctool.operations.data import can_measure, open_source, serve
-from cctool.operations.size import Footprint, footprint, measure
-from cctool.operations.task import judge_of
+from cctool.operations.judge.size import Footprint, footprint, measure
+from cctool.operations.judge.task import judge_of
 from cctool.options.inspect.compare import CompareOptions
 from cctool.tasks.base import Task
 from cctool.tasks.details import Hitting, class_name

@@ -24,9 +24,9 @@ from cctool.operations.inspect.classes import (
     write_matrix,
 )
 from cctool.operations.inspect.predictions import predicted, predicting, write_predictions
+from cctool.operations.judge.size import Footprint, footprint
+from cctool.operations.judge.task import Judge, judge_of
 from cctool.operations.keep.events import warn_of_stale
-from cctool.operations.size import Footprint, footprint
-from cctool.operations.task import Judge, judge_of
 from cctool.operations.transform.quality_tables import stream_tables, tap_tables
 from cctool.operations.transform.watch import refuse_unwatched, watched
 from cctool.operations.transform.write_streams import StreamFigures

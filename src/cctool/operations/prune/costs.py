@@ -13,10 +13,10 @@ from cctool.base.networks import copied, device_of
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.graph import cost
 from cctool.operations.context import Context
+from cctool.operations.judge.size import measure, stored_bytes
 from cctool.operations.keep import events
 from cctool.operations.keep.events import thin_copy
 from cctool.operations.keep.follower import sharing_copy
-from cctool.operations.size import measure, stored_bytes
 from cctool.options.prune.options import PruneOptions
 from cctool.options.target import Quantity
 from cctool.pruning.cut.surgery import CutPlan, sketch

@@ -10,9 +10,9 @@ from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
-from cctool.operations.budget import BudgetScale, budget_scale
 from cctool.operations.context import Context
 from cctool.operations.data import measured
+from cctool.operations.judge.budget import BudgetScale, budget_scale
 from cctool.operations.keep.events import cut_model
 from cctool.operations.prune.costs import counter
 from cctool.operations.train.batch_norm import recalibrated

@@ -9,7 +9,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.operations.data import feed_of
-from cctool.operations.task import judge_of
+from cctool.operations.judge.task import judge_of
 from cctool.options.prune.options import PruneOptions
 from cctool.pruning.scores.evidence import GRADIENTS, Evidence, gather
 

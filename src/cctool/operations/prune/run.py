@@ -20,6 +20,7 @@ from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import measured_splits, open_source, require_source, with_preprocessing
+from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
 from cctool.operations.keep.follower import Followed
 from cctool.operations.pipeline import labelled
@@ -30,7 +31,6 @@ from cctool.operations.prune.report import StepReport, picture_path, pictured, s
 from cctool.operations.prune.rewind import open_earlier, rewound
 from cctool.operations.prune.sparse_training import sparsified
 from cctool.operations.prune.step import Changed, Changer
-from cctool.operations.task import judge_of
 from cctool.operations.train.batch_norm import recalibrated, refuse_unknown_preprocessing
 from cctool.operations.train.finetune import finetune
 from cctool.operations.train.resume import never_trained

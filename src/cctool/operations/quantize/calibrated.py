@@ -21,6 +21,7 @@ from cctool.checkpoint.file.payload import place
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import measured_splits, open_source
+from cctool.operations.judge.size import stored_bytes
 from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.encode import in_step, names_by_place, quantized_weights, settled
@@ -37,7 +38,6 @@ from cctool.operations.quantize.report import (
 )
 from cctool.operations.quantize.sensitivity import searched_bits
 from cctool.operations.quantize.stored import encoded_directly
-from cctool.operations.size import stored_bytes
 from cctool.options.quantize.choices import Rounding
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.network.attach import detach, quantizers_of

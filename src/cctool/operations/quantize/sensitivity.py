@@ -18,9 +18,11 @@ from cctool.base.errors import QuantizationError, UsageError
 from cctool.base.networks import copied, in_eval_mode
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
-from cctool.operations.budget import BudgetScale, budget_scale
 from cctool.operations.context import Context
 from cctool.operations.data import measured
+from cctool.operations.judge.budget import BudgetScale, budget_scale
+from cctool.operations.judge.size import stored_bytes
+from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.encode import quantized_weights
@@ -28,8 +30,6 @@ from cctool.operations.quantize.allocate_bits import Assignment, LayerChoice, ch
 from cctool.operations.quantize.plan import fixed_bits, plan
 from cctool.operations.quantize.prepare import attached, calibrated, observing
 from cctool.operations.quantize.report import SensitivityReport
-from cctool.operations.size import stored_bytes
-from cctool.operations.task import judge_of
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.target import Target
 from cctool.quantization.calibration.weight_ranges import fit_weight

@@ -21,10 +21,10 @@ from cctool.checkpoint.encoding import EncodedTensor, Encoding
 from cctool.checkpoint.file.payload import place
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import measured_splits, open_source
+from cctool.operations.judge.size import stored_bytes
 from cctool.operations.keep import events
 from cctool.operations.keep.encode import encode_under_mask, masks_by_place
 from cctool.operations.quantize.report import QuantizeReport, TensorReport, counted, errors_between
-from cctool.operations.size import stored_bytes
 from cctool.options.quantize.choices import INTEGERS, QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.encodings.apot_levels import default_terms

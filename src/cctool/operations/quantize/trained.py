@@ -20,6 +20,7 @@ from cctool.checkpoint.spec import Parent
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import measured_splits, require_source, with_preprocessing
+from cctool.operations.judge.size import stored_bytes
 from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.encode import settled
@@ -28,7 +29,6 @@ from cctool.operations.quantize.plan import Plan, plan
 from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing, reported
 from cctool.operations.quantize.report import QuantizeReport, counted, in_floating_point
 from cctool.operations.quantize.stored import encode_selected
-from cctool.operations.size import stored_bytes
 from cctool.operations.train.finetune import finetune
 from cctool.operations.train.teacher import distillation
 from cctool.options.quantize.choices import QuantizeMethod

@@ -13,9 +13,9 @@ from cctool.data.classes import NEW_HEAD
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import has_targets, open_source, preprocessing_of, require_source
+from cctool.operations.judge.task import Judge, judge_of
 from cctool.operations.keep import events
 from cctool.operations.keep.follower import Followed
-from cctool.operations.task import Judge, judge_of
 from cctool.operations.train.new_head import with_new_head
 from cctool.operations.train.one_process import Start, fit_here, metrics_of
 from cctool.operations.train.rate_penalty import refuse_rate_without_taps

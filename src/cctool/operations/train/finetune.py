@@ -12,8 +12,8 @@ from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.operations.data import feed_of
+from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
-from cctool.operations.task import judge_of
 from cctool.operations.train.rate_penalty import rate_penalties
 from cctool.options.common import DataOptions
 from cctool.options.train.fit import FitOptions

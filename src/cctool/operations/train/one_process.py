@@ -18,8 +18,8 @@ from cctool.checkpoint.spec import Metrics, Parent, Step
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import feed_of
+from cctool.operations.judge.task import Judge, judge_of
 from cctool.operations.keep import events
-from cctool.operations.task import Judge, judge_of
 from cctool.operations.train.rate_penalty import rate_penalties
 from cctool.operations.train.resume import flat, forms_to
 from cctool.operations.train.run_folder import RunFolder

@@ -8,7 +8,7 @@ from cctool.base.errors import UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.task import judge_of
+from cctool.operations.judge.task import judge_of
 from cctool.operations.train.course import Goal, conduct
 from cctool.operations.train.teacher import distillation
 from cctool.operations.transform.basis import with_basis

@@ -20,8 +20,8 @@ from cctool.data.records import DataSource
 from cctool.data.serving.convert import convert, convert_statistics
 from cctool.operations.context import Context
 from cctool.operations.data import preprocessing_of
+from cctool.operations.judge.task import judge_of
 from cctool.operations.opening import open_checkpoint
-from cctool.operations.task import judge_of
 from cctool.options.common import ModelOptions
 from cctool.options.teacher import TeacherOptions
 from cctool.tasks.base import Task

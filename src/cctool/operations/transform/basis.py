@@ -15,8 +15,8 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.operations.context import Context, Outcome, ShownTables
 from cctool.operations.data import measured_splits, open_source
+from cctool.operations.judge.size import stored_bytes
 from cctool.operations.keep import events
-from cctool.operations.size import stored_bytes
 from cctool.operations.transform.weights_report import counted, layer_bytes
 from cctool.options.transform.options import TransformOptions
 from cctool.transforms.insert_basis import BASIS_KERNELS, put_basis

@@ -20,8 +20,8 @@ from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome, ShownTables
 from cctool.operations.data import example, measured_or_run, measured_splits, require_source
+from cctool.operations.judge.task import judge_of
 from cctool.operations.keep.calibrate import calibration_images, put_taps
-from cctool.operations.task import judge_of
 from cctool.operations.transform.files import refuse_reports, write_reports
 from cctool.operations.transform.quality_search import (
     SearchReport,

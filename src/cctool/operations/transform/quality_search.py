@@ -20,7 +20,7 @@ from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, beside, refuse_existing
 from cctool.operations.data import first_images, measured_or_run, serve
-from cctool.operations.task import judge_of
+from cctool.operations.judge.task import judge_of
 from cctool.options.common import DataOptions
 from cctool.tasks.base import LOSS, Measure
 from cctool.transforms.codec.figures import NetworkStatistics, TapFigures

@@ -15,8 +15,8 @@ from cctool.checkpoint.edits.mask import add_masks, mask_name
 from cctool.checkpoint.encoding import EncodedTensor
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import measured_splits, open_source
+from cctool.operations.judge.size import stored_bytes
 from cctool.operations.keep import events
-from cctool.operations.size import stored_bytes
 from cctool.operations.transform.weights_report import (
     TransformWeightsReport,
     coded_layer_report,

@@ -9,7 +9,7 @@ from cctool.base.errors import UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.operations.context import Context
-from cctool.operations.task import judge_of
+from cctool.operations.judge.task import judge_of
 from cctool.options.target import Drop
 from cctool.tasks.base import Measure
 
