@@ -38,6 +38,7 @@ def _data_argument(of: str, flag: str) -> Any:
         flag,
         metavar="KEY=VALUE",
         repeated=True,
+        if_given=True,
         parse=lambda text: _argument(text, flag, "size=64"),
     )
 

@@ -34,7 +34,7 @@ class DistillOptions(Options):
     data: DataOptions = nested(DataOptions)
     run: RunOptions = nested(RunOptions)
     keep_storage: bool = keep_storage_option("Output")
-    start: StartOptions = nested(StartOptions)
+    start: StartOptions = nested(StartOptions, if_given=True)
     preset: DistillPreset | None = option(
         None, "Set the options of a published method; options that you give win.")
     # fmt: on

@@ -96,7 +96,7 @@ class TrainOptions(Options):
     data: DataOptions = nested(DataOptions)
     run: RunOptions = nested(RunOptions)
     keep_storage: bool = keep_storage_option("Output")
-    start: StartOptions = nested(StartOptions)
+    start: StartOptions = nested(StartOptions, if_given=True)
     swap: tuple[str, ...] | None = option(
         None, "Put layers of a fresh network into a transform domain before training, as in "
         "basis:dct:linear or coefficient:dwt:all; may be repeated.", metavar="MODE:KERNEL:LAYERS",
