@@ -92,12 +92,18 @@ class Classification:
 
         Raises:
             TrainingError: if the outputs are not logits (N, classes).
+            DataError: if the labels are no class indices.
         """
         logits = self.main_output(outputs)
         if logits.dim() != 2 or logits.shape[0] != targets.shape[0]:
             raise TrainingError(
                 f"the network returned shape {list(logits.shape)} for {targets.shape[0]} images; "
                 "cross-entropy needs (N, classes), or give your own --loss"
+            )
+        if targets.dim() != 1 or targets.is_floating_point():
+            raise DataError(
+                f"classification needs a whole number as the label of an image, not {targets.dtype} of shape "
+                f"{list(targets.shape[1:])}; --task or your own --loss may be for such targets"
             )
         loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
         for auxiliary in outputs[1:] if isinstance(outputs, tuple) else ():
@@ -115,7 +121,7 @@ class Classification:
             DataError: naming the split and the label.
         """
         logits = self.main_output(outputs)
-        if logits.device.type != "cpu" or logits.dim() != 2 or not targets.numel():
+        if logits.device.type != "cpu" or logits.dim() != 2 or not targets.numel() or targets.dim() != 1:
             return
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= logits.shape[1]:

@@ -114,6 +114,7 @@ class Supervised:
             return Terms(self._loss(outputs, labels, images), self.task.main_output(outputs))
         if labels is None:
             raise DataError("the training split has no labels")
+        self.task.refuse(outputs, labels, "training")
         return Terms(self.task.loss(outputs, labels, self._smoothing), self.task.main_output(outputs))
 
 

@@ -17,6 +17,7 @@ from cctool.formats.table import FORMATS
 from cctool.operations.context import Context, beside, refuse_existing
 from cctool.operations.data import open_source
 from cctool.operations.inspect.export_networks import Converted, bare_checkpoint, converted, quantizer_notes
+from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
 from cctool.options.common import DataOptions
 from cctool.options.inspect.export import DEFAULT_SUFFIXES, ExportFormat, ExportOptions
@@ -123,6 +124,7 @@ def export(
         weights=made.weights,
         quantized=quantizers_of(checkpoint.model) is not None,
         packed=int4,
+        task=judge_of(checkpoint, context).task,
     )
     written = FORMATS[kind](request)
     notes = (

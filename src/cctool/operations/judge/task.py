@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pydantic import JsonValue
+from torch import Tensor
 
 from cctool.base.errors import TrainingError, UsageError
 from cctool.base.networks import device_of, in_eval_mode
@@ -71,6 +72,15 @@ class Judge:
     def has(self, option: str) -> bool:
         """Whether the command line names a function of the user's for ``--loss`` or ``--metric``."""
         return (self.loss if option == "--loss" else self.metric) is not None
+
+    def training_loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """The task's loss of training images; targets that no output stands for are refused.
+
+        Raises:
+            DataError: naming the target.
+        """
+        self.task.refuse(outputs, targets, "training")
+        return self.task.loss(outputs, targets)
 
     def why_not(self, option: str) -> str:
         """What is missing, and how it is given: the end of a sentence.

@@ -57,7 +57,7 @@ def evidence_for(
         shown,
         options.samples,
         method,
-        loss=judge.loss or judge.task.loss,
+        loss=judge.loss or judge.training_loss,
     )
     if found.images < options.samples:
         context.reporter.note(f"{method.value}: {found.images} training images were there to look at")
