@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cctool.base.errors import UsageError
+from cctool.base.errors import TrainingError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.operations.context import Context
@@ -92,8 +92,9 @@ def budget_scale(
         context: of the command.
 
     Raises:
-        UsageError: if nothing was measured on the validation split, or the main metric is a loss, whose unit
+        TrainingError: if nothing says how the network is judged, or the main metric is a loss, whose unit
             means nothing, and the budget is not relative.
+        UsageError: if nothing was measured on the validation split.
     """
     measure = judge_of(checkpoint, context).require_measure("--max-drop")
     wanted = budget if isinstance(budget, Drop) else Drop(budget)
@@ -104,7 +105,7 @@ def budget_scale(
             "(--val-data names one), or the outputs have no such metric"
         )
     if not wanted.relative and not measure.rising and not measure.unit:
-        raise UsageError(
+        raise TrainingError(
             f"--max-drop {wanted}: {measure.title} has no unit to count in; give a part of its value, as in "
             "--max-drop 2%"
         )
