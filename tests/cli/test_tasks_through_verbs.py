@@ -21,6 +21,7 @@ from cctool.base.errors import TrainingError
 from cctool.cli.main import app
 from cctool.tasks.base import LOSS, Measure, relative_error
 from cctool.tasks.table import TASKS
+from segmentation_toys import segmentation_set
 
 Run = Callable[..., str]
 
@@ -67,27 +68,6 @@ UNET = """
 
 def written(folder: Path, name: str, code: str) -> None:
     (folder / name).write_text(textwrap.dedent(code))
-
-
-def segmentation_set(folder: Path) -> None:
-    """24 pictures of a bright square (class 2) and a dark one (class 1), as ``segment:`` reads them."""
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 6), ("test", 6)):
-        for kind in ("images", "masks"):
-            (folder / split / kind).mkdir(parents=True)
-        for number in range(count):
-            image = generator.normal(120, 12, (24, 24, 3))
-            mask = np.zeros((24, 24), dtype=np.uint8)
-            for label, brightness in ((1, 30), (2, 220)):
-                top, left = generator.integers(0, 16, 2)
-                image[top : top + 8, left : left + 8] = brightness + generator.normal(0, 12, (8, 8, 3))
-                mask[top : top + 8, left : left + 8] = label
-            mask[0, 0] = 255
-            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(
-                folder / split / "images" / f"{number}.png"
-            )
-            Image.fromarray(mask).save(folder / split / "masks" / f"{number}.png")
-    (folder / "classes.txt").write_text("ground\ndark\nbright\n")
 
 
 @pytest.fixture
@@ -201,7 +181,14 @@ def test_a_segmentation_network_goes_through_every_verb(run: Run, tmp_path: Path
     spec = json.loads(run(f"analyze u.pt {net} --spec"))
     assert (spec["task"], spec["classes"]) == ("segmentation", ["ground", "dark", "bright"])
     run(f"prune u.pt {net} --target macs=0.5 --method l2 --finetune-epochs 1 --batch-size 4 -o p.pt")
-    run(f"prune u.pt {net} --max-drop 5 --method l2 --recalibrate 12 -o d.pt")
+    report = json.loads(run(f"prune u.pt {net} --max-drop 5 --method l2 --recalibrate 12 --json -o d.pt"))
+    report = report["products"][0]["report"]
+    assert report["budget"]["metric"] == "miou"
+    within = [trial["rate"] for trial in report["budget"]["curve"] if trial["drop"] <= 5]
+    assert report["budget"]["rate"] == max(within)
+    for after in report["metrics_after"]:
+        told = json.loads(run(f"evaluate d.pt {net} --split {after['split']} --json"))
+        assert told["metrics"]["values"] == pytest.approx(after["values"], rel=1e-6)
     run(f"quantize p.pt {net} --method int8 -o q.pt")
     run(
         f"distill {net} --arg width=6 --teacher u.pt --teacher-arch unet.py:make --data segment:set "
