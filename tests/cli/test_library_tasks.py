@@ -92,18 +92,16 @@ def test_torchvisions_detectors(
 def test_torchvisions_segmentation_networks(run: Run, tmp_path: Path, name: str) -> None:
     segmentation_set(tmp_path / "set", side=64, counts=(16, 4, 4))
     run(
-        f"train --arch torchvision:{name} --data segment:set --input 3x64x64 --epochs 1 --batch-size 8 -o t.pt"
+        f"train --arch torchvision:{name} --data segment:set --input 3x64x64 --epochs 1 --batch-size 8 "
+        "-o t.pt"
     )
     run("prune t.pt --target macs=0.5 --method l2 --finetune-epochs 1 --batch-size 8 -o p.pt")
     run("quantize p.pt --method int8 -o q.pt")
     run("transform p.pt --target features -o f.pt")
     run("distill p.pt --teacher t.pt --epochs 1 --batch-size 8 -o s.pt")
     for file in ("p.pt", "q.pt", "f.pt", "s.pt"):
-        assert set(json.loads(run(f"evaluate {file} --json"))["metrics"]["values"]) == {
-            "loss",
-            "miou",
-            "pixels",
-        }
+        values = json.loads(run(f"evaluate {file} --json"))["metrics"]["values"]
+        assert set(values) == {"loss", "miou", "pixels"}
     before = json.loads(run("analyze p.pt --json"))["history"][-1]
     assert before["after"]["macs"] <= 0.5 * before["before"]["macs"]
     assert "verified" in run("export q.pt")
