@@ -1,16 +1,29 @@
 """What commands say of their data, and the arguments of the user's own data."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
 import cctool
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.spec import ModelSpec
 from cctool.cli.main import app
+from cctool.data.registry import open_data
+from cctool.data.serving.streaming import stacked
+from cctool.operations.data import feed_of
 from cctool.operations.python.data_in_memory import in_memory
+from cctool.options.common import DataOptions
+from cctool.tasks.custom import Untold
+from cctool.tasks.table import TASKS
 from layouts import write_class_folders, write_image
+from procedure_toys import context
 
 CODE = """
 import numpy as np
@@ -157,3 +170,21 @@ def test_targets_in_memory_tell_the_task() -> None:
     mixed = {"train": (images, torch.rand(6)), "test": (images, torch.arange(6))}
     with pytest.raises(cctool.CctoolError, match="train for regression, test for classification"):
         in_memory(mixed, (), None)
+
+
+def test_a_task_that_batches_its_targets_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Padding(Untold):
+        """Targets of different lengths."""
+
+        def batched(self, targets: Sequence[Any]) -> Tensor:
+            return pad_sequence(list(targets), batch_first=True)
+
+    monkeypatch.setitem(TASKS, "padding", Padding("padding"))
+    source = open_data("digits")
+    found = {}
+    for task in ("classification", "padding"):
+        spec = ModelSpec(architecture="toy", input_shape=(1, 32, 32), task=task)
+        found[task] = feed_of(Checkpoint(nn.Identity(), spec), source, DataOptions("digits"), context())
+    assert found["classification"].make_targets is stacked
+    feed = found["padding"]
+    assert feed.make_targets([torch.ones(2), torch.ones(3)]).tolist() == [[1, 1, 0], [1, 1, 1]]

@@ -29,6 +29,7 @@ class Invocation:
         frame: the options that every command has.
         resumed: path -> value of the options of the training that it resumes.
         output: path of the product; None for the default.
+        said: notes that were given, which a command gives once, however many files it reads.
     """
 
     verb: Verb
@@ -38,6 +39,7 @@ class Invocation:
     frame: Frame
     output: str | None = None
     resumed: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
 
     @classmethod
     def parsed(cls, verb: Verb, context: typer.Context, inputs: Any, values: Mapping[str, Any]) -> Invocation:
@@ -118,6 +120,7 @@ class Invocation:
             user_code=self.verb.references(self.given),
             reporter=self.console,
             resumes=resumes,
+            said=self.said,
         )
 
     def _operation(self) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from cctool.operations.context import Context
 from cctool.operations.judge.task import judge_of
 from cctool.operations.opening import parse_arguments
 from cctool.options.common import DataOptions
+from cctool.tasks.base import Task
+from cctool.tasks.details import Batching
 from cctool.training.evaluate import evaluate, outputs_of
 from cctool.training.loop.feed import Feed
 
@@ -54,7 +56,7 @@ def open_source(
                 raise UsageError(f"{option} {other} replaces a split of a data set: name that with --data")
         return None
     if remembered:
-        context.reporter.note(f"data: {reference}, the checkpoint's last (--data names another)")
+        context.say_once(f"data: {reference}, the checkpoint's last (--data names another)")
     elif reference != options.data and not options.data_arguments:
         context.reporter.note(
             f"data: {reference}, with the arguments of the last time (--data-arg gives others)"
@@ -218,7 +220,12 @@ def feed_of(
         workers=options.workers,
         rank=0 if fabric is None else fabric.global_rank,
         world_size=1 if fabric is None else fabric.world_size,
+        **_making_targets(judge_of(checkpoint, context).task),
     )
+
+
+def _making_targets(task: Task) -> dict[str, Any]:
+    return {"make_targets": task.batched} if isinstance(task, Batching) else {}
 
 
 def first_images(batches: Iterable[Batch], count: int) -> Iterator[Tensor]:

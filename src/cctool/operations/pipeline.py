@@ -53,6 +53,7 @@ class Request:
         user_code: references of user functions, besides the architecture.
         reporter: prints notes, warnings and progress.
         resumes: whether the command continues its earlier run, whose product it may replace.
+        said: notes that were given already, for a command that is carried out for several files.
     """
 
     verb: str
@@ -65,6 +66,7 @@ class Request:
     user_code: tuple[str, ...] = ()
     reporter: Reporter = field(default_factory=Silent)
     resumes: bool = False
+    said: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,7 @@ def _prepare(
         stamp=lambda outcome: outcome.checkpoint,
         opened=opened,
         asked=asked_of(options),
+        said=request.said,
     )
     of_data = None if opened is None else opened.task
     return with_task(checkpoint, of_data, registry.task_of(checkpoint.spec.architecture), context), context

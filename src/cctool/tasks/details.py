@@ -14,6 +14,15 @@ from cctool.tasks.base import Measure
 
 
 @runtime_checkable
+class Batching(Protocol):
+    """A task whose targets are not simply stacked, such as masks of different sizes."""
+
+    def batched(self, targets: Sequence[Any]) -> Tensor:
+        """The targets of a batch (N, ...), of those of its samples."""
+        ...
+
+
+@runtime_checkable
 class Predicting(Protocol):
     """A task whose predictions can be written down, a row a sample."""
 

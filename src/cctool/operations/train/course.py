@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -162,6 +163,7 @@ def _fit(
     best = result.best_epoch
     context.reporter.note(f"best epoch {best} of {options.fit.epochs}; logs in {folder.path}")
     folder.log(_summary(after, judge_of(finished, context)))
+    _warn_of_guessing(finished, after, context)
     report = TrainReport(len(result.rows), best, start.metrics_before, after, str(folder.path), result.rows)
     yield Outcome(
         finished,
@@ -284,6 +286,24 @@ def _refuse_other_classes(checkpoint: Checkpoint, source: DataSource, context: C
             f"{source.reference} has {len(source.classes)} classes, the network tells {width} "
             f"apart: another data set, or another network, is needed{NEW_HEAD}"
         )
+
+
+def _warn_of_guessing(checkpoint: Checkpoint, after: tuple[Metrics, ...], context: Context) -> None:
+    """Warn if the network does no better than a guess."""
+    judge = judge_of(checkpoint, context)
+    measure, guess = judge.main, judge.task.guess(_width(checkpoint, context))
+    if judge.metric is not None or not measure.share or not guess:
+        return
+    for found in after:
+        value = found.values.get(measure.name)
+        # Two standard deviations of guessing may be mere chance.
+        if value is not None and value <= guess + 2 * math.sqrt(guess * (100 - guess) / found.n):
+            context.reporter.warn(
+                f"{found.split} {measure.title} {value:.2f} {measure.unit} (n={found.n:,}) is what guessing "
+                f"gives, {guess:.2f} {measure.unit}: nothing was learnt; more --epochs or another --lr may "
+                "help"
+            )
+            return
 
 
 def _width(checkpoint: Checkpoint, context: Context) -> int | None:
