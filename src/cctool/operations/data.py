@@ -18,7 +18,7 @@ from cctool.data.classes import by_name
 from cctool.data.serving.batches import Batch, Batches
 from cctool.graph.execution import blaming_the_size
 from cctool.operations.context import Context
-from cctool.operations.judge.task import judge_of
+from cctool.operations.judge.task import Judge, judge_of
 from cctool.operations.opening import parse_arguments
 from cctool.options.common import DataOptions
 from cctool.training.evaluate import evaluate, outputs_of
@@ -308,6 +308,16 @@ def can_measure(checkpoint: Checkpoint, source: DataSource, splits: Sequence[str
         context.say_once(f"not measured: {source.reference} has no labels")
         return False
     return True
+
+
+def refuse_unlabelled(source: DataSource, judge: Judge, why: str) -> None:
+    """Refuse training images without targets, unless the user's functions need none.
+
+    Raises:
+        DataError: naming the data set, and what needs them.
+    """
+    if judge.needs_targets and not has_targets(source.split("train")):
+        raise DataError(f"{source.reference} has no labels, and {why} needs them")
 
 
 def has_targets(split: Split) -> bool:
