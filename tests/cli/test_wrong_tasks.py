@@ -81,6 +81,8 @@ FROM_DOCS = [
     (f"quantize ae.pt --arch my.py:ae --method qat {DIGITS}", 2, "name it with --loss my.py:mse"),
     (f"prune ae.pt --arch my.py:ae --method taylor {DIGITS}", 2, "name it with --loss my.py:mse"),
     (f"prune ae.pt --arch my.py:ae --method l1 --finetune-epochs 1 {DIGITS}", 2, "--loss my.py:mse"),
+    ("compare net.onnx --data digits", 2, "name a checkpoint, too, whose data and preprocessing"),
+    ("evaluate net.onnx --data digits", 1, "only `cctool compare` runs such files"),
     (f"compare lenet.pt ae.pt {DIGITS}", 1, "name it with --arch my.py:ae"),
     (
         f"compare lenet.pt seg.pt --arch my.py:seg {DIGITS}",
@@ -104,6 +106,8 @@ FROM_CODE = [
     (f"train lenet.pt {DIGITS} --loss my.py:flat -o new.pt", 1, "a loss without a gradient"),
     (f"train lenet.pt {DIGITS} --loss my.py:each -o new.pt", 1, "a loss is one number: take its mean"),
     (f"train --arch lenet {DIGITS} --loss my.py:nan_loss", 1, "my.py:nan_loss computes became nan"),
+    (f"evaluate lenet.pt {DIGITS} --loss my.py:nan_loss", 1, "returned nan; a loss is a finite number"),
+    (f"evaluate lenet.pt {DIGITS} --metric=", 1, "--metric : my.py:function or package.module"),
     (f"train --arch my.py:no_outputs {DIGITS} --task classification", 1, "returned a NoneType; a tensor of"),
     (f"train --arch my.py:text_outputs {DIGITS} --task regression", 1, "a str; regression needs a tensor"),
     (f"train --arch my.py:boxes {DIGITS} --loss my.py:mse", 1, "my.py:mse raised TypeError"),
@@ -130,6 +134,11 @@ FROM_CODE = [
         "trained for regression, the student is for classification",
     ),
     (
+        f"distill lenet.pt --teacher boxes.pt --teacher-arch my.py:boxes {DIGITS}",
+        1,
+        "boxes.pt: the network returned a dict; a tensor of logits (N, classes) is expected",
+    ),
+    (
         "train reg.pt --arch my.py:reg --data my.py:numbers --label-smoothing 0.1 -o new.pt",
         2,
         "--label-smoothing 0.1 is for classes, and the task regression has none",
@@ -150,6 +159,8 @@ FROM_CODE = [
         1,
         "images:pictures has no labels, and --finetune-epochs needs them",
     ),
+    (f"evaluate lenet.pt {DIGITS} --test-data images:pictures", 1, "images:pictures has no labels: give"),
+    (f"evaluate lenet.pt {DIGITS} --test-data my.py:numbers", 1, "my.py:numbers is for regression, the"),
     ("prune lenet.pt --method taylor --data images:pictures", 1, "no labels, and --method taylor needs them"),
     ("quantize lenet.pt --method qat --data images:pictures", 1, "no labels, and fine-tuning needs them"),
     (
@@ -197,6 +208,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         masked("black_and_white", lambda number: levels(2, 16, 16).point(lambda level: level * 255), "")
         for number in range(4):
             picture(Path("pictures") / f"{number}.png")
+        Path("net.onnx").write_bytes(b"not opened")
         for command in MADE:
             assert CliRunner().invoke(app, command.split()).exit_code == 0, command
     return place

@@ -304,10 +304,11 @@ def can_measure(checkpoint: Checkpoint, source: DataSource, splits: Sequence[str
     missing = [f"{name} {reference}" for name, reference in judge.recorded.items() if not judge.has(name)]
     if missing:
         context.say_once(f"this network was trained with {' and '.join(missing)}, not named here")
-    if judge.needs_targets and any(not has_targets(source.split(split)) for split in splits):
-        context.say_once(f"not measured: {source.reference} has no labels")
-        return False
-    return True
+    unlabelled = (split for split in splits if judge.needs_targets and not has_targets(source.split(split)))
+    found = next(unlabelled, None)
+    if found is not None:
+        context.say_once(f"not measured: {source.origin(found)} has no labels")
+    return found is None
 
 
 def refuse_unlabelled(source: DataSource, judge: Judge, why: str) -> None:

@@ -172,7 +172,7 @@ def _targets(
         example = part[1][0] if len(part[1].shape) and len(part[1]) else part[1]
     targets = kind_of(example, classes, told, reference)
     if targets.are_classes and isinstance(example, str):
-        targets.index(example, f"{reference}: {name}: the first image")
+        targets.index(example, f"{reference}: item 0")
     if targets.are_classes and not classes:
         raise UserCodeError(
             f"{reference} returned classes=None; it must give the class names, or their number"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,10 @@ class BudgetScale:
     def before(self) -> float:
         """The metric before."""
         return self.dense.values[self.measure.name]
+
+    def value(self, metrics: Metrics) -> float:
+        """The metric of a trial; one that is no number counts as the worst there is."""
+        return metrics.values.get(self.measure.name, -math.inf if self.measure.rising else math.inf)
 
     @property
     def allowed(self) -> float:

@@ -138,11 +138,13 @@ def _judge(spec: ModelSpec, context: Context) -> Judge:
     asked = context.asked
     task = task_named(spec.task)
     loss = (
-        UserLoss(asked.loss, named_function(asked.loss, context.user_code, "--loss")) if asked.loss else None
+        UserLoss(asked.loss, named_function(asked.loss, context.user_code, "--loss"))
+        if asked.loss is not None
+        else None
     )
     metric = (
         UserMetric(asked.metric, named_function(asked.metric, context.user_code, "--metric"))
-        if asked.metric
+        if asked.metric is not None
         else None
     )
     rising = metric is None or _rising(metric, asked, spec.task_settings)
@@ -208,7 +210,9 @@ def with_task(
                 f"{', '.join(other for other, task in TASKS.items() if task.fits(outputs))}"
             )
     else:
-        name = _found(checkpoint, of_data, of_network, named=bool(asked.loss or asked.metric))
+        name = _found(
+            checkpoint, of_data, of_network, named=asked.loss is not None or asked.metric is not None
+        )
     settings = _settings(spec, context) if name == CUSTOM else {}
     if name == spec.task and settings == spec.task_settings:
         return checkpoint

@@ -272,7 +272,7 @@ class _BudgetSearch:
             cut_model(trial.model, plan)
         source, data, images = self.source, self.options.data, self.options.recalibrate or RECALIBRATION
         self.recalibrated = recalibrated(trial, source, images, data, self.context, augmented=augmented)
-        return measured(trial, source, data, self.context, split="validation").values[self.scale.measure.name]
+        return self.scale.value(measured(trial, source, data, self.context, split="validation"))
 
     def look(self, rate: float) -> BudgetTrial:
         if rate not in self.trials:

@@ -223,7 +223,7 @@ def _drop(
             calibrated(trial.model, planned, images, observing(options))
             trial = replace(trial, spec=with_quantizers(trial.spec, trial.model))
         after = measured(trial, source, options.data, context, split="validation")
-        lost = scale.lost(after.values[scale.measure.name])
+        lost = scale.lost(scale.value(after))
         context.reporter.note(f"{assignment.bytes:,} bytes: {scale.change(lost)} (n={after.n:,})")
         return lost
 

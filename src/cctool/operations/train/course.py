@@ -142,8 +142,8 @@ def _fit(
         raise
     except CctoolError as error:
         left = _left(folder, context)
-        # Logs of worker processes may say more than the error does.
-        if options.run.processes == 1:
+        # The error may name a log in the folder; other machines may still use it.
+        if options.run.nodes == 1 and str(folder.path) not in str(error):
             folder.discard()
         # Of the same class, which decides the exit status.
         raise type(error)(f"{error}; {left}") from error

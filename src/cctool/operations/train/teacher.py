@@ -191,8 +191,8 @@ def _refuse_other_outputs(checkpoint: Checkpoint, teacher: Teacher, path: str) -
     images = torch.zeros(2, *checkpoint.spec.input_shape, device=student.device)
     try:
         taught = teacher(images)
-    except CctoolError:
-        raise
+    except CctoolError as error:
+        raise type(error)(f"{path}: {error}") from error
     # On an input size that it does not support, the teacher's code may raise anything.
     except Exception as error:
         text = " ".join(str(error).split())[:200]
