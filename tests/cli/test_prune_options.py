@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from cctool.cli.main import app
 from cctool.operations.prune import run as prune
-from cctool.options.common import DataOptions, ModelOptions
+from cctool.options.common import DataOptions, ModelOptions, TaskOptions
 from cctool.options.prune.choices import (
     AttentionUnit,
     Granularity,
@@ -217,6 +217,9 @@ READ: dict[str, dict[str, Any]] = {
     },
     "--data digits --val-data digits --test-data digits --batch-size 7 --workers 1 --limit 9": {
         "data": DataOptions("digits", "digits", "digits", 7, 1, 9)
+    },
+    "--task regression --loss my.py:mse --metric my.py:psnr": {
+        "judge": TaskOptions("regression", "my.py:mse", "my.py:psnr")
     },
 }
 

@@ -30,19 +30,19 @@ MADE = (
 
 # Made up from docs/ and --help alone.
 FROM_DOCS = [
-    (f"train --arch my.py:ae {DIGITS}", 2, "--loss FILE.py:FN names a loss of yours"),
+    (f"train --arch my.py:ae {DIGITS}", 1, "--loss FILE.py:FN names a loss of yours"),
     ("train --arch lenet --data images:pictures", 1, "images:pictures has no labels, and train needs them"),
     ("evaluate lenet.pt --data images:pictures", 1, "has no labels: give --predictions FILE.csv"),
     ("prune lenet.pt --method l1 --max-drop 1 --data images:pictures", 2, "--val-data names one"),
     (f"evaluate lenet.pt {DIGITS} --task detection", 2, "classification, segmentation, regression, custom"),
     (f"evaluate lenet.pt {DIGITS} --task segmentation", 1, "returned shape [2, 10]; segmentation needs"),
-    (f"evaluate lenet.pt {DIGITS} --task custom", 2, "--metric FILE.py:FN names a metric of yours"),
+    (f"evaluate lenet.pt {DIGITS} --task custom", 1, "--metric FILE.py:FN names a metric of yours"),
     (
         f"prune ae.pt --arch my.py:ae --method l1 --max-drop 1.5 --loss my.py:mse {DIGITS}",
-        2,
+        1,
         "give a part of its value, as in --max-drop 2%",
     ),
-    (f"prune lenet.pt --method l1 --max-drop 120% {DIGITS}", 2, "less than 100% is allowed"),
+    (f"prune lenet.pt --method l1 --max-drop 120% {DIGITS}", 1, "less than 100% is allowed"),
     (
         "evaluate reg.pt --arch my.py:reg --data my.py:numbers --per-class",
         1,
@@ -78,9 +78,9 @@ FROM_DOCS = [
     (f"evaluate lenet.pt {DIGITS} --metric my.py:up", 1, "is 'up'; 'max' or 'min' is allowed"),
     (f"train lenet.pt {DIGITS} --loss mse -o new.pt", 1, "--loss mse: my.py:function or package.module"),
     (f"train --arch my.py:two_inputs {DIGITS}", 1, "networks of several inputs are not supported"),
-    (f"quantize ae.pt --arch my.py:ae --method qat {DIGITS}", 2, "name it with --loss my.py:mse"),
-    (f"prune ae.pt --arch my.py:ae --method taylor {DIGITS}", 2, "name it with --loss my.py:mse"),
-    (f"prune ae.pt --arch my.py:ae --method l1 --finetune-epochs 1 {DIGITS}", 2, "--loss my.py:mse"),
+    (f"quantize ae.pt --arch my.py:ae --method qat {DIGITS}", 1, "name it with --loss my.py:mse"),
+    (f"prune ae.pt --arch my.py:ae --method taylor {DIGITS}", 1, "name it with --loss my.py:mse"),
+    (f"prune ae.pt --arch my.py:ae --method l1 --finetune-epochs 1 {DIGITS}", 1, "--loss my.py:mse"),
     ("compare net.onnx --data digits", 2, "name a checkpoint, too, whose data and preprocessing"),
     ("evaluate net.onnx --data digits", 1, "only `cctool compare` runs such files"),
     (f"compare lenet.pt ae.pt {DIGITS}", 1, "name it with --arch my.py:ae"),
@@ -140,18 +140,18 @@ FROM_CODE = [
     ),
     (
         "train reg.pt --arch my.py:reg --data my.py:numbers --label-smoothing 0.1 -o new.pt",
-        2,
+        1,
         "--label-smoothing 0.1 is for classes, and the task regression has none",
     ),
     (
         "distill reg.pt --arch my.py:reg --teacher reg.pt --teacher-arch my.py:reg --data my.py:numbers "
         "--temperature 8",
-        2,
+        1,
         "--temperature 8 softens classes, and the task regression has none",
     ),
     (
         f"quantize ae.pt --arch my.py:ae --method int4 --max-drop 1% {DIGITS}",
-        2,
+        1,
         "--max-drop needs a metric: this network's loss is my.py:mse; name it with --loss my.py:mse",
     ),
     (

@@ -6,6 +6,7 @@ Which architectures, edits and encodings exist is not known here; `tables.py` pa
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -86,6 +87,16 @@ class ModelSpec(Record):
     preprocessing: Preprocessing | None = None
     data: str | None = None
     edits: tuple[dict[str, JsonValue], ...] = Field(default=(), max_length=MAX_EDITS)
+
+    @field_validator("arguments", "task_settings", "edits")
+    @classmethod
+    def _json(cls, value: Any) -> Any:
+        # Pydantic takes NaN and 1e999 for JSON values, and would write them as null.
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise ValueError("JSON has no NaN and no infinity") from None
+        return value
 
     @model_serializer(mode="wrap")
     def _without_empty_settings(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

@@ -51,6 +51,8 @@ def parse_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
         key, _, text = pair.partition("=")
         try:
             arguments[key] = json.loads(text)
+            # Python reads NaN and 1e999, which no file can hold.
+            json.dumps(arguments[key], allow_nan=False)
         except ValueError:
             arguments[key] = text
     return arguments

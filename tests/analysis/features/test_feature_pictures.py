@@ -68,10 +68,12 @@ def test_equal_figures_give_equal_pictures() -> None:
 
 def test_the_curve_has_a_line_a_split_and_the_uncoded_accuracy() -> None:
     points = [CurvePoint("test", quality, 10 - quality / 12, 60 + quality / 4) for quality in (10, 50, 90)]
-    other = [CurvePoint("validation", p.quality, p.ratio, p.accuracy - 5) for p in points]
-    single = draw_curve("net", points, [("test", 84.0)])
-    assert blue(single) > blue(draw_curve("net", points, []))
-    orange = (np.abs(pixels(draw_curve("net", points + other, [])) - (0xC8, 0x64, 0x1E)).sum(2) < 12).sum()
+    other = [CurvePoint("validation", p.quality, p.ratio, p.value - 5) for p in points]
+    single = draw_curve("net", points, [("test", 84.0)], "top-1, %")
+    assert blue(single) > blue(draw_curve("net", points, [], "top-1, %"))
+    orange = (
+        np.abs(pixels(draw_curve("net", points + other, [], "top-1, %")) - (0xC8, 0x64, 0x1E)).sum(2) < 12
+    ).sum()
     assert orange > 300
 
 

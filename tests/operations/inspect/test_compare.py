@@ -18,10 +18,10 @@ from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.cli.main import app
 from cctool.data.sets.digits import open_digits
 from cctool.models import registry
-from cctool.operations.inspect import compare as operation
 from cctool.operations.registries import tables
 from cctool.tasks.base import Measure
 from cctool.tasks.classification import Classification
+from cctool.tasks.table import TASKS
 
 NET = """
 from torch import nn
@@ -278,8 +278,8 @@ def test_columns_of_two_tasks_stand_side_by_side(monkeypatch: pytest.MonkeyPatch
 
     guessing = Guessing(name="guessing", measures=(Measure("sure", "certainty"),))
     first = cctool.compare([cctool.load("a.pt")], data="digits")[0]
-    monkeypatch.setattr(operation, "CLASSIFICATION", guessing)
-    second = cctool.compare([cctool.load("b.pt")], data="digits")[0]
+    monkeypatch.setitem(TASKS, "guessing", guessing)
+    second = cctool.compare([cctool.load("b.pt")], data="digits", task="guessing")[0]
     from cctool.operations.inspect.comparison import Compared, compared
     from cctool.operations.inspect.comparison import tables as shown
     from cctool.options.inspect.compare import CompareOptions

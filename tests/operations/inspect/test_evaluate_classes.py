@@ -22,6 +22,7 @@ from cctool.models import registry
 from cctool.operations.inspect import evaluate
 from cctool.operations.registries import tables
 from cctool.tasks.regression import Regression
+from cctool.tasks.table import TASKS
 
 CLASSES = tuple(str(digit) for digit in range(10))
 
@@ -192,11 +193,11 @@ def test_what_a_task_does_not_say_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     class Plain(Regression):
         predictions = None  # type: ignore[assignment]
 
-    monkeypatch.setattr(evaluate, "CLASSIFICATION", Plain(name="plain"))
+    monkeypatch.setitem(TASKS, "plain", Plain(name="plain"))
     for option in (["--per-class"], ["--confusion", "c.png"]):
-        said = ran(*option, exit_code=1).stderr
+        said = ran(*option, "--task", "plain", exit_code=1).stderr
         assert f"{option[0]} needs classes, and the task plain has none" in said
-    said = ran("--predictions", "p.csv", exit_code=1).stderr
+    said = ran("--predictions", "p.csv", "--task", "plain", exit_code=1).stderr
     assert "--predictions: the task plain does not say what a prediction is" in said
     assert sorted(path.name for path in Path().iterdir()) == ["net.pt"]
 

@@ -134,9 +134,7 @@ def load_torch_file(path: Path) -> Any:
         CorruptCheckpointError: if it cannot be read.
     """
     if path.suffix.lower() == ".onnx":
-        raise CheckpointError(
-            f"{path} is an ONNX file: only `cctool compare` runs such files"
-        )
+        raise CheckpointError(f"{path} is an ONNX file: only `cctool compare` runs such files")
     try:
         if zipfile.is_zipfile(path):
             _refuse_odd_archive(path)

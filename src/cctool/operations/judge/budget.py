@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cctool.base.errors import UsageError
+from cctool.base.errors import TrainingError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.operations.context import Context
@@ -102,8 +102,9 @@ def budget_scale(
         context: of the command.
 
     Raises:
-        UsageError: if nothing was measured on the validation split; if the main metric is a loss, whose unit
+        TrainingError: if nothing says how the network is judged; if the main metric is a loss, whose unit
             means nothing, and the budget is not relative; or if the budget is all of a percentage.
+        UsageError: if nothing was measured on the validation split.
     """
     measure = judge_of(checkpoint, context).require_measure("--max-drop")
     wanted = budget if isinstance(budget, Drop) else Drop(budget)
@@ -114,12 +115,14 @@ def budget_scale(
             "(--val-data names one), or the outputs have no such metric"
         )
     if not wanted.relative and not measure.rising and not measure.unit:
-        raise UsageError(
+        raise TrainingError(
             f"--max-drop {wanted}: {measure.title} has no unit to count in; give a part of its value, as in "
             "--max-drop 2%"
         )
     # Percentages may rise by any part of their value, but lose no more than all of it.
     if measure.rising and measure.unit == _POINTS and wanted >= (1 if wanted.relative else 100):
         most = "100%" if wanted.relative else "100 points"
-        raise UsageError(f"--max-drop {wanted}: that is all of {measure.title}; less than {most} is allowed")
+        raise TrainingError(
+            f"--max-drop {wanted}: that is all of {measure.title}; less than {most} is allowed"
+        )
     return BudgetScale(measure, wanted, dense)

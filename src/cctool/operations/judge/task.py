@@ -103,20 +103,20 @@ class Judge:
         """Refuse what needs gradients if there is no loss.
 
         Raises:
-            UsageError: naming the recorded loss and the option.
+            TrainingError: naming the recorded loss and the option.
         """
         if not self.can_train:
-            raise UsageError(f"{why} needs a loss: {self.why_not('--loss')}")
+            raise TrainingError(f"{why} needs a loss: {self.why_not('--loss')}")
 
     def require_measure(self, why: str) -> Measure:
         """The main measure.
 
         Raises:
-            UsageError: if nothing can be measured, naming the recorded metric and the option.
+            TrainingError: if nothing can be measured, naming the recorded metric and the option.
         """
         if not self.measures:
             option = "--metric" if "--metric" in self.recorded or "--loss" not in self.recorded else "--loss"
-            raise UsageError(f"{why} needs a metric: {self.why_not(option)}")
+            raise TrainingError(f"{why} needs a metric: {self.why_not(option)}")
         return self.main
 
 

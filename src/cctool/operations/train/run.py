@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cctool.base.errors import UsageError
+from cctool.base.errors import TrainingError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
@@ -72,7 +72,7 @@ def distill_goal(
 
 def _refuse_smoothing(options: FitOptions, task: Task) -> None:
     if options.label_smoothing and not isinstance(task, Classed):
-        raise UsageError(
+        raise TrainingError(
             f"--label-smoothing {options.label_smoothing:g} is for classes, and the task {task.name} has none"
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cctool.base.errors import CctoolError, TrainingError, UsageError
+from cctool.base.errors import CctoolError, TrainingError
 from cctool.base.runtime import autocast
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.checksum import verify_checksum
@@ -54,13 +54,13 @@ def distillation(
 
     Raises:
         CheckpointError: if the file cannot be read.
-        UsageError: if a temperature is given for a task without classes.
-        TrainingError: if teacher and student have other tasks, or different numbers of classes.
+        TrainingError: if teacher and student have other tasks or different numbers of classes, or a
+            temperature is given for a task without classes.
     """
     judge = judge_of(checkpoint, context)
     judge.require_loss("learning from a teacher")
     if options.temperature != TeacherOptions("").temperature and not isinstance(judge.task, Classed):
-        raise UsageError(
+        raise TrainingError(
             f"--temperature {options.temperature:g} softens classes, and the task {judge.task.name} has none"
         )
     with _teachers_options():
