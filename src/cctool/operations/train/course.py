@@ -142,8 +142,8 @@ def _fit(
         raise
     except CctoolError as error:
         left = _left(folder, context)
-        # The error may name a log in the folder; other machines may still use it.
-        if options.run.nodes == 1 and str(folder.path) not in str(error):
+        # Logs of worker processes have the traceback of the error.
+        if options.run.processes == 1:
             folder.discard()
         # Of the same class, which decides the exit status.
         raise type(error)(f"{error}; {left}") from error
