@@ -188,6 +188,7 @@ class DataSource:
         labelled: whether any of its splits has targets.
         sizes: images of each split, as far as they are known before it is read.
         warnings: what is probably wrong with it, one sentence each.
+        others: references of the data sets whose splits take the place of its own, by split.
     """
 
     name: str
@@ -206,6 +207,7 @@ class DataSource:
     labelled: bool = True
     sizes: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
     _loaded: dict[str, Split] = field(default_factory=dict, repr=False)
     _served: dict[str, Split] = field(default_factory=dict, repr=False)
 
@@ -219,6 +221,10 @@ class DataSource:
             limited = _limited(self._load(name), self.limit)
             self._served[name] = dataclasses.replace(limited, name=name, shape=self.shape, _on_device={})
         return self._served[name]
+
+    def origin(self, split: str) -> str:
+        """Reference of the data set that a split is from."""
+        return self.others.get(split, self.reference)
 
     def contents(self) -> str:
         """How many classes it has, if any, and how many images are served of each split.

@@ -115,6 +115,7 @@ def _replaced(source: DataSource, others: Mapping[str, DataSource]) -> DataSourc
         source,
         loaders=loaders,
         sizes=sizes,
+        others={role: other.reference for role, other in others.items()},
         task=source.task or next((other.task for other in others.values() if other.task), None),
         labelled=source.labelled or any(other.labelled for other in others.values()),
         warnings=(*source.warnings, *(text for other in others.values() for text in other.warnings)),

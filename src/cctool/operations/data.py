@@ -18,7 +18,7 @@ from cctool.data.classes import by_name
 from cctool.data.serving.batches import Batch, Batches
 from cctool.graph.execution import blaming_the_size
 from cctool.operations.context import Context
-from cctool.operations.judge.task import judge_of
+from cctool.operations.judge.task import Judge, judge_of
 from cctool.operations.opening import parse_arguments
 from cctool.options.common import DataOptions
 from cctool.tasks.base import Task
@@ -311,10 +311,21 @@ def can_measure(checkpoint: Checkpoint, source: DataSource, splits: Sequence[str
     missing = [f"{name} {reference}" for name, reference in judge.recorded.items() if not judge.has(name)]
     if missing:
         context.say_once(f"this network was trained with {' and '.join(missing)}, not named here")
-    if judge.needs_targets and any(not has_targets(source.split(split)) for split in splits):
-        context.say_once(f"not measured: {source.reference} has no labels")
-        return False
-    return True
+    unlabelled = (split for split in splits if judge.needs_targets and not has_targets(source.split(split)))
+    found = next(unlabelled, None)
+    if found is not None:
+        context.say_once(f"not measured: {source.origin(found)} has no labels")
+    return found is None
+
+
+def refuse_unlabelled(source: DataSource, judge: Judge, why: str) -> None:
+    """Refuse training images without targets, unless the user's functions need none.
+
+    Raises:
+        DataError: naming the data set, and what needs them.
+    """
+    if judge.needs_targets and not has_targets(source.split("train")):
+        raise DataError(f"{source.reference} has no labels, and {why} needs them")
 
 
 def has_targets(split: Split) -> bool:

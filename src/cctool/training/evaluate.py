@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cctool.base.errors import DataError
+from cctool.base.errors import DataError, UserCodeError
 from cctool.base.networks import device_of, in_eval_mode
 from cctool.base.runtime import autocast
 from cctool.checkpoint.spec import Metrics
@@ -100,6 +101,8 @@ class _EvaluationSums:
         n, loss = group.sum(self._sums).tolist()
         if not n:
             raise DataError(f"the {split} split is empty: nothing can be measured on it")
+        if self._loss is not None and not math.isfinite(loss):
+            raise UserCodeError(f"{self._loss.reference} returned {loss}; a loss is a finite number")
         values = {"loss": loss / n} if self._has_loss else {}
         if self._fits:
             figures = {name: group.sum(figure) for name, figure in self._figures.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,30 @@ def test_a_budget_counts_in_the_metrics_unit_or_in_parts(
     scale = budget_scale(checkpoint(LOGITS, task=task), parse_drop(budget), (measured,), where())
     assert scale.lost(value) == pytest.approx(lost)
     assert scale.change(scale.lost(value)) == shown
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_a_trial_without_a_number_loses_more_than_any_budget(task: str) -> None:
+    name = {"classification": "top1", "regression": "mse"}[task]
+    before = Metrics(split="validation", n=10, values={name: 0.5})
+    scale = budget_scale(checkpoint(LOGITS, task=task), parse_drop("50%"), (before,), where())
+    assert scale.lost(scale.value(Metrics(split="validation", n=10, values={name: float("nan")}))) == math.inf
+    assert scale.lost(scale.value(before)) == 0
+
+
+@pytest.mark.parametrize(("budget", "wanted"), [("1.5", "1.5 points"), ("2%", "2%"), ("99.9", "99.9 points")])
+def test_a_budget_is_named_with_its_unit(budget: str, wanted: str) -> None:
+    before = Metrics(split="validation", n=10, values={"top1": 80.0})
+    assert budget_scale(checkpoint(LOGITS), parse_drop(budget), (before,), where()).wanted == wanted
+
+
+@pytest.mark.parametrize("budget", ["100", "100%", "250%"])
+def test_a_budget_is_less_than_all_of_a_percentage(budget: str) -> None:
+    accuracy = Metrics(split="validation", n=10, values={"top1": 80.0})
+    with pytest.raises(TrainingError, match=r"that is all of top-1; less than 100( points|%) is allowed"):
+        budget_scale(checkpoint(LOGITS), parse_drop(budget), (accuracy,), where())
+    error = Metrics(split="validation", n=10, values={"mse": 0.5})
+    assert budget_scale(checkpoint(LOGITS, task="regression"), parse_drop("250%"), (error,), where())
 
 
 def test_errors_have_no_points() -> None:

@@ -477,6 +477,20 @@ def test_user_functions_run_only_when_named(tmp_path: Path, net: str) -> None:
         products(options(loss=user(net, "loss")), request(net, tmp_path / "a.pt"))
 
 
+@pytest.mark.parametrize("mine", [False, True])
+def test_a_failure_in_the_first_epoch_leaves_only_the_users_files(
+    tmp_path: Path, net: str, mine: bool
+) -> None:
+    reference, folder = user(net, "shapeless"), tmp_path / "a.run"
+    if mine:
+        folder.mkdir()
+        (folder / "mine.txt").write_text("keep me")
+    with pytest.raises(UserCodeError, match="no epoch was completed"):
+        products(options(loss=reference), request(net, tmp_path / "a.pt", user_code=(reference,)))
+    assert [path.name for path in folder.glob("*")] == (["mine.txt"] if mine else [])
+    assert folder.exists() == mine
+
+
 def test_a_diverged_training_keeps_the_best_so_far(tmp_path: Path, net: str) -> None:
     reference = user(net, "nan_later")
     asked = request(net, tmp_path / "a.pt", user_code=(reference,))

@@ -130,8 +130,11 @@ def load_torch_file(path: Path) -> Any:
 
     Raises:
         UnsafeCheckpointError: if it holds anything but tensors and plain containers.
+        CheckpointError: if its name says that it is an ONNX file.
         CorruptCheckpointError: if it cannot be read.
     """
+    if path.suffix.lower() == ".onnx":
+        raise CheckpointError(f"{path} is an ONNX file: only `cctool compare` runs such files")
     try:
         if zipfile.is_zipfile(path):
             _refuse_odd_archive(path)

@@ -36,6 +36,11 @@ def open_segment(reference: str, folder: str, input_shape: Shape | None = None) 
         classes = tuple(map(str, range(largest_index(root, masks) + 1)))
     if not classes:
         raise DataError(f"{reference}: all pixels of its masks are {IGNORED}, which is no class")
+    if len(classes) == 1:
+        raise DataError(
+            f"{reference} has one class only ({classes[0]}), and {IGNORED} is no class: masks of two levels "
+            "need 0 and 1"
+        )
     return file_source("segment", reference, root, parts, presentation, classes, task="segmentation")
 
 

@@ -171,6 +171,8 @@ def _targets(
     else:
         example = part[1][0] if len(part[1].shape) and len(part[1]) else part[1]
     targets = kind_of(example, classes, told, reference)
+    if targets.are_classes and isinstance(example, str):
+        targets.index(example, f"{reference}: item 0")
     if targets.are_classes and not classes:
         raise UserCodeError(
             f"{reference} returned classes=None; it must give the class names, or their number"
@@ -197,11 +199,14 @@ def _first_item(name: str, part: Any, reference: str) -> Any:
 def _held(name: str, part: Any, reference: str, targets: Targets) -> Split:
     where = f"{reference}: {name}"
     images, labels = _images(part[0], where), as_tensor(part[1], where)
+    if not len(images):
+        raise UserCodeError(f"{where} has no images")
     numbers = not labels.is_floating_point() and labels.dim() == 1
     fits = labels.dim() > 0 and len(labels) == len(images) and (numbers or not targets.are_classes)
-    if not fits or not len(images):
+    if not fits:
         given = f"labels of shape {tuple(labels.shape)} and {labels.dtype}"
-        raise UserCodeError(f"{where} has {len(images)} images but {given}")
+        needed = "a whole number as its label" if targets.are_classes else "a target"
+        raise UserCodeError(f"{where} has {len(images)} images but {given}; each image needs {needed}")
     if targets.are_classes:
         for label in (int(labels.min()), int(labels.max())):
             targets.index(label, where)

@@ -139,7 +139,7 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
     counts = ClassCounts(task, split, options) if options.asks_for_classes else None
     has_labels = not judge.needs_targets or has_targets(source.split(split))
     if not has_labels:
-        _refuse_unlabelled(source, options)
+        _refuse_unlabelled(source.origin(split), options)
     elif options.predictions is None and not options.asks_for_taps:
         judge.require_measure("evaluate")
     with watched(checkpoint, source.reference, split, options, context) as watch:
@@ -184,12 +184,12 @@ def _files(options: EvaluateOptions) -> tuple[Path, ...]:
     return files
 
 
-def _refuse_unlabelled(source: DataSource, options: EvaluateOptions) -> None:
+def _refuse_unlabelled(reference: str, options: EvaluateOptions) -> None:
     if options.asks_for_classes:
         asked = "--per-class" if options.per_class else "--confusion"
-        raise DataError(f"{source.reference} has no labels, which {asked} needs")
+        raise DataError(f"{reference} has no labels, which {asked} needs")
     if options.predictions is None and not options.asks_for_taps:
-        raise DataError(f"{source.reference} has no labels: give --predictions FILE.csv, or labelled data")
+        raise DataError(f"{reference} has no labels: give --predictions FILE.csv, or labelled data")
 
 
 def _intervals(metrics: Metrics | None, task: Task) -> dict[str, tuple[float, float]]:

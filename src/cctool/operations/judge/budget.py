@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,10 @@ class BudgetScale:
         """The metric before."""
         return self.dense.values[self.measure.name]
 
+    def value(self, metrics: Metrics) -> float:
+        """The metric of a trial; one that is no number counts as the worst there is."""
+        return metrics.values.get(self.measure.name, -math.inf if self.measure.rising else math.inf)
+
     @property
     def allowed(self) -> float:
         """What may be lost, as `lost` counts it."""
@@ -67,11 +72,16 @@ class BudgetScale:
         """What a drop means for the metric."""
         return f"validation {self.measure.title} {self.falls} by {self.shown(drop)}"
 
+    @property
+    def wanted(self) -> str:
+        """The budget with its unit, as in "1.5 points"."""
+        if self.budget.relative:
+            return str(self.budget)
+        return self.shown(self.allowed).replace(f"{self.allowed:.2f}", f"{self.allowed:g}")
+
     def part(self, drop: float) -> str:
         """A drop as a part of the budget."""
-        if self.budget.relative:
-            return f"{100 * drop:.2f} of {self.budget}"
-        return f"{drop:.2f} of {self.shown(self.allowed).replace(f'{self.allowed:.2f}', f'{self.allowed:g}')}"
+        return f"{100 * drop if self.budget.relative else drop:.2f} of {self.wanted}"
 
     def change(self, drop: float) -> str:
         """A drop as a signed change of the metric's value."""
@@ -92,8 +102,8 @@ def budget_scale(
         context: of the command.
 
     Raises:
-        TrainingError: if nothing says how the network is judged, or the main metric is a loss, whose unit
-            means nothing, and the budget is not relative.
+        TrainingError: if nothing says how the network is judged; if the main metric is a loss, whose unit
+            means nothing, and the budget is not relative; or if the budget is all of a percentage.
         UsageError: if nothing was measured on the validation split.
     """
     measure = judge_of(checkpoint, context).require_measure("--max-drop")
@@ -108,5 +118,11 @@ def budget_scale(
         raise TrainingError(
             f"--max-drop {wanted}: {measure.title} has no unit to count in; give a part of its value, as in "
             "--max-drop 2%"
+        )
+    # Percentages may rise by any part of their value, but lose no more than all of it.
+    if measure.rising and measure.unit == _POINTS and wanted >= (1 if wanted.relative else 100):
+        most = "100%" if wanted.relative else "100 points"
+        raise TrainingError(
+            f"--max-drop {wanted}: that is all of {measure.title}; less than {most} is allowed"
         )
     return BudgetScale(measure, wanted, dense)

@@ -10,8 +10,9 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from cctool.base.errors import TrainingError, UsageError
+from cctool.base.errors import DataError, TrainingError, UsageError
 from cctool.base.networks import device_of, in_eval_mode
+from cctool.base.outputs import named_tensors
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec
 from cctool.operations.context import Context
@@ -24,6 +25,7 @@ from cctool.tasks.table import TASKS, task_named
 from cctool.training.user_functions import UserLoss, UserMetric, named_function
 
 _DEFAULT = Classification().name
+_NOTHING = object()
 
 
 @dataclass(frozen=True)
@@ -136,11 +138,13 @@ def _judge(spec: ModelSpec, context: Context) -> Judge:
     asked = context.asked
     task = task_named(spec.task)
     loss = (
-        UserLoss(asked.loss, named_function(asked.loss, context.user_code, "--loss")) if asked.loss else None
+        UserLoss(asked.loss, named_function(asked.loss, context.user_code, "--loss"))
+        if asked.loss is not None
+        else None
     )
     metric = (
         UserMetric(asked.metric, named_function(asked.metric, context.user_code, "--metric"))
-        if asked.metric
+        if asked.metric is not None
         else None
     )
     rising = metric is None or _rising(metric, asked, spec.task_settings)
@@ -187,20 +191,28 @@ def with_task(
 
     Raises:
         UsageError: if ``--task`` names none.
+        DataError: if the data set's task is none.
         TrainingError: if the outputs do not suit it.
     """
     asked, spec = context.asked, checkpoint.spec
     name = asked.task
+    if of_data is not None and of_data not in TASKS:
+        raise DataError(f"the data set says that its task is {of_data!r}; {', '.join(TASKS)} is allowed")
     if name is not None:
         if name not in TASKS:
             raise UsageError(f"--task {name}: {', '.join(TASKS)} is allowed")
         outputs = _outputs(checkpoint)
-        if outputs is not None and not TASKS[name].fits(outputs):
+        if outputs is not _NOTHING and not TASKS[name].fits(outputs):
             # The task's own words say what it expects.
             TASKS[name].main_output(outputs)
-            raise TrainingError(f"--task {name}: the network's outputs do not suit it")
+            raise TrainingError(
+                f"--task {name} does not suit what the network returns ({_shapes(outputs)}); these tasks do: "
+                f"{', '.join(other for other, task in TASKS.items() if task.fits(outputs))}"
+            )
     else:
-        name = _found(checkpoint, of_data, of_network, named=bool(asked.loss or asked.metric))
+        name = _found(
+            checkpoint, of_data, of_network, named=asked.loss is not None or asked.metric is not None
+        )
     settings = _settings(spec, context) if name == CUSTOM else {}
     if name == spec.task and settings == spec.task_settings:
         return checkpoint
@@ -209,20 +221,31 @@ def with_task(
 
 def _found(checkpoint: Checkpoint, of_data: str | None, of_network: str | None, *, named: bool) -> str:
     spec = checkpoint.spec
-    told = spec.task not in (_DEFAULT, UNKNOWN) or (spec.task == _DEFAULT and bool(checkpoint.history))
+    told = _told(checkpoint)
     if told and spec.task not in TASKS:
         # Which is an error where the task is asked for anything, and none where it is not.
         return spec.task
-    if told and (spec.task != _DEFAULT or spec.classes is not None):
+    if recorded_task(checkpoint) is not None:
         return spec.task
     wanted = [name for name in ((spec.task if told else None), of_data, of_network) if name in TASKS]
     if spec.task == UNKNOWN and not wanted and not named:
         return UNKNOWN
     outputs = _outputs(checkpoint)
-    if outputs is None:
+    if outputs is _NOTHING:
         return spec.task
     fitting = next((name for name in (*wanted, _DEFAULT) if TASKS[name].fits(outputs)), None)
     return fitting or (CUSTOM if named else UNKNOWN)
+
+
+def _told(checkpoint: Checkpoint) -> bool:
+    spec = checkpoint.spec
+    return spec.task not in (_DEFAULT, UNKNOWN) or (spec.task == _DEFAULT and bool(checkpoint.history))
+
+
+def recorded_task(checkpoint: Checkpoint) -> str | None:
+    """The task that a checkpoint was made for; None if it does not say, as foreign and old files."""
+    spec = checkpoint.spec
+    return spec.task if _told(checkpoint) and (spec.task != _DEFAULT or spec.classes is not None) else None
 
 
 def _settings(spec: ModelSpec, context: Context) -> dict[str, JsonValue]:
@@ -238,7 +261,7 @@ def _settings(spec: ModelSpec, context: Context) -> dict[str, JsonValue]:
 
 
 def _outputs(checkpoint: Checkpoint) -> Any:
-    """What the network returns for two images of zeros; None if it does not run on them."""
+    """What the network returns for two images of zeros; `_NOTHING` if it does not run on them."""
     model = checkpoint.model
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
@@ -249,4 +272,9 @@ def _outputs(checkpoint: Checkpoint) -> Any:
             return model(images)
         except Exception:
             # The command that runs the network says what is wrong with it.
-            return None
+            return _NOTHING
+
+
+def _shapes(outputs: Any) -> str:
+    tensors = named_tensors(outputs).values()
+    return ", ".join(f"shape {list(tensor.shape)} of {tensor.dtype}" for tensor in tensors) or "no tensor"

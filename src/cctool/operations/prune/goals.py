@@ -81,6 +81,7 @@ class BudgetReport:
         split: that it was measured on.
         n: number of samples.
         budget: what may be lost, in the unit of ``drop``.
+        wanted: the same with its unit, as in "1.5 points" and "2%".
         relative: whether budget and drops are fractions of the value before.
         before: metric of the input network.
         rate: the largest rate found within the budget.
@@ -99,6 +100,7 @@ class BudgetReport:
     augmented: bool
     curve: tuple[BudgetTrial, ...]
     relative: bool = False
+    wanted: str = ""
 
 
 def limit_of(target: Target, before: float, options: PruneOptions, step: int) -> float:
@@ -221,6 +223,7 @@ def within_budget(
         augmented=search.augmented,
         curve=curve,
         relative=scale.budget.relative,
+        wanted=scale.wanted,
     )
     return result, report
 
@@ -269,7 +272,7 @@ class _BudgetSearch:
             cut_model(trial.model, plan)
         source, data, images = self.source, self.options.data, self.options.recalibrate or RECALIBRATION
         self.recalibrated = recalibrated(trial, source, images, data, self.context, augmented=augmented)
-        return measured(trial, source, data, self.context, split="validation").values[self.scale.measure.name]
+        return self.scale.value(measured(trial, source, data, self.context, split="validation"))
 
     def look(self, rate: float) -> BudgetTrial:
         if rate not in self.trials:

@@ -8,7 +8,7 @@ from cctool.base.errors import UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
-from cctool.operations.data import feed_of
+from cctool.operations.data import feed_of, refuse_unlabelled
 from cctool.operations.judge.task import judge_of
 from cctool.options.prune.options import PruneOptions
 from cctool.pruning.scores.evidence import GRADIENTS, Evidence, gather
@@ -52,6 +52,7 @@ def evidence_for(
     judge = judge_of(checkpoint, context)
     if method in GRADIENTS:
         judge.require_loss(f"--method {method.value}")
+        refuse_unlabelled(source, judge, f"--method {method.value}")
     found = gather(
         checkpoint.model.to(context.device),
         shown,

@@ -19,7 +19,13 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import measured_splits, open_source, require_source, with_preprocessing
+from cctool.operations.data import (
+    measured_splits,
+    open_source,
+    refuse_unlabelled,
+    require_source,
+    with_preprocessing,
+)
 from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
 from cctool.operations.keep.follower import Followed
@@ -157,9 +163,11 @@ def _opened(
     if options.recalibrate:
         refuse_unknown_preprocessing(checkpoint, "--recalibrate")
     if options.finetune_epochs or options.sparsify is not None:
-        judge_of(checkpoint, context).require_loss(
-            "--finetune-epochs" if options.finetune_epochs else "--sparsify"
-        )
+        trains = "--finetune-epochs" if options.finetune_epochs else "--sparsify"
+        judge = judge_of(checkpoint, context)
+        judge.require_loss(trains)
+        if source is not None:
+            refuse_unlabelled(source, judge, trains)
     work = _Run(source, options, context, (), Scales(checkpoint))
     if options.rewind is not None:
         work.earlier = open_earlier(checkpoint, options.rewind, context)

@@ -148,7 +148,7 @@ def _notes(report: Any) -> list[str]:
     if budget is not None:
         last = next(trial for trial in budget.curve if trial.rate == budget.rate)
         notes.append(
-            f"largest rate within {budget.budget:g} points: {budget.rate:.4f} ({last.removed} units); "
+            f"largest rate within {budget.wanted}: {budget.rate:.4f} ({last.removed} units); "
             f"{budget.split} {budget.metric} {budget.before:.2f} -> {last.value:.2f} (n={budget.n:,}, "
             f"{budget.recalibrated} training images {'varied' if budget.augmented else 'as they are'} "
             "recalibrate)"

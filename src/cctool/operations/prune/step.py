@@ -152,7 +152,7 @@ def _goal_notes(target: TargetReport | None, budget: BudgetReport | None) -> tup
     if target is not None:
         notes.append(f"target {target.quantity} {target.limit:,.0f}: reached {target.reached:,.0f}")
     if budget is not None:
-        notes.append(f"largest rate within {budget.budget:g} points of {budget.metric}: {budget.rate:g}")
+        notes.append(f"largest rate within {budget.wanted} of {budget.metric}: {budget.rate:g}")
     return tuple(notes)
 
 

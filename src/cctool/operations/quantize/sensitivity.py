@@ -197,6 +197,7 @@ def _within_drop(
             "--max-drop searches on the validation split: the data has none (--val-data names one)"
         )
     assert options.max_drop is not None
+    judge_of(product, context).require_measure("--max-drop")
     before = measured(product, source, options.data, context, split="validation")
     scale = budget_scale(product, options.max_drop, (before,), context)
     drop = _drop(product, options, source, scale, context)
@@ -222,7 +223,7 @@ def _drop(
             calibrated(trial.model, planned, images, observing(options))
             trial = replace(trial, spec=with_quantizers(trial.spec, trial.model))
         after = measured(trial, source, options.data, context, split="validation")
-        lost = scale.lost(after.values[scale.measure.name])
+        lost = scale.lost(scale.value(after))
         context.reporter.note(f"{assignment.bytes:,} bytes: {scale.change(lost)} (n={after.n:,})")
         return lost
 

@@ -13,7 +13,7 @@ from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.classes import NEW_HEAD
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import has_targets, open_source, preprocessing_of, require_source
+from cctool.operations.data import open_source, preprocessing_of, refuse_unlabelled, require_source
 from cctool.operations.judge.task import Judge, judge_of
 from cctool.operations.keep import events
 from cctool.operations.keep.follower import Followed
@@ -94,8 +94,7 @@ def conduct(
     source = require_source(options.data, checkpoint, context, verb, renames=True, own_labels=new_head)
     judge = judge_of(checkpoint, context)
     judge.require_loss("training")
-    if judge.needs_targets and not has_targets(source.split("train")):
-        raise DataError(f"{source.reference} has no labels, and {verb} needs them")
+    refuse_unlabelled(source, judge, verb)
     if options.run.resume:
         start = _resumed(verb, checkpoint, options, context, folder)
     else:
@@ -143,8 +142,12 @@ def _fit(
         context.reporter.warn(f"interrupted; {_left(folder, context)}")
         raise
     except CctoolError as error:
+        left = _left(folder, context)
+        # Logs of worker processes have the traceback of the error.
+        if options.run.processes == 1:
+            folder.discard()
         # Of the same class, which decides the exit status.
-        raise type(error)(f"{error}; {_left(folder, context)}") from error
+        raise type(error)(f"{error}; {left}") from error
     if not result.completed:
         if options.run.nodes == 1 or node_rank() == 0:
             yield _stopped(len(result.rows), start, source, options, context, folder)

@@ -11,7 +11,7 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
-from cctool.operations.data import feed_of
+from cctool.operations.data import feed_of, refuse_unlabelled
 from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
 from cctool.operations.train.rate_penalty import rate_penalties
@@ -54,6 +54,7 @@ def finetune(
     """
     judge = judge_of(checkpoint, context)
     judge.require_loss("fine-tuning")
+    refuse_unlabelled(source, judge, "fine-tuning")
     trained = events.decoded(checkpoint, context)
     feed = feed_of(checkpoint, source, data, context)
 

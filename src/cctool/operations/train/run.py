@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cctool.base.errors import UsageError
+from cctool.base.errors import TrainingError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
@@ -15,9 +15,12 @@ from cctool.operations.transform.basis import with_basis
 from cctool.operations.transform.weights import with_coefficients
 from cctool.options.teacher import TeacherOptions
 from cctool.options.train.distill import DistillOptions
+from cctool.options.train.fit import FitOptions
 from cctool.options.train.run import TrainOptions
 from cctool.options.transform.choices import Mode
 from cctool.options.transform.options import TransformOptions, WeightOptions
+from cctool.tasks.base import Task
+from cctool.tasks.details import Classed
 from cctool.training.objectives import Supervised
 
 
@@ -37,6 +40,7 @@ def run(checkpoint: Checkpoint, options: TrainOptions, context: Context) -> Iter
 def goal(checkpoint: Checkpoint, source: DataSource, options: TrainOptions, context: Context) -> Goal:
     """Minimise the task's loss, or the user's own."""
     judge = judge_of(checkpoint, context)
+    _refuse_smoothing(options.fit, judge.task)
     return Goal(Supervised(options.fit.label_smoothing, judge.loss, judge.task))
 
 
@@ -54,6 +58,7 @@ def distill_goal(
     checkpoint: Checkpoint, source: DataSource, options: DistillOptions, context: Context
 ) -> Goal:
     """Load the teacher; minimise the distance to its outputs, and the loss on the labels."""
+    _refuse_smoothing(options.fit, judge_of(checkpoint, context).task)
     teacher = TeacherOptions(options.teacher, options.teacher_model, options.temperature, options.alpha)
     objective, others = distillation(
         checkpoint,
@@ -63,6 +68,13 @@ def distill_goal(
         label_smoothing=options.fit.label_smoothing,
     )
     return Goal(objective, others)
+
+
+def _refuse_smoothing(options: FitOptions, task: Task) -> None:
+    if options.label_smoothing and not isinstance(task, Classed):
+        raise TrainingError(
+            f"--label-smoothing {options.label_smoothing:g} is for classes, and the task {task.name} has none"
+        )
 
 
 def _swapped(checkpoint: Checkpoint, options: TrainOptions, context: Context) -> Checkpoint:

@@ -82,6 +82,15 @@ class RunFolder:
         except OSError as error:
             raise CheckpointError(f"cannot write into {self.path}: {error.strerror or error}") from error
 
+    def discard(self) -> None:
+        """Remove what a training without a completed epoch wrote, and the folder if nothing else is in it."""
+        if self.last.exists() or not self.path.is_dir():
+            return
+        with self._writing():
+            self._clean()
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
     def _clean(self) -> None:
         for pattern in _OURS:
             for found in self.path.glob(pattern):

@@ -20,11 +20,13 @@ from cctool.data.records import DataSource
 from cctool.data.serving.convert import convert, convert_statistics
 from cctool.operations.context import Context
 from cctool.operations.data import preprocessing_of
-from cctool.operations.judge.task import judge_of
+from cctool.operations.judge.task import judge_of, recorded_task
 from cctool.operations.opening import open_checkpoint
 from cctool.options.common import ModelOptions
 from cctool.options.teacher import TeacherOptions
 from cctool.tasks.base import Task
+from cctool.tasks.details import Classed
+from cctool.tasks.table import TASKS
 from cctool.training.evaluate import trial_outputs
 from cctool.training.objectives import CLASSIFICATION, Distillation
 
@@ -52,10 +54,15 @@ def distillation(
 
     Raises:
         CheckpointError: if the file cannot be read.
-        TrainingError: if teacher and student have different numbers of classes.
+        TrainingError: if teacher and student have other tasks or different numbers of classes, or a
+            temperature is given for a task without classes.
     """
     judge = judge_of(checkpoint, context)
     judge.require_loss("learning from a teacher")
+    if options.temperature != TeacherOptions("").temperature and not isinstance(judge.task, Classed):
+        raise TrainingError(
+            f"--temperature {options.temperature:g} softens classes, and the task {judge.task.name} has none"
+        )
     with _teachers_options():
         found = open_checkpoint(
             Path(options.path),
@@ -63,6 +70,13 @@ def distillation(
             context.tables,
             context.user_code,
             context.reporter,
+        )
+    taught = recorded_task(found)
+    # The user's own functions may take any outputs.
+    if taught in TASKS and TASKS[taught].has_loss and judge.task.has_loss and taught != judge.task.name:
+        raise TrainingError(
+            f"{options.path} was trained for {taught}, the student is for {judge.task.name}: a teacher must "
+            "have the student's task"
         )
     own = preprocessing_of(
         found, source, context, whose="the teacher", options="--teacher-mean and --teacher-std"
@@ -177,8 +191,8 @@ def _refuse_other_outputs(checkpoint: Checkpoint, teacher: Teacher, path: str) -
     images = torch.zeros(2, *checkpoint.spec.input_shape, device=student.device)
     try:
         taught = teacher(images)
-    except CctoolError:
-        raise
+    except CctoolError as error:
+        raise type(error)(f"{path}: {error}") from error
     # On an input size that it does not support, the teacher's code may raise anything.
     except Exception as error:
         text = " ".join(str(error).split())[:200]
