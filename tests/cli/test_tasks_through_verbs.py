@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from cctool.base.errors import TrainingError
 from cctool.cli.main import app
+from cctool.models import registry
 from cctool.tasks.base import LOSS, Measure, relative_error
 from cctool.tasks.table import TASKS
 from segmentation_toys import segmentation_set
@@ -324,3 +325,91 @@ def test_a_network_that_learnt_nothing_is_told_so(run: Run) -> None:
         f"{line} 1 --lr 1e-9 --limit 96 -o a.pt"
     )
     assert "nothing was learnt" not in run(f"{line} 4 -o b.pt")
+
+
+ODD = """
+    import torch
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.kind = kind
+            self.body = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU())
+            self.head = nn.Linear(8, 10)
+
+        def forward(self, x):
+            y = self.head(self.body(x).mean((2, 3)))
+            return {"nan": y * float("nan"), "none": {}, "two": (y[:, :3], y[:, 3:])}[self.kind]
+
+    def make(kind):
+        return Net(kind)
+
+    def poses():
+        images = torch.randint(0, 256, (24, 16, 16), dtype=torch.uint8)
+        poses = images[:, 0, :4] / 255
+        return {"train": (images, poses), "validation": (images[:8], poses[:8])}
+
+    def near(outputs, targets):
+        return (outputs[0] - targets[:, :3]).square().mean() + outputs[1].square().mean()
+"""
+
+
+def test_outputs_that_are_no_numbers_hit_nothing_and_are_warned_of(run: Run, tmp_path: Path) -> None:
+    written(tmp_path, "odd.py", ODD)
+    run("train --arch odd.py:make --arg kind=nan --data digits --limit 40 --epochs 0 -o n.pt")
+    told = run("evaluate n.pt --arch odd.py:make --limit 40")
+    assert "the test loss is NaN or infinite: the network's outputs are no numbers" in told
+    assert "top-1 0.00 %" in told
+
+
+def test_a_network_without_outputs_is_not_said_to_be_equal(run: Run, tmp_path: Path) -> None:
+    written(tmp_path, "odd.py", ODD)
+    run("train --arch odd.py:make --arg kind=none --data digits --limit 40 --epochs 0 -o n.pt")
+    told = run("prune n.pt --arch odd.py:make --method l2 --rate 0.3 --limit 40 -o p.pt")
+    assert "not compared: the network puts out no tensor" in told
+    assert "equals masked within" not in told
+
+
+def test_two_outputs_are_judged_by_the_users_functions(run: Run, tmp_path: Path) -> None:
+    written(tmp_path, "odd.py", ODD)
+    net = "--arch odd.py:make --arg kind=two --input 1x16x16 --data odd.py:poses"
+    run(f"train {net} --loss odd.py:near --epochs 1 -o n.pt")
+    assert json.loads(run("analyze n.pt --arch odd.py:make --spec"))["task"] == "custom"
+    said = "the data are for regression, which does not suit what the network returns"
+    run(f"train {net} --epochs 1 -o m.pt", says=said)
+
+
+def test_the_loss_of_masks_does_not_depend_on_the_batch(run: Run, tmp_path: Path) -> None:
+    segmentation_set(tmp_path / "set")
+    for number in range(3):
+        file = tmp_path / "set" / "test" / "masks" / f"{number}.png"
+        mask = np.asarray(Image.open(file)).copy()
+        mask[: 8 * (number + 1)] = 255
+        Image.fromarray(mask).save(file)
+    run("train --arch unet.py:make --data segment:set --epochs 1 --batch-size 4 -o u.pt")
+    losses = [
+        json.loads(run(f"evaluate u.pt --arch unet.py:make --batch-size {size} --json"))["metrics"]["values"][
+            "loss"
+        ]
+        for size in (1, 4, 6)
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+    for file in (tmp_path / "set" / "test" / "masks").glob("*.png"):
+        Image.fromarray(np.full((24, 24), 255, dtype=np.uint8)).save(file)
+    run("evaluate u.pt --arch unet.py:make", says="nothing can be measured: all pixels have the label 255")
+
+
+def test_compare_names_the_file_that_does_not_fit(run: Run, tmp_path: Path) -> None:
+    segmentation_set(tmp_path / "set")
+    run("train --arch unet.py:make --data segment:set --epochs 1 --batch-size 4 -o u.pt")
+    run("train --arch lenet --data digits --limit 40 --epochs 1 -o l.pt")
+    run("compare u.pt l.pt --arch unet.py:make --data segment:set", says="l.pt: ")
+
+
+def test_settings_that_no_task_has_are_refused(run: Run, tmp_path: Path) -> None:
+    spec = {"architecture": "lenet", "input_shape": [1, 32, 32], "task": "custom", "task_settings": {"x": 1}}
+    (tmp_path / "s.json").write_text(json.dumps(spec))
+    torch.save(registry.build("lenet", {}).state_dict(), "l.pth")
+    line = "evaluate l.pth --spec s.json --mean 0 --std 1 --data digits --limit 40"
+    run(line, says="the task custom has no setting x")

@@ -21,7 +21,7 @@ from cctool.operations.context import Context
 from cctool.operations.judge.task import Judge, judge_of
 from cctool.operations.opening import parse_arguments
 from cctool.options.common import DataOptions
-from cctool.tasks.base import Task
+from cctool.tasks.base import LOSS, Task
 from cctool.tasks.details import Batching
 from cctool.training.evaluate import evaluate, outputs_of
 from cctool.training.loop.feed import Feed
@@ -68,6 +68,8 @@ def open_source(
         contents = f"data: {source.reference}: {source.contents()}"
         known = checkpoint.spec.classes
         others = known is not None and set(source.classes).isdisjoint(known)
+        # The numbers of a data set for something else are no classes of this network.
+        own_labels = own_labels or checkpoint.spec.task != source.task
         if not own_labels and not (
             renames and others and known is not None and len(source.classes) == len(known)
         ):
@@ -258,7 +260,7 @@ def measured(
     judge = judge_of(checkpoint, context)
     judge.require_measure("measuring")
     served = serve(checkpoint, source, split, options, context)
-    return evaluate(
+    found = evaluate(
         checkpoint.model.to(context.device),
         context.reporter.progress(served, f"evaluating on {split}", len(served)),
         split=split,
@@ -268,6 +270,17 @@ def measured(
         loss=judge.loss,
         metric=judge.metric,
     )
+    warn_of_no_numbers(found, judge, context)
+    return found
+
+
+def warn_of_no_numbers(found: Metrics, judge: Judge, context: Context) -> None:
+    """Warn if a network puts out NaN, so that its loss is none."""
+    if judge.task.has_loss and LOSS.name not in found.values:
+        context.reporter.warn(
+            f"the {found.split} loss is NaN or infinite: the network's outputs are no numbers, and what else "
+            "was measured means nothing"
+        )
 
 
 def measured_or_run(

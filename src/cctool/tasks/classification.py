@@ -194,10 +194,12 @@ def count_correct(logits: Tensor, labels: Tensor, top: int) -> Tensor:
 
 
 def _correct(logits: Tensor, labels: Tensor, top: int) -> Tensor:
+    # Of logits that are NaN the largest is no choice.
+    numbers = ~logits.isnan().any(1)
     if top == 1:
-        return logits.argmax(1) == labels
+        return (logits.argmax(1) == labels) & numbers
     best = logits.topk(min(top, logits.shape[1]), dim=1).indices
-    return (best == labels[:, None]).any(1)
+    return (best == labels[:, None]).any(1) & numbers
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -14,6 +14,15 @@ from cctool.tasks.base import Measure
 
 
 @runtime_checkable
+class Weighing(Protocol):
+    """A task whose loss is a mean over something else than samples, such as pixels that count."""
+
+    def weight(self, targets: Tensor) -> Tensor:
+        """Over how many things the loss of a batch is a mean, a scalar; so that batches add up."""
+        ...
+
+
+@runtime_checkable
 class Batching(Protocol):
     """A task whose targets are not simply stacked, such as masks of different sizes."""
 

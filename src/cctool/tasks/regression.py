@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from cctool.base.errors import DataError, TrainingError
+from cctool.base.outputs import named_tensors
 from cctool.tasks.base import Measure, relative_error
 
 _MOST_VALUES = 16  # predicted numbers of a sample that are written down
@@ -41,9 +42,11 @@ class Regression:
     has_loss = True
 
     def fits(self, outputs: Any) -> bool:
-        """Whether there is a floating-point tensor."""
+        """Whether there is one floating-point tensor, alone or as ``out`` of a dict."""
+        named = isinstance(outputs, Mapping) and "out" in outputs
         found = _first(outputs)
-        return isinstance(found, Tensor) and found.is_floating_point()
+        single = named or len(named_tensors(outputs)) == 1
+        return single and isinstance(found, Tensor) and found.is_floating_point()
 
     def classes_in(self, outputs: Any) -> int | None:
         """None: values are no classes."""
@@ -83,7 +86,9 @@ class Regression:
             raise DataError(f"the {split} split has targets that are NaN or infinite")
 
     def sums(self, outputs: Any, targets: Tensor, *, training: bool = False) -> Mapping[str, Tensor] | None:
-        """Sum over the samples of each one's mean squared and absolute error."""
+        """Sum over the samples of each one's mean squared and absolute error; None for other shapes."""
+        if self.main_output(outputs).shape != targets.shape:
+            return None
         errors = _rows(self._errors(outputs, targets))
         return {"mse": errors.square().mean(1).sum(), "mae": errors.abs().mean(1).sum()}
 

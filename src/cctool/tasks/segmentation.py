@@ -114,6 +114,10 @@ class Segmentation:
             loss = loss + _AUXILIARY_WEIGHT * self._mean(auxiliary, targets, label_smoothing)
         return loss
 
+    def weight(self, targets: Tensor) -> Tensor:
+        """Number of pixels that count."""
+        return (targets != self.ignored).sum()
+
     def refuse(self, outputs: Any, targets: Tensor, split: str) -> None:
         """Refuse pixels of a class that the network has not; on the CPU, as in `Classification`.
 
@@ -142,7 +146,14 @@ class Segmentation:
         """Mean IoU over the classes that occur in targets or predictions, and share of right pixels, percent.
 
         Everingham et al. 2015, "The Pascal Visual Object Classes Challenge", section 4.2.
+
+        Raises:
+            DataError: if no pixel counts.
         """
+        if "confusion" in sums and not sums["confusion"].any():
+            raise DataError(
+                f"nothing can be measured: all pixels have the label {self.ignored}, which counts nowhere"
+            )
         if "confusion" not in sums:
             return {"pixels": 100 * float(sums["right"]) / max(float(sums["all"]), 1.0)}
         return _judged(sums["confusion"].double())

@@ -16,6 +16,7 @@ from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
 from cctool.graph.execution import blaming_the_size
 from cctool.tasks.base import Task
+from cctool.tasks.details import Weighing
 from cctool.training.objectives import CLASSIFICATION
 from cctool.training.processes import Group
 from cctool.training.user_functions import UserLoss, UserMetric
@@ -67,17 +68,19 @@ class _EvaluationSums:
         self._task = task
         self._loss = loss
         self._metric = metric
-        # Samples, and the sum of losses.
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        # Samples, what the losses are means over, and the sum of losses.
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._figures: dict[str, Tensor] = {}
         self._fits = True
         self._has_loss = False
         self._kept: list[tuple[Any, Tensor | None, Tensor | None]] = []
 
     def add(self, outputs: Any, labels: Tensor | None, images: Tensor) -> None:
-        n = len(images)
         loss = self._loss_of(outputs, labels, images)
-        self._sums += torch.stack([loss.new_tensor(n), loss * n])
+        n = weight = loss.new_tensor(len(images))
+        if self._loss is None and labels is not None and isinstance(self._task, Weighing):
+            weight = self._task.weight(labels).to(loss)
+        self._sums += torch.stack([n, weight, loss * weight])
         figures = self._task.sums(outputs, labels) if self._fits and labels is not None else None
         self._fits = figures is not None
         for name, figure in (figures or {}).items():
@@ -98,12 +101,12 @@ class _EvaluationSums:
         return self._task.loss(outputs, labels).detach().to(self._sums.dtype)
 
     def metrics(self, split: str, group: Group) -> Metrics:
-        n, loss = group.sum(self._sums).tolist()
+        n, weight, loss = group.sum(self._sums).tolist()
         if not n:
             raise DataError(f"the {split} split is empty: nothing can be measured on it")
         if self._loss is not None and not math.isfinite(loss):
             raise UserCodeError(f"{self._loss.reference} returned {loss}; a loss is a finite number")
-        values = {"loss": loss / n} if self._has_loss else {}
+        values = {"loss": loss / max(weight, 1.0)} if self._has_loss else {}
         if self._fits:
             figures = {name: group.sum(figure) for name, figure in self._figures.items()}
             values |= self._task.values(figures, n)

@@ -73,7 +73,7 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("model", "alone", "on_masks", "for_masks"),
     [
-        (LOGITS, "classification", "classification", "classification"),
+        (LOGITS, "classification", "unknown", "classification"),
         (MAPS, "unknown", "segmentation", "segmentation"),
         (PICTURE, "unknown", "unknown", "unknown"),
         (DETECTOR, "unknown", "unknown", "unknown"),

@@ -13,12 +13,20 @@ def compare(call: Invocation) -> None:
 
     Example: cctool compare teacher.pt student.pt pruned.pt
     """
-    from cctool.operations.inspect.comparison import Compared, compared, entries, remarks, tables
+    from cctool.operations.inspect.comparison import (
+        Compared,
+        blamed_on,
+        compared,
+        entries,
+        remarks,
+        tables,
+    )
 
     console, force = call.console, call.frame.output.force
     rows = []
     for entry in entries(resolved_sources(call.inputs), call.options, force=force):
-        report = call.read(entry.opened, entry.operation, entry.arch)
+        with blamed_on(entry.file):
+            report = call.read(entry.opened, entry.operation, entry.arch)
         rows.append(Compared(entry.file, Path(entry.file).stat().st_size, report))
     told, paths = compared(rows, call.options, force=force)
     # If the product is files, the tables go to stderr.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from cctool.analysis.table import WHOLE, Cell, Column, Report, Table
 from cctool.analysis.workbook import write_report
-from cctool.base.errors import UsageError
+from cctool.base.errors import CctoolError, UsageError
 from cctool.base.user_code import is_named
 from cctool.models.registry import is_user_code
 from cctool.operations.context import ShownTables, refuse_taken
@@ -132,6 +133,18 @@ def _left_for(file: str, recorded: str | None, archs: tuple[str, ...], left: Seq
     raise UsageError(
         f"{file} does not say which network it holds: one --arch is needed for it that no other file records"
     )
+
+
+@contextmanager
+def blamed_on(file: str) -> Iterator[None]:
+    """Let errors name the file that they are about."""
+    try:
+        yield
+    except CctoolError as error:
+        if file in str(error):
+            raise
+        # Of the same class, which decides the exit status.
+        raise type(error)(f"{file}: {error}") from error
 
 
 def compared(

@@ -15,7 +15,7 @@ from cctool.checkpoint.spec import Metrics
 from cctool.data.records import SPLITS, DataSource
 from cctool.data.serving.batches import Batch
 from cctool.operations.context import Context, ShownTables, header, refuse_existing
-from cctool.operations.data import has_targets, require_source, serve
+from cctool.operations.data import has_targets, require_source, serve, warn_of_no_numbers
 from cctool.operations.inspect.classes import (
     ClassCounts,
     ClassFigures,
@@ -148,6 +148,7 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
         if has_labels and judge.measures:
             also = None if counts is None else counts.add
             metrics = _metrics(checkpoint, batches, split, judge, context, also)
+            warn_of_no_numbers(metrics, judge, context)
         elif options.asks_for_taps:
             # Without labels nothing is measured; the images only have to pass the taps.
             for _ in outputs_of(checkpoint.model, batches, context.device, str(context.runtime.precision)):

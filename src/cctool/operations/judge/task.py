@@ -10,7 +10,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from cctool.base.errors import DataError, TrainingError, UsageError
+from cctool.base.errors import DataError, SpecError, TrainingError, UsageError
 from cctool.base.networks import device_of, in_eval_mode
 from cctool.base.outputs import named_tensors
 from cctool.checkpoint.checkpoint import Checkpoint
@@ -25,6 +25,7 @@ from cctool.tasks.table import TASKS, task_named
 from cctool.training.user_functions import UserLoss, UserMetric, named_function
 
 _DEFAULT = Classification().name
+_SETTINGS = {"loss", "metric", "direction"}
 _NOTHING = object()
 
 
@@ -150,6 +151,9 @@ def _judge(spec: ModelSpec, context: Context) -> Judge:
     rising = metric is None or _rising(metric, asked, spec.task_settings)
     if spec.task == CUSTOM and metric is not None:
         task = Untold(CUSTOM, (Measure(metric.name, metric.name, metric.unit, rising),))
+    unknown = set(spec.task_settings) - (_SETTINGS if spec.task == CUSTOM else set())
+    if unknown:
+        raise SpecError(f"the task {spec.task} has no setting {', '.join(sorted(unknown))}")
     recorded = {
         f"--{name}": str(spec.task_settings[name])
         for name in ("loss", "metric")
@@ -211,7 +215,7 @@ def with_task(
             )
     else:
         name = _found(
-            checkpoint, of_data, of_network, named=asked.loss is not None or asked.metric is not None
+            checkpoint, of_data, of_network, context, named=asked.loss is not None or asked.metric is not None
         )
     settings = _settings(spec, context) if name == CUSTOM else {}
     if name == spec.task and settings == spec.task_settings:
@@ -219,7 +223,9 @@ def with_task(
     return replace(checkpoint, spec=spec.model_copy(update={"task": name, "task_settings": settings}))
 
 
-def _found(checkpoint: Checkpoint, of_data: str | None, of_network: str | None, *, named: bool) -> str:
+def _found(
+    checkpoint: Checkpoint, of_data: str | None, of_network: str | None, context: Context, *, named: bool
+) -> str:
     spec = checkpoint.spec
     told = _told(checkpoint)
     if told and spec.task not in TASKS:
@@ -233,7 +239,13 @@ def _found(checkpoint: Checkpoint, of_data: str | None, of_network: str | None, 
     outputs = _outputs(checkpoint)
     if outputs is _NOTHING:
         return spec.task
-    fitting = next((name for name in (*wanted, _DEFAULT) if TASKS[name].fits(outputs)), None)
+    # Outputs (N, C) are no classes on data that are for something else.
+    wanted += [_DEFAULT] if of_data is None else []
+    fitting = next((name for name in wanted if TASKS[name].fits(outputs)), None)
+    if fitting is None and of_data in TASKS:
+        context.say_once(
+            f"the data are for {of_data}, which does not suit what the network returns ({_shapes(outputs)})"
+        )
     return fitting or (CUSTOM if named else UNKNOWN)
 
 

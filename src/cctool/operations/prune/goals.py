@@ -259,10 +259,12 @@ class _BudgetSearch:
         if self.recalibrated:
             self.augmented = self.scale.lost(kept[True]) < self.scale.lost(kept[False])
             kind = "varied as for training" if self.augmented else "as they are"
+            verb, of = ("keeps", "of") if self.scale.measure.rising else ("has", "instead of")
+            digits = self.scale.digits
             self.context.reporter.note(
                 f"batch-norm statistics from {self.recalibrated:,} training images {kind}: the dense network "
-                f"keeps {kept[self.augmented]:.2f} of {self.scale.before:.2f} with them, "
-                f"{kept[not self.augmented]:.2f} with the other kind"
+                f"{verb} {kept[self.augmented]:{digits}} {of} {self.scale.before:{digits}} with them, "
+                f"{kept[not self.augmented]:{digits}} with the other kind"
             )
 
     def _measured(self, plan: CutPlan | None, augmented: bool) -> float:
