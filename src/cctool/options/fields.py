@@ -278,13 +278,8 @@ class Leaf:
             return float(value)
         simple = tuple(kind for kind in self.kinds if kind in (bool, int, float, str))
         # A bool is an int in Python, but not a number here.
-        wrong = isinstance(value, bool) and bool not in simple
-        if (
-            value is not None
-            and not self.spec.repeated
-            and simple
-            and (wrong or not isinstance(value, simple))
-        ):
+        wrong = not isinstance(value, simple) or (isinstance(value, bool) and bool not in simple)
+        if value is not None and not self.spec.repeated and simple and wrong:
             names = " or ".join(kind.__name__ for kind in simple)
             raise UsageError(f"{self.flag} {value!r}: {names} is expected")
         return tuple(value) if isinstance(value, list) else value
@@ -293,11 +288,8 @@ class Leaf:
         """What text means, or a value that stands for text: 8 for ``8``, (3, 32, 32) for ``3x32x32``."""
         made = [kind for kind in self.kinds if _is_class(kind) and kind not in (int, float)]
         made += [kind for kind in get_args(self.kinds[0]) if _is_class(kind) and self.spec.repeated]
-        if (
-            value is None
-            or (isinstance(value, tuple(made)) and not isinstance(value, str))
-            or value in ((), [])
-        ):
+        ready = isinstance(value, tuple(made)) and not isinstance(value, str)
+        if value is None or ready or value in ((), []):
             return value
         texts = [str(value)] if isinstance(value, (str, int, float)) else []
         if isinstance(value, (tuple, list)):
