@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -247,15 +247,21 @@ def serve(
 
 
 def measured(
-    checkpoint: Checkpoint, source: DataSource, options: DataOptions, context: Context, *, split: str = "test"
+    checkpoint: Checkpoint,
+    source: DataSource,
+    options: DataOptions,
+    context: Context,
+    *,
+    split: str = "test",
+    also: Callable[[Any, Tensor], None] | None = None,
 ) -> Metrics:
     """Measure the loss and the metrics of the network's task on ``train``, ``validation`` or ``test``.
 
-    Moves the model to the context's device.
+    Moves the model to the context's device. ``also`` gets the outputs and targets of each batch, too.
 
     Raises:
         DataError: if the data has no such split, no targets, or other classes than the network.
-        UsageError: if nothing says what the outputs mean.
+        TrainingError: if nothing says how the network is judged.
     """
     judge = judge_of(checkpoint, context)
     judge.require_measure("measuring")
@@ -269,6 +275,7 @@ def measured(
         task=judge.task,
         loss=judge.loss,
         metric=judge.metric,
+        also=also,
     )
     warn_of_no_numbers(found, judge, context)
     return found

@@ -191,3 +191,25 @@ def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 def _finite(tensors: Sequence[Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+class Values:
+    """What holds of outputs that tell no classes apart."""
+
+    agreement: None = None
+
+    def classes_in(self, outputs: Any) -> int | None:
+        """None: values are no classes."""
+        return None
+
+    def imitation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Mean squared difference; the temperature has no meaning here."""
+        return (student - teacher.detach()).square().mean()
+
+    def divergence(self, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+        """Mean squared error divided by the mean square, averaged over the tensors."""
+        return relative_error(found, wanted)
+
+    def guess(self, classes: int | None) -> float | None:
+        """Not known: the error of a guess depends on how far the targets spread."""
+        return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from cctool.base.errors import TrainingError
 from cctool.base.outputs import named_tensors
-from cctool.tasks.base import Measure, only_tensor, relative_error
+from cctool.tasks.base import Measure, Values, only_tensor
 
 CUSTOM = "custom"
 UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
-class Untold:
+class Untold(Values):
     """Outputs of which nothing is known; what needs only forward passes works.
 
     Attributes:
@@ -28,7 +28,6 @@ class Untold:
     name: str = UNKNOWN
     measures: tuple[Measure, ...] = ()
     has_loss: bool = False
-    agreement: None = None
 
     def main_output(self, outputs: Any) -> Tensor:
         """The first floating-point tensor, else the first tensor.
@@ -42,25 +41,9 @@ class Untold:
         """Always."""
         return True
 
-    def classes_in(self, outputs: Any) -> int | None:
-        """None: nothing is known."""
-        return None
-
-    def imitation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Mean squared difference; the temperature has no meaning here."""
-        return (student - teacher.detach()).square().mean()
-
     def compared(self, outputs: Any) -> list[Tensor]:
         """All floating-point tensors."""
         return [tensor for tensor in named_tensors(outputs).values() if tensor.is_floating_point()]
-
-    def divergence(self, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-        """Mean squared error divided by the mean square, averaged over the tensors."""
-        return relative_error(found, wanted)
-
-    def guess(self, classes: int | None) -> float | None:
-        """Not known."""
-        return None
 
     def loss(self, outputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """There is none.

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from cctool.base.errors import DataError, TrainingError
 from cctool.base.outputs import named_tensors
-from cctool.tasks.base import Measure, relative_error
+from cctool.tasks.base import Measure, Values
 
 _MOST_VALUES = 16  # predicted numbers of a sample that are written down
 
 
 @dataclass(frozen=True)
-class Regression:
+class Regression(Values):
     """Targets of any shape (N, ...), which the main output has too."""
 
     name: str = "regression"
@@ -24,7 +24,6 @@ class Regression:
         Measure("mse", "mean squared error", rising=False),
         Measure("mae", "mean absolute error", rising=False),
     )
-    agreement: None = None
 
     def main_output(self, outputs: Any) -> Tensor:
         """The tensor itself, ``out`` of a dict, or the first of several.
@@ -48,25 +47,9 @@ class Regression:
         single = named or len(named_tensors(outputs)) == 1
         return single and isinstance(found, Tensor) and found.is_floating_point()
 
-    def classes_in(self, outputs: Any) -> int | None:
-        """None: values are no classes."""
-        return None
-
-    def imitation(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Mean squared difference; the temperature has no meaning here."""
-        return (student - teacher.detach()).square().mean()
-
     def compared(self, outputs: Any) -> list[Tensor]:
         """The main output."""
         return [self.main_output(outputs)]
-
-    def divergence(self, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-        """Mean squared error divided by the mean square."""
-        return relative_error(found, wanted)
-
-    def guess(self, classes: int | None) -> float | None:
-        """Not known: the error of a guess depends on how far the targets spread."""
-        return None
 
     def loss(self, outputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Mean squared error over all elements.

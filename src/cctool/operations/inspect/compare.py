@@ -17,14 +17,13 @@ from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.formats.onnx.network import OnnxNetwork
 from cctool.operations.context import Context
-from cctool.operations.data import can_measure, open_source, serve
+from cctool.operations.data import can_measure, measured, open_source
 from cctool.operations.judge.size import Footprint, footprint, measure
 from cctool.operations.judge.task import judge_of
 from cctool.options.inspect.compare import CompareOptions
 from cctool.tasks.base import Task
 from cctool.tasks.details import Hitting, class_name
 from cctool.tasks.shares import interval_of
-from cctool.training.evaluate import evaluate
 from cctool.training.objectives import CLASSIFICATION
 
 
@@ -123,24 +122,12 @@ def run_onnx(path: Path, checkpoint: Checkpoint, options: CompareOptions, contex
 def _measured(
     report: CompareReport, checkpoint: Checkpoint, options: CompareOptions, context: Context
 ) -> CompareReport:
-    judge = judge_of(checkpoint, context)
-    task = judge.task
+    task = judge_of(checkpoint, context).task
     source = open_source(options.data, checkpoint, context)
     split = options.split.value
     if source is not None and can_measure(checkpoint, source, (split,), context):
         gathered = _Gathered(task)
-        served = serve(checkpoint, source, split, options.data, context)
-        metrics = evaluate(
-            checkpoint.model.to(context.device),
-            context.reporter.progress(served, f"evaluating on {split}", len(served)),
-            split=split,
-            device=context.device,
-            precision=str(context.runtime.precision),
-            task=task,
-            loss=judge.loss,
-            metric=judge.metric,
-            also=gathered.add,
-        )
+        metrics = measured(checkpoint, source, options.data, context, split=split, also=gathered.add)
         shares = [
             measure.name for measure in task.measures if measure.share and measure.name in metrics.values
         ]
