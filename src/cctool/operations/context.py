@@ -16,6 +16,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent, Step
 from cctool.checkpoint.tables import Tables
 from cctool.options.common import ModelOptions, RuntimeOptions, TaskOptions
+from cctool.tasks.table import measure_named
 
 if TYPE_CHECKING:
     from cctool.data.records import DataSource
@@ -143,4 +144,5 @@ def metric_lines(before: Sequence[Metrics], after: Sequence[Metrics]) -> Iterato
         for name, value in metrics.values.items():
             old = earlier[metrics.split].values.get(name) if metrics.split in earlier else None
             change = f"{old:.4g} -> " if old is not None else ""
-            yield f"{metrics.split} {name} {change}{value:.4g} (n={metrics.n:,})"
+            measure = measure_named(name)
+            yield f"{metrics.split} {measure.title} {change}{measure.shown(value)} (n={metrics.n:,})"

@@ -33,6 +33,10 @@ class Measure:
     rising: bool = True
     share: bool = False
 
+    def shown(self, value: float, digits: str = ".4g") -> str:
+        """A value with its unit."""
+        return f"{value:{digits}} {self.unit}".rstrip()
+
     @property
     def heading(self) -> str:
         """As a column is called."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cctool.base.errors import SpecError
-from cctool.tasks.base import Task
+from cctool.tasks.base import LOSS, Measure, Task
 from cctool.tasks.classification import Classification
 from cctool.tasks.custom import CUSTOM, UNKNOWN, Untold
 from cctool.tasks.regression import Regression
@@ -25,3 +25,9 @@ def task_named(name: str) -> Task:
     if name not in TASKS:
         raise SpecError(f"unknown task {name!r}; allowed: {', '.join(TASKS)}")
     return TASKS[name]
+
+
+def measure_named(name: str) -> Measure:
+    """How people read a metric of any task; one that no task has is called by its name."""
+    known = (LOSS, *(measure for task in TASKS.values() for measure in task.measures))
+    return next((measure for measure in known if measure.name == name), Measure(name, name))

@@ -21,7 +21,7 @@ from cctool.options.train.fit import FitOptions, MetricMode
 from cctool.tasks.base import Measure, Task, main_measure
 from cctool.tasks.classification import Classification
 from cctool.tasks.custom import CUSTOM, UNKNOWN, Untold
-from cctool.tasks.table import TASKS, task_named
+from cctool.tasks.table import TASKS, measure_named, task_named
 from cctool.training.user_functions import UserLoss, UserMetric, named_function
 
 _DEFAULT = Classification().name
@@ -53,6 +53,10 @@ class Judge:
         if self.metric is not None:
             return Measure(self.metric.name, self.metric.name, self.metric.unit, self.rising)
         return main_measure(self.task)
+
+    def measure(self, name: str) -> Measure:
+        """How people read the metric of a name."""
+        return self.main if self.main.name == name else measure_named(name)
 
     @property
     def measures(self) -> bool:

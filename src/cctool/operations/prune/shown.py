@@ -7,6 +7,7 @@ from typing import Any
 
 from cctool.base.networks import some
 from cctool.operations.context import Told, metric_lines
+from cctool.tasks.table import measure_named
 
 # Rows of a table that are shown.
 _MOST = 40
@@ -148,10 +149,10 @@ def _notes(report: Any) -> list[str]:
     if target is not None:
         notes.append(_reached(target))
     if budget is not None:
-        last = next(trial for trial in budget.curve if trial.rate == budget.rate)
+        last, measure = next(t for t in budget.curve if t.rate == budget.rate), measure_named(budget.metric)
         notes.append(
             f"largest rate within {budget.wanted}: {budget.rate:.4f} ({last.removed} units); "
-            f"{budget.split} {budget.metric} {budget.before:.2f} -> {last.value:.2f} (n={budget.n:,}, "
+            f"{budget.split} {measure.title} {budget.before:.4g} -> {measure.shown(last.value)} (n={budget.n:,}, "
             f"{budget.recalibrated} training images {'varied' if budget.augmented else 'as they are'} "
             "recalibrate)"
         )

@@ -337,7 +337,8 @@ def _summary(metrics: tuple[Metrics, ...], judge: Judge) -> str:
     less = {LOSS.name, *(measure.name for measure in judge.task.measures)} - {judge.main.name}
     less -= {judge.task.measures[0].name} if judge.task.measures else set()
     return ", ".join(
-        f"{measured.split} {name} {value:.2f} (n {measured.n})"
+        f"{measured.split} {judge.measure(name).title} {judge.measure(name).shown(value, '.2f')} "
+        f"(n {measured.n})"
         for measured in metrics
         for name, value in measured.values.items()
         if name not in less

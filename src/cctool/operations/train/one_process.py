@@ -187,12 +187,16 @@ def _speak(context: Context, judge: Judge, epochs: int, row: EpochRow, model: nn
     main = judge.task.measures[0] if judge.task.measures else judge.main
     parts = [f"loss {row.train['loss']:.4f}"]
     parts += [
-        f"{measure.title} {row.train[measure.name]:.2f} {measure.unit}".rstrip()
+        f"{measure.title} {measure.shown(row.train[measure.name], '.2f')}"
         for measure in judge.task.measures
         if measure.name in row.train
     ]
     minor = {measure.name for measure in judge.task.measures} - {main.name, judge.main.name}
-    parts += [f"validation {name} {value:.4g}" for name, value in row.validation.items() if name not in minor]
+    parts += [
+        f"validation {judge.measure(name).title} {judge.measure(name).shown(value)}"
+        for name, value in row.validation.items()
+        if name not in minor
+    ]
     parts += [f"lr {row.lr:.3g}", f"{row.batch_ms:.1f} ms a step"]
     mark = " (best)" if row.best else ""
     context.reporter.note(f"epoch {row.epoch}/{epochs}: {', '.join(parts)}{mark}")
