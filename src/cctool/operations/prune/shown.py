@@ -152,9 +152,9 @@ def _notes(report: Any) -> list[str]:
         last, measure = next(t for t in budget.curve if t.rate == budget.rate), measure_named(budget.metric)
         notes.append(
             f"largest rate within {budget.wanted}: {budget.rate:.4f} ({last.removed} units); "
-            f"{budget.split} {measure.title} {budget.before:.4g} -> {measure.shown(last.value)} (n={budget.n:,}, "
-            f"{budget.recalibrated} training images {'varied' if budget.augmented else 'as they are'} "
-            "recalibrate)"
+            f"{budget.split} {measure.title} {budget.before:.4g} -> {measure.shown(last.value)} "
+            f"(n={budget.n:,}, {budget.recalibrated} training images "
+            f"{'varied' if budget.augmented else 'as they are'} recalibrate)"
         )
     if report.cut is not None:
         untouched = [family for family in report.cut.families if family.note]
