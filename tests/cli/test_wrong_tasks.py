@@ -87,7 +87,7 @@ FROM_DOCS = [
     (
         f"compare lenet.pt seg.pt --arch my.py:seg {DIGITS}",
         1,
-        "class '0', which the network does not",
+        "seg.pt: targets of shape [16] and torch.int64 do not fit",
     ),
     (
         "evaluate lenet.pt --data my.py:float_labels",

@@ -123,8 +123,10 @@ class Segmentation:
 
         Raises:
             DataError: naming the split and the label.
+            TrainingError: if the targets are no masks.
         """
         logits = self.main_output(outputs)
+        _refuse_other_shapes(logits, targets)
         if targets.device.type != "cpu" or targets.is_floating_point() or not targets.numel():
             return
         odd = targets[(targets != self.ignored) & ((targets < 0) | (targets >= logits.shape[1]))]
