@@ -291,6 +291,9 @@ def _refuse_other_classes(checkpoint: Checkpoint, source: DataSource, context: C
         )
 
 
+_ENOUGH = 100
+
+
 def _warn_of_guessing(checkpoint: Checkpoint, after: tuple[Metrics, ...], context: Context) -> None:
     """Warn if the network does no better than a guess."""
     judge = judge_of(checkpoint, context)
@@ -299,8 +302,12 @@ def _warn_of_guessing(checkpoint: Checkpoint, after: tuple[Metrics, ...], contex
         return
     for found in after:
         value = found.values.get(measure.name)
-        # Two standard deviations of guessing may be mere chance.
-        if value is not None and value <= guess + 2 * math.sqrt(guess * (100 - guess) / found.n):
+        # Two standard deviations of guessing may be mere chance; of few samples they are most of the scale.
+        if (
+            value is not None
+            and found.n >= _ENOUGH
+            and value <= guess + 2 * math.sqrt(guess * (100 - guess) / found.n)
+        ):
             context.reporter.warn(
                 f"{found.split} {measure.title} {value:.2f} {measure.unit} (n={found.n:,}) is what guessing "
                 f"gives, {guess:.2f} {measure.unit}: nothing was learnt; more --epochs or another --lr may "
