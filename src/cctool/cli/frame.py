@@ -187,6 +187,12 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 traceback.print_exc()
             Console().error(str(error))
             raise typer.Exit(error.exit_status) from None
+        except SystemExit as error:
+            # The code of the user's network may end the program, which must not look like success.
+            if debug:
+                traceback.print_exc()
+            Console().error(f"code that the command ran ended the program (SystemExit: {error.code})")
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             Console().error("interrupted")
             raise typer.Exit(130) from None

@@ -21,6 +21,7 @@ from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import measured_splits, require_source, with_preprocessing
 from cctool.operations.judge.size import stored_bytes
+from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.encode import settled
@@ -50,6 +51,8 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         TrainingError: if training diverges.
     """
     source = require_source(options.data, checkpoint, context, "quantize")
+    if options.epochs:
+        judge_of(checkpoint, context).require_loss("fine-tuning")
     before = measured_splits(checkpoint, source, options.data, context)
     objective: Objective | None = None
     others: Mapping[str, Parent] = {}
