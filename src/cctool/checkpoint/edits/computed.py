@@ -22,6 +22,7 @@ from torch.nn.utils.spectral_norm import (
 from torch.nn.utils.weight_norm import WeightNorm
 
 from cctool.base.errors import SpecError
+from cctool.base.networks import some
 
 # What an older hook computes a tensor from, by the suffixes of their names.
 _PARTS: dict[type, tuple[str, ...]] = {
@@ -42,6 +43,24 @@ def computed_tensors(module: nn.Module) -> dict[str, str]:
         for name, steps in _parametrizations(module).items():
             found[name] = ", ".join(dict.fromkeys(_title(type(step)) for step in steps))
     return found
+
+
+def computed_layers(model: nn.Module) -> dict[str, str]:
+    """Names of a network's modules with computed tensors, and what computes them, in words."""
+    found = {name or "the network": computed_tensors(module) for name, module in model.named_modules()}
+    return {name: ", ".join(dict.fromkeys(kinds.values())) for name, kinds in found.items() if kinds}
+
+
+def why_not_parameters(model: nn.Module) -> str:
+    """A sentence on weights that are computed at each call and on the way out; "" if a network has none."""
+    layers = computed_layers(model)
+    kinds = ", ".join(dict.fromkeys(layers.values()))
+    if not layers:
+        return ""
+    return (
+        f"the weights of {some(list(layers))} are computed at each call ({kinds}) and are no parameters: "
+        "`cctool transform --fold` makes them plain, and what it writes can be pruned"
+    )
 
 
 def parts_of(module: nn.Module, name: str) -> list[Tensor]:

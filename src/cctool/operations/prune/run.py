@@ -236,7 +236,12 @@ def _recalibrate(checkpoint: Checkpoint, changed: Changed, work: _Run) -> int:
     if changed.budget is not None:
         augmented = changed.budget.augmented
     used = recalibrated(checkpoint, work.source, wanted, options.data, work.context, augmented=augmented)
-    if used < options.recalibrate:
+    if not used and options.recalibrate:
+        work.context.reporter.note(
+            f"--recalibrate {options.recalibrate}: the network has no batch norm with running statistics, so "
+            "that nothing was estimated"
+        )
+    elif used < options.recalibrate:
         work.context.reporter.note(f"--recalibrate {options.recalibrate}: {used} images were there to use")
     return used
 

@@ -158,7 +158,7 @@ def _notes(checkpoint: Checkpoint, folding: Folding, lost: Sequence[str]) -> Ite
     if any("torch.nn.utils.prune" in log.what for log in folding.layers.values()):
         yield (
             "zeros of torch.nn.utils.prune are values now, which training may change: "
-            "`prune --granularity weight` sets masks that hold"
+            "`prune --granularity element` sets masks that hold"
         )
     if lost:
         yield f"{some(lost)} had stored forms: what they decode to was folded, and is stored dense"

@@ -83,19 +83,28 @@ def branch_candidates(model: nn.Module, recorded: Pass) -> tuple[list[Candidate]
         for number in _addends(recorded, root):
             if number < 0 or recorded.users(number) == [] or len(recorded.users(number)) != 1:
                 continue
-            source = recorded.calls[number].sources[0] if recorded.calls[number].sources else UNKNOWN
+            source = _source(recorded, number)
             branch = _branch(model, recorded, number, norms)
             if isinstance(branch, Branch) and source != UNKNOWN:
                 parallel[source].append(branch)
             elif isinstance(branch, Stays):
                 refused[source].append(branch)
         for source, branches in parallel.items():
-            stays += [item for item in refused[source] if item.name]
+            stays += refused[source]
             candidate, left = _merging(model, branches)
             stays += left
             if candidate is not None:
                 found.append(candidate)
     return found, stays
+
+
+def _source(recorded: Pass, number: int) -> int:
+    """The call that made what a branch is given; for a layer that pads by itself, what it pads."""
+    call = recorded.calls[number]
+    entries = recorded.entries.get(call.module, ())
+    if call.function in CONVOLUTIONS and len(entries) == 1:
+        return entries[0].given
+    return call.sources[0] if call.sources else UNKNOWN
 
 
 def _roots(recorded: Pass) -> Iterator[int]:
@@ -167,6 +176,9 @@ def _axes(value: int | Sequence[int], count: int) -> _Axes:
 
 
 def _unfit(recorded: Pass, layer: Layer, number: int) -> str:
+    mode = getattr(layer.module, "padding_mode", "zeros")
+    if mode != "zeros":
+        return f"it pads its input by {mode}, not by zeros"
     if not whole_module(recorded, layer.name, recorded.calls[number], number):
         return "its code does more than one convolution"
     if layer.masked:
@@ -189,17 +201,33 @@ def _merging(model: nn.Module, branches: Sequence[Branch]) -> tuple[Candidate | 
             else:
                 others.append(branch)
     merged = _union(kept, others)
-    if others and isinstance(merged, str):
-        return None, [*stays, *(Stays(branch.name, merged) for branch in others)]
+    if isinstance(merged, str):
+        # Not all together: those that fit one after another.
+        others, left = _fitting(kept, others)
+        stays += left
+        merged = _union(kept, others)
     if not others or isinstance(merged, str):
         return None, stays
+    shape = merged
 
     def change(network: nn.Module) -> tuple[Sequence[Fold], dict[str, Tensor]]:
-        return _merge(network, kept, others, merged)
+        return _merge(network, kept, others, shape)
 
     names = tuple(branch.name for branch in others)
     text = f"{'branches' if len(names) > 1 else 'branch'} {', '.join(names)}"
     return Candidate(kept.name, (text,), names, change), stays
+
+
+def _fitting(kept: Branch, others: Sequence[Branch]) -> tuple[list[Branch], list[Stays]]:
+    taken: list[Branch] = []
+    left: list[Stays] = []
+    for branch in others:
+        merged = _union(kept, [*taken, branch])
+        if isinstance(merged, str):
+            left.append(Stays(branch.name, merged))
+        else:
+            taken.append(branch)
+    return taken, left
 
 
 def _misfit(kept: Branch, other: Branch) -> str:

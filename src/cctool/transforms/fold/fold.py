@@ -194,7 +194,7 @@ class _Worker:
                 values |= set_values
             found = self.outputs(trial)
         except Exception as error:  # the network's own code may ask anything of a module that is gone
-            return f"without it the network's code fails ({type(error).__name__})"
+            return f"without it the network's code fails: {' '.join(str(error).split())[:100]}"
         limit = EXACT if self.exact else _ROUNDINGS * torch.finfo(self.type).eps
         if not _distance(self.reference, found) <= limit:
             return "without it the outputs differ by more than rounding"

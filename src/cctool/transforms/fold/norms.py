@@ -143,7 +143,7 @@ def norm_candidates(model: nn.Module, recorded: Pass) -> tuple[list[Candidate], 
         if isinstance(before, Candidate):
             found.append(before)
         else:
-            stays.append(Stays(norm.name, "; ".join(dict.fromkeys((behind, before)))))
+            stays.append(Stays(norm.name, "; ".join(filter(None, dict.fromkeys((behind, before))))))
     return found, stays
 
 
@@ -262,6 +262,6 @@ def _title(recorded: Pass, number: int) -> str:
     if number == INPUT:
         return "the network's input"
     if number == UNKNOWN:
-        return "the network's output or code that is not seen"
+        return "the network's output"
     call = recorded.calls[number]
     return f"{call.function} of {call.module}" if call.module else call.function
