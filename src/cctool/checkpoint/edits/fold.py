@@ -169,11 +169,16 @@ def apply_fold(model: nn.Module, edit: Fold) -> None:
         return
     if edit.plain:
         like = next(module.parameters(), torch.empty(0))
-        make_plain(module, {name: like.new_empty(shape) for name, shape in edit.plain.items()})
+        make_plain(module, {name: _empty(like, shape) for name, shape in edit.plain.items()})
     if edit.kernel_size is not None:
         _grow(module, edit)
     if edit.bias and module._parameters.get("bias") is None:
         _add_bias(module, edit)
+
+
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    # By torch's own function, which is bounded while a file is loaded; a tensor's method is not.
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
 
 
 def _rest(module: nn.Module, edit: Fold) -> nn.Module:
@@ -198,7 +203,7 @@ def _grow(module: nn.Module, edit: Fold) -> None:
         raise SpecError(f"fold: {edit.module} has no kernel of {len(size)} axes")
     if any(new < old for new, old in zip(size, weight.shape[2:], strict=True)):
         raise SpecError(f"fold: the kernel of {edit.module} cannot shrink to {list(size)}")
-    grown = weight.new_empty((*weight.shape[:2], *size))
+    grown = _empty(weight, (*weight.shape[:2], *size))
     module.register_parameter("weight", nn.Parameter(grown, requires_grad=weight.requires_grad))
     module.kernel_size = size
     if padding is not None:
@@ -214,7 +219,7 @@ def _add_bias(module: nn.Module, edit: Fold) -> None:
     if isinstance(module, _ConvTransposeNd):
         outputs = weight.shape[1] * module.groups
     module.register_parameter(
-        "bias", nn.Parameter(weight.new_empty(outputs), requires_grad=weight.requires_grad)
+        "bias", nn.Parameter(_empty(weight, (outputs,)), requires_grad=weight.requires_grad)
     )
 
 

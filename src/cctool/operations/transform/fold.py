@@ -37,13 +37,15 @@ class FoldedLayer:
 
     Attributes:
         name: of the layer.
-        folded: what is in it now, in words.
+        folded: what is in it now, in words; names are without what they share with the layer's.
+        modules: whole names of the modules that went into it.
         parameters_before: of the layer and of all modules that were folded into it.
         parameters_after: of the layer.
     """
 
     name: str
     folded: str
+    modules: tuple[str, ...]
     parameters_before: int
     parameters_after: int
 
@@ -175,8 +177,9 @@ def _told(item: Stays, swaps: set[str]) -> Stays:
 
 def _layer(name: str, folding: Folding, counts: dict[str, int], model: nn.Module) -> FoldedLayer:
     log = folding.layers[name]
-    before = counts.get(name, 0) + sum(counts.get(module, 0) for module in dict.fromkeys(log.modules))
-    return FoldedLayer(name, ", ".join(log.what), before, _parameters(model.get_submodule(name)))
+    modules = tuple(dict.fromkeys(log.modules))
+    before = counts.get(name, 0) + sum(counts.get(module, 0) for module in modules)
+    return FoldedLayer(name, ", ".join(log.what), modules, before, _parameters(model.get_submodule(name)))
 
 
 def _parameters(module: nn.Module) -> int:

@@ -206,6 +206,11 @@ class TransformOptions(Options):
     judge: TaskOptions = judged()
     # fmt: on
 
+    @property
+    def unrecorded(self) -> tuple[str, ...]:
+        """Fields that history leaves out, because folding has no use for them."""
+        return ("target", "kernel", "weights", "features", "preset") if self.fold else ()
+
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> TransformOptions:
         """Make the options of a call: what is given, then the preset, then the defaults.

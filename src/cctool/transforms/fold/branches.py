@@ -26,6 +26,7 @@ from cctool.transforms.fold.layers import (
     Stays,
     carry_out,
     layer_at,
+    near,
     weight_and_bias,
     whole_module,
 )
@@ -214,7 +215,8 @@ def _merging(model: nn.Module, branches: Sequence[Branch]) -> tuple[Candidate | 
         return _merge(network, kept, others, shape)
 
     names = tuple(branch.name for branch in others)
-    text = f"{'branches' if len(names) > 1 else 'branch'} {', '.join(names)}"
+    short = ", ".join(near(name, kept.name) for name in names)
+    text = f"{'branches' if len(names) > 1 else 'branch'} {short}"
     return Candidate(kept.name, (text,), names, change), stays
 
 

@@ -18,6 +18,7 @@ from cctool.base.networks import copied, device_of, float_type_of, in_mode, qual
 from cctool.base.outputs import as_numbers, differences, is_measured, named_tensors
 from cctool.checkpoint.edits.computed import computed_tensors, computed_values, parts_of
 from cctool.checkpoint.edits.fold import Fold
+from cctool.checkpoint.edits.mask import masked_places
 from cctool.graph.execution import blaming_the_size, execute
 from cctool.transforms.fold.branches import branch_candidates
 from cctool.transforms.fold.layers import Candidate, Stays, carry_out, layer_at
@@ -275,6 +276,9 @@ def _unbaked(module: nn.Module, name: str, owners: dict[int, set[str]]) -> str:
             ]
             if others:
                 return f"what its {leaf} is computed from is shared with {min(others)}"
+    parts = {id(part) for leaf in computed_tensors(module) for part in parts_of(module, leaf)}
+    if any(id(place.parameter) in parts for place in masked_places(module)):
+        return "what its weight is computed from has masks; fold before masks are set"
     with in_mode(module, training=False):
         first, again = computed_values(module), computed_values(module)
     moving = [leaf for leaf in first if not torch.equal(first[leaf], again[leaf])]

@@ -100,6 +100,19 @@ def layer_at(model: nn.Module, recorded: Pass, number: int) -> Layer | str:
     )
 
 
+def near(name: str, layer: str) -> str:
+    """A module's name without what it shares with a layer's, the last part excepted.
+
+    >>> near("stem.bn", "stem.conv"), near("bn1", "conv1")
+    ('bn', 'bn1')
+    """
+    parts, others = name.split("."), layer.split(".")
+    shared = 0
+    while shared < min(len(parts), len(others)) - 1 and parts[shared] == others[shared]:
+        shared += 1
+    return ".".join(parts[shared:])
+
+
 def whole_module(recorded: Pass, name: str, call: Call, number: int) -> bool:
     """Whether a call is all that a module does in its only execution."""
     entries = recorded.entries.get(name, ())

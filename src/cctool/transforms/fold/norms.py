@@ -22,6 +22,7 @@ from cctool.transforms.fold.layers import (
     Stays,
     carry_out,
     layer_at,
+    near,
     set_layer,
     weight_and_bias,
 )
@@ -186,7 +187,7 @@ def _behind(model: nn.Module, recorded: Pass, norm: Norm) -> Candidate | str:
         carry_out(network, (edit, norm.edit), values)
         return (edit, norm.edit), values
 
-    return Candidate(layer.name, (f"batch norm {norm.name}",), (norm.name,), change)
+    return Candidate(layer.name, (f"batch norm {near(norm.name, layer.name)}",), (norm.name,), change)
 
 
 def _before(model: nn.Module, recorded: Pass, norm: Norm) -> Candidate | str:
@@ -225,7 +226,9 @@ def _before(model: nn.Module, recorded: Pass, norm: Norm) -> Candidate | str:
         return edits, values
 
     names = tuple(layer.name for layer in layers)
-    text = f"batch norm {norm.name}" + (f", also into {', '.join(names[1:])}" if names[1:] else "")
+    text = f"batch norm {near(norm.name, names[0])}"
+    if names[1:]:
+        text += f" (also into {', '.join(near(name, names[0]) for name in names[1:])})"
     return Candidate(names[0], (text,), (norm.name, *names[1:]), change)
 
 
