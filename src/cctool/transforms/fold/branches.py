@@ -22,16 +22,16 @@ from cctool.graph.execution import tensors_in
 from cctool.graph.trace import argument
 from cctool.transforms.fold.layers import (
     Candidate,
-    Layer,
     Stays,
+    TakingLayer,
     carry_out,
     layer_at,
     near,
     weight_and_bias,
     whole_module,
 )
-from cctool.transforms.fold.norms import Norm, norms_of
-from cctool.transforms.fold.passes import CONVOLUTIONS, UNKNOWN, Pass
+from cctool.transforms.fold.norms import RunningNorm, norms_of
+from cctool.transforms.fold.passes import CONVOLUTIONS, UNKNOWN, TracedPass
 
 _Axes = tuple[int, ...]
 
@@ -49,7 +49,7 @@ class Branch:
     """
 
     name: str
-    norm: Norm | None
+    norm: RunningNorm | None
     channels: tuple[int, int]
     groups: int
     kernel: _Axes
@@ -73,7 +73,7 @@ class Merged:
     dilation: _Axes
 
 
-def branch_candidates(model: nn.Module, recorded: Pass) -> tuple[list[Candidate], list[Stays]]:
+def branch_candidates(model: nn.Module, recorded: TracedPass) -> tuple[list[Candidate], list[Stays]]:
     """Sums of parallel branches that can be merged, and branches that cannot, with the reason."""
     norms = {norm.calls[0]: norm for norm in norms_of(model, recorded)[0].values() if len(norm.calls) == 1}
     found: list[Candidate] = []
@@ -99,7 +99,7 @@ def branch_candidates(model: nn.Module, recorded: Pass) -> tuple[list[Candidate]
     return found, stays
 
 
-def _source(recorded: Pass, number: int) -> int:
+def _source(recorded: TracedPass, number: int) -> int:
     """The call that made what a branch is given; for a layer that pads by itself, what it pads."""
     call = recorded.calls[number]
     entries = recorded.entries.get(call.module, ())
@@ -108,7 +108,7 @@ def _source(recorded: Pass, number: int) -> int:
     return call.sources[0] if call.sources else UNKNOWN
 
 
-def _roots(recorded: Pass) -> Iterator[int]:
+def _roots(recorded: TracedPass) -> Iterator[int]:
     """Sums that are no addends of another sum."""
     for number in range(len(recorded.calls)):
         if _is_sum(recorded, number):
@@ -117,7 +117,7 @@ def _roots(recorded: Pass) -> Iterator[int]:
                 yield number
 
 
-def _is_sum(recorded: Pass, number: int) -> bool:
+def _is_sum(recorded: TracedPass, number: int) -> bool:
     """Whether a call adds two tensors of one shape."""
     call = recorded.calls[number]
     tensors = list(tensors_in(call.event.args))
@@ -129,7 +129,7 @@ def _is_sum(recorded: Pass, number: int) -> bool:
     )
 
 
-def _addends(recorded: Pass, root: int) -> Iterator[int]:
+def _addends(recorded: TracedPass, root: int) -> Iterator[int]:
     """Calls whose results a tree of sums adds up."""
     for source in recorded.calls[root].sources:
         number = recorded.through(source)
@@ -139,7 +139,9 @@ def _addends(recorded: Pass, root: int) -> Iterator[int]:
             yield number
 
 
-def _branch(model: nn.Module, recorded: Pass, number: int, norms: dict[int, Norm]) -> Branch | Stays | None:
+def _branch(
+    model: nn.Module, recorded: TracedPass, number: int, norms: dict[int, RunningNorm]
+) -> Branch | Stays | None:
     """An addend as a branch; why it is none; None if it is nothing that could be one."""
     call = recorded.calls[number]
     if number in norms and not norms[number].children:
@@ -176,7 +178,7 @@ def _axes(value: int | Sequence[int], count: int) -> _Axes:
     return tuple(map(int, several)) if len(several) == count else (int(several[0]),) * count
 
 
-def _unfit(recorded: Pass, layer: Layer, number: int) -> str:
+def _unfit(recorded: TracedPass, layer: TakingLayer, number: int) -> str:
     mode = getattr(layer.module, "padding_mode", "zeros")
     if mode != "zeros":
         return f"it pads its input by {mode}, not by zeros"

@@ -23,7 +23,7 @@ from cctool.graph.execution import blaming_the_size, execute
 from cctool.transforms.fold.branches import branch_candidates
 from cctool.transforms.fold.layers import Candidate, Stays, carry_out, layer_at
 from cctool.transforms.fold.norms import norm_candidates
-from cctool.transforms.fold.passes import LAYERS, Pass, pass_of
+from cctool.transforms.fold.passes import LAYERS, TracedPass, pass_of
 
 EXACT = 1e-9
 """Largest difference of two outputs in float64, of the range of the output."""
@@ -35,7 +35,7 @@ _ROUNDS = 100
 
 
 @dataclass
-class Log:
+class TakenIn:
     """What was folded into one layer: in words, and the modules that it came from."""
 
     what: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Folding:
 
     edits: tuple[Fold, ...]
     tensors: tuple[str, ...]
-    layers: dict[str, Log]
+    layers: dict[str, TakenIn]
     stays: tuple[Stays, ...]
     norms_left: int
     double_error: float | None
@@ -129,7 +129,7 @@ class _Worker:
         self.trains = _runs_in_training(self.network, self.inputs)
         self.edits: dict[str, Fold] = {}
         self.values: dict[str, Tensor] = {}
-        self.log: dict[str, Log] = {}
+        self.log: dict[str, TakenIn] = {}
         self.stays: list[Stays] = []
         self.failed: dict[tuple[str, ...], str] = {}
         self.norms_left = 0
@@ -159,7 +159,7 @@ class _Worker:
         }
         self.stays = list(reversed(unique.values()))
 
-    def _candidates(self, recorded: Pass) -> tuple[list[Candidate], list[Stays]]:
+    def _candidates(self, recorded: TracedPass) -> tuple[list[Candidate], list[Stays]]:
         """Batch norms first: branches are merged when they are plain layers."""
         norms, norms_stay = norm_candidates(self.network, recorded)
         norms = [candidate for candidate in norms if candidate.modules not in self.failed]
@@ -213,7 +213,7 @@ class _Worker:
         return ""
 
     def _note(self, candidate: Candidate) -> None:
-        log = self.log.setdefault(candidate.layer, Log())
+        log = self.log.setdefault(candidate.layer, TakenIn())
         log.what += candidate.what
         for name in candidate.modules:
             # What went into a branch is told with the branch.
@@ -298,7 +298,7 @@ def _baking(name: str) -> Callable[[nn.Module], tuple[Sequence[Fold], dict[str, 
     return change
 
 
-def _own_weights(network: nn.Module, recorded: Pass) -> list[Stays]:
+def _own_weights(network: nn.Module, recorded: TracedPass) -> list[Stays]:
     """Layers whose own code computes their weight, which no edit can change."""
     found = []
     for number, call in enumerate(recorded.calls):

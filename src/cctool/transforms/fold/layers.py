@@ -13,11 +13,11 @@ from cctool.base.networks import qualified
 from cctool.checkpoint.edits.fold import Fold, apply_fold
 from cctool.checkpoint.edits.mask import masked_places
 from cctool.graph.trace import argument
-from cctool.transforms.fold.passes import LAYERS, Call, Pass
+from cctool.transforms.fold.passes import LAYERS, TracedCall, TracedPass
 
 
 @dataclass(frozen=True)
-class Layer:
+class TakingLayer:
     """A convolution or linear layer whose weight is a parameter of its own.
 
     Attributes:
@@ -65,7 +65,7 @@ class Stays:
     reason: str
 
 
-def layer_at(model: nn.Module, recorded: Pass, number: int) -> Layer | str:
+def layer_at(model: nn.Module, recorded: TracedPass, number: int) -> TakingLayer | str:
     """The layer that a call belongs to, or why its weight cannot take a fold."""
     call = recorded.calls[number]
     if call.function not in LAYERS:
@@ -92,7 +92,7 @@ def layer_at(model: nn.Module, recorded: Pass, number: int) -> Layer | str:
     ]
     if foreign:
         return f"{recorded.calls[foreign[0]].function} takes {weight}, too"
-    return Layer(
+    return TakingLayer(
         owner,
         module,
         calls,
@@ -113,7 +113,7 @@ def near(name: str, layer: str) -> str:
     return ".".join(parts[shared:])
 
 
-def whole_module(recorded: Pass, name: str, call: Call, number: int) -> bool:
+def whole_module(recorded: TracedPass, name: str, call: TracedCall, number: int) -> bool:
     """Whether a call is all that a module does in its only execution."""
     entries = recorded.entries.get(name, ())
     own = [other for other in recorded.calls if other.module == name]

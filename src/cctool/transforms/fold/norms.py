@@ -18,21 +18,21 @@ from cctool.checkpoint.edits.mask import masked_places
 from cctool.graph.trace import argument
 from cctool.transforms.fold.layers import (
     Candidate,
-    Layer,
     Stays,
+    TakingLayer,
     carry_out,
     layer_at,
     near,
     set_layer,
     weight_and_bias,
 )
-from cctool.transforms.fold.passes import INPUT, LAYERS, TRANSPOSED, UNKNOWN, Pass
+from cctool.transforms.fold.passes import INPUT, LAYERS, TRANSPOSED, UNKNOWN, TracedPass
 
 _STATISTICS = ("running_mean", "running_var", "weight", "bias")
 
 
 @dataclass(frozen=True)
-class Norm:
+class RunningNorm:
     """A module whose own code does nothing but one batch norm by running statistics.
 
     Attributes:
@@ -64,13 +64,13 @@ class Norm:
         return scale, shift if bias is None else shift + bias.detach().double()
 
 
-def norms_of(model: nn.Module, recorded: Pass) -> tuple[dict[str, Norm], list[Stays]]:
+def norms_of(model: nn.Module, recorded: TracedPass) -> tuple[dict[str, RunningNorm], list[Stays]]:
     """Modules that are batch norms with running statistics, by name, and batch norms that are not such."""
     numbers: defaultdict[str, list[int]] = defaultdict(list)
     for number, call in enumerate(recorded.calls):
         if call.function == "batch_norm":
             numbers[call.module].append(number)
-    found: dict[str, Norm] = {}
+    found: dict[str, RunningNorm] = {}
     stays: list[Stays] = []
     for name, calls in numbers.items():
         reason = _statistics(model, recorded, name, calls)
@@ -79,11 +79,11 @@ def norms_of(model: nn.Module, recorded: Pass) -> tuple[dict[str, Norm], list[St
             stays.append(Stays(name or "the network", reason or str(children)))
         else:
             epsilon = float(argument(recorded.calls[calls[0]].event, "eps", 1e-5))
-            found[name] = Norm(name, tuple(calls), children, epsilon)
+            found[name] = RunningNorm(name, tuple(calls), children, epsilon)
     return found, stays
 
 
-def _statistics(model: nn.Module, recorded: Pass, name: str, calls: Sequence[int]) -> str:
+def _statistics(model: nn.Module, recorded: TracedPass, name: str, calls: Sequence[int]) -> str:
     """Why a module's batch norm is not one by running statistics of its own; "" if it is."""
     module = model.get_submodule(name)
     for number in calls:
@@ -107,7 +107,9 @@ def _statistics(model: nn.Module, recorded: Pass, name: str, calls: Sequence[int
     return ""
 
 
-def _children(model: nn.Module, recorded: Pass, name: str, calls: Sequence[int]) -> tuple[str, ...] | str:
+def _children(
+    model: nn.Module, recorded: TracedPass, name: str, calls: Sequence[int]
+) -> tuple[str, ...] | str:
     """Children that a module calls after its batch norm, or why it is not batch norm followed by children."""
     entries, found = recorded.entries.get(name, ()), set()
     own = [call for call in recorded.calls if call.module == name]
@@ -131,7 +133,7 @@ def _children(model: nn.Module, recorded: Pass, name: str, calls: Sequence[int])
     return found.pop() if len(found) == 1 else mixed
 
 
-def norm_candidates(model: nn.Module, recorded: Pass) -> tuple[list[Candidate], list[Stays]]:
+def norm_candidates(model: nn.Module, recorded: TracedPass) -> tuple[list[Candidate], list[Stays]]:
     """Batch norms that can be folded into the layers next to them, and why others cannot."""
     norms, stays = norms_of(model, recorded)
     found: list[Candidate] = []
@@ -148,9 +150,9 @@ def norm_candidates(model: nn.Module, recorded: Pass) -> tuple[list[Candidate], 
     return found, stays
 
 
-def _behind(model: nn.Module, recorded: Pass, norm: Norm) -> Candidate | str:
+def _behind(model: nn.Module, recorded: TracedPass, norm: RunningNorm) -> Candidate | str:
     """The fold of a batch norm into the layer whose results it alone takes."""
-    layers: dict[str, Layer] = {}
+    layers: dict[str, TakingLayer] = {}
     for number in norm.calls:
         source = recorded.source(recorded.calls[number])
         if source < 0 or recorded.calls[source].function not in LAYERS:
@@ -190,14 +192,14 @@ def _behind(model: nn.Module, recorded: Pass, norm: Norm) -> Candidate | str:
     return Candidate(layer.name, (f"batch norm {near(norm.name, layer.name)}",), (norm.name,), change)
 
 
-def _before(model: nn.Module, recorded: Pass, norm: Norm) -> Candidate | str:
+def _before(model: nn.Module, recorded: TracedPass, norm: RunningNorm) -> Candidate | str:
     """The fold of a batch norm into the layers that alone take its result."""
     if norm.children or len(norm.calls) != 1:
         return "" if not norm.children else f"{norm.children[0]} lies directly behind it"
     (number,) = norm.calls
     shifted = bool(norm.factors(model)[1].any())
     users = recorded.users(number)
-    layers: list[Layer] = []
+    layers: list[TakingLayer] = []
     for user in users:
         layer = _reader(model, recorded, number, user, shifted)
         if isinstance(layer, str):
@@ -232,7 +234,9 @@ def _before(model: nn.Module, recorded: Pass, norm: Norm) -> Candidate | str:
     return Candidate(names[0], (text,), (norm.name, *names[1:]), change)
 
 
-def _reader(model: nn.Module, recorded: Pass, number: int, user: int, shifted: bool) -> Layer | str:
+def _reader(
+    model: nn.Module, recorded: TracedPass, number: int, user: int, shifted: bool
+) -> TakingLayer | str:
     """The layer that takes the result of a batch norm, or why it cannot take its factors."""
     if user < 0 or recorded.calls[user].function not in LAYERS:
         return f"{_title(recorded, user)} lies directly behind it"
@@ -261,7 +265,7 @@ def _paddings(event: object) -> Iterator[bool]:
         yield from (bool(size) for size in (padding if isinstance(padding, (tuple, list)) else (padding,)))
 
 
-def _title(recorded: Pass, number: int) -> str:
+def _title(recorded: TracedPass, number: int) -> str:
     if number == INPUT:
         return "the network's input"
     if number == UNKNOWN:

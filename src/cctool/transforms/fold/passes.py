@@ -26,7 +26,7 @@ LAYERS = CONVOLUTIONS | TRANSPOSED | {"linear"}
 
 
 @dataclass
-class Call:
+class TracedCall:
     """One call of a torch function.
 
     Attributes:
@@ -51,7 +51,7 @@ class Call:
 
 
 @dataclass
-class Entry:
+class Execution:
     """One execution of a module, by the calls that made what it was given and what it returned.
 
     Attributes:
@@ -64,11 +64,11 @@ class Entry:
     module: str
     given: int
     returned: int = UNKNOWN
-    children: list[Entry] = field(default_factory=list)
+    children: list[Execution] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Pass:
+class TracedPass:
     """A pass of a network in evaluation mode.
 
     Attributes:
@@ -81,20 +81,20 @@ class Pass:
         output: what the network returned.
     """
 
-    calls: tuple[Call, ...]
-    entries: Mapping[str, tuple[Entry, ...]]
+    calls: tuple[TracedCall, ...]
+    entries: Mapping[str, tuple[Execution, ...]]
     outputs: frozenset[int]
     names: Mapping[int, str]
     owners: Mapping[int, tuple[str, ...]]
     takers: Mapping[str, tuple[int, ...]]
     output: Any
 
-    def name_of(self, call: Call, argument_name: str) -> str | None:
+    def name_of(self, call: TracedCall, argument_name: str) -> str | None:
         """Qualified name of the parameter or buffer that is an argument of a call; None for anything else."""
         value = argument(call.event, argument_name)
         return self.names.get(id(value)) if isinstance(value, Tensor) else None
 
-    def source(self, call: Call) -> int:
+    def source(self, call: TracedCall) -> int:
         """The call that made a call's first tensor, seen through calls that change nothing."""
         return self.through(call.sources[0] if call.sources else UNKNOWN)
 
@@ -112,7 +112,7 @@ class Pass:
         return found
 
 
-def hands_on(call: Call) -> bool:
+def hands_on(call: TracedCall) -> bool:
     """Whether a call returns its only tensor unchanged: dropout that drops nothing, + 0, contiguous."""
     if len(call.sources) != 1:
         return False
@@ -136,11 +136,11 @@ class _Recorder:
                     self.names.setdefault(id(tensor), f"{name}.{leaf}" if name else leaf)
                     owners[id(tensor)].append(name)
         self.owners = {key: tuple(found) for key, found in owners.items()}
-        self.calls: list[Call] = []
+        self.calls: list[TracedCall] = []
         self.made: dict[int, int] = {id(tensor): INPUT for tensor in inputs}
         self.takers: defaultdict[str, list[int]] = defaultdict(list)
-        self.entries: defaultdict[str, list[Entry]] = defaultdict(list)
-        self.stack: list[Entry] = []
+        self.entries: defaultdict[str, list[Execution]] = defaultdict(list)
+        self.stack: list[Execution] = []
         self.alive: list[Any] = list(inputs)
 
     def record(self, event: Event) -> None:
@@ -152,7 +152,7 @@ class _Recorder:
         self.alive.extend((*results, *arguments))
         number = len(self.calls)
         sources = [self.made.get(id(t), UNKNOWN) for t in arguments if id(t) not in self.names]
-        self.calls.append(Call(event, tuple(sources)))
+        self.calls.append(TracedCall(event, tuple(sources)))
         for tensor in arguments:
             if id(tensor) in self.names:
                 self.takers[self.names[id(tensor)]].append(number)
@@ -166,7 +166,7 @@ class _Recorder:
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
         if module in self.modules:
-            entry = Entry(self.modules[module], self._maker(inputs))
+            entry = Execution(self.modules[module], self._maker(inputs))
             if self.stack:
                 self.stack[-1].children.append(entry)
             self.stack.append(entry)
@@ -182,7 +182,7 @@ class _Recorder:
         return self.made.get(id(tensors[0]), UNKNOWN) if len(tensors) == 1 else UNKNOWN
 
 
-def pass_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
+def pass_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> TracedPass:
     """Record one pass of a network in evaluation mode; it is not changed."""
     recorder = _Recorder(model, inputs)
     handles = [
@@ -192,7 +192,7 @@ def pass_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
     with removing(handles):
         output = execute(model, inputs, [recorder.record])
     outputs = frozenset(recorder.made.get(id(tensor), UNKNOWN) for tensor in tensors_in(output))
-    return Pass(
+    return TracedPass(
         calls=tuple(recorder.calls),
         entries={name: tuple(found) for name, found in recorder.entries.items()},
         outputs=outputs - {INPUT, UNKNOWN},
