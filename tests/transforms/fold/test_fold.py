@@ -92,6 +92,12 @@ def test_kernels_of_other_sizes_paddings_and_dilations_are_added_where_they_fit(
     assert merged(two(conv(3, 4, 3, padding=1, stride=2), conv(3, 4, 1, stride=2, bias=False))) == 1
     assert merged(two(conv(3, 4, 3, padding="same"), conv(3, 4, 1, padding="same"))) == 1
     assert merged(two(conv(3, 6, 3, padding=1, groups=3), conv(3, 6, 5, padding=2, groups=3))) == 1
+    assert (
+        merged(
+            two(conv(3, 4, 3, padding=1), conv(3, 4, 1), of=lambda self, x: torch.add(self.b(x), self.a(x)))
+        )
+        == 1
+    )
     linear = two(nn.Linear(8, 4), nn.Linear(8, 4, bias=False), of=of_rows)
     assert merged(linear) == 1
 
@@ -167,13 +173,16 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: two(conv(3, 3, 3, padding=1, groups=3), conv(3, 3, 1)),
         "more multiply-accumulates",
     ),
-    "not added by +": (
+    "asked for its shape": (
         lambda: two(
-            conv(3, 4, 3, padding=1), conv(3, 4, 1), of=lambda self, x: torch.add(self.a(x), self.b(x))
+            conv(3, 4, 3, padding=1),
+            conv(3, 4, 1),
+            of=lambda self, x: self.a(x) + y if (y := self.b(x)).dim() else y,
         ),
         "the network's code fails",
     ),
     "computed by its code": (lambda: nn.Sequential(Standardised(3, 3, 3), norm()), "computes the weight"),
+    "computed by batch norm": (lambda: ByBatchNorm(3, 3, 3), "computes the weight"),
 }
 
 
@@ -182,6 +191,14 @@ class Standardised(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class ByBatchNorm(nn.Conv2d):
+    """A convolution whose weight is standardised by batch norm, which is not one of activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = nn.functional.batch_norm(self.weight.flatten(1)[None], None, None, training=True)
+        return nn.functional.conv2d(x, flat.view_as(self.weight), self.bias)
 
 
 @pytest.mark.parametrize("name", STAYS)

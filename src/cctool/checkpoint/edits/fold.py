@@ -7,7 +7,7 @@ bias and kernel a layer has, and which modules are gone.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -84,6 +84,9 @@ class Fold(Edit):
         )
 
 
+_ADDING = frozenset(["add", "add_", "__add__", "__radd__", "__iadd__"])
+
+
 class Nothing:
     """What an absent branch gives to a sum: added to anything, it leaves that as it is."""
 
@@ -92,6 +95,16 @@ class Nothing:
 
     __radd__ = __add__
     __iadd__ = __add__
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Of torch's functions only a plain addition takes nothing."""
+        if func.__name__ not in _ADDING or len(args) != 2 or kwargs:
+            return NotImplemented
+        one, other = args
+        return other if isinstance(one, cls) else one
 
 
 class AbsentBranch(nn.Module):

@@ -46,6 +46,7 @@ from cctool.options.prune.options import PruneOptions
 from cctool.options.train.fit import FitOptions
 from cctool.pruning.cut.surgery import CutPlan
 from cctool.tasks.base import Measure
+from cctool.training.batch_norm import norms_with_statistics
 from cctool.training.objectives import Objective
 from cctool.transforms.codec.taps import bypassed
 
@@ -279,8 +280,9 @@ def _warn_of_collapse(checkpoint: Checkpoint, after: tuple[Metrics, ...], images
         before, now = old.values.get(measure.name), new.values.get(measure.name)
         if before is None or now is None or not _collapsed(before, now, measure, chance, new.n):
             continue
+        could_recalibrate = not images and not epochs and norms_with_statistics(checkpoint.model)
         ways = ["more --finetune-epochs" if epochs else "--finetune-epochs"]
-        ways += [] if images or epochs else ["--recalibrate 1024"]
+        ways += ["--recalibrate 1024"] if could_recalibrate else []
         verb, digits = ("fell", ".2f") if measure.rising else ("rose", ".4g")
         unit = f" {measure.unit}" if measure.unit else ""
         work.context.reporter.warn(

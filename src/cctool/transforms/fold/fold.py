@@ -22,7 +22,7 @@ from cctool.checkpoint.edits.mask import masked_places
 from cctool.graph.execution import blaming_the_size, execute
 from cctool.transforms.fold.branches import branch_candidates
 from cctool.transforms.fold.layers import Candidate, Stays, carry_out, layer_at
-from cctool.transforms.fold.norms import norm_candidates
+from cctool.transforms.fold.norms import norm_candidates, normalises
 from cctool.transforms.fold.passes import LAYERS, TracedPass, pass_of
 
 EXACT = 1e-9
@@ -151,7 +151,7 @@ class _Worker:
             if not candidates or not self._try(candidates):
                 break
         recorded = pass_of(self.network, (self.inputs,))
-        self.norms_left = len({call.module for call in recorded.calls if call.function == "batch_norm"})
+        self.norms_left = len({call.module for call in recorded.calls if normalises(call)})
         failed = [Stays(names[0], reason) for names, reason in self.failed.items()]
         unique = {
             item.name: item

@@ -26,7 +26,7 @@ from cctool.transforms.fold.layers import (
     set_layer,
     weight_and_bias,
 )
-from cctool.transforms.fold.passes import INPUT, LAYERS, TRANSPOSED, UNKNOWN, TracedPass
+from cctool.transforms.fold.passes import INPUT, LAYERS, TRANSPOSED, UNKNOWN, TracedCall, TracedPass
 
 _STATISTICS = ("running_mean", "running_var", "weight", "bias")
 
@@ -64,11 +64,16 @@ class RunningNorm:
         return scale, shift if bias is None else shift + bias.detach().double()
 
 
+def normalises(call: TracedCall) -> bool:
+    """Whether a call is batch norm of what the network computes, not of weights."""
+    return call.function == "batch_norm" and call.live
+
+
 def norms_of(model: nn.Module, recorded: TracedPass) -> tuple[dict[str, RunningNorm], list[Stays]]:
     """Modules that are batch norms with running statistics, by name, and batch norms that are not such."""
     numbers: defaultdict[str, list[int]] = defaultdict(list)
     for number, call in enumerate(recorded.calls):
-        if call.function == "batch_norm":
+        if normalises(call):
             numbers[call.module].append(number)
     found: dict[str, RunningNorm] = {}
     stays: list[Stays] = []

@@ -32,11 +32,13 @@ class TracedCall:
     Attributes:
         event: function, arguments and result.
         sources: numbers of the calls that made its tensors that are neither parameters nor buffers.
+        live: whether it depends on the network's input.
         users: numbers of the calls that take its result.
     """
 
     event: Event
     sources: tuple[int, ...]
+    live: bool = True
     users: list[int] = field(default_factory=list)
 
     @property
@@ -152,7 +154,8 @@ class _Recorder:
         self.alive.extend((*results, *arguments))
         number = len(self.calls)
         sources = [self.made.get(id(t), UNKNOWN) for t in arguments if id(t) not in self.names]
-        self.calls.append(TracedCall(event, tuple(sources)))
+        live = any(source == INPUT or (source >= 0 and self.calls[source].live) for source in sources)
+        self.calls.append(TracedCall(event, tuple(sources), live))
         for tensor in arguments:
             if id(tensor) in self.names:
                 self.takers[self.names[id(tensor)]].append(number)
