@@ -147,7 +147,7 @@ def _product(checkpoint: Checkpoint, folding: Folding) -> tuple[Checkpoint, tupl
 
 
 def _notes(checkpoint: Checkpoint, folding: Folding, lost: Sequence[str]) -> Iterator[str]:
-    alone = "" if folding.noise is None else f" (float32 rounding alone: {folding.noise:.1e})"
+    alone = "" if folding.noise is None else f" (rounding alone: {folding.noise:.1e})"
     exact = "" if folding.double_error is None else f", and by {folding.double_error:.1e} in float64"
     yield f"outputs on random inputs differ by {folding.error:.1e} of their range{alone}{exact}"
     if not folding.norms_left and any(

@@ -137,7 +137,8 @@ class _Worker:
     def outputs(self, network: nn.Module, inputs: Tensor | None = None) -> dict[str, Tensor]:
         """All outputs of a network in evaluation mode, by name."""
         with in_mode(network, training=False):
-            found = named_tensors(network(self.inputs if inputs is None else inputs))
+            # A copy, because networks may change their input in place.
+            found = named_tensors(network((self.inputs if inputs is None else inputs).clone()))
             return {name: value.detach().clone() for name, value in found.items()}
 
     def fold(self) -> None:
@@ -146,11 +147,11 @@ class _Worker:
         self._try(computed)
         left = [*stays]
         for _ in range(_ROUNDS):
-            recorded = pass_of(self.network, (self.inputs,))
+            recorded = pass_of(self.network, (self.inputs.clone(),))
             candidates, left = self._candidates(recorded)
             if not candidates or not self._try(candidates):
                 break
-        recorded = pass_of(self.network, (self.inputs,))
+        recorded = pass_of(self.network, (self.inputs.clone(),))
         self.norms_left = len({call.module for call in recorded.calls if normalises(call)})
         failed = [Stays(names[0], reason) for names, reason in self.failed.items()]
         unique = {
@@ -171,17 +172,17 @@ class _Worker:
 
     def _try(self, candidates: Sequence[Candidate]) -> bool:
         """Carry out all candidates if the outputs stay, else those that pass alone; say whether any did."""
-        if not candidates or self._adopt(candidates) == "":
-            return bool(candidates)
-        kept = False
-        for candidate in candidates if len(candidates) > 1 else ():
-            reason = self._adopt([candidate])
-            if reason:
-                self.failed[candidate.modules] = reason
-            kept = kept or not reason
+        if not candidates:
+            return False
+        reason = self._adopt(candidates)
+        if not reason:
+            return True
         if len(candidates) == 1:
-            self.failed[candidates[0].modules] = self._adopt(candidates)
-        return kept
+            self.failed[candidates[0].modules or (candidates[0].layer,)] = reason
+            return False
+        # By halves, so that a single misfit costs few trials.
+        middle = len(candidates) // 2
+        return bool(self._try(candidates[:middle]) | self._try(candidates[middle:]))
 
     def _adopt(self, candidates: Sequence[Candidate]) -> str:
         """Carry candidates out if the outputs stay what they are; else return why not."""
@@ -239,7 +240,7 @@ def _distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 def _runs_in_training(network: nn.Module, inputs: Tensor) -> bool:
     try:
-        execute(network, (inputs,), [], training=True)
+        execute(network, (inputs.clone(),), [], training=True)
     except Exception:  # what a network's code cannot do, in whatever way
         return False
     return True
