@@ -114,7 +114,7 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     )
     notes = (*notes, *followed)
     report = TransformFoldReport(
-        layers=tuple(_layer(name, folding, counts, product.model) for name in folding.layers),
+        layers=tuple(_layer(n, folding, counts, product.model) for n in counts if n in folding.layers),
         stays=stays,
         before=before,
         after=measure(product),
