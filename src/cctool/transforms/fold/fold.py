@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,9 @@ EXACT = 1e-9
 _ROUNDINGS = 84
 # Times how far rounding alone moves the network's own outputs from those in float64.
 _OWN_NOISE = 4
-_SAMPLES = 4
+# Two suffice to tell samples apart; batch norm in training needs as many.
+_SAMPLES, _LARGE_SAMPLES = 4, 2
+_LARGE = 128 * 128
 _ROUNDS = 100
 
 
@@ -116,7 +119,8 @@ class _Worker:
     def __init__(self, model: nn.Module, input_shape: Sequence[int]) -> None:
         self.type = float_type_of(model)
         generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn((_SAMPLES, *input_shape), generator=generator, dtype=torch.float64)
+        samples = _SAMPLES if prod(input_shape[1:]) <= _LARGE else _LARGE_SAMPLES
+        inputs = torch.randn((samples, *input_shape), generator=generator, dtype=torch.float64)
         self.inputs = inputs.to(self.type).double().to(device_of(model))
         with blaming_the_size(input_shape):
             self.own = self.outputs(model, self.inputs.to(self.type))
