@@ -35,6 +35,23 @@ class Toy(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Branches(nn.Module):
+    """Parallel branches whose common kernel is larger than each, batch norm, and a computed weight."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        sizes = ((3, 1), (1, 3), (3, 1), (1, 3))
+        self.branches = nn.ModuleList(
+            nn.Conv2d(1, 4, size, padding=(size[0] // 2, size[1] // 2), bias=False) for size in sizes
+        )
+        self.bn = nn.BatchNorm2d(4)
+        self.fc = nn.utils.parametrizations.weight_norm(nn.Linear(4, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(sum(branch(x) for branch in self.branches)).relu()
+        return self.fc(x.mean((2, 3)))
+
+
 class Tied(nn.Module):
     """One weight under two names, and a module under two names."""
 
@@ -142,6 +159,7 @@ class Stack(nn.Sequential):
 
 ARCHITECTURES: dict[str, Any] = {
     "toy": Toy,
+    "branches": Branches,
     "tied": Tied,
     "hidden": Hidden,
     "from-values": FromValues,

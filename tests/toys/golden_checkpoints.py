@@ -14,6 +14,7 @@ from torch import nn
 
 from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint, save
+from cctool.checkpoint.edits.fold import with_folds
 from cctool.checkpoint.edits.mask import add_masks, with_masks
 from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.file.payload import ResumeState, fingerprint_of
@@ -31,6 +32,7 @@ from cctool.transforms.basis.build import basis_layer
 from cctool.transforms.basis.linear import BasisArguments
 from cctool.transforms.codec.codec import CodecConfig
 from cctool.transforms.codec.taps import CalibratedTap, set_taps, with_taps
+from cctool.transforms.fold.fold import fold_network
 from cctool.transforms.layers.axes import TransformedAxis
 from cctool.transforms.layers.base import with_swaps
 from cctool.transforms.layers.build import coefficient_layer
@@ -51,6 +53,12 @@ def thinned() -> Checkpoint:
 def new_head() -> Checkpoint:
     """The thinned toy with a fresh last layer of five outputs, more than the architecture's three."""
     return events.new_head(thinned(), ["fc"], 5, context(seed=16)).checkpoint
+
+
+def folded(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its batch norm in the convolution, which has a bias now."""
+    folding = fold_network(checkpoint.model, checkpoint.spec.input_shape)
+    return replace(checkpoint, spec=with_folds(checkpoint.spec, checkpoint.model, folding.edits))
 
 
 def resumable() -> Checkpoint:
@@ -171,6 +179,8 @@ KINDS = {
     "dense.safetensors": lambda: make(seed=1),
     "tied.pt": lambda: make("tied", seed=2),
     "thinned.pt": thinned,
+    "folded.pt": lambda: folded(make("branches", seed=17)),
+    "folded-thinned.safetensors": lambda: folded(thinned()),
     "new-head.pt": new_head,
     "resumable.pt": resumable,
     "fp16.pt": lambda: quantized(make(seed=5), "fp16"),

@@ -47,6 +47,14 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def put_everywhere(model: nn.Module, present: nn.Module, replacement: nn.Module) -> None:
+    """Replace a module of a network under each of its names; the network itself stays."""
+    for module in list(model.modules()):
+        for key, child in module._modules.items():
+            if child is present:
+                module._modules[key] = replacement
+
+
 @contextmanager
 def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Remove hooks when the block ends."""

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from cctool.base.errors import ArchitectureError, CctoolError
 from cctool.base.networks import in_mode, removing
+from cctool.checkpoint.edits.fold import Nothing
 from cctool.graph.widths import as_float
 
 SCRIPT_MODULE = "script_module"
@@ -175,7 +176,8 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._showing or _HIDDEN.depth:
+        # A sum with nothing is no computation.
+        if self._showing or _HIDDEN.depth or any(isinstance(value, Nothing) for value in args):
             return func(*args, **kwargs)
         composite = _COMPOSITES.get(func)
         if composite is not None:

@@ -457,7 +457,8 @@ def _is_given(item: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        kept = [item for item in fields(value) if item.metadata.get("recorded", True)]
+        idle = getattr(value, "unrecorded", ())
+        kept = [f for f in fields(value) if f.metadata.get("recorded", True) and f.name not in idle]
         found = {item.name: _plain(getattr(value, item.name)) for item in kept}
         optional = {item.name for item in kept if item.metadata.get("if_given")}
         return {name: item for name, item in found.items() if name not in optional or _is_given(item)}

@@ -32,7 +32,7 @@ def recalibrate(
     Raises:
         DataError: if there are no images.
     """
-    norms = _with_statistics(model)
+    norms = norms_with_statistics(model)
     if not norms:
         return 0
     device = device or device_of(model)
@@ -69,10 +69,11 @@ def freeze_statistics(model: nn.Module) -> None:
     trained. Statistics of feature maps with noise from a codec or a coarse quantizer are those of signal and
     noise together; a network that is normalised by them loses signal.
     """
-    for norm in _with_statistics(model):
+    for norm in norms_with_statistics(model):
         norm.eval()
 
 
-def _with_statistics(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+def norms_with_statistics(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Batch norms that keep running statistics."""
     norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
     return [norm for norm in norms if norm.running_mean is not None]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from cctool.base.errors import SpecError
+from cctool.base.networks import put_everywhere
 from cctool.checkpoint.tables import EditKind
 from cctool.transforms.basis.build import BASIS_SWAPS
 from cctool.transforms.layers.base import Swap, SwapKind
@@ -26,10 +27,7 @@ def put_in_place(model: nn.Module, name: str, layer: nn.Module) -> None:
     present = _module(model, name)
     if present is model:
         raise SpecError("swap: a network that is a single layer cannot be replaced by another one")
-    for module in list(model.modules()):
-        for key, child in module._modules.items():
-            if child is present:
-                module._modules[key] = layer
+    put_everywhere(model, present, layer)
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

@@ -384,7 +384,11 @@ def test_the_order_of_the_table_is_the_documented_one() -> None:
     assert all(order.index(one) < order.index(other) for one, other in before)
     assert order[-1] == "Masks"
     kinds = [follower.kind for follower in events.FOLLOWERS if follower.edit is not None]
-    assert sorted(kinds) == sorted(events.edit_kinds()) == ["head", "mask", "quantize", "swap", "tap", "thin"]
+    assert (
+        sorted(kinds)
+        == sorted(events.edit_kinds())
+        == [*("fold", "head", "mask", "quantize", "swap", "tap", "thin")]
+    )
 
 
 def test_what_nobody_announced_is_stored_without_changing_a_weight(tmp_path: Path) -> None:

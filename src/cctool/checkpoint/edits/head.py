@@ -7,6 +7,7 @@ from typing import Literal
 from torch import nn
 
 from cctool.base.errors import SpecError
+from cctool.base.networks import put_everywhere
 from cctool.checkpoint.spec import Dimension, Edit
 from cctool.checkpoint.tables import EditKind
 
@@ -64,10 +65,7 @@ def put_head(model: nn.Module, name: str, layer: nn.Module) -> tuple[str, ...]:
         raise SpecError(f"head: the architecture has no module {name!r}") from None
     if present is model:
         raise SpecError("head: a network that is a single layer cannot be given another one")
-    for module in list(model.modules()):
-        for key, child in module._modules.items():
-            if child is present:
-                module._modules[key] = layer
+    put_everywhere(model, present, layer)
     return tuple(found for found, module in model.named_modules(remove_duplicate=False) if module is layer)
 
 

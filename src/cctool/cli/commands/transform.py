@@ -9,7 +9,7 @@ from cctool.cli.frame import Invocation
 
 
 def transform(call: Invocation) -> None:
-    """Put layers or feature maps into a DCT, DST, DFT, wavelet or data-driven domain.
+    """Put layers or feature maps into a DCT, DST, DFT, wavelet or data-driven domain, or fold layers.
 
     Example: cctool transform student.pt --layers linear --keep 0.25
     """

@@ -23,7 +23,7 @@ from cctool.operations.context import Context
 from cctool.operations.keep.codecs import Codecs
 from cctool.operations.keep.follower import Change, Cutting, Followed, Follower, sharing_copy
 from cctool.operations.keep.heads import Heads
-from cctool.operations.keep.layers import SwappedLayers, Widths
+from cctool.operations.keep.layers import FoldedLayers, SwappedLayers, Widths
 from cctool.operations.keep.masks import Masks
 from cctool.operations.keep.optimizer_state import OptimizerState
 from cctool.operations.keep.packed import PackedTensors
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 FOLLOWERS: tuple[Follower, ...] = (
     # The outputs of a last layer before widths, which are cut from them.
     Heads(),
+    FoldedLayers(),
     Widths(),
     OptimizerState(),
     # Weights are stored again before anything is fitted to their values, by codebooks and few bits ...

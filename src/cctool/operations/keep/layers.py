@@ -1,4 +1,4 @@
-"""Widths of layers, and swapped layers: those of cctool that replace layers of the architecture.
+"""Folded layers, widths of layers, and swapped layers: those of cctool that replace the architecture's.
 
 Channels are coupled, scored and compared on the plain network, which has ordinary layers instead of swapped
 ones, and no codecs. The plan is carried out on the network itself: ordinary tensors are cut as always,
@@ -16,6 +16,7 @@ from torch import nn
 from cctool.base.errors import PruningError
 from cctool.base.networks import qualified, some
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.edits.fold import FOLD
 from cctool.checkpoint.edits.mask import with_masks
 from cctool.checkpoint.edits.thin import THIN, thinned
 from cctool.checkpoint.spec import ModelSpec
@@ -28,6 +29,18 @@ from cctool.transforms.swap import SWAP
 
 if TYPE_CHECKING:
     from cctool.pruning.cut.planner import Planner
+
+
+class FoldedLayers(Follower):
+    """Plain layers that do the work of batch norms, computed weights and parallel branches.
+
+    They are ordinary layers: cuts, masks and quantizers treat them so, and a fresh last layer in the place of
+    one keeps its bias.
+    """
+
+    kind = "fold"
+    edit = FOLD
+    in_programs = True
 
 
 class Widths(Follower):

@@ -47,6 +47,7 @@ from cctool.options.train.fit import FitOptions
 from cctool.pruning.cut.surgery import CutPlan
 from cctool.pruning.scores.evidence import GRADIENTS
 from cctool.tasks.base import Measure
+from cctool.training.batch_norm import norms_with_statistics
 from cctool.training.objectives import Objective
 from cctool.transforms.codec.taps import bypassed
 
@@ -243,7 +244,12 @@ def _recalibrate(checkpoint: Checkpoint, changed: Changed, work: _Run) -> int:
     if changed.budget is not None:
         augmented = changed.budget.augmented
     used = recalibrated(checkpoint, work.source, wanted, options.data, work.context, augmented=augmented)
-    if used < options.recalibrate:
+    if not used and options.recalibrate:
+        work.context.reporter.note(
+            f"--recalibrate {options.recalibrate}: the network has no batch norm with running statistics, so "
+            "that nothing was estimated"
+        )
+    elif used < options.recalibrate:
         work.context.reporter.note(f"--recalibrate {options.recalibrate}: {used} images were there to use")
     return used
 
@@ -281,8 +287,9 @@ def _warn_of_collapse(checkpoint: Checkpoint, after: tuple[Metrics, ...], images
         before, now = old.values.get(measure.name), new.values.get(measure.name)
         if before is None or now is None or not _collapsed(before, now, measure, chance, new.n):
             continue
+        could_recalibrate = not images and not epochs and norms_with_statistics(checkpoint.model)
         ways = ["more --finetune-epochs" if epochs else "--finetune-epochs"]
-        ways += [] if images or epochs else ["--recalibrate 1024"]
+        ways += ["--recalibrate 1024"] if could_recalibrate else []
         verb, digits = ("fell", ".2f") if measure.rising else ("rose", ".4g")
         unit = f" {measure.unit}" if measure.unit else ""
         work.context.reporter.warn(

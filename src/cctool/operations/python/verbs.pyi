@@ -408,6 +408,7 @@ def transform(
         "thesis-basis",
     ]
     | None = ...,
+    fold: bool | None = ...,
     data: Any = ...,
     val_data: Any = ...,
     test_data: Any = ...,

@@ -199,9 +199,17 @@ class TransformOptions(Options):
     features: FeatureOptions = nested(FeatureOptions)
     preset: TransformPreset | None = _both(
         None, "Set the options of a published method; options that you give win.")
+    fold: bool = _both(
+        False, "Bake batch norm, computed weights (weight_norm, spectral_norm, torch's pruning, ...) and "
+        "parallel branches into plain layers, in place of a transform.", if_given=True)
     data: DataOptions = nested(DataOptions)
     judge: TaskOptions = judged()
     # fmt: on
+
+    @property
+    def unrecorded(self) -> tuple[str, ...]:
+        """Fields that history leaves out, because folding has no use for them."""
+        return ("target", "kernel", "weights", "features", "preset") if self.fold else ()
 
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> TransformOptions:
@@ -212,6 +220,8 @@ class TransformOptions(Options):
         Raises:
             UsageError: if an option of the other target is given.
         """
+        if given.get("fold"):
+            return cls._folding(given)
         preset = given.get("preset")
         values = {**(PRESETS[preset] if preset is not None else {}), **given}
         target, ratio = _split(values.pop("target", ()))
@@ -223,6 +233,15 @@ class TransformOptions(Options):
             names = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
             raise UsageError(f"{names}: not for --target {target}")
         return assemble(cls, values, {("target",): target, ("features", "ratio"): ratio}, of=own)
+
+    @classmethod
+    def _folding(cls, given: Mapping[str, Any]) -> TransformOptions:
+        own = [leaf for leaf in leaves(cls) if leaf.path[0] in ("fold", "data", "judge")]
+        foreign = sorted(given.keys() - {leaf.keyword for leaf in own})
+        if foreign:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+            raise UsageError(f"{names}: not with --fold, which puts nothing into another domain")
+        return assemble(cls, given, of=own)
 
 
 def _split(items: Any) -> tuple[TransformTarget, float | None]:

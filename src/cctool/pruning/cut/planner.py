@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 
 from cctool.base.errors import PruningError
+from cctool.checkpoint.edits.computed import why_not_parameters
 from cctool.graph.channels import couple
 from cctool.graph.execution import with_tensors
 from cctool.graph.records import ChannelGraph
@@ -57,6 +58,9 @@ class Planner:
         self.scores = score_families(self.graph, options, score_context(model, seed, evidence))
         self.spared: dict[str, str] = {}
         self.notes: list[str] = []
+        self._computed = why_not_parameters(model)
+        if self._computed:
+            self.notes.append(f"channels stay: {self._computed}")
         self._rates: dict[int, float] | None = None
         if options.rates is not None:
             self._rates, notes = family_rates(self.graph, read_rates(options.rates), options.rates)
@@ -120,6 +124,8 @@ class Planner:
             others = f", and {len(rest)} more" if rest else ""
             method = self.options.method.value
             raise PruningError(f"nothing can be cut with method {method}: {name}: {reason}{others}")
+        if self._computed:
+            raise PruningError(f"nothing can be cut: {self._computed}")
         reasons = list(dict.fromkeys(f"{f.op}: {f.reason}" for f in self.graph.frozen))
         raise PruningError(f"nothing can be cut: every channel is frozen ({'; '.join(reasons[:3])})")
 

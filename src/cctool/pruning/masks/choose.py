@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from cctool.base.errors import PruningError, UsageError
 from cctool.base.patterns import refuse_unmatched
+from cctool.checkpoint.edits.computed import why_not_parameters
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.graph.channels import couple
 from cctool.graph.ledger import Role
@@ -112,7 +113,8 @@ def choose_masks(
     wanted = _wanted(model, inputs, options, rates, skipped)
     ranked = _ranked(model, wanted, options, saliency, skipped)
     if not ranked:
-        reasons = "; ".join(dict.fromkeys(skipped.values())) or "it has no weights of two or more dimensions"
+        reasons = why_not_parameters(model) or "; ".join(dict.fromkeys(skipped.values()))
+        reasons = reasons or "it has no weights of two or more dimensions"
         raise PruningError(f"nothing can be masked with --granularity {options.granularity.value}: {reasons}")
     together = options.effective_scope is Scope.GLOBAL and rates is None
     # With a table, each tensor has a rate of its own, so tensors do not compete.

@@ -1,0 +1,1 @@
+"""Baking fixed transformations into weights: computed kernels, batch norm, parallel branches."""
