@@ -152,7 +152,7 @@ class ModelOptions(Options):
         False, "Unpickle a foreign file, which can run any code: only if you trust its author.")
     spec: str | None = _network(
         None, "Build the network of a bare state dict from this spec (see `analyze --spec`).",
-        metavar="FILE.json")
+        metavar="FILE.json", reads=True)
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
@@ -219,13 +219,13 @@ def wrong_suffix(flag: str, path: str | None, *suffixes: str) -> tuple[bool, str
 def report_file_option(panel: str) -> Any:
     """The table of coded feature maps."""
     text = "Write the figures of each coded feature map (tap) to a workbook or table."
-    return option(None, text, metavar="FILE.xlsx|.csv|.json", panel=panel, recorded=False)
+    return option(None, text, metavar="FILE.xlsx|.csv|.json", panel=panel, recorded=False, writes=True)
 
 
 def histograms_option(panel: str) -> Any:
     """The pictures of coded feature maps."""
     text = "Write PNG histograms into this folder: one per tap, with a panel per sub-band."
-    return option(None, text, metavar="DIR", panel=panel, recorded=False)
+    return option(None, text, metavar="DIR", panel=panel, recorded=False, writes=True)
 
 
 def zero_bar_option(panel: str) -> Any:

@@ -30,8 +30,11 @@ def resumed(call: Invocation) -> Invocation:
     """With ``--resume``, the call for the training to continue; options not given are that training's."""
     if not call.given.get("resume"):
         return call
+    from cctool.base.errors import UsageError
     from cctool.operations.train.resume import find_resumed
 
+    if call.frame.output.force:
+        raise UsageError("--resume goes on with an earlier training, --force starts anew: give one of them")
     source, output = find_resumed(call.source, call.output, call.verb.name)
     found = _begun_with(call, source, output)
     told = {
@@ -49,15 +52,17 @@ def resumed(call: Invocation) -> Invocation:
 def _begun_with(call: Invocation, source: str | None, output: str | None) -> Mapping[str, Any]:
     """Options that the training to resume began with; none if its ``last.pt`` is not found yet."""
     from cctool.operations.pipeline import default_output
-    from cctool.operations.train.resume import last_step, run_folder_of
+    from cctool.operations.train.resume import last_step, nothing_to_resume, run_folder_of
 
     if source == "-":
         return {}
     name = output or default_output(call.verb.name, source, call.frame.model.arch)
     last = Path(run_folder_of(str(name)), "last.pt")
-    if not last.exists():
-        last = Path(source or last)
-    return last_step(last).options if last.exists() else {}
+    begun = last if last.exists() or source is None else Path(source)
+    step = last_step(begun) if begun.exists() else None
+    if step is None:
+        raise nothing_to_resume(last, source)
+    return step.options
 
 
 def _at(options: Mapping[str, Any], path: tuple[str, ...]) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cctool.base.errors import CctoolError, CorruptCheckpointError, DataError, TrainingError, UsageError
+from cctool.base.errors import CctoolError, CorruptCheckpointError, DataError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.classes import NEW_HEAD
@@ -20,7 +20,16 @@ from cctool.operations.keep.follower import Followed
 from cctool.operations.train.new_head import with_new_head
 from cctool.operations.train.one_process import Start, fit_here, metrics_of
 from cctool.operations.train.rate_penalty import refuse_rate_without_taps
-from cctool.operations.train.resume import forms_from, refuse_other_files, refuse_other_options, starts_afresh
+from cctool.operations.train.resume import (
+    forms_from,
+    nothing_to_resume,
+    refuse_other_data,
+    refuse_other_files,
+    refuse_other_input,
+    refuse_other_options,
+    starts_afresh,
+    unfinished_step,
+)
 from cctool.operations.train.run_folder import LoggedReporter, RunFolder
 from cctool.operations.train.workers import fit_in_processes, node_rank
 from cctool.options.fields import recorded
@@ -90,13 +99,14 @@ def conduct(
     folder = RunFolder(context.output, context.tables)
     if not options.run.resume:
         folder.refuse_earlier(force=context.force)
+        folder.refuse_reading(context.read)
     new_head = options.start.new_head
     source = require_source(options.data, checkpoint, context, verb, renames=True, own_labels=new_head)
     judge = judge_of(checkpoint, context)
     judge.require_loss("training")
     refuse_unlabelled(source, judge, verb)
     if options.run.resume:
-        start = _resumed(verb, checkpoint, options, context, folder)
+        start = _resumed(verb, checkpoint, source, options, context, folder)
     else:
         start = _started(checkpoint, source, options, context)
     _refuse_other_classes(start.checkpoint, source, context)
@@ -254,21 +264,25 @@ def _completed(checkpoint: Checkpoint, source: DataSource, context: Context) -> 
     return replace(checkpoint, spec=spec.model_copy(update=update))
 
 
-def _resumed(verb: str, checkpoint: Checkpoint, options: Any, context: Context, folder: RunFolder) -> Start:
+def _resumed(
+    verb: str, checkpoint: Checkpoint, source: DataSource, options: Any, context: Context, folder: RunFolder
+) -> Start:
     """Where ``last.pt`` in the run folder left off, or INPUT itself if that is a ``last.pt``."""
     found = folder.load(folder.last) if folder.last.exists() else checkpoint
     if found.resume is None or not found.history:
-        raise TrainingError(
-            f"there is nothing to resume: {folder.last} does not exist; leave --resume out to begin"
-        )
-    # `prune` keeps the state of training, and adds its line of history after the training's.
+        raise nothing_to_resume(folder.last, None if checkpoint.origin is None else checkpoint.origin.path)
     cut = found.history[-1].verb == "prune"
-    earlier = next((step for step in reversed(found.history) if step.verb != "prune"), found.history[-1])
+    earlier = unfinished_step(found.history)
+    if found is not checkpoint:
+        unfinished = None if checkpoint.resume is None else unfinished_step(checkpoint.history)
+        refuse_other_input(earlier, found.spec, checkpoint, unfinished, folder.last)
     now = recorded(options) | {"runtime": recorded(context.runtime)}
     refuse_other_options(earlier, verb, now, found.spec.data)
-    epoch = found.resume.state.get("epoch")
+    epoch, rows = found.resume.state.get("epoch"), found.resume.state.get("rows")
     if not isinstance(epoch, int) or "best" not in found.resume.state:
         raise CorruptCheckpointError(f"{folder.last} holds a malformed state of training")
+    if isinstance(rows, list) and rows and isinstance(rows[-1], dict):
+        refuse_other_data(rows[-1], source, options.run.processes)
     context.reporter.note(f"going on after epoch {epoch} of {options.fit.epochs}")
     return Start(
         replace(found, history=found.history if cut else found.history[:-1], resume=None),

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -104,7 +105,7 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     features = options.features
     refuse_reports(features, context)
     if features.sweep:
-        refuse_sweep(context)
+        refuse_sweep(context, [Path(features.report_file)] if features.report_file else [])
     source = require_source(options.data, checkpoint, context, "--target features")
     before = measured_splits(checkpoint, source, options.data, context)
     product = replace(checkpoint, model=copied(checkpoint.model), resume=None)

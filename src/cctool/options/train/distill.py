@@ -26,7 +26,7 @@ class DistillOptions(Options):
     """Options of one distillation."""
 
     # fmt: off
-    teacher: str = option(..., "Teacher: a checkpoint or a foreign file.", panel="Teacher")
+    teacher: str = option(..., "Teacher: a checkpoint or a foreign file.", panel="Teacher", reads=True)
     teacher_model: ModelOptions = teacher_model()
     temperature: float = temperature_option()
     alpha: float = alpha_option()
