@@ -13,7 +13,7 @@ from cctool import __version__
 from cctool.base.errors import CheckpointError
 from cctool.base.runtime import Reporter
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.spec import Metrics, Parent, Step
+from cctool.checkpoint.spec import Metrics, Parent, Signal, Step
 from cctool.checkpoint.tables import Tables
 from cctool.options.common import ModelOptions, RuntimeOptions, TaskOptions
 from cctool.options.paths import NamedFile, refuse_same_files
@@ -44,6 +44,7 @@ class Outcome:
         others: other files that were read, by role.
         continues: after a resumed training, the unfinished line of history that the new one replaces; its
             parent and size before are kept. It must not be in ``checkpoint.history`` too.
+        signal: what a quantization left of the outputs' signal.
     """
 
     checkpoint: Checkpoint
@@ -54,6 +55,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
     others: Mapping[str, Parent] = field(default_factory=dict)
     continues: Step | None = None
+    signal: Signal | None = None
 
 
 @dataclass(frozen=True)

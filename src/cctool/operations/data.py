@@ -222,11 +222,12 @@ def feed_of(
         workers=options.workers,
         rank=0 if fabric is None else fabric.global_rank,
         world_size=1 if fabric is None else fabric.world_size,
-        **_making_targets(judge_of(checkpoint, context).task),
+        **making_targets(judge_of(checkpoint, context).task),
     )
 
 
-def _making_targets(task: Task) -> dict[str, Any]:
+def making_targets(task: Task) -> dict[str, Any]:
+    """How batches make the targets of a task that does not stack them, as a keyword of `batches`."""
     return {"make_targets": task.batched} if isinstance(task, Batching) else {}
 
 

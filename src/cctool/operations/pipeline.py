@@ -342,6 +342,7 @@ def _stamped(
         metrics_before=outcome.metrics_before,
         metrics_after=outcome.metrics_after,
         notes=outcome.notes,
+        signal=outcome.signal,
     )
     return outcome.checkpoint.with_step(step)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cctool.base.errors import UsageError
+from cctool.base.json_text import twice
 from cctool.options.fields import Choice, Options, at_least, nested, option, section
 
 _network = section("Which network")
@@ -25,9 +26,16 @@ class Precision(Choice):
 
 
 def _argument(text: str, flag: str, example: str) -> str:
-    if "=" not in text:
+    key, equals, _ = text.partition("=")
+    if not equals or not key.strip():
         raise UsageError(f"{flag} {text}: key=value is expected, as in {example}")
     return text
+
+
+def _doubled(arguments: tuple[str, ...], flag: str) -> tuple[bool, str]:
+    """Whether a key is given twice among ``key=value`` texts, and the error message."""
+    keys = twice(text.partition("=")[0] for text in arguments)
+    return bool(keys), f"{flag} {', '.join(keys)}: given twice; once is allowed"
 
 
 def _data_argument(of: str, flag: str) -> Any:
@@ -71,6 +79,9 @@ class DataOptions(Options):
              "--val-data-arg needs --val-data my.py:factory"),
             (bool(self.test_data_arguments) and self.test_data is None,
              "--test-data-arg needs --test-data my.py:factory"),
+            _doubled(self.data_arguments, "--data-arg"),
+            _doubled(self.val_data_arguments, "--val-data-arg"),
+            _doubled(self.test_data_arguments, "--test-data-arg"),
         )
         # fmt: on
 
@@ -166,6 +177,7 @@ class ModelOptions(Options):
             (min(std, default=1.0) <= 0, f"--std {self.std}: positive values are needed"),
             (self.arch is not None and self.spec is not None,
              "--arch and --spec both name the network: give one"),
+            _doubled(self.arguments, "--arg"),
         )
         # fmt: on
 

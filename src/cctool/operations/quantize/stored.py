@@ -25,6 +25,7 @@ from cctool.operations.judge.size import stored_bytes
 from cctool.operations.keep import events
 from cctool.operations.keep.encode import encode_under_mask, masks_by_place
 from cctool.operations.quantize.report import QuantizeReport, TensorReport, counted, errors_between
+from cctool.operations.quantize.signal import signal_and_warning
 from cctool.options.quantize.choices import INTEGERS, QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.encodings.apot_levels import default_terms
@@ -80,7 +81,8 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     product, reports = encode_selected(product, checkpoint, selected, options, context)
     product, followed = events.changed(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
-    notes = (*_storage_notes(checkpoint, product, reports), *counted(skipped), *followed)
+    signal, warned = signal_and_warning(checkpoint, product, source, options.data, context)
+    notes = (*_storage_notes(checkpoint, product, reports), *counted(skipped), *followed, *warned)
     report = QuantizeReport(
         method=str(options.method),
         tensors=tuple(reports),
@@ -90,8 +92,11 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         metrics_before=before,
         metrics_after=after,
         notes=notes,
+        signal=signal,
     )
-    yield Outcome(product, report, metrics_before=before, metrics_after=after, notes=notes)
+    yield Outcome(
+        product, report, metrics_before=before, metrics_after=after, notes=notes, signal=report.signal
+    )
 
 
 def encode_selected(

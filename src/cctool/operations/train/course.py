@@ -20,6 +20,7 @@ from cctool.operations.keep.follower import Followed
 from cctool.operations.train.new_head import with_new_head
 from cctool.operations.train.one_process import Start, fit_here, metrics_of
 from cctool.operations.train.rate_penalty import refuse_rate_without_taps
+from cctool.operations.train.remarks import say_remarks
 from cctool.operations.train.resume import (
     forms_from,
     nothing_to_resume,
@@ -111,6 +112,9 @@ def conduct(
         start = _started(checkpoint, source, options, context)
     _refuse_other_classes(start.checkpoint, source, context)
     refuse_rate_without_taps(start.checkpoint.model, options.fit.rate_weight)
+    say_remarks(start.checkpoint, source, options.fit, options.data, context)
+    if options.keep_storage and not start.forms:
+        context.say_once("--keep-storage changes nothing: INPUT has no encoded tensors")
     goal = make_goal(start.checkpoint, source, options, context)
     if start.continues is not None:
         refuse_other_files(start.continues, goal.others)

@@ -9,7 +9,7 @@ from typing import Any
 from cctool.options.common import DataOptions, ModelOptions
 from cctool.options.fields import Choice, Options, assemble, leaves, nested, option
 from cctool.options.teacher import alpha_option, keep_storage_option, teacher_model, temperature_option
-from cctool.options.train.fit import FitOptions, OptimizerName, Schedule
+from cctool.options.train.fit import UNTRAINED, FitOptions, OptimizerName, Schedule
 from cctool.options.train.run import RunOptions, refuse_small_batches
 from cctool.options.train.start import StartOptions
 
@@ -33,7 +33,7 @@ class DistillOptions(Options):
     fit: FitOptions = nested(FitOptions)
     data: DataOptions = nested(DataOptions)
     run: RunOptions = nested(RunOptions)
-    keep_storage: bool = keep_storage_option("Output")
+    keep_storage: bool = keep_storage_option("Output", UNTRAINED)
     start: StartOptions = nested(StartOptions, if_given=True)
     preset: DistillPreset | None = option(
         None, "Set the options of a published method; options that you give win.")
