@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.detectors import before_boxes
-from cctool.base.networks import in_eval_mode
-from cctool.base.outputs import as_numbers, is_measured, named_tensors
+from cctool.base.networks import in_eval_mode, some
+from cctool.base.outputs import OUTPUT, as_numbers, is_measured, named_tensors
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Signal
 from cctool.data.records import DataSource
@@ -266,10 +266,10 @@ def _warning_of(signal: Signal | None, training: _Training | None) -> str | None
         if signal.agreement is None
         else f" and the {signal.agreement_of} decision agrees on {signal.agreement:.1f} %"
     )
-    which = "the outputs" if len(signal.lost) == 1 else f"the outputs ({', '.join(signal.lost)})"
+    where = "" if signal.lost == (OUTPUT,) else f" of {some(signal.lost)}"
     return (
-        f"most of the signal is gone: on {signal.n} {signal.split} images {which} {what} against the "
-        f"network that came in{decided}; more bits, --exclude or --layer for single layers, or another "
+        f"most of the signal{where} is gone: on {signal.n} {signal.split} images the outputs {what} against "
+        f"the network that came in{decided}; more bits, --exclude or --layer for single layers, or another "
         "--observer may help"
     )
 
