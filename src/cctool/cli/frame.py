@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from signal import SIGINT, SIGTERM
 from typing import Any
 
 import typer
@@ -121,6 +122,7 @@ class Invocation:
             reporter=self.console,
             resumes=resumes,
             said=self.said,
+            given=frozenset(self.given),
         )
 
     def _operation(self) -> Callable[..., Any]:
@@ -174,6 +176,10 @@ def _piped() -> list[str]:
     return lines
 
 
+class Terminated(KeyboardInterrupt):
+    """The program was asked to end by SIGTERM, as batch systems do."""
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Turn errors of ``command`` into one line on stderr and an exit status."""
 
@@ -187,9 +193,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 traceback.print_exc()
             Console().error(str(error))
             raise typer.Exit(error.exit_status) from None
-        except KeyboardInterrupt:
-            Console().error("interrupted")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as ended:
+            terminated = isinstance(ended, Terminated)
+            Console().error("terminated" if terminated else "interrupted")
+            # As shells count a program that a signal ends.
+            raise typer.Exit(128 + (SIGTERM if terminated else SIGINT)) from None
         except BrokenPipeError:
             # The reader of stdout is gone; Python would raise again when it flushes stdout at exit.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - lives until the process ends

@@ -78,6 +78,7 @@ class Context:
         judges: how networks are judged, by their task; filled by `task.judge_of`.
         said: notes that are given once in a command.
         read: the files that the command reads, which it must not replace.
+        given: keywords of the options that were given, and not left at their defaults.
     """
 
     device: torch.device
@@ -94,6 +95,7 @@ class Context:
     judges: dict[Any, Any] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
     read: tuple[NamedFile, ...] = ()
+    given: frozenset[str] = frozenset()
 
     def say_once(self, note: str) -> None:
         """Give a note, unless this command gave it before."""

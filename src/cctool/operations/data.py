@@ -32,6 +32,21 @@ if TYPE_CHECKING:
     from cctool.data.records import DataSource, Split
 
 
+_OF_DATA = ("batch_size", "workers", "limit")
+
+
+def refuse_other_splits(split: str, context: Context) -> None:
+    """Refuse data for a split that a command does not look at, which measures ``split`` alone.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    for keyword, replaced in (("val_data", "validation"), ("test_data", "test")):
+        if keyword in context.given and split != replaced:
+            flag = f"--{keyword.replace('_', '-')}"
+            raise UsageError(f"{flag} replaces the {replaced} split, and {split} is measured (--split)")
+
+
 def open_source(
     options: DataOptions,
     checkpoint: Checkpoint,
@@ -54,6 +69,11 @@ def open_source(
         for option, other in (("--val-data", options.val_data), ("--test-data", options.test_data)):
             if other is not None:
                 raise UsageError(f"{option} {other} replaces a split of a data set: name that with --data")
+        idle = [f"--{name.replace('_', '-')}" for name in _OF_DATA if name in context.given]
+        if idle:
+            context.say_once(
+                f"{', '.join(idle)} changes nothing: no data set is named (--data) or remembered"
+            )
         return None
     if remembered:
         context.say_once(f"data: {reference}, the checkpoint's last (--data names another)")

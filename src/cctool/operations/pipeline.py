@@ -55,6 +55,7 @@ class Request:
         reporter: prints notes, warnings and progress.
         resumes: whether the command continues its earlier run, whose product it may replace.
         said: notes that were given already, for a command that is carried out for several files.
+        given: keywords of the options that were given, and not left at their defaults.
     """
 
     verb: str
@@ -68,6 +69,7 @@ class Request:
     reporter: Reporter = field(default_factory=Silent)
     resumes: bool = False
     said: set[str] = field(default_factory=set)
+    given: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,7 @@ def _prepare(
         asked=asked_of(options),
         said=request.said,
         read=read,
+        given=request.given,
     )
     of_data = None if opened is None else opened.task
     return with_task(checkpoint, of_data, registry.task_of(checkpoint.spec.architecture), context), context

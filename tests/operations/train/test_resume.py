@@ -142,11 +142,10 @@ def test_other_data_under_the_same_name_are_refused() -> None:
     assert "the train split of folder:images had 8 images and has 10 now" in said
 
 
-def test_resuming_and_starting_anew_exclude_each_other() -> None:
-    begun("a.pt")
-    result = run("train", *SMALL, "-o", "a.pt", "--epochs", "2", "--resume", "--force")
-    assert result.exit_code == 2
-    assert "--resume goes on with an earlier training, --force starts anew" in result.stderr
+def test_the_same_command_goes_on_although_it_may_replace_files() -> None:
+    line = ("train", *SMALL, "--epochs", "2", "-o", "a.pt", "--force")
+    made(*line, "--stop-after", "1")
+    assert "going on after epoch 1 of 2" in run(*line, "--resume").stderr
 
 
 @pytest.mark.parametrize("name", ["last.pt", "epoch-0001.pt"])

@@ -30,11 +30,8 @@ def resumed(call: Invocation) -> Invocation:
     """With ``--resume``, the call for the training to continue; options not given are that training's."""
     if not call.given.get("resume"):
         return call
-    from cctool.base.errors import UsageError
     from cctool.operations.train.resume import find_resumed
 
-    if call.frame.output.force:
-        raise UsageError("--resume goes on with an earlier training, --force starts anew: give one of them")
     source, output = find_resumed(call.source, call.output, call.verb.name)
     found = _begun_with(call, source, output)
     told = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from cctool.operations.judge.task import Judge, judge_of
 from cctool.operations.keep import events
 from cctool.operations.keep.follower import Followed
 from cctool.operations.train.new_head import with_new_head
-from cctool.operations.train.one_process import Start, fit_here, metrics_of
+from cctool.operations.train.one_process import Fitted, Start, fit_here, metrics_of
 from cctool.operations.train.rate_penalty import refuse_rate_without_taps
 from cctool.operations.train.remarks import say_remarks
 from cctool.operations.train.resume import (
@@ -63,7 +64,7 @@ class TrainReport:
         best_epoch: the epoch whose weights the product has; None without training.
         metrics_before: of the input network.
         metrics_after: of the product, after it was encoded again (--keep-storage).
-        run_folder: path of the logs and ``last.pt``; None without training.
+        run_folder: path of the logs and ``last.pt``; None without training, or if none was kept.
         rows: one per epoch.
     """
 
@@ -148,13 +149,11 @@ def _fit(
     verb: str, goal: Goal, start: Start, source: DataSource, options: Any, context: Context, folder: RunFolder
 ) -> Iterator[Outcome]:
     try:
-        if options.run.processes == 1:
-            result = fit_here(start, goal.objective, source, options, context, folder)
-        else:
-            result = fit_in_processes(verb, start, options, context, folder)
-    except KeyboardInterrupt:
-        context.reporter.warn(f"interrupted; {_left(folder, context)}")
-        raise
+        with _saying_what_is_left(folder, context):
+            if options.run.processes == 1:
+                result = fit_here(start, goal.objective, source, options, context, folder)
+            else:
+                result = fit_in_processes(verb, start, options, context, folder)
     except CctoolError as error:
         left = _left(folder, context)
         # Logs of worker processes have the traceback of the error.
@@ -164,12 +163,33 @@ def _fit(
         raise type(error)(f"{error}; {left}") from error
     if not result.completed:
         if options.run.nodes == 1 or node_rank() == 0:
-            yield _stopped(len(result.rows), start, source, options, context, folder)
+            with _saying_what_is_left(folder, context):
+                stopped = _stopped(len(result.rows), start, source, options, context, folder)
+            yield stopped
         return
     if options.run.nodes > 1 and node_rank() > 0:
         # Only one machine may write the product.
         context.reporter.note("this machine trained along; the first one writes the product")
         return
+    with _saying_what_is_left(folder, context):
+        outcome = _finished(result, start, source, options, context, folder)
+    yield outcome
+
+
+@contextmanager
+def _saying_what_is_left(folder: RunFolder, context: Context) -> Iterator[None]:
+    """Say what remains of a training that is interrupted, also after its last epoch."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        context.reporter.warn(f"interrupted; {_left(folder, context)}")
+        raise
+
+
+def _finished(
+    result: Fitted, start: Start, source: DataSource, options: Any, context: Context, folder: RunFolder
+) -> Outcome:
+    """The best epoch of a completed training, encoded and measured."""
     finished = replace(start.checkpoint, resume=None)
     finished.model.eval()
     forms = start.forms if options.keep_storage else {}
@@ -182,7 +202,7 @@ def _fit(
     folder.log(_summary(after, judge_of(finished, context)))
     _warn_of_guessing(finished, after, context)
     report = TrainReport(len(result.rows), best, start.metrics_before, after, str(folder.path), result.rows)
-    yield Outcome(
+    return Outcome(
         finished,
         report,
         metrics_before=start.metrics_before,
