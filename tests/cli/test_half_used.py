@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner, Result
 
+import cctool
 from cctool.checkpoint.checkpoint import Checkpoint, load, open_file, save
 from cctool.cli.main import app
 from cctool.operations.registries import tables
@@ -291,3 +294,85 @@ def test_an_index_without_streams_is_nothing_to_decode() -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     assert "names no streams: there is nothing to decode" in result.stderr
     assert not Path("out").exists()
+
+
+# -- data --------------------------------------------------------------------------------------------------
+
+
+def test_options_of_data_without_data_are_said() -> None:
+    bare = ("train", *NAMED, "--arg", "num_classes=3", "--input", "1x8x8", "--epochs", "0", "-o", "c.pt")
+    text = "--batch-size, --limit changes nothing: no data set is named (--data) or remembered"
+    said(*bare)
+    assert text in said("quantize", "c.pt", *NAMED, "--batch-size", "8", "--limit", "4", "-o", "d.pt")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("analyze", "a.pt", *NAMED, "--data", "digits"), "--data: samples are for comparing the ONNX file"),
+        (
+            ("analyze", "a.pt", *NAMED, "--limit", "8", "--macs"),
+            "--limit: samples are for comparing the ONNX",
+        ),
+        (
+            ("export", "a.pt", *NAMED, "--format", "state-dict", "--data", "digits"),
+            "--data: a file of state-dict",
+        ),
+        (("export", "a.pt", *NAMED, "-o", "x.safetensors", "--limit", "8"), "--limit: a file of safetensors"),
+        (
+            ("evaluate", "a.pt", *NAMED, "--data", "digits", "--val-data", "digits"),
+            "--val-data replaces the val",
+        ),
+        (
+            ("evaluate", "a.pt", *NAMED, "--data", "digits", "--test-data", "digits", "--split", "train"),
+            "--test-data replaces the test split, and train is measured",
+        ),
+    ],
+)
+def test_data_that_nothing_looks_at_are_refused(line: tuple[str, ...], message: str) -> None:
+    assert message in refused(*line)
+
+
+def test_the_mode_of_a_metric_does_not_contradict_the_metric() -> None:
+    text = "\ndef errors(outputs, targets):\n    return float(len(targets))\nerrors.direction = 'min'\n"
+    Path("net.py").write_text(NET + text)
+    line = ("train", *NAMED, *DATA, "--epochs", "1", "--metric", "net.py:errors", "-o", "b.pt")
+    assert "--metric-mode max: the metric errors itself says" in refused(*line, "--metric-mode", "max")
+    said(*line, "--metric-mode", "min")
+
+
+# -- in Python ---------------------------------------------------------------------------------------------
+
+
+def memory() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(16, 1, 8, 8, generator=generator)
+    return {"images": images, "labels": torch.arange(16) % 10}
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"workers": 2}, "workers: data in memory are served as they are given"),
+        ({"augment": False}, "augment: data in memory"),
+        ({"batch_size": 4, "loader": True}, "batch_size: data in memory"),
+        ({"data_arg": "size=8"}, "data_arg: data in memory"),
+    ],
+)
+def test_keywords_that_data_in_memory_have_no_use_for(keywords: dict[str, Any], message: str) -> None:
+    held = memory()
+    loader = keywords.pop("loader", False)
+    tensors = (held["images"], held["labels"])
+    data = DataLoader(TensorDataset(*tensors), batch_size=8) if loader else tensors
+    with pytest.raises(cctool.CctoolError, match=message):
+        cctool.train(arch="lenet", input=(1, 8, 8), data=data, epochs=1, **keywords)
+
+
+def test_a_report_names_no_folder_that_is_gone(tmp_path: Path) -> None:
+    held = memory()
+    images = torch.nn.functional.interpolate(held["images"], size=32)
+    asked: dict[str, Any] = {"arch": "lenet", "data": (images, held["labels"]), "epochs": 1, "batch_size": 8}
+    assert cctool.train(**asked, device="cpu")[1].run_folder is None
+    kept = cctool.train(**asked, device="cpu", output=str(tmp_path / "b.pt"))[1].run_folder
+    assert kept == str(tmp_path / "b.run")
+    assert Path(kept).is_dir()
