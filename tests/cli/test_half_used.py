@@ -219,6 +219,49 @@ def test_a_pattern_that_names_no_channels_is_said() -> None:
     assert "changes nothing" not in said(*line, "--exclude", "conv1", "--force")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("--layer", "conv*=4", "--layer", "conv2=8"), "--layer conv2 never counts, because one before it"),
+        (("--layer", "fc=4", "--layer", "fc=2"), "--layer fc never counts, because one before it"),
+        (("--layer", "fc=4", "--exclude", "fc"), "--layer fc never counts: --exclude leaves its layers out"),
+        (("--layer", "fc=4", "--include", "conv*"), "--layer fc never counts: --include leaves its layers"),
+    ],
+)
+def test_bits_of_a_layer_that_never_count_are_refused(line: tuple[str, ...], message: str) -> None:
+    assert message in refused("quantize", "a.pt", *NAMED, "--method", "int4", *line, "-o", "b.pt")
+
+
+def test_patterns_of_tensors_that_change_nothing_are_said() -> None:
+    line = ("quantize", "a.pt", *NAMED, "--method", "uint8", "-o", "b.pt", "--force")
+    text = "norm.weight changes nothing: the same tensors are quantized without it"
+    assert f"--exclude {text}" in said(*line, "--exclude", "norm.weight")
+    assert "changes nothing" not in said(*line, "--exclude", "fc.weight")
+    assert "--include conv1.weight changes" in said(*line, "--include", "conv*", "--include", "conv1.weight")
+    assert "changes nothing" not in said(*line, "--include", "conv*", "--include", "fc.weight")
+
+
+def test_patterns_of_masks_that_change_nothing_are_said() -> None:
+    line = ("prune", "a.pt", *NAMED, "--method", "l1", "--granularity", "element", "-o", "b.pt", "--force")
+    assert "--exclude norm changes nothing" in said(*line, "--exclude", "norm")
+    assert "changes nothing" not in said(*line, "--exclude", "conv1")
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [
+        ("train", ("--milestones", "1", "--milestones", "2")),
+        ("train", ("--mean", "0.5", "--mean", "0.4")),
+        ("quantize", ("--choices", "2,4", "--choices", "8")),
+        ("prune", ("--target", "macs=0.5", "--target", "params=0.5")),
+    ],
+)
+def test_a_list_or_a_quantity_is_given_once(verb: str, option: tuple[str, ...]) -> None:
+    assert f"{option[0]}: given 2 times ({option[1]} and {option[3]})" in refused(
+        verb, "a.pt", *NAMED, *option
+    )
+
+
 # -- training ----------------------------------------------------------------------------------------------
 
 

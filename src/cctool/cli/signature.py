@@ -79,7 +79,8 @@ def _kind(leaf: Leaf) -> Any:
     if leaf.spec.repeated:
         return list[str]
     if leaf.spec.parse is not None:
-        return str
+        # A list, so that a second one is noticed: click would keep the last.
+        return list[str]
     # Words of an enum are checked where they are read, in the words of the other errors.
     return str if leaf.enum is not None else leaf.kinds[0]
 
@@ -91,5 +92,5 @@ def _default(leaf: Leaf) -> Any:
     if leaf.spec.repeated or leaf.default is MISSING:
         return None
     if leaf.spec.parse is not None:
-        return leaf.spec.shown
+        return None if leaf.spec.shown is None else [leaf.spec.shown]
     return str(leaf.default) if leaf.enum is not None and leaf.default is not None else leaf.default

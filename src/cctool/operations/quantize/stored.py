@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from pydantic import JsonValue
-from torch import Tensor
+from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError
 from cctool.base.networks import copied
@@ -82,7 +82,13 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     product, followed = events.changed(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
     signal, warned = signal_and_warning(checkpoint, product, source, options.data, context)
-    notes = (*_storage_notes(checkpoint, product, reports), *counted(skipped), *followed, *warned)
+    notes = (
+        *_idle_patterns(checkpoint.model, options, selected),
+        *_storage_notes(checkpoint, product, reports),
+        *counted(skipped),
+        *followed,
+        *warned,
+    )
     report = QuantizeReport(
         method=str(options.method),
         tensors=tuple(reports),
@@ -97,6 +103,22 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     yield Outcome(
         product, report, metrics_before=before, metrics_after=after, notes=notes, signal=report.signal
     )
+
+
+def _idle_patterns(
+    model: nn.Module, options: QuantizeOptions, selected: Sequence[SelectedTensor]
+) -> Iterator[str]:
+    """Notes on patterns without which the same tensors would be selected."""
+    names = [item.names for item in selected]
+    for flag, patterns in (("include", options.include), ("exclude", options.exclude)):
+        for number, pattern in enumerate(patterns):
+            others = patterns[:number] + patterns[number + 1 :]
+            if flag == "include" and not others:
+                continue
+            chosen = {"include": options.include, "exclude": options.exclude, flag: others}
+            found, _ = select(model, include_1d=options.include_1d, **chosen)
+            if [item.names for item in found] == names:
+                yield f"--{flag} {pattern} changes nothing: the same tensors are quantized without it"
 
 
 def encode_selected(
