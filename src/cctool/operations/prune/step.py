@@ -137,8 +137,8 @@ class Changer:
         saliency = partial(weight_saliency, options.method, evidence=evidence, generator=generator)
         rates = None if options.rates is None else read_rates(options.rates)
         masked, report = mask_weights(checkpoint, options, saliency, step=step, rates=rates)
-        idle = idle_patterns(checkpoint.model, options)
-        return Changed(masked, masks=report, notes=(*self._table_notes(), *idle, *report.notes))
+        report = replace(report, notes=(*idle_patterns(checkpoint.model, options), *report.notes))
+        return Changed(masked, masks=report, notes=(*self._table_notes(), *report.notes))
 
     def _table_notes(self) -> tuple[str, ...]:
         """The table of rates as a note, because its file may change."""
