@@ -273,3 +273,32 @@ def test_a_size_that_the_network_does_not_take_is_neither_exported_nor_measured(
     assert "--input CxHxW" in fails("export", "good.pt", "--input", "1x16x16", status=1)
     measured = ("quantize", "good.pt", "--input", "1x16x16", "--data", "digits", "--limit", "8")
     assert "--input CxHxW" in fails(*measured, status=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"hello world, no checkpoint at all", "this is neither"),
+        (b"e\n.", "this is neither"),
+        (b"{}", "this is neither"),
+        (b"<!DOCTYPE html><html>404</html>", "this is neither"),
+        (b"\x93NUMPY\x01\x00v\x00{'descr': '<f8'}", "this is neither"),
+        (b"PK\x03\x04" + bytes(200), "the end of its archive is missing"),
+        (b"\x80\x02junk", "it is damaged, or torch.save did not write it"),
+    ],
+)
+def test_files_that_are_no_checkpoints_are_refused_in_our_words(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    error = fails("analyze", str(path), status=1)
+    assert f"{path} is not a readable checkpoint: " in error
+    assert error.endswith(message)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_word_that_an_option_does_not_know_is_refused_in_our_words() -> None:
+    error = fails("quantize", "good.pt", "--method", "int9", status=2)
+    assert error.startswith("error: --method int9: fp16, bf16, uint8, ")
+    assert error.endswith("is allowed")

@@ -34,7 +34,8 @@ Shape = tuple[Annotated[int, Field(ge=0, le=MAX_DIMENSION, strict=True)], ...]
 class Record(BaseModel):
     """Base of all stored records: immutable, and unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # "constants" keeps infinities as they are, for the writer to refuse; pydantic would make null of them.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class Preprocessing(Record):
