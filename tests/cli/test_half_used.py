@@ -352,28 +352,34 @@ def test_options_of_data_without_data_are_said() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (("analyze", "a.pt", *NAMED, "--data", "digits"), "--data: samples are for comparing the ONNX file"),
         (
-            ("analyze", "a.pt", *NAMED, "--limit", "8", "--macs"),
-            "--limit: samples are for comparing the ONNX",
+            ("analyze", "--data", "digits"),
+            "--data changes nothing: samples are for comparing the file of --onnx",
         ),
         (
-            ("export", "a.pt", *NAMED, "--format", "state-dict", "--data", "digits"),
-            "--data: a file of state-dict",
-        ),
-        (("export", "a.pt", *NAMED, "-o", "x.safetensors", "--limit", "8"), "--limit: a file of safetensors"),
-        (
-            ("evaluate", "a.pt", *NAMED, "--data", "digits", "--val-data", "digits"),
-            "--val-data replaces the val",
+            ("analyze", "--limit", "8", "--macs"),
+            "--limit changes nothing: samples are for comparing the file",
         ),
         (
-            ("evaluate", "a.pt", *NAMED, "--data", "digits", "--test-data", "digits", "--split", "train"),
-            "--test-data replaces the test split, and train is measured",
+            ("export", "--format", "state-dict", "--data", "digits"),
+            "--data changes nothing: the tensors of a",
         ),
+        (("export", "-o", "x.safetensors", "--limit", "8"), "--limit changes nothing: the tensors of a saf"),
     ],
 )
-def test_data_that_nothing_looks_at_are_refused(line: tuple[str, ...], message: str) -> None:
-    assert message in refused(*line)
+def test_data_that_no_file_is_compared_on_are_said(line: tuple[str, ...], message: str) -> None:
+    assert message in said(line[0], "a.pt", *NAMED, *line[1:])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("--val-data", "digits"), "--val-data replaces the validation split, and test is measured"),
+        (("--test-data", "digits", "--split", "train"), "--test-data replaces the test split, and train is"),
+    ],
+)
+def test_data_of_a_split_that_is_not_measured_are_refused(line: tuple[str, ...], message: str) -> None:
+    assert message in refused("evaluate", "a.pt", *NAMED, "--data", "digits", *line)
 
 
 def test_the_mode_of_a_metric_does_not_contradict_the_metric() -> None:

@@ -18,7 +18,7 @@ def read_json(text: str | bytes) -> Any:
     >>> read_json('{"a": 1, "a": 2}')
     Traceback (most recent call last):
     ...
-    ValueError: the key 'a' is there twice
+    cctool.base.json_text.DoubledKeyError: the key 'a' is there twice
     """
     return json.loads(text, object_pairs_hook=_without_doubles)
 

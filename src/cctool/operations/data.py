@@ -35,6 +35,18 @@ if TYPE_CHECKING:
 _OF_DATA = ("batch_size", "workers", "limit")
 
 
+def say_unlooked_at(why: str, context: Context) -> None:
+    """Say which of the given options of data change nothing, because no sample is looked at."""
+    idle = given_of_data(context, "data", "data_arg")
+    if idle:
+        context.say_once(f"{', '.join(idle)} changes nothing: {why}")
+
+
+def given_of_data(context: Context, *more: str) -> list[str]:
+    """Flags of the options of data that were given."""
+    return [f"--{name.replace('_', '-')}" for name in (*more, *_OF_DATA) if name in context.given]
+
+
 def refuse_other_splits(split: str, context: Context) -> None:
     """Refuse data for a split that a command does not look at, which measures ``split`` alone.
 
@@ -69,7 +81,7 @@ def open_source(
         for option, other in (("--val-data", options.val_data), ("--test-data", options.test_data)):
             if other is not None:
                 raise UsageError(f"{option} {other} replaces a split of a data set: name that with --data")
-        idle = [f"--{name.replace('_', '-')}" for name in _OF_DATA if name in context.given]
+        idle = given_of_data(context)
         if idle:
             context.say_once(
                 f"{', '.join(idle)} changes nothing: no data set is named (--data) or remembered"

@@ -9,7 +9,7 @@ from typing import Any
 
 from cctool.base.errors import UsageError
 from cctool.base.json_text import twice
-from cctool.options.fields import Choice, Idle, Options, at_least, nested, option, section
+from cctool.options.fields import Choice, Options, at_least, nested, option, section
 
 _network = section("Which network")
 _data = section("Data")
@@ -245,14 +245,9 @@ def zero_bar_option(panel: str) -> Any:
     return option(False, "Also draw the bar of zeros in the histograms.", panel=panel, recorded=False)
 
 
-def sampled_data(limit: str, idle: Idle) -> Any:
-    """Data on which a written model is verified, in addition to random inputs.
-
-    ``limit`` is a help text, ``idle`` the condition under which nothing is verified on images.
-    """
+def sampled_data(limit: str) -> Any:
+    """Data on which a written model is verified, in addition to random inputs; ``limit`` is a help text."""
     replaced = ("val_data", "val_data_arguments", "test_data", "test_data_arguments")
-    served = ("data", "batch_size", "workers", "limit", "data_arguments")
-    changed: dict[str, dict[str, Any]] = {name: {"idle": (idle,)} for name in served}
-    changed["limit"]["help"] = limit
+    changed = {"limit": {"help": limit}}
     few = DataOptions(batch_size=64, limit=256)
     return nested(DataOptions, few, without=replaced, changed=changed)

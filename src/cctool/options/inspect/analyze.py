@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from cctool.options.common import DataOptions, sampled_data
-from cctool.options.fields import Choice, Idle, Options, section
+from cctool.options.fields import Choice, Options, section
 
 TABLE_SUFFIXES = (".xlsx", ".csv", ".json")
 """Suffixes that a table can be written to."""
@@ -41,10 +41,7 @@ class AnalyzeOptions(Options):
         writes=True)
     history: bool = _printed(False, "Print every step of the history in full, and nothing else.")
     spec: bool = _printed(False, "Print the spec as JSON, and nothing else.")
-    data: DataOptions = sampled_data(
-        "Compare the ONNX file on at most this many samples.",
-        Idle(lambda asked: not (asked.onnx or asked.onnx_file),
-             "samples are for comparing the ONNX file of --onnx, which is not given"))
+    data: DataOptions = sampled_data("Compare the ONNX file on at most this many samples.")
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:

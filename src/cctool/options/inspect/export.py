@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 from cctool.base.errors import UsageError
 from cctool.options.common import DataOptions, sampled_data
-from cctool.options.fields import Choice, Idle, Options, option
+from cctool.options.fields import Choice, Options, option
 
 
 class ExportFormat(Choice):
@@ -51,11 +51,7 @@ class ExportOptions(Options):
     output: str | None = option(
         None, "File to write; its suffix implies the format.", "--output", "-o", panel="Output", writes=True,
         unset="INPUT's stem with .onnx, .state.pt, .state.safetensors or .pt2")
-    data: DataOptions = sampled_data(
-        "Compare on at most this many samples of the data.",
-        Idle(lambda asked: asked.effective_format not in (ExportFormat.ONNX, ExportFormat.PT2),
-             lambda asked: f"a file of {asked.effective_format} holds tensors, which are compared without "
-             "samples"))
+    data: DataOptions = sampled_data("Compare on at most this many samples of the data.")
     allow_nonfinite: bool = option(
         False, "Write the file even if weights are NaN or infinite.", panel="Output")
     without_codec: bool = option(False, "Leave the codecs of feature maps out of an ONNX or pt2 file.")
