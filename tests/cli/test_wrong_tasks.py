@@ -101,6 +101,22 @@ FROM_DOCS = [
 # Made up from the code.
 FROM_CODE = [
     (f"evaluate lenet.pt {DIGITS} --metric my.py:word", 1, "returned a str; a metric is one number"),
+    (f"evaluate lenet.pt {DIGITS} --metric my.py:written", 1, "returned a str; a metric is one number"),
+    (f"evaluate lenet.pt {DIGITS} --metric my.py:truth", 1, "returned a bool; a metric is one number"),
+    (f"evaluate lenet.pt {DIGITS} --metric my.py:truths", 1, "returned a torch.bool; a metric is one number"),
+    (f"evaluate lenet.pt {DIGITS} --metric my.py:leaves", 1, "my.py:leaves raised SystemExit: 3"),
+    (f"train --arch my.py:leaving {DIGITS} --loss my.py:mse", 1, "ended the program (SystemExit: 4)"),
+    (f"evaluate lenet.pt {DIGITS} --metric my.py:unit_3", 1, "its unit is 3; a text such as 'dB'"),
+    (f"evaluate lenet.pt {DIGITS} --metric my.py:top5", 1, "top5 is the name of a measure of cctool's own"),
+    (f"train --arch lenet {DIGITS} --metric my.py:loss", 1, "loss is the name of a measure of cctool's own"),
+    ("evaluate reg.pt --arch my.py:reg --data my.py:numbers --metric my.py:mae", 1, "(mean absolute error)"),
+    (f"evaluate ae.pt --arch my.py:ae {DIGITS} --metric my.py:miou", 1, "(mean IoU)"),
+    (
+        "train seg.pt --arch my.py:seg --data folder:classes4 -o new.pt",
+        1,
+        "segmentation needs whole-number masks",
+    ),
+    ("evaluate boxes.pt --arch my.py:boxes --data images:pictures", 1, "--task the kind of outputs"),
     (f"evaluate lenet.pt {DIGITS} --metric my.py:each", 1, "returned shape [16]; a metric is one number"),
     (f"prune lenet.pt --method l1 {DIGITS} --metric my.py:raises", 1, "raised ValueError: no such thing"),
     (f"train lenet.pt {DIGITS} --loss my.py:flat -o new.pt", 1, "a loss without a gradient"),
@@ -208,6 +224,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         masked("black_and_white", lambda number: levels(2, 16, 16).point(lambda level: level * 255), "")
         for number in range(4):
             picture(Path("pictures") / f"{number}.png")
+            for name in range(20):
+                picture(Path("classes4") / f"class{number}" / f"{name}.png")
         Path("net.onnx").write_bytes(b"not opened")
         for command in MADE:
             assert CliRunner().invoke(app, command.split()).exit_code == 0, command

@@ -20,6 +20,8 @@ class Returning(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         found = self.decoder(self.encoder(images).relu())
+        if self.kind == "leaving" and self.training:
+            raise SystemExit(4)
         others = {"text": "a cat", "nothing": None, "boxes": {"boxes": found, "scores": found.mean((2, 3))}}
         return others.get(self.kind, found)
 
@@ -35,6 +37,10 @@ class TwoInputs(nn.Module):
 
 def ae() -> nn.Module:
     return Returning("image")
+
+
+def leaving() -> nn.Module:
+    return Returning("leaving")
 
 
 def text_outputs() -> nn.Module:
@@ -84,6 +90,36 @@ def each(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def word(outputs: Tensor, targets: Tensor) -> str:
     return "good"
+
+
+def written(outputs: Tensor, targets: Tensor) -> str:
+    return "0.5"
+
+
+def truth(outputs: Tensor, targets: Tensor) -> bool:
+    return True
+
+
+def truths(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs == outputs).all()
+
+
+def leaves(outputs: Tensor, targets: Tensor) -> float:
+    raise SystemExit(3)
+
+
+def _one(outputs: Tensor, targets: Tensor) -> float:
+    return 1.0
+
+
+top5 = loss = mae = miou = _one
+
+
+def unit_3(outputs: Tensor, targets: Tensor) -> float:
+    return 1.0
+
+
+unit_3.unit = 3  # type: ignore[attr-defined]
 
 
 def nan(outputs: Tensor, targets: Tensor) -> float:

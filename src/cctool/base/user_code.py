@@ -119,7 +119,7 @@ def call_often(reference: str, function: Callable[..., Any], *arguments: Any, **
     """
     try:
         return function(*arguments, **more)
-    except Exception:
+    except (Exception, SystemExit):
         return call(reference, function, *arguments, **more)
 
 

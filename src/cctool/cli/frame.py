@@ -208,6 +208,12 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 traceback.print_exc()
             Console().error(str(error))
             raise typer.Exit(error.exit_status) from None
+        except SystemExit as error:
+            # The code of the user's network may end the program, which must not look like success.
+            if debug:
+                traceback.print_exc()
+            Console().error(f"code that the command ran ended the program (SystemExit: {error.code})")
+            raise typer.Exit(1) from None
         except KeyboardInterrupt as ended:
             terminated = isinstance(ended, Terminated)
             Console().error("terminated" if terminated else "interrupted")

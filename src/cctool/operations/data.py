@@ -90,9 +90,7 @@ def open_source(
     if remembered:
         context.say_once(f"data: {reference}, the checkpoint's last (--data names another)")
     elif reference != options.data and not options.data_arguments:
-        context.reporter.note(
-            f"data: {reference}, with the arguments of the last time (--data-arg gives others)"
-        )
+        context.say_once(f"data: {reference}, with the arguments of the last time (--data-arg gives others)")
     try:
         source = _opened_first(options, checkpoint, context) or open_named(
             options, reference, context.user_code, checkpoint.spec.input_shape

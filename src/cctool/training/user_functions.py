@@ -96,16 +96,27 @@ class UserMetric(_UserFunction):
         if direction not in ("max", "min"):
             raise UserCodeError(f"{reference}: its direction is {direction!r}; 'max' or 'min' is allowed")
         self.rising = direction == "max"
-        self.unit = str(getattr(function, "unit", ""))
+        unit = getattr(function, "unit", "")
+        if not isinstance(unit, str):
+            raise UserCodeError(f"{reference}: its unit is {unit!r}; a text such as 'dB' is allowed")
+        self.unit = unit
 
     def __call__(self, outputs: Any, targets: Tensor | None, inputs: Tensor | None = None) -> float:
         """Metric of all samples together, on the CPU."""
         value = self._called(outputs, targets, inputs)
         try:
+            # Texts and truth values that `float` takes are mistakes all the same.
+            if isinstance(value, (str, bytes, bytearray, bool)) or "bool" in str(getattr(value, "dtype", "")):
+                raise TypeError
             number = float(value)
         except (TypeError, ValueError, RuntimeError):
-            shown = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            whole = isinstance(value, Tensor) and value.numel() != 1
+            shown = f"shape {list(value.shape)}" if whole else f"a {_kind(value)}"
             raise UserCodeError(f"{self.reference} returned {shown}; a metric is one number") from None
         if not math.isfinite(number):
             raise UserCodeError(f"{self.reference} returned {number}; a metric is a finite number")
         return number
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -317,3 +317,18 @@ def test_networks_that_number_their_classes_otherwise_are_paired_by_name() -> No
     flipped = Checkpoint(first.model, first.spec.model_copy(update={"classes": names}))
     found = cctool.compare([first, flipped], data="digits")[1].differences[0]
     assert found.test == "mcnemar"
+
+
+@pytest.mark.usefixtures("place")
+def test_a_users_metric_has_a_column_beside_the_tasks_own() -> None:
+    Path("my.py").write_text(
+        "def sure(outputs, targets):\n    return float(outputs.softmax(1).amax(1).mean())\n"
+    )
+    options = ["--data", "digits", "--metric", "my.py:sure"]
+    result = ran("a.pt", "b.pt", *options)
+    assert "sure" in result.stdout.splitlines()[1]
+    assert "top-1 %" in result.stdout.splitlines()[1]
+    values = [row["report"]["metrics"]["values"]["sure"] for row in rows("a.pt", "b.pt", *options)]
+    ran("a.pt", "b.pt", *options, "--csv", "t.csv")
+    with Path("t.csv").open() as stream:
+        assert [float(row["sure"]) for row in csv.DictReader(stream)] == values

@@ -63,6 +63,7 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.py").write_text(
         "def loss(outputs, targets, inputs):\n    return outputs.mean()\n"
+        "def gain(outputs, targets):\n    return 1.0\n"
         "def error(outputs, targets):\n    return 1.0\n"
         "error.direction = 'min'\nerror.unit = 'mm'\n"
         "def odd(outputs, targets):\n    return 1.0\n"
@@ -123,14 +124,14 @@ def test_a_metric_says_its_direction_and_unit() -> None:
     main = judge_of(checkpoint(PICTURE, task="custom"), named).main
     assert (main.name, main.unit, main.rising) == ("error", "mm", False)
     rising = replace(
-        named, asked=FitOptions(metric="my.py:loss"), user_code=frozenset({"my.py:loss"}), judges={}
+        named, asked=FitOptions(metric="my.py:gain"), user_code=frozenset({"my.py:gain"}), judges={}
     )
     assert judge_of(checkpoint(LOGITS), rising).main.rising
-    falling = replace(rising, asked=FitOptions(metric="my.py:loss", metric_mode=MetricMode.MIN), judges={})
+    falling = replace(rising, asked=FitOptions(metric="my.py:gain", metric_mode=MetricMode.MIN), judges={})
     assert not judge_of(checkpoint(LOGITS), falling).main.rising
-    settings = {"metric": "elsewhere.py:loss", "direction": "min"}
+    settings = {"metric": "elsewhere.py:gain", "direction": "min"}
     later = replace(
-        named, asked=TaskOptions(metric="my.py:loss"), user_code=frozenset({"my.py:loss"}), judges={}
+        named, asked=TaskOptions(metric="my.py:gain"), user_code=frozenset({"my.py:gain"}), judges={}
     )
     assert not judge_of(checkpoint(PICTURE, task="custom", task_settings=settings), later).main.rising
     with pytest.raises(Exception, match="its direction is 'up'"):
@@ -210,6 +211,16 @@ def test_a_budget_is_less_than_all_of_a_percentage(budget: str) -> None:
         budget_scale(checkpoint(LOGITS), parse_drop(budget), (accuracy,), where())
     error = Metrics(split="validation", n=10, values={"mse": 0.5})
     assert budget_scale(checkpoint(LOGITS, task="regression"), parse_drop("250%"), (error,), where())
+
+
+def test_no_part_of_nothing_can_be_lost() -> None:
+    nothing = Metrics(split="validation", n=10, values={"top1": 0.0, "mse": 0.0})
+    with pytest.raises(TrainingError, match=r"--max-drop 5%: top-1 is 0, of which no part can be lost"):
+        budget_scale(checkpoint(LOGITS), parse_drop("5%"), (nothing,), where())
+    # An error of 0 may still rise, which no part of it allows.
+    scale = budget_scale(checkpoint(LOGITS, task="regression"), parse_drop("5%"), (nothing,), where())
+    assert scale.lost(0.0) == 0
+    assert scale.lost(0.1) == math.inf
 
 
 def test_errors_have_no_points() -> None:

@@ -21,7 +21,7 @@ from cctool.operations.data import can_measure, measured, open_source, refuse_ot
 from cctool.operations.judge.size import Footprint, footprint, measure
 from cctool.operations.judge.task import judge_of
 from cctool.options.inspect.compare import CompareOptions
-from cctool.tasks.base import Task
+from cctool.tasks.base import Measure, Task, main_measure
 from cctool.tasks.details import Hitting, class_name
 from cctool.tasks.shares import interval_of
 from cctool.training.objectives import CLASSIFICATION
@@ -79,6 +79,7 @@ class CompareReport:
         milliseconds: median time of a batch of one, if it was asked for.
         differences: from the first network, for each share.
         judge: the task, which names what was measured.
+        main: by which the network is judged: the user's metric, or the task's main one.
         samples: what single samples gave.
     """
 
@@ -93,6 +94,7 @@ class CompareReport:
     milliseconds: float | None = None
     differences: tuple[Difference, ...] = ()
     judge: Task = field(default=CLASSIFICATION, metadata={"json": False})
+    main: Measure = field(default=main_measure(CLASSIFICATION), metadata={"json": False})
     samples: PairedSamples | None = field(default=None, compare=False, repr=False, metadata={"json": False})
 
 
@@ -122,7 +124,8 @@ def run_onnx(path: Path, checkpoint: Checkpoint, options: CompareOptions, contex
 def _measured(
     report: CompareReport, checkpoint: Checkpoint, options: CompareOptions, context: Context
 ) -> CompareReport:
-    task = judge_of(checkpoint, context).task
+    judge = judge_of(checkpoint, context)
+    task = judge.task
     source = open_source(options.data, checkpoint, context)
     split = options.split.value
     refuse_other_splits(split, context)
@@ -142,7 +145,7 @@ def _measured(
     if options.latency:
         time = measure_latency(checkpoint.model, checkpoint.spec.input_shape)
         report = replace(report, milliseconds=time.milliseconds)
-    return replace(report, judge=task)
+    return replace(report, judge=task, main=judge.main)
 
 
 class _Gathered:

@@ -214,8 +214,12 @@ def tables(rows: Sequence[Compared]) -> ShownTables:
 
 
 def _mains(rows: Sequence[Compared]) -> list[Measure]:
-    """The main measure of each task, and the loss."""
-    mains = {measure.name: measure for row in rows for measure in (main_measure(row.report.judge), LOSS)}
+    """By what each network is judged, the main measure of each task, and the loss."""
+    mains = {
+        measure.name: measure
+        for row in rows
+        for measure in (row.report.main, main_measure(row.report.judge), LOSS)
+    }
     mains[LOSS.name] = mains.pop(LOSS.name)
     return list(mains.values())
 
@@ -263,7 +267,7 @@ def _smaller(first: Compared, row: Compared) -> float | None:
 
 def _sheet(rows: Sequence[Compared]) -> Report:
     """All figures, a row a network."""
-    measures = {m.name: m for row in rows for m in (*row.report.judge.measures, LOSS)}
+    measures = {m.name: m for row in rows for m in (row.report.main, *row.report.judge.measures, LOSS)}
     columns = [
         Column("file", "file", "Path of the file."),
         Column("architecture", "architecture", "Reference of its architecture."),

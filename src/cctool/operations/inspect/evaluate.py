@@ -31,7 +31,7 @@ from cctool.operations.transform.quality_tables import stream_tables, tap_tables
 from cctool.operations.transform.watch import refuse_unwatched, watched
 from cctool.operations.transform.write_streams import StreamFigures
 from cctool.options.inspect.evaluate import EvaluateOptions, SplitName
-from cctool.tasks.base import LOSS, Task
+from cctool.tasks.base import LOSS, Measure, Task, main_measure
 from cctool.tasks.details import Classed
 from cctool.tasks.shares import interval_of, shown
 from cctool.training.evaluate import evaluate, outputs_of
@@ -58,6 +58,7 @@ class EvaluateReport:
         classes: what was measured of each class, if it was asked for.
         confusion: counts (classes, classes), rows by label, if they were asked for.
         judge: the task, which names what was measured.
+        main: by which the network is judged: the user's metric, or the task's main one.
     """
 
     architecture: str
@@ -74,6 +75,7 @@ class EvaluateReport:
     classes: tuple[ClassFigures, ...] = ()
     confusion: Tensor | None = field(default=None, compare=False, metadata={"json": False})
     judge: Task = field(default=CLASSIFICATION, metadata={"json": False})
+    main: Measure = field(default=main_measure(CLASSIFICATION), metadata={"json": False})
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -86,7 +88,7 @@ class EvaluateReport:
             ("network", self.architecture),
             ("data", f"{self.data}, {self.split}"),
             ("n", self.n),
-            *_measured(self.metrics, self.judge),
+            *_measured(self.metrics, self.judge, self.main),
             ("parameters", self.size.parameters),
             ("bytes of the file", self.size.file_bytes),
             ("bytes of the tensors, dense", self.size.dense_bytes),
@@ -105,16 +107,15 @@ class EvaluateReport:
         return [*tap_tables(self.taps, self.split), *stream_tables(self.streams)]
 
 
-def _measured(metrics: Metrics | None, task: Task) -> list[tuple[str, object]]:
+def _measured(metrics: Metrics | None, task: Task, main: Measure) -> list[tuple[str, object]]:
     if metrics is None:
         return []
-    known = {measure.name: measure for measure in (*task.measures, LOSS)}
-    rows: list[tuple[str, object]] = [
+    known = {measure.name: measure for measure in (*task.measures, LOSS, main)}
+    return [
         (measure.title, shown(measure, metrics.values[name], metrics.n))
         for name, measure in known.items()
         if name in metrics.values
     ]
-    return rows + [(name, f"{value:.4g}") for name, value in metrics.values.items() if name not in known]
 
 
 def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> EvaluateReport:
@@ -139,10 +140,10 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
     refuse_other_splits(split, context)
     counts = ClassCounts(task, split, options) if options.asks_for_classes else None
     has_labels = not judge.needs_targets or has_targets(source.split(split))
+    if options.predictions is None and not options.asks_for_taps:
+        judge.require_measure("evaluate")
     if not has_labels:
         _refuse_unlabelled(source.origin(split), options)
-    elif options.predictions is None and not options.asks_for_taps:
-        judge.require_measure("evaluate")
     with watched(checkpoint, source.reference, split, options, context) as watch:
         batches = watch.batches(_shown(checkpoint, source, split, options, context))
         metrics = None
@@ -173,6 +174,7 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
         size,
         _intervals(metrics, task),
         judge=task,
+        main=judge.main,
     )
     return report if counts is None else _with_classes(report, counts, checkpoint, source, options, context)
 
@@ -225,7 +227,7 @@ def _with_classes(
         title = "\n".join(
             [
                 f"{report.architecture} on {told}",
-                *(f"{a} {b}" for a, b in _measured(report.metrics, report.judge)[:1]),
+                *(f"{a} {b}" for a, b in _measured(report.metrics, report.judge, report.main)[:1]),
             ]
         )
         write_matrix(counts, names, title, path, notes, overwrite=context.force)

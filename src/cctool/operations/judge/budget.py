@@ -103,7 +103,8 @@ def budget_scale(
 
     Raises:
         TrainingError: if nothing says how the network is judged; if the main metric is a loss, whose unit
-            means nothing, and the budget is not relative; or if the budget is all of a percentage.
+            means nothing, and the budget is not relative; or if the budget is all of a percentage or a part
+            of 0.
         UsageError: if nothing was measured on the validation split.
     """
     measure = judge_of(checkpoint, context).require_measure("--max-drop")
@@ -125,4 +126,7 @@ def budget_scale(
         raise TrainingError(
             f"--max-drop {wanted}: that is all of {measure.title}; less than {most} is allowed"
         )
-    return BudgetScale(measure, wanted, dense)
+    scale = BudgetScale(measure, wanted, dense)
+    if wanted.relative and measure.rising and not scale.before:
+        raise TrainingError(f"--max-drop {wanted}: {measure.title} is 0, of which no part can be lost")
+    return scale

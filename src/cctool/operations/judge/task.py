@@ -10,7 +10,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from cctool.base.errors import DataError, SpecError, TrainingError, UsageError
+from cctool.base.errors import DataError, SpecError, TrainingError, UsageError, UserCodeError
 from cctool.base.networks import device_of, in_eval_mode
 from cctool.base.outputs import named_tensors
 from cctool.checkpoint.checkpoint import Checkpoint
@@ -18,7 +18,7 @@ from cctool.checkpoint.spec import ModelSpec
 from cctool.operations.context import Context
 from cctool.options.common import TaskOptions
 from cctool.options.train.fit import FitOptions, MetricMode
-from cctool.tasks.base import Measure, Task, main_measure
+from cctool.tasks.base import LOSS, Measure, Task, main_measure
 from cctool.tasks.classification import Classification
 from cctool.tasks.custom import CUSTOM, UNKNOWN, Untold
 from cctool.tasks.table import TASKS, measure_named, task_named
@@ -152,6 +152,8 @@ def _judge(spec: ModelSpec, context: Context) -> Judge:
         if asked.metric is not None
         else None
     )
+    if metric is not None:
+        _refuse_taken(metric, task)
     rising = metric is None or _rising(metric, context, spec.task_settings)
     if spec.task == CUSTOM and metric is not None:
         task = Untold(CUSTOM, (Measure(metric.name, metric.name, metric.unit, rising),))
@@ -164,6 +166,17 @@ def _judge(spec: ModelSpec, context: Context) -> Judge:
         if name in spec.task_settings
     }
     return Judge(task, loss, metric, rising, recorded)
+
+
+def _refuse_taken(metric: UserMetric, task: Task) -> None:
+    """Refuse a metric under whose name something else is recorded, or read with a unit."""
+    of_others = (measure for other in TASKS.values() for measure in other.measures if measure.unit)
+    taken = next((m for m in (LOSS, *task.measures, *of_others) if m.name == metric.name), None)
+    if taken is not None:
+        raise UserCodeError(
+            f"--metric {metric.reference}: {metric.name} is the name of a measure of cctool's own "
+            f"({taken.title}); give the function another one"
+        )
 
 
 def _rising(metric: UserMetric, context: Context, settings: Mapping[str, JsonValue]) -> bool:

@@ -8,10 +8,10 @@ from cctool.base.errors import UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
-from cctool.operations.data import feed_of, refuse_unlabelled
+from cctool.operations.data import feed_of
 from cctool.operations.judge.task import judge_of
 from cctool.options.prune.options import PruneOptions
-from cctool.pruning.scores.evidence import GRADIENTS, Evidence, gather
+from cctool.pruning.scores.evidence import Evidence, gather
 
 
 def evidence_for(
@@ -27,7 +27,7 @@ def evidence_for(
 
     Raises:
         UsageError: the method needs images, and there are none or their preprocessing is unknown.
-        DataError: the training split is empty or, for gradients, has no labels.
+        DataError: the training split is empty.
         PruningError: the loss is not finite.
     """
     if not options.needs_data:
@@ -50,9 +50,6 @@ def evidence_for(
     steps = min(enough, len(served.parts))
     shown = context.reporter.progress(served, f"{method.value}: looking at images", steps)
     judge = judge_of(checkpoint, context)
-    if method in GRADIENTS:
-        judge.require_loss(f"--method {method.value}")
-        refuse_unlabelled(source, judge, f"--method {method.value}")
     found = gather(
         checkpoint.model.to(context.device),
         shown,

@@ -46,6 +46,7 @@ from cctool.options.prune.choices import Images, StepMode
 from cctool.options.prune.options import PruneOptions
 from cctool.options.train.fit import FitOptions
 from cctool.pruning.cut.surgery import CutPlan
+from cctool.pruning.scores.evidence import GRADIENTS
 from cctool.tasks.base import Measure
 from cctool.training.objectives import Objective
 from cctool.transforms.codec.taps import bypassed
@@ -163,12 +164,18 @@ def _opened(
     """Open the other networks that options name, and refuse now what would fail after training."""
     if options.recalibrate:
         refuse_unknown_preprocessing(checkpoint, "--recalibrate")
-    if options.finetune_epochs or options.sparsify is not None:
-        trains = "--finetune-epochs" if options.finetune_epochs else "--sparsify"
-        judge = judge_of(checkpoint, context)
-        judge.require_loss(trains)
+    judge = judge_of(checkpoint, context)
+    if options.max_drop is not None:
+        judge.require_measure("--max-drop")
+    learns = {
+        "--finetune-epochs": options.finetune_epochs > 0,
+        "--sparsify": options.sparsify is not None,
+        f"--method {options.method.value}": options.method in GRADIENTS,
+    }
+    for option in (name for name, given in learns.items() if given):
+        judge.require_loss(option)
         if source is not None:
-            refuse_unlabelled(source, judge, trains)
+            refuse_unlabelled(source, judge, option)
     work = _Run(source, options, context, (), Scales(checkpoint))
     if options.rewind is not None:
         work.earlier = open_earlier(checkpoint, options.rewind, context)

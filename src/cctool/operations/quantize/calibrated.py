@@ -22,6 +22,7 @@ from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
 from cctool.operations.data import measured_splits, open_source
 from cctool.operations.judge.size import stored_bytes
+from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.encode import in_step, names_by_place, quantized_weights, settled
@@ -59,6 +60,8 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     """
     source = open_source(options.data, checkpoint, context)
     _refuse_blind(options, source)
+    if options.max_drop is not None:
+        judge_of(checkpoint, context).require_measure("--max-drop")
     before = measured_splits(checkpoint, source, options.data, context)
     product, notes = in_floats(checkpoint, context, ordinary=options.activations)
     product.model.to(context.device)

@@ -197,7 +197,6 @@ def _within_drop(
             "--max-drop searches on the validation split: the data has none (--val-data names one)"
         )
     assert options.max_drop is not None
-    judge_of(product, context).require_measure("--max-drop")
     before = measured(product, source, options.data, context, split="validation")
     scale = budget_scale(product, options.max_drop, (before,), context)
     drop = _drop(product, options, source, scale, context)

@@ -52,6 +52,8 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         TrainingError: if training diverges.
     """
     source = require_source(options.data, checkpoint, context, "quantize")
+    if options.epochs:
+        judge_of(checkpoint, context).require_loss("fine-tuning")
     before = measured_splits(checkpoint, source, options.data, context)
     objective: Objective | None = None
     others: Mapping[str, Parent] = {}

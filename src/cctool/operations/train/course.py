@@ -8,7 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cctool.base.errors import CctoolError, CorruptCheckpointError, DataError, UsageError
+from cctool.base.errors import (
+    CctoolError,
+    CorruptCheckpointError,
+    DataError,
+    UsageError,
+    UserCodeError,
+)
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.classes import NEW_HEAD
@@ -154,11 +160,14 @@ def _fit(
                 result = fit_here(start, goal.objective, source, options, context, folder)
             else:
                 result = fit_in_processes(verb, start, options, context, folder)
-    except CctoolError as error:
+    except (CctoolError, SystemExit) as error:
         left = _left(folder, context)
         # Logs of worker processes have the traceback of the error.
         if options.run.processes == 1:
             folder.discard()
+        if isinstance(error, SystemExit):
+            ended = f"code that the training ran ended the program (SystemExit: {error.code})"
+            raise UserCodeError(f"{ended}; {left}") from error
         # Of the same class, which decides the exit status.
         raise type(error)(f"{error}; {left}") from error
     if not result.completed:
@@ -320,9 +329,11 @@ def _resumed(
 
 
 def _refuse_other_classes(checkpoint: Checkpoint, source: DataSource, context: Context) -> None:
-    width = _width(checkpoint, context)
-    # The user's own loss may use outputs and labels in another way.
-    if judge_of(checkpoint, context).loss is None and width is not None and width < len(source.classes):
+    width, judge = _width(checkpoint, context), judge_of(checkpoint, context)
+    # The user's own loss may use outputs and labels in another way, and targets for another task are refused
+    # as what they are.
+    judged = judge.loss is None and source.task in (None, judge.task.name)
+    if judged and width is not None and width < len(source.classes):
         raise DataError(
             f"{source.reference} has {len(source.classes)} classes, the network tells {width} "
             f"apart: another data set, or another network, is needed{NEW_HEAD}"

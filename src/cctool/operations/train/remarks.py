@@ -31,7 +31,8 @@ def _of_classes(checkpoint: Checkpoint, source: DataSource, context: Context) ->
     outputs = trial_outputs(checkpoint.model, checkpoint.spec.input_shape)
     width = judge.task.classes_in(outputs) if judge.task.fits(outputs) else None
     # The user's own loss may use outputs and labels in another way.
-    if judge.loss is None and width is not None and source.classes and width > len(source.classes):
+    judged = judge.loss is None and source.task in (None, judge.task.name)
+    if judged and width is not None and source.classes and width > len(source.classes):
         yield (
             f"the network tells {width:,} classes apart, {source.reference} has {len(source.classes):,}: the "
             f"other {width - len(source.classes):,} outputs only learn never to be chosen (--new-head "

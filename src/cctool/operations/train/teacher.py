@@ -88,7 +88,7 @@ def distillation(
         _of_channels(own, shape[0]),
         preprocessing_of(checkpoint, source, context),
         str(context.runtime.precision),
-        _order(found, checkpoint, options.path),
+        _order(found, checkpoint, source, options.path),
         judge.task,
     )
     _refuse_other_outputs(checkpoint, teacher, options.path)
@@ -177,12 +177,13 @@ def _row(values: tuple[float, ...], like: Tensor) -> Tensor:
     return torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1)
 
 
-def _order(teacher: Checkpoint, student: Checkpoint, path: str) -> list[int] | None:
+def _order(teacher: Checkpoint, student: Checkpoint, source: DataSource, path: str) -> list[int] | None:
     """Which of the teacher's logits means each class of the student; None if names do not tell, or agree."""
     taught, learnt = teacher.spec.classes, student.spec.classes
     if taught is None or learnt is None or taught == learnt:
         return None
-    return numbers_of(learnt, taught, "the student", owner=f"the teacher {path}")
+    whose = source.reference if learnt == source.classes else "the student"
+    return numbers_of(learnt, taught, whose, owner=f"the teacher {path}")
 
 
 def _refuse_other_outputs(checkpoint: Checkpoint, teacher: Teacher, path: str) -> None:

@@ -78,7 +78,7 @@ def main(job_path: str) -> int:
         traceback.print_exc()
         channel.send(error=[type(error).__name__, str(error)])
         return 1
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         traceback.print_exc()
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         channel.send(error=["", f"worker {os.environ['RANK']} failed: {text}"])

@@ -113,7 +113,10 @@ def _wanted(model: nn.Module, taps: Sequence[str], additions: set[str]) -> set[s
                     f"--taps {next(iter(names), 'layer1')}"
                 )
         else:
-            found = [name for name in names if fnmatchcase(name, pattern)]
+            # Lists of modules are never called; a pattern means what is in them.
+            lists = (nn.ModuleList, nn.ModuleDict)
+            matches = [name for name in names if fnmatchcase(name, pattern)]
+            found = [n for n in matches if n == pattern or not isinstance(modules[n], lists)]
             if not found:
                 example = next(iter(names), "nothing")
                 raise UsageError(f"--taps {pattern}: no module has such a name; {example} is one")
