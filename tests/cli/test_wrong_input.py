@@ -144,21 +144,15 @@ def test_a_device_that_is_not_there(verb: str) -> None:
         ("prune", "good.pt", "--method", "l1", "--test-data", "digits"),
         ("prune", "good.pt", "--method", "l1", "--mean", "nan", "--std", "1"),
         ("prune", "good.pt", "--method", "l1", "--finetune-epochs", "1"),
-        ("prune", "good.pt", "--method", "l1", "--data", "no-such-data"),
-        ("prune", "good.pt", "--method", "l1", "--data", "cifar10:nowhere"),
         ("train", "good.pt", "--data", "digits", "--epochs", "-1"),
         ("train", "good.pt", "--epochs", "1"),
         ("train", "--epochs", "1", "--data", "digits"),
-        ("train", "--arch", "no-such-net", "--data", "digits"),
-        ("train", "--arch", "lenet", "--arg", "widht=2", "--data", "digits"),
         ("train", "--arch", "lenet", "--arg", "width", "--data", "digits"),
         ("train", "--arch", "lenet", "--input", "3x3", "--data", "digits"),
-        ("train", "good.pt", "--data", "digits", "-o", "no/such/folder/x.pt"),
         ("analyze", "good.pt", "--spec", "--macs"),
         ("analyze", "good.pt", "--history", "--onnx-file", "x.onnx"),
         ("evaluate", "good.pt"),
         ("evaluate", "good.pt", "--data", "digits", "--mean", "0.5"),
-        ("distill", "good.pt", "--teacher", "missing.pt", "--data", "digits"),
         ("quantize", "good.pt", "-o", "x.txt"),
         ("quantize", "good.pt", "--method", "int8"),
         ("quantize", "good.pt", "--method", "lsq"),
@@ -185,14 +179,31 @@ def test_a_device_that_is_not_there(verb: str) -> None:
         ("quantize", "good.pt", "--method", "int8", "--data", "digits", "--choices", "2,4"),
         ("quantize", "good.pt", "--method", "qat", "--data", "digits", "--epochs", "0", "--lr", "0.1"),
         ("export", "good.pt", "--format", "state-dict", "--int4"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.usefixtures("folder")
+def test_wrong_options(arguments: tuple[str, ...]) -> None:
+    fails(*arguments, status=2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prune", "good.pt", "--method", "l1", "--data", "no-such-data"),
+        ("prune", "good.pt", "--method", "l1", "--data", "cifar10:nowhere"),
+        ("train", "--arch", "no-such-net", "--data", "digits"),
+        ("train", "--arch", "lenet", "--arg", "widht=2", "--data", "digits"),
+        ("train", "good.pt", "--data", "digits", "-o", "no/such/folder/x.pt"),
+        ("distill", "good.pt", "--teacher", "missing.pt", "--data", "digits"),
         ("export", "good.pt", "--format", "onnx", "-o", "no/such/folder/x.onnx"),
         ("models", "no-such-family"),
     ],
     ids=" ".join,
 )
 @pytest.mark.usefixtures("folder")
-def test_wrong_options(arguments: tuple[str, ...]) -> None:
-    fails(*arguments)
+def test_what_is_not_there(arguments: tuple[str, ...]) -> None:
+    fails(*arguments, status=1)
 
 
 @pytest.mark.parametrize(
@@ -262,3 +273,32 @@ def test_a_size_that_the_network_does_not_take_is_neither_exported_nor_measured(
     assert "--input CxHxW" in fails("export", "good.pt", "--input", "1x16x16", status=1)
     measured = ("quantize", "good.pt", "--input", "1x16x16", "--data", "digits", "--limit", "8")
     assert "--input CxHxW" in fails(*measured, status=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"hello world, no checkpoint at all", "this is neither"),
+        (b"e\n.", "this is neither"),
+        (b"{}", "this is neither"),
+        (b"<!DOCTYPE html><html>404</html>", "this is neither"),
+        (b"\x93NUMPY\x01\x00v\x00{'descr': '<f8'}", "this is neither"),
+        (b"PK\x03\x04" + bytes(200), "the end of its archive is missing"),
+        (b"\x80\x02junk", "it is damaged, or torch.save did not write it"),
+    ],
+)
+def test_files_that_are_no_checkpoints_are_refused_in_our_words(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    error = fails("analyze", str(path), status=1)
+    assert f"{path} is not a readable checkpoint: " in error
+    assert error.endswith(message)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_word_that_an_option_does_not_know_is_refused_in_our_words() -> None:
+    error = fails("quantize", "good.pt", "--method", "int9", status=2)
+    assert error.startswith("error: --method int9: fp16, bf16, uint8, ")
+    assert error.endswith("is allowed")

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cctool.base.errors import CctoolError, UserCodeError
+from cctool.base.errors import CctoolError, UsageError, UserCodeError
+from cctool.base.json_text import DoubledKeyError, read_json
 
 PRIVATE_PREFIX = "cctool_user_"
 
@@ -53,7 +54,9 @@ def split_arguments(reference: str) -> tuple[str, dict[str, Any]]:
     start = reference.find(" {")
     while start >= 0:
         try:
-            arguments = json.loads(reference[start + 1 :])
+            arguments = read_json(reference[start + 1 :])
+        except DoubledKeyError as error:
+            raise UsageError(f"{reference}: {error}") from None
         # A recursion too deep is a text that was made to be one.
         except (ValueError, RecursionError):
             start = reference.find(" {", start + 1)

@@ -34,7 +34,8 @@ Shape = tuple[Annotated[int, Field(ge=0, le=MAX_DIMENSION, strict=True)], ...]
 class Record(BaseModel):
     """Base of all stored records: immutable, and unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # "constants" keeps infinities as they are, for the writer to refuse; pydantic would make null of them.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class Preprocessing(Record):
@@ -151,6 +152,36 @@ class Parent(Record):
     file: str
 
 
+class Signal(Record):
+    """What a quantization left of the outputs' signal, measured against the network that came in.
+
+    Attributes:
+        split: part of the data set.
+        n: number of images.
+        snr_db: signal-to-noise ratio in dB: 10 log10 of the variance of the outputs before (over images, the
+            mean of each element removed) over the mean squared difference, all elements of all
+            floating-point outputs pooled; None if nothing differs, or the outputs did not vary.
+        snr_db_with_mean: the same without removing the mean.
+        nonfinite: output elements that were finite before and are NaN or infinite now.
+        agreement: percent of the task's decisions that are the same; None for a task without decisions.
+        commonest: percent of the decisions before that are the commonest one.
+        agreement_of: what the decision is, such as ``top-1``.
+        lost: outputs of which most of the signal is gone.
+        uncompared: outputs that have no fixed shape for each image.
+    """
+
+    split: str
+    n: int = Field(ge=0)
+    snr_db: float | None
+    snr_db_with_mean: float | None
+    nonfinite: int = 0
+    agreement: float | None = None
+    commonest: float | None = None
+    agreement_of: str | None = None
+    lost: tuple[str, ...] = ()
+    uncompared: tuple[str, ...] = ()
+
+
 class Step(Record):
     """One line of history: a command, what it read, and what it measured.
 
@@ -166,6 +197,7 @@ class Step(Record):
         metrics_before: measured on the network that came in.
         metrics_after: measured on the network that went out.
         notes: what the command did not do, and why.
+        signal: of a quantization with images.
     """
 
     verb: str
@@ -179,6 +211,12 @@ class Step(Record):
     metrics_before: tuple[Metrics, ...] = ()
     metrics_after: tuple[Metrics, ...] = ()
     notes: tuple[str, ...] = ()
+    signal: Signal | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_missing_signal(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        # Other steps are written as they always were.
+        return {name: value for name, value in handler(self).items() if name != "signal" or value is not None}
 
 
 class History(Record):

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from signal import SIGINT, SIGTERM
 from typing import Any
 
 import typer
@@ -44,7 +45,8 @@ class Invocation:
     @classmethod
     def parsed(cls, verb: Verb, context: typer.Context, inputs: Any, values: Mapping[str, Any]) -> Invocation:
         """Make a call of what Typer parsed; ``values`` are by keyword, defaults included."""
-        given = verb.read({name: value for name, value in values.items() if _is_given(context, name)})
+        found = {name: value for name, value in values.items() if _is_given(context, name)}
+        given = verb.read(_single(verb, found))
         frame = verb.frame_of(given)
         talk = frame.talk
         console = Console(quiet=talk.quiet, as_json=talk.as_json, debug=talk.debug)
@@ -121,6 +123,7 @@ class Invocation:
             reporter=self.console,
             resumes=resumes,
             said=self.said,
+            given=frozenset(self.given),
         )
 
     def _operation(self) -> Callable[..., Any]:
@@ -129,6 +132,20 @@ class Invocation:
         module, _, name = self.verb.carried_out.partition(":")
         operation: Callable[..., Any] = getattr(import_module(f"cctool.operations.{module}"), name)
         return operation
+
+
+def _single(verb: Verb, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by keyword; those with a value that is a list or a quantity are given once.
+
+    Raises:
+        UsageError: naming the option and what was given for it.
+    """
+    once = {leaf.keyword: leaf for leaf in verb.offered if leaf.spec.parse and not leaf.spec.repeated}
+    for name in once.keys() & given.keys():
+        if len(given[name]) > 1:
+            values = " and ".join(given[name])
+            raise UsageError(f"{once[name].flag}: given {len(given[name])} times ({values}); once is allowed")
+    return {name: value[0] if name in once else value for name, value in given.items()}
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -174,6 +191,10 @@ def _piped() -> list[str]:
     return lines
 
 
+class Terminated(KeyboardInterrupt):
+    """The program was asked to end by SIGTERM, as batch systems do."""
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Turn errors of ``command`` into one line on stderr and an exit status."""
 
@@ -193,9 +214,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 traceback.print_exc()
             Console().error(f"code that the command ran ended the program (SystemExit: {error.code})")
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            Console().error("interrupted")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as ended:
+            terminated = isinstance(ended, Terminated)
+            Console().error("terminated" if terminated else "interrupted")
+            # As shells count a program that a signal ends.
+            raise typer.Exit(128 + (SIGTERM if terminated else SIGINT)) from None
         except BrokenPipeError:
             # The reader of stdout is gone; Python would raise again when it flushes stdout at exit.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - lives until the process ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -22,7 +23,7 @@ from cctool.cli.commands.prune import prune
 from cctool.cli.commands.quantize import quantize
 from cctool.cli.commands.train import train
 from cctool.cli.commands.transform import transform
-from cctool.cli.frame import Invocation, guarded
+from cctool.cli.frame import Invocation, Terminated, guarded
 from cctool.cli.signature import command
 from cctool.options.verbs import VERBS
 
@@ -91,8 +92,15 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _terminated(number: int, frame: object) -> None:
+    """End as Ctrl-C does, which says what is left of a training; a second signal ends at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Terminated
+
+
 def main() -> None:
     """Run the program."""
+    signal.signal(signal.SIGTERM, _terminated)
     # Read when torch is loaded. Threads that spin while they wait for each other made training five times
     # slower on a machine that others use too; sleeping ones cost little where nobody does.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

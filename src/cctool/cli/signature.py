@@ -64,9 +64,10 @@ def parameter(leaf: Leaf) -> inspect.Parameter:
     kind, default = _kind(leaf), _default(leaf)
     if default is None:
         kind = kind | None
-    told = typer.Option(
-        *leaf.flags, help=leaf.help, metavar=leaf.spec.metavar, rich_help_panel=leaf.spec.panel or None
-    )
+    metavar = leaf.spec.metavar
+    if leaf.enum is not None and metavar is None:
+        metavar = f"<{'|'.join(str(item.value) for item in leaf.enum)}>"
+    told = typer.Option(*leaf.flags, help=leaf.help, metavar=metavar, rich_help_panel=leaf.spec.panel or None)
     return _parameter(leaf.keyword, Annotated[kind, told], default)
 
 
@@ -78,8 +79,10 @@ def _kind(leaf: Leaf) -> Any:
     if leaf.spec.repeated:
         return list[str]
     if leaf.spec.parse is not None:
-        return str
-    return leaf.enum or leaf.kinds[0]
+        # A list, so that a second one is noticed: click would keep the last.
+        return list[str]
+    # Words of an enum are checked where they are read, in the words of the other errors.
+    return str if leaf.enum is not None else leaf.kinds[0]
 
 
 def _default(leaf: Leaf) -> Any:
@@ -88,4 +91,6 @@ def _default(leaf: Leaf) -> Any:
         return inspect.Parameter.empty
     if leaf.spec.repeated or leaf.default is MISSING:
         return None
-    return leaf.spec.shown if leaf.spec.parse is not None else leaf.default
+    if leaf.spec.parse is not None:
+        return None if leaf.spec.shown is None else [leaf.spec.shown]
+    return str(leaf.default) if leaf.enum is not None and leaf.default is not None else leaf.default

@@ -13,9 +13,10 @@ from cctool import __version__
 from cctool.base.errors import CheckpointError
 from cctool.base.runtime import Reporter
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.spec import Metrics, Parent, Step
+from cctool.checkpoint.spec import Metrics, Parent, Signal, Step
 from cctool.checkpoint.tables import Tables
 from cctool.options.common import ModelOptions, RuntimeOptions, TaskOptions
+from cctool.options.paths import NamedFile, refuse_same_files
 from cctool.tasks.table import measure_named
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Outcome:
         others: other files that were read, by role.
         continues: after a resumed training, the unfinished line of history that the new one replaces; its
             parent and size before are kept. It must not be in ``checkpoint.history`` too.
+        signal: what a quantization left of the outputs' signal.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +55,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
     others: Mapping[str, Parent] = field(default_factory=dict)
     continues: Step | None = None
+    signal: Signal | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Context:
         asked: what the command line says about the task, and the user's loss and metric.
         judges: how networks are judged, by their task; filled by `task.judge_of`.
         said: notes that are given once in a command.
+        read: the files that the command reads, which it must not replace.
+        given: keywords of the options that were given, and not left at their defaults.
     """
 
     device: torch.device
@@ -89,6 +94,8 @@ class Context:
     asked: TaskOptions = field(default_factory=TaskOptions)
     judges: dict[Any, Any] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
+    read: tuple[NamedFile, ...] = ()
+    given: frozenset[str] = frozenset()
 
     def say_once(self, note: str) -> None:
         """Give a note, unless this command gave it before."""
@@ -108,20 +115,20 @@ def refuse_existing(paths: tuple[Path, ...], context: Context) -> None:
     Raises:
         CheckpointError: if a path exists and may not be replaced, or its folder does not exist.
     """
-    refuse_taken(paths, (context.output,), force=context.force)
+    refuse_taken(paths, context.read, force=context.force)
 
 
-def refuse_taken(paths: tuple[Path, ...], inputs: tuple[Path, ...], *, force: bool) -> None:
+def refuse_taken(paths: tuple[Path, ...], read: Sequence[NamedFile], *, force: bool) -> None:
     """Refuse paths that may not be written: `refuse_existing` for a command of several inputs.
 
     Raises:
-        CheckpointError: if a path exists and ``force`` is false, is an input, or its folder does not exist.
+        CheckpointError: if a path exists and ``force`` is false, is read, or its folder does not exist.
+        UsageError: if two paths are the same.
     """
+    refuse_same_files(read, (NamedFile("this command", path) for path in paths))
     for path in paths:
         if path.exists() and not force:
             raise CheckpointError(f"{path} exists already; --force replaces it")
-        if path.exists() and any(given.exists() and path.samefile(given) for given in inputs):
-            raise CheckpointError(f"{path} is the input itself; name another file")
         if not path.parent.is_dir():
             raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
 

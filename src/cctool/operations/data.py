@@ -32,6 +32,33 @@ if TYPE_CHECKING:
     from cctool.data.records import DataSource, Split
 
 
+_OF_DATA = ("batch_size", "workers", "limit")
+
+
+def say_unlooked_at(why: str, context: Context) -> None:
+    """Say which of the given options of data change nothing, because no sample is looked at."""
+    idle = given_of_data(context, "data", "data_arg")
+    if idle:
+        context.say_once(f"{', '.join(idle)} changes nothing: {why}")
+
+
+def given_of_data(context: Context, *more: str) -> list[str]:
+    """Flags of the options of data that were given."""
+    return [f"--{name.replace('_', '-')}" for name in (*more, *_OF_DATA) if name in context.given]
+
+
+def refuse_other_splits(split: str, context: Context) -> None:
+    """Refuse data for a split that a command does not look at, which measures ``split`` alone.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    for keyword, replaced in (("val_data", "validation"), ("test_data", "test")):
+        if keyword in context.given and split != replaced:
+            flag = f"--{keyword.replace('_', '-')}"
+            raise UsageError(f"{flag} replaces the {replaced} split, and {split} is measured (--split)")
+
+
 def open_source(
     options: DataOptions,
     checkpoint: Checkpoint,
@@ -54,6 +81,11 @@ def open_source(
         for option, other in (("--val-data", options.val_data), ("--test-data", options.test_data)):
             if other is not None:
                 raise UsageError(f"{option} {other} replaces a split of a data set: name that with --data")
+        idle = given_of_data(context)
+        if idle:
+            context.say_once(
+                f"{', '.join(idle)} changes nothing: no data set is named (--data) or remembered"
+            )
         return None
     if remembered:
         context.say_once(f"data: {reference}, the checkpoint's last (--data names another)")
@@ -220,11 +252,12 @@ def feed_of(
         workers=options.workers,
         rank=0 if fabric is None else fabric.global_rank,
         world_size=1 if fabric is None else fabric.world_size,
-        **_making_targets(judge_of(checkpoint, context).task),
+        **making_targets(judge_of(checkpoint, context).task),
     )
 
 
-def _making_targets(task: Task) -> dict[str, Any]:
+def making_targets(task: Task) -> dict[str, Any]:
+    """How batches make the targets of a task that does not stack them, as a keyword of `batches`."""
     return {"make_targets": task.batched} if isinstance(task, Batching) else {}
 
 

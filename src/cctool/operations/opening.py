@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cctool.base import user_code
 from cctool.base.errors import ArchitectureError, CheckpointError, SpecError, UsageError
+from cctool.base.json_text import DoubledKeyError, read_json
 from cctool.base.networks import some
 from cctool.base.runtime import Reporter
 from cctool.checkpoint.build import build_fresh, instantiate
@@ -50,9 +51,11 @@ def parse_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
     for pair in pairs:
         key, _, text = pair.partition("=")
         try:
-            arguments[key] = json.loads(text)
+            arguments[key] = read_json(text)
             # Python reads NaN and 1e999, which no file can hold.
             json.dumps(arguments[key], allow_nan=False)
+        except DoubledKeyError as error:
+            raise UsageError(f"{pair}: {error}") from None
         except ValueError:
             arguments[key] = text
     return arguments
@@ -242,8 +245,12 @@ def _preprocessing(options: ModelOptions) -> Preprocessing | None:
 
 def _read_spec(path: str) -> ModelSpec:
     try:
-        return parse(ModelSpec, Path(path).read_text(encoding="utf-8"), "spec")
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+        # Whatever else is wrong with it, `parse` says better.
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            read_json(text)
+        return parse(ModelSpec, text, "spec")
+    except (OSError, UnicodeDecodeError, DoubledKeyError) as error:
         raise CheckpointError(f"--spec {path}: {error}") from None
 
 

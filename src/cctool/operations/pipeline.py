@@ -36,6 +36,7 @@ from cctool.operations.opening import DataShape, fresh, open_checkpoint, pretrai
 from cctool.operations.registries import tables
 from cctool.options.common import DataOptions, ModelOptions, RuntimeOptions
 from cctool.options.fields import recorded
+from cctool.options.paths import INPUT, PRODUCT, NamedFile, files_read, files_written, refuse_same_files
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Request:
         reporter: prints notes, warnings and progress.
         resumes: whether the command continues its earlier run, whose product it may replace.
         said: notes that were given already, for a command that is carried out for several files.
+        given: keywords of the options that were given, and not left at their defaults.
     """
 
     verb: str
@@ -67,6 +69,7 @@ class Request:
     reporter: Reporter = field(default_factory=Silent)
     resumes: bool = False
     said: set[str] = field(default_factory=set)
+    given: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,15 @@ def write(operation: Operation, options: Any, request: Request) -> Iterator[Prod
     """Run an operation that writes checkpoints, and write each outcome as soon as it is yielded.
 
     Raises:
-        UsageError: if the output has an unknown suffix, or is the input and ``force`` is not given.
-        CheckpointError: if the input cannot be read or an output exists.
+        UsageError: if the output has an unknown suffix, or two files would have one name.
+        CheckpointError: if the input cannot be read, an output exists, or is a file that the command reads.
     """
     output = _output(request)
-    checkpoint, context = _prepare(options, request, output)
+    checkpoint, context = _prepare(options, request, output, product=output)
     for finished, outcome in _finished(operation, options, request, checkpoint, context):
         path = labelled(output, outcome.label)
+        # A step of several may have INPUT's name, though the product as it was named has not.
+        refuse_same_files(context.read, [NamedFile(PRODUCT, path)])
         parent = save(finished, path, context.tables, overwrite=request.force or request.resumes)
         yield Product(str(path), parent.content, parent.file, finished.history[-1], outcome.report)
 
@@ -181,7 +186,13 @@ def _prepare(
     output: Path,
     given: Checkpoint | None = None,
     source: DataSource | None = None,
+    product: Path | None = None,
 ) -> tuple[Checkpoint, Context]:
+    read = _files_read(options, request, given)
+    named_files = [] if product is None else [NamedFile(PRODUCT, product)]
+    refuse_same_files(read, (*named_files, *files_written(options)))
+    if product is not None:
+        _refuse_product(product, request)
     references = (request.model.arch, *request.user_code)
     named = frozenset(reference for reference in references if reference and looks_like_user_code(reference))
     registries = tables(named)
@@ -237,6 +248,8 @@ def _prepare(
         opened=opened,
         asked=asked_of(options),
         said=request.said,
+        read=read,
+        given=request.given,
     )
     of_data = None if opened is None else opened.task
     return with_task(checkpoint, of_data, registry.task_of(checkpoint.spec.architecture), context), context
@@ -287,9 +300,22 @@ def _output(request: Request) -> Path:
         raise UsageError(f"{output}: a checkpoint ends in {' or '.join(SUFFIXES)}")
     if not output.parent.is_dir():
         raise CheckpointError(f"{output}: the folder {output.parent} does not exist; create it first")
+    return output
+
+
+def _refuse_product(output: Path, request: Request) -> None:
+    """Refuse a product that could not be written after all the work."""
+    if output.is_dir():
+        raise CheckpointError(f"{output} is a folder; -o names a file")
     if output.exists() and not request.force and not request.resumes:
         raise CheckpointError(f"{output} exists already; --force replaces it, -o names another file")
-    return output
+
+
+def _files_read(options: Any, request: Request, given: Checkpoint | None) -> tuple[NamedFile, ...]:
+    """The files that a command reads, INPUT first."""
+    path = given.origin.path if given is not None and given.origin is not None else request.source
+    source = [] if path is None else [NamedFile(INPUT, Path(path))]
+    return (*source, *files_read(options), *files_read(request.model))
 
 
 def _file_stem(architecture: str) -> str:
@@ -319,6 +345,7 @@ def _stamped(
         metrics_before=outcome.metrics_before,
         metrics_after=outcome.metrics_after,
         notes=outcome.notes,
+        signal=outcome.signal,
     )
     return outcome.checkpoint.with_step(step)
 

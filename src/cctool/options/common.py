@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cctool.base.errors import UsageError
+from cctool.base.json_text import twice
 from cctool.options.fields import Choice, Options, at_least, nested, option, section
 
 _network = section("Which network")
@@ -25,9 +26,16 @@ class Precision(Choice):
 
 
 def _argument(text: str, flag: str, example: str) -> str:
-    if "=" not in text:
+    key, equals, _ = text.partition("=")
+    if not equals or not key.strip():
         raise UsageError(f"{flag} {text}: key=value is expected, as in {example}")
     return text
+
+
+def _doubled(arguments: tuple[str, ...], flag: str) -> tuple[bool, str]:
+    """Whether a key is given twice among ``key=value`` texts, and the error message."""
+    keys = twice(text.partition("=")[0] for text in arguments)
+    return bool(keys), f"{flag} {', '.join(keys)}: given twice; once is allowed"
 
 
 def _data_argument(of: str, flag: str) -> Any:
@@ -71,6 +79,9 @@ class DataOptions(Options):
              "--val-data-arg needs --val-data my.py:factory"),
             (bool(self.test_data_arguments) and self.test_data is None,
              "--test-data-arg needs --test-data my.py:factory"),
+            _doubled(self.data_arguments, "--data-arg"),
+            _doubled(self.val_data_arguments, "--val-data-arg"),
+            _doubled(self.test_data_arguments, "--test-data-arg"),
         )
         # fmt: on
 
@@ -152,7 +163,7 @@ class ModelOptions(Options):
         False, "Unpickle a foreign file, which can run any code: only if you trust its author.")
     spec: str | None = _network(
         None, "Build the network of a bare state dict from this spec (see `analyze --spec`).",
-        metavar="FILE.json")
+        metavar="FILE.json", reads=True)
     # fmt: on
 
     def clashes(self) -> Iterable[tuple[bool, str]]:
@@ -166,6 +177,7 @@ class ModelOptions(Options):
             (min(std, default=1.0) <= 0, f"--std {self.std}: positive values are needed"),
             (self.arch is not None and self.spec is not None,
              "--arch and --spec both name the network: give one"),
+            _doubled(self.arguments, "--arg"),
         )
         # fmt: on
 
@@ -219,13 +231,13 @@ def wrong_suffix(flag: str, path: str | None, *suffixes: str) -> tuple[bool, str
 def report_file_option(panel: str) -> Any:
     """The table of coded feature maps."""
     text = "Write the figures of each coded feature map (tap) to a workbook or table."
-    return option(None, text, metavar="FILE.xlsx|.csv|.json", panel=panel, recorded=False)
+    return option(None, text, metavar="FILE.xlsx|.csv|.json", panel=panel, recorded=False, writes=True)
 
 
 def histograms_option(panel: str) -> Any:
     """The pictures of coded feature maps."""
     text = "Write PNG histograms into this folder: one per tap, with a panel per sub-band."
-    return option(None, text, metavar="DIR", panel=panel, recorded=False)
+    return option(None, text, metavar="DIR", panel=panel, recorded=False, writes=True)
 
 
 def zero_bar_option(panel: str) -> Any:

@@ -106,6 +106,8 @@ class OptionSpec:
     repeated: bool = False
     idle: tuple[Idle, ...] = ()
     runs_code: bool = False
+    reads: bool = False
+    writes: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -133,6 +135,8 @@ def option(
     repeated: bool = False,
     idle: tuple[Idle, ...] | Idle = (),
     runs_code: bool = False,
+    reads: bool = False,
+    writes: bool = False,
     recorded: bool = True,
     if_given: bool = False,
 ) -> Any:
@@ -151,12 +155,16 @@ def option(
         repeated: whether it may be given several times; the value is a tuple.
         idle: conditions under which the option has no effect.
         runs_code: whether the value may name the user's code, which is thereby allowed to run.
+        reads: whether the value is a file or folder that the command reads.
+        writes: whether the value is a file or folder that the command writes.
         recorded: whether history stores it; options that do not influence the result are not stored.
         if_given: whether history stores it only if it is given, so that it can be added to a verb without
             changing what other calls store.
     """
     idle = (idle,) if isinstance(idle, Idle) else idle
-    spec = OptionSpec(help, flags, metavar, panel, unset, bounds, parse, shown, repeated, idle, runs_code)
+    spec = OptionSpec(
+        help, flags, metavar, panel, unset, bounds, parse, shown, repeated, idle, runs_code, reads, writes
+    )
     value = MISSING if default is ... else default
     return field(default=value, metadata={"option": spec, "recorded": recorded, "if_given": if_given})
 

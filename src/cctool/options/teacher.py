@@ -43,7 +43,7 @@ class TeacherOptions(Options):
     # fmt: off
     path: str = option(
         ..., "Learn from this network's outputs, too; INPUT itself is a good teacher.", "--teacher",
-        metavar="CHECKPOINT")
+        metavar="CHECKPOINT", reads=True)
     model: ModelOptions = teacher_model()
     temperature: float = temperature_option()
     alpha: float = alpha_option()

@@ -351,7 +351,7 @@ def test_transforming_again_starts_from_the_weight(lenet: Path) -> None:
     assert any("transformed already" in note for note in report.notes)
     whole, _ = run(coded, "dct", keep=0.5)
     assert len(masks_of(whole.model)) == 5
-    whole, _ = run(lenet.with_name("out.pt"), "dct")
+    whole, _ = run(lenet.with_name("out.pt").rename(lenet.with_name("second.pt")), "dct")
     assert masks_of(whole.model) == {}
 
 

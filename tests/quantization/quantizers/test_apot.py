@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cctool.quantization.encodings.apot_levels import apot_levels
 from cctool.quantization.quantizers.apot import ApotQuantizer, unit_levels
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.quantization.quantizers.make import make_quantizer
@@ -42,6 +43,13 @@ def test_terms_of_different_widths_have_different_sums() -> None:
     found = unit_levels((2, 1))
     assert len(found.unique()) == 15
     assert (found.min(), found.max()) == (-1, 1)
+
+
+def test_levels_are_those_that_stored_weights_have() -> None:
+    # Li's program deals the powers of terms of unequal widths out in another way than by turns.
+    stored = apot_levels(4, 2)
+    np.testing.assert_array_equal(unit_levels((2, 1)).numpy(), stored / stored[-1])
+    assert (stored[8:] / stored[-1]).round(2).tolist() == [0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1]
 
 
 @pytest.mark.parametrize("settings", [{"bits": 4}, {"bits": 5}, {"bits": 5, "terms": 1}, {"bits": 8}])

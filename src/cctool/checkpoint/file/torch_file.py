@@ -13,6 +13,7 @@ import pickle
 import re
 import struct
 import sys
+import tarfile
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -138,6 +139,8 @@ def load_torch_file(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
             _refuse_odd_archive(path)
+        else:
+            _refuse_other_kind(path)
         with path.open("rb") as stream, warnings.catch_warnings():
             # Warnings about legacy files and old protocols, about which a user can do nothing.
             for message in _REMARKS:
@@ -151,9 +154,26 @@ def load_torch_file(path: Path) -> Any:
         raise CorruptCheckpointError(f"{path} asks for more memory than there is") from None
     # On a damaged file torch may raise anything.
     except Exception as error:
-        raise CorruptCheckpointError(f"{path} is not a readable checkpoint: {_line(error)}") from None
+        raise CorruptCheckpointError(
+            f"{path} is not a readable checkpoint: it is damaged, or torch.save did not write it"
+        ) from error
     _refuse_unbacked(path, document)
     return document
+
+
+def _refuse_other_kind(path: Path) -> None:
+    """Refuse what is no pickle either, in which torch would look for one all the same."""
+    with path.open("rb") as stream:
+        start = stream.read(2)
+    if start[:1] == b"\x80" or tarfile.is_tarfile(path):
+        return
+    if start == b"PK":
+        raise CorruptCheckpointError(
+            f"{path} is not a readable checkpoint: the end of its archive is missing"
+        )
+    raise CorruptCheckpointError(
+        f"{path} is not a readable checkpoint: torch.save writes an archive or a pickle, and this is neither"
+    )
 
 
 def _refuse_odd_archive(path: Path) -> None:
@@ -228,8 +248,7 @@ def _refused_pickle(path: Path, error: pickle.UnpicklingError) -> CheckpointErro
         )
     if re.search(r"Unsupported operand 1[45]\d", text):
         return UnsafeCheckpointError(f"{path} needs pickle, which runs code: its protocol is 4 or newer")
-    detail = text.rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
-    return CorruptCheckpointError(f"{path} is not a readable checkpoint: {' '.join(detail.split())[:200]}")
+    return CorruptCheckpointError(f"{path} is not a readable checkpoint: its pickle is damaged")
 
 
 def _line(error: BaseException) -> str:

@@ -49,15 +49,17 @@ def resumed(call: Invocation) -> Invocation:
 def _begun_with(call: Invocation, source: str | None, output: str | None) -> Mapping[str, Any]:
     """Options that the training to resume began with; none if its ``last.pt`` is not found yet."""
     from cctool.operations.pipeline import default_output
-    from cctool.operations.train.resume import last_step, run_folder_of
+    from cctool.operations.train.resume import last_step, nothing_to_resume, run_folder_of
 
     if source == "-":
         return {}
     name = output or default_output(call.verb.name, source, call.frame.model.arch)
     last = Path(run_folder_of(str(name)), "last.pt")
-    if not last.exists():
-        last = Path(source or last)
-    return last_step(last).options if last.exists() else {}
+    begun = last if last.exists() or source is None else Path(source)
+    step = last_step(begun) if begun.exists() else None
+    if step is None:
+        raise nothing_to_resume(last, source)
+    return step.options
 
 
 def _at(options: Mapping[str, Any], path: tuple[str, ...]) -> Any:

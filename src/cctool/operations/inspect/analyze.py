@@ -17,6 +17,7 @@ from cctool.checkpoint.spec import ModelSpec, Parent, Step
 from cctool.formats.records import Written
 from cctool.graph.cost import measure
 from cctool.operations.context import Context, beside, header, refuse_existing
+from cctool.operations.data import say_unlooked_at
 from cctool.operations.inspect.export import export
 from cctool.options.inspect.analyze import AnalyzeOptions, View
 from cctool.options.inspect.export import ExportFormat
@@ -69,6 +70,8 @@ def run(checkpoint: Checkpoint, options: AnalyzeOptions, context: Context) -> An
     """
     targets = _targets(options, context)
     refuse_existing(tuple(targets.values()), context)
+    if "onnx" not in targets:
+        say_unlooked_at("samples are for comparing the file of --onnx", context)
     faults = nonfinite(checkpoint.model)
     if faults:
         bad = sum(fault.nan + fault.infinite for fault in faults)

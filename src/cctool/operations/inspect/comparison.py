@@ -17,6 +17,7 @@ from cctool.operations.context import ShownTables, refuse_taken
 from cctool.operations.inspect.compare import CompareReport, Difference, run, run_onnx
 from cctool.operations.opening import recorded_architecture
 from cctool.options.inspect.compare import CompareOptions
+from cctool.options.paths import INPUT, NamedFile
 from cctool.tasks.base import LOSS, Measure, main_measure
 from cctool.tasks.shares import difference_interval, interval_text, mcnemar
 
@@ -91,7 +92,7 @@ def refuse_written(options: CompareOptions, files: Sequence[str], *, force: bool
         CheckpointError: naming the file.
     """
     asked = tuple(Path(path) for path in (options.csv, options.xlsx) if path is not None)
-    refuse_taken(asked, tuple(map(Path, files)), force=force)
+    refuse_taken(asked, [NamedFile(INPUT, Path(file)) for file in files], force=force)
 
 
 def _matched(files: Sequence[str], archs: tuple[str, ...]) -> dict[str, str | None]:

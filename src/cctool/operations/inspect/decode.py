@@ -113,6 +113,8 @@ def _sources(path: Path) -> list[_Source]:
     """The streams of a folder, or one file, with its entry in the index of its folder if there is one."""
     if path.is_dir():
         index = read_index(path)
+        if not index.streams:
+            raise BitstreamError(f"{path / INDEX} names no streams: there is nothing to decode")
         return [_indexed(path, entry, index) for entry in index.streams]
     if not path.is_file():
         raise UsageError(f"{path}: no such folder of streams, and no such file")

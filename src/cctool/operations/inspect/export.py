@@ -15,7 +15,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.formats.records import ExportRequest, Samples, Written
 from cctool.formats.table import FORMATS
 from cctool.operations.context import Context, beside, refuse_existing
-from cctool.operations.data import open_source
+from cctool.operations.data import open_source, say_unlooked_at
 from cctool.operations.inspect.export_networks import Converted, bare_checkpoint, converted, quantizer_notes
 from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
@@ -59,6 +59,8 @@ def run(checkpoint: Checkpoint, options: ExportOptions, context: Context) -> Exp
     kind = options.effective_format
     path = Path(options.output) if options.output else beside(context.output, DEFAULT_SUFFIXES[kind])
     refuse_existing((path,), context)
+    if kind not in _PROGRAMS:
+        say_unlooked_at(f"the tensors of a {kind} file are compared without samples", context)
     written = export(
         checkpoint,
         kind,

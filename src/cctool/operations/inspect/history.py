@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from cctool.operations.quantize.report import signal_lines
+
 SHORT_HEADERS = ("step", "verb", "options", "parameters", "MACs", "bytes", "measured after", "parent")
 
 # Characters of the options of a step, and digits of a hash, in the short table.
@@ -54,6 +56,8 @@ def _full(number: int, step: Any) -> Iterator[str]:
     for what, found in (("before", step.metrics_before), ("after", step.metrics_after)):
         for metrics in found:
             yield f"  measured {what}: {_metrics(metrics)}"
+    if step.signal is not None:
+        yield f"  outputs: {'; '.join(signal_lines(step.signal))}"
     for note in step.notes:
         yield f"  note: {note}"
     for program, version in step.versions.items():

@@ -154,7 +154,7 @@ def _judge(spec: ModelSpec, context: Context) -> Judge:
     )
     if metric is not None:
         _refuse_taken(metric, task)
-    rising = metric is None or _rising(metric, asked, spec.task_settings)
+    rising = metric is None or _rising(metric, context, spec.task_settings)
     if spec.task == CUSTOM and metric is not None:
         task = Untold(CUSTOM, (Measure(metric.name, metric.name, metric.unit, rising),))
     unknown = set(spec.task_settings) - (_SETTINGS if spec.task == CUSTOM else set())
@@ -179,9 +179,18 @@ def _refuse_taken(metric: UserMetric, task: Task) -> None:
         )
 
 
-def _rising(metric: UserMetric, asked: TaskOptions, settings: Mapping[str, JsonValue]) -> bool:
+def _rising(metric: UserMetric, context: Context, settings: Mapping[str, JsonValue]) -> bool:
+    """Whether larger values are better: as the command line, the function or an earlier training says."""
+    asked = context.asked
     if isinstance(asked, FitOptions) and asked.metric_mode is MetricMode.MIN:
         return False
+    if "metric_mode" in context.given:
+        if not metric.rising:
+            raise UsageError(
+                f"--metric-mode max: the metric {metric.name} itself says that smaller values are better "
+                "(its direction is min)"
+            )
+        return True
     # A training said so; the same function means the same later.
     same = str(settings.get("metric", "")).rpartition(":")[2] == metric.name
     return metric.rising and not (same and settings.get("direction") == "min")
@@ -285,7 +294,7 @@ def _settings(spec: ModelSpec, context: Context) -> dict[str, JsonValue]:
     if asked.metric is not None:
         metric = UserMetric(asked.metric, named_function(asked.metric, context.user_code, "--metric"))
         settings["metric"] = asked.metric
-        settings["direction"] = "max" if _rising(metric, asked, spec.task_settings) else "min"
+        settings["direction"] = "max" if _rising(metric, context, spec.task_settings) else "min"
     return settings
 
 

@@ -41,6 +41,7 @@ from cctool.operations.train.batch_norm import recalibrated, refuse_unknown_prep
 from cctool.operations.train.finetune import finetune
 from cctool.operations.train.resume import never_trained
 from cctool.operations.train.teacher import distillation
+from cctool.options.paths import PRODUCT, NamedFile, refuse_same_files
 from cctool.options.prune.choices import Images, StepMode
 from cctool.options.prune.options import PruneOptions
 from cctool.options.train.fit import FitOptions
@@ -201,7 +202,9 @@ def _refuse_existing(labels: tuple[str, ...], options: PruneOptions, context: Co
     """Refuse, before hours of fine-tuning, products that could not be written after it."""
     products = [labelled(context.output, label) for label in labels]
     pictures = [picture_path(options, context, label) for label in labels]
-    for path in (*products, *(picture for picture in pictures if picture is not None)):
+    written = (*products, *(picture for picture in pictures if picture is not None))
+    refuse_same_files(context.read, (NamedFile(PRODUCT, path) for path in written))
+    for path in written:
         if path.exists() and not context.force:
             raise CheckpointError(f"{path} exists already; --force replaces it, another name is safe")
 

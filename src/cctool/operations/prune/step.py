@@ -21,6 +21,7 @@ from cctool.options.prune.options import PruneOptions
 from cctool.pruning.cut.planner import Planner
 from cctool.pruning.cut.report import PruneReport, ThinResult
 from cctool.pruning.cut.surgery import CutPlan
+from cctool.pruning.masks.choose import idle_patterns
 from cctool.pruning.masks.report import MaskReport
 from cctool.pruning.scores.weights import weight_saliency
 from cctool.pruning.select.rates import read_rates
@@ -136,6 +137,7 @@ class Changer:
         saliency = partial(weight_saliency, options.method, evidence=evidence, generator=generator)
         rates = None if options.rates is None else read_rates(options.rates)
         masked, report = mask_weights(checkpoint, options, saliency, step=step, rates=rates)
+        report = replace(report, notes=(*idle_patterns(checkpoint.model, options), *report.notes))
         return Changed(masked, masks=report, notes=(*self._table_notes(), *report.notes))
 
     def _table_notes(self) -> tuple[str, ...]:

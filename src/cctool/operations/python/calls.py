@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from cctool.base.errors import DataError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Preprocessing
@@ -35,6 +37,7 @@ _DATA = ("data", "val_data", "test_data")
 _SPLITS = {"data": "train", "val_data": "validation", "test_data": "test"}
 # Options that take a checkpoint in memory as well as a path.
 _NETWORKS = ("teacher", "rewind")
+_DATA_ARGUMENTS = ("data_arg", "val_data_arg", "test_data_arg")
 
 
 class CctoolWarning(UserWarning):
@@ -145,7 +148,10 @@ class _Call:
         products = pipeline.write_in_memory(
             self._operation(), options, request, _ready(given, source), source
         )
-        found = [(_forgetting(made, given, source, folder), report) for made, report in products]
+        found = [
+            (_forgetting(made, given, source, folder), _without_folder(report, folder))
+            for made, report in products
+        ]
         steps = getattr(options, "steps", 1)
         return found if steps > 1 else found[0]
 
@@ -213,6 +219,7 @@ class _Call:
             runtime=frame.runtime,
             user_code=self.verb.references(read),
             reporter=Warner(),
+            given=frozenset(values),
         )
         return options, request, source
 
@@ -254,11 +261,21 @@ class _Call:
         # A fresh last layer is for the classes of the data, not for those that the network knows.
         known = given is not None and not values.get("new_head")
         classes = tuple(given.spec.classes or ()) if known and given is not None else ()
+        self._refuse_idle_on_data_in_memory(values, parts)
         source = in_memory(parts, classes, values.get("limit"))
         if given is not None and source.shape != given.spec.input_shape:
             shapes = ["x".join(map(str, shape)) for shape in (source.shape, given.spec.input_shape)]
             raise DataError(f"the images in memory are {shapes[0]}, and the network takes {shapes[1]}")
         return source
+
+    def _refuse_idle_on_data_in_memory(self, values: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+        """Refuse keywords that change nothing about loaders and tensors, which are served as they are."""
+        idle = [name for name in ("workers", "augment", *_DATA_ARGUMENTS) if name in values]
+        loaders = [part for part in parts.values() if not isinstance(part, (tuple, list, Tensor))]
+        if len(loaders) == len(parts):
+            idle += [name for name in ("batch_size",) if name in values]
+        if idle:
+            raise UsageError(f"{', '.join(idle)}: data in memory are served as they are given: leave it out")
 
     def _operation(self, name: str = "") -> Callable[..., Any]:
         module, _, own = self.verb.carried_out.partition(":")
@@ -277,6 +294,14 @@ def _ready(given: Checkpoint | None, source: DataSource | None) -> Any:
     channels = given.spec.input_shape[0]
     identity = Preprocessing(mean=(0.0,) * channels, std=(1.0,) * channels)
     return replace(given, spec=given.spec.model_copy(update={"preprocessing": identity}))
+
+
+def _without_folder(report: Any, folder: Path) -> Any:
+    """A report that does not name the run folder that is removed with the temporary one."""
+    run_folder = getattr(report, "run_folder", None)
+    if run_folder is None or not Path(run_folder).is_relative_to(folder):
+        return report
+    return replace(report, run_folder=None)
 
 
 def _forgetting(

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from cctool.base.errors import UsageError
+from cctool.base.errors import QuantizationError, UsageError
 from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.payload import place
@@ -38,6 +38,7 @@ from cctool.operations.quantize.report import (
     in_floating_point,
 )
 from cctool.operations.quantize.sensitivity import searched_bits
+from cctool.operations.quantize.signal import signal_and_warning
 from cctool.operations.quantize.stored import encoded_directly
 from cctool.options.quantize.choices import Rounding
 from cctool.options.quantize.options import QuantizeOptions
@@ -96,6 +97,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     product, followed = events.changed(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
     notes += _of_ranges(product, options)
+    signal, warned = signal_and_warning(checkpoint, product, source, options.data, context)
     report = QuantizeReport(
         method=str(options.method),
         tensors=tensors,
@@ -104,13 +106,16 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         bytes_after=stored_bytes(product),
         metrics_before=before,
         metrics_after=after,
-        notes=(*notes, *in_floating_point(planned.left), *counted(list(skipped)), *followed),
+        notes=(*notes, *in_floating_point(planned.left), *counted(list(skipped)), *followed, *warned),
+        signal=signal,
         activations=activations,
         left=planned.left,
         calibrated_on=images,
         sensitivity=sensitivity,
     )
-    yield Outcome(product, report, metrics_before=before, metrics_after=after, notes=report.notes)
+    yield Outcome(
+        product, report, metrics_before=before, metrics_after=after, notes=report.notes, signal=signal
+    )
 
 
 def _refuse_blind(options: QuantizeOptions, source: DataSource | None) -> None:
@@ -137,10 +142,20 @@ def _of_ranges(product: Checkpoint, options: QuantizeOptions) -> list[str]:
 
 
 def float_weights(checkpoint: Checkpoint, planned: Plan) -> dict[str, Tensor]:
-    """Copies on the CPU of the parameters that a plan will quantize, by name."""
+    """Copies on the CPU of the parameters that a plan will quantize, by name.
+
+    Raises:
+        QuantizationError: if one holds NaN or infinities, which no integer stands for.
+    """
     parameters = dict(checkpoint.model.named_parameters(remove_duplicate=False))
     names = [layer.weight for layer in planned.layers if layer.weight in parameters]
-    return {name: parameters[name].detach().cpu().clone() for name in names}
+    found = {name: parameters[name].detach().cpu().clone() for name in names}
+    for name, value in found.items():
+        if bad := int((~value.isfinite()).sum()):
+            raise QuantizationError(
+                f"{name}: {bad:,} NaN or infinite values cannot be quantized; --exclude leaves it as it is"
+            )
+    return found
 
 
 def _calibrated(

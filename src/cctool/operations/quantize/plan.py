@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from cctool.base.errors import QuantizationError
+from cctool.base.errors import QuantizationError, UsageError
 from cctool.base.patterns import refuse_unmatched
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.data import example
@@ -76,6 +76,7 @@ def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, in
     if not known:
         raise QuantizationError("the network has no convolution and no linear layer to quantize")
     refuse_unmatched(patterns, known, "layer")
+    _refuse_idle_layers(points, options)
     weights, left = _weights(points, options, bits or {})
     # An activation that only layers in floating point take stays in floating point, too.
     floats = {layer.place for layer in points.layers if layer.weight not in weights}
@@ -107,6 +108,28 @@ def _names(layer: PlacedLayer) -> tuple[str, ...]:
 
 def _matches(pattern: str, layer: PlacedLayer) -> bool:
     return any(fnmatchcase(name, pattern) for name in _names(layer))
+
+
+def _refuse_idle_layers(points: Points, options: QuantizeOptions) -> None:
+    """Refuse bits of layers that an item of ``--layer`` before, or another option, decides."""
+    for given in options.layers:
+        found = [layer for layer in points.layers if _matches(given.pattern, layer)]
+        if all(_override(layer, options) is not given for layer in found):
+            raise UsageError(
+                f"--layer {given.pattern} never counts, because one before it names the same layers"
+            )
+        if all(_left_out(layer, options) for layer in found):
+            raise UsageError(
+                f"--layer {given.pattern} never counts: {_left_out(found[0], options)} leaves its layers out"
+            )
+
+
+def _left_out(layer: PlacedLayer, options: QuantizeOptions) -> str:
+    """The option that leaves a layer in floating point whatever ``--layer`` says; "" if none does."""
+    if any(_matches(pattern, layer) for pattern in options.exclude):
+        return "--exclude"
+    wanted = not options.include or any(_matches(pattern, layer) for pattern in options.include)
+    return "" if wanted else "--include"
 
 
 def _override(layer: PlacedLayer, options: QuantizeOptions) -> LayerBits | None:

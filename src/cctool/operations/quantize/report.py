@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cctool.checkpoint.spec import Metrics
+from cctool.base.networks import some
+from cctool.checkpoint.spec import Metrics, Signal
 from cctool.operations.context import Told, metric_lines
 from cctool.quantization.network.placement import Left
 from cctool.quantization.network.tensors import Skipped
@@ -104,6 +105,7 @@ class QuantizeReport:
         metrics_after: of the product.
         sensitivity: from which bits were chosen.
         notes: for the history.
+        signal: what is left of the outputs' signal; None without images.
     """
 
     method: str
@@ -114,6 +116,7 @@ class QuantizeReport:
     metrics_before: tuple[Metrics, ...]
     metrics_after: tuple[Metrics, ...]
     notes: tuple[str, ...]
+    signal: Signal | None = None
     activations: tuple[ActivationReport, ...] = ()
     left: tuple[Left, ...] = ()
     calibrated_on: int = 0
@@ -150,6 +153,34 @@ _ACTIVATIONS = ("module", "value", "quantizer", "bits", "low", "high", "clipped 
 _SENSITIVITY = ("layer", "bits", "damage", "bytes", "chosen")
 
 
+def signal_table(signal: Signal) -> Told:
+    """The figures of the outputs' signal, a row each."""
+    rows = [(name, value) for name, value in _signal_figures(signal)]
+    title = f"outputs before and after, on {signal.n} {signal.split} images"
+    return title, ("measured", "value"), rows
+
+
+def signal_lines(signal: Signal) -> tuple[str, ...]:
+    """The same figures as phrases, for the history in full."""
+    figures = (f"{name} {value}" for name, value in _signal_figures(signal))
+    return (f"on {signal.n} {signal.split} images", *figures)
+
+
+def _signal_figures(signal: Signal) -> Iterator[tuple[str, str]]:
+    same = signal.snr_db is None and signal.snr_db_with_mean is None and not signal.nonfinite
+    for name, ratio in (
+        ("signal-to-noise", signal.snr_db),
+        ("signal-to-noise with the mean", signal.snr_db_with_mean),
+    ):
+        yield name, "no difference" if same else "no signal" if ratio is None else f"{ratio:.1f} dB"
+    if signal.agreement is not None:
+        yield f"{signal.agreement_of} agreement", f"{signal.agreement:.2f} %"
+    if signal.nonfinite:
+        yield "NaN or infinite", f"{signal.nonfinite:,} values"
+    if signal.uncompared:
+        yield "not compared", some(signal.uncompared)
+
+
 def told(report: Any) -> Iterator[Told]:
     """Tables of weights, activations, sensitivity and what stays in floating point; sizes, notes, metrics."""
     if report.tensors:
@@ -179,5 +210,7 @@ def told(report: Any) -> Iterator[Told]:
         f"tensors {report.bytes_before:,} -> {report.bytes_after:,} bytes "
         f"({report.bytes_before / max(report.bytes_after, 1):.2f}x smaller)"
     )
+    if report.signal is not None:
+        yield signal_table(report.signal)
     yield from report.notes
     yield from metric_lines(report.metrics_before, report.metrics_after)

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from pydantic import JsonValue
-from torch import Tensor
+from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError
 from cctool.base.networks import copied
@@ -25,6 +25,7 @@ from cctool.operations.judge.size import stored_bytes
 from cctool.operations.keep import events
 from cctool.operations.keep.encode import encode_under_mask, masks_by_place
 from cctool.operations.quantize.report import QuantizeReport, TensorReport, counted, errors_between
+from cctool.operations.quantize.signal import signal_and_warning
 from cctool.options.quantize.choices import INTEGERS, QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.encodings.apot_levels import default_terms
@@ -80,7 +81,14 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     product, reports = encode_selected(product, checkpoint, selected, options, context)
     product, followed = events.changed(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
-    notes = (*_storage_notes(checkpoint, product, reports), *counted(skipped), *followed)
+    signal, warned = signal_and_warning(checkpoint, product, source, options.data, context)
+    notes = (
+        *_idle_patterns(checkpoint.model, options, selected),
+        *_storage_notes(checkpoint, product, reports),
+        *counted(skipped),
+        *followed,
+        *warned,
+    )
     report = QuantizeReport(
         method=str(options.method),
         tensors=tuple(reports),
@@ -90,8 +98,27 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         metrics_before=before,
         metrics_after=after,
         notes=notes,
+        signal=signal,
     )
-    yield Outcome(product, report, metrics_before=before, metrics_after=after, notes=notes)
+    yield Outcome(
+        product, report, metrics_before=before, metrics_after=after, notes=notes, signal=report.signal
+    )
+
+
+def _idle_patterns(
+    model: nn.Module, options: QuantizeOptions, selected: Sequence[SelectedTensor]
+) -> Iterator[str]:
+    """Notes on patterns without which the same tensors would be selected."""
+    names = [item.names for item in selected]
+    for flag, patterns in (("include", options.include), ("exclude", options.exclude)):
+        for number, pattern in enumerate(patterns):
+            others = patterns[:number] + patterns[number + 1 :]
+            if flag == "include" and not others:
+                continue
+            chosen = {"include": options.include, "exclude": options.exclude, flag: others}
+            found, _ = select(model, include_1d=options.include_1d, **chosen)
+            if [item.names for item in found] == names:
+                yield f"--{flag} {pattern} changes nothing: the same tensors are quantized without it"
 
 
 def encode_selected(

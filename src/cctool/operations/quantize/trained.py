@@ -29,6 +29,7 @@ from cctool.operations.quantize.calibrated import float_weights, tensor_reports
 from cctool.operations.quantize.plan import Plan, plan
 from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing, reported
 from cctool.operations.quantize.report import QuantizeReport, counted, in_floating_point
+from cctool.operations.quantize.signal import signal_and_warning
 from cctool.operations.quantize.stored import encode_selected
 from cctool.operations.train.finetune import finetune
 from cctool.operations.train.teacher import distillation
@@ -61,8 +62,14 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     make = _codebooks if options.method is QuantizeMethod.CODEBOOK else _quantizers
     product, found = make(checkpoint, options, source, objective, context)
     after = measured_splits(product, source, options.data, context)
+    judge = judge_of(checkpoint, context) if options.epochs else None
+    signal, warned = signal_and_warning(
+        checkpoint, product, source, options.data, context, (judge.main, before, after) if judge else None
+    )
+    found["notes"] = (*found["notes"], *warned)
     report = QuantizeReport(
         method=str(options.method),
+        signal=signal,
         bytes_before=stored_bytes(checkpoint),
         bytes_after=stored_bytes(product),
         metrics_before=before,
@@ -70,7 +77,13 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         **found,
     )
     yield Outcome(
-        product, report, metrics_before=before, metrics_after=after, notes=report.notes, others=others
+        product,
+        report,
+        metrics_before=before,
+        metrics_after=after,
+        notes=report.notes,
+        others=others,
+        signal=signal,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +12,6 @@ from cctool.base.errors import (
     CctoolError,
     CorruptCheckpointError,
     DataError,
-    TrainingError,
     UsageError,
     UserCodeError,
 )
@@ -25,9 +25,19 @@ from cctool.operations.judge.task import Judge, judge_of
 from cctool.operations.keep import events
 from cctool.operations.keep.follower import Followed
 from cctool.operations.train.new_head import with_new_head
-from cctool.operations.train.one_process import Start, fit_here, metrics_of
+from cctool.operations.train.one_process import Fitted, Start, fit_here, metrics_of
 from cctool.operations.train.rate_penalty import refuse_rate_without_taps
-from cctool.operations.train.resume import forms_from, refuse_other_files, refuse_other_options, starts_afresh
+from cctool.operations.train.remarks import say_remarks
+from cctool.operations.train.resume import (
+    forms_from,
+    nothing_to_resume,
+    refuse_other_data,
+    refuse_other_files,
+    refuse_other_input,
+    refuse_other_options,
+    starts_afresh,
+    unfinished_step,
+)
 from cctool.operations.train.run_folder import LoggedReporter, RunFolder
 from cctool.operations.train.workers import fit_in_processes, node_rank
 from cctool.options.fields import recorded
@@ -60,7 +70,7 @@ class TrainReport:
         best_epoch: the epoch whose weights the product has; None without training.
         metrics_before: of the input network.
         metrics_after: of the product, after it was encoded again (--keep-storage).
-        run_folder: path of the logs and ``last.pt``; None without training.
+        run_folder: path of the logs and ``last.pt``; None without training, or if none was kept.
         rows: one per epoch.
     """
 
@@ -97,17 +107,21 @@ def conduct(
     folder = RunFolder(context.output, context.tables)
     if not options.run.resume:
         folder.refuse_earlier(force=context.force)
+        folder.refuse_reading(context.read)
     new_head = options.start.new_head
     source = require_source(options.data, checkpoint, context, verb, renames=True, own_labels=new_head)
     judge = judge_of(checkpoint, context)
     judge.require_loss("training")
     refuse_unlabelled(source, judge, verb)
     if options.run.resume:
-        start = _resumed(verb, checkpoint, options, context, folder)
+        start = _resumed(verb, checkpoint, source, options, context, folder)
     else:
         start = _started(checkpoint, source, options, context)
     _refuse_other_classes(start.checkpoint, source, context)
     refuse_rate_without_taps(start.checkpoint.model, options.fit.rate_weight)
+    say_remarks(start.checkpoint, source, options.fit, options.data, context)
+    if options.keep_storage and not start.forms:
+        context.say_once("--keep-storage changes nothing: INPUT has no encoded tensors")
     goal = make_goal(start.checkpoint, source, options, context)
     if start.continues is not None:
         refuse_other_files(start.continues, goal.others)
@@ -141,13 +155,11 @@ def _fit(
     verb: str, goal: Goal, start: Start, source: DataSource, options: Any, context: Context, folder: RunFolder
 ) -> Iterator[Outcome]:
     try:
-        if options.run.processes == 1:
-            result = fit_here(start, goal.objective, source, options, context, folder)
-        else:
-            result = fit_in_processes(verb, start, options, context, folder)
-    except KeyboardInterrupt:
-        context.reporter.warn(f"interrupted; {_left(folder, context)}")
-        raise
+        with _saying_what_is_left(folder, context):
+            if options.run.processes == 1:
+                result = fit_here(start, goal.objective, source, options, context, folder)
+            else:
+                result = fit_in_processes(verb, start, options, context, folder)
     except (CctoolError, SystemExit) as error:
         left = _left(folder, context)
         # Logs of worker processes have the traceback of the error.
@@ -160,12 +172,33 @@ def _fit(
         raise type(error)(f"{error}; {left}") from error
     if not result.completed:
         if options.run.nodes == 1 or node_rank() == 0:
-            yield _stopped(len(result.rows), start, source, options, context, folder)
+            with _saying_what_is_left(folder, context):
+                stopped = _stopped(len(result.rows), start, source, options, context, folder)
+            yield stopped
         return
     if options.run.nodes > 1 and node_rank() > 0:
         # Only one machine may write the product.
         context.reporter.note("this machine trained along; the first one writes the product")
         return
+    with _saying_what_is_left(folder, context):
+        outcome = _finished(result, start, source, options, context, folder)
+    yield outcome
+
+
+@contextmanager
+def _saying_what_is_left(folder: RunFolder, context: Context) -> Iterator[None]:
+    """Say what remains of a training that is interrupted, also after its last epoch."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        context.reporter.warn(f"interrupted; {_left(folder, context)}")
+        raise
+
+
+def _finished(
+    result: Fitted, start: Start, source: DataSource, options: Any, context: Context, folder: RunFolder
+) -> Outcome:
+    """The best epoch of a completed training, encoded and measured."""
     finished = replace(start.checkpoint, resume=None)
     finished.model.eval()
     forms = start.forms if options.keep_storage else {}
@@ -178,7 +211,7 @@ def _fit(
     folder.log(_summary(after, judge_of(finished, context)))
     _warn_of_guessing(finished, after, context)
     report = TrainReport(len(result.rows), best, start.metrics_before, after, str(folder.path), result.rows)
-    yield Outcome(
+    return Outcome(
         finished,
         report,
         metrics_before=start.metrics_before,
@@ -264,21 +297,25 @@ def _completed(checkpoint: Checkpoint, source: DataSource, context: Context) -> 
     return replace(checkpoint, spec=spec.model_copy(update=update))
 
 
-def _resumed(verb: str, checkpoint: Checkpoint, options: Any, context: Context, folder: RunFolder) -> Start:
+def _resumed(
+    verb: str, checkpoint: Checkpoint, source: DataSource, options: Any, context: Context, folder: RunFolder
+) -> Start:
     """Where ``last.pt`` in the run folder left off, or INPUT itself if that is a ``last.pt``."""
     found = folder.load(folder.last) if folder.last.exists() else checkpoint
     if found.resume is None or not found.history:
-        raise TrainingError(
-            f"there is nothing to resume: {folder.last} does not exist; leave --resume out to begin"
-        )
-    # `prune` keeps the state of training, and adds its line of history after the training's.
+        raise nothing_to_resume(folder.last, None if checkpoint.origin is None else checkpoint.origin.path)
     cut = found.history[-1].verb == "prune"
-    earlier = next((step for step in reversed(found.history) if step.verb != "prune"), found.history[-1])
+    earlier = unfinished_step(found.history)
+    if found is not checkpoint:
+        unfinished = None if checkpoint.resume is None else unfinished_step(checkpoint.history)
+        refuse_other_input(earlier, found.spec, checkpoint, unfinished, folder.last)
     now = recorded(options) | {"runtime": recorded(context.runtime)}
     refuse_other_options(earlier, verb, now, found.spec.data)
-    epoch = found.resume.state.get("epoch")
+    epoch, rows = found.resume.state.get("epoch"), found.resume.state.get("rows")
     if not isinstance(epoch, int) or "best" not in found.resume.state:
         raise CorruptCheckpointError(f"{folder.last} holds a malformed state of training")
+    if isinstance(rows, list) and rows and isinstance(rows[-1], dict):
+        refuse_other_data(rows[-1], source, options.run.processes)
     context.reporter.note(f"going on after epoch {epoch} of {options.fit.epochs}")
     return Start(
         replace(found, history=found.history if cut else found.history[:-1], resume=None),

@@ -15,6 +15,7 @@ from cctool.operations.data import feed_of, refuse_unlabelled
 from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
 from cctool.operations.train.rate_penalty import rate_penalties
+from cctool.operations.train.remarks import say_remarks
 from cctool.options.common import DataOptions
 from cctool.options.train.fit import FitOptions
 from cctool.training.constraints.base import Constraint
@@ -55,6 +56,7 @@ def finetune(
     judge = judge_of(checkpoint, context)
     judge.require_loss("fine-tuning")
     refuse_unlabelled(source, judge, "fine-tuning")
+    say_remarks(checkpoint, source, options, data, context)
     trained = events.decoded(checkpoint, context)
     feed = feed_of(checkpoint, source, data, context)
 

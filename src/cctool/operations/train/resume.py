@@ -8,10 +8,14 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from cctool.base.errors import CheckpointError, TrainingError
-from cctool.checkpoint.checkpoint import open_file
+from cctool.base.errors import TrainingError
+from cctool.base.user_code import looks_like_user_code
+from cctool.checkpoint.checkpoint import Checkpoint, open_file
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.spec import Parent, Step
+from cctool.checkpoint.spec import ModelSpec, Parent, Step
+from cctool.data.records import DataSource
+from cctool.data.serving.batches import MINIMUM_TRAINING_SAMPLES
+from cctool.options.paths import is_same_file
 from cctool.options.train.fit import Schedule
 from cctool.options.transform.choices import Mode
 
@@ -20,17 +24,24 @@ _FREE = {"runtime.device", "data.workers"}
 # Under these schedules the learning rate of an epoch does not depend on the number of epochs.
 _LENGTH_FREE = {Schedule.CONSTANT.value, Schedule.MULTISTEP.value}
 
+_ANEW = "without --resume, --force starts anew"
 
-def last_step(path: Path) -> Step:
-    """Read the unfinished line of history of a ``last.pt``.
+
+def last_step(path: Path) -> Step | None:
+    """The unfinished line of history of a ``last.pt``; None if the file holds no training to resume.
 
     Raises:
-        CheckpointError: if the file holds no training that can be resumed.
+        CheckpointError: if the file cannot be read.
     """
     opened = open_file(path)
     if opened.payload is None or opened.payload.resume is None or not opened.payload.history.steps:
-        raise CheckpointError(f"{path} holds no training that could go on")
-    return opened.payload.history.steps[-1]
+        return None
+    return unfinished_step(opened.payload.history.steps)
+
+
+def unfinished_step(history: Sequence[Step]) -> Step:
+    """The line of a training that can be resumed; `prune` keeps its state and adds a line after it."""
+    return next((step for step in reversed(history) if step.verb != "prune"), history[-1])
 
 
 def refuse_other_options(earlier: Step, verb: str, now: Mapping[str, JsonValue], data: str | None) -> None:
@@ -60,9 +71,7 @@ def refuse_other_options(earlier: Step, verb: str, now: Mapping[str, JsonValue],
         if name not in free and _given(then_flat.get(name)) != _given(now_flat.get(name))
     ]
     if different:
-        raise TrainingError(
-            f"--resume goes on with the same options only: {'; '.join(different)} (--force starts anew)"
-        )
+        raise TrainingError(f"--resume goes on with the same options only: {'; '.join(different)} ({_ANEW})")
 
 
 def refuse_other_files(earlier: Step, now: Mapping[str, Parent]) -> None:
@@ -76,7 +85,7 @@ def refuse_other_files(earlier: Step, now: Mapping[str, Parent]) -> None:
         if found is not None and (found.content or found.file) != (before.content or before.file):
             raise TrainingError(
                 f"--resume goes on with the same files only: the {role} {found.path} is not the one that "
-                "training began with (--force starts anew)"
+                f"training began with ({_ANEW})"
             )
 
 
@@ -154,16 +163,90 @@ def run_folder_of(output: str) -> PurePath:
 def find_resumed(source: str | None, output: str | None, verb: str) -> tuple[str | None, str | None]:
     """Input and output of the training that ``--resume`` continues, from INPUT and ``--output`` as given.
 
-    The same command line finds its run folder by its output. INPUT may also be a ``last.pt`` in a run folder,
-    or a product with its run folder next to it: then that training continues and writes its product.
+    A run folder belongs to one product, and the same command line finds it by its output. Without
+    ``--output``, INPUT may also be a ``last.pt`` in a run folder, or a product with its run folder next to
+    it: then that training continues and writes its product, if the command's own product and run folder do
+    not exist.
     """
     if source is None or source == "-":
         return source, output
-    path = Path(source)
-    expected = output or str(path.with_name(f"{path.stem}.{verb}.pt"))
-    if Path(run_folder_of(expected), "last.pt").exists():
-        return source, output
+    path, own = Path(source), Path(run_folder_of(output or source), "last.pt")
+    if output is not None:
+        # A product that is named as INPUT, too, is continued and not its own parent.
+        return (str(own), output) if own.exists() and is_same_file(path, Path(output)) else (source, output)
     if path.name == "last.pt" and path.parent.suffix == ".run":
-        return source, output or str(path.parent.with_suffix(".pt"))
-    beside = Path(run_folder_of(source), "last.pt")
-    return (str(beside), output or source) if beside.exists() else (source, output)
+        products = [path.parent.with_suffix(suffix) for suffix in (".pt", ".safetensors")]
+        return source, str(next((found for found in products if found.exists()), products[0]))
+    expected = path.with_name(f"{path.stem}.{verb}.pt")
+    if Path(run_folder_of(str(expected))).exists() or expected.exists() or not own.exists():
+        return source, None
+    return str(own), source
+
+
+def nothing_to_resume(last: Path, source: str | None) -> TrainingError:
+    """The error for a product whose run folder holds no completed epoch; ``source`` is INPUT."""
+    text = f"there is nothing to resume: {last} does not exist; leave --resume out to begin"
+    own = None if source is None else Path(run_folder_of(source), "last.pt")
+    if own is not None and own != last and own.exists():
+        text += f", or go on with the training of INPUT itself by -o {source}"
+    return TrainingError(text)
+
+
+def refuse_other_input(
+    earlier: Step, spec: ModelSpec, given: Checkpoint, unfinished: Step | None, last: Path
+) -> None:
+    """Refuse to resume a training that began with another network than INPUT or ``--arch`` name now.
+
+    Args:
+        earlier: the unfinished line of history.
+        spec: of the network that it trains.
+        given: INPUT, or a fresh network.
+        unfinished: the unfinished line of history of INPUT, if it holds a training that can be resumed.
+        last: the file that is resumed.
+
+    Raises:
+        TrainingError: naming both.
+    """
+    began = "a fresh network" if earlier.parent is None else earlier.parent.path
+    found = given.origin
+    if found is None:
+        same = (given.spec.arguments, given.spec.input_shape) == (spec.arguments, spec.input_shape)
+        # The user's file may have another path now.
+        ours = looks_like_user_code(given.spec.architecture) and looks_like_user_code(spec.architecture)
+        if earlier.parent is None and same and (ours or given.spec.architecture == spec.architecture):
+            return
+        named = f"--arch {given.spec.architecture} is"
+    else:
+        named = f"{found.path} is"
+        if unfinished is not None and _same_file(unfinished.parent, earlier.parent):
+            return
+        if _same_file(found, earlier.parent) or is_same_file(Path(found.path), last):
+            return
+    raise TrainingError(
+        f"{last} goes on with a training that began with {began}, and {named} another network; "
+        "leave --resume out and name another -o to begin a training"
+    )
+
+
+def _same_file(one: Parent | None, other: Parent | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return (one.content or one.file) == (other.content or other.file)
+
+
+def refuse_other_data(row: Mapping[str, Any], source: DataSource, processes: int) -> None:
+    """Refuse to resume on a data set whose splits have other sizes than in the last epoch, ``row``.
+
+    Raises:
+        TrainingError: naming the split and both numbers.
+    """
+    # A last batch that is too small for the processes is left out.
+    left_out = MINIMUM_TRAINING_SAMPLES * processes - 1
+    for split, key, fewer in (("train", "n", left_out), ("validation", "validation_n", 0)):
+        before = int(row.get(key) or 0)
+        now = len(source.split(split)) if split in source.loaders else 0
+        if before and not before <= now <= before + fewer:
+            raise TrainingError(
+                f"--resume goes on with the same data only: the {split} split of {source.reference} had "
+                f"{before:,} images and has {now:,} now ({_ANEW})"
+            )

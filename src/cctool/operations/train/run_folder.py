@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -27,6 +28,7 @@ from cctool.base.runtime import Reporter
 from cctool.checkpoint.checkpoint import Checkpoint, load, save
 from cctool.checkpoint.file.atomic import write_atomically
 from cctool.checkpoint.tables import Tables
+from cctool.options.paths import NamedFile
 
 T = TypeVar("T")
 
@@ -59,6 +61,22 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.path} holds an earlier training; --resume goes on with it, --force starts anew"
             )
+
+    def refuse_reading(self, read: Iterable[NamedFile]) -> None:
+        """Refuse to begin a training that would delete what it reads: a file of the earlier one here.
+
+        Raises:
+            CheckpointError: naming the file.
+        """
+        ours = self.path.resolve()
+        for file in read:
+            path = file.path.resolve()
+            inside = path.relative_to(ours).parts if path.is_relative_to(ours) else ()
+            if inside and any(fnmatchcase(inside[0], pattern) for pattern in _OURS):
+                raise CheckpointError(
+                    f"{file.path} is in the run folder of {self.path.stem}, which a new training empties; "
+                    "--resume goes on with that training, another -o keeps it"
+                )
 
     def begin(self, device: torch.device, *, resume: bool) -> None:
         """Make the folder, empty it unless resuming, and write the command and the environment."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from cctool.base.errors import UsageError
-from cctool.base.networks import copied
+from cctool.base.networks import copied, some
+from cctool.base.patterns import refuse_shadowed
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
@@ -104,7 +107,7 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     features = options.features
     refuse_reports(features, context)
     if features.sweep:
-        refuse_sweep(context)
+        refuse_sweep(context, [Path(features.report_file)] if features.report_file else [])
     source = require_source(options.data, checkpoint, context, "--target features")
     before = measured_splits(checkpoint, source, options.data, context)
     product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
@@ -160,7 +163,9 @@ def codec_configs(options: TransformOptions, sites: Sequence[Site], images: int)
     """
     features, kernel = options.features, options.kernel
     plain = kernel == "identity" and not features.channel_klt
-    tables = None if plain and features.q_table is None else _tables(options)
+    tables = None
+    if not plain or features.q_table is not None:
+        tables = _tables(options, [site.name for site in sites])
     # With auto, calibration changes unsigned to offset for maps with negative values.
     auto = features.prequantizer is Prequantizer.AUTO
     calibrated: list[Any] = ["k"] if features.k is None else []
@@ -198,7 +203,7 @@ def codec_configs(options: TransformOptions, sites: Sequence[Site], images: int)
     return found
 
 
-def _tables(options: TransformOptions) -> TableChoice:
+def _tables(options: TransformOptions, taps: Sequence[str]) -> TableChoice:
     features, kernel = options.features, options.kernel
     default = TableChoice(default_table(kernel, features.block, features.levels, features.bits))
     if features.q_table is None:
@@ -207,6 +212,12 @@ def _tables(options: TransformOptions) -> TableChoice:
     for pattern, steps in found.items():
         who = f"--q-table {features.q_table}: {pattern}"
         check_table(steps, kernel, features.block, features.levels, who)
+    named = [pattern for pattern in found if pattern != "*"]
+    if lost := [pattern for pattern in named if not any(fnmatchcase(tap, pattern) for tap in taps)]:
+        raise UsageError(
+            f"--q-table {features.q_table}: {lost[0]} matches no tap; the taps are {some(list(taps))}"
+        )
+    refuse_shadowed(list(found), taps, f"--q-table {features.q_table}")
     return replace(default, patterns={pattern: StepTable(steps) for pattern, steps in found.items()})
 
 

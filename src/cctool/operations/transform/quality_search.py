@@ -195,9 +195,14 @@ def sweep_qualities(
     return tuple(points)
 
 
-def refuse_sweep(context: Context) -> None:
-    """Refuse to start a sweep if its files could not be written. Raises CheckpointError if they exist."""
-    refuse_existing(_sweep_files(context), context)
+def refuse_sweep(context: Context, others: Sequence[Path]) -> None:
+    """Refuse to start a sweep if its files could not be written; ``others`` are written, too.
+
+    Raises:
+        CheckpointError: if they exist.
+        UsageError: if two would have one name.
+    """
+    refuse_existing((*_sweep_files(context), *others), context)
 
 
 def write_sweep(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from cctool import __version__
 from cctool.base.errors import BitstreamError
+from cctool.base.json_text import DoubledKeyError, read_json
 from cctool.checkpoint.spec import Dimension, Record
 
 INDEX, SUFFIX = "index.json", ".seg"
@@ -97,7 +99,13 @@ def read_index(folder: Path) -> Index:
     try:
         if path.stat().st_size > _LARGEST:
             raise BitstreamError(f"{path}: larger than {_LARGEST // 2**20} MiB, no index of streams")
-        return Index.model_validate_json(path.read_bytes())
+        text = path.read_bytes()
+        # Whatever else is wrong with it, the record says better.
+        with suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+            read_json(text)
+        return Index.model_validate_json(text)
+    except DoubledKeyError as error:
+        raise BitstreamError(f"{path} is malformed: {error}") from None
     except FileNotFoundError:
         raise BitstreamError(f"{folder} has no {INDEX}: `cctool evaluate --bitstream` writes one") from None
     except ValidationError as error:

@@ -31,12 +31,14 @@ class AnalyzeOptions(Options):
     # fmt: off
     macs: bool = _files(False, "Write STEM.macs.xlsx, one row per layer.")
     macs_file: str | None = _files(
-        None, "Write the layer table to this file: .xlsx, .csv or .json.", metavar="PATH")
+        None, "Write the layer table to this file: .xlsx, .csv or .json.", metavar="PATH", writes=True)
     sparsity: bool = _files(False, "Write STEM.sparsity.xlsx, one row per weight tensor.")
     sparsity_file: str | None = _files(
-        None, "Write the sparsity table to this file: .xlsx, .csv or .json.", metavar="PATH")
+        None, "Write the sparsity table to this file: .xlsx, .csv or .json.", metavar="PATH",
+        writes=True)
     onnx: bool = _files(False, "Write STEM.onnx and verify it.")
-    onnx_file: str | None = _files(None, "Write the ONNX file here and verify it.", metavar="PATH")
+    onnx_file: str | None = _files(None, "Write the ONNX file here and verify it.", metavar="PATH",
+        writes=True)
     history: bool = _printed(False, "Print every step of the history in full, and nothing else.")
     spec: bool = _printed(False, "Print the spec as JSON, and nothing else.")
     data: DataOptions = sampled_data("Compare the ONNX file on at most this many samples.")

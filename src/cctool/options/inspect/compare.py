@@ -21,9 +21,9 @@ class CompareOptions(Options):
         metavar="TEXT", repeated=True, runs_code=True)
     latency: bool = option(False, "Also time a batch of one on the device, in milliseconds.")
     csv: str | None = option(
-        None, "Write the comparison to this file.", metavar="FILE.csv", recorded=False)
+        None, "Write the comparison to this file.", metavar="FILE.csv", recorded=False, writes=True)
     xlsx: str | None = option(
-        None, "Write the comparison to this workbook.", metavar="FILE.xlsx", recorded=False)
+        None, "Write the comparison to this workbook.", metavar="FILE.xlsx", recorded=False, writes=True)
     data: DataOptions = nested(DataOptions, without=("val_data", "val_data_arguments"))
     judge: TaskOptions = judged()
     # fmt: on

@@ -20,7 +20,7 @@ class DecodeOptions(Options):
     sources: tuple[str, ...]
     # fmt: off
     output: str = option(
-        ..., "New folder for the decoded maps, .npy files.", "--output", "-o", metavar="OUTDIR")
+        ..., "New folder for the decoded maps, .npy files.", "--output", "-o", metavar="OUTDIR", writes=True)
     force: bool = option(False, "Replace the folder if it holds only maps of an earlier decode.")
     # fmt: on
 

@@ -40,21 +40,21 @@ class EvaluateOptions(TaskOptions):
         None, "Split to measure on.", unset="test, or the next best if there is none")
     data: DataOptions = nested(DataOptions)
     predictions: str | None = option(
-        None, "Write one row per image; works without labels, too.", metavar="FILE.csv")
+        None, "Write one row per image; works without labels, too.", metavar="FILE.csv", writes=True)
     per_class: bool = option(
         False, "Also measure each class: accuracy or IoU, and how many samples it has.", recorded=False)
     csv: str | None = option(
         None, "Write the table of classes to this file.", metavar="FILE.csv", idle=_OF_CLASSES,
-        recorded=False)
+        recorded=False, writes=True)
     xlsx: str | None = option(
         None, "Write the table of classes to this workbook.", metavar="FILE.xlsx",
-        idle=_OF_CLASSES, recorded=False)
+        idle=_OF_CLASSES, recorded=False, writes=True)
     confusion: str | None = option(
         None, "Write which class was taken for which: as a picture, or as counts.",
-        metavar="FILE.png|.csv|.xlsx", recorded=False)
+        metavar="FILE.png|.csv|.xlsx", recorded=False, writes=True)
     bitstream: str | None = option(
         None, "Write the coded feature maps of the split, one file per tap, for `cctool decode`.",
-        metavar="DIR", panel=_TAPS)
+        metavar="DIR", panel=_TAPS, writes=True)
     through_bitstream: bool = option(
         False, "Encode each map to bytes and continue with the decoded map.", panel=_TAPS)
     report_file: str | None = report_file_option(_TAPS)

@@ -49,7 +49,7 @@ class ExportOptions(Options):
     format: ExportFormat | None = option(
         None, "Format of the file.", unset="the one that the output's suffix implies, else onnx")
     output: str | None = option(
-        None, "File to write; its suffix implies the format.", "--output", "-o", panel="Output",
+        None, "File to write; its suffix implies the format.", "--output", "-o", panel="Output", writes=True,
         unset="INPUT's stem with .onnx, .state.pt, .state.safetensors or .pt2")
     data: DataOptions = sampled_data("Compare on at most this many samples of the data.")
     allow_nonfinite: bool = option(

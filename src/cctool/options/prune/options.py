@@ -147,7 +147,7 @@ class PruneOptions(Options):
         None, "What may be lost of the main metric on validation: points, or % of its value; finds the "
         "largest such rate.", metavar="POINTS|%", parse=parse_drop)
     rates: str | None = _amount(
-        None, "Table of rates: family or layer, and its rate.", metavar="FILE.csv|.json")
+        None, "Table of rates: family or layer, and its rate.", metavar="FILE.csv|.json", reads=True)
     round_to: int | None = _shape(
         1, "Round kept widths up to a multiple of this; auto: of 8 in families with that many channels.",
         metavar="N|auto", parse=_round, shown="1", bounds=at_least(1), idle=(_NO_CHOICE, _MASKS_ONLY))
@@ -182,7 +182,8 @@ class PruneOptions(Options):
     optimizer: str = optimizer_option("adamw", _UNTRAINED, _TRAINING)
     lr: float | None = lr_option(_UNTUNED, _TRAINING)
     rewind: str | None = _training(
-        None, "Reset the remaining weights to those of this earlier checkpoint.", metavar="CHECKPOINT")
+        None, "Reset the remaining weights to those of this earlier checkpoint.", metavar="CHECKPOINT",
+        reads=True)
     from_scratch: bool = _training(
         False, "Reinitialise the pruned network: the control that pruning has to beat.")
     sparsify: SparsifyOptions | None = nested(

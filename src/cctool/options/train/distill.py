@@ -9,7 +9,7 @@ from typing import Any
 from cctool.options.common import DataOptions, ModelOptions
 from cctool.options.fields import Choice, Options, assemble, leaves, nested, option
 from cctool.options.teacher import alpha_option, keep_storage_option, teacher_model, temperature_option
-from cctool.options.train.fit import FitOptions, OptimizerName, Schedule
+from cctool.options.train.fit import UNTRAINED, FitOptions, OptimizerName, Schedule
 from cctool.options.train.run import RunOptions, refuse_small_batches
 from cctool.options.train.start import StartOptions
 
@@ -26,14 +26,14 @@ class DistillOptions(Options):
     """Options of one distillation."""
 
     # fmt: off
-    teacher: str = option(..., "Teacher: a checkpoint or a foreign file.", panel="Teacher")
+    teacher: str = option(..., "Teacher: a checkpoint or a foreign file.", panel="Teacher", reads=True)
     teacher_model: ModelOptions = teacher_model()
     temperature: float = temperature_option()
     alpha: float = alpha_option()
     fit: FitOptions = nested(FitOptions)
     data: DataOptions = nested(DataOptions)
     run: RunOptions = nested(RunOptions)
-    keep_storage: bool = keep_storage_option("Output")
+    keep_storage: bool = keep_storage_option("Output", UNTRAINED)
     start: StartOptions = nested(StartOptions, if_given=True)
     preset: DistillPreset | None = option(
         None, "Set the options of a published method; options that you give win.")

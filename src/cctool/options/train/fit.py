@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from cctool.base.errors import UsageError
 from cctool.options.common import TaskOptions
-from cctool.options.fields import Choice, at_least, between, positive, section
+from cctool.options.fields import Choice, Idle, at_least, between, positive, section
 from cctool.options.teacher import freeze_norm_option
 
 
@@ -61,10 +62,12 @@ _SGD_WITHOUT_NORM = 0.02
 _USER_DEFAULT = (1e-3, 3e-4)
 _DEFAULT_MOMENTUM = 0.9
 _DEFAULT_WARMUP_EPOCHS = 5
-_optimizer = section("Optimizer")
-_rate = section("Learning rate")
+UNTRAINED = Idle(lambda asked: asked.fit.epochs == 0, "--epochs 0 trains nothing")
+"""For options of a training that is none."""
+_optimizer = partial(section("Optimizer"), idle=UNTRAINED)
+_rate = partial(section("Learning rate"), idle=UNTRAINED)
 _LOSS = "Loss, metric and what is kept"
-_loss = section(_LOSS)
+_loss = partial(section(_LOSS), idle=UNTRAINED)
 
 
 def _milestones(text: str) -> tuple[int, ...]:
@@ -90,7 +93,8 @@ class FitOptions(TaskOptions):
 
     # fmt: off
     epochs: int = _optimizer(
-        30, "Passes over the training split, warm-up included; 0 trains nothing.", bounds=at_least(0))
+        30, "Passes over the training split, warm-up included; 0 trains nothing.", bounds=at_least(0),
+        idle=())
     optimizer: str = _optimizer(
         OptimizerName.ADAMW.value, "Optimizer: sgd, adam, adamw or my.py:factory(groups, lr=...).",
         runs_code=True)
@@ -132,12 +136,13 @@ class FitOptions(TaskOptions):
         0.0, "Weight of coded feature maps' bits per value in the loss; needs codecs.",
         bounds=between("[0, inf)"))
     metric_mode: MetricMode = _loss(
-        MetricMode.MAX, "Whether larger or smaller values of --metric are better.")
+        MetricMode.MAX, "Whether larger or smaller values of --metric are better.",
+        idle=Idle(lambda asked: asked.fit.metric is None, "there is no --metric; a task knows its own"))
     eval_from: int = _loss(
         1, "First epoch after which to evaluate; the last one always is.", bounds=at_least(1))
     augment: bool = _loss(
         True, "Augment training images as the data set recommends.", "--augment/--no-augment")
-    freeze_norm: bool = freeze_norm_option(_LOSS)
+    freeze_norm: bool = freeze_norm_option(_LOSS, UNTRAINED)
     ema: float = _loss(
         0.0, "Average the weights over about 1/(1-DECAY) steps; the average is validated and written.",
         metavar="DECAY", bounds=between("[0, 1)"))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from cctool.base.errors import UsageError
 from cctool.options.common import DataOptions
 from cctool.options.fields import Options, at_least, nested, option, section
 from cctool.options.teacher import keep_storage_option
-from cctool.options.train.fit import FitOptions
+from cctool.options.train.fit import UNTRAINED, FitOptions
 from cctool.options.train.start import StartOptions
 from cctool.options.transform.choices import Mode
 
-_run_folder = section("The run folder")
+_run_folder = partial(section("The run folder"), idle=UNTRAINED)
 _machines = section("Devices and machines")
 
 
@@ -95,7 +96,7 @@ class TrainOptions(Options):
     fit: FitOptions = nested(FitOptions)
     data: DataOptions = nested(DataOptions)
     run: RunOptions = nested(RunOptions)
-    keep_storage: bool = keep_storage_option("Output")
+    keep_storage: bool = keep_storage_option("Output", UNTRAINED)
     start: StartOptions = nested(StartOptions, if_given=True)
     swap: tuple[str, ...] | None = option(
         None, "Put layers of a fresh network into a transform domain before training, as in "

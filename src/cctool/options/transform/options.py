@@ -126,7 +126,7 @@ class FeatureOptions(Options):
         None, "Bits that quantized coefficients are clamped to.", unset="enough for every value",
         bounds=between("[2, 32]"))
     q_table: str | None = _features(
-        None, "Step sizes of the coefficients' quantizer.", metavar="FILE.json|.csv",
+        None, "Step sizes of the coefficients' quantizer.", metavar="FILE.json|.csv", reads=True,
         unset="the default table")
     norm: Norm = _features(
         Norm.ORTHO, "Scale of the transform that the steps refer to; none is scipy's norm=None.")

@@ -18,7 +18,15 @@ from cctool.pruning.cut.surgery import CutPlan, apply_cut, plan_cut
 from cctool.pruning.cut.verify import Check, check, find_culprits
 from cctool.pruning.scores.evidence import Evidence
 from cctool.pruning.scores.units import score_context, score_families
-from cctool.pruning.select.order import Candidates, Selection, by_options, candidates, select_counts
+from cctool.pruning.select.order import (
+    Candidates,
+    Selection,
+    arbitrary_choices,
+    by_options,
+    candidates,
+    idle_patterns,
+    select_counts,
+)
 from cctool.pruning.select.rates import family_rates, read_rates
 
 Counts = Callable[[Candidates], Mapping[int, int]]
@@ -57,7 +65,7 @@ class Planner:
         )
         self.scores = score_families(self.graph, options, score_context(model, seed, evidence))
         self.spared: dict[str, str] = {}
-        self.notes: list[str] = []
+        self.notes = list(idle_patterns(self.graph, options))
         self._computed = why_not_parameters(model)
         if self._computed:
             self.notes.append(f"channels stay: {self._computed}")
@@ -101,6 +109,7 @@ class Planner:
             if not outcome.failure:
                 break
             self._spare(selection, outcome)
+        notes += arbitrary_choices(self.graph, chosen, selection)
         report = report_of(self.model, self.graph, self.scores, selection, plan, outcome, notes)
         return ThinResult(plan, report, self.graph, selection)
 

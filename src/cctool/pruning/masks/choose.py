@@ -230,6 +230,17 @@ def _group_worth(item: _Ranked, groups: WeightGroups) -> Tensor:
     return groups.sums(item.worth).masked_fill(gone, -math.inf)
 
 
+def idle_patterns(model: nn.Module, options: PruneOptions) -> tuple[str, ...]:
+    """A note for each pattern of ``--only`` and ``--exclude`` that names something, but no weight."""
+    maskable = {name for name, _, module in weights_of(model) if is_maskable(module)}
+    return tuple(
+        f"{flag} {pattern} changes nothing: what it names holds no weight that could be masked"
+        for flag, patterns in (("--only", options.only), ("--exclude", options.exclude))
+        for pattern in patterns
+        if not maskable & _matching(model, [pattern])
+    )
+
+
 def _matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     """Names of the weights that a glob pattern matches, by their own name or that of a module around them.
 

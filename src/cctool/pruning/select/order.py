@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from cctool.base.networks import some
 from cctool.base.patterns import refuse_unmatched
 from cctool.graph.ledger import Role
 from cctool.graph.records import ChannelGraph, Family
@@ -113,6 +114,32 @@ def matching(model: nn.Module, graph: ChannelGraph, patterns: Sequence[str]) -> 
         for number, family in enumerate(graph.families)
         if any(fnmatchcase(name, pattern) for name in names_of(family) for pattern in patterns)
     }
+
+
+def idle_patterns(graph: ChannelGraph, options: PruneOptions) -> tuple[str, ...]:
+    """A note for each pattern of ``--only`` and ``--exclude`` that names something, but no family."""
+    named = set().union(*map(names_of, graph.families)) if graph.families else set()
+    return tuple(
+        f"{flag} {pattern} changes nothing: what it names has no channels of its own that could go"
+        for flag, patterns in (("--only", options.only), ("--exclude", options.exclude))
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in named)
+    )
+
+
+def arbitrary_choices(graph: ChannelGraph, chosen: Candidates, selection: Selection) -> tuple[str, ...]:
+    """A note if families lose some of their units, all of which have the same score."""
+    equal = [
+        graph.families[number].name
+        for number, score in chosen.scores.items()
+        if len(score) > 1 and not bool(selection.kept[number].all()) and bool((score == score[0]).all())
+    ]
+    if not equal:
+        return ()
+    return (
+        f"which channels go is arbitrary in {some(equal)}: all have the same score; another --method, or "
+        "training first (slimming: --gamma-l1 or --sparsify), tells them apart",
+    )
 
 
 def candidates(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from cctool.base.errors import UsageError
+from cctool.base.json_text import DoubledKeyError, read_json
 from cctool.base.networks import some
 from cctool.graph.records import ChannelGraph
 from cctool.pruning.select.order import names_of
@@ -64,7 +64,9 @@ def read_rates(path: str) -> dict[str, float]:
 
 def _json_rows(text: str, path: str) -> list[tuple[str, Any]]:
     try:
-        document = json.loads(text)
+        document = read_json(text)
+    except DoubledKeyError as error:
+        raise UsageError(f"--rates {path}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--rates {path}: is no JSON ({error})") from None
     if isinstance(document, Mapping):

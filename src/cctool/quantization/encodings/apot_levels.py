@@ -11,6 +11,7 @@ rounds; terms with fewer take part in the last rounds only, before the others, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -50,7 +51,12 @@ def apot_levels(bits: int, terms: int) -> Numbers:
             f"additive powers of two: {bits} bits and {terms} terms; there are 2 to 8 bits, and fewer terms"
         )
     each, more = divmod(bits - 1, terms)
-    counts = [2 ** (each + (term < more)) - 1 for term in range(terms)]
+    return sums_of_powers([each + (term < more) for term in range(terms)])
+
+
+def sums_of_powers(term_bits: Sequence[int]) -> Numbers:
+    """All levels of terms with these numbers of bits, ascending; otherwise as `apot_levels`."""
+    counts = [2**width - 1 for width in term_bits]
     powers: list[list[float]] = [[0.0] for _ in counts]
     exponent = 0
     for left in range(max(counts), 0, -1):

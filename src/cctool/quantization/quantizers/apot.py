@@ -1,19 +1,14 @@
-"""A quantizer that learns the scale of additive powers of two (APoT, Li 2020).
-
-Its levels follow equation 3 for every number of terms. Those of ``encodings.apot_levels`` follow the authors'
-code, where terms of different widths share the powers in another way.
-"""
+"""A quantizer that learns the scale of sums of powers of two (APoT, Li 2020), those of `apot_levels`."""
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cctool.quantization.encodings.apot_levels import sums_of_powers
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.config import QuantizerConfig
 
@@ -85,19 +80,11 @@ def _levels_on(term_bits: tuple[int, ...], device: str) -> Tensor:
 
 
 def unit_levels(term_bits: tuple[int, ...]) -> Tensor:
-    """Levels of additive powers of two (Li 2020, eq. 3), float64, ascending, from -1 to 1.
-
-    n terms of k bits each are 0 or one of 2^-i, 2^-(i+n), ..., 2^-(i+(2^k-2)n) for the i-th. Where terms
-    have different widths, which the paper does not define, they take turns with the exponents too.
+    """Levels of `sums_of_powers`, float64, ascending, from -1 to 1.
 
     >>> unit_levels((1, 1)).tolist()
     [-1.0, -0.6666666666666666, -0.3333333333333333, 0.0, 0.3333333333333333, 0.6666666666666666, 1.0]
     """
-    choices, exponent = [[0.0] for _ in term_bits], 0
-    for turn in range(max(2**width - 1 for width in term_bits)):
-        for term, width in zip(choices, term_bits, strict=True):
-            if turn < 2**width - 1:
-                term.append(2.0**-exponent)
-                exponent += 1
-    half = torch.tensor(sorted(map(math.fsum, product(*choices))), dtype=torch.float64, device="cpu")
-    return torch.cat((-half[1:].flip(0), half)) / half[-1]
+    levels = sums_of_powers(term_bits)
+    # Without the negative zero.
+    return torch.from_numpy(levels / levels[-1] + 0.0)

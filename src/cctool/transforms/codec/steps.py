@@ -9,7 +9,6 @@ bottom edges use the table's top left corner.
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cctool.base.errors import UsageError
+from cctool.base.json_text import read_json
 from cctool.options.transform.choices import TransformPreset
 from cctool.transforms.kernels.blocks import norm_scale
 from cctool.transforms.kernels.by_name import is_wavelet
@@ -157,14 +157,14 @@ def read_tables(path: str) -> Mapping[str, tuple[float, ...]]:
             row), or lines that begin with a pattern.
 
     Raises:
-        UsageError: if it cannot be read, or holds something else.
+        UsageError: if it cannot be read, holds something else, or has a pattern twice.
     """
     file = Path(path)
     try:
         if file.stat().st_size > _MAX_FILE:
             raise UsageError(f"--q-table {path}: larger than {_MAX_FILE // 2**20} MiB")
         text = file.read_text(encoding="utf-8")
-        found = _from_json(json.loads(text)) if file.suffix == ".json" else _from_csv(text)
+        found = _from_json(read_json(text)) if file.suffix == ".json" else _from_csv(text)
     # RecursionError: deeply nested JSON.
     except (OSError, UnicodeDecodeError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"--q-table {path}: {error}") from None
@@ -192,6 +192,8 @@ def _from_csv(text: str) -> dict[str, tuple[float, ...]]:
         cells = [cell.strip() for cell in line if cell.strip()]
         if cells:
             named = not _is_number(cells[0])
+            if named and cells[0] in found:
+                raise ValueError(f"{cells[0]} begins two lines: all its numbers stand in one")
             numbers = found.setdefault(cells[0] if named else "*", [])
             numbers += [float(cell) for cell in cells[named:]]
     return {pattern: tuple(numbers) for pattern, numbers in found.items()}

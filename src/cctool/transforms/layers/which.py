@@ -121,6 +121,8 @@ def _reason(layer: nn.Module, plain: nn.Module | None, owners: dict[int, list[st
     floating = weight.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     if not floating or not weight.numel():
         return f"its weight holds {weight.numel():,} numbers of type {weight.dtype}"
+    if not bool(weight.isfinite().all()):
+        return "its weight holds NaN or infinite values, which no choice of coefficients may hide"
     if any(place.module is plain and place.leaf == "weight" for place in masked_places(plain)):
         return "its weight has a mask, which a transform would spread over all coefficients"
     # The bias may be shared, because it is not transformed.

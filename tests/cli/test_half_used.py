@@ -1,0 +1,427 @@
+"""What a command line names and would not use is refused, or said in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from typer.testing import CliRunner, Result
+
+import cctool
+from cctool.checkpoint.checkpoint import Checkpoint, load, open_file, save
+from cctool.cli.main import app
+from cctool.operations.registries import tables
+
+NET = """
+from collections import OrderedDict
+from torch import nn
+
+def make_net(num_classes=10, in_channels=1, width=4, sizes=None):
+    return nn.Sequential(OrderedDict(
+        conv1=nn.Conv2d(in_channels, width, 3, stride=2, padding=1), norm=nn.BatchNorm2d(width),
+        act1=nn.ReLU(), conv2=nn.Conv2d(width, 8, 3, stride=2, padding=1), act2=nn.ReLU(),
+        pool=nn.AdaptiveAvgPool2d(2), flat=nn.Flatten(), fc=nn.Linear(32, num_classes),
+    ))
+
+def data(size=8, kind="x"):
+    raise AssertionError("must not run")
+"""
+NAMED = ("--arch", "net.py:make_net")
+DATA = ("--data", "digits", "--limit", "32", "--batch-size", "16")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built")
+    (folder / "net.py").write_text(NET)
+    arch = ("--arch", f"{folder}/net.py:make_net")
+    result = CliRunner().invoke(
+        app, ["train", *arch, *DATA, "--epochs", "0", "-o", str(folder / "a.pt"), "--device", "cpu"]
+    )
+    assert result.exit_code == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "a.pt").write_bytes((built / "a.pt").read_bytes())
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+
+
+def said(*arguments: str) -> str:
+    """What a command that works prints on stderr."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stderr
+
+
+def refused(*arguments: str, status: int = 2) -> str:
+    """The error of a command that writes nothing."""
+    before = set(Path().iterdir())
+    result = run(*arguments)
+    assert result.exit_code == status, result.stderr
+    assert set(Path().iterdir()) == before
+    return result.stderr.splitlines()[-1]
+
+
+def opened(path: str) -> Checkpoint:
+    payload = open_file(Path(path)).payload
+    assert payload is not None
+    return load(Path(path), tables((payload.spec.architecture,)))
+
+
+def saved(checkpoint: Checkpoint, path: str) -> None:
+    save(checkpoint, Path(path), tables((checkpoint.spec.architecture,)))
+
+
+# -- tables ------------------------------------------------------------------------------------------------
+
+CODED = ("transform", "a.pt", *NAMED, "--target", "features", "--taps", "act1", "--taps", "act2", *DATA)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.json", '{"act9": [2.0]}', "act9 matches no tap; the taps are act1, act2"),
+        ("t.csv", "act9,2.0\n", "act9 matches no tap; the taps are act1, act2"),
+        ("t.csv", "act1,3.0\nlayer*,2.0\n", "layer* matches no tap; the taps are act1, act2"),
+        ("t.json", '{"*": [2.0], "act2": [3.0]}', "act2 never counts, because a pattern before it matches"),
+        ("t.csv", "2.0\nact2,3.0\n", "act2 never counts, because a pattern before it matches"),
+        ("t.json", '{"act2": [2.0], "act2": [3.0]}', "the key 'act2' is there twice"),
+        ("t.csv", "act2,2.0\nact2,3.0\n", "act2 begins two lines"),
+    ],
+)
+def test_a_table_of_steps_is_used_as_a_whole(name: str, text: str, message: str) -> None:
+    Path(name).write_text(text)
+    assert message in refused(*CODED, "--q-table", name)
+
+
+DEFAULTS = ['{"act2": [2.0], "*": [3.0]}', '{"act1": [2.0], "act2": [1.0], "*": [3.0]}', "[2.0]"]
+
+
+@pytest.mark.parametrize("text", DEFAULTS)
+def test_a_default_after_patterns_may_be_left_over(text: str) -> None:
+    Path("t.json").write_text(text)
+    said(*CODED, "--q-table", "t.json", "-o", "b.pt")
+
+
+def test_a_table_of_rates_has_each_name_once() -> None:
+    Path("r.json").write_text('{"conv1": 0.25, "conv1": 0.5}')
+    message = refused("prune", "a.pt", *NAMED, "--method", "l1", "--rates", "r.json")
+    assert "--rates r.json: the key 'conv1' is there twice" in message
+
+
+def test_a_spec_has_each_key_once() -> None:
+    torch.save(opened("a.pt").model.state_dict(), "bare.pth")
+    spec = json.loads(run("analyze", "a.pt", *NAMED, "--spec").stdout)
+    text = json.dumps(spec).replace('"input_shape"', '"input_shape": [1, 8, 8], "input_shape"')
+    Path("s.json").write_text(text)
+    message = refused("evaluate", "bare.pth", "--spec", "s.json", *DATA, status=1)
+    assert "--spec s.json: the key 'input_shape' is there twice" in message
+
+
+# -- key=value ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("--arg", "width=16", "--arg", "width=8"), "--arg width: given twice"),
+        (("--arg", "width=8", "--arg", "width=8"), "--arg width: given twice"),
+        (("--arg", "=8"), "--arg =8: key=value is expected"),
+        (("--arg", 'sizes={"a": 1, "a": 2}'), "the key 'a' is there twice"),
+    ],
+)
+def test_an_argument_is_given_once(line: tuple[str, ...], message: str) -> None:
+    assert message in refused("train", *NAMED, *DATA, *line, "--epochs", "0", "-o", "b.pt")
+
+
+@pytest.mark.parametrize(
+    ("flag", "of"),
+    [("--data-arg", "--data"), ("--val-data-arg", "--val-data"), ("--test-data-arg", "--test-data")],
+)
+def test_an_argument_of_data_is_given_once(flag: str, of: str) -> None:
+    twice = (flag, "size=8", flag, "size=16")
+    assert f"{flag} size: given twice" in refused("train", *NAMED, of, "net.py:data", *twice)
+
+
+def test_arguments_in_a_reference_are_given_once() -> None:
+    message = refused("evaluate", "a.pt", *NAMED, "--data", 'net.py:data {"size": 1, "size": 2}')
+    assert "the key 'size' is there twice" in message
+
+
+def test_an_argument_of_the_teacher_is_given_once() -> None:
+    line = ("distill", "a.pt", *NAMED, *DATA, "--teacher", "t.pth", "--teacher-arch", "lenet")
+    assert "given twice" in refused(*line, "--teacher-arg", "act=relu", "--teacher-arg", "act=tanh")
+
+
+# -- weights -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken() -> str:
+    checkpoint = opened("a.pt")
+    with torch.no_grad():
+        checkpoint.model.get_parameter("conv2.weight").view(-1)[3] = float("nan")
+        checkpoint.model.get_parameter("fc.weight").view(-1)[5] = float("inf")
+    saved(checkpoint, "n.pt")
+    return "n.pt"
+
+
+def nonfinite(path: str) -> dict[str, int]:
+    state = opened(path).model.state_dict()
+    found = {name: int((~value.isfinite()).sum()) for name, value in state.items()}
+    return {name: count for name, count in found.items() if count}
+
+
+@pytest.mark.parametrize("more", [(), ("--keep", "0.5"), ("--threshold", "0.01")])
+def test_a_transform_leaves_weights_that_are_not_finite(broken: str, more: tuple[str, ...]) -> None:
+    line = ("transform", broken, *NAMED, "--kernel", "dct", *more, "--allow-nonfinite", "-o", "b.pt")
+    assert "its weight holds NaN or infinite values" in said(*line)
+    assert nonfinite("b.pt") == {"conv2.weight": 1, "fc.weight": 1}
+
+
+@pytest.mark.parametrize(
+    "line", [("--method", "int4"), ("--method", "int8", *DATA), ("--method", "qat", *DATA)]
+)
+def test_a_quantization_refuses_weights_that_are_not_finite(broken: str, line: tuple[str, ...]) -> None:
+    message = refused("quantize", broken, *NAMED, *line, "--allow-nonfinite", "-o", "b.pt", status=1)
+    assert "conv2.weight: 1 NaN or infinite values cannot be quantized; --exclude leaves it" in message
+
+
+# -- choices without information ---------------------------------------------------------------------------
+
+
+def test_slimming_by_equal_scales_is_said() -> None:
+    text = "which channels go is arbitrary in conv1: all have the same score"
+    assert text in said("prune", "a.pt", *NAMED, "--method", "slimming", "--rate", "0.5", "-o", "b.pt")
+    assert "arbitrary" not in said("prune", "a.pt", *NAMED, "--method", "l1", "--rate", "0.5", "-o", "c.pt")
+    checkpoint = opened("a.pt")
+    norm = checkpoint.model.get_submodule("norm")
+    assert isinstance(norm, nn.BatchNorm2d)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    saved(checkpoint, "d.pt")
+    assert "arbitrary" not in said("prune", "d.pt", *NAMED, "--method", "slimming", "-o", "e.pt")
+
+
+def test_a_pattern_that_names_no_channels_is_said() -> None:
+    line = ("prune", "a.pt", *NAMED, "--method", "l1", "-o", "b.pt")
+    assert "--exclude fc changes nothing" in said(*line, "--exclude", "fc")
+    assert "changes nothing" not in said(*line, "--exclude", "conv1", "--force")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("--layer", "conv*=4", "--layer", "conv2=8"), "--layer conv2 never counts, because one before it"),
+        (("--layer", "fc=4", "--layer", "fc=2"), "--layer fc never counts, because one before it"),
+        (("--layer", "fc=4", "--exclude", "fc"), "--layer fc never counts: --exclude leaves its layers out"),
+        (("--layer", "fc=4", "--include", "conv*"), "--layer fc never counts: --include leaves its layers"),
+    ],
+)
+def test_bits_of_a_layer_that_never_count_are_refused(line: tuple[str, ...], message: str) -> None:
+    assert message in refused("quantize", "a.pt", *NAMED, "--method", "int4", *line, "-o", "b.pt")
+
+
+def test_patterns_of_tensors_that_change_nothing_are_said() -> None:
+    line = ("quantize", "a.pt", *NAMED, "--method", "uint8", "-o", "b.pt", "--force")
+    text = "norm.weight changes nothing: the same tensors are quantized without it"
+    assert f"--exclude {text}" in said(*line, "--exclude", "norm.weight")
+    assert "changes nothing" not in said(*line, "--exclude", "fc.weight")
+    assert "--include conv1.weight changes" in said(*line, "--include", "conv*", "--include", "conv1.weight")
+    assert "changes nothing" not in said(*line, "--include", "conv*", "--include", "fc.weight")
+
+
+def test_patterns_of_masks_that_change_nothing_are_said() -> None:
+    line = ("prune", "a.pt", *NAMED, "--method", "l1", "--granularity", "element", "-o", "b.pt", "--force")
+    assert "--exclude norm changes nothing" in said(*line, "--exclude", "norm")
+    assert "changes nothing" not in said(*line, "--exclude", "conv1")
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [
+        ("train", ("--milestones", "1", "--milestones", "2")),
+        ("train", ("--mean", "0.5", "--mean", "0.4")),
+        ("quantize", ("--choices", "2,4", "--choices", "8")),
+        ("prune", ("--target", "macs=0.5", "--target", "params=0.5")),
+    ],
+)
+def test_a_list_or_a_quantity_is_given_once(verb: str, option: tuple[str, ...]) -> None:
+    assert f"{option[0]}: given 2 times ({option[1]} and {option[3]})" in refused(
+        verb, "a.pt", *NAMED, *option
+    )
+
+
+# -- training ----------------------------------------------------------------------------------------------
+
+
+def test_a_network_of_more_classes_than_the_data_is_said() -> None:
+    wide = ("train", *NAMED, "--arg", "num_classes=1000", *DATA, "--epochs", "1")
+    text = (
+        "the network tells 1,000 classes apart, digits has 10: the other 990 outputs only learn never to be"
+    )
+    assert text in said(*wide, "-o", "b.pt")
+    assert text in said(
+        "prune", "b.pt", *NAMED, *DATA, "--finetune-epochs", "1", "-o", "c.pt", "--method", "l1"
+    )
+    assert text in said("quantize", "b.pt", *NAMED, *DATA, "--method", "qat", "--epochs", "1", "-o", "d.pt")
+    assert "tells" not in said("train", *NAMED, *DATA, "--epochs", "1", "-o", "e.pt")
+
+
+def test_a_batch_larger_than_the_set_is_said() -> None:
+    line = ("train", *NAMED, "--data", "digits", "--limit", "32", "--epochs", "1")
+    text = "is more than the 32 training images: an epoch is one step"
+    assert f"--batch-size 64 {text}" in said(*line, "--batch-size", "64", "-o", "b.pt")
+    assert f"--batch-size 128 {text}" in said(*line, "-o", "c.pt")
+    assert "one step" not in said(*line, "--batch-size", "32", "-o", "d.pt")
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (("--lr-schedule", "multistep", "--milestones", "1,2"), "--milestones 2 changes nothing"),
+        (("--eval-from", "3"), "--eval-from 3 is after the last epoch"),
+        (("--keep-storage",), "--keep-storage changes nothing: INPUT has no encoded tensors"),
+    ],
+)
+def test_an_option_of_a_training_that_changes_nothing_is_said(line: tuple[str, ...], text: str) -> None:
+    assert text in said("train", "a.pt", *NAMED, *DATA, "--epochs", "2", *line, "-o", "b.pt")
+
+
+def test_frozen_norms_of_a_network_without_any_are_said() -> None:
+    line = ("train", "--arch", "lenet", *DATA, "--epochs", "1", "--freeze-norm", "-o", "b.pt")
+    assert "--freeze-norm changes nothing: the network has no batch norm" in said(*line)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--lr", "0.1"),
+        ("--optimizer", "sgd"),
+        ("--ema", "0.9"),
+        ("--stop-after", "1"),
+        ("--tensorboard",),
+        ("--keep-storage",),
+    ],
+)
+def test_options_of_a_training_that_is_none_are_refused(option: tuple[str, ...]) -> None:
+    message = refused("train", *NAMED, *DATA, "--epochs", "0", *option, "-o", "b.pt")
+    assert option[0] in message
+    assert "--epochs 0 trains nothing" in message
+
+
+def test_the_mode_of_a_metric_that_is_not_named_is_refused() -> None:
+    line = ("train", *NAMED, *DATA, "--epochs", "1", "-o", "b.pt")
+    for mode in ("max", "min"):
+        assert "--metric" in refused(*line, "--metric-mode", mode)
+
+
+# -- streams -----------------------------------------------------------------------------------------------
+
+
+def test_an_index_without_streams_is_nothing_to_decode() -> None:
+    Path("maps").mkdir()
+    index = {"network": "lenet", "data": "digits", "split": "test", "made_with": "here", "streams": []}
+    Path("maps/index.json").write_text(json.dumps({"format": "cctool feature maps 1", **index}))
+    result = CliRunner().invoke(app, ["decode", "maps", "-o", "out"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "names no streams: there is nothing to decode" in result.stderr
+    assert not Path("out").exists()
+
+
+# -- data --------------------------------------------------------------------------------------------------
+
+
+def test_options_of_data_without_data_are_said() -> None:
+    bare = ("train", *NAMED, "--arg", "num_classes=3", "--input", "1x8x8", "--epochs", "0", "-o", "c.pt")
+    text = "--batch-size, --limit changes nothing: no data set is named (--data) or remembered"
+    said(*bare)
+    assert text in said("quantize", "c.pt", *NAMED, "--batch-size", "8", "--limit", "4", "-o", "d.pt")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            ("analyze", "--data", "digits"),
+            "--data changes nothing: samples are for comparing the file of --onnx",
+        ),
+        (
+            ("analyze", "--limit", "8", "--macs"),
+            "--limit changes nothing: samples are for comparing the file",
+        ),
+        (
+            ("export", "--format", "state-dict", "--data", "digits"),
+            "--data changes nothing: the tensors of a",
+        ),
+        (("export", "-o", "x.safetensors", "--limit", "8"), "--limit changes nothing: the tensors of a saf"),
+    ],
+)
+def test_data_that_no_file_is_compared_on_are_said(line: tuple[str, ...], message: str) -> None:
+    assert message in said(line[0], "a.pt", *NAMED, *line[1:])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("--val-data", "digits"), "--val-data replaces the validation split, and test is measured"),
+        (("--test-data", "digits", "--split", "train"), "--test-data replaces the test split, and train is"),
+    ],
+)
+def test_data_of_a_split_that_is_not_measured_are_refused(line: tuple[str, ...], message: str) -> None:
+    assert message in refused("evaluate", "a.pt", *NAMED, "--data", "digits", *line)
+
+
+def test_the_mode_of_a_metric_does_not_contradict_the_metric() -> None:
+    text = "\ndef errors(outputs, targets):\n    return float(len(targets))\nerrors.direction = 'min'\n"
+    Path("net.py").write_text(NET + text)
+    line = ("train", *NAMED, *DATA, "--epochs", "1", "--metric", "net.py:errors", "-o", "b.pt")
+    assert "--metric-mode max: the metric errors itself says" in refused(*line, "--metric-mode", "max")
+    said(*line, "--metric-mode", "min")
+
+
+# -- in Python ---------------------------------------------------------------------------------------------
+
+
+def memory() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(16, 1, 8, 8, generator=generator)
+    return {"images": images, "labels": torch.arange(16) % 10}
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"workers": 2}, "workers: data in memory are served as they are given"),
+        ({"augment": False}, "augment: data in memory"),
+        ({"batch_size": 4, "loader": True}, "batch_size: data in memory"),
+        ({"data_arg": "size=8"}, "data_arg: data in memory"),
+    ],
+)
+def test_keywords_that_data_in_memory_have_no_use_for(keywords: dict[str, Any], message: str) -> None:
+    held = memory()
+    loader = keywords.pop("loader", False)
+    tensors = (held["images"], held["labels"])
+    data = DataLoader(TensorDataset(*tensors), batch_size=8) if loader else tensors
+    with pytest.raises(cctool.CctoolError, match=message):
+        cctool.train(arch="lenet", input=(1, 8, 8), data=data, epochs=1, **keywords)
+
+
+def test_a_report_names_no_folder_that_is_gone(tmp_path: Path) -> None:
+    held = memory()
+    images = torch.nn.functional.interpolate(held["images"], size=32)
+    asked: dict[str, Any] = {"arch": "lenet", "data": (images, held["labels"]), "epochs": 1, "batch_size": 8}
+    assert cctool.train(**asked, device="cpu")[1].run_folder is None
+    kept = cctool.train(**asked, device="cpu", output=str(tmp_path / "b.pt"))[1].run_folder
+    assert kept == str(tmp_path / "b.run")
+    assert Path(kept).is_dir()
