@@ -18,10 +18,7 @@ import cctool
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.cli.main import app
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.cuda
 
 DATA = ("--data", "digits", "--limit", "96", "--batch-size", "32")
 

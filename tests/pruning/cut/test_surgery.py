@@ -105,7 +105,6 @@ def test_thinned_network_trains_with_a_new_optimizer() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method", list(PruneMethod))
 def test_cuda_plans_and_cuts_as_the_cpu_does(method: PruneMethod) -> None:
     import copy

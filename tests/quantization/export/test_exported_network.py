@@ -246,7 +246,6 @@ def test_made_weights_replace_parameters_and_leave_the_network_alone() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_network_from_the_gpu_gives_the_same_integers() -> None:
     model = quantized(settled(Plain))
     expected = export(model).weights[0].integers

@@ -383,7 +383,6 @@ def test_the_repr_names_what_is_not_default() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_values_gradients_and_state_on_cuda_are_the_cpus() -> None:
     for config, weight in [*((c, True) for c in WEIGHTS), *((c, False) for c in ACTIVATIONS)]:
         x, upstream = randoms(4, 3, 6), randoms(4, 3, 6, seed=1)

@@ -166,7 +166,6 @@ def test_without_images_it_refuses(chain):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_outputs_get_closer_too(chain):
     chain.cuda()
     x = _images(24, 2, 8, 8).cuda()

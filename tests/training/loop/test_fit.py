@@ -349,7 +349,6 @@ def test_default_rates_depend_on_optimizer_and_past() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["32", "bf16", "16"])
 def test_cuda_follows_the_cpu(precision: str, tmp_path: Path) -> None:
     """Loss within 2 % of the CPU's in float32 and 10 % in half precision, after two epochs."""
