@@ -389,7 +389,7 @@ def test_values_gradients_and_state_on_cuda_are_the_cpus() -> None:
         found = []
         for device in ("cpu", "cuda"):
             quantizer = made(config, x, weight=weight).to(device)
-            mine = x.to(device).requires_grad_()
+            mine = x.clone().to(device).requires_grad_()
             quantizer.initialise(mine)
             y = quantizer(mine)
             (y * upstream.to(device)).sum().backward()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import contextlib
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
@@ -14,11 +15,23 @@ REAL = torch.cuda.is_available()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Run the test itself, not its fixtures, on the device."""
-    if REAL or item.get_closest_marker("cuda") is None:
+    """Run the test itself, not its fixtures, on the device; put torch's settings back."""
+    if item.get_closest_marker("cuda") is None:
         return (yield)
-    with pretended():
+    with contextlib.nullcontext() if REAL else pretended(), _settings():
         return (yield)
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    # A command sets these for the whole process.
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
 
 
 def pytest_report_header() -> str:

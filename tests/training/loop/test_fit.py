@@ -1,5 +1,6 @@
 """The training loop: what it computes, what each option changes, and how it fails."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -359,8 +360,7 @@ def test_cuda_follows_the_cpu(precision: str, tmp_path: Path) -> None:
     for device, kind in ((CPU, Precision.FULL), (cuda, Precision(precision))):
         model = network()
         model[3].p = 0.0
-        found = feed()
-        found.device = device
+        found = dataclasses.replace(feed(), device=device)
         result = fit(task(model, batches=found.training(), fabric=make_fabric(device, kind), validate=None))
         losses.append(result.rows[-1].train["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.02 if precision == "32" else 0.1)
