@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from cctool.base.runtime import Silent
 from cctool.operations import pipeline

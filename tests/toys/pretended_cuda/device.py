@@ -22,7 +22,12 @@ _ABSENT = object()
 class _Pretence:
     def __init__(self) -> None:
         self._driver = Driver()
-        exports = [(torch.onnx, "export"), (torch.export, "export"), (torch.export, "load"), (torch.export, "save")]
+        exports = [
+            (torch.onnx, "export"),
+            (torch.export, "export"),
+            (torch.export, "load"),
+            (torch.export, "save"),
+        ]
         self._replacements = [
             *self._driver.replacements(),
             *tensors.replacements(self._driver),

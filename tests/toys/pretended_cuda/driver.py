@@ -46,7 +46,11 @@ class Driver:
         return [
             *((torch.cuda, name, value) for name, value in answers.items()),
             *((torch.accelerator, name, value) for name, value in accelerator.items()),
-            *((torch.optim.Optimizer, name, nothing) for name in health if hasattr(torch.optim.Optimizer, name)),
+            *(
+                (torch.optim.Optimizer, name, nothing)
+                for name in health
+                if hasattr(torch.optim.Optimizer, name)
+            ),
         ]
 
     def check_index(self, device: Any) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from pretended_cuda.driver import Driver
 from pretended_cuda.marks import CPU, CUDA, EITHER, mark, mark_of
 
-_CROSSING = {"copy_", "_foreach_copy_", "_foreach_copy"}
+_CROSSING = {"copy_", "_foreach_copy_", "_foreach_copy", "set_"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 _ON_THE_CPU = {"_pack_padded_sequence": 1}
 """Arguments that CUDA wants on the CPU."""
@@ -151,7 +151,11 @@ def _may_be_the_cpus(about: _Operator, args: tuple[Any, ...], kwargs: Mapping[st
         written = [args[0]] if about.writes and args else []
         written += [value for name, value in kwargs.items() if name == "out"]
         for x in tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor) and x.dim() == 0 and not any(x is other for other in tree_leaves(written)):
+            if (
+                isinstance(x, Tensor)
+                and x.dim() == 0
+                and not any(x is other for other in tree_leaves(written))
+            ):
                 yield x
 
 
@@ -159,7 +163,7 @@ def _not_deterministic(about: _Operator, args: tuple[Any, ...], kwargs: Mapping[
     if about.name in ("median", "nanmedian"):
         return about.overload.startswith("dim")
     if about.name == "bincount":
-        return len(args) > 1 and args[1] is not None or kwargs.get("weights") is not None
+        return (len(args) > 1 and args[1] is not None) or kwargs.get("weights") is not None
     return about.name in _NOT_DETERMINISTIC
 
 
@@ -172,6 +176,6 @@ def _waits(about: _Operator, args: tuple[Any, ...], marks: list[object]) -> bool
 
 
 def _mark_all(result: Any, to: object, about: _Operator) -> None:
-    skipped = 1 if about.name in _ON_THE_CPU else None
-    leaves: Callable[[Any], Any] = lambda x: mark(x, to) if isinstance(x, Tensor) else None  # noqa: E731
-    tree_map(leaves, result if skipped is None else result[:skipped])
+    for x in tree_leaves(result[:1] if about.name in _ON_THE_CPU else result):
+        if isinstance(x, Tensor):
+            mark(x, to)

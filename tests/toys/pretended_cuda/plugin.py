@@ -25,7 +25,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 @contextlib.contextmanager
 def _settings() -> Iterator[None]:
     # A command sets these for the whole process.
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     try:
         yield

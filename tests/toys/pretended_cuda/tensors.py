@@ -33,7 +33,9 @@ def replacements(driver: Driver) -> list[tuple[Any, str, Any]]:
         "pin_memory": _pin_memory,
     }
     storage = torch.storage._StorageBase
-    makers = [(torch, name, _constructor(getattr(torch, name))) for name in ("tensor", "as_tensor", "asarray")]
+    makers = [
+        (torch, name, _constructor(getattr(torch, name))) for name in ("tensor", "as_tensor", "asarray")
+    ]
     return [
         *((Tensor, name, value) for name, value in methods.items()),
         (storage, "clone", _clone_with_mark(storage.clone)),
@@ -50,7 +52,9 @@ def register_with_torch_save() -> None:
     torch.serialization.register_package(
         1,
         lambda storage: str(CUDA) if storage_is_marked(storage) else None,
-        lambda storage, location: _given(storage) if location == str(CUDA) and torch.cuda.is_available() else None,
+        lambda storage, location: (
+            _given(storage) if location == str(CUDA) and torch.cuda.is_available() else None
+        ),
     )
 
 
