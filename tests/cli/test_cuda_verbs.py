@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,7 @@ DATA = {
     "reg": "--data net.py:poses --batch-size 16",
     "custom": "--data digits --limit 64 --batch-size 32",
 }
+TEACHER = " --teacher class.pt --teacher-arch net.py:classifier"
 CODED = "transform class.pt --target features --taps stem --calibration 32"
 
 
@@ -52,11 +52,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def here(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of the test's own with these inputs."""
     shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    return tmp_path
 
 
 TRAIN = {
@@ -87,9 +87,8 @@ def test_train_for_every_task(here: Path, task: str) -> None:
 
 
 def test_resume_as_if_never_stopped(here: Path) -> None:
-    line = (
-        f"train class.pt {ARCH['class']} {DATA['class']} --epochs 2 --ema 0.9 --deterministic --device cuda"
-    )
+    net = f"--arch net.py:dropping {DATA['class']}"
+    line = f"train {net} --epochs 2 --ema 0.9 --deterministic --device cuda"
     ran(*line.split(), "-o", "whole.pt")
     ran(*line.split(), "-o", "parts.pt", "--stop-after", "1")
     ran(*line.split(), "-o", "parts.pt", "--resume", "--force")
@@ -131,7 +130,7 @@ PRUNE = {
     "gamma-l1": "class --method slimming --rate 0.3 --sparsify gamma-l1 --sparsify-epochs 1",
     "group-lasso": "class --method l2 --rate 0.3 --sparsify group-lasso --sparsify-epochs 1",
     "growing": "class --method l2 --rate 0.3 --sparsify growing --sparsify-epochs 1",
-    "teacher": "class --method l1 --rate 0.3 --finetune-epochs 1 --teacher class.pt --teacher-arch net.py:classifier",
+    "teacher": "class --method l1 --rate 0.3 --finetune-epochs 1" + TEACHER,
     "quantizers": "int8 --method l1 --rate 0.3 --finetune-epochs 1",
     "codec": "coded --method taylor --rate 0.3 --samples 32",
     "masks": "masked --apply-masks",
@@ -173,7 +172,7 @@ QUANTIZE = {
     "dorefa": "class --method dorefa --epochs 1 --calibration 32",
     "wrpn": "class --method wrpn --epochs 1 --calibration 32",
     "codebook": "class --method codebook --weight-bits 3 --epochs 1",
-    "teacher": "class --method qat --epochs 1 --calibration 32 --teacher class.pt --teacher-arch net.py:classifier",
+    "teacher": "class --method qat --epochs 1 --calibration 32" + TEACHER,
     "masks": "masked --method int8 --calibration 32",
     "codec": "coded --method int8 --calibration 32",
     "segmentation": "seg --method int8 --calibration 8",
@@ -192,7 +191,7 @@ TRANSFORM = {
     "klt": "class --kernel klt --keep 0.5",
     "wavelet, threshold": "class --kernel haar --threshold 0.05",
     "basis": "class --mode basis --layers linear --normalize-gradients",
-    "features, channel klt": "class --target features --taps stem --channel-klt --mean-shift --calibration 32",
+    "features, channel klt": "class --target features --taps stem --channel-klt --mean-shift",
     "features, zones": "class --target features --taps stem --dead-zone 0.2 --norm none --calibration 32",
     "features, allocation": "class --target features --taps stem --taps body --allocate --calibration 32",
     "features, sweep": "class --target features --taps stem --sweep quality --calibration 32",

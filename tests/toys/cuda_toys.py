@@ -28,7 +28,9 @@ class Classifier(nn.Module):
     def __init__(self, num_classes, width):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.side = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1, groups=width), nn.BatchNorm2d(width), nn.ReLU6())
+        self.side = nn.Sequential(
+            nn.Conv2d(width, width, 3, 1, 1, groups=width), nn.BatchNorm2d(width), nn.ReLU6()
+        )
         self.body = nn.Sequential(nn.Conv2d(width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width), nn.ReLU())
         self.head = nn.Linear(2 * width, num_classes)
 
@@ -55,13 +57,18 @@ def classifier(num_classes=10, width=8):
     return Classifier(num_classes, width)
 
 
+def dropping(num_classes=10, width=8):
+    return nn.Sequential(classifier(width, width), nn.Dropout(0.2), nn.Linear(width, num_classes))
+
+
 def masks(num_classes=3, width=8):
     return Masks(num_classes, width)
 
 
 def numbers(num_classes=3, width=8):
     return nn.Sequential(
-        nn.Conv2d(1, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, 2, 1), nn.ReLU(),
+        nn.Conv2d(1, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, width, 3, 2, 1), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes),
     )
 
@@ -69,7 +76,8 @@ def numbers(num_classes=3, width=8):
 def pictures(width=8):
     return nn.Sequential(
         nn.Conv2d(1, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
-        nn.ConvTranspose2d(width, width, 4, 2, 1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 1, 3, 1, 1),
+        nn.ConvTranspose2d(width, width, 4, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, 1, 3, 1, 1),
     )
 
 
@@ -93,8 +101,8 @@ psnr.unit = "dB"
 """
 
 _OF_THE_RUN = {
-    "path", "device", "seconds", "batch_ms", "milliseconds", "median_ms", "content", "file", "sha256", "products",
-    "low_ms", "high_ms", "parent", "latency", "thop", "made_with", "sources",
+    "path", "device", "seconds", "batch_ms", "milliseconds", "median_ms", "content", "file", "sha256",
+    "products", "low_ms", "high_ms", "parent", "latency", "thop", "made_with", "sources",
 }  # fmt: skip
 """Keys of reports whose values are the run's: paths, times, hashes of files that hold these."""
 
@@ -134,7 +142,7 @@ def assert_equal_checkpoints(cpu: Path, cuda: Path, tolerance: float = 0.05) -> 
 
     What history tells of the two, too, but for paths, times and hashes.
     """
-    known = tables({f"net.py:{name}" for name in ("classifier", "masks", "numbers", "pictures")})
+    known = tables({f"net.py:{name}" for name in ("classifier", "dropping", "masks", "numbers", "pictures")})
     here, there = (load(path, known) for path in (cpu, cuda))
     a, b = here.model.state_dict(), there.model.state_dict()
     assert a.keys() == b.keys()

@@ -22,6 +22,7 @@ class Driver:
 
     def __init__(self) -> None:
         self.sync_mode = "default"
+        self.generators: dict[int, Any] = {}  # the device's, by the address of what they wrap
         self._seeded(0)
 
     def replacements(self) -> list[tuple[Any, str, Any]]:
@@ -36,7 +37,8 @@ class Driver:
             "is_bf16_supported": lambda *a, **k: True, "is_current_stream_capturing": lambda: False,
             "reset_peak_memory_stats": nothing, "memory_allocated": zero, "max_memory_allocated": zero,
             "memory_reserved": zero, "max_memory_reserved": zero, "manual_seed": self._seeded,
-            "manual_seed_all": self._seeded, "get_rng_state": self._state_of, "set_rng_state": self._set_state,
+            "manual_seed_all": self._seeded, "get_rng_state": self._state_of,
+            "set_rng_state": self._set_state,
             "get_rng_state_all": lambda: [self._state_of()], "set_sync_debug_mode": self._set_sync_mode,
             "set_rng_state_all": lambda states: self._set_state(states[0]),
             "get_sync_debug_mode": lambda: self.sync_mode, "stream": lambda s: contextlib.nullcontext(),

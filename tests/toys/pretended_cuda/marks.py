@@ -11,7 +11,7 @@ from torch import Tensor
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 EITHER = "either"
-"""The mark of what torch's own C++ code makes inside an operator, with the device of a tensor that it saw as the CPU's."""
+"""The mark of what torch's C++ code makes inside an operator like a tensor that it takes for the CPU's."""
 
 _MARK = "_pretended_device"
 

@@ -1,4 +1,4 @@
-"""Every operator, forward and backward: are its tensors on one device, has CUDA it, and where are its results?"""
+"""Every operator, forward and backward: are its tensors on one device, does CUDA have it, where are results?"""
 
 from __future__ import annotations
 
@@ -94,9 +94,16 @@ class Operators(TorchDispatchMode):
             target = CUDA if CUDA in marks else EITHER if EITHER in marks and None not in marks else None
         if CUDA in marks:
             self._check(about, args, kwargs, tensors, marks)
-        kwargs = self._check_generator(kwargs, target)
+        self._check_generator(kwargs.get("generator"), target)
         run = functools.partial(func, *args, **kwargs)
-        result = self._driver.drawing(run) if about.random and target is CUDA else run()
+        try:
+            # A generator that the caller names is used as it is.
+            own = about.random and target is CUDA and kwargs.get("generator") is None
+            result = self._driver.drawing(run) if own else run()
+        except IndexError as error:
+            if target is CUDA:
+                raise RuntimeError(f"CUDA error: device-side assert triggered ({error})") from None
+            raise
         if target is not None and about.name not in _CROSSING:
             _mark_all(result, target, about)
         return result
@@ -116,8 +123,8 @@ class Operators(TorchDispatchMode):
                     mark(tensor, CUDA)
                 elif found is None and torch._C.TensorBase.is_cpu.__get__(tensor) and id(tensor) not in free:
                     raise RuntimeError(
-                        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 "
-                        f"and cpu! (in {about.name})"
+                        "Expected all tensors to be on the same device, but found at least two devices, "
+                        f"cuda:0 and cpu! (in {about.name})"
                     )
         if about.name in _PRODUCTS and not (tensors[0].is_floating_point() or tensors[0].is_complex()):
             raise RuntimeError(f'"{about.name}_cuda" not implemented for {tensors[0].dtype}')
@@ -129,15 +136,13 @@ class Operators(TorchDispatchMode):
         if self._driver.sync_mode == "error" and _waits(about, args, marks):
             raise RuntimeError(f"called a synchronizing CUDA operation ({about.name})")
 
-    def _check_generator(self, kwargs: dict[str, Any], target: object) -> dict[str, Any]:
-        generator = kwargs.get("generator")
-        if generator is not None and target is not EITHER:
-            wanted = CPU if target is None else CUDA
-            if generator.device.type != wanted.type:
-                raise RuntimeError(
-                    f"Expected a '{wanted.type}' device type for generator but found '{generator.device.type}'"
-                )
-        return kwargs
+    def _check_generator(self, generator: Any, target: object) -> None:
+        if generator is None or target is EITHER:
+            return
+        wanted = "cpu" if target is None else "cuda"
+        found = "cuda" if generator._cdata in self._driver.generators else "cpu"
+        if found != wanted:
+            raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{found}'")
 
 
 def _may_be_the_cpus(about: _Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

@@ -40,7 +40,7 @@ def replacements(driver: Driver) -> list[tuple[Any, str, Any]]:
         *((Tensor, name, value) for name, value in methods.items()),
         (storage, "clone", _clone_with_mark(storage.clone)),
         *makers,
-        (torch, "Generator", _Generator),
+        (torch, "Generator", _generators(driver)),
         *((owner, "autocast", _Autocast) for owner in (torch, torch.amp, torch.amp.autocast_mode)),
         (torch, "is_autocast_enabled", _of_the_cpu(torch.is_autocast_enabled)),
         (torch, "get_autocast_dtype", _of_the_cpu(torch.get_autocast_dtype)),
@@ -102,7 +102,6 @@ def _to(driver: Driver, self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         other = kwargs.pop("other")
         args = (other.device, other.dtype, *args)
     if len(args) > 2 and isinstance(args[-1], bool):
-        # (device, dtype, non_blocking, copy)
         copy, args = (args[3], args[:3]) if len(args) > 3 else (copy, args)
     device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
     options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
@@ -140,8 +139,8 @@ def _on_the_cpu_only(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         if is_device(self):
             raise TypeError(
-                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host "
-                "memory first."
+                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to "
+                "host memory first."
             )
         return original(self, *args, **kwargs)
 
@@ -178,20 +177,25 @@ def _clone_with_mark(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return clone
 
 
-class _Generator(torch._C.Generator):
-    """A generator of either device; the device's draws other numbers from the same seed only if it is asked to."""
+def _generators(driver: Driver) -> type:
+    """The class of generators, which makes the device's, too."""
 
-    def __new__(cls, device: Any = "cpu") -> Any:
-        if torch.device(device).type != "cuda":
-            return torch._C.Generator(device)
-        return super().__new__(cls)
+    class Generator(torch._C.Generator):
+        def __new__(cls, device: Any = "cpu") -> Any:
+            if torch.device(device).type != "cuda":
+                return torch._C.Generator(device)
+            made = super().__new__(cls)
+            driver.generators[made._cdata] = made
+            return made
 
-    def __init__(self, device: Any = "cpu") -> None:
-        pass
+        def __init__(self, device: Any = "cpu") -> None:
+            pass
 
-    @property
-    def device(self) -> torch.device:
-        return CUDA
+        @property
+        def device(self) -> torch.device:
+            return CUDA
+
+    return Generator
 
 
 class _Autocast(torch.autocast):
