@@ -8,10 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import cuda_toys as toys
+from cctool.base.user_code import load
+from cctool.models import registry
 from cuda_toys import assert_equal_checkpoints, assert_same, on_both, ran, reports
-from segmentation_toys import segmentation_set
+from segmentation_toys import YOLO, segmentation_set
 from shade_toys import SHADES, picture_folder
 
 pytestmark = pytest.mark.cuda
@@ -39,6 +42,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toys.write_networks(folder)
     segmentation_set(folder / "set")
     picture_folder(folder / "shades", SHADES)
+    segmentation_set(folder / "pictures", side=32)
+    (folder / "yolo.py").write_text(YOLO)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for task, data in DATA.items():
@@ -84,6 +89,16 @@ def test_train_what_other_verbs_made(here: Path, source: str) -> None:
 def test_train_for_every_task(here: Path, task: str) -> None:
     metric = " --metric net.py:psnr" if task == "custom" else ""
     assert_equal_checkpoints(*on_both(f"train {ARCH[task]} {DATA[task]} --epochs 1{metric}"))
+
+
+@pytest.mark.parametrize("layers", ["basis:dct:linear", "basis:dft:linear", "coefficient:dwt:all"])
+def test_train_swapped_layers(here: Path, layers: str) -> None:
+    assert_equal_checkpoints(*on_both(f"train {ARCH['class']} {DATA['class']} --epochs 1 --swap {layers}"))
+
+
+def test_train_from_files_with_workers(here: Path) -> None:
+    line = f"train {ARCH['class']} --data folder:shades --workers 1 --batch-size 30 --epochs 1"
+    assert_equal_checkpoints(*on_both(line))
 
 
 def test_resume_as_if_never_stopped(here: Path) -> None:
@@ -156,6 +171,35 @@ def test_prune(here: Path, line: str) -> None:
     assert_equal_checkpoints(cpu, cuda)
 
 
+def test_prune_to_a_latency_on_the_device(here: Path) -> None:
+    line = f"prune class.pt {of('class')} --method l1 --target latency=0.9 --device cuda -o x.pt"
+    ran(*line.split())
+
+
+UNKNOWN = {
+    "prune": "--data images:pictures --method apoz --rate 0.3 --samples 8 --recalibrate 8",
+    "quantize": "--data images:pictures --method int8 --calibration 8 --bias-correction",
+    "transform": "--data images:pictures --target features --taps middle --calibration 8",
+}
+
+
+@pytest.mark.parametrize("verb", UNKNOWN)
+def test_heads_in_a_dict_whose_task_is_unknown(here: Path, verb: str) -> None:
+    torch.save(load("yolo.py:make")().state_dict(), "yolo.pth")
+    named = "--arch yolo.py:make --input 3x32x32 --mean .5,.5,.5 --std .25,.25,.25"
+    assert_equal_checkpoints(*on_both(f"{verb} yolo.pth {named} {UNKNOWN[verb]}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", UNKNOWN)
+def test_detectors(here: Path, verb: str) -> None:
+    torch.manual_seed(0)
+    name = "torchvision:ssdlite320_mobilenet_v3_large"
+    torch.save(registry.build(name, {}).state_dict(), "boxes.pth")
+    options = UNKNOWN[verb].replace("middle", "backbone.features.0.4")
+    assert_equal_checkpoints(*on_both(f"{verb} boxes.pth --arch {name} --mean 0,0,0 --std 1,1,1 {options}"))
+
+
 QUANTIZE = {
     "int8, equalize, bias": "class --method int8 --equalize --bias-correction --calibration 32",
     "int8, asymmetric, percentile": "class --method int8 --asymmetric --observer percentile --calibration 32",
@@ -219,6 +263,19 @@ def test_evaluate(here: Path, source: str) -> None:
         cells = [list(csv.reader(Path(device + end).read_text().splitlines())) for device in ("cpu", "cuda")]
         assert [len(row) for row in cells[0]] == [len(row) for row in cells[1]]
         assert_same(*([[as_number(cell) for cell in row] for row in table] for table in cells))
+
+
+@pytest.mark.parametrize("source", ["class", "int8", "coded"])
+def test_evaluate_in_bfloat16(here: Path, source: str) -> None:
+    line = f"evaluate {source}.pt {of(source)} --precision bf16"
+    assert_same(*(reports(line, device) for device in ("cpu", "cuda")))
+
+
+def test_figures_of_taps(here: Path) -> None:
+    line = f"evaluate coded.pt {of('coded')} --histograms {{0}} --zero-bar --report-file {{0}}.csv"
+    assert_same(*(reports(line.format(device), device) for device in ("cpu", "cuda")))
+    assert list(toys.differing_bytes(Path("cpu"), Path("cuda"))) == []
+    assert Path("cpu.csv").read_text() == Path("cuda.csv").read_text()
 
 
 def as_number(cell: str) -> object:

@@ -21,7 +21,7 @@ What it finds, with a GPU's own error where the GPU has one:
 - operators that wait for the device, under `torch.cuda.set_sync_debug_mode("error")`
 
 What it cannot find: whatever kernels themselves do (rounding, TF32, the order of sums, limits of size,
-memory), streams and races, pinned memory, and several devices. Autocast is the CPU's, whose list of operators differs.
+memory), streams and races, pinned memory, and several devices. Autocast is the CPU's, whose list differs.
 Tracing by `torch.export` is left alone while the network and its inputs are on the CPU; else the test is
 skipped. Sparse tensors, other threads and other processes do not see the device.
 """

@@ -1,4 +1,4 @@
-"""Every operator, forward and backward: are its tensors on one device, does CUDA have it, where are results?"""
+"""Every operator, forward and backward: are its tensors on one device, and where are its results?"""
 
 from __future__ import annotations
 
