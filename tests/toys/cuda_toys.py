@@ -149,7 +149,7 @@ def assert_equal_checkpoints(cpu: Path, cuda: Path, tolerance: float = 0.1) -> N
     assert a.keys() == b.keys()
     assert all(value.device.type == "cpu" for value in b.values())
     if REAL:
-        # Rounding may decide otherwise at a tie, and an optimizer takes steps by the sign of a gradient near 0.
+        # Rounding may decide otherwise at a tie; optimizers take whole steps by the sign of tiny gradients.
         same_shapes = all(value.shape == b[name].shape for name, value in a.items())
         for name, value in a.items() if same_shapes else ():
             if value.is_floating_point() and value.numel():
