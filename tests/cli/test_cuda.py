@@ -150,7 +150,7 @@ def test_what_follows_a_transform(tmp_path: Path, student: Path, name: str) -> N
     assert_close(cpu.model, cuda.model, 1e-2 if name == "features" else 1e-3)
     cpu, cuda = on_both(tmp_path, "quantize", str(coded), *DATA)
     assert_close(cpu.model, cuda.model, 1e-2 if name == "features" else 1e-3)
-    if name == "corner":
+    if name == "features":
         run("export", str(coded), "--device", "cuda", "-o", str(tmp_path / "coded.onnx"), "--limit", "32")
     report = json.loads(run("analyze", str(coded), "--device", "cuda", "--json"))
     expected = json.loads(run("analyze", str(coded), "--device", "cpu", "--json"))

@@ -186,7 +186,7 @@ def test_prune_to_a_latency_on_the_device(here: Path) -> None:
 
 UNKNOWN = {
     "prune": "--data images:pictures --method apoz --rate 0.3 --samples 8 --recalibrate 8",
-    "quantize": "--data images:pictures --method int8 --calibration 8 --bias-correction",
+    "quantize": "--data images:pictures --method int8 --calibration 8",
     "transform": "--data images:pictures --target features --taps middle --calibration 8",
 }
 
@@ -280,12 +280,9 @@ def test_evaluate_in_bfloat16(here: Path, source: str) -> None:
 
 
 def test_figures_of_taps(here: Path) -> None:
-    line = f"evaluate coded.pt {of('coded')} --histograms {{0}} --zero-bar --report-file {{0}}.csv"
+    line = f"evaluate coded.pt {of('coded')} --report-file {{0}}.csv"
     assert_same(*(reports(line.format(device), device) for device in ("cpu", "cuda")))
-    names = [sorted(path.name for path in Path(device).iterdir()) for device in ("cpu", "cuda")]
-    assert names[0] == names[1] != []
     if not REAL:
-        assert list(toys.differing_bytes(Path("cpu"), Path("cuda"))) == []
         assert Path("cpu.csv").read_text() == Path("cuda.csv").read_text()
 
 
@@ -321,7 +318,7 @@ def test_compare_on_cuda(here: Path, source: str) -> None:
 
 @pytest.mark.parametrize(
     ("source", "suffix"),
-    [("int8", ".onnx"), ("coded", ".onnx"), ("class", ".pt2"), ("class", ".safetensors")],
+    [("int8", ".onnx"), ("class", ".pt2"), ("class", ".safetensors")],
 )
 def test_export_on_cuda(here: Path, source: str, suffix: str) -> None:
     line = f"export {source}.pt {ARCH['class']} --data digits --limit 32"

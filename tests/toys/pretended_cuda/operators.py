@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pretended_cuda.driver import Driver
 from pretended_cuda.marks import CPU, CUDA, EITHER, mark, mark_of
@@ -79,7 +78,7 @@ class Operators(TorchDispatchMode):
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         about = _described(func)
-        tensors = [] if about.makes else [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = [] if about.makes else list(_tensors((args, kwargs.values())))
         marks = [mark_of(tensor) for tensor in tensors]
         asked = kwargs.get("device")
         if asked is not None and asked.type == "cuda":
@@ -117,7 +116,7 @@ class Operators(TorchDispatchMode):
         marks: list[object],
     ) -> None:
         if about.name not in _CROSSING:
-            free = {id(x) for x in _may_be_the_cpus(about, args, kwargs)}
+            free = {id(x) for x in _may_be_the_cpus(about, args, kwargs)} if None in marks else set()
             for tensor, found in zip(tensors, marks, strict=True):
                 if found is EITHER:
                     mark(tensor, CUDA)
@@ -145,6 +144,16 @@ class Operators(TorchDispatchMode):
             raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{found}'")
 
 
+def _tensors(several: Iterable[Iterable[Any]]) -> Iterator[Tensor]:
+    """Tensors among values and their lists: quicker than torch's trees, and run for each operator."""
+    for values in several:
+        for value in values:
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, (list, tuple)):
+                yield from (item for item in value if isinstance(item, Tensor))
+
+
 def _may_be_the_cpus(about: _Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     """Arguments that CUDA's operators also take from the CPU."""
     if about.name in _INDEXING:
@@ -153,15 +162,9 @@ def _may_be_the_cpus(about: _Operator, args: tuple[Any, ...], kwargs: Mapping[st
     if about.name in _ON_THE_CPU:
         yield args[_ON_THE_CPU[about.name]]
     if about.elementwise:
-        written = [args[0]] if about.writes and args else []
-        written += [value for name, value in kwargs.items() if name == "out"]
-        for x in tree_leaves((args, kwargs)):
-            if (
-                isinstance(x, Tensor)
-                and x.dim() == 0
-                and not any(x is other for other in tree_leaves(written))
-            ):
-                yield x
+        written = args[:1] if about.writes else ()
+        kept = {id(x) for x in _tensors((written, (kwargs.get("out"),)))}
+        yield from (x for x in _tensors((args, kwargs.values())) if x.dim() == 0 and id(x) not in kept)
 
 
 def _not_deterministic(about: _Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -181,6 +184,5 @@ def _waits(about: _Operator, args: tuple[Any, ...], marks: list[object]) -> bool
 
 
 def _mark_all(result: Any, to: object, about: _Operator) -> None:
-    for x in tree_leaves(result[:1] if about.name in _ON_THE_CPU else result):
-        if isinstance(x, Tensor):
-            mark(x, to)
+    for x in _tensors([result[:1]] if about.name in _ON_THE_CPU else [[result]]):
+        mark(x, to)
