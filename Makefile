@@ -29,7 +29,7 @@ test-slow: $(VENV)/dev.stamp
 
 # For a machine that has a GPU; under eight minutes. `test` runs the same tests on a pretended device.
 test-cuda: $(VENV)/dev.stamp
-	$(BIN)/python benchmarks/cuda.py
+	$(BIN)/python benchmarks/on_gpu.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

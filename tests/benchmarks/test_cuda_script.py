@@ -25,7 +25,7 @@ REPORT = """<testsuites><testsuite>
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("cuda")
+    return importlib.import_module("on_gpu")
 
 
 def test_it_counts_what_pytest_reports(script: ModuleType) -> None:
@@ -40,7 +40,7 @@ def test_it_counts_what_pytest_reports(script: ModuleType) -> None:
 def test_without_a_gpu_it_says_so_and_writes_nothing() -> None:
     before = RESULT.read_bytes() if RESULT.exists() else None
     found = subprocess.run(
-        [sys.executable, "benchmarks/cuda.py"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "benchmarks/on_gpu.py"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert found.returncode == 1
     assert "no CUDA device" in found.stderr

@@ -1,6 +1,6 @@
 """The CUDA tests on a real GPU, then the times of `devices.py`, in one JSON and under eight minutes.
 
-python benchmarks/cuda.py
+python benchmarks/on_gpu.py
 
 Without a GPU it runs nothing and says so. It exits with 1 if a test failed; the JSON is written all the
 same, to `benchmarks/results/cuda.json`, of which `benchmarks/report.py` makes a section of the page.
@@ -72,7 +72,7 @@ def main() -> None:
     started = time.monotonic()
     tests = tested(MOST_SECONDS_OF_TESTS, workers=min(4, os.cpu_count() or 1))
     rows = devices.measured("digits", "resnet20", 3, until=started + MOST_SECONDS)
-    record = described("python benchmarks/cuda.py", 0, rows)
+    record = described("python benchmarks/on_gpu.py", 0, rows)
     RESULT.write_text(json.dumps({**record, "tests": tests}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(tests, indent=1))
     sys.exit(0 if tests["ended"] and tests["passed"] and not tests["failed"] else 1)
