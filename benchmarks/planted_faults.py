@@ -426,13 +426,6 @@ FAULTS = (
         ("test_compare_on_cuda",),
     ),
     Fault(
-        "bases of codecs stay on the CPU",
-        "transforms",
-        "{leaf: tensor.to(device) for leaf, tensor in",
-        "{leaf: tensor for leaf, tensor in",
-        ("test_distill_from_a_teacher_of_other_images", "test_figures_of_taps", "test_transform_on_cuda"),
-    ),
-    Fault(
         "evidence stays on the device",
         "pruning",
         "(value / counts[key]).cpu() for key",

@@ -104,7 +104,7 @@ def test_train_from_files_with_workers(here: Path) -> None:
 
 def test_resume_as_if_never_stopped(here: Path) -> None:
     net = f"--arch net.py:dropping {DATA['class']}"
-    line = f"train {net} --epochs 2 --ema 0.9 --deterministic --device cuda"
+    line = f"train {net} --epochs 2 --eval-from 2 --deterministic --device cuda"
     ran(*line.split(), "-o", "whole.pt")
     ran(*line.split(), "-o", "parts.pt", "--stop-after", "1")
     ran(*line.split(), "-o", "parts.pt", "--resume", "--force")
