@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import statistics
 import tempfile
 import time
@@ -48,6 +49,24 @@ def seconds(line: list[str], device: str) -> float:
     return time.perf_counter() - begun
 
 
+def measured(data: str, arch: str, repeats: int, until: float = math.inf) -> list[dict[str, Any]]:
+    """Median seconds of each command on both devices; none is begun after `until`, of the monotonic clock."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        start = ["-o", str(folder / "start.pt")]
+        seconds(["train", "--arch", arch, "--data", data, "--epochs", "0", *start], "cpu")
+        for title, line in commands(data, arch, folder).items():
+            if time.monotonic() > until:
+                break
+            seconds(line, "cuda")
+            times = [(seconds(line, "cpu"), seconds(line, "cuda")) for _ in range(repeats)]
+            cpu, cuda = (statistics.median(column) for column in zip(*times, strict=True))
+            ratio = round(cpu / cuda, 2)
+            rows.append({"command": title, "cpu": round(cpu, 3), "cuda": round(cuda, 3), "ratio": ratio})
+    return rows
+
+
 def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -57,23 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: nothing to compare")
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        build = ["train", "--arch", options.arch, "--data", options.data, "--epochs", "0"]
-        seconds([*build, "-o", str(folder / "start.pt")], "cpu")
-        for title, line in commands(options.data, options.arch, folder).items():
-            seconds(line, "cuda")
-            times = [(seconds(line, "cpu"), seconds(line, "cuda")) for _ in range(options.repeats)]
-            cpu, cuda = (statistics.median(column) for column in zip(*times, strict=True))
-            rows.append(
-                {
-                    "command": title,
-                    "cpu": round(cpu, 3),
-                    "cuda": round(cuda, 3),
-                    "ratio": round(cpu / cuda, 2),
-                }
-            )
+    rows = measured(options.data, options.arch, options.repeats)
     command = f"python benchmarks/devices.py --data {options.data.partition(':')[0]} --arch {options.arch}"
     write("devices", f"{command} --repeats {options.repeats}", 0, rows)
 

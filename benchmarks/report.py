@@ -141,6 +141,18 @@ def devices(result: dict[str, Any]) -> str:
     return "## CPU and CUDA\n\nThe same command in one process, start-up left out.\n\n" + table(headers, rows)
 
 
+def cuda(result: dict[str, Any]) -> str:
+    """What the CUDA tests said on a real GPU, and the seconds of commands there."""
+    tests = result["tests"]
+    told = (
+        f"{tests['passed']} tests passed, {len(tests['failed'])} failed and {len(tests['skipped'])} were "
+        f"skipped in {tests['seconds']:.0f} s on {result['machine']['gpu']}."
+    )
+    failed = "".join(f"\n- failed: `{name}`" for name in tests["failed"])
+    title, _, rest = devices(result).partition("\n\n")
+    return f"{title}\n\n{told}{failed and chr(10) + failed}\n\n{rest}"
+
+
 def slimming(result: dict[str, Any]) -> str:
     """A slimmed and fine-tuned network's accuracy, against Torch-Pruning's BNScale pruner."""
     rows = []
@@ -200,6 +212,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: partial(draw, table=table) for name, draw in report_codec.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_basis.SECTIONS.items()},
     "devices": devices,
+    "cuda": cuda,
     **{name: partial(draw, table=table) for name, draw in report_parity.SECTIONS.items()},
 }
 

@@ -82,7 +82,6 @@ def test_the_way_of_a_gpu_counts_alike() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
 def test_cuda_counts_as_the_cpu(dtype: torch.dtype) -> None:
     values = numbers(dtype)

@@ -144,7 +144,6 @@ def test_running_a_model_leaves_its_mode() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_model_on_the_gpu_agrees_with_its_copy_on_the_cpu() -> None:
     model = net()
     on_cpu = runner_of(net())

@@ -149,7 +149,6 @@ def test_every_torchvision_classifier_is_traced() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_trace_equals_the_cpu_trace() -> None:
     model, x = Toy(), torch.randn(2, 3, 9, 9)
     on_cpu = trace(model, (x,))

@@ -144,3 +144,19 @@ def test_every_task_has_a_main_measure_and_unknown_ones_are_named() -> None:
     assert main_measure(type("Bare", (), {"measures": ()})()) is LOSS
     with pytest.raises(CctoolError, match="classification, segmentation, regression"):
         task_named("detection")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_pixels_has_a_deterministic_form_on_cuda(smoothing: float) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.use_deterministic_algorithms(device == "cuda")
+        logits, masks = (tensor.to(device) for tensor in segmented())
+        logits.requires_grad_()
+        loss = Segmentation().loss(logits, masks, smoothing)
+        loss.backward()
+        assert logits.grad is not None
+        found.append((loss.detach().cpu(), logits.grad.cpu()))
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(there, here)

@@ -79,6 +79,39 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
+@contextlib.contextmanager
+def device_errors() -> Iterator[None]:
+    """Say in a sentence what a device could not do.
+
+    Raises:
+        DeviceError: its memory is full; an operator has no deterministic form; or a GPU stopped at an index
+            that is out of range, after which torch cannot use it again in this process.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = _device_reason(str(error), isinstance(error, torch.OutOfMemoryError))
+        if reason is None:
+            raise
+        raise DeviceError(reason) from error
+
+
+def _device_reason(text: str, out_of_memory: bool) -> str | None:
+    if out_of_memory or "can't allocate memory" in text:
+        return "the device's memory is full; a smaller --batch-size or --limit may fit"
+    if "does not have a deterministic implementation" in text:
+        return (
+            f"--deterministic: {text.split()[0]} has no deterministic form on this device; leave "
+            "--deterministic out, or --device cpu may have one"
+        )
+    if "device-side assert" in text:
+        return (
+            "the GPU stopped at an index out of range, most often a label that the network has no class for; "
+            "--device cpu names it"
+        )
+    return None
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
     """Return the autocast context of ``precision`` (``32``, ``bf16`` or ``16``) on ``device``."""
     if str(precision) == "32":

@@ -19,7 +19,7 @@ import torch
 from cctool import __version__
 from cctool.base.errors import CheckpointError, UsageError
 from cctool.base.networks import copied
-from cctool.base.runtime import Reporter, Silent, resolve_device, seed_everything
+from cctool.base.runtime import Reporter, Silent, device_errors, resolve_device, seed_everything
 from cctool.base.user_code import looks_like_user_code
 from cctool.checkpoint.checkpoint import SUFFIXES, Checkpoint, save
 from cctool.checkpoint.file.payload import content_hash
@@ -113,8 +113,7 @@ def _finished(
     # Measured before the operation, which may change the model in place.
     before = measure(checkpoint) if checkpoint.origin is not None else None
     context = replace(context, stamp=lambda outcome: _stamped(outcome, options, request, checkpoint, before))
-    checkpoint.model.to(context.device)
-    for outcome in operation(checkpoint, options, context):
+    for outcome in _carried_out(operation, checkpoint, options, context):
         # Encodings are defined by what the CPU computes, so that files do not depend on the device.
         outcome.checkpoint.model.to("cpu")
         outcome = replace(outcome, checkpoint=events.stored(outcome.checkpoint, context.tables))
@@ -122,6 +121,14 @@ def _finished(
         if not request.allow_nonfinite:
             _refuse_nonfinite(finished, "the result would hold")
         yield finished, outcome
+
+
+def _carried_out(
+    operation: Operation, checkpoint: Checkpoint, options: Any, context: Context
+) -> Iterator[Outcome]:
+    with device_errors():
+        checkpoint.model.to(context.device)
+        yield from operation(checkpoint, options, context)
 
 
 def write_in_memory(
@@ -151,8 +158,9 @@ def read_in_memory(
 ) -> Any:
     """Run an operation that writes no checkpoint on a copy of one in memory, and return its report."""
     checkpoint, context = _prepare(options, request, Path(request.output or "."), _copy(given), source)
-    checkpoint.model.to(context.device)
-    return operation(checkpoint, options, context)
+    with device_errors():
+        checkpoint.model.to(context.device)
+        return operation(checkpoint, options, context)
 
 
 def _copy(given: Checkpoint) -> Checkpoint:
@@ -176,8 +184,9 @@ def read(operation: Callable[[Checkpoint, Any, Context], Any], options: Any, req
     """Run an operation that writes no checkpoint, and return its report."""
     output = Path(request.source or ".")
     checkpoint, context = _prepare(options, request, output)
-    checkpoint.model.to(context.device)
-    return operation(checkpoint, options, context)
+    with device_errors():
+        checkpoint.model.to(context.device)
+        return operation(checkpoint, options, context)
 
 
 def _prepare(

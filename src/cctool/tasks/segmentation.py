@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -198,14 +199,18 @@ class Segmentation:
             }
 
     def _mean(self, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        counting, logits = targets != self.ignored, resized(logits, targets)
+        if torch.are_deterministic_algorithms_enabled() and logits.is_cuda:
+            # CUDA has a deterministic loss of rows, but none of maps.
+            logits, targets = _by_pixel(logits), targets.flatten()
         total = F.cross_entropy(
-            resized(logits, targets),
+            logits,
             targets,
             ignore_index=self.ignored,
             label_smoothing=label_smoothing,
             reduction="sum",
         )
-        return total / (targets != self.ignored).sum().clamp(min=1)
+        return total / counting.sum().clamp(min=1)
 
 
 def _first(outputs: Any) -> Any:

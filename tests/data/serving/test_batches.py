@@ -216,7 +216,6 @@ def test_rgb_to_gray_converts_the_preprocessing() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_what_the_cpu_gives() -> None:
     part = split(64)
     kind = Augmentation(crop=Crop.PADDED, padding=2, flip=True)

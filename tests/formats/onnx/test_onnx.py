@@ -271,7 +271,6 @@ def test_larger_architectures(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_network_on_the_gpu_gives_the_same_file(tmp_path: Path) -> None:
     model = Net()
     write_onnx(request(model, tmp_path / "cpu.onnx"))

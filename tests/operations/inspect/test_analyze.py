@@ -229,7 +229,6 @@ def test_history_and_spec_count_nothing(net: Path) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_counts_the_same(net: Path) -> None:
     on_cpu, on_gpu = (analyzed(net, runtime=RuntimeOptions(device=device)) for device in ("cpu", "cuda"))
     assert on_cpu.analysis is not None

@@ -200,7 +200,6 @@ def test_the_predictions_name_ends_in_csv() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_what_the_cpu_gives(path: Path) -> None:
     """Loss within 0.1 %, top-1 within one image."""
     asked = pipeline.Request("evaluate", str(path), runtime=RuntimeOptions(device="cuda"))

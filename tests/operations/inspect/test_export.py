@@ -151,7 +151,6 @@ def test_the_input_size_can_be_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_files(net: Path) -> None:
     for kind in ExportFormat:
         contents = []

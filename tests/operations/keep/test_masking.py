@@ -508,7 +508,6 @@ def test_a_network_with_masks_of_its_own_is_refused_by_name(tmp_path: Path) -> N
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_the_gpu_masks_are_those_of_the_cpu_and_stay(tmp_path: Path) -> None:
     options = PruneOptions(method=PruneMethod.L1, granularity=Granularity.ROW, rate=0.5)
     here, _ = mask_weights(built("resnet20", base=8), options)

@@ -17,6 +17,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import add_masks
 from cctool.checkpoint.spec import ModelSpec
 from cctool.models import registry
+from cctool.operations.keep.events import new_head
 from cctool.operations.prune.from_scratch import reinitialised
 from cctool.options.prune.choices import Scope
 
@@ -203,3 +204,15 @@ def test_stored_forms_are_dropped() -> None:
     start = toys.shaken(toys.residual_checkpoint())
     marked = replace(start, stored={"conv1.weight": object()})  # type: ignore[dict-item]
     assert reinitialised(marked, toys.context()).stored == {}
+
+
+@pytest.mark.cuda
+def test_drawing_anew_leaves_the_generators_of_devices_as_they_are() -> None:
+    start = halved(network("resnet20", base=4))
+    torch.manual_seed(11)
+    torch.rand(3, device="cuda")
+    before = torch.cuda.get_rng_state(), torch.get_rng_state()
+    reinitialised(start, toys.context(seed=3))
+    new_head(start, ["fc"], 5, toys.context(seed=3))
+    assert torch.equal(torch.cuda.get_rng_state(), before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])

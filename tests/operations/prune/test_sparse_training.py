@@ -191,7 +191,6 @@ def test_a_plan_that_spares_everything_is_refused() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method", list(Sparsifier))
 def test_cuda_gives_what_the_cpu_gives(method: Sparsifier) -> None:
     start = toys.plain_checkpoint()

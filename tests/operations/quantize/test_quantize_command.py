@@ -408,7 +408,6 @@ def test_a_preset_on_the_command_line_yields_to_what_is_given(resnet: Path) -> N
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_same_bytes(resnet: Path) -> None:
     for per_channel in (False, True):
         paths = []

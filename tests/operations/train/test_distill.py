@@ -233,7 +233,6 @@ def test_wrong_options_are_refused(wrong: dict[str, float]) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_what_the_cpu_gives(tmp_path: Path, teacher: Path) -> None:
     """Training loss within 2 %."""
     losses = []

@@ -586,7 +586,6 @@ def test_wrong_run_options_are_refused(run: dict[str, Any], message: str) -> Non
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_what_the_cpu_gives(tmp_path: Path, net: str) -> None:
     """Validation top-1 within 8 points (five of 64 images) after four epochs."""
     found = []

@@ -374,7 +374,6 @@ def test_a_codec_behind_a_layer_stays_and_is_calibrated_again(lenet: Path) -> No
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kernel", ["dct", "bior2.2", "klt"])
 def test_devices_agree(kernel: str, lenet: Path) -> None:
     options = TransformOptions(kernel=kernel, weights=WeightOptions(keep=0.5))

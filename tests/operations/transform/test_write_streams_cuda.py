@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from cctool.base.runtime import Silent
 from cctool.operations import pipeline
@@ -13,10 +12,7 @@ from cctool.options.inspect.decode import DecodeOptions
 from cctool.options.inspect.evaluate import EvaluateOptions
 from coded_toys import DATA, lenet_file, transformed
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.cuda
 
 
 def test_maps_go_through_bytes_and_decode_on_the_device(tmp_path: Path) -> None:

@@ -304,7 +304,6 @@ def test_group_norm_of_one_group_is_a_layer_norm(groups: int) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("make", [vit, lambda: swin(False), lambda: swin(True), multi_axis])
 def test_cuda_couples_and_cuts_as_the_cpu_does(make: Callable[[], nn.Module]) -> None:
     model = distinct(make()).eval()

@@ -292,7 +292,6 @@ def test_no_images_and_no_finite_loss_are_refused(method: PruneMethod) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_gpu_sees_what_a_cpu_sees(method: PruneMethod) -> None:
     model, (x, y) = Residual().double(), images(dtype=torch.float64)

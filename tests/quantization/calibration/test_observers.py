@@ -195,7 +195,6 @@ def test_impossible_settings_are_refused(kind: Kind, settings: dict[str, Any], r
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", Kind)
 def test_ranges_on_cuda_are_the_cpus(kind: Kind) -> None:
     x, bad = randoms(40, 50), torch.tensor([float("nan"), float("inf")])

@@ -126,7 +126,6 @@ def test_a_large_tensor_is_fitted_from_evenly_spaced_values(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_scales_on_a_gpu_are_those_of_the_cpu():
     weight = _heavy(6, 50)
     here, there = _quantizer(6, bits=3, axis=0), _quantizer(6, bits=3, axis=0).cuda()

@@ -220,7 +220,6 @@ def test_a_network_with_something_of_that_name_is_refused() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_pass_on_the_gpu_is_that_on_the_cpu() -> None:
     model = quantized(made(Residual)).double()
     expected = model(images().double())

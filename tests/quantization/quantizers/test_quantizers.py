@@ -383,14 +383,13 @@ def test_the_repr_names_what_is_not_default() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_values_gradients_and_state_on_cuda_are_the_cpus() -> None:
     for config, weight in [*((c, True) for c in WEIGHTS), *((c, False) for c in ACTIVATIONS)]:
         x, upstream = randoms(4, 3, 6), randoms(4, 3, 6, seed=1)
         found = []
         for device in ("cpu", "cuda"):
             quantizer = made(config, x, weight=weight).to(device)
-            mine = x.to(device).requires_grad_()
+            mine = x.clone().to(device).requires_grad_()
             quantizer.initialise(mine)
             y = quantizer(mine)
             (y * upstream.to(device)).sum().backward()

@@ -146,7 +146,6 @@ def test_without_images_it_refuses(chain):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_biases_corrected_on_a_gpu_are_those_of_the_cpu(chain):
     x = _images(4, 2, 8, 8)
     flow = _quantized(chain, x)

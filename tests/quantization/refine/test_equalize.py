@@ -250,7 +250,6 @@ def test_pairs_name_both_layers_and_the_features_of_a_channel():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @torch.no_grad()
 def test_weights_equalized_on_a_gpu_are_those_of_the_cpu():
     x = _images(2, 1, 32, 32)

@@ -1,5 +1,6 @@
 """The training loop: what it computes, what each option changes, and how it fails."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -349,7 +350,6 @@ def test_default_rates_depend_on_optimizer_and_past() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["32", "bf16", "16"])
 def test_cuda_follows_the_cpu(precision: str, tmp_path: Path) -> None:
     """Loss within 2 % of the CPU's in float32 and 10 % in half precision, after two epochs."""
@@ -360,8 +360,7 @@ def test_cuda_follows_the_cpu(precision: str, tmp_path: Path) -> None:
     for device, kind in ((CPU, Precision.FULL), (cuda, Precision(precision))):
         model = network()
         model[3].p = 0.0
-        found = feed()
-        found.device = device
+        found = dataclasses.replace(feed(), device=device)
         result = fit(task(model, batches=found.training(), fabric=make_fabric(device, kind), validate=None))
         losses.append(result.rows[-1].train["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.02 if precision == "32" else 0.1)

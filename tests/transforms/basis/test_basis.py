@@ -256,7 +256,6 @@ def test_normalised_gradients_have_norm_one_in_copies_and_files_too() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kernel", ["dct", "dst", "dft"])
 def test_layers_compute_the_same_on_cuda(kernel: str) -> None:
     for layer in (nn.Linear(70, 90), nn.Conv2d(6, 8, 3, groups=2)):

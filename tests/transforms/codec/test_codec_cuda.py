@@ -14,10 +14,7 @@ from cctool.transforms.codec.steps import default_table
 from cctool.transforms.codec.taps import CalibratedTap, TapHook, set_taps, taps_of
 from cctool.transforms.codec.training import simulate, simulate_rated
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.cuda
 
 CONFIGS: list[dict[str, Any]] = [
     {"kernel": "dct"},

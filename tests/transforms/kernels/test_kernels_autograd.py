@@ -132,7 +132,6 @@ def test_maps_in_pieces_equal_maps_at_once() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kernel", FAMILIES)
 @pytest.mark.parametrize("size", [1, 7, 64, 601])
 def test_cuda_equals_cpu(kernel: str, size: int) -> None:
@@ -147,7 +146,6 @@ def test_cuda_equals_cpu(kernel: str, size: int) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_maps_on_cuda_equal_maps_on_the_cpu() -> None:
     x = torch.randn(2, 3, 20, 70)
     found = block_forward(x.cuda(), "dct")

@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 
 from cctool.base.errors import BitstreamError, UsageError
-from cctool.base.runtime import Reporter, resolve_device
+from cctool.base.runtime import Reporter, device_errors, resolve_device
 from cctool.checkpoint.file.atomic_folder import folder_atomically, refuse_existing_folder
 from cctool.coding.stream import Chunk, StreamReader
 from cctool.operations.transform.files import file_stems
@@ -91,7 +91,8 @@ def run(options: DecodeOptions, runtime: RuntimeOptions, reporter: Reporter) -> 
     sources = [source for text in options.sources for source in _sources(Path(text))]
     stems = file_stems([source.path.name.removesuffix(SUFFIX) for source in sources])
     found: list[DecodedMaps] = []
-    with folder_atomically(folder, overwrite=options.force, ours=_is_array) as temporary:
+    writing = folder_atomically(folder, overwrite=options.force, ours=_is_array)
+    with device_errors(), writing as temporary:
         steps = list(zip(sources, stems, strict=True))
         for source, stem in reporter.progress(steps, "decoding", len(steps)):
             found += _decode(source, stem, temporary, folder, device)

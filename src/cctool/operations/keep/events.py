@@ -121,7 +121,8 @@ def new_head(checkpoint: Checkpoint, layers: Collection[str], outputs: int, cont
     plain = dict(plain_checkpoint(checkpoint).model.named_modules())
     names: list[str] = []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(context.runtime.seed)
+        # Of the CPU alone: generators of devices are not put back.
+        torch.default_generator.manual_seed(context.runtime.seed)
         for name in layers:
             layer = fresh_head(plain[name], outputs).to(device_of(checkpoint.model))
             names += put_head(checkpoint.model, name, layer)

@@ -150,7 +150,8 @@ def _built_thin(
                 setattr(module, attribute, value)
         return _cut(tensor, shapes.get(qualified(path, name)))
 
-    torch.manual_seed(seed)
+    # Not the generators of devices, which the caller does not put back.
+    torch.default_generator.manual_seed(seed)
     with registering_by(_watched(cut)):
         return build()
 

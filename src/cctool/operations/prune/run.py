@@ -123,8 +123,9 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
     current = start
     for step, label in enumerate(labels, start=1):
         base = current if options.step_mode is StepMode.PROGRESSIVE else start
-        # A single step changes its input: two copies of a large network might not fit into memory.
-        model = copied(base.model) if options.steps > 1 else base.model
+        # A single step changes its input: two copies of a large network might not fit into memory. A copy of
+        # the step before is on the CPU, where the pipeline has moved that product.
+        model = copied(base.model).to(context.device) if options.steps > 1 else base.model
         resume = base.resume if _only_cuts(options) else None
         changed = changer.changed(replace(base, model=model, resume=resume), step)
         current = _reset(changed, work)
@@ -155,8 +156,6 @@ def run(checkpoint: Checkpoint, options: PruneOptions, context: Context) -> Iter
             ),
             others=work.others,
         )
-        # The pipeline moves what it writes to the CPU.
-        current.model.to(context.device)
 
 
 def _opened(

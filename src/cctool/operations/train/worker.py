@@ -20,7 +20,7 @@ import torch
 from pydantic import TypeAdapter
 
 from cctool.base.errors import CctoolError
-from cctool.base.runtime import Silent, seed_everything
+from cctool.base.runtime import Silent, device_errors, seed_everything
 from cctool.checkpoint.checkpoint import Checkpoint, load
 from cctool.checkpoint.spec import Step
 from cctool.operations.context import Context, Outcome
@@ -73,7 +73,8 @@ def main(job_path: str) -> int:
     os.dup2(2, 1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        _work(json.loads(Path(job_path).read_text(encoding="utf-8")), channel)
+        with device_errors():
+            _work(json.loads(Path(job_path).read_text(encoding="utf-8")), channel)
     except CctoolError as error:
         traceback.print_exc()
         channel.send(error=[type(error).__name__, str(error)])

@@ -195,10 +195,14 @@ class BasisLayer(ComputedLayer):
 
 
 def init_normal(parameter: nn.Parameter, std: float) -> None:
-    """Initialise with N(0, std), unless there is nothing to initialise."""
+    """Initialise with N(0, std), unless there is nothing to initialise.
+
+    Numbers are drawn on the CPU: a GPU's generator would give another network for the same seed.
+    """
     # On the meta device this would import torch's compiler, which takes a second.
     if not parameter.is_meta:
-        nn.init.normal_(parameter, std=std)
+        with torch.no_grad():
+            parameter.copy_(nn.init.normal_(torch.empty(parameter.shape, dtype=parameter.dtype), std=std))
 
 
 class LinearBasis(BasisLayer):
