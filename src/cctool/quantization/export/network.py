@@ -9,8 +9,8 @@ for quantizers (`network/attach.py`), which torch.export can trace.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,36 @@ def rounding_network(model: nn.Module) -> nn.Module:
     copy.eval()
     _follow(copy, _ExportCalls(model, {}, set(), marked=False))
     return copy
+
+
+@contextmanager
+def other_constants(model: nn.Module, changed: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let a network compute with other values of some parameters and buffers, which are found by their own.
+
+    Args:
+        model: on the CPU.
+        changed: values before and after, float32 of one shape.
+    """
+    known = {_key(before): after for before, after in changed}
+    held: list[tuple[dict[str, Any], str, Tensor]] = []
+    for module in model.modules() if known else ():
+        for states in (module._parameters, module._buffers):
+            for leaf, value in states.items():
+                after = None if value is None or value.dtype != torch.float32 else known.get(_key(value))
+                if value is not None and after is not None:
+                    held.append((states, leaf, value))
+    try:
+        for states, leaf, value in held:
+            made = known[_key(value)]
+            states[leaf] = nn.Parameter(made, False) if isinstance(value, nn.Parameter) else made
+        yield
+    finally:
+        for states, leaf, value in held:
+            states[leaf] = value
+
+
+def _key(value: Tensor) -> tuple[tuple[int, ...], bytes]:
+    return tuple(value.shape), value.detach().numpy().tobytes()
 
 
 def _sharing(model: nn.Module) -> nn.Module:
