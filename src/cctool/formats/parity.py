@@ -213,12 +213,12 @@ class _Comparison:
         tallies, plain = self.tallies, failing
         if self.rounds:
             drawn = self.chosen.first()
-            others = References(
-                *(run and Counted(run, single=self.candidate.single)
-                  for run in (self.references.intended, self.references.as_written))
-            )  # fmt: skip
-            limits |= by_steps(self.model, self.network, others, tallies, failing, drawn, coded=self.coded)
-            self._others += sum(run.passes for run in (others.intended, others.as_written) if run)
+            given = (self.references.intended, self.references.as_written)
+            runs = [None if run is None else Counted(run, single=self.candidate.single) for run in given]
+            limits |= by_steps(
+                self.model, self.network, References(*runs), tallies, failing, drawn, coded=self.coded
+            )
+            self._others += sum(run.passes for run in runs if run is not None)
             plain = [i for i in failing if limits[i].over > 1] if not self.references.intended else []
         if plain:
             drawn = self.chosen.first_and_worst()

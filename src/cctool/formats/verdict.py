@@ -114,7 +114,7 @@ def certain(tally: OutputTally, share: float) -> bool:
     if len(errors) < 2 or not bool(errors.isfinite().all()):
         return bool(errors.isinf().any())
     off = float(errors.std()) / len(errors) ** 0.5
-    return abs(float(errors.mean()) - 1) >= CERTAIN * off
+    return bool(abs(float(errors.mean()) - 1) >= CERTAIN * off)
 
 
 def in_float64(

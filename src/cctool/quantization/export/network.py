@@ -104,12 +104,14 @@ def other_constants(model: nn.Module, changed: Sequence[tuple[Tensor, Tensor]]) 
         changed: values before and after, float32 of one shape.
     """
     known = {_key(before): after for before, after in changed}
-    held: list[tuple[dict[str, Any], str, Tensor]] = []
+    shapes = {before.shape for before, _ in changed}
+    held: list[tuple[Any, str, Tensor]] = []
     for module in model.modules() if known else ():
-        for states in (module._parameters, module._buffers):
+        own: tuple[Any, ...] = (module._parameters, module._buffers)
+        for states in own:
             for leaf, value in states.items():
-                after = None if value is None or value.dtype != torch.float32 else known.get(_key(value))
-                if value is not None and after is not None:
+                like = value is not None and value.shape in shapes and value.dtype == torch.float32
+                if like and _key(value) in known:
                     held.append((states, leaf, value))
     try:
         for states, leaf, value in held:
