@@ -117,14 +117,16 @@ def _references(path: Path, request: ExportRequest, placed: Placed) -> Reference
     """The network with the file's constants, and the file without the runtime's optimizations."""
     if request.network is None:
         return References()
-    intended = runner_of(request.network)
-    changed = [(torch.from_numpy(old), torch.from_numpy(new)) for old, new in placed.changed]
+    network, intended = request.network, runner_of(request.network)
+    changed = [(torch.tensor(old), torch.tensor(new)) for old, new in placed.changed]
 
     def run(batch: Tensor) -> list[Tensor]:
         with other_constants(network, changed):
             return intended(batch)
 
-    network = request.network
+    with other_constants(network, changed) as complete:
+        if not complete:
+            return References()
     return References(run, _runtime(path, plain=True) if request.quantized else None)
 
 
