@@ -98,7 +98,7 @@ def outputs_of(path: Path, x: Tensor) -> list[Tensor]:
 
 
 def moved(made: Exported, path: Path, truth: list[Agreement]) -> float:
-    """Largest movement of a channel that a fault makes, as a share of its signal, over the stated share."""
+    """Largest movement of a channel that a fault makes, over the limit that was stated for the true file."""
     largest = 0.0
     for agreement, x in zip(truth, (torch.randn(512, *toys.SHAPE), toys.pictures(512, 77)[0]), strict=False):
         both = zip(agreement.outputs, outputs_of(made.path, x), outputs_of(path, x), strict=True)
@@ -107,7 +107,9 @@ def moved(made: Exported, path: Path, truth: list[Agreement]) -> float:
                 continue
             apart = squares(left, right, len(x)).mean(0).sqrt()
             signals = (by_place(left, len(x)) - by_place(left, len(x)).mean(0)).square().mean((0, 2)).sqrt()
-            stated = (signals * output.limit / (output.place_signal or 1.0)).clamp(min=1e-30)
+            # Ulps are the same at all channels; other limits are shares of the channel's signal.
+            share = 0.0 if output.limit_from == "ulps" else output.limit / (output.place_signal or 1.0)
+            stated = (signals * share).clamp(min=1e-30 if share else output.limit)
             largest = max(largest, float((apart / stated).max()))
     return largest
 
