@@ -23,6 +23,7 @@ from cctool.formats.rounding import (
     AGREED,
     COARSE,
     FINE,
+    MOST,
     Counted,
     Run,
     Shake,
@@ -213,6 +214,9 @@ class _Comparison:
         tallies, plain = self.tallies, failing
         if self.rounds:
             drawn = self.chosen.first()
+            if least_of(tuple(drawn.samples.shape)) == LEAST:
+                # Movements are measured in many passes, which take long on large inputs.
+                drawn = drawn.part(torch.arange(len(drawn.samples))[: MOST // 2])
             given = (self.references.intended, self.references.as_written)
             runs = [None if run is None else Counted(run, single=self.candidate.single) for run in given]
             limits |= by_steps(
