@@ -43,8 +43,8 @@ def export_verdicts(result: dict[str, Any], table: Draw) -> str:
         "40 small networks (classifiers, depthwise, residual, U-Net, autoencoder, attention, two heads, "
         "gates; outputs nearly constant, or of 1e-7), each exported once; its file, and copies with a fault "
         f"each, are judged as `cctool export` does, with {result['rows'][0]['seeds']} seeds. A change that "
-        "moves no channel of the outputs by more than the limit stated for the true file is no fault. Closest: "
-        "the largest error of a true file, over its limit.\n\n"
+        "moves no channel of the outputs by more than the limit stated for the true file is no fault. "
+        "Closest: the largest error of a true file, over its limit.\n\n"
         + table(first, shown)
         + "\n\n"
         + table(("fault", "refused", "accepted", "no fault"), kinds)
