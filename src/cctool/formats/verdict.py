@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from cctool.formats.rounding import COARSE, FINE, MOST, Run, Shake, exact_runner, shaken_outputs
+from cctool.formats.rounding import COARSE, FINE, MOST, Counted, Run, Shake, exact_runner, shaken_outputs
 from cctool.formats.tally import OutputTally, squares
 
 TOLERANCE = 5e-5
@@ -125,11 +125,12 @@ def in_float64(
     Without float64, because a dtype is written into the network's code, the model's own error is how far it
     moves when its inputs change by an ulp.
     """
+    # One sample at a time: a network whose results depend on the batch size would hide behind its own error.
     samples, found = drawn.samples, drawn.found
-    expected = network(samples)
+    expected = Counted(network, single=True)(samples)
     compared = "the network in float64"
     try:
-        exact = exact_runner(model)(samples)
+        exact = Counted(exact_runner(model), single=True)(samples)
         own = [expected]
     except Exception:  # a dtype written into the network's code
         exact, compared = expected, "the network"
