@@ -22,6 +22,7 @@ import report_kernels
 import report_onnx
 import report_parity
 import report_quantize
+import report_verdicts
 import report_zoo
 
 HERE = Path(__file__).resolve().parent
@@ -204,6 +205,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "slimming": slimming,
     **{name: partial(draw, table=table) for name, draw in report_goals.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_onnx.SECTIONS.items()},
+    **{name: partial(draw, table=table) for name, draw in report_verdicts.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_quantize.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_zoo.SECTIONS.items()},
     **{name: partial(draw, table=table) for name, draw in report_kernels.SECTIONS.items()},

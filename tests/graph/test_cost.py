@@ -193,14 +193,15 @@ PUBLISHED = {"resnet18": 1814.1, "mobilenet_v2": 300.8, "efficientnet_b0": 385.8
 
 
 def products_of_torch(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Torch's counter gives two operations a MAC; its attention is lost in the fused fast path."""
+    """Torch's counter gives two operations a MAC; it sees no products in the fused kernels of attention."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     model.eval()
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.zeros(1, *shape))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

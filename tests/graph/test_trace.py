@@ -134,9 +134,8 @@ def test_every_torchvision_classifier_is_traced() -> None:
 
     for name in models.list_models(module=models):
         extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        with torch.device("meta"):
-            shapes = [p.shape for p in models.get_model(name, weights=None, **extra).parameters()]
-        if sum(shape.numel() for shape in shapes) > 100e6:
+        # Built on the meta device to be counted, regnets fail: their constructors read tensors.
+        if next(iter(models.get_model_weights(name))).meta["num_params"] > 100e6:
             continue
         model = models.get_model(name, weights=None, **extra)
         size = 299 if name == "inception_v3" else 224

@@ -19,9 +19,10 @@ from cctool import __version__
 from cctool.base.detectors import before_boxes, chooses_boxes
 from cctool.base.networks import float_type_of
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.formats.parity import BATCH_SIZES, compare, random_batches, require_agreement
+from cctool.formats.parity import compare, growing_batches, least_of, require_agreement
 from cctool.formats.records import Agreement, ExportRequest
 from cctool.formats.rounding import Run
+from cctool.formats.verdict import References
 
 BATCH = "batch"
 EXPORT_BATCH = 2
@@ -105,25 +106,35 @@ def descriptions(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[st
     return found
 
 
-def agreements_with(candidate: Run, request: ExportRequest, *, free_batch: bool) -> list[Agreement]:
+def agreements_with(
+    candidate: Run, request: ExportRequest, *, free_batch: bool, references: References | None = None
+) -> list[Agreement]:
     """Compare a written program with the request's model, on random inputs and on the request's samples.
+
+    Args:
+        candidate: runs the program.
+        request: what was exported.
+        free_batch: whether the program takes batches of any size.
+        references: what else it is compared with if activations are rounded.
 
     Raises:
         ExportError: if they do not compute the same.
     """
-    sizes = BATCH_SIZES if free_batch else (1,)
-    model, allowed = request.checkpoint.model, request.allow_nonfinite
+    model = request.checkpoint.model
     random = (
-        batch.to(float_type_of(model)) for batch in random_batches(request.input_shape, request.seed, sizes)
+        batch.to(float_type_of(model))
+        for batch in growing_batches(request.input_shape, request.seed, free_batch=free_batch)
     )
     judge = partial(
         compare,
         model,
         candidate,
-        allow_nonfinite=allowed,
+        allow_nonfinite=request.allow_nonfinite,
         coded=request.coded,
         quantized=request.quantized,
         task=request.task,
+        references=references,
+        least=least_of(request.input_shape),
     )
     found = [judge(random, "random inputs")]
     if request.samples is not None:

@@ -1,20 +1,9 @@
 """Checks that a written model computes what the model computes.
 
-Every output is compared by itself: numbers by their difference, whole numbers and truth values by the share
-that differs. Errors are measured relative to the range of the output over the inputs: an absolute error has
-no scale, and relative to the outputs themselves, a common offset would hide errors. Two float32 programs for
-the same function differ by rounding, which grows with depth and with badly scaled statistics. If the error
-exceeds the tolerance, both are compared with the model in float64, from which the written one may be at most
-a few times as far away as the model itself.
-
-A network that rounds its activations (a codec of feature maps) turns a difference in the last digit into a
-whole step; such steps are rare and large. Then the written model may be a few times as far from the model as
-the model's outputs move when its inputs change in their sixth digit.
-
-If quantizers round, an integer runtime rounds biases as well, to the step of the products. Then the written
-model may be twice as far from the model as the model's outputs move when the inputs of each quantizer change
-by up to 1/32 of its step. A sample whose class changes under that is undecided: the written model may choose
-another class for it.
+Every output is compared by itself: numbers by the root mean square of their differences at each channel,
+relative to how much that channel depends on the inputs, and whole numbers and truth values by the share that
+differs. An absolute error has no scale, and relative to the outputs themselves, a common offset would hide
+errors. `verdict.py` says what is allowed. Samples are drawn until the verdict would be the same for others.
 """
 
 from __future__ import annotations
@@ -22,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,29 +18,47 @@ from torch import Tensor, nn
 
 from cctool.base.errors import ExportError, TrainingError
 from cctool.base.outputs import OUTPUT, is_measured, named_tensors, other_inputs, varying_shapes
-from cctool.formats.records import Agreement, ChoiceAgreement
+from cctool.formats.records import Agreement, ChoiceAgreement, OutputAgreement
 from cctool.formats.rounding import (
     AGREED,
-    Judge,
+    COARSE,
+    FINE,
+    MOST,
+    Counted,
     Run,
-    beyond_rounding,
-    beyond_shakes,
-    beyond_steps,
-    left_by,
+    Shake,
     returned,
+    runner_of,
+    shaken_outputs,
     too_many,
     undecided_choices,
 )
 from cctool.formats.tally import ChoiceTally, OutputTally
+from cctool.formats.verdict import (
+    COMPARED_INTENDED,
+    LOST,
+    SHARE,
+    TOLERANCE,
+    Chosen,
+    Limit,
+    References,
+    by_steps,
+    certain,
+    in_float64,
+    quick,
+)
 from cctool.tasks.base import Agreeing, Task
 from cctool.tasks.classification import Classification
-
-TOLERANCE = 1e-5
-"""Allowed difference of two float32 programs, as a fraction of the output range; 1e-7 is usual."""
 
 BATCH_SIZES = (1, 5)
 """Of the random inputs: one, and an odd number, so that no width written into a reshape divides it."""
 
+LEAST, LEAST_SMALL = 32, 256
+"""Samples that a comparison takes at least; the second where an input has at most 64 x 64 pixels."""
+
+_SMALL = 64 * 64  # pixels
+_GROWTH = 4  # times the least number, at most
+_BATCH_PIXELS = 32 * 224 * 224  # in one batch at most
 _ROUNDS = 3  # random batches of each size
 
 _LOGITS = 2  # dimensions of scores of classes
@@ -67,6 +73,25 @@ def random_batches(
         yield torch.randn((size, *shape), generator=generator)
 
 
+def least_of(shape: tuple[int, ...]) -> int:
+    """Samples of (C, H, W) that a comparison takes at least."""
+    return LEAST_SMALL if shape[-1] * shape[-2] <= _SMALL else LEAST
+
+
+def growing_batches(shape: tuple[int, ...], seed: int, *, free_batch: bool) -> Iterator[Tensor]:
+    """Standard normal inputs in batches that grow, the least number of `least_of` to four times as many.
+
+    Without a free batch size all batches have one sample.
+    """
+    generator, least = torch.Generator().manual_seed(seed), least_of(shape)
+    most = max(_BATCH_PIXELS // (shape[-1] * shape[-2]), 1)
+    drawn, sizes = 0, [*BATCH_SIZES] * _ROUNDS
+    while drawn < _GROWTH * least:
+        size = min(sizes.pop(0) if sizes else max(least - drawn, drawn), most) if free_batch else 1
+        yield torch.randn((size, *shape), generator=generator)
+        drawn += size
+
+
 def compare(
     model: nn.Module,
     candidate: Run,
@@ -78,54 +103,48 @@ def compare(
     coded: bool = False,
     quantized: bool = False,
     task: Task | None = None,
+    references: References | None = None,
+    least: int | None = None,
 ) -> Agreement:
-    """Compare a candidate's outputs with the model's, each output by its own range.
+    """Compare a candidate's outputs with the model's, each channel of each output by its own signal.
 
     Args:
         model: the reference, on any device.
         candidate: gives its outputs for a batch on the CPU, in the order of `named_tensors`.
-        batches: inputs [B, ...], on any device.
+        batches: inputs [B, ...], on any device; as many are taken as the verdict needs.
         inputs: description of the inputs, for the report.
-        tolerance: allowed difference as a fraction of an output's range.
+        tolerance: allowed error as a fraction of a channel's signal.
         allow_nonfinite: whether outputs may be NaN or infinite, in the same places as the model's.
         coded: whether codecs round activations.
         quantized: whether quantizers round activations.
         task: what the network is for; None asks classification if the first output is (N, C).
+        references: what else the candidate is compared with where activations are rounded.
+        least: stop after so many samples if the verdict is certain; None takes all batches.
 
     Raises:
         ExportError: if shapes differ that do not depend on the data, values are not finite, the error of an
-            output exceeds the tolerance, or too many whole numbers differ.
+            output exceeds its limit, or too many whole numbers differ.
     """
     found = _Comparison(model, candidate, inputs, allow_nonfinite=allow_nonfinite, task=task)
+    found.references = references or References()
+    found.rounds, found.coded = quantized or coded, coded
+    share = max(tolerance, SHARE) if found.rounds else tolerance
     for batch in batches:
         found.add(batch)
+        if least is not None and found.n >= least and found.settled(share):
+            break
     if not found.n:
         raise ExportError(f"there are no inputs to compare on: {inputs}")
-    failing = [i for i, one in enumerate(found.tallies) if one.error > tolerance * one.range]
-    judges: list[tuple[str, Judge]] = []
-    if quantized:
-        judges.append(("shaken", partial(beyond_shakes, model, candidate)))
-    largest = [one.largest for one in found.tallies]
-    judges.append(("rounding", partial(beyond_rounding, model, candidate, largest)))
-    if coded:
-        judges.append(("steps", partial(beyond_steps, model, candidate)))
-    passed = set()
-    for name, judge in judges:
-        left = left_by(judge, failing, found.tallies)
-        if len(left) < len(failing):
-            passed.add(name)
-        failing = left
-    undecided = undecided_choices(model, found.choices) if "shaken" in passed else 0
-    agreement = found.agreement(tolerance)
+    limits = found.judged(share)
+    failing = [i for i, limit in limits.items() if limit.over > 1]
+    agreement = found.agreement(share, limits)
     if failing:
-        raise ExportError(_too_far(found, failing, tolerance, agreement))
-    found.refuse_other_numbers(model, shaken=quantized)
-    return replace(
-        agreement,
-        judged_in_float64="rounding" in passed,
-        judged_by_steps=bool(passed & {"shaken", "steps"}),
-        undecided=undecided,
-    )
+        raise ExportError(_too_far(found, max(failing, key=lambda i: limits[i].over), limits, agreement))
+    found.refuse_other_numbers()
+    chosen = found.choices
+    differs = quantized and chosen is not None and chosen.different
+    undecided = undecided_choices(chosen, found.changed) if differs else 0
+    return replace(agreement, undecided=undecided, forward_passes=found.passes())
 
 
 class _Comparison:
@@ -134,13 +153,17 @@ class _Comparison:
     def __init__(
         self, model: nn.Module, candidate: Run, inputs: str, *, allow_nonfinite: bool, task: Task | None
     ) -> None:
-        self.model, self.candidate, self.inputs = model, candidate, inputs
+        self.model, self.inputs = model, inputs
+        self.network, self.candidate = Counted(runner_of(model)), Counted(candidate, single=True)
         self.allow_nonfinite, self.task = allow_nonfinite, task
+        self.references, self.rounds, self.coded = References(), False, False
         self.agreeing: Agreeing | None = None
         self.choices: ChoiceTally | None = None
         self.whole: dict[str, ChoiceTally] = {}
+        self.chosen = Chosen(self.candidate)
         self._named: dict[str, OutputTally] = {}
         self._sizes: set[int] = set()
+        self._others = 0
         self.n = 0
 
     @property
@@ -150,11 +173,16 @@ class _Comparison:
     def add(self, batch: Tensor) -> None:
         """Run both on a batch and compare every output."""
         outputs = returned(self.model, batch)
+        self.network.passes += len(batch)
         named = {name: value.detach().cpu() for name, value in named_tensors(outputs).items()}
-        found = self.candidate(batch.detach().cpu())
+        batch = batch.detach().cpu()
+        # References run it on other numbers of samples, which it must take if it took these.
+        self.candidate.single = self.candidate.single and len(batch) == 1
+        found = self.candidate(batch)
         others = _other_shapes(self.model, list(named.values()), found, batch, self.inputs)
         if not self.n:
             self._ask(outputs)
+        errors = torch.zeros(len(batch), dtype=torch.float64)
         for index, (name, expected) in enumerate(named.items()):
             tally = self._named.setdefault(name, OutputTally(name))
             if index in others:
@@ -162,13 +190,58 @@ class _Comparison:
                 continue
             other = found[index]
             _check_finite(expected, other, self.inputs, self.allow_nonfinite)
-            tally.add(batch, expected, other)
+            off = tally.add(batch, expected, other)
+            if off is not None:
+                errors = torch.maximum(errors, off / max(tally.largest, 1e-30) ** 2)
             if not tally.measured:
                 self.whole.setdefault(name, ChoiceTally(_itself, index)).add(batch, expected, other)
             if self.choices is not None and index == self.choices.index:
                 self.choices.add(batch, expected, other)
+        self.chosen.add(batch, errors, found)
         self.n += len(batch)
         self._sizes.add(len(batch))
+
+    def settled(self, share: float) -> bool:
+        """Whether other samples would hardly give another verdict."""
+        return all(certain(tally, share) for tally in self.tallies if tally.measured)
+
+    def judged(self, share: float) -> dict[int, Limit]:
+        """The place of each output of numbers that is closest to its limit, by its index."""
+        limits = {i: quick(one, share) for i, one in enumerate(self.tallies) if one.measured and one.elements}
+        failing = [i for i, limit in limits.items() if limit.over > 1]
+        if not failing:
+            return limits
+        tallies, plain = self.tallies, failing
+        if self.rounds:
+            drawn = self.chosen.first()
+            if least_of(tuple(drawn.samples.shape)) == LEAST:
+                # Movements are measured in many passes, which take long on large inputs.
+                drawn = drawn.part(torch.arange(len(drawn.samples))[: MOST // 2])
+            given = (self.references.intended, self.references.as_written)
+            runs = [None if run is None else Counted(run, single=self.candidate.single) for run in given]
+            limits |= by_steps(
+                self.model, self.network, References(*runs), tallies, failing, drawn, coded=self.coded
+            )
+            self._others += sum(run.passes for run in runs if run is not None)
+            plain = [i for i in failing if limits[i].over > 1] if not self.references.intended else []
+        if plain:
+            drawn = self.chosen.first_and_worst()
+            exact = in_float64(self.model, self.network, tallies, plain, drawn)
+            self._others += len(drawn.samples)
+            limits |= {i: limit for i, limit in exact.items() if not self.rounds or limit.over <= 1}
+        return limits
+
+    def changed(self, samples: Tensor) -> Iterator[list[Tensor]]:
+        """The model's outputs, then those of what computes the same function but for rounding."""
+        yield self.network(samples)
+        if self.references.intended is not None:
+            yield self.references.intended(samples)
+        shake = COARSE if self.rounds else Shake(0.0, FINE.inputs)
+        yield from shaken_outputs(self.model, self.network, samples, shake)
+
+    def passes(self) -> dict[str, int]:
+        """Forward passes of one sample so far."""
+        return {"network": self.network.passes, "file": self.candidate.passes, "references": self._others}
 
     def _ask(self, outputs: Any) -> None:
         """Ask the task what is to be chosen alike, and of which output."""
@@ -187,8 +260,8 @@ class _Comparison:
             return
         self.choices = ChoiceTally(self.agreeing.choices, index)
 
-    def agreement(self, tolerance: float) -> Agreement:
-        """What is known before the errors are judged."""
+    def agreement(self, tolerance: float, limits: dict[int, Limit]) -> Agreement:
+        """What was found."""
         choices = None
         if self.agreeing is not None and self.choices is not None and self.choices.n:
             n, same = self.choices.n, self.choices.n - self.choices.different
@@ -196,6 +269,7 @@ class _Comparison:
             choices = ChoiceAgreement(what.name, what.title, what.things, n, 100 * same / n)
         tallies = self.tallies
         by_class = choices is not None and choices.name == Classification().agreement.name
+        records = tuple(_record(one, limits.get(i), self.whole) for i, one in enumerate(tallies))
         return Agreement(
             inputs=self.inputs,
             n=self.n,
@@ -205,16 +279,18 @@ class _Comparison:
             largest_output=max((one.largest for one in tallies), default=0.0),
             top1_agreement=choices.percent if choices is not None and by_class else None,
             tolerance=tolerance,
+            judged_in_float64=any(limit.source == "float64" for limit in limits.values()),
+            judged_by_steps=any(limit.source == "steps" for limit in limits.values()),
             choices=choices,
-            outputs=tuple(one.record(self.whole.get(one.name)) for one in tallies),
+            outputs=records,
         )
 
-    def refuse_other_numbers(self, model: nn.Module, *, shaken: bool) -> None:
+    def refuse_other_numbers(self) -> None:
         """Refuse an output of whole numbers that differs in more elements than rounding explains."""
         for name, tally in self.whole.items():
             different = tally.different
-            if shaken and too_many(different, tally.n):
-                different -= undecided_choices(model, tally)
+            if too_many(different, tally.n):
+                different -= undecided_choices(tally, self.changed)
             if too_many(different, tally.n):
                 raise ExportError(
                     f"the exported model does not compute what the model does: on {self.inputs} "
@@ -222,19 +298,47 @@ class _Comparison:
                 )
 
 
+def _record(tally: OutputTally, limit: Limit | None, whole: dict[str, ChoiceTally]) -> OutputAgreement:
+    record = tally.record(whole.get(tally.name))
+    if limit is None:
+        return record
+    return replace(
+        record,
+        place=limit.place,
+        place_error=limit.error,
+        place_signal=limit.signal,
+        limit=limit.limit,
+        limit_from=limit.source,
+        compared_with=limit.compared,
+        insensitive=_insensitive(tally, limit),
+    )
+
+
+def _insensitive(tally: OutputTally, limit: Limit) -> str:
+    """Why the check of an output could hardly have failed; empty if it could."""
+    if not tally.range:
+        return "it is the same for all of these inputs"
+    if limit.compared == COMPARED_INTENDED and tally.rms_error > LOST * tally.signal:
+        return "rounding moves it by as much as its inputs do"
+    if not limit.sensitive:
+        return "it depends on the inputs hardly more than on rounding"
+    return ""
+
+
 def _itself(value: Tensor) -> Tensor:
     return value
 
 
-def _too_far(found: _Comparison, failing: list[int], tolerance: float, agreement: Agreement) -> str:
-    """The sentence about the output whose error is largest for its range."""
-    tallies = found.tallies
-    one = max((tallies[i] for i in failing), key=lambda tally: tally.error / max(tally.range, 1e-30))
-    whose = f"its output {one.name} is" if len(tallies) > 1 else "its outputs are"
+def _too_far(found: _Comparison, index: int, limits: dict[int, Limit], agreement: Agreement) -> str:
+    """The sentence about the output whose error is largest for its limit."""
+    one, limit = found.tallies[index], limits[index]
+    whose = f"its output {one.name} is" if len(found.tallies) > 1 else "its outputs are"
     chosen = agreement.choices
     return (
         f"the exported model does not compute what the model does: on {found.inputs} {whose} off by up to "
-        f"{one.error:.3g}; {tolerance:.0e} of their range of {one.range:.3g} is allowed"
+        f"{one.error:.3g} of a range of {one.range:.3g}; at channel {limit.place} by {limit.error:.3g} (root "
+        f"mean square, against {limit.compared}), where {limit.limit:.3g} is allowed and the inputs make "
+        f"{limit.signal:.3g}"
         + (f"; {chosen.title} agrees on {chosen.percent:.1f} % of {chosen.n}" if chosen is not None else "")
     )
 

@@ -31,7 +31,8 @@ from cctool.formats.converting import (
     reason,
 )
 from cctool.formats.records import Agreement, ExportRequest, Written
-from cctool.formats.rounding import Run
+from cctool.formats.rounding import Run, runner_of
+from cctool.formats.verdict import References
 from cctool.graph.execution import blaming_the_size
 
 DESCRIPTION = "cctool.json"
@@ -65,7 +66,10 @@ def _write(model: nn.Module, request: ExportRequest) -> Written:
             torch.export.save(program, stream, extra_files={DESCRIPTION: about})
 
     def check(temporary: Path) -> None:
-        agreements.extend(agreements_with(_read_back(temporary), request, free_batch=not notes))
+        network = request.network
+        references = References() if network is None else References(runner_of(network))
+        run = _read_back(temporary)
+        agreements.extend(agreements_with(run, request, free_batch=not notes, references=references))
 
     write_atomically(request.path, write, check, overwrite=request.overwrite)
     notes = (*notes, *comparison_notes(request, agreements))

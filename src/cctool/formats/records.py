@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,6 +77,16 @@ class OutputAgreement:
         other_shapes: number of batches that were not compared, because the shape depends on the data and was
             another one.
         not_compared: why nothing of it was compared; empty if something was.
+        rms_error: root mean square of all differences; None for whole numbers.
+        signal: root mean square deviation from the mean over the inputs; None likewise.
+        signal_to_noise: 20 log10(signal / rms_error), in dB; None without either.
+        place: the channel that is closest to its limit; None for whole numbers.
+        place_error: root mean square error there, over the samples that decided.
+        place_signal: standard deviation over the inputs there.
+        limit: largest error allowed there.
+        limit_from: what it follows from: tolerance (a share of the signal), ulps, float64 or steps.
+        compared_with: what the file was compared with there.
+        insensitive: why the comparison could hardly have failed; empty if it could.
     """
 
     name: str
@@ -86,6 +96,16 @@ class OutputAgreement:
     elements: int
     other_shapes: int = 0
     not_compared: str = ""
+    rms_error: float | None = None
+    signal: float | None = None
+    signal_to_noise: float | None = None
+    place: int | None = None
+    place_error: float | None = None
+    place_signal: float | None = None
+    limit: float | None = None
+    limit_from: str = ""
+    compared_with: str = ""
+    insensitive: str = ""
 
     @property
     def line(self) -> str:
@@ -98,7 +118,15 @@ class OutputAgreement:
         if self.different is not None:
             return f"{self.name}: {self.different:.2f} % of {self.elements:,} elements differ{missed}"
         error = f"max abs error {self.max_abs_error:.2g} of a range of {self.output_range:.3g}"
-        return f"{self.name}: {error}{missed}"
+        return f"{self.name}: {error}{self.judged}{missed}"
+
+    @property
+    def judged(self) -> str:
+        """The limit that was applied, as the end of a sentence."""
+        if self.limit is None:
+            return ""
+        said = f"; channel {self.place} off by {self.place_error:.2g} rms of {self.limit:.2g} allowed"
+        return said + (f" ({self.insensitive})" if self.insensitive else "")
 
 
 @dataclass(frozen=True)
@@ -134,7 +162,7 @@ class Agreement:
         largest_output: largest magnitude of the model's outputs.
         top1_agreement: percent of inputs for which the largest output is the same one; None if the outputs
             are no scores of classes.
-        tolerance: allowed max_abs_error / output_range, for each output.
+        tolerance: error allowed at each channel, as a fraction of its signal, where nothing else is needed.
         judged_in_float64: whether the tolerance was exceeded, so that both were compared with the model in
             float64.
         judged_by_steps: whether the tolerance was exceeded, so that the error was compared with the effect of
@@ -143,6 +171,7 @@ class Agreement:
             changes.
         choices: how often both choose the same, as the task asks; None if it asks nothing.
         outputs: every output by itself.
+        forward_passes: of one sample each, that the comparison took, by what was run.
     """
 
     inputs: str
@@ -158,6 +187,7 @@ class Agreement:
     undecided: int = 0
     choices: ChoiceAgreement | None = None
     outputs: tuple[OutputAgreement, ...] = ()
+    forward_passes: Mapping[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """A line for each output, unless there is but one of real numbers, which was compared."""
@@ -209,15 +239,25 @@ class Written:
 
     @property
     def verified(self) -> str:
-        """What the comparisons say of the file, naming the outputs that none of them compared."""
+        """What the comparisons say of the file: verified only where a comparison could have failed."""
         found = [output for agreement in self.agreements for output in agreement.outputs]
+        names = dict.fromkeys(output.name for output in found)
         compared = {output.name for output in found if not output.not_compared}
-        missed = list(dict.fromkeys(output.name for output in found if output.name not in compared))
-        if not missed:
+        told = {o.name for o in found if not o.not_compared and not o.insensitive}
+        missed = [name for name in names if name not in compared]
+        dull = [name for name in names if name in compared and name not in told]
+        if not found:
             return "verified"
         if not compared:
             return "not verified: none of its outputs could be compared"
-        return f"verified but for {some(missed)}, which could not be compared"
+        if not told:
+            why = next(
+                output.insensitive for output in found if output.name == dull[0] and output.insensitive
+            )
+            return f"compared but not verified: of {some(dull)}, {why}"
+        but = [f"{some(missed)}, which could not be compared"] if missed else []
+        but += [f"{some(dull)}, which hardly depends on the inputs"] if dull else []
+        return f"verified but for {', and '.join(but)}" if but else "verified"
 
 
 Writer = Callable[[ExportRequest], Written]

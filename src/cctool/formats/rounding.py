@@ -1,7 +1,4 @@
-"""Whether a written model's error is rounding: what each output of the model itself does under small changes.
-
-A judge gets a batch and the outputs whose error exceeds the tolerance, and returns those it cannot excuse.
-"""
+"""What rounding may do to a model's outputs: other precisions, and the model under small changes."""
 
 from __future__ import annotations
 
@@ -9,29 +6,69 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cctool.base.networks import device_of, in_mode
-from cctool.base.outputs import differences, named_tensors
-from cctool.formats.tally import ChoiceTally, OutputTally
+from cctool.base.outputs import named_tensors
+from cctool.formats.tally import ChoiceTally
 from cctool.quantization.export.noise import shaken
 
 AGREED = 0.99
 """Required share of equal choices."""
 
-_ROUNDING_FACTOR = 4.0  # allowed error over the model's own, or over the movement of its outputs
-_SHAKES = 8  # perturbations that the movement of outputs is measured over
-_STEP_SHARE = 1 / 32  # of a quantizer's step, its largest perturbation
-_SHAKEN_FACTOR = 2.0  # allowed error over the movement under such perturbations
+MOST = 16
+"""Samples that references are run on."""
+
+SHAKES = 8
+"""Perturbations that the movement of outputs is measured over."""
+
 _UNLIKELY = 0.05  # significance level of the test for AGREED
-_SIXTH_DIGIT = 1e-5  # of the inputs' spread
-_FLOAT32 = 5e-7  # of the largest output, four roundings: no float32 program can be held to less
 
 Run = Callable[[Tensor], list[Tensor]]
-Judge = Callable[[Tensor, list[int]], list[int]]
+
+
+@dataclass(frozen=True)
+class Shake:
+    """Small changes that no float32 program and no integer runtime can be held to.
+
+    Attributes:
+        steps: largest change before each quantizer rounds, as a fraction of its step.
+        inputs: standard deviation of the change of inputs, as a fraction of theirs.
+    """
+
+    steps: float
+    inputs: float
+
+
+COARSE = Shake(1 / 32, 1e-5)
+"""What an integer runtime does: it rounds biases to the step of the products, too."""
+
+FINE = Shake(2.0**-16, 1e-6)
+"""What float32 does: values of up to 255 steps are right to 1e-7 of their size before they are rounded."""
+
+
+class Counted:
+    """A program whose forward passes of one sample are counted.
+
+    Args:
+        run: the program.
+        single: whether it gets one sample at a time.
+    """
+
+    def __init__(self, run: Run, *, single: bool = False) -> None:
+        self._run, self.single, self.passes = run, single, 0
+
+    def __call__(self, batch: Tensor) -> list[Tensor]:
+        """Outputs for a batch, in order."""
+        self.passes += len(batch)
+        if not self.single or len(batch) == 1:
+            return self._run(batch)
+        parts = [self._run(batch[i : i + 1]) for i in range(len(batch))]
+        return [torch.cat(pieces) if pieces[0].dim() else pieces[0] for pieces in zip(*parts, strict=True)]
 
 
 def runner_of(model: nn.Module) -> Run:
@@ -65,77 +102,50 @@ def _without_tf32() -> Iterator[None]:
         convolution.allow_tf32, product.allow_tf32 = before
 
 
-def left_by(judge: Judge, failing: list[int], tallies: list[OutputTally]) -> list[int]:
-    """The outputs that a judge does not let pass; it sees each batch once, with the outputs worst on it."""
-    batches = {id(tallies[i].worst): tallies[i].worst for i in failing}
-    return sorted(
-        i
-        for key, batch in batches.items()
-        for i in judge(batch, [i for i in failing if id(tallies[i].worst) == key])
-    )
+def exact_runner(model: nn.Module) -> Run:
+    """A function that runs a copy of a model in float64, on the CPU; the outputs have float64."""
+    run = runner_of(copy.deepcopy(model).to("cpu", torch.float64))
+    return lambda batch: run(batch.detach().cpu().double())
 
 
-def beyond_rounding(
-    model: nn.Module, candidate: Run, largest: list[float], batch: Tensor, outputs: list[int]
-) -> list[int]:
-    """The outputs that are much farther from the model in float64 than the model in float32 is."""
-    exact_model = copy.deepcopy(model).to("cpu", torch.float64)
-    try:
-        exact = runner_of(exact_model)(batch.detach().cpu().double())
-    except Exception:  # a dtype written into the network's code: the error cannot be attributed to rounding
-        return outputs
-    expected, found = runner_of(model)(batch), candidate(batch.detach().cpu())
-    left = []
-    for i in outputs:
-        if exact[i].shape != expected[i].shape:
-            left.append(i)
-            continue
-        own, other = _distance(exact[i], expected[i]), _distance(exact[i], found[i])
-        if other > max(_ROUNDING_FACTOR * own, _FLOAT32 * largest[i]):
-            left.append(i)
-    return left
+def shaken_outputs(model: nn.Module, run: Run, samples: Tensor, shake: Shake) -> Iterator[list[Tensor]]:
+    """Outputs of a model under `SHAKES` random changes, the same ones at every call.
+
+    Args:
+        model: whose quantizers are disturbed.
+        run: runs it.
+        samples: on the CPU.
+        shake: the size of the changes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(SHAKES):
+        noise = torch.randn(samples.shape, generator=generator).to(samples.dtype)
+        moved = samples + shake.inputs * noise * samples.std() if shake.inputs else samples
+        with shaken(model, shake.steps, generator):
+            yield run(moved)
 
 
-def beyond_steps(model: nn.Module, candidate: Run, batch: Tensor, outputs: list[int]) -> list[int]:
-    """The outputs whose error is much larger than the effect of changing inputs in their sixth digit."""
-    reference, generator = runner_of(model), torch.Generator().manual_seed(0)
-    expected, found = reference(batch), candidate(batch.detach().cpu())
-    plain = batch.detach().cpu()
-    moved = dict.fromkeys(outputs, 0.0)
-    for _ in range(_SHAKES):
-        noise = torch.randn(plain.shape, generator=generator).to(plain.dtype)
-        shifted = reference(plain + _SIXTH_DIGIT * noise * plain.std())
-        moved = {i: max(before, _rms(expected[i], shifted[i])) for i, before in moved.items()}
-    return [i for i in outputs if _rms(expected[i], found[i]) > _ROUNDING_FACTOR * moved[i]]
+def undecided_choices(
+    tally: ChoiceTally | None, references: Callable[[Tensor], Iterator[list[Tensor]]]
+) -> int:
+    """Number of differing choices that the model makes otherwise under small changes.
 
-
-def beyond_shakes(model: nn.Module, candidate: Run, batch: Tensor, outputs: list[int]) -> list[int]:
-    """The outputs whose error is much larger than the effect of moving quantizers by a fraction of a step."""
-    reference, generator = runner_of(model), torch.Generator().manual_seed(0)
-    expected, found = reference(batch), candidate(batch.detach().cpu())
-    moved = dict.fromkeys(outputs, 0.0)
-    for _ in range(_SHAKES):
-        with shaken(model, _STEP_SHARE, generator):
-            shifted = reference(batch)
-        moved = {i: max(before, _rms(expected[i], shifted[i])) for i, before in moved.items()}
-    return [i for i in outputs if _rms(expected[i], found[i]) > _SHAKEN_FACTOR * moved[i]]
-
-
-def undecided_choices(model: nn.Module, tally: ChoiceTally | None) -> int:
-    """Number of differing choices that the model makes otherwise when quantizers are perturbed likewise."""
+    Args:
+        tally: the choices; None counts as none.
+        references: gives the model's outputs for samples first, then its outputs under each change.
+    """
     if tally is None:
         return 0
 
     def changes(samples: Tensor, choose: Callable[[list[Tensor]], Tensor]) -> Tensor:
-        reference, generator = runner_of(model), torch.Generator().manual_seed(0)
-        chosen = choose(reference(samples))
+        runs = references(samples)
+        chosen = choose(next(runs))
         changed = torch.zeros_like(chosen, dtype=torch.bool)
-        for _ in range(_SHAKES):
-            with shaken(model, _STEP_SHARE, generator):
-                changed |= choose(reference(samples)) != chosen
+        for outputs in runs:
+            changed |= choose(outputs) != chosen
         return changed
 
-    return tally.undecided(changes)
+    return tally.undecided(changes, MOST)
 
 
 def too_many(different: int, n: int) -> bool:
@@ -154,15 +164,3 @@ def _chance_of(least: int, n: int, share: float) -> float:
         for k in range(least)
     )  # fmt: skip
     return 1 - math.fsum(map(math.exp, logs))
-
-
-def _rms(left: Tensor, right: Tensor) -> float:
-    if left.shape != right.shape:
-        return math.inf
-    apart = differences(left, right)
-    return float(apart.square().mean().sqrt()) if apart.numel() else 0.0
-
-
-def _distance(left: Tensor, right: Tensor) -> float:
-    apart = differences(left, right)
-    return float(apart.max()) if apart.numel() else 0.0

@@ -120,7 +120,7 @@ def test_agreements_are_reported(tmp_path: Path) -> None:
     samples = Samples("ten images", [torch.randn(6, *SHAPE), torch.randn(4, *SHAPE)])
     written = write_onnx(request(Net(), tmp_path / "a.onnx", samples=samples))
     random, real = written.agreements
-    assert (random.inputs, random.n, random.batch_sizes) == ("random inputs", 18, (1, 5))
+    assert (random.inputs, random.n, random.batch_sizes) == ("random inputs", 256, (1, 5, 238))
     assert (real.inputs, real.n, real.batch_sizes) == ("ten images", 10, (4, 6))
     assert real.top1_agreement == 100.0
     assert real.max_abs_error < 1e-5
@@ -220,7 +220,7 @@ def test_training_mode_leftovers_are_refused(tmp_path: Path) -> None:
     document = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
     onnx.save(document, tmp_path / "a.onnx")
     with pytest.raises(ExportError, match="training mode"):
-        writer._check(tmp_path / "a.onnx", document)
+        writer._check(tmp_path / "a.onnx")
 
 
 def own(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -246,7 +246,7 @@ def export_architecture(name: str, path: Path) -> None:
     liven(model)
     made = checkpoint(model, architecture=name, input_shape=shape)
     written = write_onnx(ExportRequest(made, path, shape))
-    assert written.agreements[0].batch_sizes == (1, 5)
+    assert written.agreements[0].batch_sizes[:2] == (1, 5)
     assert written.agreements[0].output_range > 0
     assert not any("fixed" in note for note in written.notes)
 

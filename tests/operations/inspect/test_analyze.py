@@ -18,6 +18,7 @@ from cctool.checkpoint.spec import Metrics, ModelSpec, Parent, Size, Step
 from cctool.cli.main import app
 from cctool.models import registry
 from cctool.operations import pipeline
+from cctool.operations.inspect import analyze
 from cctool.operations.inspect.analyze import AnalyzeReport, run
 from cctool.operations.registries import tables
 from cctool.options.common import ModelOptions, RuntimeOptions
@@ -157,9 +158,28 @@ def test_an_input_size_that_does_not_fit_is_one_clear_line(net: Path) -> None:
 
 def test_nan_weights_are_not_exported(tmp_path: Path) -> None:
     source = written_checkpoint(tmp_path / "net.pt", nan=True)
-    with pytest.raises(ExportError, match="INPUT holds 1 NaN"):
+    with pytest.raises(ExportError, match=r"INPUT holds 1 NaN.*net\.macs\.xlsx was written"):
         analyzed(source, AnalyzeOptions(onnx=True, macs=True))
-    assert [path.name for path in tmp_path.iterdir()] == ["net.pt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"net.pt", "net.macs.xlsx"}
+
+
+def test_workbooks_are_kept_where_the_onnx_file_is_refused(
+    net: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise ExportError("it does not compute the same")
+
+    monkeypatch.setattr(analyze, "export", refused)
+    result = invoked(net, "--macs", "--sparsity", "--onnx")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    kept = [net.parent / "net.macs.xlsx", net.parent / "net.sparsity.xlsx"]
+    assert f"it does not compute the same; {kept[0]} and {kept[1]} were written" in result.stderr.replace(
+        "\n", ""
+    )
+    for path in kept:
+        assert openpyxl.load_workbook(path).sheetnames
+    assert not net.with_suffix(".onnx").exists()
 
 
 def test_nan_is_reported_and_does_not_stop_the_tables(tmp_path: Path) -> None:

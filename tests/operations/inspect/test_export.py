@@ -75,7 +75,7 @@ def test_the_default_is_onnx_compared_on_the_data_that_the_spec_remembers(tmp_pa
     (file,) = exported(source, options).files
     assert Path(file.path) == tmp_path / "net.onnx"
     random, digits = file.agreements
-    assert random.n == 18
+    assert random.n == 256
     assert (digits.inputs, digits.n, digits.batch_sizes) == ("digits, test split", 12, (2, 5))
     assert digits.top1_agreement == 100.0
     about = {entry.key: entry.value for entry in onnx.load(file.path).metadata_props}

@@ -54,18 +54,17 @@ def _agreement_line(agreement: Any) -> str:
     judged = ", judged in float64" if agreement.judged_in_float64 else ""
     judged += ", judged by the steps of what rounds it" if agreement.judged_by_steps else ""
     chosen = agreement.choices
-    sizes = " and ".join(map(str, agreement.batch_sizes))
+    sizes = f"{agreement.batch_sizes[0]} to {agreement.batch_sizes[-1]}"
     error = "outputs of whole numbers"
     if any(output.max_abs_error is not None for output in agreement.outputs):
         error = (
             f"max abs error {agreement.max_abs_error:.2g} of a range of {agreement.output_range:.3g}{judged}"
         )
+    alone = agreement.outputs[0] if len(agreement.outputs) == 1 else None
+    passes = sum(agreement.forward_passes.values())
     return (
-        f"  {agreement.inputs} (n={agreement.n:,}, batches of {sizes}): {error}"
+        f"  {agreement.inputs} (n={agreement.n:,}, batches of {sizes}; {passes:,} forward passes): {error}"
+        + ("" if alone is None else alone.judged)
         + (f", {chosen.title} agreement {chosen.percent:.2f} %" if chosen is not None else "")
-        + (
-            f", {agreement.undecided} of the others undecided within 1/32 of a step"
-            if agreement.undecided
-            else ""
-        )
+        + (f", {agreement.undecided} of the others undecided within rounding" if agreement.undecided else "")
     )

@@ -7,7 +7,7 @@ differ between versions of the exporter, which may also transpose a weight.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,29 +32,42 @@ _BIAS_DIGITS = 2.0**24
 """Steps of a bias if its channel's weights are all 0, so that the scale is free."""
 
 
-def with_integers(document: Any, weights: Sequence[IntegerWeight], *, packed: bool) -> tuple[str, ...]:
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """What became of the weights of a graph.
+
+    Attributes:
+        missing: names of the weights that were not found in the graph and stay in floating point.
+        changed: constants of the network whose values are others in the file, because it holds them as
+            integers: before and after, float32 of one shape.
+    """
+
+    missing: tuple[str, ...] = ()
+    changed: tuple[tuple[Array, Array], ...] = ()
+
+
+def with_integers(document: Any, weights: Sequence[IntegerWeight], *, packed: bool) -> Placed:
     """Replace float weights by integers, in place, and bring activations into the form of integer kernels.
 
     Args:
         document: what torch's exporter made of an export network.
         weights: of that network.
         packed: whether integers of 4 bits and fewer take half a byte, which needs opset 21.
-
-    Returns:
-        Names of the weights that were not found in the graph and stay in floating point.
     """
     graph = OnnxGraph(document)
     average_pools(graph)
     quantize_moves(graph)
     drop_clips(graph)
-    missing = _Weights(graph, weights, packed=packed).place()
+    weighing = _Weights(graph, weights, packed=packed)
+    missing = weighing.place()
     graph.close()
-    return missing
+    return Placed(missing, tuple(weighing.changed))
 
 
 class _Weights:
     def __init__(self, graph: OnnxGraph, weights: Sequence[IntegerWeight], *, packed: bool) -> None:
         self.graph, self.weights, self.packed = graph, weights, packed
+        self.changed: list[tuple[Array, Array]] = []
         self._known: dict[bytes, str] = {}
 
     def place(self) -> tuple[str, ...]:
@@ -84,7 +97,7 @@ class _Weights:
         return found
 
     def _replace(self, node: Any, position: int, weight: IntegerWeight, transposed: bool) -> None:
-        half = self.packed and weight.bits <= 4
+        half, given = self.packed and weight.bits <= 4, weight.values()
         weight = weight if half else weight.finer(_FINE)
         title = weight.name.removesuffix(".weight")
         grid = grid_of(self.graph, node.input[0]) if position == 1 else None
@@ -99,6 +112,8 @@ class _Weights:
             weight = _holding(weight, bias, float(step))
         else:
             weight = _positive(weight)
+        if not torch.equal(weight.values(), given):
+            self.changed.append((given.numpy(), weight.values().numpy()))
         axis = weight.axis if weight.axis is None or not transposed else 1 - weight.axis
         integers, scale = weight.integers.numpy(), weight.scale.numpy()
         inputs = [
@@ -124,6 +139,7 @@ class _Weights:
         assert given is not None
         products = (given.reshape(()) * scale).astype(np.float32)
         integers = np.round(bias.astype(np.float64) / products).astype(np.int32)
+        self.changed.append((bias, integers.astype(np.float32) * products))
         inputs = [
             self.graph.add_constant(f"{title}.bias.integers", integers),
             self._constant(f"{title}.bias.scale", products),

@@ -35,11 +35,13 @@ from cctool.formats.converting import (
 )
 from cctool.formats.onnx.chains import rounding
 from cctool.formats.onnx.graph import name_outputs
-from cctool.formats.onnx.integers import PACKED_OPSET, with_integers
+from cctool.formats.onnx.integers import PACKED_OPSET, Placed, with_integers
 from cctool.formats.onnx.kernels import SATURATES, kernels_of, saturating_cpu, session_options
 from cctool.formats.records import Agreement, ExportRequest, Kernels, Written
-from cctool.formats.rounding import Run, returned
+from cctool.formats.rounding import Run, returned, runner_of
+from cctool.formats.verdict import References
 from cctool.graph.execution import blaming_the_size
+from cctool.quantization.export.network import other_constants
 
 INPUT, LOGITS = "input", "logits"
 
@@ -70,7 +72,8 @@ def write_onnx(request: ExportRequest) -> Written:
 def _write(model: nn.Module, request: ExportRequest) -> Written:
     document, fixed, left_out = _convert(model, request)
     free_batch = not fixed
-    notes = (*fixed, *left_out, *_put_integers(document, request))
+    placed = _put_integers(document, request)
+    notes = (*fixed, *left_out, *_missing(placed))
     _describe(document, request)
     agreements: list[Agreement] = []
     kernels: list[Kernels] = []
@@ -79,9 +82,7 @@ def _write(model: nn.Module, request: ExportRequest) -> Written:
         stream.write(document.SerializeToString(deterministic=True))
 
     def check(temporary: Path) -> None:
-        _check(temporary, document)
-        run = _runtime(temporary, precise=request.quantized and saturating_cpu())
-        agreements.extend(agreements_with(run, request, free_batch=free_batch))
+        agreements.extend(judge_onnx(temporary, request, placed, free_batch=free_batch))
         if request.weights or request.quantized:
             kernels.append(kernels_of(temporary))
 
@@ -94,13 +95,52 @@ def _write(model: nn.Module, request: ExportRequest) -> Written:
     return Written(str(request.path), "onnx", request.path.stat().st_size, tuple(agreements), notes, found)
 
 
-def _put_integers(document: Any, request: ExportRequest) -> tuple[str, ...]:
-    """Write weights as integers; notes on those that stay in floating point."""
+def judge_onnx(path: Path, request: ExportRequest, placed: Placed, *, free_batch: bool) -> list[Agreement]:
+    """Check an ONNX file and compare what onnxruntime makes of it with the network.
+
+    Args:
+        path: the file.
+        request: what was exported.
+        placed: what became of the weights in it.
+        free_batch: whether it takes batches of any size.
+
+    Raises:
+        ExportError: if it is no valid file for inference, or does not compute what the network does.
+    """
+    _check(path)
+    run = _runtime(path, precise=request.quantized and saturating_cpu())
+    references = _references(path, request, placed) if request.quantized or request.coded else None
+    return agreements_with(run, request, free_batch=free_batch, references=references)
+
+
+def _references(path: Path, request: ExportRequest, placed: Placed) -> References:
+    """The network with the file's constants, and the file without the runtime's optimizations."""
+    if request.network is None:
+        return References()
+    network, intended = request.network, runner_of(request.network)
+    changed = [(torch.tensor(old), torch.tensor(new)) for old, new in placed.changed]
+
+    def run(batch: Tensor) -> list[Tensor]:
+        with other_constants(network, changed):
+            return intended(batch)
+
+    with other_constants(network, changed) as complete:
+        if not complete:
+            return References()
+    return References(run, _runtime(path, plain=True) if request.quantized else None)
+
+
+def _put_integers(document: Any, request: ExportRequest) -> Placed:
+    """Write weights as integers."""
     integers = request.weights or request.quantized
-    missing = with_integers(document, request.weights, packed=request.packed) if integers else ()
-    if not missing:
+    return with_integers(document, request.weights, packed=request.packed) if integers else Placed()
+
+
+def _missing(placed: Placed) -> tuple[str, ...]:
+    """A note on weights that stay in floating point."""
+    if not placed.missing:
         return ()
-    return (f"{some(missing)} stay in floating point: torch's exporter computes with other values",)
+    return (f"{some(placed.missing)} stay in floating point: torch's exporter computes with other values",)
 
 
 def _refuse_large(model: nn.Module) -> None:
@@ -248,23 +288,25 @@ def _strip(document: Any) -> None:
             node.ClearField("doc_string")
 
 
-def _check(temporary: Path, document: Any) -> None:
+def _check(path: Path) -> None:
     import onnx
 
     try:
-        onnx.checker.check_model(str(temporary), full_check=True)
+        onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"onnx.checker refuses the exported model: {reason(error)}") from error
-    for node in document.graph.node:
+    for node in onnx.load(path, load_external_data=False).graph.node:
         training = [a for a in node.attribute if a.name == "training_mode" and a.i]
         if training or (node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]):
             raise ExportError(f"{node.op_type} {node.name} was exported in training mode")
 
 
-def _session(path: Path, *, precise: bool) -> Any:
+def _session(path: Path, *, precise: bool, plain: bool) -> Any:
     import onnxruntime
 
     options, providers = session_options(precise=precise), ["CPUExecutionProvider"]
+    if plain:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     # onnxruntime's exceptions have no common base class.
@@ -272,16 +314,11 @@ def _session(path: Path, *, precise: bool) -> Any:
         if not precise:
             raise ExportError(f"onnxruntime cannot load the exported model: {reason(error)}") from error
     # Not every graph loads in precise mode. Without optimization it computes on dequantized values.
-    options = session_options(precise=False)
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:
-        raise ExportError(f"onnxruntime cannot load the exported model: {reason(error)}") from error
+    return _session(path, precise=False, plain=True)
 
 
-def _runtime(path: Path, *, precise: bool) -> Run:
-    session = _session(path, precise=precise)
+def _runtime(path: Path, *, precise: bool = False, plain: bool = False) -> Run:
+    session = _session(path, precise=precise, plain=plain)
     name = session.get_inputs()[0].name
 
     def run(batch: Tensor) -> list[Tensor]:

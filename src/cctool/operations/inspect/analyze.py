@@ -11,7 +11,7 @@ from cctool.analysis.sheets import macs_report, sparsity_report
 from cctool.analysis.sparsity import NonFinite, TensorSparsity, nonfinite, sparsity
 from cctool.analysis.table import Report
 from cctool.analysis.workbook import write_report
-from cctool.base.errors import UsageError
+from cctool.base.errors import ExportError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec, Parent, Step
 from cctool.formats.records import Written
@@ -66,7 +66,7 @@ def run(checkpoint: Checkpoint, options: AnalyzeOptions, context: Context) -> An
     Raises:
         ArchitectureError: if the network does not run on its input size.
         CheckpointError: if a file exists already, or cannot be written.
-        ExportError: if the ONNX file does not compute what the model does.
+        ExportError: if the ONNX file is refused; other files are kept, and named.
     """
     targets = _targets(options, context)
     refuse_existing(tuple(targets.values()), context)
@@ -78,14 +78,13 @@ def run(checkpoint: Checkpoint, options: AnalyzeOptions, context: Context) -> An
         context.reporter.warn(f"{bad:,} NaN or infinite values in {len(faults)} tensors")
     analysis = _analyze(checkpoint) if options.view is View.LAYERS or targets else None
     written = []
-    if "onnx" in targets:
-        # First, because it is the one that may fail; then no file was written.
-        written.append(export(checkpoint, ExportFormat.ONNX, targets["onnx"], options.data, context))
     if analysis is not None:
         for kind, report in _reports(checkpoint, analysis, faults).items():
             if kind in targets:
                 write_report(report, targets[kind], overwrite=context.force)
                 written.append(Written(str(targets[kind]), kind, targets[kind].stat().st_size))
+    if "onnx" in targets:
+        written.insert(0, _exported(checkpoint, targets["onnx"], options, context, kept=written))
     return AnalyzeReport(
         source=checkpoint.origin,
         spec=checkpoint.spec,
@@ -94,6 +93,19 @@ def run(checkpoint: Checkpoint, options: AnalyzeOptions, context: Context) -> An
         analysis=analysis,
         written=tuple(written),
     )
+
+
+def _exported(
+    checkpoint: Checkpoint, path: Path, options: AnalyzeOptions, context: Context, *, kept: list[Written]
+) -> Written:
+    """The ONNX file; a refusal says which files of the command were written all the same."""
+    try:
+        return export(checkpoint, ExportFormat.ONNX, path, options.data, context)
+    except ExportError as error:
+        if not kept:
+            raise
+        names = " and ".join(file.path for file in kept)
+        raise ExportError(f"{error}; {names} {'was' if len(kept) == 1 else 'were'} written") from error
 
 
 def _targets(options: AnalyzeOptions, context: Context) -> dict[str, Path]:

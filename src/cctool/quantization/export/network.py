@@ -9,8 +9,8 @@ for quantizers (`network/attach.py`), which torch.export can trace.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,55 @@ def rounding_network(model: nn.Module) -> nn.Module:
     copy.eval()
     _follow(copy, _ExportCalls(model, {}, set(), marked=False))
     return copy
+
+
+@contextmanager
+def other_constants(model: nn.Module, changed: Sequence[tuple[Tensor, Tensor]]) -> Iterator[bool]:
+    """Let a network compute with other values of some parameters and buffers, which are found by their own.
+
+    Args:
+        model: on the CPU.
+        changed: values before and after, float32 of one shape; equal ones in the order of their calls.
+
+    Returns:
+        Whether each has its own place in the network.
+    """
+    known: dict[tuple[tuple[int, ...], bytes], list[Tensor]] = {}
+    for before, after in changed:
+        known.setdefault(_key(before), []).append(after)
+    shapes = {before.shape for before, _ in changed}
+    missing, held = Counter({key: len(afters) for key, afters in known.items()}), []
+    for module in _container_first(model) if known else ():
+        own: tuple[Any, ...] = (module._parameters, module._buffers)
+        for states in own:
+            for leaf, value in states.items():
+                if value is None or value.shape not in shapes or value.dtype != torch.float32:
+                    continue
+                key = _key(value)
+                if key in known:
+                    # Several layers may have zeros for a bias; what one of them gets, the others may have.
+                    afters = known[key]
+                    held.append((states, leaf, value, afters.pop(0) if len(afters) > 1 else afters[0]))
+                    missing[key] -= 1
+    try:
+        for states, leaf, value, after in held:
+            states[leaf] = nn.Parameter(after, False) if isinstance(value, nn.Parameter) else after
+        yield all(count <= 0 for count in missing.values())
+    finally:
+        for states, leaf, value, _ in held:
+            states[leaf] = value
+
+
+def _container_first(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules; first the one with the tensors of calls, in their order."""
+    container = model._modules.get(CONTAINER)
+    if container is not None:
+        yield container
+    yield from (module for module in model.modules() if module is not container)
+
+
+def _key(value: Tensor) -> tuple[tuple[int, ...], bytes]:
+    return tuple(value.shape), value.detach().numpy().tobytes()
 
 
 def _sharing(model: nn.Module) -> nn.Module:
@@ -214,7 +263,9 @@ class _Builder:
         if plain is None:
             return _Settled(made)
         self.weights.append(plain)
-        return _Settled(plain.values())
+        # One for each call: its steps in the file are those of the call's input.
+        own = self._tensor(self.flow.at(layer.place).tensors.get("bias"))
+        return _Settled(plain.values(), None if own is None else own.clone())
 
     def _bias(self, layer: PlacedLayer, norm: nn.Module, factors: Tensor) -> Tensor:
         """Beta + (b - mean) * gamma / sigma."""

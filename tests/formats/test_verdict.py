@@ -1,0 +1,232 @@
+"""What the verdict on a written model rests on: channels, ulps, float64, steps, what cannot be verified."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import verdict_toys as toys
+from cctool.base.errors import ExportError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.spec import ModelSpec
+from cctool.formats import pt2
+from cctool.formats.converting import agreements_with
+from cctool.formats.onnx.write import write_onnx
+from cctool.formats.parity import compare, growing_batches, least_of
+from cctool.formats.records import Agreement, ExportRequest
+from cctool.formats.rounding import runner_of
+from cctool.formats.tally import OutputTally
+from cctool.formats.verdict import References, quick
+from cctool.quantization.export.network import other_constants
+
+SHAPE = (3, 8, 8)
+
+
+class Scores(nn.Module):
+    """Ten scores: an offset, and what a linear layer makes of the input."""
+
+    def __init__(self, signal: float = 1.0, offset: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.signal, self.offset = nn.Linear(192, 10), signal, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.signal * self.linear(x.flatten(1)) + self.offset
+
+
+def inputs(count: int = 64) -> list[Tensor]:
+    return list(torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(1)).split(16))
+
+
+def request(model: nn.Module, path: Path, shape: tuple[int, int, int] = SHAPE) -> ExportRequest:
+    return ExportRequest(
+        Checkpoint(model.eval(), ModelSpec(architecture="a.py:a", input_shape=shape)), path, shape
+    )
+
+
+def ulp(value: float) -> float:
+    return float(torch.nextafter(torch.tensor(value), torch.tensor(torch.inf)) - torch.tensor(value))
+
+
+@pytest.mark.parametrize(("ulps", "accepted"), [(2, True), (40, False)])
+def test_outputs_that_hardly_vary_are_judged_in_ulps(ulps: int, accepted: bool) -> None:
+    model = Scores(signal=1e-7, offset=0.25)
+
+    def candidate(batch: Tensor) -> list[Tensor]:
+        signs = torch.ones(10)
+        signs[::2] = -1
+        return [output + ulps * ulp(0.25) * signs for output in runner_of(model)(batch)]
+
+    if not accepted:
+        with pytest.raises(ExportError, match="off by up to"):
+            compare(model, candidate, inputs(), "noise")
+        return
+    found = compare(model, candidate, inputs(), "noise")
+    # Two ulps are more than 1e-5 of the range, and less than what any float32 program may be off by.
+    assert found.max_abs_error > 0.1 * found.output_range
+    assert found.outputs[0].limit_from == "ulps"
+    assert found.outputs[0].insensitive == "it depends on the inputs hardly more than on rounding"
+
+
+def test_a_channel_of_small_values_is_judged_by_its_own_signal() -> None:
+    class Mixed(Scores):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.tensor([1e3] + [1e-2] * 9)
+
+    model = Mixed()
+
+    def candidate(batch: Tensor) -> list[Tensor]:
+        (found,) = runner_of(model)(batch)
+        found[:, 4] += 5e-4
+        return [found]
+
+    with pytest.raises(ExportError, match=r"at channel 4 by 0\.0005"):
+        compare(model, candidate, inputs(), "noise")
+
+
+def test_a_verdict_does_not_hang_on_one_sample() -> None:
+    model = Scores()
+
+    def candidate(batch: Tensor) -> list[Tensor]:
+        (found,) = runner_of(model)(batch)
+        # Ten times the share of the signal that is allowed, on one sample of 256.
+        found[batch[:, 0, 0, 0] == inputs(256)[3][2, 0, 0, 0]] += 10 * 5e-5 * 0.5
+        return [found]
+
+    found = compare(model, candidate, inputs(256), "noise")
+    assert found.outputs[0].limit_from == "tolerance"
+    assert found.max_abs_error > 1e-4
+
+
+def test_inputs_are_drawn_until_the_verdict_is_certain() -> None:
+    assert (least_of((3, 64, 64)), least_of((3, 65, 64))) == (256, 32)
+    model = Scores()
+    sizes = [len(batch) for batch in growing_batches(SHAPE, 0, free_batch=True)]
+    assert sizes[:6] == [1, 5] * 3
+    assert (sum(sizes[:7]), sum(sizes)) == (256, 1024)
+    assert {len(batch) for batch in growing_batches(SHAPE, 0, free_batch=False)} == {1}
+    same = compare(model, runner_of(model), growing_batches(SHAPE, 0, free_batch=True), "noise", least=256)
+    assert same.n == 256
+
+    def borderline(batch: Tensor) -> list[Tensor]:
+        (found,) = runner_of(model)(batch)
+        noise = torch.randn(found.shape, generator=torch.Generator().manual_seed(len(batch)))
+        return [found + 5e-5 * found.std() * noise]
+
+    with pytest.raises(ExportError, match="off by up to"):
+        compare(model, borderline, growing_batches(SHAPE, 0, free_batch=True), "noise", least=256)
+
+
+def test_forward_passes_are_counted() -> None:
+    model = Scores()
+    found = compare(model, runner_of(model), inputs(), "noise")
+    assert dict(found.forward_passes) == {"network": 64, "file": 64, "references": 0}
+
+
+def test_constant_outputs_are_compared_but_never_verified(tmp_path: Path) -> None:
+    written = write_onnx(request(Scores(signal=0.0, offset=1.0), tmp_path / "a.onnx"))
+    assert written.verified == "compared but not verified: of output, it is the same for all of these inputs"
+    again = pt2.write_pt2(request(Scores(signal=0.0, offset=1.0), tmp_path / "a.pt2"))
+    assert again.verified == written.verified
+    assert write_onnx(request(Scores(), tmp_path / "b.onnx")).verified == "verified"
+
+
+def test_a_program_that_computes_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = pt2._read_back
+
+    def swapped(path: Path) -> object:
+        run = read(path)
+        return lambda batch: [value[:, [1, 0, *range(2, 10)]] for value in run(batch)]
+
+    monkeypatch.setattr(pt2, "_read_back", swapped)
+    with pytest.raises(ExportError, match="does not compute what the model does"):
+        pt2.write_pt2(request(Scores(), tmp_path / "a.pt2"))
+    assert not list(tmp_path.iterdir())
+
+
+class Rounded(nn.Module):
+    """Scores of inputs that are rounded to steps of 1/8."""
+
+    def __init__(self, shift: float = 0.0) -> None:
+        super().__init__()
+        self.body, self.shift = Scores(), shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body((8 * x + self.shift).round() / 8)
+
+
+def test_a_file_is_compared_with_the_network_that_has_its_constants() -> None:
+    """The file rounds other values up than the network does; what was converted rounds the same ones."""
+    model, intended = Rounded(), runner_of(Rounded(0.01))
+    references = References(intended, intended)
+    found = compare(model, intended, inputs(), "noise", quantized=True, references=references)
+    assert found.judged_by_steps
+    assert found.outputs[0].compared_with == "the network with the file's constants"
+
+    def faulty(batch: Tensor) -> list[Tensor]:
+        # Less than what rounding other values moves, but of one channel alone, and always.
+        return [output + 4e-3 * output.std() * (torch.arange(10) == 3) for output in intended(batch)]
+
+    with pytest.raises(ExportError, match="at channel 3"):
+        compare(model, faulty, inputs(), "noise", quantized=True, references=References(intended, faulty))
+
+
+def test_a_constant_in_place_of_rounded_outputs_is_refused() -> None:
+    model = Rounded()
+    mean = torch.cat([model(batch).detach() for batch in inputs()]).mean(0)
+    with pytest.raises(ExportError, match="off by up to"):
+        compare(
+            model, lambda b: [mean.expand(len(b), -1).clone()], inputs(), "noise", quantized=True, coded=True
+        )
+
+
+def test_other_constants_hold_for_a_while() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    before = model[0].bias
+    with other_constants(model, [(before.detach().clone(), torch.tensor([5.0, 6.0]))]):
+        assert model[0].bias.tolist() == [5.0, 6.0]
+    assert model[0].bias is before
+
+
+def test_signals_leave_the_mean_out_and_follow_changing_shapes() -> None:
+    tally = OutputTally("a")
+    values = (
+        torch.randn(40, 3, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5, 0])[:, None]
+    )
+    values += torch.arange(15.0).view(3, 5) * 100
+    for part in values.split((1, 7, 32)):
+        tally.add(part, part, part)
+    expected = values.double().var(0, correction=0).mean(1).sqrt()
+    assert torch.allclose(tally.signals, expected, atol=1e-6)
+    assert quick(tally, 1e-5).over == 0
+    other = torch.randn(4, 3, 6)
+    tally.add(other, other, other + 1)
+    assert tally.signals.shape == (1,)
+    assert tally.errors.shape == (44, 1)
+    everything = torch.cat((values.flatten(), other.flatten())).double()
+    assert float(tally.signal) == pytest.approx(float(everything.std(correction=0)), rel=0.2)
+
+
+def agreements(model: nn.Module, path: Path) -> list[Agreement]:
+    return agreements_with(runner_of(model), request(model, path, toys.SHAPE), free_batch=True)
+
+
+def test_a_network_of_code_in_float32_is_judged_without_float64(tmp_path: Path) -> None:
+    class Casting(toys.Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float()) * 1e-3 + 7
+
+    torch.manual_seed(0)
+    model = Casting()
+    (found,) = agreements(model, tmp_path / "a.onnx")
+    assert found.max_abs_error == 0
+    write_onnx(request(model, tmp_path / "a.onnx", toys.SHAPE))
+
+    def off(batch: Tensor) -> list[Tensor]:
+        return [output + 1e-5 for output in runner_of(model)(batch)]
+
+    with pytest.raises(ExportError, match="against the network"):
+        compare(model, off, growing_batches(toys.SHAPE, 0, free_batch=True), "noise", least=256)
