@@ -12,17 +12,24 @@ from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.context import Context
 from cctool.operations.keep import events
-from cctool.operations.keep.encode import quantized_weights
+from cctool.operations.keep.encode import computed_weights, quantized_weights
 from cctool.operations.quantize.plan import Plan, attach_plan
 from cctool.operations.quantize.report import ActivationReport
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.calibration.observers import RangeObserver
 from cctool.quantization.calibration.run import observe, observer_of
 from cctool.quantization.calibration.weight_ranges import fit_weight
-from cctool.quantization.network.attach import attach, detach, following_values, quantizers_of
+from cctool.quantization.network.attach import (
+    attach,
+    detach,
+    fold_of,
+    following_values,
+    held_by,
+    quantizers_of,
+)
 from cctool.quantization.network.edit import with_quantizers
 from cctool.quantization.network.placement import Activation
-from cctool.quantization.network.points import CallPoint, Observing, activation_key
+from cctool.quantization.network.points import CallPoint, Observing, activation_key, weight_key
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.transforms.codec.taps import drop_taps, set_taps, with_taps
@@ -45,6 +52,9 @@ def in_floats(checkpoint: Checkpoint, context: Context, *, ordinary: bool) -> tu
         with torch.no_grad():
             for _, parameter, quantizer, fold in quantized_weights(model):
                 parameter.copy_(quantizer.eval()(parameter, fold))
+        computed = computed_weights(model)
+        if computed:
+            notes.append(f"{len(computed)} computed weights are again those that their parameters give")
         detach(model)
         product = replace(product, spec=with_quantizers(product.spec, model), stored={})
     swapped = swapped_layers(model)
@@ -66,9 +76,19 @@ def attached(checkpoint: Checkpoint, planned: Plan) -> Checkpoint:
     """The checkpoint with a plan's quantizers attached in place; those of weights have their ranges."""
     model = checkpoint.model
     attach_plan(model, planned)
+    fit_weights(model, planned)
+    return replace(checkpoint, spec=with_quantizers(checkpoint.spec, model), stored={})
+
+
+def fit_weights(model: nn.Module, planned: Plan) -> None:
+    """Set the ranges of a plan's weights, in place, as calls take them."""
+    held = held_by(model)
     for _, parameter, quantizer, fold in quantized_weights(model):
         fit_weight(quantizer, parameter.detach(), fold)
-    return replace(checkpoint, spec=with_quantizers(checkpoint.spec, model), stored={})
+    for name, value in planned.kernels.items():
+        found = held.quantizer(weight_key(name))
+        assert found is not None
+        fit_weight(found, value, fold_of(model, planned.weights[name]))
 
 
 def observing(options: QuantizeOptions) -> Observing:

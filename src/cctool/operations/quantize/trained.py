@@ -24,7 +24,7 @@ from cctool.operations.judge.size import stored_bytes
 from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.encode import settled
-from cctool.operations.quantize.calibrated import float_weights, tensor_reports
+from cctool.operations.quantize.calibrated import computed_notes, float_weights, tensor_reports
 from cctool.operations.quantize.plan import Plan, plan
 from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing, reported
 from cctool.operations.quantize.report import QuantizeReport, counted, in_floating_point
@@ -94,7 +94,7 @@ def _quantizers(
     return product, {
         "tensors": tensors,
         "skipped": (),
-        "notes": (*notes, *in_floating_point(planned.left)),
+        "notes": (*notes, *computed_notes(product.model), *in_floating_point(planned.left)),
         "activations": reported(product.model, planned),
         "left": planned.left,
         "calibrated_on": used,
