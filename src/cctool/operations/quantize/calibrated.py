@@ -137,7 +137,9 @@ def _refuse_blind(options: QuantizeOptions, source: DataSource | None) -> None:
 
 
 def _of_ranges(product: Checkpoint, options: QuantizeOptions) -> list[str]:
-    reduced = any(quantizer.config.reduce_range for _, _, quantizer, _ in quantized_weights(product.model))
+    held = quantizers_of(product.model)
+    points = () if held is None else held.state.weights.values()
+    reduced = any(point.config.reduce_range for point in points)
     if options.calibration.reduce_range is not None or not reduced:
         return []
     return [
@@ -259,7 +261,7 @@ def _computed_reports(
             name=name,
             tied=(),
             shape=tuple(made.shape),
-            encoding=f"{quantizer.config.method} computed",
+            encoding=f"floats, {quantizer.config.method} at the call",
             bits=quantizer.config.effective_bits,
             bytes_before=_bytes_of(before, point.made_of),
             bytes_after=_bytes_of(product, point.made_of),
