@@ -69,6 +69,7 @@ class Quantizers(Follower):
 
     def after_training(self, checkpoint: Checkpoint, change: Change) -> Followed:
         """Give weights the rounded values that are stored."""
+        refit(checkpoint, trained=True)
         checkpoint = settled(checkpoint, change.context.tables)
         return Followed(replace(checkpoint, spec=with_quantizers(checkpoint.spec, checkpoint.model)))
 
@@ -88,11 +89,11 @@ def _cuts_of_sources(point: WeightPoint, plan: CutPlan) -> Sequence[Cut]:
     return [cut for cut in cuts if cut.dim == point.config.axis and cut.size == point.channels][:1]
 
 
-def refit(checkpoint: Checkpoint) -> int:
+def refit(checkpoint: Checkpoint, *, trained: bool = False) -> int:
     """Find the ranges of computed weights again, in place, after what they are made of has changed.
 
-    Learned steps stay where the number of channels did not change otherwise than a cut has foreseen. Returns
-    the number of weights.
+    Learned steps stay where the number of channels did not change otherwise than a cut has foreseen; after
+    a training also ranges that it kept. Returns the number of weights.
     """
     model, computed = checkpoint.model, computed_weights(checkpoint.model)
     if not computed:
@@ -118,7 +119,8 @@ def refit(checkpoint: Checkpoint) -> int:
             point = point.model_copy(update={"channels": channels})
             attach(model, {name: point}, {})
             quantizer = computed_weights(model)[name]
-        if point.config.method in _FOLLOWING or not fits:
+        kept = trained and point.config.method == "uniform" and point.config.momentum is None
+        if (point.config.method in _FOLLOWING and not kept) or not fits:
             fit_weight(quantizer, value, fold_of(model, point))
             count += 1
     return count

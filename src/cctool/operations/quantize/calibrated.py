@@ -33,7 +33,7 @@ from cctool.operations.keep.encode import (
     settled,
 )
 from cctool.operations.quantize.plan import Plan, plan
-from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing
+from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing, unreached
 from cctool.operations.quantize.report import (
     ActivationReport,
     QuantizeReport,
@@ -83,6 +83,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     product = attached(product, planned)
     activations, images, more = _calibrated(product, planned, options, source, context)
     notes += more
+    left = (*planned.left, *unreached(product.model, planned))
     notes += _corrected(product, planned, options, source, context)
     product = settled(replace(product, resume=None), context.tables)
     tensors = tensor_reports(checkpoint, product, floats)
@@ -111,12 +112,12 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         notes=(
             *notes,
             *computed_notes(product.model),
-            *in_floating_point(planned.left),
+            *in_floating_point(left),
             *counted(list(skipped)),
             *followed,
         ),
         activations=activations,
-        left=planned.left,
+        left=left,
         calibrated_on=images,
         sensitivity=sensitivity,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,11 +14,11 @@ from cctool.base.networks import qualified
 from cctool.base.patterns import refuse_unmatched
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.data import example
-from cctool.options.quantize.choices import CLIPPING, Edges, QuantizeMethod
+from cctool.options.quantize.choices import CLIPPING, TRAINED, Edges, QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.quantize.parts import LayerBits
 from cctool.quantization.network.attach import attach
-from cctool.quantization.network.calls import CallSite, Flow, flow_of
+from cctool.quantization.network.calls import CallSite, Flow, flow_of, training_shapes
 from cctool.quantization.network.placement import (
     Activation,
     Left,
@@ -85,10 +85,14 @@ def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, in
     """
     model = checkpoint.model
     with bypassed(model):
-        flow = flow_of(model, example(checkpoint))
+        inputs = example(checkpoint)
+        flow = flow_of(model, inputs)
+        trained = training_shapes(model, inputs) if options.method in TRAINED else None
     points = plan_points(flow, _way(options))
     if not options.activations:
         points = stored_alone(points)
+    if trained is not None:
+        points = _seen_in_training(points, trained)
     names = {layer.weight: _names(layer) for layer in points.layers}
     known = sorted({name for several in names.values() for name in several})
     patterns = [*options.include, *options.exclude, *(given.pattern for given in options.layers)]
@@ -109,8 +113,20 @@ def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, in
         raise QuantizationError(f"nothing is left to quantize: {reasons}")
     used = {name for layer in points.layers if layer.kernel is not None for name in layer.kernel.made_of}
     left += [Left(place.title, "only some inputs reach it") for place in flow.elsewhere]
-    others = _other_weights(model, used.union(names))
+    others = _other_weights(model, used.union(names), {call.place.module for call in flow.calls})
     return Plan(flow, points, weights, activations, (*left, *points.left, *others))
+
+
+def _seen_in_training(points: Points, shapes: Mapping[CallSite, tuple[int, ...]]) -> Points:
+    """The layers, of which those vary whose weight no training pass would see."""
+    reason = "in training another computation takes its place"
+    return replace(
+        points,
+        layers=tuple(
+            layer if layer.varies or shapes.get(layer.place) == layer.shape else replace(layer, varies=reason)
+            for layer in points.layers
+        ),
+    )
 
 
 def _way(options: QuantizeOptions) -> Way:
@@ -259,10 +275,15 @@ def _uniform(bits: int, options: QuantizeOptions) -> QuantizerConfig:
     )
 
 
-def _other_weights(model: nn.Module, layers: Collection[str]) -> list[Left]:
+def _other_weights(model: nn.Module, layers: Collection[str], called: Collection[str]) -> list[Left]:
     """Parameters of two or more dimensions that no convolution or linear layer uses."""
     return [
-        Left(name, "no convolution and no linear layer takes it")
+        Left(
+            name,
+            "no convolution and no linear layer takes it"
+            if name.rpartition(".")[0] in called
+            else "the traced pass does not reach its module",
+        )
         for name, parameter in model.named_parameters()
         if parameter.dim() > 1 and name not in layers
     ]

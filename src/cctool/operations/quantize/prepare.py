@@ -28,7 +28,7 @@ from cctool.quantization.network.attach import (
     quantizers_of,
 )
 from cctool.quantization.network.edit import with_quantizers
-from cctool.quantization.network.placement import Activation
+from cctool.quantization.network.placement import Activation, Left
 from cctool.quantization.network.points import CallPoint, Observing, activation_key, weight_key
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.config import QuantizerConfig
@@ -122,8 +122,8 @@ def calibrated(
 ) -> tuple[ActivationReport, ...]:
     """Find the ranges of a plan's activations in place, on batches that can be iterated several times.
 
-    Symmetric quantizers of activations with negative values become signed. The steps of LSQ start as its
-    paper says.
+    Activations that no image reaches lose their quantizer, see `unreached`. Symmetric quantizers of
+    activations with negative values become signed. The steps of LSQ start as its paper says.
     """
     held = quantizers_of(model)
     assert held is not None
@@ -138,6 +138,12 @@ def calibrated(
         return observers[key]  # type: ignore[return-value]
 
     observe(model, images, make)
+    for key, (activation, _) in list(chosen.items()):
+        quantizer = held.quantizer(key)
+        if key not in observers and quantizer is not None and quantizer.has_range:
+            # Without a range it would make a constant of whatever comes.
+            held.drop(activation.place, activation.slot)
+            del chosen[key]
     # Signs first: they need other quantizers, which then get the ranges.
     for key, watching in observers.items():
         activation, config = chosen[key]
@@ -159,11 +165,18 @@ def calibrated(
 
 def reported(model: nn.Module, planned: Plan) -> tuple[ActivationReport, ...]:
     """Report on the activations of a plan as they are quantized now."""
-    held = quantizers_of(model)
-    assert held is not None
+    held = held_by(model)
+    found = {a: held.quantizer(activation_key(a.place, a.slot)) for a in planned.activations}
+    return tuple(_report(a, quantizer, None, None) for a, quantizer in found.items() if quantizer is not None)
+
+
+def unreached(model: nn.Module, planned: Plan) -> tuple[Left, ...]:
+    """Activations of a plan that stay in floating point because no image of the calibration reached them."""
+    held = held_by(model)
     return tuple(
-        _report(activation, held.quantizer(activation_key(activation.place, activation.slot)), None, None)
-        for activation in planned.activations
+        Left(a.place.title, f"no calibration image reached {a.place.function}, whose {a.slot} has no range")
+        for a in planned.activations
+        if held.quantizer(activation_key(a.place, a.slot)) is None
     )
 
 

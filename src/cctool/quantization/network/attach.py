@@ -121,6 +121,11 @@ class NetworkQuantizers(nn.Module):
                 self._modules.pop(activation_key(place, slot), None)
         return bool(weights or calls)
 
+    def drop(self, place: CallSite, slot: str) -> None:
+        """Remove the quantizer of one activation, "input" or "output" of a call."""
+        self._modules.pop(activation_key(place, slot), None)
+        self.state.calls[place] = self.state.calls[place].model_copy(update={slot: None})
+
     def act(self, key: str, value: Any, fold: Tensor | None = None) -> Any:
         """Pass a value to the follower, and quantize it if its quantizer is active."""
         if not isinstance(value, Tensor) or not value.is_floating_point():

@@ -287,9 +287,15 @@ def _varies(call: FlowCall, second: FlowCall) -> str:
     return "" if bool(torch.isfinite(value).all()) else "its computed weight is not finite"
 
 
-def _recorded(model: nn.Module, inputs: tuple[Tensor, ...]) -> Flow:
+def training_shapes(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[CallSite, tuple[int, ...]]:
+    """Shapes of the weights that calls take in training mode, by place; the network is not changed."""
+    calls = _recorded(model, inputs, training=True).calls
+    return {call.place: call.weight_shape for call in calls if call.weight is not None}
+
+
+def _recorded(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bool = False) -> Flow:
     recorder = _Recorder(model, inputs)
-    output = execute(model, inputs, [recorder.record], substitute=recorder.substitute)
+    output = execute(model, inputs, [recorder.record], training, recorder.substitute)
     outputs = []
     for tensor in tensors_in(output):
         stale = recorder.stale.get(id(tensor))

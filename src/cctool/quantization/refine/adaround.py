@@ -140,6 +140,8 @@ def _chosen(
     uses = Counter(name for other in flow.calls for name in other.tensors.values())
     if call.tensors.get("weight") != layer.weight or layer.weight not in dict(model.named_parameters()):
         return Left(layer.place.title, "its weight is computed")
+    if call.bias is not None:
+        return Left(layer.place.title, "its bias is computed")
     if uses[layer.weight] > 1:
         return Left(layer.place.title, f"{layer.weight} is used {uses[layer.weight]} times")
     if quantizer.grid() is None or quantizer.config.method not in _GRIDS:
