@@ -20,7 +20,7 @@ from cctool.operations.keep.encode import computed_weights, in_step, settled
 from cctool.operations.keep.follower import Change, Cutting, Followed, Follower
 from cctool.pruning.cut.surgery import CutPlan
 from cctool.quantization.calibration.run import calibrate_activations
-from cctool.quantization.calibration.weight_ranges import fit_weight
+from cctool.quantization.calibration.weight_ranges import fit_computed
 from cctool.quantization.network.attach import (
     attach,
     fold_of,
@@ -121,7 +121,7 @@ def refit(checkpoint: Checkpoint, *, trained: bool = False) -> int:
             quantizer = computed_weights(model)[name]
         kept = trained and point.config.method == "uniform" and point.config.momentum is None
         if (point.config.method in _FOLLOWING and not kept) or not fits:
-            fit_weight(quantizer, value, fold_of(model, point))
+            fit_computed(quantizer, value, fold_of(model, point))
             count += 1
     return count
 

@@ -18,7 +18,7 @@ from cctool.operations.quantize.report import ActivationReport
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.calibration.observers import RangeObserver
 from cctool.quantization.calibration.run import observe, observer_of
-from cctool.quantization.calibration.weight_ranges import fit_weight
+from cctool.quantization.calibration.weight_ranges import fit_computed, fit_weight
 from cctool.quantization.network.attach import (
     attach,
     detach,
@@ -88,7 +88,7 @@ def fit_weights(model: nn.Module, planned: Plan) -> None:
     for name, value in planned.kernels.items():
         found = held.quantizer(weight_key(name))
         assert found is not None
-        fit_weight(found, value, fold_of(model, planned.weights[name]))
+        fit_computed(found, value, fold_of(model, planned.weights[name]))
 
 
 def observing(options: QuantizeOptions) -> Observing:
