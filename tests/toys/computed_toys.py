@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +15,11 @@ from torch.nn.utils import parametrizations, parametrize
 
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec, Preprocessing
+from cctool.operations.keep.calibrate import calibration_images
+from procedure_toys import DIGITS, context, digits
 
 CLASSES = 10
+DATA = replace(DIGITS, limit=128, batch_size=64)
 
 
 class Centred(nn.Conv2d):
@@ -154,6 +158,29 @@ class Chosen(nn.Module):
         return self.options[int(x.mean() > 1e6)](x)
 
 
+class ByCount(nn.Module):
+    """A branch for two images, such as a network is traced with, and another for more."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.options = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(inputs, outputs, 3, 2, 1), nn.ReLU(), nn.Conv2d(outputs, outputs, 1))
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.options[int(len(x) == 2)](x)
+
+
+class Fused(Summed):
+    """Two convolutions in training, one of their summed kernels in evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.wide(F.pad(x, (1, 1, 1, 1)))[..., ::2, ::2] + self.point(x)[..., ::2, ::2]
+        return super().forward(x)
+
+
 def _hooked(layer: nn.Module, hook: Callable[[nn.Module], nn.Module]) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -273,6 +300,14 @@ def chosen(num_classes: int = CLASSES) -> nn.Module:
     return _network(Chosen(6, 8))
 
 
+def by_count(num_classes: int = CLASSES) -> nn.Module:
+    return _network(ByCount(6, 8))
+
+
+def fused(num_classes: int = CLASSES) -> nn.Module:
+    return _network(Fused(6, 8))
+
+
 FIXED: Mapping[str, Callable[..., nn.Module]] = {
     made.__name__: made
     for made in (
@@ -310,6 +345,12 @@ def network(name: str, seed: int = 0) -> Checkpoint:
         preprocessing=Preprocessing(mean=(0.5,), std=(0.5,)),
     )
     return Checkpoint(model.eval(), spec)
+
+
+def digit_images(checkpoint: Checkpoint, count: int = 64) -> Tensor:
+    """Preprocessed training images, (count, 1, 32, 32)."""
+    served, _ = calibration_images(checkpoint, digits(128), count, DATA, context())
+    return torch.cat(list(served))
 
 
 def signal_to_noise(wanted: Tensor, found: Tensor) -> float:

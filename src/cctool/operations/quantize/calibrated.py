@@ -262,7 +262,7 @@ def _computed_reports(
             name=name,
             tied=(),
             shape=tuple(made.shape),
-            encoding=f"floats, {quantizer.config.method} at the call",
+            encoding=f"{quantizer.config.method} at the call",
             bits=quantizer.config.effective_bits,
             bytes_before=_bytes_of(before, point.made_of),
             bytes_after=_bytes_of(product, point.made_of),
@@ -288,12 +288,13 @@ def computed_notes(model: nn.Module) -> list[str]:
     held, computed = quantizers_of(model), computed_weights(model)
     if held is None or not computed:
         return []
-    state = model.state_dict()
-    names = {name for found in computed for name in held.state.weights[found].made_of if name in state}
-    size = sum(state[name].numel() * state[name].element_size() for name in names)
+    state, points = model.state_dict(), held.state.weights
+    made_of = {name for found in computed for name in points[found].made_of if name in state}
+    floats = made_of.difference(points.keys() - computed.keys())
+    size = sum(state[name].numel() * state[name].element_size() for name in floats)
     return [
         f"{len(computed)} weights are computed on the way to their calls, which take them rounded: the file "
-        f"keeps the {len(names)} tensors that they are made of in floating point ({size:,} bytes)"
+        f"keeps {len(floats)} tensors that they are made of in floating point ({size:,} bytes)"
     ]
 
 

@@ -134,6 +134,8 @@ def _chosen(
     """The layer if its rounding can be learned, or why not; None if it is not quantized."""
     point = held.state.calls.get(layer.place)
     quantizer = held.quantizer(weight_key(layer.weight))
+    if layer.kernel is not None:
+        return Left(layer.place.title, "its weight is computed")
     if point is None or point.weight is None or quantizer is None:
         return None
     call = flow.at(layer.place)
