@@ -52,7 +52,7 @@ def test_what_depends_on_no_input_is_constant() -> None:
     calls = {call.place.function: call for call in flow_of(made(Standardised), (images(),)).calls}
     assert calls["sub"].constant
     assert not calls["conv2d"].constant
-    assert calls["conv2d"].weight == "weight"
+    assert calls["conv2d"].weight == "conv2d#0:weight"
     assert calls["conv2d"].weight_shape == (4, 3, 1, 1)
 
 

@@ -12,8 +12,10 @@ from cctool.base.errors import ExportError
 from cctool.base.networks import some
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.data import example
+from cctool.operations.keep.encode import computed_weights
 from cctool.operations.keep.events import plain_checkpoint
 from cctool.options.inspect.export import ExportFormat
+from cctool.quantization.export import network as export
 from cctool.quantization.export.integer_weights import IntegerWeight, from_stored
 from cctool.quantization.export.network import export_network, made_weights, rounding_network, with_weights
 from cctool.quantization.network.attach import quantizers_of
@@ -63,7 +65,7 @@ def converted(checkpoint: Checkpoint, kind: ExportFormat, *, codec: bool) -> Con
             return Converted(made.model, made.weights, notes)
         return Converted(None if network is model else network, notes=notes)
     if held is not None:
-        network = rounding_network(network)
+        network = rounding_network(network, example(checkpoint))
     return Converted(None if network is model else network)
 
 
@@ -93,7 +95,11 @@ def _stored(checkpoint: Checkpoint) -> tuple[dict[str, IntegerWeight], tuple[str
 
 def bare_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint of the plain network, whose weights have the values that quantizers give."""
-    plain, made = plain_checkpoint(checkpoint), made_weights(checkpoint.model)
+    plain = plain_checkpoint(checkpoint)
+    if quantizers_of(checkpoint.model) is None:
+        return plain
+    computed = export.computed_weights(checkpoint.model, example(checkpoint))
+    made = {name: value for name, value in made_weights(checkpoint.model).items() if name not in computed}
     return replace(plain, model=with_weights(plain.model, made)) if made else plain
 
 
@@ -107,7 +113,13 @@ def quantizer_notes(checkpoint: Checkpoint, kind: ExportFormat) -> tuple[str, ..
         return ()
     if kind is ExportFormat.PT2:
         return (f"{weights} weights and {activations} activations are quantized",)
-    found = [f"{weights} weights are written as their quantizers make them"]
+    computed = len(computed_weights(checkpoint.model))
+    found = [f"{weights - computed} weights are written as their quantizers make them"]
+    if computed:
+        found.append(
+            f"{computed} weights that are computed on the way to their calls are not: the file has what they "
+            "are made of, in floating point"
+        )
     if activations:
         found.append(
             f"{activations} activations that are quantized in the network are in floating point here"

@@ -124,6 +124,16 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Qua
             yield name, parameter, quantizer, _fold(model, point)
 
 
+def computed_weights(model: nn.Module) -> dict[str, Quantizer]:
+    """Quantizers of weights that are no parameters, by name: the file has what these are computed from."""
+    held = quantizers_of(model)
+    if held is None:
+        return {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = {name: held.quantizer(weight_key(name)) for name in held.state.weights if name not in parameters}
+    return {name: quantizer for name, quantizer in found.items() if quantizer is not None}
+
+
 def _fold(model: nn.Module, point: WeightPoint) -> Tensor | None:
     # With a scale for each channel the norm's factor goes into the scale after rounding, exactly.
     if point.norm is None or point.config.axis is not None:

@@ -6,22 +6,35 @@ images, and warn if not. Training runs the quantizers, so that ranges and weight
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.file.payload import fingerprint_of
 from cctool.checkpoint.tables import Tables
 from cctool.operations.context import Context
-from cctool.operations.keep.encode import in_step, settled
+from cctool.operations.keep.encode import computed_weights, in_step, settled
 from cctool.operations.keep.follower import Change, Cutting, Followed, Follower
 from cctool.pruning.cut.surgery import CutPlan
 from cctool.quantization.calibration.run import calibrate_activations
-from cctool.quantization.network.attach import quantizers_of
+from cctool.quantization.calibration.weight_ranges import fit_computed
+from cctool.quantization.network.attach import (
+    attach,
+    fold_of,
+    following_values,
+    held_by,
+    quantizers_of,
+    taken_weights,
+)
 from cctool.quantization.network.edit import QUANTIZE, with_quantizers
-from cctool.quantization.network.points import Observing
+from cctool.quantization.network.points import Observing, WeightPoint
+from cctool.transforms.codec.taps import bypassed
+
+_FOLLOWING = ("uniform", "dorefa", "pact")
+"""Methods whose range is that of the weight, not learned."""
 
 
 class Quantizers(Follower):
@@ -35,13 +48,14 @@ class Quantizers(Follower):
         """Keep only the scales of the channels that stay."""
         held = quantizers_of(model)
         for name, point in ({} if held is None else dict(held.state.weights)).items():
-            for cut in plan.tensors.get(name, ()):
+            for cut in plan.tensors.get(name, ()) or _cuts_of_sources(point, plan):
                 if held is not None and point.config.axis == cut.dim:
                     held.take(name, cut.keep)
         return ()
 
     def after_cut(self, checkpoint: Checkpoint, cutting: Cutting) -> Followed:
-        """Write the number of scales into the spec."""
+        """Write the number of scales into the spec; weights that are computed now have other values."""
+        refit(checkpoint)
         return Followed(replace(checkpoint, spec=with_quantizers(checkpoint.spec, checkpoint.model)))
 
     def after_new_head(self, checkpoint: Checkpoint, names: Collection[str], context: Context) -> Followed:
@@ -55,6 +69,7 @@ class Quantizers(Follower):
 
     def after_training(self, checkpoint: Checkpoint, change: Change) -> Followed:
         """Give weights the rounded values that are stored."""
+        refit(checkpoint, trained=True)
         checkpoint = settled(checkpoint, change.context.tables)
         return Followed(replace(checkpoint, spec=with_quantizers(checkpoint.spec, checkpoint.model)))
 
@@ -68,18 +83,69 @@ class Quantizers(Follower):
         return () if held is None else held.state.weights.keys()
 
 
+def _cuts_of_sources(point: WeightPoint, plan: CutPlan) -> Sequence[Cut]:
+    """The cut of a computed weight's channels, as the tensors that it is made of are cut along them."""
+    cuts = [cut for name in point.made_of for cut in plan.tensors.get(name, ())]
+    return [cut for cut in cuts if cut.dim == point.config.axis and cut.size == point.channels][:1]
+
+
+def refit(checkpoint: Checkpoint, *, trained: bool = False) -> int:
+    """Find the ranges of computed weights again, in place, after what they are made of has changed.
+
+    Learned steps stay where the number of channels did not change otherwise than a cut has foreseen; after
+    a training also ranges that it kept. Returns the number of weights.
+    """
+    model, computed = checkpoint.model, computed_weights(checkpoint.model)
+    if not computed:
+        return 0
+    # Loading a checkpoint imports this module; it must not import what opens data.
+    from cctool.operations.data import example
+
+    held = held_by(model)
+    # Codecs and quantizers may not fit the network yet.
+    with bypassed(model):
+        with following_values(model, lambda key, value: None):
+            inputs = example(checkpoint)
+        taken = taken_weights(model, inputs)
+    count = 0
+    for name, quantizer in computed.items():
+        point, value = held.state.weights[name], taken.get(name)
+        if value is None:
+            continue
+        axis = point.config.axis
+        channels = None if axis is None else value.shape[axis]
+        fits = channels == point.channels
+        if not fits:
+            point = point.model_copy(update={"channels": channels})
+            attach(model, {name: point}, {})
+            quantizer = computed_weights(model)[name]
+        kept = trained and point.config.method == "uniform" and point.config.momentum is None
+        if (point.config.method in _FOLLOWING and not kept) or not fits:
+            fit_computed(quantizer, value, fold_of(model, point))
+            count += 1
+    return count
+
+
 class Ranges(Follower):
     """Ranges of activations, which are valid for the weights that they were found with."""
 
     in_programs = True
 
     def after_change(self, checkpoint: Checkpoint, change: Change) -> Followed:
-        """Calibrate ranges again; without images or a known preprocessing they stay, with a warning."""
+        """Calibrate ranges again; without images or a known preprocessing they stay, with a warning.
+
+        Those of weights that are computed need no images.
+        """
         # Loading a checkpoint imports this module; it must not import what calibrates.
         from cctool.operations.keep.calibrate import calibration_images, why_no_images
 
         held = quantizers_of(checkpoint.model)
-        if held is None or not held.activation_keys or not _stale(checkpoint):
+        if held is None or not _stale(checkpoint):
+            return Followed(checkpoint)
+        if refit(checkpoint):
+            spec = with_quantizers(checkpoint.spec, checkpoint.model)
+            checkpoint = replace(checkpoint, spec=spec)
+        if not held.activation_keys:
             return Followed(checkpoint)
         context, count = change.context, len(held.activation_keys)
         why = why_no_images(checkpoint, change.source)

@@ -9,10 +9,11 @@ their rounded values and are stored in few bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError, UsageError
 from cctool.base.networks import copied
@@ -20,14 +21,20 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.payload import place
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome
-from cctool.operations.data import measured_splits, open_source
+from cctool.operations.data import example, measured_splits, open_source
 from cctool.operations.judge.size import stored_bytes
 from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
-from cctool.operations.keep.encode import in_step, names_by_place, quantized_weights, settled
+from cctool.operations.keep.encode import (
+    computed_weights,
+    in_step,
+    names_by_place,
+    quantized_weights,
+    settled,
+)
 from cctool.operations.quantize.plan import Plan, plan
-from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing
+from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing, unreached
 from cctool.operations.quantize.report import (
     ActivationReport,
     QuantizeReport,
@@ -42,7 +49,7 @@ from cctool.operations.quantize.signal import signal_and_warning
 from cctool.operations.quantize.stored import encoded_directly
 from cctool.options.quantize.choices import Rounding
 from cctool.options.quantize.options import QuantizeOptions
-from cctool.quantization.network.attach import detach, quantizers_of
+from cctool.quantization.network.attach import detach, fold_of, held_by, quantizers_of, taken_weights
 from cctool.quantization.network.edit import with_quantizers
 from cctool.quantization.network.points import weight_key
 from cctool.quantization.network.tensors import Skipped
@@ -80,6 +87,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     product = attached(product, planned)
     activations, images, more = _calibrated(product, planned, options, source, context)
     notes += more
+    left = (*planned.left, *unreached(product.model, planned))
     notes += _corrected(product, planned, options, source, context)
     product = settled(replace(product, resume=None), context.tables)
     tensors = tensor_reports(checkpoint, product, floats)
@@ -106,10 +114,17 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         bytes_after=stored_bytes(product),
         metrics_before=before,
         metrics_after=after,
-        notes=(*notes, *in_floating_point(planned.left), *counted(list(skipped)), *followed, *warned),
+        notes=(
+            *notes,
+            *computed_notes(product.model),
+            *in_floating_point(left),
+            *counted(list(skipped)),
+            *followed,
+            *warned,
+        ),
         signal=signal,
         activations=activations,
-        left=planned.left,
+        left=left,
         calibrated_on=images,
         sensitivity=sensitivity,
     )
@@ -132,7 +147,9 @@ def _refuse_blind(options: QuantizeOptions, source: DataSource | None) -> None:
 
 
 def _of_ranges(product: Checkpoint, options: QuantizeOptions) -> list[str]:
-    reduced = any(quantizer.config.reduce_range for _, _, quantizer, _ in quantized_weights(product.model))
+    held = quantizers_of(product.model)
+    points = () if held is None else held.state.weights.values()
+    reduced = any(point.config.reduce_range for point in points)
     if options.calibration.reduce_range is not None or not reduced:
         return []
     return [
@@ -142,14 +159,15 @@ def _of_ranges(product: Checkpoint, options: QuantizeOptions) -> list[str]:
 
 
 def float_weights(checkpoint: Checkpoint, planned: Plan) -> dict[str, Tensor]:
-    """Copies on the CPU of the parameters that a plan will quantize, by name.
+    """Copies on the CPU of the weights that a plan will quantize, by name.
 
     Raises:
         QuantizationError: if one holds NaN or infinities, which no integer stands for.
     """
     parameters = dict(checkpoint.model.named_parameters(remove_duplicate=False))
     names = [layer.weight for layer in planned.layers if layer.weight in parameters]
-    found = {name: parameters[name].detach().cpu().clone() for name in names}
+    floats = {name: parameters[name].detach() for name in names} | planned.kernels
+    found = {name: value.cpu().clone() for name, value in floats.items()}
     for name, value in found.items():
         if bad := int((~value.isfinite()).sum()):
             raise QuantizationError(
@@ -189,6 +207,7 @@ def _corrected(
     images = list(served)
     # Outputs are compared with those of the network before any rounding or bias was changed.
     reference = copied(product.model)
+    _round_parameters(product.model)
     if options.rounding is Rounding.ADAROUND:
         learned = adaround(
             product.model,
@@ -210,6 +229,15 @@ def _corrected(
         notes.append(f"the biases of {len(found.layers)} layers were corrected on {used:,} images")
         notes += [f"no bias corrected: {item.name}: {item.reason}" for item in found.skipped]
     return notes
+
+
+@torch.no_grad()
+def _round_parameters(model: nn.Module) -> None:
+    """Round the parameters, in place, whose quantizers act at no call: layers behind them should see it."""
+    at_calls = {point.weight for point in held_by(model).state.calls.values()}
+    for name, parameter, quantizer, fold in quantized_weights(model):
+        if name not in at_calls:
+            parameter.copy_(quantizer(parameter, fold))
 
 
 def tensor_reports(
@@ -235,7 +263,58 @@ def tensor_reports(
                 sqnr_db=sqnr,
             )
         )
-    return tuple(found)
+    return (*found, *_computed_reports(before, product, floats))
+
+
+def _computed_reports(
+    before: Checkpoint, product: Checkpoint, floats: Mapping[str, Tensor]
+) -> Iterator[TensorReport]:
+    """Report on quantized weights that are no parameters; bytes are those of what they are computed from."""
+    model, computed = product.model, computed_weights(product.model)
+    taken = taken_weights(model, example(product)) if computed else {}
+    for name, quantizer in computed.items():
+        point = held_by(model).state.weights[name]
+        with torch.no_grad():
+            made = quantizer.eval()(taken[name], fold_of(model, point)).cpu()
+        error, sqnr = errors_between(floats[name], made)
+        yield TensorReport(
+            name=name,
+            tied=(),
+            shape=tuple(made.shape),
+            encoding=f"{quantizer.config.method} at the call",
+            bits=quantizer.config.effective_bits,
+            bytes_before=_bytes_of(before, point.made_of),
+            bytes_after=_bytes_of(product, point.made_of),
+            max_error=error,
+            sqnr_db=sqnr,
+        )
+
+
+def _bytes_of(checkpoint: Checkpoint, names: Collection[str]) -> int:
+    """Bytes of these tensors as they are stored."""
+    state, forms = checkpoint.model.state_dict(), checkpoint.stored
+    total = 0
+    for name in names:
+        if name in forms:
+            total += forms[name].nbytes
+        elif name in state:
+            total += state[name].numel() * state[name].element_size()
+    return total
+
+
+def computed_notes(model: nn.Module) -> list[str]:
+    """What the file holds of quantized weights that are computed, for reports."""
+    held, computed = quantizers_of(model), computed_weights(model)
+    if held is None or not computed:
+        return []
+    state, points = model.state_dict(), held.state.weights
+    made_of = {name for found in computed for name in points[found].made_of if name in state}
+    floats = made_of.difference(points.keys() - computed.keys())
+    size = sum(state[name].numel() * state[name].element_size() for name in floats)
+    return [
+        f"{len(computed)} weights are computed on the way to their calls, which take them rounded: the file "
+        f"keeps {len(floats)} tensors that they are made of in floating point ({size:,} bytes)"
+    ]
 
 
 def _weights_alone(

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError, UsageError
+from cctool.base.networks import qualified
 from cctool.base.patterns import refuse_unmatched
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.data import example
-from cctool.options.quantize.choices import CLIPPING, Edges, QuantizeMethod
+from cctool.options.quantize.choices import CLIPPING, TRAINED, Edges, QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.quantize.parts import LayerBits
 from cctool.quantization.network.attach import attach
-from cctool.quantization.network.calls import CallSite, Flow, flow_of
-from cctool.quantization.network.placement import Activation, Left, PlacedLayer, Points, Way, plan_points
+from cctool.quantization.network.calls import CallSite, Flow, flow_of, training_shapes
+from cctool.quantization.network.placement import (
+    Activation,
+    Left,
+    PlacedLayer,
+    Points,
+    Way,
+    plan_points,
+    stored_alone,
+)
 from cctool.quantization.network.points import CallPoint, WeightPoint
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.transforms.codec.taps import bypassed
@@ -27,6 +36,8 @@ from cctool.transforms.codec.taps import bypassed
 _EDGE_BITS = 8
 # Of the moving average of an activation's range while the network trains.
 _MOMENTUM = 0.99
+# Of the tensors that a weight is made of; as many as a file may list.
+_MOST_NAMES = 1000
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,12 @@ class Plan:
                 first.setdefault(layer.weight, layer)
         return tuple(first.values())
 
+    @property
+    def kernels(self) -> dict[str, Tensor]:
+        """Values, before they are quantized, of the quantized weights that are no parameters, by name."""
+        found = self.flow.kernels
+        return {name: found[name].value for name in self.weights if name in found}
+
 
 def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, int] | None = None) -> Plan:
     """Decide what is quantized how, in a network without quantizers.
@@ -68,8 +85,14 @@ def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, in
     """
     model = checkpoint.model
     with bypassed(model):
-        flow = flow_of(model, example(checkpoint))
+        inputs = example(checkpoint)
+        flow = flow_of(model, inputs)
+        trained = training_shapes(model, inputs) if options.method in TRAINED else None
     points = plan_points(flow, _way(options))
+    if not options.activations:
+        points = stored_alone(points)
+    if trained is not None:
+        points = _seen_in_training(points, trained)
     names = {layer.weight: _names(layer) for layer in points.layers}
     known = sorted({name for several in names.values() for name in several})
     patterns = [*options.include, *options.exclude, *(given.pattern for given in options.layers)]
@@ -79,17 +102,32 @@ def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, in
     _refuse_idle_layers(points, options)
     weights, left = _weights(points, options, bits or {})
     # An activation that only layers in floating point take stays in floating point, too.
-    floats = {layer.place for layer in points.layers if layer.weight not in weights}
+    floats = {layer.place for layer in points.layers if layer.varies or layer.weight not in weights}
     activations = {
         activation: config
         for activation in points.activations
         if not (activation.takers and floats.issuperset(activation.takers))
         and (config := _activation(activation, points, options)) is not None
     }
-    if not weights:
+    if not weights and all(layer.at_call for layer in points.layers):
         reasons = "; ".join(dict.fromkeys(item.reason for item in left))
         raise QuantizationError(f"nothing is left to quantize: {reasons}")
-    return Plan(flow, points, weights, activations, (*left, *points.left, *_other_weights(model, names)))
+    used = {name for layer in points.layers if layer.kernel is not None for name in layer.kernel.made_of}
+    left += [Left(place.title, "only some inputs reach it") for place in flow.elsewhere]
+    others = _other_weights(model, used.union(names), {call.place.module for call in flow.calls})
+    return Plan(flow, points, weights, activations, (*left, *points.left, *others))
+
+
+def _seen_in_training(points: Points, shapes: Mapping[CallSite, tuple[int, ...]]) -> Points:
+    """The layers, of which those vary whose weight no training pass would see."""
+    reason = "in training another computation takes its place"
+    return replace(
+        points,
+        layers=tuple(
+            layer if layer.varies or shapes.get(layer.place) == layer.shape else replace(layer, varies=reason)
+            for layer in points.layers
+        ),
+    )
 
 
 def _way(options: QuantizeOptions) -> Way:
@@ -103,7 +141,8 @@ def _way(options: QuantizeOptions) -> Way:
 def _names(layer: PlacedLayer) -> tuple[str, ...]:
     """Names that a pattern may match: the layer's module, the weight's module, and the weight."""
     owner = layer.weight.rpartition(".")[0]
-    return tuple(dict.fromkeys((layer.place.module, owner, layer.weight)))
+    own = () if layer.kernel is None else (qualified(layer.place.module, "weight"),)
+    return tuple(dict.fromkeys((layer.place.module, owner, layer.weight, *own)))
 
 
 def _matches(pattern: str, layer: PlacedLayer) -> bool:
@@ -145,14 +184,21 @@ def _weights(
         reason = _unwanted(layer, options)
         if reason:
             left.append(Left(layer.place.title, reason))
-        elif layer.weight not in found:
+        elif layer.weight not in found and not _encoded_directly(layer):
             config = _weight_config(layer, options, bits.get(layer.weight))
             channels = None if config.axis is None else layer.shape[config.axis]
             # With one scale for all channels the weight is rounded as if the batch norm were folded in.
             folded = config.method == "uniform" and config.axis is None and layer.axis == 0
             norm = layer.norm if folded else None
-            found[layer.weight] = WeightPoint(config=config, channels=channels, norm=norm)
+            made_of = layer.kernel.made_of if layer.kernel is not None and layer.at_call else ()
+            point = WeightPoint(config=config, channels=channels, norm=norm, made_of=made_of[:_MOST_NAMES])
+            found[layer.weight] = point
     return found, left
+
+
+def _encoded_directly(layer: PlacedLayer) -> bool:
+    """Whether a layer's weight is made of parameters that are rounded without regard to layers."""
+    return not layer.at_call and (layer.kernel is None or layer.kernel.own is None)
 
 
 def _unwanted(layer: PlacedLayer, options: QuantizeOptions) -> str:
@@ -166,7 +212,7 @@ def _unwanted(layer: PlacedLayer, options: QuantizeOptions) -> str:
         return f"--layer {given.pattern}=float" if given.weights is None else ""
     if _edge(layer, options) is Edges.FLOAT:
         return "the first or the last layer (--edges float)"
-    return "its weight has no elements" if 0 in layer.shape else ""
+    return "its weight has no elements" if 0 in layer.shape else layer.varies
 
 
 def _edge(layer: PlacedLayer, options: QuantizeOptions) -> Edges | None:
@@ -252,10 +298,15 @@ def _uniform(bits: int, options: QuantizeOptions) -> QuantizerConfig:
     )
 
 
-def _other_weights(model: nn.Module, layers: Mapping[str, Any]) -> list[Left]:
+def _other_weights(model: nn.Module, layers: Collection[str], called: Collection[str]) -> list[Left]:
     """Parameters of two or more dimensions that no convolution or linear layer uses."""
     return [
-        Left(name, "no convolution and no linear layer takes it")
+        Left(
+            name,
+            "no convolution and no linear layer takes it"
+            if name.rpartition(".")[0] in called
+            else "the traced pass does not reach its module",
+        )
         for name, parameter in model.named_parameters()
         if parameter.dim() > 1 and name not in layers
     ]
@@ -265,7 +316,7 @@ def attach_plan(model: nn.Module, planned: Plan) -> None:
     """Attach the quantizers of a plan to a network, in place, without ranges."""
     calls: dict[CallSite, dict[str, Any]] = {}
     for layer in planned.points.layers:
-        if layer.weight in planned.weights:
+        if layer.weight in planned.weights and layer.at_call and not layer.varies:
             calls.setdefault(layer.place, {})["weight"] = layer.weight
     for activation, config in planned.activations.items():
         calls.setdefault(activation.place, {})[activation.slot] = config

@@ -12,17 +12,24 @@ from cctool.base.networks import copied
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.context import Context
 from cctool.operations.keep import events
-from cctool.operations.keep.encode import quantized_weights
+from cctool.operations.keep.encode import computed_weights, quantized_weights
 from cctool.operations.quantize.plan import Plan, attach_plan
 from cctool.operations.quantize.report import ActivationReport
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.calibration.observers import RangeObserver
 from cctool.quantization.calibration.run import observe, observer_of
-from cctool.quantization.calibration.weight_ranges import fit_weight
-from cctool.quantization.network.attach import attach, detach, following_values, quantizers_of
+from cctool.quantization.calibration.weight_ranges import fit_computed, fit_weight
+from cctool.quantization.network.attach import (
+    attach,
+    detach,
+    fold_of,
+    following_values,
+    held_by,
+    quantizers_of,
+)
 from cctool.quantization.network.edit import with_quantizers
-from cctool.quantization.network.placement import Activation
-from cctool.quantization.network.points import CallPoint, Observing, activation_key
+from cctool.quantization.network.placement import Activation, Left
+from cctool.quantization.network.points import CallPoint, Observing, activation_key, weight_key
 from cctool.quantization.quantizers.base import Quantizer
 from cctool.quantization.quantizers.config import QuantizerConfig
 from cctool.transforms.codec.taps import drop_taps, set_taps, with_taps
@@ -45,6 +52,9 @@ def in_floats(checkpoint: Checkpoint, context: Context, *, ordinary: bool) -> tu
         with torch.no_grad():
             for _, parameter, quantizer, fold in quantized_weights(model):
                 parameter.copy_(quantizer.eval()(parameter, fold))
+        computed = computed_weights(model)
+        if computed:
+            notes.append(f"{len(computed)} computed weights are again those that their parameters give")
         detach(model)
         product = replace(product, spec=with_quantizers(product.spec, model), stored={})
     swapped = swapped_layers(model)
@@ -66,9 +76,19 @@ def attached(checkpoint: Checkpoint, planned: Plan) -> Checkpoint:
     """The checkpoint with a plan's quantizers attached in place; those of weights have their ranges."""
     model = checkpoint.model
     attach_plan(model, planned)
+    fit_weights(model, planned)
+    return replace(checkpoint, spec=with_quantizers(checkpoint.spec, model), stored={})
+
+
+def fit_weights(model: nn.Module, planned: Plan) -> None:
+    """Set the ranges of a plan's weights, in place, as calls take them."""
+    held = held_by(model)
     for _, parameter, quantizer, fold in quantized_weights(model):
         fit_weight(quantizer, parameter.detach(), fold)
-    return replace(checkpoint, spec=with_quantizers(checkpoint.spec, model), stored={})
+    for name, value in planned.kernels.items():
+        found = held.quantizer(weight_key(name))
+        assert found is not None
+        fit_computed(found, value, fold_of(model, planned.weights[name]))
 
 
 def observing(options: QuantizeOptions) -> Observing:
@@ -102,8 +122,8 @@ def calibrated(
 ) -> tuple[ActivationReport, ...]:
     """Find the ranges of a plan's activations in place, on batches that can be iterated several times.
 
-    Symmetric quantizers of activations with negative values become signed. The steps of LSQ start as its
-    paper says.
+    Activations that no image reaches lose their quantizer, see `unreached`. Symmetric quantizers of
+    activations with negative values become signed. The steps of LSQ start as its paper says.
     """
     held = quantizers_of(model)
     assert held is not None
@@ -118,6 +138,12 @@ def calibrated(
         return observers[key]  # type: ignore[return-value]
 
     observe(model, images, make)
+    for key, (activation, _) in list(chosen.items()):
+        quantizer = held.quantizer(key)
+        if key not in observers and quantizer is not None and quantizer.has_range:
+            # Without a range it would make a constant of whatever comes.
+            held.drop(activation.place, activation.slot)
+            del chosen[key]
     # Signs first: they need other quantizers, which then get the ranges.
     for key, watching in observers.items():
         activation, config = chosen[key]
@@ -139,11 +165,18 @@ def calibrated(
 
 def reported(model: nn.Module, planned: Plan) -> tuple[ActivationReport, ...]:
     """Report on the activations of a plan as they are quantized now."""
-    held = quantizers_of(model)
-    assert held is not None
+    held = held_by(model)
+    found = {a: held.quantizer(activation_key(a.place, a.slot)) for a in planned.activations}
+    return tuple(_report(a, quantizer, None, None) for a, quantizer in found.items() if quantizer is not None)
+
+
+def unreached(model: nn.Module, planned: Plan) -> tuple[Left, ...]:
+    """Activations of a plan that stay in floating point because no image of the calibration reached them."""
+    held = held_by(model)
     return tuple(
-        _report(activation, held.quantizer(activation_key(activation.place, activation.slot)), None, None)
-        for activation in planned.activations
+        Left(a.place.title, f"no calibration image reached {a.place.function}, whose {a.slot} has no range")
+        for a in planned.activations
+        if held.quantizer(activation_key(a.place, a.slot)) is None
     )
 
 

@@ -8,7 +8,8 @@ nearest for it, and activations are not quantized.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -27,15 +28,14 @@ from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.encode import quantized_weights
 from cctool.operations.quantize.allocate_bits import Assignment, LayerChoice, cheapest, fewest_bytes
-from cctool.operations.quantize.plan import fixed_bits, plan
-from cctool.operations.quantize.prepare import attached, calibrated, observing
+from cctool.operations.quantize.plan import attach_plan, fixed_bits, plan
+from cctool.operations.quantize.prepare import attached, calibrated, fit_weights, observing
 from cctool.operations.quantize.report import SensitivityReport
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.target import Target
-from cctool.quantization.calibration.weight_ranges import fit_weight
-from cctool.quantization.network.attach import attach, detach, only
+from cctool.quantization.network.attach import detach, held_by, only
 from cctool.quantization.network.edit import with_quantizers
-from cctool.quantization.network.points import CallPoint, weight_key
+from cctool.quantization.network.points import weight_key
 from cctool.tasks.base import Task
 
 _MOST_IMAGES = 256
@@ -102,7 +102,8 @@ def _sizes(
         dense = dict(trial.model.named_parameters(remove_duplicate=False))
         for name in names:
             form = trial.stored.get(name)
-            parts = [dense[name]] if form is None else list(form.parts.values())
+            # What a computed weight is made of takes the same bytes whatever its bits.
+            parts = list(form.parts.values()) if form is not None else [dense[name]] if name in dense else []
             weights[name, bits] = sum(part.numel() * part.element_size() for part in parts)
         if not options.activations:
             # The product then has no quantizers, whose scales would be counted here.
@@ -133,11 +134,28 @@ def _damages(
                 if bits != present:
                     _attach_weights(product, options, names, bits)
                     present = bits
-                with only(model, {weight_key(name)}):
+                with only(model, {weight_key(name)}), _stored_rounded(model, name):
                     found[name, bits] = _mean_damage(model, images, wanted, task)
         finally:
             detach(model)
     return found
+
+
+@contextmanager
+def _stored_rounded(model: nn.Module, name: str) -> Iterator[None]:
+    """Round a parameter in place whose quantizer acts at no call, because the weight is computed from it."""
+    calls = held_by(model).state.calls.values()
+    if any(point.weight == name for point in calls):
+        yield
+        return
+    for found, parameter, quantizer, fold in quantized_weights(model):
+        if found == name:
+            before = parameter.detach().clone()
+            parameter.copy_(quantizer(parameter, fold))
+            try:
+                yield
+            finally:
+                parameter.copy_(before)
 
 
 def _attach_weights(product: Checkpoint, options: QuantizeOptions, names: Sequence[str], bits: int) -> None:
@@ -145,14 +163,8 @@ def _attach_weights(product: Checkpoint, options: QuantizeOptions, names: Sequen
     model = product.model
     detach(model)
     planned = plan(product, options, dict.fromkeys(names, bits))
-    calls = {
-        layer.place: CallPoint(weight=layer.weight)
-        for layer in planned.points.layers
-        if layer.weight in planned.weights
-    }
-    attach(model, planned.weights, calls)
-    for _, parameter, quantizer, fold in quantized_weights(model):
-        fit_weight(quantizer, parameter.detach(), fold)
+    attach_plan(model, replace(planned, activations={}))
+    fit_weights(model, planned)
 
 
 def _outputs(model: nn.Module, batch: Tensor, task: Task) -> list[Tensor]:

@@ -170,7 +170,7 @@ def encoded_directly(
     kept_out = [
         item
         for item in chosen
-        if any(name.rpartition(".")[0] in left or _refused(name, options) for name in item.names)
+        if any(_layer_of(name) in left or _refused(name, options) for name in item.names)
     ]
     rest = [item for item in chosen if not set(done).intersection(item.names) and item not in kept_out]
     skipped += [
@@ -185,11 +185,20 @@ def encoded_directly(
     return product, tuple(reports), tuple(skipped)
 
 
+def _layer_of(name: str) -> str:
+    """The module whose weight a tensor is, or is a part of: torch keeps parametrizations in modules within.
+
+    >>> _layer_of("fc.weight"), _layer_of("fc.parametrizations.weight.original1")
+    ('fc', 'fc')
+    """
+    return f".{name}".rpartition(".parametrizations.")[0][1:] or name.rpartition(".")[0]
+
+
 def _refused(name: str, options: QuantizeOptions) -> bool:
     def matches(patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(name, pattern) or fnmatchcase(module, pattern) for pattern in patterns)
 
-    module = name.rpartition(".")[0]
+    module = _layer_of(name)
     return matches(options.exclude) or (bool(options.include) and not matches(options.include))
 
 

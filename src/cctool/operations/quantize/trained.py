@@ -25,9 +25,9 @@ from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.encode import settled
-from cctool.operations.quantize.calibrated import float_weights, tensor_reports
+from cctool.operations.quantize.calibrated import computed_notes, float_weights, tensor_reports
 from cctool.operations.quantize.plan import Plan, plan
-from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing, reported
+from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing, reported, unreached
 from cctool.operations.quantize.report import QuantizeReport, counted, in_floating_point
 from cctool.operations.quantize.signal import signal_and_warning
 from cctool.operations.quantize.stored import encode_selected
@@ -99,6 +99,7 @@ def _quantizers(
     planned = plan(product, options)
     floats = float_weights(product, planned)
     product, used = _attached(product, planned, options, source, context)
+    left = (*planned.left, *unreached(product.model, planned))
     if options.epochs:
         product = _trained(product, options, source, objective, context)
     product = settled(replace(product, resume=None), context.tables)
@@ -110,9 +111,9 @@ def _quantizers(
     return product, {
         "tensors": tensors,
         "skipped": (),
-        "notes": (*notes, *in_floating_point(planned.left)),
+        "notes": (*notes, *computed_notes(product.model), *in_floating_point(left)),
         "activations": reported(product.model, planned),
-        "left": planned.left,
+        "left": left,
         "calibrated_on": used,
     }
 

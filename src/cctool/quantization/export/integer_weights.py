@@ -57,6 +57,10 @@ class IntegerWeight:
         scale, zero = (aligned(state, dims, self.axis) for state in (self.scale, self.zero_point))
         return (self.integers - zero).float() * scale
 
+    def shaped(self, shape: tuple[int, ...]) -> IntegerWeight:
+        """The same values in another shape, whose first dimension is the same."""
+        return replace(self, integers=self.integers.reshape(shape))
+
     def finer(self, bits: int) -> IntegerWeight:
         """The same values on a grid of ``bits``, whose integers are multiples of a power of two.
 

@@ -22,7 +22,7 @@ from cctool.checkpoint.edits.mask import masks_of
 from cctool.graph.execution import Watch, following, tensors_in
 from cctool.quantization.export.integer_weights import IntegerWeight, fits_byte, from_quantizer
 from cctool.quantization.export.onnx_operator import on_grid
-from cctool.quantization.network.attach import fold_of, norm_factors, quantizers_of
+from cctool.quantization.network.attach import fold_of, norm_factors, quantizers_of, taken_weights
 from cctool.quantization.network.calls import CallSite, Flow, flow_of
 from cctool.quantization.network.placement import INPUT_PLACE, Left, PlacedLayer, plan_points
 from cctool.quantization.network.points import CallPoint, activation_key, weight_key
@@ -49,24 +49,39 @@ class ExportNetwork:
 
 
 def made_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The quantized weights of a network, by qualified name; empty without quantizers.
+    """The quantized weights of a network that are parameters, by qualified name; empty without quantizers."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return _made(model, {name: parameter.detach() for name, parameter in parameters.items()}, masks_of(model))
 
-    Raises:
-        AttributeError: if a quantized weight is not a parameter or attribute of its module.
+
+def computed_weights(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The quantized weights that calls compute, by name, as these take them; empty without quantizers.
+
+    Args:
+        model: with or without quantizers.
+        inputs: of its forward, for one pass.
     """
-    held = quantizers_of(model)
-    if held is None:
+    if quantizers_of(model) is None:
         return {}
-    masks, found = masks_of(model), {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    taken = {
+        name: value
+        for name, value in taken_weights(model, inputs).items()
+        # Files of old have quantizers with the name of a parameter from which the weight is computed.
+        if name not in parameters or not torch.equal(value.reshape(-1), parameters[name].reshape(-1))
+    }
+    return _made(model, taken, {})
+
+
+def _made(model: nn.Module, values: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the quantizers make of weights, times their masks."""
+    held, found = quantizers_of(model), {}
     with in_mode(model, training=False):
-        for name, point in held.state.weights.items():
-            quantizer = held.quantizer(weight_key(name))
-            if quantizer is None:
-                continue
-            owner, _, leaf = name.rpartition(".")
-            value = getattr(model.get_submodule(owner), leaf)
-            made = quantizer(value.detach(), fold_of(model, point))
-            found[name] = made * masks[name] if name in masks else made
+        for name, point in ({} if held is None else held.state.weights).items():
+            quantizer = None if held is None else held.quantizer(weight_key(name))
+            if quantizer is not None and name in values:
+                made = quantizer(values[name], fold_of(model, point))
+                found[name] = made * masks[name] if name in masks else made
     return found
 
 
@@ -76,9 +91,7 @@ def with_weights(model: nn.Module, made: Mapping[str, Tensor]) -> nn.Module:
     drop_companions(copy)
     known = dict(model.named_parameters(remove_duplicate=False))
     fresh = {
-        id(known[name]): nn.Parameter(value.detach(), requires_grad=False)
-        for name, value in made.items()
-        if name in known
+        id(known[name]): nn.Parameter(value.detach(), requires_grad=False) for name, value in made.items()
     }
     for module in copy.modules():
         for leaf, parameter in module._parameters.items():
@@ -87,11 +100,24 @@ def with_weights(model: nn.Module, made: Mapping[str, Tensor]) -> nn.Module:
     return copy
 
 
-def rounding_network(model: nn.Module) -> nn.Module:
-    """A copy with the quantized weights as parameters, which rounds activations by arithmetic; on the CPU."""
-    copy = with_weights(model, made_weights(model))
+def rounding_network(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> nn.Module:
+    """A copy with the quantized weights as parameters, which rounds activations by arithmetic; on the CPU.
+
+    Args:
+        model: with or without quantizers.
+        inputs: of its forward, to learn the weights that it computes, which become constants of their calls;
+            None if it computes none.
+    """
+    computed = {} if inputs is None else computed_weights(model, inputs)
+    made = {name: value for name, value in made_weights(model).items() if name not in computed}
+    copy, held = with_weights(model, made), quantizers_of(model)
     copy.eval()
-    _follow(copy, _ExportCalls(model, {}, set(), marked=False))
+    constants = {
+        place: _Settled(computed[point.weight])
+        for place, point in ({} if held is None else held.state.calls).items()
+        if point.weight in computed
+    }
+    _follow(copy, _ExportCalls(model, constants, set(), marked=False))
     return copy
 
 
@@ -162,7 +188,7 @@ def export_network(
     drop_companions(copy)
     copy.eval()
     flow = flow_of(copy, inputs)
-    builder = _Builder(model, flow, dict(stored or {}))
+    builder = _Builder(model, inputs, flow, dict(stored or {}))
     _follow(copy, _ExportCalls(model, builder.settled, builder.norms))
     return ExportNetwork(copy, tuple(builder.weights), tuple(builder.left))
 
@@ -199,9 +225,11 @@ class _Settled:
 class _Builder:
     """Weights and biases for the calls of an export network."""
 
-    def __init__(self, model: nn.Module, flow: Flow, stored: dict[str, IntegerWeight]) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: tuple[Tensor, ...], flow: Flow, stored: dict[str, IntegerWeight]
+    ) -> None:
         self.model, self.flow, self.stored = model, flow, stored
-        self.made = made_weights(model)
+        self.made = made_weights(model) | computed_weights(model, inputs)
         self.weights: list[IntegerWeight] = []
         self.left: list[Left] = []
         self.norms: set[CallSite] = set()
@@ -218,13 +246,14 @@ class _Builder:
     def _layer(self, layer: PlacedLayer) -> _Settled | None:
         point = self.calls.get(layer.place)
         if point is not None and point.weight is not None and point.weight in self.made:
-            made = self.made[point.weight]
+            # A parameter may be taken in another shape.
+            made = self.made[point.weight].reshape(layer.shape)
             weight, fold = self._quantized(point.weight, made)
             if weight is None:
                 self._leave(point.weight, "its levels lie on no uniform grid of 8 bits or fewer")
                 return _Settled(made)
         elif layer.weight in self.stored:
-            weight, fold = self.stored[layer.weight], None
+            weight, fold = self.stored[layer.weight].shaped(layer.shape), None
             made = weight.values()
         else:
             return None
@@ -249,7 +278,9 @@ class _Builder:
         self, layer: PlacedLayer, weight: IntegerWeight, fold: Tensor | None, made: Tensor
     ) -> _Settled:
         """Fold the batch norm behind a layer if its output channels lie along one dimension."""
-        norm = None if layer.norm is None else self.model.get_submodule(layer.norm)
+        bias = self.flow.at(layer.place).bias
+        fixed = bias is None or not bias.fed
+        norm = None if layer.norm is None or not fixed else self.model.get_submodule(layer.norm)
         factors = None if norm is None or layer.axis is None else norm_factors(norm)
         if factors is not None and layer.axis is not None:
             # The exact quotient is 1 where the fold is this same batch norm, so the integers do not change.
@@ -270,7 +301,7 @@ class _Builder:
     def _bias(self, layer: PlacedLayer, norm: nn.Module, factors: Tensor) -> Tensor:
         """Beta + (b - mean) * gamma / sigma."""
         call = self.flow.at(layer.place)
-        own = self._tensor(call.tensors.get("bias"))
+        own = self._tensor(call.tensors.get("bias")) if call.bias is None else call.bias.value
         mean, beta = norm._buffers["running_mean"], norm._parameters.get("bias")
         assert mean is not None
         shift = -mean.double() if own is None else own.double() - mean.double()

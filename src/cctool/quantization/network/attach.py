@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import SpecError
-from cctool.base.networks import device_of, drop_companions
+from cctool.base.networks import device_of, drop_companions, in_mode
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.graph.execution import Watch, following, tensors_in
 from cctool.quantization.network.calls import CallSite
@@ -121,6 +121,11 @@ class NetworkQuantizers(nn.Module):
                 self._modules.pop(activation_key(place, slot), None)
         return bool(weights or calls)
 
+    def drop(self, place: CallSite, slot: str) -> None:
+        """Remove the quantizer of one activation, "input" or "output" of a call."""
+        self._modules.pop(activation_key(place, slot), None)
+        self.state.calls[place] = self.state.calls[place].model_copy(update={slot: None})
+
     def act(self, key: str, value: Any, fold: Tensor | None = None) -> Any:
         """Pass a value to the follower, and quantize it if its quantizer is active."""
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -143,7 +148,7 @@ class _QuantizedPass:
         self.watch = Watch((), {module: name for name, module in model.named_modules()}, self.call)
         self.model = model
         self.masks = masks_of(model)
-        self._weights: dict[str, Tensor] = {}
+        self._weights: dict[tuple[str, torch.Size | None], Tensor] = {}
 
     def call(
         self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -183,13 +188,15 @@ class _QuantizedPass:
 
     def _weight(self, name: str, value: Any) -> Any:
         """The quantized weight, computed once per pass even if several calls use it."""
-        if name not in self._weights:
+        # A parameter may be taken in several shapes.
+        key = name, value.shape if isinstance(value, Tensor) else None
+        if key not in self._weights:
             fold = fold_of(self.model, self.held.state.weights[name])
             found = self.held.act(weight_key(name), value, fold)
             # Not every grid has a 0, but masked weights must stay 0.
             mask = self.masks.get(name)
-            self._weights[name] = found if mask is None else found * mask
-        return self._weights[name]
+            self._weights[key] = found if mask is None else found * mask.view_as(found)
+        return self._weights[key]
 
 
 def norm_factors(norm: nn.Module) -> Tensor | None:
@@ -342,6 +349,24 @@ def following_calls(
     An error that the follower raises, such as `EndOfPassError`, ends the pass and propagates to its caller.
     """
     return _changed(model, call_follower=follower, bypassed=not quantized)
+
+
+def taken_weights(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Weights as calls take them before they are quantized, by the names of their quantizers.
+
+    Takes one pass in evaluation mode, which changes nothing in the network.
+    """
+    held = held_by(model)
+    names = {weight_key(name): name for name in held.state.weights}
+    found: dict[str, Tensor] = {}
+
+    def follow(key: str, value: Tensor) -> None:
+        if key in names:
+            found.setdefault(names[key], value.detach().clone())
+
+    with in_mode(model, training=False), following_values(model, follow):
+        model(*inputs)
+    return found
 
 
 def only(model: nn.Module, keys: Collection[str]) -> AbstractContextManager[None]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from cctool.base.networks import in_mode, qualified
 from cctool.graph.execution import Event, execute, tensors_in
 from cctool.graph.trace import ARGUMENTS, argument, tensor_names
+from cctool.quantization.network.kernels import Kernel, fed_by, same, whole_parameter
 
 COMPUTING = frozenset(
     [*(f"conv{n}d" for n in (1, 2, 3)), *(f"conv_transpose{n}d" for n in (1, 2, 3)), "linear"]
@@ -52,9 +55,12 @@ class FlowCall:
         module_type: class name of the module.
         sources: numbers of the calls that made its tensor arguments, in order; `INPUT` for the network's
             input.
-        weight: of computing calls, the qualified name of the weight; if that is computed, the name that it
-            has in the module.
+        weight: of computing calls, the qualified name of the parameter that is the weight, perhaps in
+            another shape; of a weight that is none, the name of its `Kernel`.
         weight_shape: of that weight.
+        kernel: of computing calls whose weight is no parameter.
+        bias: of computing calls whose bias is neither a parameter nor a buffer.
+        kernel_sources: numbers of the calls that made its weight and its bias, of computing calls.
         tensors: qualified names of all parameters and buffers, by argument name.
         shape: of its result, including the batch; () unless that is one floating-point tensor.
         settings: arguments that are not tensors, by name if it is known.
@@ -62,6 +68,7 @@ class FlowCall:
         lost: whether it changed its argument in place and the network continues with that argument, so that
             what it returned is not what others use.
         constant: whether no argument depends on the network's input.
+        varies: of computing calls, why the values of the weight cannot be known in advance; "" if they can.
     """
 
     place: CallSite
@@ -69,30 +76,48 @@ class FlowCall:
     sources: tuple[int, ...]
     weight: str | None = None
     weight_shape: tuple[int, ...] = ()
+    kernel: Kernel | None = None
+    bias: Kernel | None = None
+    kernel_sources: tuple[int, ...] = ()
     tensors: Mapping[str, str] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     users: list[int] = field(default_factory=list)
     lost: bool = False
     constant: bool = False
+    varies: str = ""
 
 
 @dataclass(frozen=True)
 class Flow:
-    """The calls of one pass in order, and the numbers of those whose results the network returns."""
+    """The calls of one pass.
+
+    Attributes:
+        calls: in order.
+        outputs: numbers of those whose results the network returns.
+        input_users: numbers of those that take the network's input.
+        elsewhere: places of layers that this pass left out and that another input reached.
+    """
 
     calls: tuple[FlowCall, ...]
     outputs: tuple[int, ...]
     input_users: tuple[int, ...]
+    elsewhere: tuple[CallSite, ...] = ()
 
     def at(self, place: CallSite) -> FlowCall:
         """The call at a place."""
         return {call.place: call for call in self.calls}[place]
 
+    @property
+    def kernels(self) -> dict[str, Kernel]:
+        """Weights that are no parameters, by name."""
+        return {call.kernel.name: call.kernel for call in self.calls if call.kernel is not None}
+
 
 class _Recorder:
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         self.names = tensor_names(model)
+        self.parameters = dict(model.named_parameters())
         self.types = {name: type(module).__name__ for name, module in model.named_modules()}
         self.calls: list[FlowCall] = []
         self.made: dict[int, int] = {id(tensor): INPUT for tensor in inputs}
@@ -100,6 +125,9 @@ class _Recorder:
         self.input_users: list[int] = []
         self.counts: Counter[tuple[str, str]] = Counter()
         self.alive: list[Any] = list(inputs)
+        # For each call, whether the values of its result may depend on the network's input.
+        self.fed: list[bool] = []
+        self.kernels: dict[int, Kernel] = {}
 
     def substitute(
         self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -143,12 +171,9 @@ class _Recorder:
             settings=_settings(event),
             constant=all(source != INPUT and self.calls[source].constant for source in sources),
         )
+        self.fed.append(any(number == INPUT or self.fed[number] for number in self._numbers(fed_by(event))))
         if event.name in COMPUTING:
-            weight = argument(event, "weight")
-            if isinstance(weight, Tensor):
-                own = f"{event.module}.weight" if event.module else "weight"
-                call.weight = self.names.get(id(weight), own)
-                call.weight_shape = tuple(weight.shape)
+            self._take(call, argument(event, "weight"), argument(event, "bias"))
         self.calls.append(call)
         # Once each, even if a call takes the same tensor twice.
         for source in dict.fromkeys(sources):
@@ -156,6 +181,63 @@ class _Recorder:
         for tensor in results:
             if id(tensor) not in self.names:
                 self.made[id(tensor)] = number
+
+    def _numbers(self, tensors: Sequence[Tensor]) -> list[int]:
+        """Numbers of the calls that made these tensors."""
+        found = []
+        for tensor in tensors:
+            number = self.stale.get(id(tensor), len(self.calls))
+            # What is being written to in place was made before.
+            found.append(number if number < len(self.calls) else self.made.get(id(tensor)))
+        return [number for number in found if number is not None]
+
+    def _take(self, call: FlowCall, weight: Any, bias: Any) -> None:
+        """Record the weight and the bias of a computing call."""
+        made = [tensor for tensor in (weight, bias) if isinstance(tensor, Tensor)]
+        call.kernel_sources = tuple(self._numbers(made))
+        if isinstance(bias, Tensor) and id(bias) not in self.names:
+            call.bias = self._kernel(call.place, "bias", bias)
+        if not isinstance(weight, Tensor):
+            return
+        call.weight_shape = tuple(weight.shape)
+        name = self.names.get(id(weight))
+        if name not in self.parameters:
+            # In a transposed convolution channels lie along the second dimension, which a view may move.
+            name = None if "transpose" in call.place.function else whole_parameter(weight, self.parameters)
+        if name is None:
+            call.kernel = self._kernel(call.place, "weight", weight)
+        call.weight = name if call.kernel is None else call.kernel.name
+
+    def _kernel(self, place: CallSite, slot: str, tensor: Tensor) -> Kernel:
+        """What is known of a weight or bias that is no parameter; the same for all calls that take it."""
+        if id(tensor) not in self.kernels:
+            known = self.names.get(id(tensor))
+            numbers = self._numbers([tensor])
+            made_of = (known,) if known is not None else self._made_of(numbers)
+            own = qualified(place.module, slot)
+            parameter = self.parameters.get(own)
+            plain = parameter is not None and parameter.shape == tensor.shape and own in made_of
+            self.kernels[id(tensor)] = Kernel(
+                name=known or qualified(place.module, f"{place.key}:{slot}"),
+                value=tensor.detach().clone(),
+                made_of=made_of,
+                own=own if plain else None,
+                fed=any(number == INPUT or self.fed[number] for number in numbers),
+            )
+        return self.kernels[id(tensor)]
+
+    def _made_of(self, numbers: Sequence[int]) -> tuple[str, ...]:
+        """Names of the tensors that calls computed their results from, up to other layers."""
+        found: dict[str, None] = {}
+        seen, left = set(numbers), [number for number in numbers if number != INPUT]
+        while left:
+            call = self.calls[left.pop()]
+            if call.weight is None:
+                found |= dict.fromkeys(call.tensors.values())
+                more = [number for number in call.sources if number != INPUT and number not in seen]
+                seen.update(more)
+                left += more
+        return tuple(found)
 
     def _tensors(self, event: Event) -> dict[str, str]:
         found = {}
@@ -167,9 +249,53 @@ class _Recorder:
 
 
 def flow_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Flow:
-    """Record one pass of a network without quantizers and codecs, in evaluation mode; it is not changed."""
+    """Record one pass of a network without quantizers and codecs, in evaluation mode; it is not changed.
+
+    A second pass, with other inputs, shows which layers take the same weight whatever comes in.
+    """
+    flow = _recorded(model, inputs)
+    generator = torch.Generator().manual_seed(1)
+    others = tuple(
+        torch.randn(tensor.shape, generator=generator).to(tensor) if tensor.is_floating_point() else tensor
+        for tensor in inputs
+    )
+    with in_mode(model, training=False):
+        if flow.kernels:
+            # Random numbers and buffers go on from here: they may change weights, too.
+            model(*others)
+        second = {call.place: call for call in _recorded(model, others).calls if call.weight is not None}
+    for call in flow.calls:
+        if call.weight is not None:
+            call.varies = _varies(call, second.pop(call.place, call))
+    return replace(flow, elsewhere=tuple(second))
+
+
+def _varies(call: FlowCall, second: FlowCall) -> str:
+    """Why the weight of a layer is not fixed, given the same call in another pass; "" if it is."""
+    kernels = call.kernel, second.kernel
+    if any(kernel is not None and kernel.fed for kernel in kernels):
+        return "its weight is computed from the network's input"
+    if call.weight != second.weight:
+        return "which weight it takes depends on the network's input"
+    if call.kernel is None or second.kernel is None:
+        return ""
+    value = call.kernel.value
+    if not same(value, second.kernel.value):
+        return "its weight differs from pass to pass"
+    if not value.is_floating_point():
+        return f"its weight is computed as {str(value.dtype).removeprefix('torch.')}"
+    return "" if bool(torch.isfinite(value).all()) else "its computed weight is not finite"
+
+
+def training_shapes(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[CallSite, tuple[int, ...]]:
+    """Shapes of the weights that calls take in training mode, by place; the network is not changed."""
+    calls = _recorded(model, inputs, training=True).calls
+    return {call.place: call.weight_shape for call in calls if call.weight is not None}
+
+
+def _recorded(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bool = False) -> Flow:
     recorder = _Recorder(model, inputs)
-    output = execute(model, inputs, [recorder.record], substitute=recorder.substitute)
+    output = execute(model, inputs, [recorder.record], training, recorder.substitute)
     outputs = []
     for tensor in tensors_in(output):
         stale = recorder.stale.get(id(tensor))

@@ -8,11 +8,12 @@ weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from cctool.quantization.network.calls import COMPUTING, INPUT, CallSite, Flow, FlowCall
+from cctool.quantization.network.kernels import Kernel
 
 Way = Literal["all", "inputs", "clips", "none"]
 Slot = Literal["input", "output"]
@@ -49,12 +50,15 @@ class PlacedLayer:
 
     Attributes:
         place: of the call.
-        weight: qualified name of its weight.
+        weight: name of its weight, see `FlowCall`.
         shape: of that weight.
         axis: dim of the weight's output channels; None if they do not lie along one.
         norm: name of the module whose batch norm is the only user of its result; None without.
         first: whether the network's input reaches it without passing another layer.
         last: whether its result reaches the network's output without passing another layer.
+        kernel: of a weight that is no parameter.
+        varies: why its weight is not fixed, see `FlowCall`.
+        at_call: whether what the call takes is rounded; else the parameters that it is made of are.
     """
 
     place: CallSite
@@ -64,6 +68,9 @@ class PlacedLayer:
     norm: str | None
     first: bool
     last: bool
+    kernel: Kernel | None = None
+    varies: str = ""
+    at_call: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,20 @@ def plan_points(flow: Flow, way: Way) -> Points:
     return Points(layers, kept, tuple(left))
 
 
+def stored_alone(points: Points) -> Points:
+    """The same layers if nothing but stored parameters is rounded.
+
+    A layer whose weight is computed from a parameter that has its shape and bears its name stands for that.
+    """
+
+    def stored(layer: PlacedLayer) -> PlacedLayer:
+        if layer.kernel is None:
+            return replace(layer, varies="")
+        return replace(layer, weight=layer.kernel.own or layer.weight, varies="", at_call=False)
+
+    return replace(points, layers=tuple(map(stored, points.layers)))
+
+
 class _Placement:
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
@@ -125,6 +146,28 @@ class _Placement:
         self._before = self._reaching(range(len(self.calls)), lambda call: call.sources)
         backwards = range(len(self.calls) - 1, -1, -1)
         self._after = self._reaching(backwards, lambda call: call.users)
+        self._for_kernels = self._making_kernels(backwards)
+
+    def _making_kernels(self, backwards: Collection[int]) -> list[bool]:
+        """For each call whether its result is used for weights and biases of layers alone.
+
+        What a layer makes, and what it takes in, are activations all the same.
+        """
+        found = [False] * len(self.calls)
+        for number in backwards:
+            users = self.calls[number].users
+            found[number] = (
+                bool(users)
+                and number not in self.flow.outputs
+                and all(self._for_kernel(number, user, found) for user in users)
+            )
+        return found
+
+    def _for_kernel(self, number: int, user: int, found: Sequence[bool]) -> bool:
+        call = self.calls[user]
+        if self._is_layer(call):
+            return number in call.kernel_sources and call.sources.count(number) == 1
+        return found[user]
 
     def _reaching(
         self, order: Collection[int], neighbours: Callable[[FlowCall], Collection[int]]
@@ -154,6 +197,8 @@ class _Placement:
                 norm=self._norm(number),
                 first=not self._before[number],
                 last=not self._after[number],
+                kernel=call.kernel,
+                varies=call.varies,
             )
 
     def _norm(self, number: int) -> str | None:
@@ -189,7 +234,7 @@ class _Placement:
 
     def _wanted(self, number: int) -> bool:
         """Whether an integer kernel makes a result, or takes it, possibly after it was moved around."""
-        if number != INPUT and self.calls[number].place.function in _MOVES:
+        if number != INPUT and (self.calls[number].place.function in _MOVES or self._for_kernels[number]):
             return False
         takers = list(self._takers(number))
         if any(taker.place.function in _INTEGER for taker in takers):
@@ -246,6 +291,7 @@ class _Placement:
             replace(self._made(number), edge=False)
             for number, call in enumerate(self.calls)
             if call.place.function in CLIPS and call.shape and not call.constant and _from_zero(call)
+            if not self._for_kernels[number]
         ]
         edges = [
             Activation(call.place, "input", (call.place,), edge=True)

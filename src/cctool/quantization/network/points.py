@@ -23,18 +23,21 @@ class WeightPoint(Brief):
         channels: number of slices with separate scales; None with one scale.
         norm: module whose batch norm follows: with one scale for the tensor, the weight is quantized as if
             this were folded into it.
+        made_of: parameters and buffers that the weight is computed from, if it is no parameter itself.
     """
 
     config: QuantizerConfig
     channels: Annotated[int, Field(ge=0, le=_MAX_CHANNELS, strict=True)] | None = None
     norm: _Name | None = None
+    made_of: tuple[_Name, ...] = Field(default=(), max_length=1000)
 
 
 class CallPoint(Brief):
     """What is quantized at one call.
 
     Attributes:
-        weight: qualified name of the weight whose quantizer is used; None if it is not quantized.
+        weight: name of the weight whose quantizer is used: that of a parameter, or of a `Kernel`; None if it
+            is not quantized.
         input: quantizer of its first argument.
         output: quantizer of its result.
     """
@@ -60,6 +63,8 @@ class Observing(Brief):
 
 class Quantize(Brief, Edit):
     """Quantizers of one module: of its weights by their names in it, of its calls by `CallSite.key`.
+
+    A weight that is computed is named after the call that takes it, as in ``conv2d#0:weight``.
 
     Attributes:
         fingerprint: of the weights that the activations' ranges were calibrated for; "" if none were.

@@ -134,12 +134,16 @@ def _chosen(
     """The layer if its rounding can be learned, or why not; None if it is not quantized."""
     point = held.state.calls.get(layer.place)
     quantizer = held.quantizer(weight_key(layer.weight))
+    if layer.kernel is not None:
+        return Left(layer.place.title, "its weight is computed")
     if point is None or point.weight is None or quantizer is None:
         return None
     call = flow.at(layer.place)
     uses = Counter(name for other in flow.calls for name in other.tensors.values())
     if call.tensors.get("weight") != layer.weight or layer.weight not in dict(model.named_parameters()):
         return Left(layer.place.title, "its weight is computed")
+    if call.bias is not None:
+        return Left(layer.place.title, "its bias is computed")
     if uses[layer.weight] > 1:
         return Left(layer.place.title, f"{layer.weight} is used {uses[layer.weight]} times")
     if quantizer.grid() is None or quantizer.config.method not in _GRIDS:

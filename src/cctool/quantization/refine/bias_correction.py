@@ -85,7 +85,8 @@ def correct_biases(
     reporter = reporter or Silent()
     held = quantizers_of(model)
     places = held.state.calls if held is not None else {}
-    layers = [layer for layer in plan_points(flow, "none").layers if layer.place in places]
+    placed = plan_points(flow, "none").layers
+    layers = [layer for layer in placed if layer.place in places]
     # All floating-point means are measured before the first correction changes the model.
     reference = reference if reference is not None else model
     with in_eval_mode(model), in_eval_mode(reference):
@@ -104,8 +105,13 @@ def correct_biases(
             corrected.append(
                 CorrectedLayer(layer.place.title, into, _size(error), _size(expected[layer.place]))
             )
-    skipped = tuple(found for found in targets.values() if isinstance(found, Left))
-    return BiasReport(tuple(corrected), skipped, seen)
+    skipped = [found for found in targets.values() if isinstance(found, Left)]
+    skipped += [
+        Left(layer.place.title, "its weight is computed, and not rounded where it is called")
+        for layer in placed
+        if layer.kernel is not None and layer.place not in places
+    ]
+    return BiasReport(tuple(corrected), tuple(skipped), seen)
 
 
 def channel_dim(place: CallSite, dims: int) -> int:

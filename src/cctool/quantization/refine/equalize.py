@@ -151,6 +151,8 @@ class _Finder:
             if user is None:
                 return None
             follower = self.flow.calls[user]
+            if follower.place.function in COMPUTING and (follower.kernel or follower.bias):
+                raise _NoPairError(f"the weight or the bias of {follower.place.title} is computed")
             if len(follower.sources) != 1:
                 raise _NoPairError(f"its result goes into {follower.place.function} with another")
             if follower.place.function in COMPUTING:
