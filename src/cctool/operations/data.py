@@ -47,16 +47,12 @@ def given_of_data(context: Context, *more: str) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in (*more, *_OF_DATA) if name in context.given]
 
 
-def refuse_other_splits(split: str, context: Context) -> None:
-    """Refuse data for a split that a command does not look at, which measures ``split`` alone.
-
-    Raises:
-        UsageError: naming the option.
-    """
+def say_other_splits(split: str, context: Context) -> None:
+    """Say which data are for a split that a command does not look at, which measures ``split`` alone."""
     for keyword, replaced in (("val_data", "validation"), ("test_data", "test")):
         if keyword in context.given and split != replaced:
             flag = f"--{keyword.replace('_', '-')}"
-            raise UsageError(f"{flag} replaces the {replaced} split, and {split} is measured (--split)")
+            context.say_once(f"{flag} changes nothing: it is the {replaced} split, and {split} is measured")
 
 
 def open_source(

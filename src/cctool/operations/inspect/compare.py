@@ -17,7 +17,7 @@ from cctool.checkpoint.spec import Metrics
 from cctool.data.records import DataSource
 from cctool.formats.onnx.network import OnnxNetwork
 from cctool.operations.context import Context
-from cctool.operations.data import can_measure, measured, open_source, refuse_other_splits
+from cctool.operations.data import can_measure, measured, open_source, say_other_splits
 from cctool.operations.judge.size import Footprint, footprint, measure
 from cctool.operations.judge.task import judge_of
 from cctool.options.inspect.compare import CompareOptions
@@ -128,7 +128,7 @@ def _measured(
     task = judge.task
     source = open_source(options.data, checkpoint, context)
     split = options.split.value
-    refuse_other_splits(split, context)
+    say_other_splits(split, context)
     if source is not None and can_measure(checkpoint, source, (split,), context):
         gathered = _Gathered(task)
         metrics = measured(checkpoint, source, options.data, context, split=split, also=gathered.add)

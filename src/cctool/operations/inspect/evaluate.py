@@ -15,7 +15,7 @@ from cctool.checkpoint.spec import Metrics
 from cctool.data.records import SPLITS, DataSource
 from cctool.data.serving.batches import Batch
 from cctool.operations.context import Context, ShownTables, header, refuse_existing
-from cctool.operations.data import has_targets, refuse_other_splits, require_source, serve, warn_of_no_numbers
+from cctool.operations.data import has_targets, require_source, say_other_splits, serve, warn_of_no_numbers
 from cctool.operations.inspect.classes import (
     ClassCounts,
     ClassFigures,
@@ -137,7 +137,7 @@ def run(checkpoint: Checkpoint, options: EvaluateOptions, context: Context) -> E
     source = require_source(options.data, checkpoint, context, "evaluate")
     warn_of_stale(checkpoint, context.reporter)
     split = _split(source, options.split, context)
-    refuse_other_splits(split, context)
+    say_other_splits(split, context)
     counts = ClassCounts(task, split, options) if options.asks_for_classes else None
     has_labels = not judge.needs_targets or has_targets(source.split(split))
     if options.predictions is None and not options.asks_for_taps:
