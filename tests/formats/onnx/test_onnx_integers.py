@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,12 @@ def test_a_weight_that_two_layers_take_is_stored_once() -> None:
     )
     assert np.array_equal(result(made, images()), before)
     assert {"shared", "shared_1"} <= {node.name for node in made.graph.node}
+
+
+def test_weights_of_equal_values_are_all_found() -> None:
+    w = weight("conv.weight", (5, 3, 3, 3))
+    made = convolution(w, np.zeros(5, np.float32))
+    assert with_integers(made, [w, replace(w, name="twin.weight")], packed=False).missing == ()
 
 
 def test_what_is_not_in_the_graph_is_told() -> None:

@@ -64,6 +64,12 @@ def with_integers(document: Any, weights: Sequence[IntegerWeight], *, packed: bo
     return Placed(missing, tuple(weighing.changed))
 
 
+def _values_of(weight: IntegerWeight) -> tuple[tuple[int, ...], bytes]:
+    """Shape and bytes of a weight, by which a constant is recognised."""
+    values = weight.values().numpy()
+    return values.shape, values.tobytes()
+
+
 class _Weights:
     def __init__(self, graph: OnnxGraph, weights: Sequence[IntegerWeight], *, packed: bool) -> None:
         self.graph, self.weights, self.packed = graph, weights, packed
@@ -77,15 +83,16 @@ class _Weights:
                 if name in constants and node.op_type != "Constant":
                     self._replace(node, position, *constants[name])
         self.graph.index()
-        found = {weight.name for weight, _ in constants.values()}
-        return tuple(dict.fromkeys(w.name for w in self.weights if w.name not in found))
+        # Weights of equal values, such as zeros, are one constant to the graph.
+        found = {_values_of(weight) for weight, _ in constants.values()}
+        return tuple(dict.fromkeys(w.name for w in self.weights if _values_of(w) not in found))
 
     def _matched(self) -> dict[str, tuple[IntegerWeight, bool]]:
         """Float constants that are weights, by their name in the graph; whether each is transposed there."""
         known: dict[tuple[tuple[int, ...], bytes], tuple[IntegerWeight, bool]] = {}
         for weight in self.weights:
             values = weight.values().numpy()
-            known[values.shape, values.tobytes()] = weight, False
+            known[_values_of(weight)] = weight, False
             if values.ndim == 2:
                 known.setdefault((values.T.shape, values.T.tobytes()), (weight, True))
         found = {}
