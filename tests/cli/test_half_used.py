@@ -252,14 +252,40 @@ def test_patterns_of_masks_that_change_nothing_are_said() -> None:
     [
         ("train", ("--milestones", "1", "--milestones", "2")),
         ("train", ("--mean", "0.5", "--mean", "0.4")),
+        ("train", ("--lr", "0.5", "--lr", "0.5")),
+        ("train", ("-o", "b.pt", "--output", "b.pt")),
         ("quantize", ("--choices", "2,4", "--choices", "8")),
         ("prune", ("--target", "macs=0.5", "--target", "params=0.5")),
+        ("prune", ("--rate", "0.2", "--rate", "0.4")),
+        ("prune", ("--method=l1", "--method", "l2")),
+        ("transform", ("--quality", "20", "--quality", "80")),
+        ("evaluate", ("--split", "test", "--split=val")),
+        ("export", ("--format", "onnx", "--format", "pt2")),
+        ("analyze", ("--json", "--json")),
+        ("decode", ("-o", "b", "-o", "c")),
+        ("compare", ("--latency", "--latency")),
     ],
 )
-def test_a_list_or_a_quantity_is_given_once(verb: str, option: tuple[str, ...]) -> None:
-    assert f"{option[0]}: given 2 times ({option[1]} and {option[3]})" in refused(
-        verb, "a.pt", *NAMED, *option
-    )
+def test_an_option_of_one_value_is_given_once(verb: str, option: tuple[str, ...]) -> None:
+    named = () if verb in ("compare", "decode") else NAMED
+    said = refused(verb, "a.pt", *named, *option)
+    flag = {"-o": "--output"}.get(option[0], option[0].partition("=")[0])
+    assert said == f"error: {flag}: given 2 times; once is allowed"
+
+
+def test_every_option_that_is_given_too_often_is_named() -> None:
+    said = refused("train", *NAMED, "--lr", "1", "--augment", "--lr", "2", "--no-augment", "--lr", "3")
+    assert "--lr: given 3 times; once is allowed" in said
+    assert "--augment/--no-augment: given 2 times; once is allowed" in said
+
+
+def test_lists_of_what_there_is_take_each_option_once() -> None:
+    result = CliRunner().invoke(app, ["models", "--json", "--json"])
+    assert (result.exit_code, result.stderr) == (2, "error: --json: given 2 times; once is allowed\n")
+
+
+def test_help_may_be_asked_for_twice() -> None:
+    assert CliRunner().invoke(app, ["prune", "--rate", "1", "--rate", "2", "--help", "--help"]).exit_code == 0
 
 
 # -- training ----------------------------------------------------------------------------------------------
