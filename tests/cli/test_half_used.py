@@ -104,6 +104,53 @@ def test_a_table_of_steps_is_used_as_a_whole(name: str, text: str, message: str)
     assert message in refused(*CODED, "--q-table", name)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("--levels", "2"), "--levels 2: dct has none; wavelets do"),
+        (("--kernel", "dwt", "--block", "4"), "--block 4: dwt has no blocks"),
+        (("--kernel", "db2", "--block", "8"), "--block 8: db2 has no blocks"),
+        (("--kernel", "klt", "--levels", "3"), "--levels 3: klt has none"),
+        (("--kernel", "identity", "--channel-klt", "--levels", "2"), "--levels 2: identity has none"),
+        (("--kernel", "identity", "--channel-klt", "--block", "4"), "--block 4: identity has no blocks"),
+        (("--preset", "feature-compression-dwt", "--block", "8"), "--block 8: dwt has no blocks"),
+        (("--kernel", "identity", "--sweep", "quality"), "--kernel identity has none"),
+        (("--zero-bar",), "--zero-bar is for --histograms"),
+    ],
+)
+def test_options_that_a_kernel_of_maps_has_no_use_for_are_refused(
+    line: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(*CODED, *line, "-o", "b.pt")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("--kernel", "dwt", "--levels", "2"),
+        ("--kernel", "klt", "--block", "4"),
+        ("--preset", "feature-compression-dwt"),
+    ],
+)
+def test_options_that_a_kernel_of_maps_uses_are_taken(line: tuple[str, ...]) -> None:
+    said(*CODED, *line, "-o", "b.pt")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("transform", "--target", "features", "--taps", "act1"),
+        ("quantize", "--method", "int8"),
+        ("quantize", "--method", "qat", "--epochs", "1"),
+    ],
+)
+def test_more_images_than_there_are_is_said(line: tuple[str, ...]) -> None:
+    line = (line[0], "a.pt", *NAMED, *line[1:], *DATA, "-o", "b.pt", "--force")
+    assert "--calibration 9,999: 32 are there" in said(*line, "--calibration", "9999").splitlines()
+    assert "are there" not in said(*line)
+    assert "are there" not in said(*line, "--calibration", "32")
+
+
 DEFAULTS = ['{"act2": [2.0], "*": [3.0]}', '{"act1": [2.0], "act2": [1.0], "*": [3.0]}', "[2.0]"]
 
 
