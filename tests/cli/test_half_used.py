@@ -151,6 +151,56 @@ def test_more_images_than_there_are_is_said(line: tuple[str, ...]) -> None:
     assert "are there" not in said(*line, "--calibration", "32")
 
 
+NUMBERED = ("transform", "n.pt", "--target", "features", "--taps", "0", "--taps", "2", *DATA)
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network whose modules have numbers for names."""
+    folder = tmp_path_factory.mktemp("numbered")
+    (folder / "seq.py").write_text(
+        "from torch import nn\n\ndef make(num_classes=10, in_channels=1):\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(),\n"
+        "                         nn.Flatten(), nn.LazyLinear(num_classes))\n".replace(
+            "nn.Flatten(), nn.LazyLinear(num_classes)",
+            "nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, num_classes)",
+        )
+    )
+    line = ("train", "--arch", f"{folder}/seq.py:make", *DATA, "--epochs", "0", "-o", f"{folder}/n.pt")
+    assert CliRunner().invoke(app, [*line, "--device", "cpu"]).exit_code == 0
+    return folder
+
+
+def tables_of_steps(text: str, numbered: Path, *more: str) -> list[list[float]]:
+    """The steps that a CSV file gives to the taps 0 and 2."""
+    Path("t.csv").write_text(text)
+    for name in ("n.pt", "seq.py"):
+        Path(name).write_bytes((numbered / name).read_bytes())
+    line = (*NUMBERED, "--arch", "seq.py:make", "--q-table", "t.csv", "-o", "b.pt", "--force")
+    said(*line, *more)
+    taps = [edit for edit in opened("b.pt").spec.model_dump()["edits"] if edit["kind"] == "tap"]
+    return [list(edit["codec"]["table"]) for edit in taps]
+
+
+def test_a_number_names_a_tap(numbered: Path) -> None:
+    assert tables_of_steps("0,3.0\n2,4.0\n", numbered) == [[3.0], [4.0]]
+    assert tables_of_steps("tap,steps\n0,3.0\n2,4.0\n", numbered) == [[3.0], [4.0]]
+    # A step is positive, so no table begins with 0; and no tap is named 0.5, or has two tables.
+    assert tables_of_steps("0,3.0\n2,4.0\n", numbered, "--block", "2") == [[3.0], [4.0]]
+    assert tables_of_steps("0.5,3.0\n2,4.0\n", numbered, "--block", "2") == [[0.5, 3.0, 2.0, 4.0]] * 2
+    assert tables_of_steps("2,3.0\n2,4.0\n", numbered, "--block", "2") == [[2.0, 3.0, 2.0, 4.0]] * 2
+    wavelet = ("--kernel", "dwt", "--levels", "1", "--no-mean-shift")
+    assert tables_of_steps("tap,steps\n2,3.0\n*,5.0,6.0", numbered, *wavelet) == [[5.0, 6.0], [3.0]]
+    Path("t.csv").write_text("2,3.0\n")
+    message = refused(*NUMBERED, "--arch", "seq.py:make", "--q-table", "t.csv", *wavelet)
+    assert "2 is a tap, and may be a step, too: a first line tap,steps says" in message
+
+
+def test_an_argument_that_a_file_was_built_without_is_named() -> None:
+    message = refused("evaluate", "a.pt", *NAMED, *DATA, "--arg", "kind=3")
+    assert "a.pt was built without kind, --arg says 3: leave it out" in message
+
+
 DEFAULTS = ['{"act2": [2.0], "*": [3.0]}', '{"act1": [2.0], "act2": [1.0], "*": [3.0]}', "[2.0]"]
 
 

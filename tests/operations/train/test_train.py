@@ -208,7 +208,7 @@ def test_resume_finds_the_run_folder_beside_a_product(tmp_path: Path) -> None:
     ("changed", "message"),
     [
         ({"lr": 0.1}, "lr was 0.05, now 0.1"),
-        ({"momentum": 0.8}, "momentum was None, now 0.8"),
+        ({"momentum": 0.8}, "momentum was not given, now 0.8"),
         ({"augment": False}, "augment was True, now False"),
         ({"epochs": 6}, "epochs was 4, now 6"),
     ],

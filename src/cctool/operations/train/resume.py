@@ -79,7 +79,7 @@ def refuse_other_options(earlier: Step, verb: str, now: Mapping[str, JsonValue],
     if then_flat.get("fit.schedule") in _LENGTH_FREE:
         free.add("fit.epochs")
     different = [
-        f"{name.rpartition('.')[2]} was {then_flat.get(name)}, now {now_flat.get(name)}"
+        f"{name.rpartition('.')[2]} was {_shown(then_flat.get(name))}, now {_shown(now_flat.get(name))}"
         for name in sorted(then_flat.keys() | now_flat.keys())
         if name not in free and _given(then_flat.get(name)) != _given(now_flat.get(name))
     ]
@@ -120,6 +120,10 @@ def starts_afresh(history: Sequence[Step]) -> bool:
         step.verb == "transform" and flat(step.options).get("weights.mode") == Mode.BASIS.value
         for step in since
     )
+
+
+def _shown(value: Any) -> str:
+    return "not given" if _given(value) is None else str(value)
 
 
 def _given(value: Any) -> Any:

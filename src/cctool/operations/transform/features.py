@@ -45,6 +45,7 @@ from cctool.transforms.codec.sites import Site, find_sites
 from cctool.transforms.codec.steps import (
     StepTable,
     TableChoice,
+    allowed_lengths,
     check_table,
     default_table,
     preset_tables,
@@ -229,7 +230,8 @@ def _tables(options: TransformOptions, taps: Sequence[str]) -> TableChoice:
     default = TableChoice(default_table(kernel, features.block, features.levels, features.bits))
     if features.q_table is None:
         return preset_tables(options.preset, features.block, features.levels) or default
-    found = read_tables(features.q_table)
+    lengths = allowed_lengths(kernel, features.block, features.levels)
+    found = read_tables(features.q_table, taps, lengths)
     for pattern, steps in found.items():
         who = f"--q-table {features.q_table}: {pattern}"
         check_table(steps, kernel, features.block, features.levels, who)
