@@ -104,6 +104,103 @@ def test_a_table_of_steps_is_used_as_a_whole(name: str, text: str, message: str)
     assert message in refused(*CODED, "--q-table", name)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("--levels", "2"), "--levels 2: dct has none; wavelets do"),
+        (("--kernel", "dwt", "--block", "4"), "--block 4: dwt has no blocks"),
+        (("--kernel", "db2", "--block", "8"), "--block 8: db2 has no blocks"),
+        (("--kernel", "klt", "--levels", "3"), "--levels 3: klt has none"),
+        (("--kernel", "identity", "--channel-klt", "--levels", "2"), "--levels 2: identity has none"),
+        (("--kernel", "identity", "--channel-klt", "--block", "4"), "--block 4: identity has no blocks"),
+        (("--preset", "feature-compression-dwt", "--block", "8"), "--block 8: dwt has no blocks"),
+        (("--kernel", "identity", "--sweep", "quality"), "--kernel identity has none"),
+        (("--zero-bar",), "--zero-bar is for --histograms"),
+    ],
+)
+def test_options_that_a_kernel_of_maps_has_no_use_for_are_refused(
+    line: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(*CODED, *line, "-o", "b.pt")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("--kernel", "dwt", "--levels", "2"),
+        ("--kernel", "klt", "--block", "4"),
+        ("--preset", "feature-compression-dwt"),
+    ],
+)
+def test_options_that_a_kernel_of_maps_uses_are_taken(line: tuple[str, ...]) -> None:
+    said(*CODED, *line, "-o", "b.pt")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("transform", "--target", "features", "--taps", "act1"),
+        ("quantize", "--method", "int8"),
+        ("quantize", "--method", "qat", "--epochs", "1"),
+    ],
+)
+def test_more_images_than_there_are_is_said(line: tuple[str, ...]) -> None:
+    line = (line[0], "a.pt", *NAMED, *line[1:], *DATA, "-o", "b.pt", "--force")
+    assert "--calibration 9,999: 32 are there" in said(*line, "--calibration", "9999").splitlines()
+    assert "are there" not in said(*line)
+    assert "are there" not in said(*line, "--calibration", "32")
+
+
+NUMBERED = ("transform", "n.pt", "--target", "features", "--taps", "0", "--taps", "2", *DATA)
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network whose modules have numbers for names."""
+    folder = tmp_path_factory.mktemp("numbered")
+    (folder / "seq.py").write_text(
+        "from torch import nn\n\ndef make(num_classes=10, in_channels=1):\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(),\n"
+        "                         nn.Flatten(), nn.LazyLinear(num_classes))\n".replace(
+            "nn.Flatten(), nn.LazyLinear(num_classes)",
+            "nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, num_classes)",
+        )
+    )
+    line = ("train", "--arch", f"{folder}/seq.py:make", *DATA, "--epochs", "0", "-o", f"{folder}/n.pt")
+    assert CliRunner().invoke(app, [*line, "--device", "cpu"]).exit_code == 0
+    return folder
+
+
+def tables_of_steps(text: str, numbered: Path, *more: str) -> list[list[float]]:
+    """The steps that a CSV file gives to the taps 0 and 2."""
+    Path("t.csv").write_text(text)
+    for name in ("n.pt", "seq.py"):
+        Path(name).write_bytes((numbered / name).read_bytes())
+    line = (*NUMBERED, "--arch", "seq.py:make", "--q-table", "t.csv", "-o", "b.pt", "--force")
+    said(*line, *more)
+    taps = [edit for edit in opened("b.pt").spec.model_dump()["edits"] if edit["kind"] == "tap"]
+    return [list(edit["codec"]["table"]) for edit in taps]
+
+
+def test_a_number_names_a_tap(numbered: Path) -> None:
+    assert tables_of_steps("0,3.0\n2,4.0\n", numbered) == [[3.0], [4.0]]
+    assert tables_of_steps("tap,steps\n0,3.0\n2,4.0\n", numbered) == [[3.0], [4.0]]
+    # A step is positive, so no table begins with 0; and no tap is named 0.5, or has two tables.
+    assert tables_of_steps("0,3.0\n2,4.0\n", numbered, "--block", "2") == [[3.0], [4.0]]
+    assert tables_of_steps("0.5,3.0\n2,4.0\n", numbered, "--block", "2") == [[0.5, 3.0, 2.0, 4.0]] * 2
+    assert tables_of_steps("2,3.0\n2,4.0\n", numbered, "--block", "2") == [[2.0, 3.0, 2.0, 4.0]] * 2
+    wavelet = ("--kernel", "dwt", "--levels", "1", "--no-mean-shift")
+    assert tables_of_steps("tap,steps\n2,3.0\n*,5.0,6.0", numbered, *wavelet) == [[5.0, 6.0], [3.0]]
+    Path("t.csv").write_text("2,3.0\n")
+    message = refused(*NUMBERED, "--arch", "seq.py:make", "--q-table", "t.csv", *wavelet)
+    assert "2 is a tap, and may be a step, too: a first line tap,steps says" in message
+
+
+def test_an_argument_that_a_file_was_built_without_is_named() -> None:
+    message = refused("evaluate", "a.pt", *NAMED, *DATA, "--arg", "kind=3")
+    assert "a.pt was built without kind, --arg says 3: leave it out" in message
+
+
 DEFAULTS = ['{"act2": [2.0], "*": [3.0]}', '{"act1": [2.0], "act2": [1.0], "*": [3.0]}', "[2.0]"]
 
 
@@ -252,14 +349,40 @@ def test_patterns_of_masks_that_change_nothing_are_said() -> None:
     [
         ("train", ("--milestones", "1", "--milestones", "2")),
         ("train", ("--mean", "0.5", "--mean", "0.4")),
+        ("train", ("--lr", "0.5", "--lr", "0.5")),
+        ("train", ("-o", "b.pt", "--output", "b.pt")),
         ("quantize", ("--choices", "2,4", "--choices", "8")),
         ("prune", ("--target", "macs=0.5", "--target", "params=0.5")),
+        ("prune", ("--rate", "0.2", "--rate", "0.4")),
+        ("prune", ("--method=l1", "--method", "l2")),
+        ("transform", ("--quality", "20", "--quality", "80")),
+        ("evaluate", ("--split", "test", "--split=val")),
+        ("export", ("--format", "onnx", "--format", "pt2")),
+        ("analyze", ("--json", "--json")),
+        ("decode", ("-o", "b", "-o", "c")),
+        ("compare", ("--latency", "--latency")),
     ],
 )
-def test_a_list_or_a_quantity_is_given_once(verb: str, option: tuple[str, ...]) -> None:
-    assert f"{option[0]}: given 2 times ({option[1]} and {option[3]})" in refused(
-        verb, "a.pt", *NAMED, *option
-    )
+def test_an_option_of_one_value_is_given_once(verb: str, option: tuple[str, ...]) -> None:
+    named = () if verb in ("compare", "decode") else NAMED
+    said = refused(verb, "a.pt", *named, *option)
+    flag = {"-o": "--output"}.get(option[0], option[0].partition("=")[0])
+    assert said == f"error: {flag}: given 2 times; once is allowed"
+
+
+def test_every_option_that_is_given_too_often_is_named() -> None:
+    said = refused("train", *NAMED, "--lr", "1", "--augment", "--lr", "2", "--no-augment", "--lr", "3")
+    assert "--lr: given 3 times; once is allowed" in said
+    assert "--augment/--no-augment: given 2 times; once is allowed" in said
+
+
+def test_lists_of_what_there_is_take_each_option_once() -> None:
+    result = CliRunner().invoke(app, ["models", "--json", "--json"])
+    assert (result.exit_code, result.stderr) == (2, "error: --json: given 2 times; once is allowed\n")
+
+
+def test_help_may_be_asked_for_twice() -> None:
+    assert CliRunner().invoke(app, ["prune", "--rate", "1", "--rate", "2", "--help", "--help"]).exit_code == 0
 
 
 # -- training ----------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_resume_refuses_another_option_that_is_given() -> None:
         "train", "--arch", "net.py:make_net", "--resume", "--device", "cpu", "-o", "a.pt", "--lr", "0.5"
     )
     assert result.exit_code == 1
-    assert "lr was None, now 0.5" in result.stderr
+    assert "lr was not given, now 0.5" in result.stderr
 
 
 def test_a_file_never_makes_code_run_that_was_not_named() -> None:

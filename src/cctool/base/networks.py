@@ -29,6 +29,16 @@ def float_type_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
+def nonfinite(model: nn.Module) -> tuple[str, int] | None:
+    """Name of the first tensor with NaN or infinite values, and their number; None if all are finite."""
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                return name, bad
+    return None
+
+
 def qualified(module: str, name: str) -> str:
     """Name in a network of a tensor or module within one of its modules, "" being the network itself.
 

@@ -46,7 +46,7 @@ class Invocation:
     def parsed(cls, verb: Verb, context: typer.Context, inputs: Any, values: Mapping[str, Any]) -> Invocation:
         """Make a call of what Typer parsed; ``values`` are by keyword, defaults included."""
         found = {name: value for name, value in values.items() if _is_given(context, name)}
-        given = verb.read(_single(verb, found))
+        given = verb.read(found)
         frame = verb.frame_of(given)
         talk = frame.talk
         console = Console(quiet=talk.quiet, as_json=talk.as_json, debug=talk.debug)
@@ -132,20 +132,6 @@ class Invocation:
         module, _, name = self.verb.carried_out.partition(":")
         operation: Callable[..., Any] = getattr(import_module(f"cctool.operations.{module}"), name)
         return operation
-
-
-def _single(verb: Verb, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by keyword; those with a value that is a list or a quantity are given once.
-
-    Raises:
-        UsageError: naming the option and what was given for it.
-    """
-    once = {leaf.keyword: leaf for leaf in verb.offered if leaf.spec.parse and not leaf.spec.repeated}
-    for name in once.keys() & given.keys():
-        if len(given[name]) > 1:
-            values = " and ".join(given[name])
-            raise UsageError(f"{once[name].flag}: given {len(given[name])} times ({values}); once is allowed")
-    return {name: value[0] if name in once else value for name, value in given.items()}
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -24,6 +24,7 @@ from cctool.cli.commands.quantize import quantize
 from cctool.cli.commands.train import train
 from cctool.cli.commands.transform import transform
 from cctool.cli.frame import Invocation, Terminated, guarded
+from cctool.cli.once import OnceCommand
 from cctool.cli.signature import command
 from cctool.options.verbs import VERBS
 
@@ -52,9 +53,11 @@ def program(only: str | None = None) -> typer.Typer:
     made.callback(help=_HELP)(_program)
     for carry_out in _VERBS:
         needed = only in (None, carry_out.__name__)
-        made.command()(command(VERBS[carry_out.__name__], carry_out) if needed else _named_only(carry_out))
+        made.command(cls=OnceCommand)(
+            command(VERBS[carry_out.__name__], carry_out) if needed else _named_only(carry_out)
+        )
     for plain in _LISTS:
-        made.command()(guarded(plain))
+        made.command(cls=OnceCommand)(guarded(plain))
     return made
 
 

@@ -78,11 +78,8 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 def _kind(leaf: Leaf) -> Any:
     if leaf.spec.repeated:
         return list[str]
-    if leaf.spec.parse is not None:
-        # A list, so that a second one is noticed: click would keep the last.
-        return list[str]
     # Words of an enum are checked where they are read, in the words of the other errors.
-    return str if leaf.enum is not None else leaf.kinds[0]
+    return str if leaf.spec.parse is not None or leaf.enum is not None else leaf.kinds[0]
 
 
 def _default(leaf: Leaf) -> Any:
@@ -92,5 +89,5 @@ def _default(leaf: Leaf) -> Any:
     if leaf.spec.repeated or leaf.default is MISSING:
         return None
     if leaf.spec.parse is not None:
-        return None if leaf.spec.shown is None else [leaf.spec.shown]
+        return leaf.spec.shown
     return str(leaf.default) if leaf.enum is not None and leaf.default is not None else leaf.default

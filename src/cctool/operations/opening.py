@@ -222,9 +222,8 @@ def _adjusted(spec: ModelSpec, options: ModelOptions, path: Path) -> ModelSpec:
         spec = spec.model_copy(update={"architecture": named})
     for key, value in parse_arguments(options.arguments).items():
         if spec.arguments.get(key) != value:
-            raise UsageError(
-                f"{path} was built with {key}={spec.arguments.get(key)!r}, --arg says {value!r}: leave it out"
-            )
+            there = f"with {key}={spec.arguments[key]!r}" if key in spec.arguments else f"without {key}"
+            raise UsageError(f"{path} was built {there}, --arg says {value!r}: leave it out")
     return _overridden(spec, options)
 
 

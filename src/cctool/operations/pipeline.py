@@ -18,7 +18,7 @@ import torch
 
 from cctool import __version__
 from cctool.base.errors import CheckpointError, UsageError
-from cctool.base.networks import copied
+from cctool.base.networks import copied, nonfinite
 from cctool.base.runtime import Reporter, Silent, device_errors, resolve_device, seed_everything
 from cctool.base.user_code import looks_like_user_code
 from cctool.checkpoint.checkpoint import SUFFIXES, Checkpoint, save
@@ -360,11 +360,9 @@ def _stamped(
 
 
 def _refuse_nonfinite(checkpoint: Checkpoint, who: str) -> None:
-    for name, tensor in checkpoint.model.state_dict().items():
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                raise CheckpointError(
-                    f"{who} {bad:,} NaN or infinite values in {name}; "
-                    "`cctool analyze` lists them all, --allow-nonfinite goes on"
-                )
+    found = nonfinite(checkpoint.model)
+    if found is not None:
+        raise CheckpointError(
+            f"{who} {found[1]:,} NaN or infinite values in {found[0]}; "
+            "`cctool analyze` lists them all, --allow-nonfinite goes on"
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import procedure_toys as toys
-from cctool.base.errors import ArchitectureError, PruningError, UsageError
+from cctool.base.errors import ArchitectureError, CheckpointError, PruningError, UsageError
 from cctool.checkpoint.checkpoint import Checkpoint, load
 from cctool.checkpoint.edits.mask import add_masks
 from cctool.checkpoint.spec import ModelSpec
@@ -52,6 +52,16 @@ def equal(checkpoint: Checkpoint, expected: dict[str, Tensor]) -> bool:
 @pytest.fixture
 def initial() -> Checkpoint:
     return toys.residual_checkpoint()
+
+
+def test_an_earlier_state_that_is_no_numbers_is_refused(tmp_path: Path, initial: Checkpoint) -> None:
+    spoilt = toys.shaken(initial)
+    next(spoilt.model.parameters()).data.flatten()[0] = float("nan")
+    path = str(toys.saved(spoilt, tmp_path / "nan.pt"))
+    with pytest.raises(CheckpointError, match=r"--rewind .*nan.pt holds 1 NaN .* --allow-nonfinite goes on"):
+        open_earlier(initial, path, toys.context())
+    allowed = replace(toys.context(), given=frozenset({"allow_nonfinite"}))
+    open_earlier(initial, path, allowed)
 
 
 def test_survivors_get_their_earlier_values(tmp_path: Path, initial: Checkpoint) -> None:

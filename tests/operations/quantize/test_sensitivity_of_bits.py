@@ -119,6 +119,21 @@ def test_the_table_holds_damages_of_single_layers_and_bytes_as_files_store_them(
     assert expected > 0.01
 
 
+def test_bytes_that_nothing_to_choose_takes_are_named(checkpoint):
+    with pytest.raises(QuantizationError, match=r"bytes=0\.01: \d+ bytes are allowed, and what has no bits"):
+        searched_bits(checkpoint, _target(0.01), _source(), context())
+
+
+def test_bits_are_not_chosen_by_damages_that_are_no_numbers(checkpoint):
+    spoilt = replace(checkpoint, model=plain_network())
+    spoilt.model.load_state_dict(checkpoint.model.state_dict())
+    with torch.no_grad():
+        spoilt.model.get_submodule("8").bias[0] = float("nan")
+    for asked in (_target(0.01), _target(0.4)):
+        with pytest.raises(QuantizationError, match="puts out NaN or infinities already before"):
+            searched_bits(spoilt, asked, _source(), context())
+
+
 def test_the_network_that_is_searched_stays_as_it_is(checkpoint):
     before = {name: value.clone() for name, value in checkpoint.model.state_dict().items()}
     searched_bits(checkpoint, _target(0.4), _source(), context())

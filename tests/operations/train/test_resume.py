@@ -65,6 +65,45 @@ def test_the_training_of_input_is_not_resumed_under_another_name() -> None:
     assert "-o a.pt" in said
 
 
+@pytest.mark.parametrize("verb", ["train", "distill"])
+@pytest.mark.parametrize("source", ["a.run/last.pt", "copy.pt", "a.run/epoch-0001.pt"])
+def test_a_last_checkpoint_is_not_resumed_under_another_name(verb: str, source: str) -> None:
+    taught: tuple[str, ...] = ()
+    if verb == "distill":
+        taught = ("--teacher", made("train", *SMALL, "--epochs", "0", "-o", "t.pt"))
+    line = (*SMALL, *taught, "--epochs", "2", "--stop-after", "1", "--save-every", "1")
+    made(verb, *line, "-o", "a.pt")
+    shutil.copy("a.run/last.pt", "copy.pt")
+    said = refused(verb, source, *ARCH, *taught, "-o", "z.pt", "--resume", "--device", "cpu")
+    assert "nothing to resume: z.run/last.pt does not exist; leave --resume out to begin" in said
+    assert said.endswith("or go on with the training of INPUT itself by -o a.pt") == ("last" in source)
+    assert not Path("z.run").exists()
+
+
+@pytest.mark.parametrize("source", ["a.run/last.pt", "copy.pt"])
+def test_a_last_checkpoint_may_be_input_for_its_own_product(source: str) -> None:
+    begun("a.pt")
+    shutil.copy("a.run/last.pt", "copy.pt")
+    made("train", source, *ARCH, "-o", "a.pt", "--resume", "--device", "cpu")
+    whole = made("train", *SMALL, "--epochs", "2", "-o", "whole.pt")
+    assert Path("a.pt").read_bytes() == Path(whole).read_bytes()
+
+
+@pytest.mark.parametrize("source", ["t.run/last.pt", "t.pt", "a.run/epoch-0001.pt"])
+def test_a_training_that_is_named_as_input_is_not_left_aside(source: str) -> None:
+    begun("t.pt", "--seed", "1")
+    made("train", *SMALL, "--epochs", "3", "--stop-after", "2", "--save-every", "1", "-o", "a.pt")
+    said = refused("train", source, *ARCH, "-o", "a.pt", "--resume", "--device", "cpu")
+    assert f"began with a fresh network, and {source} is another network" in said
+
+
+def test_what_replaces_files_changes_nothing_where_a_training_goes_on() -> None:
+    begun("a.pt")
+    result = run("train", "a.pt", *ARCH, "-o", "a.pt", "--resume", "--force", "--device", "cpu")
+    assert result.exit_code == 0
+    assert "--force changes nothing: --resume goes on with what is there" in result.stderr
+
+
 def test_a_distillation_does_not_resume_the_training_of_its_student() -> None:
     begun("t.pt")
     made("distill", *SMALL, "--teacher", "t.pt", "--epochs", "2", "--stop-after", "1", "-o", "a.pt")

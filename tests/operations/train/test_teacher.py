@@ -50,6 +50,17 @@ def test_the_loss_is_alpha_times_kd_and_the_rest_on_labels(dense: Path) -> None:
     assert others == {"teacher": source.origin}
 
 
+def test_a_teacher_whose_weights_are_no_numbers_is_refused(dense: Path, tmp_path: Path) -> None:
+    source = load(dense, tables())
+    spoilt = load(dense, tables())
+    name, weight = next(iter(spoilt.model.named_parameters()))
+    weight.data.flatten()[:2] = torch.tensor([float("nan"), float("inf")])
+    save(spoilt, tmp_path / "nan.pt", tables())
+    options = TeacherOptions(str(tmp_path / "nan.pt"))
+    with pytest.raises(TrainingError, match=f"the teacher .*nan.pt holds 2 NaN or infinite values in {name}"):
+        distillation(source, toys.digits(), options, toys.context())
+
+
 @pytest.fixture
 def quick(tmp_path: Path) -> Path:
     return toys.saved(toys.lenet_checkpoint(), tmp_path / "quick.pt")

@@ -273,6 +273,7 @@ def test_an_index_that_lies_is_refused(written: Path, tmp_path: Path) -> None:
         (lambda d: d["streams"][1]["passes"][0].update(shape=[41, 16, 5, 5]), "other maps"),
         (lambda d: d["streams"][1].update(sha256="0" * 64), "altered or cut off"),
         (lambda d: d.update(run="rm"), "malformed at run"),
+        (lambda d: d["streams"].append(d["streams"][1]), r"names .*\.seg twice"),
     ):
         found = json.loads(json.dumps(text))
         change(found)
@@ -285,6 +286,15 @@ def test_an_index_that_lies_is_refused(written: Path, tmp_path: Path) -> None:
     (folder / "index.json").write_text(json.dumps(found))
     verdicts = [maps.verdict for maps in decoded(folder, tmp_path / "npy").maps]
     assert verdicts == ["identical", "rounded otherwise", "identical"]
+
+
+def test_a_stream_is_named_once(written: Path, tmp_path: Path) -> None:
+    one = next(written.glob("*.seg"))
+    for sources in ((one, one), (written, one), (written, written)):
+        options = DecodeOptions(tuple(map(str, sources)), str(tmp_path / "npy"))
+        with pytest.raises(UsageError, match="is named twice"):
+            decode.run(options, RuntimeOptions(device="cpu"), Silent())
+    assert not (tmp_path / "npy").exists()
 
 
 def test_decode_wants_its_own_folder(written: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def _begun_with(call: Invocation, source: str | None, output: str | None) -> Map
     name = output or default_output(call.verb.name, source, call.frame.model.arch)
     last = Path(run_folder_of(str(name)), "last.pt")
     begun = last if last.exists() or source is None else Path(source)
-    step = last_step(begun) if begun.exists() else None
+    step = last_step(begun, own=begun == last) if begun.exists() else None
     if step is None:
         raise nothing_to_resume(last, source)
     return step.options

@@ -83,12 +83,13 @@ def run(options: DecodeOptions, runtime: RuntimeOptions, reporter: Reporter) -> 
     Raises:
         BitstreamError: if a stream is truncated or altered, or differs from its description in the index.
         CheckpointError: if the folder exists and may not be replaced.
-        UsageError: if there is no such file.
+        UsageError: if there is no such file, or one is named twice.
     """
     device = resolve_device(runtime.device)
     folder = Path(options.output)
     refuse_existing_folder(folder, overwrite=options.force, ours=_is_array)
     sources = [source for text in options.sources for source in _sources(Path(text))]
+    _refuse_doubled(sources)
     stems = file_stems([source.path.name.removesuffix(SUFFIX) for source in sources])
     found: list[DecodedMaps] = []
     writing = folder_atomically(folder, overwrite=options.force, ours=_is_array)
@@ -125,6 +126,15 @@ def _sources(path: Path) -> list[_Source]:
             if entry.file == path.name:
                 return [_indexed(path.parent, entry, index)]
     return [_Source(path, None, "")]
+
+
+def _refuse_doubled(sources: Sequence[_Source]) -> None:
+    seen: set[Path] = set()
+    for source in sources:
+        place = source.path.resolve()
+        if place in seen:
+            raise UsageError(f"{source.path} is named twice: each stream is decoded once")
+        seen.add(place)
 
 
 def _indexed(folder: Path, entry: IndexedStream, index: Index) -> _Source:

@@ -49,6 +49,12 @@ def calibration_images(
     return _Images(served, count, context), min(count, served.samples)
 
 
+def say_fewer(asked: int, used: int, context: Context) -> None:
+    """Say where ``--calibration`` was given and asks for more training images than there are."""
+    if "calibration" in context.given and used < asked:
+        context.say_once(f"--calibration {asked:,}: {used:,} are there")
+
+
 def why_no_images(checkpoint: Checkpoint, source: DataSource | None) -> str:
     """Why a network cannot be calibrated on training images; "" if it can."""
     if source is None or "train" not in source.loaders:

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cctool.base.errors import PruningError, SpecError, UsageError
+from cctool.base.errors import CheckpointError, PruningError, SpecError, UsageError
+from cctool.base.networks import nonfinite
 from cctool.checkpoint.checkpoint import Checkpoint, build, open_file
 from cctool.checkpoint.edits.mask import mask_buffers, zero_masked
 from cctool.checkpoint.spec import ModelSpec
@@ -33,7 +34,7 @@ def open_earlier(source: Checkpoint, path: str, context: Context) -> Checkpoint:
     architecture.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: the file cannot be read, or its values are not finite.
         UsageError: it holds another architecture, other arguments, or a tensor of another name or shape.
     """
     opened = open_file(Path(path), trust_pickle=context.model_options.trust_pickle)
@@ -45,6 +46,11 @@ def open_earlier(source: Checkpoint, path: str, context: Context) -> Checkpoint:
             raise
         raise UsageError(f"--rewind {path} is not an earlier state of this network: {error}") from error
     _refuse_misfit(source.model, earlier.model, path)
+    bad = nonfinite(earlier.model)
+    if bad is not None and "allow_nonfinite" not in context.given:
+        raise CheckpointError(
+            f"--rewind {path} holds {bad[1]:,} NaN or infinite values in {bad[0]}; --allow-nonfinite goes on"
+        )
     return earlier
 
 

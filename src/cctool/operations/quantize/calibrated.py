@@ -25,7 +25,7 @@ from cctool.operations.data import example, measured_splits, open_source
 from cctool.operations.judge.size import stored_bytes
 from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
-from cctool.operations.keep.calibrate import calibration_images
+from cctool.operations.keep.calibrate import calibration_images, say_fewer
 from cctool.operations.keep.encode import (
     computed_weights,
     in_step,
@@ -183,6 +183,7 @@ def _calibrated(
         return (), 0, []
     assert source is not None
     images, used = calibration_images(product, source, options.calibration.images, options.data, context)
+    say_fewer(options.calibration.images, used, context)
     found = calibrated(product.model, planned, images, observing(options))
     notes = [
         f"{item.name}: {item.nonfinite:,} infinities or NaN were left out when its range was found"
@@ -203,6 +204,7 @@ def _corrected(
         return []
     assert source is not None
     served, used = calibration_images(product, source, asked.images, options.data, context)
+    say_fewer(asked.images, used, context)
     # Held in memory, because every layer passes over them.
     images = list(served)
     # Outputs are compared with those of the network before any rounding or bias was changed.

@@ -8,6 +8,7 @@ nearest for it, and activations are not quantized.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -136,9 +137,22 @@ def _damages(
                     present = bits
                 with only(model, {weight_key(name)}), _stored_rounded(model, name):
                     found[name, bits] = _mean_damage(model, images, wanted, task)
+                _refuse_no_number(found[name, bits], name, bits, wanted)
         finally:
             detach(model)
     return found
+
+
+def _refuse_no_number(damage: float, name: str, bits: int, wanted: Iterable[Sequence[Tensor]]) -> None:
+    if math.isfinite(damage):
+        return
+    # Before any layer is quantized, or only then.
+    whole = all(bool(tensor.isfinite().all()) for outputs in wanted for tensor in outputs)
+    which = f"with {name} at {bits} bits" if whole else "already before it is quantized"
+    raise QuantizationError(
+        f"the network puts out NaN or infinities {which}: how much damage a choice of bits does cannot be "
+        "measured; name the bits with --bits or --layer"
+    )
 
 
 @contextmanager
@@ -190,6 +204,10 @@ def _within_target(
     choices: Sequence[LayerChoice], others: int, product: Checkpoint, target: Target
 ) -> tuple[Assignment, str]:
     limit = int(target.value * stored_bytes(product) if target.relative else target.value)
+    if others >= limit:
+        raise QuantizationError(
+            f"--target {target}: {limit:,} bytes are allowed, and what has no bits to choose takes {others:,}"
+        )
     found = cheapest(choices, limit - others)
     return found, (
         f"--target {target}: {found.bytes + others:,} of {limit:,} bytes, {others:,} of them for "

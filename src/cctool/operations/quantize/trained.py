@@ -23,7 +23,7 @@ from cctool.operations.data import measured_splits, require_source, with_preproc
 from cctool.operations.judge.size import stored_bytes
 from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
-from cctool.operations.keep.calibrate import calibration_images
+from cctool.operations.keep.calibrate import calibration_images, say_fewer
 from cctool.operations.keep.encode import settled
 from cctool.operations.quantize.calibrated import computed_notes, float_weights, tensor_reports
 from cctool.operations.quantize.plan import Plan, plan
@@ -126,6 +126,7 @@ def _attached(
     if planned.activations:
         wanted = options.calibration.images
         images, used = calibration_images(product, source, wanted, options.data, context)
+        say_fewer(wanted, used, context)
         calibrated(product.model, planned, images, observing(options))
     held = quantizers_of(product.model)
     assert held is not None

@@ -30,6 +30,7 @@ from cctool.operations.train.rate_penalty import refuse_rate_without_taps
 from cctool.operations.train.remarks import say_remarks
 from cctool.operations.train.resume import (
     forms_from,
+    may_resume,
     nothing_to_resume,
     refuse_other_data,
     refuse_other_files,
@@ -41,6 +42,7 @@ from cctool.operations.train.resume import (
 from cctool.operations.train.run_folder import LoggedReporter, RunFolder
 from cctool.operations.train.workers import fit_in_processes, node_rank
 from cctool.options.fields import recorded
+from cctool.options.paths import INPUT
 from cctool.tasks.base import LOSS
 from cctool.training.averaging import average_in
 from cctool.training.evaluate import trial_outputs
@@ -114,6 +116,8 @@ def conduct(
     judge.require_loss("training")
     refuse_unlabelled(source, judge, verb)
     if options.run.resume:
+        if context.force:
+            context.say_once("--force changes nothing: --resume goes on with what is there")
         start = _resumed(verb, checkpoint, source, options, context, folder)
     else:
         start = _started(checkpoint, source, options, context)
@@ -300,15 +304,16 @@ def _completed(checkpoint: Checkpoint, source: DataSource, context: Context) -> 
 def _resumed(
     verb: str, checkpoint: Checkpoint, source: DataSource, options: Any, context: Context, folder: RunFolder
 ) -> Start:
-    """Where ``last.pt`` in the run folder left off, or INPUT itself if that is a ``last.pt``."""
-    found = folder.load(folder.last) if folder.last.exists() else checkpoint
-    if found.resume is None or not found.history:
-        raise nothing_to_resume(folder.last, None if checkpoint.origin is None else checkpoint.origin.path)
+    """Where ``last.pt`` in the run folder left off, or INPUT if that is a ``last.pt`` that was cut."""
+    own = folder.last.exists()
+    source_path = next((str(file.path) for file in context.read if file.by == INPUT), None)
+    found = folder.load(folder.last) if own else checkpoint
+    if found.resume is None or not may_resume(found.history, own=own):
+        raise nothing_to_resume(folder.last, source_path)
     cut = found.history[-1].verb == "prune"
     earlier = unfinished_step(found.history)
     if found is not checkpoint:
-        unfinished = None if checkpoint.resume is None else unfinished_step(checkpoint.history)
-        refuse_other_input(earlier, found.spec, checkpoint, unfinished, folder.last)
+        refuse_other_input(earlier, found, checkpoint, source_path, folder.last)
     now = recorded(options) | {"runtime": recorded(context.runtime)}
     refuse_other_options(earlier, verb, now, found.spec.data)
     epoch, rows = found.resume.state.get("epoch"), found.resume.state.get("rows")

@@ -12,7 +12,7 @@ from cctool.base.errors import TrainingError
 from cctool.base.user_code import looks_like_user_code
 from cctool.checkpoint.checkpoint import Checkpoint, open_file
 from cctool.checkpoint.encoding import EncodedTensor
-from cctool.checkpoint.spec import ModelSpec, Parent, Step
+from cctool.checkpoint.spec import Parent, Step
 from cctool.data.records import DataSource
 from cctool.data.serving.batches import MINIMUM_TRAINING_SAMPLES
 from cctool.options.paths import is_same_file
@@ -27,16 +27,29 @@ _LENGTH_FREE = {Schedule.CONSTANT.value, Schedule.MULTISTEP.value}
 _ANEW = "without --resume, --force starts anew"
 
 
-def last_step(path: Path) -> Step | None:
-    """The unfinished line of history of a ``last.pt``; None if the file holds no training to resume.
+def last_step(path: Path, *, own: bool) -> Step | None:
+    """The unfinished line of history of a file; None if it holds no training to resume.
+
+    Args:
+        path: a ``last.pt``, or INPUT.
+        own: whether it is in the run folder of the command's product, see `may_resume`.
 
     Raises:
         CheckpointError: if the file cannot be read.
     """
-    opened = open_file(path)
-    if opened.payload is None or opened.payload.resume is None or not opened.payload.history.steps:
+    payload = open_file(path).payload
+    if payload is None or payload.resume is None or not may_resume(payload.history.steps, own=own):
         return None
-    return unfinished_step(opened.payload.history.steps)
+    return unfinished_step(payload.history.steps)
+
+
+def may_resume(history: Sequence[Step], *, own: bool) -> bool:
+    """Whether a product may go on with the training that a file with this history holds.
+
+    A run folder belongs to one product (``own``), and so does the training in its files, wherever they are
+    copied. A network that `prune` cut is another one, whose product begins a run folder.
+    """
+    return bool(history) and (own or history[-1].verb == "prune")
 
 
 def unfinished_step(history: Sequence[Step]) -> Step:
@@ -66,7 +79,7 @@ def refuse_other_options(earlier: Step, verb: str, now: Mapping[str, JsonValue],
     if then_flat.get("fit.schedule") in _LENGTH_FREE:
         free.add("fit.epochs")
     different = [
-        f"{name.rpartition('.')[2]} was {then_flat.get(name)}, now {now_flat.get(name)}"
+        f"{name.rpartition('.')[2]} was {_shown(then_flat.get(name))}, now {_shown(now_flat.get(name))}"
         for name in sorted(then_flat.keys() | now_flat.keys())
         if name not in free and _given(then_flat.get(name)) != _given(now_flat.get(name))
     ]
@@ -107,6 +120,10 @@ def starts_afresh(history: Sequence[Step]) -> bool:
         step.verb == "transform" and flat(step.options).get("weights.mode") == Mode.BASIS.value
         for step in since
     )
+
+
+def _shown(value: Any) -> str:
+    return "not given" if _given(value) is None else str(value)
 
 
 def _given(value: Any) -> Any:
@@ -174,41 +191,50 @@ def find_resumed(source: str | None, output: str | None, verb: str) -> tuple[str
     if output is not None:
         # A product that is named as INPUT, too, is continued and not its own parent.
         return (str(own), output) if own.exists() and is_same_file(path, Path(output)) else (source, output)
-    if path.name == "last.pt" and path.parent.suffix == ".run":
-        products = [path.parent.with_suffix(suffix) for suffix in (".pt", ".safetensors")]
-        return source, str(next((found for found in products if found.exists()), products[0]))
+    product = _product_of(path)
+    if product is not None:
+        return source, str(product)
     expected = path.with_name(f"{path.stem}.{verb}.pt")
     if Path(run_folder_of(str(expected))).exists() or expected.exists() or not own.exists():
         return source, None
     return str(own), source
 
 
+def _product_of(last: Path) -> Path | None:
+    """The product whose run folder a ``last.pt`` is in; None if it is in none."""
+    if last.name != "last.pt" or last.parent.suffix != ".run":
+        return None
+    products = [last.parent.with_suffix(suffix) for suffix in (".pt", ".safetensors")]
+    return next((found for found in products if found.exists()), products[0])
+
+
 def nothing_to_resume(last: Path, source: str | None) -> TrainingError:
     """The error for a product whose run folder holds no completed epoch; ``source`` is INPUT."""
     text = f"there is nothing to resume: {last} does not exist; leave --resume out to begin"
-    own = None if source is None else Path(run_folder_of(source), "last.pt")
+    product = None if source is None else _product_of(Path(source)) or Path(source)
+    own = None if product is None else Path(run_folder_of(str(product)), "last.pt")
     if own is not None and own != last and own.exists():
-        text += f", or go on with the training of INPUT itself by -o {source}"
+        text += f", or go on with the training of INPUT itself by -o {product}"
     return TrainingError(text)
 
 
 def refuse_other_input(
-    earlier: Step, spec: ModelSpec, given: Checkpoint, unfinished: Step | None, last: Path
+    earlier: Step, resumed: Checkpoint, given: Checkpoint, source: str | None, last: Path
 ) -> None:
     """Refuse to resume a training that began with another network than INPUT or ``--arch`` name now.
 
     Args:
         earlier: the unfinished line of history.
-        spec: of the network that it trains.
+        resumed: the checkpoint that goes on.
         given: INPUT, or a fresh network.
-        unfinished: the unfinished line of history of INPUT, if it holds a training that can be resumed.
+        source: path of INPUT.
         last: the file that is resumed.
 
     Raises:
         TrainingError: naming both.
     """
     began = "a fresh network" if earlier.parent is None else earlier.parent.path
-    found = given.origin
+    found, spec = given.origin, resumed.spec
     if found is None:
         same = (given.spec.arguments, given.spec.input_shape) == (spec.arguments, spec.input_shape)
         # The user's file may have another path now.
@@ -217,10 +243,8 @@ def refuse_other_input(
             return
         named = f"--arch {given.spec.architecture} is"
     else:
-        named = f"{found.path} is"
-        if unfinished is not None and _same_file(unfinished.parent, earlier.parent):
-            return
-        if _same_file(found, earlier.parent) or is_same_file(Path(found.path), last):
+        named = f"{source or found.path} is"
+        if _same_file(found, earlier.parent) or _same_file(found, resumed.origin):
             return
     raise TrainingError(
         f"{last} goes on with a training that began with {began}, and {named} another network; "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import CctoolError, TrainingError
+from cctool.base.networks import nonfinite
 from cctool.base.runtime import autocast
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.checksum import verify_checksum
@@ -54,8 +55,8 @@ def distillation(
 
     Raises:
         CheckpointError: if the file cannot be read.
-        TrainingError: if teacher and student have other tasks or different numbers of classes, or a
-            temperature is given for a task without classes.
+        TrainingError: if the teacher's weights are not finite, teacher and student have other tasks or
+            different numbers of classes, or a temperature is given for a task without classes.
     """
     judge = judge_of(checkpoint, context)
     judge.require_loss("learning from a teacher")
@@ -70,6 +71,12 @@ def distillation(
             context.tables,
             context.user_code,
             context.reporter,
+        )
+    bad = nonfinite(found.model)
+    if bad is not None:
+        raise TrainingError(
+            f"the teacher {options.path} holds {bad[1]:,} NaN or infinite values in {bad[0]}: nothing can be "
+            "learnt from it"
         )
     taught = recorded_task(found)
     # The user's own functions may take any outputs.

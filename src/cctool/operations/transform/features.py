@@ -5,7 +5,7 @@ A tap is a codec behind a module: the module's output, a feature map, passes it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -24,7 +24,7 @@ from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome, ShownTables
 from cctool.operations.data import example, measured_or_run, measured_splits, require_source
 from cctool.operations.judge.task import judge_of
-from cctool.operations.keep.calibrate import calibration_images, put_taps
+from cctool.operations.keep.calibrate import calibration_images, put_taps, say_fewer
 from cctool.operations.transform.files import refuse_reports, write_reports
 from cctool.operations.transform.quality_search import (
     SearchReport,
@@ -45,6 +45,7 @@ from cctool.transforms.codec.sites import Site, find_sites
 from cctool.transforms.codec.steps import (
     StepTable,
     TableChoice,
+    allowed_lengths,
     check_table,
     default_table,
     preset_tables,
@@ -105,6 +106,7 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     """
     check_kernel(options.kernel, klt=True)
     features = options.features
+    _refuse_unused(options, context.given)
     refuse_reports(features, context)
     if features.sweep:
         refuse_sweep(context, [Path(features.report_file)] if features.report_file else [])
@@ -113,6 +115,7 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
     replaced = drop_taps(product.model)
     images, used = calibration_images(product, source, features.calibration, options.data, context)
+    say_fewer(features.calibration, used, context)
     sites = find_sites(product.model, example(product), features.taps)
     configs = codec_configs(options, sites, used)
     product = put_taps(product, sites, configs, images)
@@ -151,6 +154,25 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
         written=written,
     )
     yield Outcome(product, report, metrics_before=before, metrics_after=after, notes=notes)
+
+
+def _refuse_unused(options: TransformOptions, given: Collection[str]) -> None:
+    """Refuse options that were given and that the kernel has no use for.
+
+    Raises:
+        UsageError: naming them.
+    """
+    features, kernel = options.features, options.kernel
+    wavelet = is_wavelet(kernel)
+    problems = []
+    if "levels" in given and not wavelet:
+        problems.append(f"--levels {features.levels}: {kernel} has none; wavelets do")
+    if "block" in given and (wavelet or kernel == "identity"):
+        problems.append(f"--block {features.block}: {kernel} has no blocks; dct, dst, dft and klt do")
+    if features.sweep and kernel == "identity" and not features.channel_klt:
+        problems.append("--sweep quality scales the steps behind a transform; --kernel identity has none")
+    if problems:
+        raise UsageError("; ".join(problems))
 
 
 def codec_configs(options: TransformOptions, sites: Sequence[Site], images: int) -> dict[str, CodecConfig]:
@@ -208,7 +230,8 @@ def _tables(options: TransformOptions, taps: Sequence[str]) -> TableChoice:
     default = TableChoice(default_table(kernel, features.block, features.levels, features.bits))
     if features.q_table is None:
         return preset_tables(options.preset, features.block, features.levels) or default
-    found = read_tables(features.q_table)
+    lengths = allowed_lengths(kernel, features.block, features.levels)
+    found = read_tables(features.q_table, taps, lengths)
     for pattern, steps in found.items():
         who = f"--q-table {features.q_table}: {pattern}"
         check_table(steps, kernel, features.block, features.levels, who)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cctool import __version__
 from cctool.base.errors import BitstreamError
-from cctool.base.json_text import DoubledKeyError, read_json
+from cctool.base.json_text import DoubledKeyError, read_json, twice
 from cctool.checkpoint.spec import Dimension, Record
 
 INDEX, SUFFIX = "index.json", ".seg"
@@ -93,7 +93,7 @@ def read_index(folder: Path) -> Index:
     """Read ``index.json``.
 
     Raises:
-        BitstreamError: if there is none, or it is malformed.
+        BitstreamError: if there is none, it is malformed, or it names a file twice.
     """
     path = folder / INDEX
     try:
@@ -103,7 +103,7 @@ def read_index(folder: Path) -> Index:
         # Whatever else is wrong with it, the record says better.
         with suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             read_json(text)
-        return Index.model_validate_json(text)
+        index = Index.model_validate_json(text)
     except DoubledKeyError as error:
         raise BitstreamError(f"{path} is malformed: {error}") from None
     except FileNotFoundError:
@@ -112,6 +112,9 @@ def read_index(folder: Path) -> Index:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"])) or INDEX
         raise BitstreamError(f"{path} is malformed at {place}: {problem['msg']}") from None
+    if doubled := twice(entry.file for entry in index.streams):
+        raise BitstreamError(f"{path} names {doubled[0]} twice: each stream is decoded once")
+    return index
 
 
 def made_with(device: torch.device) -> str:

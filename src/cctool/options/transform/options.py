@@ -166,6 +166,8 @@ class FeatureOptions(Options):
              "--quality, --target ratio and --sweep exclude each other"),
             (self.allocate and self.q_table is not None, "--allocate chooses the steps that --q-table gives"),
             (self.allocate and self.norm is Norm.NONE, "--allocate: --norm ortho is needed"),
+            (self.zero_bar and self.histograms is None,
+             "--zero-bar is for --histograms DIR, which is not given"),
         ]
         # fmt: on
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -149,12 +149,16 @@ def check_table(steps: Sequence[float], kernel: str, block: int, levels: int, wh
         raise UsageError(f"{who}: a step of {wrong[0]}; positive numbers are allowed")
 
 
-def read_tables(path: str) -> Mapping[str, tuple[float, ...]]:
+def read_tables(
+    path: str, taps: Collection[str] = (), lengths: Collection[int] = ()
+) -> Mapping[str, tuple[float, ...]]:
     """Read tables from a file, by glob pattern of tap names; ``*`` for a table without a pattern.
 
     Args:
         path: JSON, a list or ``{"pattern": list}``; or CSV, the numbers of one table (a square of them row by
-            row), or lines that begin with a pattern.
+            row), or lines that begin with a pattern, all of them after a header whose first cell is ``tap``.
+        taps: names of the taps, which may be numbers, too.
+        lengths: how many numbers a table may have, which tells whether such a number is a name.
 
     Raises:
         UsageError: if it cannot be read, holds something else, or has a pattern twice.
@@ -164,7 +168,7 @@ def read_tables(path: str) -> Mapping[str, tuple[float, ...]]:
         if file.stat().st_size > _MAX_FILE:
             raise UsageError(f"--q-table {path}: larger than {_MAX_FILE // 2**20} MiB")
         text = file.read_text(encoding="utf-8")
-        found = _from_json(read_json(text)) if file.suffix == ".json" else _from_csv(text)
+        found = _from_json(read_json(text)) if file.suffix == ".json" else _from_csv(text, taps, lengths)
     # RecursionError: deeply nested JSON.
     except (OSError, UnicodeDecodeError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"--q-table {path}: {error}") from None
@@ -186,16 +190,40 @@ def _numbers(value: Any) -> list[float]:
     return [float(item) for row in rows for item in row]
 
 
-def _from_csv(text: str) -> dict[str, tuple[float, ...]]:
+def _from_csv(text: str, taps: Collection[str], lengths: Collection[int]) -> dict[str, tuple[float, ...]]:
+    lines = [[cell.strip() for cell in line if cell.strip()] for line in csv.reader(text.splitlines())]
+    lines = [line for line in lines if line]
+    if lines and lines[0][0] == "tap" and not any(map(_is_number, lines[0])):
+        return _named(lines[1:], [line[0] for line in lines[1:]])
+    words = [line[0] for line in lines if not _is_number(line[0])]
+    numbers = [line[0] for line in lines if _is_number(line[0]) and line[0] in taps]
+    if not numbers:
+        return _named(lines, words)
+
+    def fits(tables: Mapping[str, Sequence[float]]) -> bool:
+        return all(len(steps) in lengths and min(steps) > 0 for steps in tables.values())
+
+    plain = _named(lines, words)
+    # A table's rows may begin with one number several times, which as names would be an error.
+    if len(set(numbers)) < len(numbers) and fits(plain):
+        return plain
+    named = _named(lines, [*words, *numbers])
+    if fits(plain) and fits(named):
+        raise ValueError(
+            f"{numbers[0]} is a tap, and may be a step, too: a first line tap,steps says that taps are named"
+        )
+    return named if fits(named) else plain
+
+
+def _named(lines: Sequence[Sequence[str]], names: Collection[str]) -> dict[str, tuple[float, ...]]:
+    """Numbers by the name that begins their line; all others in one table."""
     found: dict[str, list[float]] = {}
-    for line in csv.reader(text.splitlines()):
-        cells = [cell.strip() for cell in line if cell.strip()]
-        if cells:
-            named = not _is_number(cells[0])
-            if named and cells[0] in found:
-                raise ValueError(f"{cells[0]} begins two lines: all its numbers stand in one")
-            numbers = found.setdefault(cells[0] if named else "*", [])
-            numbers += [float(cell) for cell in cells[named:]]
+    for cells in lines:
+        named = cells[0] in names
+        if named and cells[0] in found:
+            raise ValueError(f"{cells[0]} begins two lines: all its numbers stand in one")
+        numbers = found.setdefault(cells[0] if named else "*", [])
+        numbers += [float(cell) for cell in cells[named:]]
     return {pattern: tuple(numbers) for pattern, numbers in found.items()}
 
 
