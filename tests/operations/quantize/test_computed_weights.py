@@ -68,15 +68,29 @@ def test_what_calls_take_is_rounded_and_the_file_gives_the_same_outputs(name: st
 @pytest.mark.parametrize("name", VARYING)
 def test_a_weight_that_varies_stays_in_floats_and_is_named(name: str) -> None:
     floats, report, found = quantized(name)
-    (left,) = report.left
+    left = report.left[0]
     assert left.name == "2"
-    assert "input" in left.reason or "differs from pass to pass" in left.reason
+    # Of two parameters, each pass takes one.
+    assert len(report.left) == 1 or name == "parameter_by_batch"
+    assert left.reason == {
+        "routed": "its weight is computed from the network's input",
+        "per_sample": "the shape of its weight depends on the batch",
+        "by_batch": "its weight depends on the batch",
+        "parameter_by_batch": "which weight it takes depends on the batch",
+    }.get(name, "its weight differs from pass to pass")
     held = quantizers_of(found.model)
     assert held is not None
     assert all(point.weight is None for place, point in held.state.calls.items() if place.module == "2")
-    if name == "routed":
+    if name in ("routed", "per_sample"):
         images = digit_images(floats)
         assert signal_to_noise(outputs(floats, images), outputs(found, images)) > ENOUGH
+
+
+@pytest.mark.parametrize("method", [QuantizeMethod.QAT, QuantizeMethod.LSQ])
+def test_training_goes_on_beside_a_weight_whose_shape_depends_on_the_batch(method: QuantizeMethod) -> None:
+    floats, report, found = quantized("per_sample", method=method, epochs=1)
+    assert ("2", "the shape of its weight depends on the batch") in {(x.name, x.reason) for x in report.left}
+    assert outputs(found, digit_images(floats, 5)).shape == (5, 10)
 
 
 def test_slices_have_a_quantizer_each_and_a_parameter_used_both_ways_two() -> None:
