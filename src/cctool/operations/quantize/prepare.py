@@ -14,7 +14,7 @@ from cctool.operations.context import Context
 from cctool.operations.keep import events
 from cctool.operations.keep.encode import computed_weights, quantized_weights
 from cctool.operations.quantize.plan import Plan, attach_plan
-from cctool.operations.quantize.report import ActivationReport
+from cctool.operations.quantize.report import ActivationReport, several
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.calibration.observers import RangeObserver
 from cctool.quantization.calibration.run import observe, observer_of
@@ -54,7 +54,9 @@ def in_floats(checkpoint: Checkpoint, context: Context, *, ordinary: bool) -> tu
                 parameter.copy_(quantizer.eval()(parameter, fold))
         computed = computed_weights(model)
         if computed:
-            notes.append(f"{len(computed)} computed weights are again those that their parameters give")
+            notes.append(
+                f"{several(len(computed), 'computed weight')} took again the values that the parameters give"
+            )
         detach(model)
         product = replace(product, spec=with_quantizers(product.spec, model), stored={})
     swapped = swapped_layers(model)
@@ -66,8 +68,8 @@ def in_floats(checkpoint: Checkpoint, context: Context, *, ordinary: bool) -> tu
         product = replace(product, spec=with_taps(product.spec, product.model))
         left = swapped_layers(product.model)
         notes.append(
-            f"{len(swapped) - len(left)} layers in a transform domain became ordinary ones: integer kernels "
-            "take weights, not coefficients"
+            f"{several(len(swapped) - len(left), 'layer')} in a transform domain became ordinary: integer "
+            "kernels take weights, not coefficients"
         )
     return events.decoded(product, context) if product.stored else product, notes
 
