@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError, UsageError
-from cctool.base.networks import copied
+from cctool.base.networks import copied, several
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.payload import place
 from cctool.data.records import DataSource
@@ -43,7 +43,6 @@ from cctool.operations.quantize.report import (
     counted,
     errors_between,
     in_floating_point,
-    several,
 )
 from cctool.operations.quantize.sensitivity import searched_bits
 from cctool.operations.quantize.signal import signal_and_warning
@@ -235,11 +234,10 @@ def _learnt(report: AdaRoundReport, images: int) -> str:
     better, count = sum(item.kept for item in report.layers), len(report.layers)
     if not count:
         return "no rounding could be learnt: all weights take their nearest levels"
-    come = "comes closer to its" if better == 1 else "come closer to their"
-    return (
-        f"rounding was learnt on {several(images, 'image')}: {better:,} of {several(count, 'layer')} {come} "
-        "outputs than with the nearest levels, which the others keep"
-    )
+    on, layers = several(images, "image"), several(count, "layer")
+    kept = f"rounding was learnt on {on} and is kept in {better:,} of {layers}"
+    nearest = "; where it comes no closer to the layer's outputs than the nearest levels, these stay"
+    return kept + ("" if better == count else nearest)
 
 
 @torch.no_grad()
@@ -327,11 +325,11 @@ def computed_notes(model: nn.Module) -> list[str]:
     notes = [f"{what} to the calls, which take {'it' if len(computed) == 1 else 'them'} rounded"]
     if floats:
         notes.append(
-            f"the file keeps {several(len(floats), 'tensor')} that they are made of in floating point "
-            f"({size:,} bytes)"
+            f"the file keeps {several(len(floats), 'tensor')} of which "
+            f"{'it is' if len(computed) == 1 else 'they are'} made in floating point ({size:,} bytes)"
         )
     if unknown:
-        notes.append(f"of {unknown:,} it is not known what they are made of")
+        notes.append(f"what {unknown:,} of them {'is' if unknown == 1 else 'are'} made of is not known")
     return [": ".join(notes[:2]) + "".join(f"; {note}" for note in notes[2:])]
 
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from cctool.base.networks import copied
+from cctool.base.networks import copied, several
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.context import Context
 from cctool.operations.keep import events
 from cctool.operations.keep.encode import computed_weights, quantized_weights
 from cctool.operations.quantize.plan import Plan, attach_plan
-from cctool.operations.quantize.report import ActivationReport, several
+from cctool.operations.quantize.report import ActivationReport
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.calibration.observers import RangeObserver
 from cctool.quantization.calibration.run import observe, observer_of

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cctool.base.networks import some
+from cctool.base.networks import several, some
 from cctool.checkpoint.spec import Metrics, Signal
 from cctool.operations.context import Told, metric_lines
 from cctool.quantization.network.placement import Left
@@ -136,15 +136,6 @@ def errors_between(before: Tensor, after: Tensor) -> tuple[float, float | None]:
     ratio = float(signal.square().sum()) / power if power else 0.0
     largest = float(noise.abs().max()) if noise.numel() else 0.0
     return largest, 10 * math.log10(ratio) if ratio else None
-
-
-def several(count: int, noun: str) -> str:
-    """A count and what is counted.
-
-    >>> several(1, "layer"), several(2000, "layer")
-    ('1 layer', '2,000 layers')
-    """
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def counted(skipped: Sequence[Skipped]) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError, UsageError
-from cctool.base.networks import copied, in_eval_mode, some
+from cctool.base.networks import copied, in_eval_mode, several, some
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.computed import computed_layers
 from cctool.data.records import DataSource
@@ -38,7 +38,7 @@ from cctool.operations.quantize.allocate_bits import (
 )
 from cctool.operations.quantize.plan import Plan, attach_plan, fixed_bits, plan
 from cctool.operations.quantize.prepare import attached, calibrated, fit_weights, observing
-from cctool.operations.quantize.report import SensitivityReport, several
+from cctool.operations.quantize.report import SensitivityReport
 from cctool.operations.quantize.stored import encoded_directly
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.target import Target
@@ -76,11 +76,14 @@ def searched_bits(
     ]
     if source is None:
         raise UsageError("--target and --max-drop look at images: name a data set with --data")
-    if not names:
-        why = "all of them are given"
-        if planned.kernels:
-            why = f"the other weights are computed, and {_KEPT}"
-        raise QuantizationError(f"there is no layer whose bits can be chosen: {why}")
+    floats = any(layer.varies for layer in planned.points.layers)
+    # A target may be kept without any choice.
+    if not names and not (options.target is not None and (planned.kernels or floats)):
+        rest = "they are computed or stay in floating point" if floats else "they are computed"
+        why = f"their bits are given, or {rest}" if planned.kernels or floats else "all of them are given"
+        raise QuantizationError(
+            f"there is no layer whose bits can be chosen: {why}{_in_floats(product, planned)}"
+        )
     tried = sorted(set(options.choices))
     sizes, others = _sizes(product, options, names, tried, context)
     wanted = min(options.calibration.images, _MOST_IMAGES)
@@ -89,7 +92,10 @@ def searched_bits(
     choices = [
         LayerChoice(name, bits, damages[name, bits], sizes[name, bits]) for name in names for bits in tried
     ]
-    notes = [f"damages of {several(len(names), 'layer')} were measured on {several(used, 'training image')}"]
+    notes = []
+    if names:
+        of, on = several(len(names), "layer"), several(used, "training image")
+        notes.append(f"damages of {of} were measured on {on}")
     if planned.kernels:
         kept = several(len(planned.kernels), "computed weight")
         notes.append(f"no bits were chosen for {kept}: {_KEPT}")
@@ -219,11 +225,13 @@ def _within_target(
     limit = int(target.value * whole if target.relative else target.value)
     smallest = frontier(choices)[0].bytes
     if smallest + others > limit:
+        share = math.ceil((smallest + others) / whole * 1000) / 1000
+        parts = f"the weights that have bits to choose take {smallest:,} bytes, everything else {others:,}: "
         raise QuantizationError(
-            f"--target {target}: {limit:,} of {whole:,} bytes cannot be reached. With the fewest bits of "
-            f"--choices the weights that have bits to choose take {smallest:,} bytes, everything else "
-            f"{others:,}: {smallest + others:,} bytes (bytes={_up((smallest + others) / whole)}) at least"
-            + _in_floats(product, planned)
+            f"--target {target}: {limit:,} of {whole:,} bytes cannot be reached. "
+            + (f"With the fewest bits of --choices {parts}" if choices else "No weight has bits to choose: ")
+            # Rounded up, so that this share can be reached.
+            + f"{smallest + others:,} bytes (bytes={share:g}) at least{_in_floats(product, planned)}"
         )
     found = cheapest(choices, limit - others)
     return found, (
@@ -232,26 +240,27 @@ def _within_target(
     )
 
 
-def _up(share: float) -> str:
-    """A share with three decimals, rounded up so that it can be reached."""
-    return f"{math.ceil(share * 1000) / 1000:g}"
-
-
 def _in_floats(product: Checkpoint, planned: Plan) -> str:
-    """What computed weights are made of, and how it would take fewer bytes; "" without any."""
+    """What has no bits to choose because it stays in floating point, and how it would take fewer bytes."""
     state, made_of = product.model.state_dict(), set[str]()
     for name in planned.kernels:
         made_of.update(planned.weights[name].made_of)
+    # The last of them are buffers that calls take as they are.
     floats = made_of.intersection(state) - planned.weights.keys() | (planned.kernels.keys() & state.keys())
     size = sum(state[name].numel() * state[name].element_size() for name in floats)
-    if not size:
-        return ""
-    bakes = computed_layers(product.model)
-    fold = f", `cctool transform --fold` makes {some(list(bakes))} ordinary" if bakes else ""
-    return (
-        f". {size:,} bytes of it are {several(len(floats), 'tensor')} that kernels are computed from, in "
-        f"floating point: --weight-only stores them in few bits{fold}"
-    )
+    found = [
+        f". {layer.place.title} stays in floating point: {layer.varies}"
+        for layer in planned.points.layers
+        if layer.varies
+    ]
+    if size:
+        found.append(
+            f". {size:,} bytes are what kernels are computed from ({several(len(floats), 'tensor')}), which "
+            "stays in floating point; --weight-only stores weights in few bits instead"
+        )
+        if bakes := computed_layers(product.model):
+            found.append(f", and `cctool transform --fold` makes {some(list(bakes))} ordinary layers")
+    return "".join(found)
 
 
 def _within_drop(

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError
-from cctool.base.networks import copied
+from cctool.base.networks import copied, several
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
 from cctool.checkpoint.file.payload import place
@@ -30,7 +30,6 @@ from cctool.operations.quantize.report import (
     TensorReport,
     counted,
     errors_between,
-    several,
 )
 from cctool.operations.quantize.signal import signal_and_warning
 from cctool.options.quantize.choices import INTEGERS, QuantizeMethod
