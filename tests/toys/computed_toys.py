@@ -127,6 +127,71 @@ class Routed(nn.Module):
         return y.view(count, -1, *y.shape[2:])
 
 
+class PerSample(nn.Module):
+    """One kernel, repeated for each sample of the batch, each of which is a group."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(outputs, inputs, 3, 3) / 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, inputs = x.shape[:2]
+        kernels = (self.kernel[None] * 1.5).expand(count, -1, -1, -1, -1).reshape(-1, inputs, 3, 3)
+        y = F.conv2d(x.reshape(1, count * inputs, *x.shape[2:]), kernels, None, 2, 1, groups=count)
+        return y.view(count, -1, *y.shape[2:])
+
+
+class ByBatch(nn.Conv2d):
+    """A weight that is divided by the number of samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight / len(x), self.bias)
+
+
+class ParameterByBatch(nn.Module):
+    """Two parameters, one of which is for batches of two."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.kernels = nn.ParameterList(torch.randn(outputs, inputs, 3, 3) / 5 for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernels[int(len(x) == 2)], None, 2, 1)
+
+
+class Generated(nn.Module):
+    """A kernel that a small network makes of learnt numbers."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(outputs, 4))
+        self.makers = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, inputs * 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.makers(self.codes).view(len(self.codes), -1, 3, 3), None, 2, 1)
+
+
+class Remembering(Centred):
+    """Keeps its computed weight in evaluation mode."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, 2, 1)
+        self.kept: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Remembering:
+        self.kept = None
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None or self.training:
+            flat = self.weight.flatten(1)
+            made = ((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True)).view_as(self.weight)
+            if self.training:
+                return self._conv_forward(x, made, self.bias)
+            self.kept = made.detach()
+        return self._conv_forward(x, self.kept, self.bias)
+
+
 class Noisy(nn.Conv2d):
     """A weight with random numbers in every pass."""
 
@@ -288,6 +353,26 @@ def routed(num_classes: int = CLASSES) -> nn.Module:
     return _network(Routed(6, 8))
 
 
+def per_sample(num_classes: int = CLASSES) -> nn.Module:
+    return _network(PerSample(6, 8))
+
+
+def by_batch(num_classes: int = CLASSES) -> nn.Module:
+    return _network(ByBatch(6, 8, 3, 2, 1))
+
+
+def parameter_by_batch(num_classes: int = CLASSES) -> nn.Module:
+    return _network(ParameterByBatch(6, 8))
+
+
+def generated(num_classes: int = CLASSES) -> nn.Module:
+    return _network(Generated(6, 8))
+
+
+def remembering(num_classes: int = CLASSES) -> nn.Module:
+    return _network(Remembering(6, 8))
+
+
 def noisy(num_classes: int = CLASSES) -> nn.Module:
     return _network(Noisy(6, 8, 3, 2, 1))
 
@@ -313,12 +398,14 @@ FIXED: Mapping[str, Callable[..., nn.Module]] = {
     for made in (
         *(centred, centred_and_normed, by_batch_norm, gained, weight_norm, old_weight_norm, spectral_norm),
         *(old_spectral_norm, transposed, one_dimensional, symmetric, torch_pruned, summed, sliced),
-        *(both_ways, blurred),
+        *(both_ways, blurred, generated),
     )
 }
 """Networks with a weight that is no parameter and that is the same in every pass."""
 
-VARYING: Mapping[str, Callable[..., nn.Module]] = {made.__name__: made for made in (routed, noisy, counting)}
+VARYING: Mapping[str, Callable[..., nn.Module]] = {
+    made.__name__: made for made in (routed, noisy, counting, per_sample, by_batch, parameter_by_batch)
+}
 """Networks with a weight that nobody knows in advance, in the module called 2."""
 
 

@@ -57,6 +57,15 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def several(count: int, noun: str) -> str:
+    """A count and what is counted.
+
+    >>> several(1, "layer"), several(2000, "layer")
+    ('1 layer', '2,000 layers')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def put_everywhere(model: nn.Module, present: nn.Module, replacement: nn.Module) -> None:
     """Replace a module of a network under each of its names; the network itself stays."""
     for module in list(model.modules()):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cctool.base.errors import ExportError
-from cctool.base.networks import some
+from cctool.base.networks import several, some
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.data import example
 from cctool.operations.keep.encode import computed_weights
@@ -112,16 +112,14 @@ def quantizer_notes(checkpoint: Checkpoint, kind: ExportFormat) -> tuple[str, ..
     if kind is ExportFormat.ONNX:
         return ()
     if kind is ExportFormat.PT2:
-        return (f"{weights} weights and {activations} activations are quantized",)
+        return (f"quantized: {several(weights, 'weight')} and {several(activations, 'activation')}",)
     computed = len(computed_weights(checkpoint.model))
-    found = [f"{weights - computed} weights are written as their quantizers make them"]
+    found = [f"written as quantizers make them: {several(weights - computed, 'weight')}"]
     if computed:
         found.append(
-            f"{computed} weights that are computed on the way to their calls are not: the file has what they "
-            "are made of, in floating point"
+            f"not so: {several(computed, 'weight')} computed on the way to the call; the file has what it is "
+            "made of, in floating point"
         )
     if activations:
-        found.append(
-            f"{activations} activations that are quantized in the network are in floating point here"
-        )
+        found.append(f"in floating point here, quantized in the network: {several(activations, 'tensor')}")
     return tuple(found)

@@ -89,6 +89,9 @@ def settled(checkpoint: Checkpoint, tables: Tables, *, settle: bool = True) -> C
         if settle:
             with torch.no_grad():
                 tensor.copy_(decoded)
+        if form is not None and form.nbytes > values.numel() * values.element_size():
+            # Of few values, beside which the scales count: the rounded values themselves take fewer bytes.
+            form = None
         if form is not None and torch.equal(tensor.detach(), decoded):
             # A tied weight has one form under all of its names.
             stored |= dict.fromkeys(names.get(place(tensor.detach()), [name]), form)

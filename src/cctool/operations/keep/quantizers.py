@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from cctool.base.networks import several
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.thin import Cut
 from cctool.checkpoint.file.payload import fingerprint_of
@@ -161,7 +162,8 @@ class Ranges(Follower):
         images, used = calibration_images(checkpoint, change.source, wanted, change.data, context)
         calibrate_activations(model, images, held.state.observing or Observing())
         held.state.images = used
-        note = f"the ranges of {count} activations were found again on {used:,} training images"
+        ranges, on = several(count, "activation"), several(used, "training image")
+        note = f"the ranges of {ranges} were found again on {on}"
         context.reporter.note(note)
         return Followed(in_step(checkpoint, context.tables), (note,))
 
@@ -182,8 +184,8 @@ class Ranges(Follower):
         if held is None or not held.activation_keys or not _stale(checkpoint):
             return ""
         return (
-            f"the ranges of {len(held.activation_keys)} activations were found for other weights than the "
-            "network has now; `cctool quantize` finds them again"
+            f"the ranges of {several(len(held.activation_keys), 'activation')} were found for other weights "
+            "than the network has now; `cctool quantize` finds them again"
         )
 
 

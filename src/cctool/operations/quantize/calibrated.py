@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError, UsageError
-from cctool.base.networks import copied
+from cctool.base.networks import copied, several
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.payload import place
 from cctool.data.records import DataSource
@@ -53,7 +53,7 @@ from cctool.quantization.network.attach import detach, fold_of, held_by, quantiz
 from cctool.quantization.network.edit import with_quantizers
 from cctool.quantization.network.points import weight_key
 from cctool.quantization.network.tensors import Skipped
-from cctool.quantization.refine.adaround import adaround
+from cctool.quantization.refine.adaround import AdaRoundReport, adaround
 from cctool.quantization.refine.bias_correction import correct_biases
 from cctool.quantization.refine.equalize import equalize
 
@@ -74,7 +74,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     product.model.to(context.device)
     if options.calibration.equalize:
         found = equalize(product.model, plan(product, options).flow)
-        notes.append(f"the channels of {len(found.pairs)} pairs of layers were equalized")
+        notes.append(f"the channels of {several(len(found.pairs), 'pair')} of layers were equalized")
         notes += [f"not equalized: {item.name}: {item.reason}" for item in found.skipped]
     sensitivity: tuple[SensitivityReport, ...] = ()
     bits: Mapping[str, int] = {}
@@ -102,6 +102,8 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     else:
         product, others, skipped = _weights_alone(product, checkpoint, planned, options, context)
         tensors += others
+        alone = {item.name for item in skipped}
+        left = tuple(item for item in left if item.name not in alone)
     product, followed = events.changed(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
     notes += _of_ranges(product, options)
@@ -220,17 +222,24 @@ def _corrected(
             reporter=context.reporter,
             reference=reference,
         )
-        better = sum(item.kept for item in learned.layers)
-        notes.append(
-            f"rounding was learnt on {used:,} images: {better} of {len(learned.layers)} layers come closer "
-            "to their outputs than with the nearest levels, which the others keep"
-        )
+        notes.append(_learnt(learned, used))
         notes += [f"rounding not learnt: {item.name}: {item.reason}" for item in learned.skipped]
     if asked.bias_correction:
         found = correct_biases(product.model, planned.flow, images, context.reporter, reference=reference)
-        notes.append(f"the biases of {len(found.layers)} layers were corrected on {used:,} images")
+        corrected = several(len(found.layers), "layer")
+        notes.append(f"the biases of {corrected} were corrected on {several(used, 'image')}")
         notes += [f"no bias corrected: {item.name}: {item.reason}" for item in found.skipped]
     return notes
+
+
+def _learnt(report: AdaRoundReport, images: int) -> str:
+    better, count = sum(item.kept for item in report.layers), len(report.layers)
+    if not count:
+        return "no rounding could be learnt: all weights take their nearest levels"
+    on, layers = several(images, "image"), several(count, "layer")
+    kept = f"rounding was learnt on {on} and is kept in {better:,} of {layers}"
+    nearest = "; where it comes no closer to the layer's outputs than the nearest levels, these stay"
+    return kept + ("" if better == count else nearest)
 
 
 @torch.no_grad()
@@ -285,8 +294,8 @@ def _computed_reports(
             shape=tuple(made.shape),
             encoding=f"{quantizer.config.method} at the call",
             bits=quantizer.config.effective_bits,
-            bytes_before=_bytes_of(before, point.made_of),
-            bytes_after=_bytes_of(product, point.made_of),
+            bytes_before=_bytes_of(before, point.made_of) if point.made_of else None,
+            bytes_after=_bytes_of(product, point.made_of) if point.made_of else None,
             max_error=error,
             sqnr_db=sqnr,
         )
@@ -313,10 +322,17 @@ def computed_notes(model: nn.Module) -> list[str]:
     made_of = {name for found in computed for name in points[found].made_of if name in state}
     floats = made_of.difference(points.keys() - computed.keys())
     size = sum(state[name].numel() * state[name].element_size() for name in floats)
-    return [
-        f"{len(computed)} weights are computed on the way to their calls, which take them rounded: the file "
-        f"keeps {len(floats)} tensors that they are made of in floating point ({size:,} bytes)"
-    ]
+    unknown = sum(not made_of.intersection(points[found].made_of) for found in computed)
+    what = f"{several(len(computed), 'weight')} {'is' if len(computed) == 1 else 'are'} computed on the way"
+    notes = [f"{what} to the calls, which take {'it' if len(computed) == 1 else 'them'} rounded"]
+    if floats:
+        notes.append(
+            f"the file keeps {several(len(floats), 'tensor')} of which "
+            f"{'it is' if len(computed) == 1 else 'they are'} made in floating point ({size:,} bytes)"
+        )
+    if unknown:
+        notes.append(f"what {unknown:,} of them {'is' if unknown == 1 else 'are'} made of is not known")
+    return [": ".join(notes[:2]) + "".join(f"; {note}" for note in notes[2:])]
 
 
 def _weights_alone(

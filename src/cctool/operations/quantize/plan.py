@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from cctool.base.networks import qualified
 from cctool.base.patterns import refuse_unmatched
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.data import example
+from cctool.operations.quantize.report import GROWS
 from cctool.options.quantize.choices import CLIPPING, TRAINED, Edges, QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.quantize.parts import LayerBits
@@ -113,9 +115,11 @@ def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, in
         reasons = "; ".join(dict.fromkeys(item.reason for item in left))
         raise QuantizationError(f"nothing is left to quantize: {reasons}")
     used = {name for layer in points.layers if layer.kernel is not None for name in layer.kernel.made_of}
-    left += [Left(place.title, "only some inputs reach it") for place in flow.elsewhere]
-    others = _other_weights(model, used.union(names), {call.place.module for call in flow.calls})
-    return Plan(flow, points, weights, activations, (*left, *points.left, *others))
+    if options.activations:
+        # Weights alone are stored in few bits whatever takes them.
+        left += [Left(place.title, "only some inputs reach it") for place in flow.elsewhere]
+        left += [*points.left, *_other_weights(model, used.union(names), flow)]
+    return Plan(flow, points, weights, activations, tuple(left))
 
 
 def _seen_in_training(points: Points, shapes: Mapping[CallSite, tuple[int, ...]]) -> Points:
@@ -187,6 +191,9 @@ def _weights(
         elif layer.weight not in found and not _encoded_directly(layer):
             config = _weight_config(layer, options, bits.get(layer.weight))
             channels = None if config.axis is None else layer.shape[config.axis]
+            if not options.activations and _grows(layer, config, channels or 1):
+                left.append(Left(layer.weight, GROWS))
+                continue
             # With one scale for all channels the weight is rounded as if the batch norm were folded in.
             folded = config.method == "uniform" and config.axis is None and layer.axis == 0
             norm = layer.norm if folded else None
@@ -194,6 +201,13 @@ def _weights(
             point = WeightPoint(config=config, channels=channels, norm=norm, made_of=made_of[:_MOST_NAMES])
             found[layer.weight] = point
     return found, left
+
+
+def _grows(layer: PlacedLayer, config: QuantizerConfig, channels: int) -> bool:
+    """Whether a float32 weight takes fewer bytes than its integers, with a scale for each of the channels."""
+    count = math.prod(layer.shape)
+    scales = 4 * channels + (0 if config.symmetric else channels)
+    return -(-count * config.effective_bits // 8) + scales > 4 * count
 
 
 def _encoded_directly(layer: PlacedLayer) -> bool:
@@ -298,15 +312,25 @@ def _uniform(bits: int, options: QuantizeOptions) -> QuantizerConfig:
     )
 
 
-def _other_weights(model: nn.Module, layers: Collection[str], called: Collection[str]) -> list[Left]:
-    """Parameters of two or more dimensions that no convolution or linear layer uses."""
+def _other_weights(model: nn.Module, layers: Collection[str], flow: Flow) -> list[Left]:
+    """Parameters of two or more dimensions that no convolution or linear layer is known to use."""
+    called = {call.place.module for call in flow.calls}
+    constant = {call.weight for call in flow.calls if call.constant}
+    # What such a weight was made of before the pass is not known.
+    unseen = {call.place.module for call in flow.calls if call.kernel is not None and not call.kernel.made_of}
+
+    def reason(name: str) -> str:
+        module = name.rpartition(".")[0]
+        if name in constant:
+            return "what its layer takes in does not depend on the network's input"
+        if module in unseen:
+            return "its layer takes a weight of which it is not known what it was made of"
+        if module in called:
+            return "no convolution and no linear layer takes it"
+        return "the traced pass does not reach its module"
+
     return [
-        Left(
-            name,
-            "no convolution and no linear layer takes it"
-            if name.rpartition(".")[0] in called
-            else "the traced pass does not reach its module",
-        )
+        Left(name, reason(name))
         for name, parameter in model.named_parameters()
         if parameter.dim() > 1 and name not in layers
     ]

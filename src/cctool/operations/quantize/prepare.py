@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from cctool.base.networks import copied
+from cctool.base.networks import copied, several
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.context import Context
 from cctool.operations.keep import events
@@ -54,7 +54,9 @@ def in_floats(checkpoint: Checkpoint, context: Context, *, ordinary: bool) -> tu
                 parameter.copy_(quantizer.eval()(parameter, fold))
         computed = computed_weights(model)
         if computed:
-            notes.append(f"{len(computed)} computed weights are again those that their parameters give")
+            notes.append(
+                f"{several(len(computed), 'computed weight')} took again the values that the parameters give"
+            )
         detach(model)
         product = replace(product, spec=with_quantizers(product.spec, model), stored={})
     swapped = swapped_layers(model)
@@ -66,8 +68,8 @@ def in_floats(checkpoint: Checkpoint, context: Context, *, ordinary: bool) -> tu
         product = replace(product, spec=with_taps(product.spec, product.model))
         left = swapped_layers(product.model)
         notes.append(
-            f"{len(swapped) - len(left)} layers in a transform domain became ordinary ones: integer kernels "
-            "take weights, not coefficients"
+            f"{several(len(swapped) - len(left), 'layer')} in a transform domain became ordinary: integer "
+            "kernels take weights, not coefficients"
         )
     return events.decoded(product, context) if product.stored else product, notes
 

@@ -10,11 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from cctool.base.networks import some
+from cctool.base.networks import several, some
 from cctool.checkpoint.spec import Metrics, Signal
 from cctool.operations.context import Told, metric_lines
 from cctool.quantization.network.placement import Left
 from cctool.quantization.network.tensors import Skipped
+
+GROWS = "it would take more bytes than its values do now"
+"""Why a tensor of few values, beside which its scales or its table count, stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,9 @@ class TensorReport:
         shape: of the tensor.
         encoding: how it is stored now.
         bits: per value; None if it is stored dense.
-        bytes_before: as it was stored.
-        bytes_after: as it is stored now, scales included.
+        bytes_before: as it was stored; of a computed weight those of what it is made of, None if that is not
+            known.
+        bytes_after: as it is stored now, scales included; likewise.
         max_error: largest absolute difference to the earlier values.
         sqnr_db: signal to quantization noise, 10 log10(sum w^2 / sum (w - w')^2); None without noise.
     """
@@ -38,8 +42,8 @@ class TensorReport:
     shape: tuple[int, ...]
     encoding: str
     bits: int | None
-    bytes_before: int
-    bytes_after: int
+    bytes_before: int | None
+    bytes_after: int | None
     max_error: float
     sqnr_db: float | None
 
@@ -137,7 +141,7 @@ def errors_between(before: Tensor, after: Tensor) -> tuple[float, float | None]:
 def counted(skipped: Sequence[Skipped]) -> list[str]:
     """A note for each reason why tensors were not quantized."""
     counts = Counter(item.reason for item in skipped)
-    return [f"left alone: {n} tensors ({reason})" for reason, n in counts.items()]
+    return [f"left alone: {several(n, 'tensor')} ({reason})" for reason, n in counts.items()]
 
 
 def in_floating_point(left: Sequence[Left]) -> list[str]:

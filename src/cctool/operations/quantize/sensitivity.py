@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError, UsageError
-from cctool.base.networks import copied, in_eval_mode
+from cctool.base.networks import copied, in_eval_mode, several, some
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.edits.computed import computed_layers
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.operations.data import measured
@@ -28,10 +29,17 @@ from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
 from cctool.operations.keep.calibrate import calibration_images
 from cctool.operations.keep.encode import quantized_weights
-from cctool.operations.quantize.allocate_bits import Assignment, LayerChoice, cheapest, fewest_bytes
-from cctool.operations.quantize.plan import attach_plan, fixed_bits, plan
+from cctool.operations.quantize.allocate_bits import (
+    Assignment,
+    LayerChoice,
+    cheapest,
+    fewest_bytes,
+    frontier,
+)
+from cctool.operations.quantize.plan import Plan, attach_plan, fixed_bits, plan
 from cctool.operations.quantize.prepare import attached, calibrated, fit_weights, observing
 from cctool.operations.quantize.report import SensitivityReport
+from cctool.operations.quantize.stored import encoded_directly
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.target import Target
 from cctool.quantization.network.attach import detach, held_by, only
@@ -39,6 +47,7 @@ from cctool.quantization.network.edit import with_quantizers
 from cctool.quantization.network.points import weight_key
 from cctool.tasks.base import Task
 
+_KEPT = "what a weight is computed from stays in floating point whatever its bits"
 _MOST_IMAGES = 256
 """Images that damages are measured on, few because each choice of each layer needs a pass over them."""
 
@@ -60,11 +69,21 @@ def searched_bits(
         QuantizationError: if the goal cannot be reached, or there is no layer whose bits can be chosen.
     """
     planned = plan(product, options)
-    names = [layer.weight for layer in planned.layers if fixed_bits(layer, options) is None]
+    names = [
+        layer.weight
+        for layer in planned.layers
+        if fixed_bits(layer, options) is None and layer.weight not in planned.kernels
+    ]
     if source is None:
         raise UsageError("--target and --max-drop look at images: name a data set with --data")
-    if not names:
-        raise QuantizationError("there is no layer whose bits can be chosen: all of them are given")
+    floats = any(layer.varies for layer in planned.points.layers)
+    # A target may be kept without any choice.
+    if not names and not (options.target is not None and (planned.kernels or floats)):
+        rest = "they are computed or stay in floating point" if floats else "they are computed"
+        why = f"their bits are given, or {rest}" if planned.kernels or floats else "all of them are given"
+        raise QuantizationError(
+            f"there is no layer whose bits can be chosen: {why}{_in_floats(product, planned)}"
+        )
     tried = sorted(set(options.choices))
     sizes, others = _sizes(product, options, names, tried, context)
     wanted = min(options.calibration.images, _MOST_IMAGES)
@@ -73,9 +92,15 @@ def searched_bits(
     choices = [
         LayerChoice(name, bits, damages[name, bits], sizes[name, bits]) for name in names for bits in tried
     ]
-    notes = [f"damages of {len(names)} layers were measured on {used:,} training images"]
+    notes = []
+    if names:
+        of, on = several(len(names), "layer"), several(used, "training image")
+        notes.append(f"damages of {of} were measured on {on}")
+    if planned.kernels:
+        kept = several(len(planned.kernels), "computed weight")
+        notes.append(f"no bits were chosen for {kept}: {_KEPT}")
     if options.target is not None:
-        found, note = _within_target(choices, others, product, options.target)
+        found, note = _within_target(choices, others, product, options.target, planned)
     else:
         found, note = _within_drop(choices, product, options, source, context)
     report = tuple(
@@ -98,7 +123,8 @@ def _sizes(
     for bits in tried:
         # On the CPU, where products are encoded.
         trial = replace(product, model=copied(product.model).cpu())
-        trial = attached(trial, plan(trial, options, dict.fromkeys(names, bits)))
+        planned = plan(trial, options, dict.fromkeys(names, bits))
+        trial = attached(trial, planned)
         trial = events.stored(trial, context.tables)
         dense = dict(trial.model.named_parameters(remove_duplicate=False))
         for name in names:
@@ -107,8 +133,13 @@ def _sizes(
             parts = list(form.parts.values()) if form is not None else [dense[name]] if name in dense else []
             weights[name, bits] = sum(part.numel() * part.element_size() for part in parts)
         if not options.activations:
-            # The product then has no quantizers, whose scales would be counted here.
+            # The product then has no quantizers, whose scales would be counted here, and other tensors are
+            # stored in few bits, too.
+            done = {name for name in held_by(trial.model).state.weights if name in dense}
             detach(trial.model)
+            trial, _, _ = encoded_directly(
+                trial, product, options, context, done=done, left=[item.name for item in planned.left]
+            )
         others = stored_bytes(trial) - sum(weights[name, bits] for name in names)
     return weights, others
 
@@ -201,18 +232,48 @@ def _mean_damage(
 
 
 def _within_target(
-    choices: Sequence[LayerChoice], others: int, product: Checkpoint, target: Target
+    choices: Sequence[LayerChoice], others: int, product: Checkpoint, target: Target, planned: Plan
 ) -> tuple[Assignment, str]:
-    limit = int(target.value * stored_bytes(product) if target.relative else target.value)
-    if others >= limit:
+    whole = stored_bytes(product)
+    limit = int(target.value * whole if target.relative else target.value)
+    smallest = frontier(choices)[0].bytes
+    if smallest + others > limit:
+        share = math.ceil((smallest + others) / whole * 1000) / 1000
+        parts = f"the weights that have bits to choose take {smallest:,} bytes, everything else {others:,}: "
         raise QuantizationError(
-            f"--target {target}: {limit:,} bytes are allowed, and what has no bits to choose takes {others:,}"
+            f"--target {target}: {limit:,} of {whole:,} bytes cannot be reached. "
+            + (f"With the fewest bits of --choices {parts}" if choices else "No weight has bits to choose: ")
+            # Rounded up, so that this share can be reached.
+            + f"{smallest + others:,} bytes (bytes={share:g}) at least{_in_floats(product, planned)}"
         )
     found = cheapest(choices, limit - others)
     return found, (
         f"--target {target}: {found.bytes + others:,} of {limit:,} bytes, {others:,} of them for "
         "what has no bits to choose"
     )
+
+
+def _in_floats(product: Checkpoint, planned: Plan) -> str:
+    """What has no bits to choose because it stays in floating point, and how it would take fewer bytes."""
+    state, made_of = product.model.state_dict(), set[str]()
+    for name in planned.kernels:
+        made_of.update(planned.weights[name].made_of)
+    # The last of them are buffers that calls take as they are.
+    floats = made_of.intersection(state) - planned.weights.keys() | (planned.kernels.keys() & state.keys())
+    size = sum(state[name].numel() * state[name].element_size() for name in floats)
+    found = [
+        f". {layer.place.title} stays in floating point: {layer.varies}"
+        for layer in planned.points.layers
+        if layer.varies
+    ]
+    if size:
+        found.append(
+            f". {size:,} bytes are what kernels are computed from ({several(len(floats), 'tensor')}), which "
+            "stays in floating point; --weight-only stores weights in few bits instead"
+        )
+        if bakes := computed_layers(product.model):
+            found.append(f", and `cctool transform --fold` makes {some(list(bakes))} ordinary layers")
+    return "".join(found)
 
 
 def _within_drop(

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError
-from cctool.base.networks import copied
+from cctool.base.networks import copied, several
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.encoding import EncodedTensor, Encoding
 from cctool.checkpoint.file.payload import place
@@ -24,7 +24,13 @@ from cctool.operations.data import measured_splits, open_source
 from cctool.operations.judge.size import stored_bytes
 from cctool.operations.keep import events
 from cctool.operations.keep.encode import encode_under_mask, masks_by_place
-from cctool.operations.quantize.report import QuantizeReport, TensorReport, counted, errors_between
+from cctool.operations.quantize.report import (
+    GROWS,
+    QuantizeReport,
+    TensorReport,
+    counted,
+    errors_between,
+)
 from cctool.operations.quantize.signal import signal_and_warning
 from cctool.options.quantize.choices import INTEGERS, QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
@@ -78,7 +84,10 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     before = measured_splits(checkpoint, source, options.data, context)
     # The state of the optimizer belongs to the earlier values.
     product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
-    product, reports = encode_selected(product, checkpoint, selected, options, context)
+    product, reports, grown = encode_selected(product, checkpoint, selected, options, context)
+    skipped += grown
+    if not reports:
+        raise QuantizationError(f"nothing is left to quantize: {'; '.join(counted(skipped))}")
     product, followed = events.changed(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
     signal, warned = signal_and_warning(checkpoint, product, source, options.data, context)
@@ -127,29 +136,33 @@ def encode_selected(
     selected: Sequence[SelectedTensor],
     options: QuantizeOptions,
     context: Context,
-) -> tuple[Checkpoint, list[TensorReport]]:
+) -> tuple[Checkpoint, list[TensorReport], list[Skipped]]:
     """Encode selected tensors by the options' method; the product's model gets the decoded values in place.
 
     ``before`` is the input, whose stored forms count as the bytes before. ``selected`` may be tensors of
-    another network with the same names.
+    another network with the same names. Tensors of which the encoded form would be larger than the values
+    themselves stay as they are: these are returned, too.
     """
     stored = dict(product.stored)
     state = product.model.state_dict()
     masks = masks_by_place(product.model)
-    reports = []
+    reports, grown = [], list[Skipped]()
     for item in context.reporter.progress(selected, "quantizing", len(selected)):
         # The selection may come from another network; the values are the product's.
         own = replace(item, tensor=state[item.names[0]])
         encoded, found = _quantized(
             own, masks.get(place(own.tensor)), before.stored.get(item.names[0]), options, context
         )
+        if encoded.nbytes > own.tensor.numel() * own.tensor.element_size():
+            grown += [Skipped(name, tuple(own.tensor.shape), GROWS) for name in item.names]
+            continue
         stored |= dict.fromkeys(item.names, encoded)
         reports.append(found)
     with torch.no_grad():
-        for item in selected:
-            encoded = stored[item.names[0]]
-            state[item.names[0]].copy_(context.tables.encodings[encoded.encoding].decode(encoded))
-    return replace(product, stored=stored), reports
+        for found in reports:
+            encoded = stored[found.name]
+            state[found.name].copy_(context.tables.encodings[encoded.encoding].decode(encoded))
+    return replace(product, stored=stored), reports, grown
 
 
 def encoded_directly(
@@ -181,8 +194,8 @@ def encoded_directly(
     ]
     if not rest:
         return product, (), tuple(skipped)
-    product, reports = encode_selected(product, before, rest, options, context)
-    return product, tuple(reports), tuple(skipped)
+    product, reports, grown = encode_selected(product, before, rest, options, context)
+    return product, tuple(reports), (*skipped, *grown)
 
 
 def _layer_of(name: str) -> str:
@@ -235,11 +248,18 @@ def _storage_notes(before: Checkpoint, after: Checkpoint, reports: list[TensorRe
     again = Counter(form.encoding for name, form in before.stored.items() if name in chosen)
     kept = Counter(form.encoding for name, form in after.stored.items() if name not in chosen)
     return [
-        *(f"{n} tensors were stored as {name}: decoded, and encoded anew" for name, n in again.items()),
-        *(f"{n} tensors stay stored as {name}" for name, n in kept.items()),
+        *(
+            f"{several(n, 'tensor')} {'was' if n == 1 else 'were'} stored as {name}: decoded, and encoded "
+            "anew"
+            for name, n in again.items()
+        ),
+        *(
+            f"{several(n, 'tensor')} {'stays' if n == 1 else 'stay'} stored as {name}"
+            for name, n in kept.items()
+        ),
         *(
             f"{report.name} does not shrink: {report.bytes_before:,} -> {report.bytes_after:,} bytes"
             for report in reports
-            if report.bytes_after >= report.bytes_before
+            if (report.bytes_after or 0) >= (report.bytes_before or 0)
         ),
     ]

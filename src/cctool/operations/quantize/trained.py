@@ -186,7 +186,10 @@ def _codebooks(
     if not selected:
         raise QuantizationError(f"nothing is left to quantize: {'; '.join(counted(skipped))}")
     product = replace(checkpoint, model=copied(checkpoint.model), resume=None)
-    product, tensors = encode_selected(product, checkpoint, selected, options, context)
+    product, tensors, grown = encode_selected(product, checkpoint, selected, options, context)
+    skipped += grown
+    if not tensors:
+        raise QuantizationError(f"nothing is left to quantize: {'; '.join(counted(skipped))}")
     forms = events.forms_of(product)
     product.model.to(context.device)
     product = _trained(product, options, source, objective, context, forms)

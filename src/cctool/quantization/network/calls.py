@@ -227,12 +227,13 @@ class _Recorder:
         return self.kernels[id(tensor)]
 
     def _made_of(self, numbers: Sequence[int]) -> tuple[str, ...]:
-        """Names of the tensors that calls computed their results from, up to other layers."""
+        """Names of the tensors that calls computed their results from, up to layers that take images."""
         found: dict[str, None] = {}
         seen, left = set(numbers), [number for number in numbers if number != INPUT]
         while left:
-            call = self.calls[left.pop()]
-            if call.weight is None:
+            number = left.pop()
+            call = self.calls[number]
+            if call.weight is None or not self.fed[number]:
                 found |= dict.fromkeys(call.tensors.values())
                 more = [number for number in call.sources if number != INPUT and number not in seen]
                 seen.update(more)
@@ -251,7 +252,8 @@ class _Recorder:
 def flow_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Flow:
     """Record one pass of a network without quantizers and codecs, in evaluation mode; it is not changed.
 
-    A second pass, with other inputs, shows which layers take the same weight whatever comes in.
+    A second pass, with other inputs, shows which layers take the same weight whatever comes in, and a third,
+    with a sample more, which do so whatever the batch.
     """
     flow = _recorded(model, inputs)
     generator = torch.Generator().manual_seed(1)
@@ -263,11 +265,27 @@ def flow_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Flow:
         if flow.kernels:
             # Random numbers and buffers go on from here: they may change weights, too.
             model(*others)
-        second = {call.place: call for call in _recorded(model, others).calls if call.weight is not None}
+        second = _layers(_recorded(model, others))
+        third = _layers_of_more(model, inputs)
     for call in flow.calls:
         if call.weight is not None:
-            call.varies = _varies(call, second.pop(call.place, call))
+            other = third.get(call.place, call)
+            call.varies = _varies(call, second.pop(call.place, call)) or _varies_with_batch(call, other)
     return replace(flow, elsewhere=tuple(second))
+
+
+def _layers(flow: Flow) -> dict[CallSite, FlowCall]:
+    return {call.place: call for call in flow.calls if call.weight is not None}
+
+
+def _layers_of_more(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[CallSite, FlowCall]:
+    """The layers of a pass with one sample more; none if the network takes no other batch."""
+    more = tuple(torch.cat((tensor, tensor[:1])) if tensor.dim() else tensor for tensor in inputs)
+    try:
+        return _layers(_recorded(model, more))
+    except Exception:
+        # A network of a fixed batch, whose own code may raise anything: its weights have one shape.
+        return {}
 
 
 def _varies(call: FlowCall, second: FlowCall) -> str:
@@ -285,6 +303,17 @@ def _varies(call: FlowCall, second: FlowCall) -> str:
     if not value.is_floating_point():
         return f"its weight is computed as {str(value.dtype).removeprefix('torch.')}"
     return "" if bool(torch.isfinite(value).all()) else "its computed weight is not finite"
+
+
+def _varies_with_batch(call: FlowCall, other: FlowCall) -> str:
+    """Why the weight of a layer is not fixed, given the same call for another number of samples."""
+    if call.weight_shape != other.weight_shape:
+        return "the shape of its weight depends on the batch"
+    if call.weight != other.weight:
+        return "which weight it takes depends on the batch"
+    if call.kernel is None or other.kernel is None or same(call.kernel.value, other.kernel.value):
+        return ""
+    return "its weight depends on the batch"
 
 
 def training_shapes(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[CallSite, tuple[int, ...]]:
