@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cctool.base.errors import TransformError
 from cctool.checkpoint.edits.computed import computed_layers
 from cctool.checkpoint.edits.fold import AbsentBranch
-from cctool.transforms.fold import fold as folding
+from cctool.transforms.fold import checks
 from cctool.transforms.fold.fold import fold_network
 from folding_toys import NETWORKS, Custom, conv_bn, functional_norm, lively
 
@@ -308,8 +308,8 @@ def test_a_network_that_needs_float32_is_folded_in_float32() -> None:
 
 def test_outputs_that_change_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lively(NETWORKS["rep"]())
-    monkeypatch.setattr(folding, "_ROUNDINGS", 0)
-    monkeypatch.setattr(folding, "_OWN_NOISE", 0)
+    monkeypatch.setattr(checks, "_ROUNDINGS", 0)
+    monkeypatch.setattr(checks, "_OWN_NOISE", 0)
     with pytest.raises(TransformError, match=r"outputs differ by .* of their range"):
         fold_network(model, SHAPE)
 

@@ -20,9 +20,8 @@ from cctool.base.outputs import OUTPUT, as_numbers, is_measured, named_tensors
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Signal
 from cctool.data.records import DataSource
-from cctool.data.serving.batches import batches
 from cctool.operations.context import Context
-from cctool.operations.data import making_targets
+from cctool.operations.judge.images import some_images, split_of
 from cctool.operations.judge.task import judge_of
 from cctool.options.common import DataOptions
 from cctool.tasks.base import Measure, Task
@@ -122,12 +121,14 @@ def signal_kept(
     """
     if source is None or not source.loaders:
         return None
-    split = next(name for name in ("test", "validation", "train") if name in source.loaders)
+    split = split_of(source)
     task = judge_of(before, context).task
     models = before.model.to(context.device), after.model.to(context.device)
     found, n = _Comparison(), 0
     with torch.no_grad(), in_eval_mode(models[0]), in_eval_mode(models[1]), before_boxes(*models):
-        for images in _images(before, source, split, options, context):
+        large = max(before.spec.input_shape[1:]) > LARGE
+        wanted = SAMPLES_OF_LARGE if large else SAMPLES
+        for images in some_images(before, source, split, wanted, options, context):
             first, second = (_run(model, images, context) for model in models)
             found.add(task, first, second, len(images))
             n += len(images)
@@ -146,32 +147,6 @@ def signal_kept(
         lost=tuple(_lost(found, compared)),
         uncompared=tuple(sorted(found.uncompared)),
     )
-
-
-def _images(
-    checkpoint: Checkpoint, source: DataSource, split: str, options: DataOptions, context: Context
-) -> Iterator[Tensor]:
-    large = max(checkpoint.spec.input_shape[1:]) > LARGE
-    wanted = SAMPLES_OF_LARGE if large else SAMPLES
-    part, known = source.split(split), checkpoint.spec.preprocessing
-    if part.loaded is None and len(part) > wanted:
-        # Evenly, because the first images of a sorted data set are all of one class.
-        part = part.take([number * len(part) // wanted for number in range(wanted)])
-    served = batches(
-        part,
-        batch_size=min(options.batch_size, wanted),
-        device=context.device,
-        mean=known.mean if known else source.mean,
-        std=known.std if known else source.std,
-        workers=options.workers,
-        **making_targets(judge_of(checkpoint, context).task),
-    )
-    left = wanted
-    for batch in served:
-        yield batch.images
-        left -= len(batch.images)
-        if left <= 0:
-            return
 
 
 def _run(model: nn.Module, images: Tensor, context: Context) -> Any:
