@@ -171,6 +171,32 @@ def test_folding_again_says_that_nothing_is_left(rep: Place) -> None:
     assert torch.equal(outputs(rep.load("again.pt")), outputs(rep.load("folded.pt")))
 
 
+def test_coefficients_are_named_where_nothing_else_can_be_folded(rep: Place) -> None:
+    rep.run("transform", "start.pt", "dct.pt", *LIMIT)
+    line = (
+        "transform",
+        rep.folder / "dct.pt",
+        "--arch",
+        rep.arch,
+        "--fold",
+        *LIMIT,
+        "-o",
+        rep.folder / "c.pt",
+    )
+    code, _, said = run(*line)
+    assert code == 0
+    assert "made of transform coefficients or basis functions; fold first" in said
+    assert "nothing was folded: 0.dense.1, " in said
+    assert "cannot be: each has its reason" in said
+
+
+def test_a_network_without_anything_to_fold_is_told_so(tmp_path: Path) -> None:
+    line = ("train", "--arch", "lenet", "--data", "digits", "--epochs", "0", "-q", "-o", tmp_path / "a.pt")
+    assert run(*line)[0] == 0
+    _, _, said = run("transform", tmp_path / "a.pt", "--fold", *LIMIT, "-o", tmp_path / "b.pt")
+    assert "nothing was folded: the network has no batch norm, computed weights or parallel" in said
+
+
 def test_slimming_and_recalibration_say_that_no_batch_norm_is_left(rep: Place) -> None:
     said = rep.refused("prune", "folded.pt", "--method", "slimming", "--rate", "0.3", *LIMIT)
     assert "no batch norm on these channels: rank them with --method l1 or l2" in said

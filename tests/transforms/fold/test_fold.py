@@ -174,6 +174,14 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: two(conv(3, 3, 3, padding=1, groups=3), conv(3, 3, 1)),
         "more multiply-accumulates",
     ),
+    "called twice": (
+        lambda: Custom(
+            lambda self, x: self.a(x) + self.b(x) + self.b(x.flip(2)),
+            a=conv(3, 4, 3, padding=1),
+            b=conv(3, 4, 1),
+        ),
+        "it is called 2 times, and only one result belongs to the sum",
+    ),
     "asked for its shape": (
         lambda: two(
             conv(3, 4, 3, padding=1),
@@ -241,6 +249,26 @@ def test_weights_that_differ_from_call_to_call_stay() -> None:
     found = fold_network(nn.Sequential(layer), (3, 8, 8))
     assert found.edits == ()
     assert "differs from call to call" in found.stays[0].reason
+
+
+def test_instance_norm_with_running_statistics_is_folded_and_no_other() -> None:
+    torch.manual_seed(0)
+    tracked, free = nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.InstanceNorm2d(4)
+    for value in (tracked.running_mean, tracked.running_var, tracked.weight, tracked.bias):
+        value.data.uniform_(0.5, 1.5)
+    behind = nn.InstanceNorm2d(4, track_running_stats=True)
+    model = nn.Sequential(conv(3, 4, 3), tracked, nn.ReLU(), conv(4, 4, 3), free, nn.ReLU(), behind).eval()
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        before = model(x)
+    found = fold_network(model, (3, 8, 8))
+    assert error_of(model, before, x) < 2e-6
+    assert found.layers["0"].what == ["instance norm 1"]
+    assert [(item.name, item.reason) for item in found.stays] == [
+        ("6", "relu of 5 lies directly before it; the network's output lies directly behind it")
+    ]
+    assert found.norms_left == 1
+    assert isinstance(model[4], nn.InstanceNorm2d)
 
 
 def test_a_unit_that_is_used_twice_is_folded_once() -> None:

@@ -179,7 +179,12 @@ def _product(checkpoint: Checkpoint, folding: Folding, split: str) -> tuple[Chec
     """The checkpoint of the folded network, and notes."""
     if not folding.edits:
         earlier = any(edit["kind"] == "fold" for edit in checkpoint.spec.edits)
-        more = "all that can be is folded already" if earlier else "no layer can take anything in"
+        if earlier:
+            more = "all that can be is folded already"
+        elif folding.stays:
+            more = f"{some([item.name for item in folding.stays])} cannot be: each has its reason"
+        else:
+            more = "the network has no batch norm, computed weights or parallel branches"
         return checkpoint, (f"nothing was folded: {more}",)
     state = checkpoint.model.state_dict(keep_vars=True)
     changed = {id(checkpoint.model.get_parameter(name)) for name in folding.tensors}
