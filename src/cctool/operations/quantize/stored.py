@@ -25,7 +25,7 @@ from cctool.operations.judge.size import stored_bytes
 from cctool.operations.keep import events
 from cctool.operations.keep.encode import encode_under_mask, masks_by_place
 from cctool.operations.quantize.report import QuantizeReport, TensorReport, counted, errors_between
-from cctool.operations.quantize.signal import signal_and_warning
+from cctool.operations.quantize.warning import signal_and_warning
 from cctool.options.quantize.choices import INTEGERS, QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.encodings.apot_levels import default_terms
@@ -81,7 +81,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     product, reports = encode_selected(product, checkpoint, selected, options, context)
     product, followed = events.changed(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
-    signal, warned = signal_and_warning(checkpoint, product, source, options.data, context)
+    signal, warned = signal_and_warning(checkpoint, product, source, options.data, context, (before, after))
     notes = (
         *_idle_patterns(checkpoint.model, options, selected),
         *_storage_notes(checkpoint, product, reports),
