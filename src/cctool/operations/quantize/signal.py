@@ -21,8 +21,8 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Signal
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
-from cctool.operations.judge.images import some_images, split_of
 from cctool.operations.judge.task import judge_of
+from cctool.operations.keep.images import some_images, split_of
 from cctool.options.common import DataOptions
 from cctool.tasks.base import Task
 

@@ -18,10 +18,10 @@ from cctool.checkpoint.spec import Metrics, Size
 from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome, ShownTables
 from cctool.operations.data import measured_splits, open_source
-from cctool.operations.judge.images import some_images, split_of
 from cctool.operations.judge.size import measure
 from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
+from cctool.operations.keep.images import some_images, split_of
 from cctool.options.transform.options import TransformOptions
 from cctool.tasks.base import Measure
 from cctool.transforms.fold.fold import Folding, fold_network

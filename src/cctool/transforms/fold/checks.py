@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cctool.base.errors import TransformError
 from cctool.base.networks import copied, device_of, float_type_of
 from cctool.graph.execution import blaming_the_size
-from cctool.transforms.fold.probes import References, probes_of
+from cctool.transforms.fold.probes import ReferenceOutputs, probes_of
 
 EXACT = 1e-9
 """Largest difference of two outputs in float64, of the range of the output."""
@@ -20,7 +20,7 @@ _ROUNDINGS = 84
 _OWN_NOISE = 4
 
 
-class Checks:
+class FoldChecks:
     """The network before anything is folded, and what it returns.
 
     Attributes:
@@ -34,19 +34,19 @@ class Checks:
         self.type = float_type_of(model)
         probes = probes_of(input_shape, images, self.type, device_of(model))
         with blaming_the_size(input_shape):
-            self.own = References(model, probes, self.type)
+            self.own = ReferenceOutputs(model, probes, self.type)
         self.network, self.reference, self.exact = copied(model), self.own, False
         try:
             doubled = copied(model).double()
             self.reference, self.network, self.exact = (
-                References(doubled, self.own.probes, torch.float64),
+                ReferenceOutputs(doubled, self.own.probes, torch.float64),
                 doubled,
                 True,
             )
         except Exception:  # the network's code may need its own type in any way
             return
         if len(self.reference.probes) < len(self.own.probes):
-            self.own = References(model, self.reference.probes, self.type)
+            self.own = ReferenceOutputs(model, self.reference.probes, self.type)
 
     @property
     def images(self) -> int:

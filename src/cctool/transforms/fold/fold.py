@@ -20,7 +20,7 @@ from cctool.checkpoint.edits.fold import Fold
 from cctool.checkpoint.edits.mask import masked_places
 from cctool.graph.execution import execute
 from cctool.transforms.fold.branches import branch_candidates
-from cctool.transforms.fold.checks import Checks
+from cctool.transforms.fold.checks import FoldChecks
 from cctool.transforms.fold.layers import Candidate, Stays, carry_out, layer_at
 from cctool.transforms.fold.norms import norm_candidates, normalises
 from cctool.transforms.fold.passes import LAYERS, TracedPass, pass_of
@@ -77,7 +77,7 @@ def fold_network(model: nn.Module, input_shape: Sequence[int], images: Sequence[
         ArchitectureError: if the network does not run on such inputs.
         TransformError: if its outputs change by more than rounding; the network is then not to be used.
     """
-    start = Checks(model, input_shape, images)
+    start = FoldChecks(model, input_shape, images)
     watched = [0]
     while True:
         worker = _Worker(start, watched)
@@ -116,7 +116,7 @@ class _Worker:
         watched: numbers of the probes whose outputs have to stay.
     """
 
-    def __init__(self, start: Checks, watched: Sequence[int]) -> None:
+    def __init__(self, start: FoldChecks, watched: Sequence[int]) -> None:
         self.start, self.watched = start, watched
         self.network = start.network
         self.inputs = start.reference.probes[0].inputs.to(start.reference.dtype)

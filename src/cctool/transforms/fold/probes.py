@@ -29,7 +29,7 @@ Outputs = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Probe:
+class CheckInput:
     """Inputs (B, C, H, W) of one kind, float64, exact in the network's own type."""
 
     inputs: Tensor
@@ -38,7 +38,7 @@ class Probe:
 
 def probes_of(
     input_shape: Sequence[int], images: Sequence[Tensor], dtype: torch.dtype, device: torch.device
-) -> list[Probe]:
+) -> list[CheckInput]:
     """Random inputs first, then their multiples, constants, and the images, some of them also alone."""
     generator = torch.Generator().manual_seed(0)
     samples = _SAMPLES if prod(input_shape[1:]) <= _LARGE else _LARGE_SAMPLES
@@ -46,8 +46,10 @@ def probes_of(
     made = [drawn, *(scale * drawn for scale in SCALES)]
     made += [torch.full_like(drawn[:2], value) for value in CONSTANTS]
     singles = [image[None] for image in images[0][:_SINGLES]] if images else []
-    found = [Probe(inputs) for inputs in made] + [Probe(batch, True) for batch in (*images, *singles)]
-    return [Probe(probe.inputs.to(dtype).double().to(device), probe.images) for probe in found]
+    found = [CheckInput(inputs) for inputs in made] + [
+        CheckInput(batch, True) for batch in (*images, *singles)
+    ]
+    return [CheckInput(probe.inputs.to(dtype).double().to(device), probe.images) for probe in found]
 
 
 def outputs_of(network: nn.Module, inputs: Tensor) -> Outputs:
@@ -89,7 +91,7 @@ def distance(left: Outputs, right: Outputs, least: Mapping[str, float]) -> float
     return largest
 
 
-class References:
+class ReferenceOutputs:
     """What a network returns for each probe that it runs on, to compare others with.
 
     Attributes:
@@ -97,9 +99,9 @@ class References:
         dtype: that the network computes in.
     """
 
-    def __init__(self, network: nn.Module, probes: Sequence[Probe], dtype: torch.dtype) -> None:
+    def __init__(self, network: nn.Module, probes: Sequence[CheckInput], dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.probes: list[Probe] = []
+        self.probes: list[CheckInput] = []
         self._outputs: list[Outputs] = []
         for number, probe in enumerate(probes):
             try:
@@ -124,7 +126,7 @@ class References:
         found = outputs_of(network, probe.inputs.to(dtype or self.dtype))
         return distance(self._outputs[number], found, self._least[probe.images])
 
-    def apart(self, number: int, other: References) -> float:
+    def apart(self, number: int, other: ReferenceOutputs) -> float:
         """How far the outputs that another network gave for the same probe are from these."""
         least = self._least[self.probes[number].images]
         return distance(self._outputs[number], other._outputs[number], least)
