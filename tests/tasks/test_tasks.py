@@ -12,6 +12,7 @@ from cctool.base.errors import CctoolError
 from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
 from cctool.tasks.base import LOSS, Task, main_measure
+from cctool.tasks.classification import Classification
 from cctool.tasks.regression import Regression
 from cctool.tasks.segmentation import Segmentation
 from cctool.tasks.table import TASKS, task_named
@@ -66,6 +67,18 @@ def test_the_loss_of_pixels_ignores_and_counts_auxiliary_outputs_half() -> None:
     assert task.loss({"out": logits, "aux": logits}, masks) == pytest.approx(1.5 * float(alone))
     nothing = torch.full_like(masks, 255)
     assert task.loss(logits, nothing) == 0
+
+
+def test_tensors_of_another_shape_are_no_auxiliary_classifiers() -> None:
+    labels = torch.tensor([5, 9, 0])
+    logits, embedding = torch.randn(3, 10, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 4)
+    task = Classification()
+    assert task.loss((logits, embedding), labels) == task.loss(logits, labels)
+    assert task.loss((logits, torch.zeros(3, 10, 2)), labels) == task.loss(logits, labels)
+    assert task.loss((logits, logits), labels) == pytest.approx(1.3 * float(task.loss(logits, labels)))
+    scores, masks = segmented(12)
+    other = {"out": scores, "aux": scores[:, :1]}
+    assert Segmentation().loss(other, masks) == Segmentation().loss(scores, masks)
 
 
 def test_regression_equals_its_formulas() -> None:

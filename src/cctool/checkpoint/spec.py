@@ -167,6 +167,7 @@ class Signal(Record):
         commonest: percent of the decisions before that are the commonest one.
         agreement_of: what the decision is, such as ``top-1``.
         lost: outputs of which most of the signal is gone.
+        lost_db: signal-to-noise ratio of each of these alone; None without signal.
         uncompared: outputs that have no fixed shape for each image.
     """
 
@@ -179,6 +180,7 @@ class Signal(Record):
     commonest: float | None = None
     agreement_of: str | None = None
     lost: tuple[str, ...] = ()
+    lost_db: dict[str, float | None] = {}
     uncompared: tuple[str, ...] = ()
 
 

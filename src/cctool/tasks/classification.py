@@ -83,10 +83,11 @@ class Classification:
     def loss(self, outputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy; auxiliary classifiers count 0.3 each.
 
-        The weight is that of Szegedy et al. 2015, arXiv 1409.4842, section 5.
+        The weight is that of Szegedy et al. 2015, arXiv 1409.4842, section 5. What has not the shape of the
+        logits, such as an embedding, is no classifier and counts nothing.
 
         Args:
-            outputs: logits (N, classes), or a tuple of them, the main classifier's first.
+            outputs: logits (N, classes), or a tuple that starts with the main classifier's.
             targets: class indices (N,).
             label_smoothing: share of the target spread evenly over all classes.
 
@@ -107,7 +108,7 @@ class Classification:
             )
         loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
         for auxiliary in outputs[1:] if isinstance(outputs, tuple) else ():
-            if isinstance(auxiliary, Tensor):
+            if isinstance(auxiliary, Tensor) and auxiliary.shape == logits.shape:
                 extra = F.cross_entropy(auxiliary, targets, label_smoothing=label_smoothing)
                 loss = loss + _AUXILIARY_WEIGHT * extra
         return loss

@@ -102,7 +102,8 @@ class Segmentation:
     def loss(self, outputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy over the pixels that count; an output ``aux`` counts half, as in torchvision.
 
-        A batch without any pixel that counts has loss 0.
+        An ``aux`` of another number of classes is no auxiliary output, and counts nothing. A batch
+        without any pixel that counts has loss 0.
 
         Raises:
             TrainingError: if outputs or targets have other shapes.
@@ -111,7 +112,7 @@ class Segmentation:
         _refuse_other_shapes(logits, targets)
         loss = self._mean(logits, targets, label_smoothing)
         auxiliary = outputs.get("aux") if isinstance(outputs, Mapping) else None
-        if isinstance(auxiliary, Tensor):
+        if isinstance(auxiliary, Tensor) and auxiliary.shape[:2] == logits.shape[:2]:
             loss = loss + _AUXILIARY_WEIGHT * self._mean(auxiliary, targets, label_smoothing)
         return loss
 

@@ -49,8 +49,8 @@ def test_a_layer_between_integers_runs_on_them(tmp_path: Path) -> None:
     ("ways", "reason"),
     [
         ((True, False, False), "its weight is in floating point"),
-        ((False, True, True), "what it takes in is not quantized"),
-        ((True, False, True), "what it puts out is not quantized"),
+        ((False, True, True), "its input is not quantized"),
+        ((True, False, True), "its output is not quantized"),
     ],
 )
 def test_what_runs_in_floating_point_is_named_with_the_reason(

@@ -85,7 +85,7 @@ def test_stored_integers_stay_integers(tmp_path: Path, axis: int | None) -> None
     assert len(integers) == len(weights)
     assert file.bytes < 1.2 * sum(value.numel() for value in network().parameters())
     assert file.kernels is not None
-    assert {layer.reason for layer in file.kernels.floating} == {"what it takes in is not quantized"}
+    assert {layer.reason for layer in file.kernels.floating} == {"its input is not quantized"}
 
 
 def test_masked_weights_that_are_stored_as_integers_are_integers(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from cctool.checkpoint.checkpoint import Checkpoint, load
-from cctool.checkpoint.spec import ModelSpec, Preprocessing, Signal, Step
+from cctool.checkpoint.spec import Metrics, ModelSpec, Preprocessing, Signal, Step
 from cctool.cli.main import app
 from cctool.operations.python.data_in_memory import in_memory
 from cctool.operations.quantize import prepare
-from cctool.operations.quantize.signal import signal_and_warning, signal_kept
+from cctool.operations.quantize.signal import signal_kept
+from cctool.operations.quantize.warning import signal_and_warning
 from cctool.operations.registries import tables
 from cctool.options.common import DataOptions
 from cctool.quantization.calibration.observers import MinMaxObserver
@@ -52,6 +53,8 @@ def kept(
     data: Tensor | None = None,
     task: str = "classification",
     batch_size: int = 24,
+    measured: tuple[tuple[Metrics, ...], tuple[Metrics, ...]] = ((), ()),
+    trained: bool = False,
 ) -> tuple[Signal | None, tuple[str, ...]]:
     data = images() if data is None else data
     channels = data.shape[1]
@@ -64,7 +67,7 @@ def kept(
     first, second = (Checkpoint(Net(function), spec) for function in (before, after))
     source = in_memory({"train": data[:2], "test": data}, (), None)
     options = DataOptions(batch_size=batch_size)
-    return signal_and_warning(first, second, source, options, context())
+    return signal_and_warning(first, second, source, options, context(), measured, trained=trained)
 
 
 def ratio_db(wanted: np.ndarray, found: np.ndarray, *, centred: bool = True) -> float:
@@ -121,6 +124,77 @@ def test_outputs_of_another_scale_that_decide_alike_are_no_loss() -> None:
     assert (found.agreement, warned) == (100, ())
 
 
+def test_hardly_any_signal_is_a_loss_though_most_decisions_stay() -> None:
+    def scaled(x: Tensor) -> Tensor:
+        # Another scale, and for the first images other decisions.
+        return 3 * logits(x) * torch.where(x[:, 0, 0, :1] > 1.0, -1, 1)
+
+    found, warned = kept(logits, scaled)
+    assert found is not None
+    assert found.snr_db is not None
+    assert found.snr_db < 1.5
+    assert found.agreement is not None
+    assert 60 < found.agreement < 90
+    assert found.lost == ("output",)
+    assert len(warned) == 1
+    # A training may change the outputs as it likes.
+    assert kept(logits, scaled, trained=True)[1] == ()
+
+
+def shares(value: float, n: int = 360, name: str = "top1") -> tuple[Metrics, ...]:
+    other = {"loss": 1.0} if name != "loss" else {}
+    return (Metrics(split="test", n=n, values={**other, name: value}),)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "n", "warns"),
+    [
+        (89.72, 70.56, 360, True),
+        # What 2 bits leave of a network that works.
+        (91.9, 85.6, 360, False),
+        # A quarter of a low value, though not ten points.
+        (30.28, 20.0, 2000, True),
+        (30.28, 24.0, 2000, False),
+        # Chance does as much to few images.
+        (90.0, 78.0, 24, False),
+        (70.0, 90.0, 360, False),
+    ],
+)
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_metric_that_fell_far_beyond_chance_warns(
+    before: float, after: float, n: int, warns: bool, trained: bool
+) -> None:
+    # The images that are compared agree: other images may not.
+    _, warned = kept(logits, logits, measured=(shares(before, n), shares(after, n)), trained=trained)
+    assert bool(warned) == warns
+    if warns:
+        assert f"test top-1 goes from {before:.4g} to {after:.4g} % (n = {n:,})" in warned[0].replace(
+            " % to", " to"
+        )
+        assert "signal" not in warned[0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "noise", "warns"),
+    [(0.1, 0.5, 0.5, True), (0.1, 0.15, 0.5, False), (1e-6, 5e-6, 0.01, False)],
+)
+def test_an_error_that_grew_warns_where_the_outputs_are_noisy(
+    before: float, after: float, noise: float, warns: bool
+) -> None:
+    measured = (shares(before, name="mse"), shares(after, name="mse"))
+    _, warned = kept(
+        logits, lambda x: logits(x) + noise * x.flatten(1)[:, 5:10], task="regression", measured=measured
+    )
+    assert bool(warned) == warns
+
+
+def test_both_losses_are_one_warning() -> None:
+    _, warned = kept(logits, lambda x: 0 * logits(x), measured=(shares(90), shares(10)))
+    assert len(warned) == 1
+    assert "most of the signal is gone" in warned[0]
+    assert "; test top-1 goes from 90 % to 10 % (n = 360), which is no chance; more bits" in warned[0]
+
+
 def test_agreement_on_the_commonest_decision_is_none() -> None:
     # Nine of ten decisions are class 0, which a constant network shares.
     def rare(x: Tensor) -> Tensor:
@@ -148,6 +222,9 @@ def test_every_float_output_counts_and_the_lost_one_is_named() -> None:
     assert found.snr_db > 20
     assert found.lost == ("scores",)
     assert "most of the signal of scores is gone" in warned[0]
+    # Its own figure, not that of all outputs together.
+    assert found.lost_db == {"scores": pytest.approx(0, abs=0.5)}
+    assert "on 64 test images its values have a signal-to-noise ratio of 0." in warned[0].replace("-0.", "0.")
     assert found.agreement is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from cctool.base.errors import UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.mask import masks_of
 from cctool.cli.main import app
+from cctool.operations.transform import fold
 from cctool.options.transform.options import TransformOptions
 from folding_toys import NETWORKS
 
@@ -126,7 +128,9 @@ def test_the_report_says_what_was_folded_and_what_it_saves(rep: Place) -> None:
     )
     assert code == 0
     assert "0.dense.0 batch norm 1, branch pointwise.0" in said
-    assert "outputs on random inputs differ by" in said
+    assert "outputs differ by at most" in said
+    assert "on random inputs N(0, 1), these times 0.01, 0.1, 10, constants 0, 1, -1, 48 test images" in said
+    assert "decides by" not in said
     assert "no batch norm is left" in said
     assert "test top-1" in said
     code, shown, _ = run(
@@ -165,6 +169,32 @@ def test_folding_again_says_that_nothing_is_left(rep: Place) -> None:
     assert code == 0
     assert "nothing was folded: all that can be is folded already" in said
     assert torch.equal(outputs(rep.load("again.pt")), outputs(rep.load("folded.pt")))
+
+
+def test_coefficients_are_named_where_nothing_else_can_be_folded(rep: Place) -> None:
+    rep.run("transform", "start.pt", "dct.pt", *LIMIT)
+    line = (
+        "transform",
+        rep.folder / "dct.pt",
+        "--arch",
+        rep.arch,
+        "--fold",
+        *LIMIT,
+        "-o",
+        rep.folder / "c.pt",
+    )
+    code, _, said = run(*line)
+    assert code == 0
+    assert "made of transform coefficients or basis functions; fold first" in said
+    assert "nothing was folded: 0.dense.1, " in said
+    assert "cannot be: each has its reason" in said
+
+
+def test_a_network_without_anything_to_fold_is_told_so(tmp_path: Path) -> None:
+    line = ("train", "--arch", "lenet", "--data", "digits", "--epochs", "0", "-q", "-o", tmp_path / "a.pt")
+    assert run(*line)[0] == 0
+    _, _, said = run("transform", tmp_path / "a.pt", "--fold", *LIMIT, "-o", tmp_path / "b.pt")
+    assert "nothing was folded: the network has no batch norm, computed weights or parallel" in said
 
 
 def test_slimming_and_recalibration_say_that_no_batch_norm_is_left(rep: Place) -> None:
@@ -278,6 +308,53 @@ def test_the_python_function_folds(rep: Place) -> None:
     assert report.double_error < 1e-9
     assert all(torch.equal(value, before[name]) for name, value in given.model.state_dict().items())
     assert torch.equal(outputs(product), outputs(rep.load("folded.pt")))
+
+
+def test_what_only_the_images_show_is_left_out_and_named(tmp_path: Path) -> None:
+    place = Place(tmp_path, "Gated")
+    place.run("train", None, "start.pt", "--epochs", "1", *DATA)
+    line = (
+        "transform",
+        tmp_path / "start.pt",
+        "--arch",
+        place.arch,
+        "--fold",
+        "-o",
+        tmp_path / "f.pt",
+        "--json",
+    )
+    code, shown, said = run(*line, *LIMIT)
+    assert code == 0, said
+    (product,) = json.loads(shown)["products"]
+    report = product["report"]
+    assert [item["name"] for item in report["stays"]] == ["norm"]
+    assert [layer["name"] for layer in report["layers"]] == ["unit.0"]
+    assert (report["images"], report["decides"]) == (48, [""])
+    assert "the code of the network decides by the values of its input: other images may take" in said
+    start, folded = (cctool.evaluate(place.load(name), data="digits") for name in ("start.pt", "f.pt"))
+    assert start.metrics.values["top1"] == folded.metrics.values["top1"]
+
+
+def test_a_fold_that_the_metrics_tell_from_the_network_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path, "Gated")
+    place.run("train", None, "start.pt", "--epochs", "8", "--lr", "0.1", "--data", "digits")
+    # The images that are compared may happen to go the usual way.
+    monkeypatch.setattr(fold, "some_images", lambda *_: iter(()))
+    said = place.refused("transform", "start.pt", "--fold")
+    assert "top-1 would go from" in said
+    assert "nothing is written" in said
+
+
+def test_without_images_a_network_that_decides_is_named(tmp_path: Path) -> None:
+    place = Place(tmp_path, "Gated")
+    place.run("train", None, "start.pt", "--epochs", "0", "--data", "digits")
+    start = place.load("start.pt")
+    start = replace(start, spec=start.spec.model_copy(update={"data": None}))
+    _, report = cctool.transform(start, fold=True)
+    assert report.images == 0
+    assert any("images, which --data gives, may take another way" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("option", ["keep", "layers", "target", "kernel", "preset", "taps"])

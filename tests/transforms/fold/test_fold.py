@@ -1,5 +1,6 @@
 """What is folded computes the same, for every kind of network; what is not is named with its reason."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from cctool.base.errors import TransformError
 from cctool.checkpoint.edits.computed import computed_layers
 from cctool.checkpoint.edits.fold import AbsentBranch
-from cctool.transforms.fold import fold as folding
+from cctool.transforms.fold import checks
 from cctool.transforms.fold.fold import fold_network
 from folding_toys import NETWORKS, Custom, conv_bn, functional_norm, lively
 
@@ -173,6 +174,14 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: two(conv(3, 3, 3, padding=1, groups=3), conv(3, 3, 1)),
         "more multiply-accumulates",
     ),
+    "called twice": (
+        lambda: Custom(
+            lambda self, x: self.a(x) + self.b(x) + self.b(x.flip(2)),
+            a=conv(3, 4, 3, padding=1),
+            b=conv(3, 4, 1),
+        ),
+        "it is called 2 times, and only one result belongs to the sum",
+    ),
     "asked for its shape": (
         lambda: two(
             conv(3, 4, 3, padding=1),
@@ -242,6 +251,26 @@ def test_weights_that_differ_from_call_to_call_stay() -> None:
     assert "differs from call to call" in found.stays[0].reason
 
 
+def test_instance_norm_with_running_statistics_is_folded_and_no_other() -> None:
+    torch.manual_seed(0)
+    tracked, free = nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.InstanceNorm2d(4)
+    for value in (tracked.running_mean, tracked.running_var, tracked.weight, tracked.bias):
+        value.data.uniform_(0.5, 1.5)
+    behind = nn.InstanceNorm2d(4, track_running_stats=True)
+    model = nn.Sequential(conv(3, 4, 3), tracked, nn.ReLU(), conv(4, 4, 3), free, nn.ReLU(), behind).eval()
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        before = model(x)
+    found = fold_network(model, (3, 8, 8))
+    assert error_of(model, before, x) < 2e-6
+    assert found.layers["0"].what == ["instance norm 1"]
+    assert [(item.name, item.reason) for item in found.stays] == [
+        ("6", "relu of 5 lies directly before it; the network's output lies directly behind it")
+    ]
+    assert found.norms_left == 1
+    assert isinstance(model[4], nn.InstanceNorm2d)
+
+
 def test_a_unit_that_is_used_twice_is_folded_once() -> None:
     torch.manual_seed(0)
     model = Custom(lambda self, x: self.unit(self.unit(x).relu()), unit=conv_bn(3, 3, 3))
@@ -308,8 +337,8 @@ def test_a_network_that_needs_float32_is_folded_in_float32() -> None:
 
 def test_outputs_that_change_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lively(NETWORKS["rep"]())
-    monkeypatch.setattr(folding, "_ROUNDINGS", 0)
-    monkeypatch.setattr(folding, "_OWN_NOISE", 0)
+    monkeypatch.setattr(checks, "_ROUNDINGS", 0)
+    monkeypatch.setattr(checks, "_OWN_NOISE", 0)
     with pytest.raises(TransformError, match=r"outputs differ by .* of their range"):
         fold_network(model, SHAPE)
 
@@ -338,3 +367,91 @@ def test_rounding_is_no_worse_than_that_of_timms_own_fusion(name: str) -> None:
     # Sums of another order round otherwise, too.
     assert ours < max(1.5 * float((theirs - exact).abs().max() / spread), 3e-7)
     assert ours < 1e-5
+
+
+# Conditions that N(0, 1) never meets: the branch that they lead to is one that no fold may pass over.
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "small inputs": lambda x: x.abs().max() < 2.5,
+    "tiny inputs": lambda x: x.std() < 0.05,
+    "large inputs": lambda x: x.abs().max() > 20,
+    "no signal": lambda x: x.abs().sum() == 0,
+    "one bright value": lambda x: (x - 1).abs().max() < 1e-3,
+    "one dark value": lambda x: x.max() < 0,
+}
+
+
+def gated(condition: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Two units, the first with something between convolution and batch norm where a condition holds."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if condition(x):
+            y = y.tanh() * 2
+        return self.unit(self.norm(y).relu())
+
+    return lively(Custom(forward, conv=conv(3, 4, 3), norm=nn.BatchNorm2d(4), unit=conv_bn(4, 4, 3)))
+
+
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("double", [True, False])
+def test_branches_that_other_inputs_take_are_not_folded_over(name: str, double: bool) -> None:
+    torch.manual_seed(0)
+    model = gated(GATES[name])
+    if not double:
+        # A network whose code needs its own type is checked alike.
+        model.register_forward_pre_hook(
+            lambda module, given: (given[0].float() + 0 * given[0].to(torch.int),)
+        )
+    before = copy.deepcopy(model)
+    found = fold_network(model, (3, 8, 8))
+    assert [item.name for item in found.stays] == ["norm"]
+    assert "decides by its input" in found.stays[0].reason
+    assert set(found.layers) == {"unit.0"}
+    assert found.decides == ("",)
+    assert (found.double_error is not None) == double
+    drawn = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        for x in (drawn, 0.01 * drawn, 10 * drawn, 0 * drawn, 0 * drawn + 1, 0 * drawn - 1):
+            assert error_of(model, before(x), x) < 2e-6
+
+
+def test_branches_that_only_images_take_are_not_folded_over() -> None:
+    def of_images(x: Tensor) -> Tensor:
+        return (x.mean() - 0.3).abs() < 0.05
+
+    torch.manual_seed(0)
+    images = [torch.full((24, 3, 8, 8), 0.3) + 0.2 * torch.randn(24, 3, 8, 8) for _ in range(2)]
+    blind = fold_network(gated(of_images), (3, 8, 8))
+    assert (blind.stays, blind.images) == ((), 0)
+    # Nothing but the images can show that; that the code decides is known.
+    assert blind.decides == ("",)
+    found = fold_network(gated(of_images), (3, 8, 8), images)
+    assert [item.name for item in found.stays] == ["norm"]
+    assert "on images differ" in found.stays[0].reason
+    assert found.images == 48
+
+
+def test_a_branch_that_single_images_take_is_not_folded_over() -> None:
+    found = fold_network(gated(lambda x: len(x) == torch.ones(())), (3, 8, 8), [torch.randn(8, 3, 8, 8)])
+    assert [item.name for item in found.stays] == ["norm"]
+
+
+def test_networks_that_refuse_some_inputs_are_checked_on_the_others() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not x.any() or len(x) == 1:
+            raise ValueError("an empty image")
+        result: Tensor = self.unit(x)
+        return result
+
+    found = fold_network(lively(Custom(forward, unit=conv_bn(3, 4, 3))), (3, 8, 8), [torch.randn(8, 3, 8, 8)])
+    assert (found.norms_left, found.images) == (0, 8)
+
+
+def test_code_that_asks_for_shapes_alone_does_not_decide_by_values() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        known = bool(self.unit[0].weight.any()) and float(self.unit[0].weight.sum()) != 0
+        result: Tensor = self.unit(x) if known and x.shape[1] == 3 and x.dim() == 4 else x
+        return result
+
+    found = fold_network(lively(Custom(forward, unit=conv_bn(3, 4, 3))), (3, 8, 8))
+    assert found.decides == ()

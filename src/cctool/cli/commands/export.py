@@ -35,7 +35,7 @@ def kernels_note(console: Console, kernels: Any) -> None:
         f"  onnxruntime runs {kernels.integer} layers on integers, {len(kernels.floating)} in floating point"
     )
     for layer in kernels.floating[:_LISTED]:
-        console.note(f"    {layer.name}: {layer.reason}")
+        console.note(f"    layer {layer.name}: {layer.reason}")
     if len(kernels.floating) > _LISTED:
         console.note(f"    and {len(kernels.floating) - _LISTED} more, see --json")
 
@@ -54,7 +54,8 @@ def _agreement_line(agreement: Any) -> str:
     judged = ", judged in float64" if agreement.judged_in_float64 else ""
     judged += ", judged by the steps of what rounds it" if agreement.judged_by_steps else ""
     chosen = agreement.choices
-    sizes = f"{agreement.batch_sizes[0]} to {agreement.batch_sizes[-1]}"
+    first, last = agreement.batch_sizes[0], agreement.batch_sizes[-1]
+    sizes = f"{first} to {last}" if first != last else str(first)
     error = "outputs of whole numbers"
     if any(output.max_abs_error is not None for output in agreement.outputs):
         error = (

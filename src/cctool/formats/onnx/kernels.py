@@ -101,10 +101,10 @@ def _reason(graph: OnnxGraph, node: Any | None) -> str:
         return "its weight is in floating point"
     source = graph.maker(node.input[0])
     if source is None or source.op_type != "DequantizeLinear":
-        return "what it takes in is not quantized"
+        return "its input is not quantized"
     if node.op_type == "ConvTranspose":
         return "onnxruntime has no integer kernel of it"
     takers = graph.takers(node.output[0])
     if not takers or any(taker.op_type != "QuantizeLinear" for taker in takers):
-        return "what it puts out is not quantized before it goes on"
+        return "its output is not quantized"
     return "onnxruntime takes no integer kernel for it"

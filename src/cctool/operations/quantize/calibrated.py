@@ -45,8 +45,8 @@ from cctool.operations.quantize.report import (
     in_floating_point,
 )
 from cctool.operations.quantize.sensitivity import searched_bits
-from cctool.operations.quantize.signal import signal_and_warning
 from cctool.operations.quantize.stored import encoded_directly
+from cctool.operations.quantize.warning import signal_and_warning
 from cctool.options.quantize.choices import Rounding
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.network.attach import detach, fold_of, held_by, quantizers_of, taken_weights
@@ -107,7 +107,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     product, followed = events.changed(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
     notes += _of_ranges(product, options)
-    signal, warned = signal_and_warning(checkpoint, product, source, options.data, context)
+    signal, warned = signal_and_warning(checkpoint, product, source, options.data, context, (before, after))
     report = QuantizeReport(
         method=str(options.method),
         tensors=tensors,

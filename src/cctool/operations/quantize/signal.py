@@ -15,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.detectors import before_boxes
-from cctool.base.networks import in_eval_mode, some
-from cctool.base.outputs import OUTPUT, as_numbers, is_measured, named_tensors
+from cctool.base.networks import in_eval_mode
+from cctool.base.outputs import as_numbers, is_measured, named_tensors
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.checkpoint.spec import Metrics, Signal
+from cctool.checkpoint.spec import Signal
 from cctool.data.records import DataSource
-from cctool.data.serving.batches import batches
 from cctool.operations.context import Context
-from cctool.operations.data import making_targets
 from cctool.operations.judge.task import judge_of
+from cctool.operations.keep.images import some_images, split_of
 from cctool.options.common import DataOptions
-from cctool.tasks.base import Measure, Task
+from cctool.tasks.base import Task
 
 SAMPLES, SAMPLES_OF_LARGE, LARGE = 64, 32, 128
 """Images that are looked at, and fewer of those with more than `LARGE` pixels a side."""
@@ -33,11 +32,12 @@ SAMPLES, SAMPLES_OF_LARGE, LARGE = 64, 32, 128
 LEAST_DB = 3.0
 """Below this, more than half as much error as signal: a working int4 network has 8 dB and more."""
 
-LEAST_KEPT = 0.5
-"""Of the decisions that tell images apart, the share that must stay where the signal is below `LEAST_DB`."""
+HARDLY_ANY_DB = 1.5
+"""Below this, less than a sixth of the variance is more than error."""
 
-
-_Training = tuple[Measure, Sequence[Metrics], Sequence[Metrics]]
+LEAST_KEPT, ALMOST_ALL_KEPT = 0.5, 0.9
+"""Of the decisions that tell images apart, the share that must stay where the signal is below `LEAST_DB`, and
+below `HARDLY_ANY_DB`, where it can be another scale alone."""
 
 
 @dataclass
@@ -110,30 +110,40 @@ class _Comparison:
 
 
 def signal_kept(
-    before: Checkpoint, after: Checkpoint, source: DataSource | None, options: DataOptions, context: Context
+    before: Checkpoint,
+    after: Checkpoint,
+    source: DataSource | None,
+    options: DataOptions,
+    context: Context,
+    *,
+    trained: bool = False,
 ) -> Signal | None:
     """Compare a product's outputs with those of the network that came in.
 
     At least 64 images (32 of inputs above 128 pixels) are taken evenly from the test split, else validation,
-    else training; all of them if there are fewer. Nothing is drawn at random.
+    else training; all of them if there are fewer. Nothing is drawn at random. A training (``trained``)
+    changes outputs anyhow: of its decisions `LEAST_KEPT` is enough.
 
     Returns:
         The figures; None without images, or if no floating-point output has a fixed shape for each image.
     """
     if source is None or not source.loaders:
         return None
-    split = next(name for name in ("test", "validation", "train") if name in source.loaders)
+    split = split_of(source)
     task = judge_of(before, context).task
     models = before.model.to(context.device), after.model.to(context.device)
     found, n = _Comparison(), 0
     with torch.no_grad(), in_eval_mode(models[0]), in_eval_mode(models[1]), before_boxes(*models):
-        for images in _images(before, source, split, options, context):
+        large = max(before.spec.input_shape[1:]) > LARGE
+        wanted = SAMPLES_OF_LARGE if large else SAMPLES
+        for images in some_images(before, source, split, wanted, options, context):
             first, second = (_run(model, images, context) for model in models)
             found.add(task, first, second, len(images))
             n += len(images)
     compared = {name: sums for name, sums in found.outputs.items() if name not in found.uncompared}
     if not compared or not n:
         return None
+    lost = dict(_lost(found, compared, LEAST_KEPT if trained else ALMOST_ALL_KEPT))
     return Signal(
         split=split,
         n=n,
@@ -143,35 +153,10 @@ def signal_kept(
         agreement=_percent(found.agreeing),
         commonest=_commonest(found.chosen),
         agreement_of=task.agreement.title if task.agreement is not None and found.agreeing else None,
-        lost=tuple(_lost(found, compared)),
+        lost=tuple(lost),
+        lost_db=lost,
         uncompared=tuple(sorted(found.uncompared)),
     )
-
-
-def _images(
-    checkpoint: Checkpoint, source: DataSource, split: str, options: DataOptions, context: Context
-) -> Iterator[Tensor]:
-    large = max(checkpoint.spec.input_shape[1:]) > LARGE
-    wanted = SAMPLES_OF_LARGE if large else SAMPLES
-    part, known = source.split(split), checkpoint.spec.preprocessing
-    if part.loaded is None and len(part) > wanted:
-        # Evenly, because the first images of a sorted data set are all of one class.
-        part = part.take([number * len(part) // wanted for number in range(wanted)])
-    served = batches(
-        part,
-        batch_size=min(options.batch_size, wanted),
-        device=context.device,
-        mean=known.mean if known else source.mean,
-        std=known.std if known else source.std,
-        workers=options.workers,
-        **making_targets(judge_of(checkpoint, context).task),
-    )
-    left = wanted
-    for batch in served:
-        yield batch.images
-        left -= len(batch.images)
-        if left <= 0:
-            return
 
 
 def _run(model: nn.Module, images: Tensor, context: Context) -> Any:
@@ -195,19 +180,26 @@ def _decibels(signal: float, noise: float) -> float | None:
     return 10 * math.log10(signal / noise)
 
 
-def _lost(found: _Comparison, compared: dict[str, _Sums]) -> Iterator[str]:
-    """Outputs of which most of the signal is gone: noise is more than half of it, or they are no numbers."""
+def _lost(
+    found: _Comparison, compared: dict[str, _Sums], enough: float
+) -> Iterator[tuple[str, float | None]]:
+    """Outputs of which most of the signal is gone: noise is more than half of it, or they are no numbers.
+
+    With the signal-to-noise ratio of each. ``enough`` is the share of the decisions that must be kept where
+    hardly any signal is left.
+    """
     kept = _decisions_kept(_percent(found.agreeing), _commonest(found.chosen))
     for name, sums in compared.items():
         # An output that does not vary over images is judged by its size.
         ratio = _decibels(sums.varying or sums.squares, sums.errors)
-        decides = kept is not None and kept >= LEAST_KEPT and name == found.main
+        least = LEAST_KEPT if ratio is not None and ratio >= HARDLY_ANY_DB else enough
+        decides = kept is not None and kept >= least and name == found.main
         if (
             sums.lost
             or (ratio is not None and ratio < LEAST_DB and not decides)
             or (ratio is None and sums.errors > 0)
         ):
-            yield name
+            yield name, ratio
 
 
 def _percent(agreeing: Sequence[Tensor]) -> float | None:
@@ -230,57 +222,3 @@ def _decisions_kept(agreement: float | None, commonest: float | None) -> float |
     if agreement is None or commonest is None or commonest >= 100:
         return None
     return (agreement - commonest) / (100 - commonest)
-
-
-def signal_and_warning(
-    before: Checkpoint,
-    after: Checkpoint,
-    source: DataSource | None,
-    options: DataOptions,
-    context: Context,
-    training: _Training | None = None,
-) -> tuple[Signal | None, tuple[str, ...]]:
-    """The figures of `signal_kept`, and the warning for the notes, which is given, if most of it is gone.
-
-    ``training`` has the measure by which a training judged, and what was measured before and after it:
-    outputs that a training changed for the better are no loss.
-    """
-    signal = signal_kept(before, after, source, options, context)
-    warning = _warning_of(signal, training)
-    if warning is None:
-        return signal, ()
-    context.reporter.warn(warning)
-    return signal, (warning,)
-
-
-def _warning_of(signal: Signal | None, training: _Training | None) -> str | None:
-    if signal is None or not signal.lost:
-        return None
-    if training is not None and not signal.nonfinite and _better(*training):
-        return None
-    what = (
-        "are no numbers" if signal.nonfinite else f"have a signal-to-noise ratio of {_shown(signal.snr_db)}"
-    )
-    decided = (
-        ""
-        if signal.agreement is None
-        else f" and the {signal.agreement_of} decision agrees on {signal.agreement:.1f} %"
-    )
-    where = "" if signal.lost == (OUTPUT,) else f" of {some(signal.lost)}"
-    return (
-        f"most of the signal{where} is gone: on {signal.n} {signal.split} images the outputs {what} against "
-        f"the network that came in{decided}; more bits, --exclude or --layer for single layers, or another "
-        "--observer may help"
-    )
-
-
-def _better(main: Measure, before: Sequence[Metrics], after: Sequence[Metrics]) -> bool:
-    """Whether the last split that was measured both times has a better main metric than before."""
-    earlier = {found.split: found.values.get(main.name) for found in before}
-    pairs = [(earlier.get(found.split), found.values.get(main.name)) for found in after]
-    known = [(old, new) for old, new in pairs if old is not None and new is not None]
-    return bool(known) and all(new > old if main.rising else new < old for old, new in known)
-
-
-def _shown(ratio: float | None) -> str:
-    return "no signal" if ratio is None else f"{ratio:.1f} dB"

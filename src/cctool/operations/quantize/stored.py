@@ -31,7 +31,7 @@ from cctool.operations.quantize.report import (
     counted,
     errors_between,
 )
-from cctool.operations.quantize.signal import signal_and_warning
+from cctool.operations.quantize.warning import signal_and_warning
 from cctool.options.quantize.choices import INTEGERS, QuantizeMethod
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.quantization.encodings.apot_levels import default_terms
@@ -90,7 +90,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
         raise QuantizationError(f"nothing is left to quantize: {'; '.join(counted(skipped))}")
     product, followed = events.changed(product, source, options.data, context)
     after = measured_splits(product, source, options.data, context)
-    signal, warned = signal_and_warning(checkpoint, product, source, options.data, context)
+    signal, warned = signal_and_warning(checkpoint, product, source, options.data, context, (before, after))
     notes = (
         *_idle_patterns(checkpoint.model, options, selected),
         *_storage_notes(checkpoint, product, reports),

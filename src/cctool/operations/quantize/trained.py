@@ -29,8 +29,8 @@ from cctool.operations.quantize.calibrated import computed_notes, float_weights,
 from cctool.operations.quantize.plan import Plan, plan
 from cctool.operations.quantize.prepare import attached, calibrated, in_floats, observing, reported, unreached
 from cctool.operations.quantize.report import QuantizeReport, counted, in_floating_point
-from cctool.operations.quantize.signal import signal_and_warning
 from cctool.operations.quantize.stored import encode_selected
+from cctool.operations.quantize.warning import signal_and_warning
 from cctool.operations.train.finetune import finetune
 from cctool.operations.train.teacher import distillation
 from cctool.options.quantize.choices import QuantizeMethod
@@ -62,9 +62,10 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     make = _codebooks if options.method is QuantizeMethod.CODEBOOK else _quantizers
     product, found = make(checkpoint, options, source, objective, context)
     after = measured_splits(product, source, options.data, context)
-    judge = judge_of(checkpoint, context) if options.epochs else None
     signal, warned = signal_and_warning(
-        checkpoint, product, source, options.data, context, (judge.main, before, after) if judge else None
+        *(checkpoint, product, source, options.data, context),
+        (before, after),
+        trained=bool(options.epochs),
     )
     found["notes"] = (*found["notes"], *warned)
     report = QuantizeReport(

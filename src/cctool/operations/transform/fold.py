@@ -8,20 +8,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from cctool.base.errors import TransformError
 from cctool.base.networks import some
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.edits.fold import with_folds
 from cctool.checkpoint.spec import Metrics, Size
+from cctool.data.records import DataSource
 from cctool.operations.context import Context, Outcome, ShownTables
 from cctool.operations.data import measured_splits, open_source
 from cctool.operations.judge.size import measure
+from cctool.operations.judge.task import judge_of
 from cctool.operations.keep import events
+from cctool.operations.keep.images import some_images, split_of
 from cctool.options.transform.options import TransformOptions
+from cctool.tasks.base import Measure
 from cctool.transforms.fold.fold import Folding, fold_network
 from cctool.transforms.fold.layers import Stays
+from cctool.transforms.fold.probes import CONSTANTS, SCALES
+
+_IMAGES = 64
+# How far rounding alone moves a share, in points, and other metrics, of their size.
+_TURNED, _MOVED = 0.5, 0.01
 
 # What was fitted to the layers as they are, by the kind of its edit.
 _FITTED = {
@@ -59,8 +68,10 @@ class TransformFoldReport:
         stays: what was not folded, and why.
         before: size of the input network.
         after: size of the folded one.
-        error: largest difference of its outputs, of their range, on random inputs.
+        error: largest difference of its outputs, of their range, on all inputs that were tried.
         double_error: the same if both compute in float64; None if the network does not run so.
+        images: number of images of the data set among these inputs.
+        decides: modules whose code decides by the values of its input: other inputs may fare otherwise.
         metrics_before: of the input network.
         metrics_after: of the folded one.
         notes: for the history.
@@ -72,6 +83,8 @@ class TransformFoldReport:
     after: Size
     error: float
     double_error: float | None
+    images: int
+    decides: tuple[str, ...]
     metrics_before: tuple[Metrics, ...]
     metrics_after: tuple[Metrics, ...]
     notes: tuple[str, ...]
@@ -105,13 +118,15 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     before = measure(events.stored(checkpoint, context.tables, settle=False))
     counts = {name: _parameters(module) for name, module in checkpoint.model.named_modules()}
     swaps = {str(edit["module"]) for edit in checkpoint.spec.edits if edit["kind"] == "swap"}
-    folding = fold_network(checkpoint.model, checkpoint.spec.input_shape)
-    product, notes = _product(checkpoint, folding)
+    images, split = _images(checkpoint, source, options, context)
+    folding = fold_network(checkpoint.model, checkpoint.spec.input_shape, images)
+    product, notes = _product(checkpoint, folding, split)
     product, followed = events.changed(product, source, options.data, context)
     stays = tuple(_told(item, swaps) for item in folding.stays)
     metrics_after = (
         measured_splits(product, source, options.data, context) if folding.edits else metrics_before
     )
+    _refuse_change(judge_of(checkpoint, context).main, metrics_before, metrics_after)
     notes = (*notes, *followed)
     report = TransformFoldReport(
         layers=tuple(_layer(n, folding, counts, product.model) for n in counts if n in folding.layers),
@@ -120,6 +135,8 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
         after=measure(product),
         error=folding.error,
         double_error=folding.double_error,
+        images=folding.images,
+        decides=folding.decides,
         metrics_before=metrics_before,
         metrics_after=metrics_after,
         notes=notes,
@@ -127,11 +144,47 @@ def run(checkpoint: Checkpoint, options: TransformOptions, context: Context) -> 
     yield Outcome(product, report, metrics_before=metrics_before, metrics_after=metrics_after, notes=notes)
 
 
-def _product(checkpoint: Checkpoint, folding: Folding) -> tuple[Checkpoint, tuple[str, ...]]:
+def _images(
+    checkpoint: Checkpoint, source: DataSource | None, options: TransformOptions, context: Context
+) -> tuple[list[Tensor], str]:
+    """Batches of images that the fold is checked on, and the split that they are of."""
+    if source is None or not source.loaders:
+        return [], ""
+    split = split_of(source)
+    return list(some_images(checkpoint, source, split, _IMAGES, options.data, context)), split
+
+
+def _refuse_change(main: Measure, before: Sequence[Metrics], after: Sequence[Metrics]) -> None:
+    """Refuse a fold that a whole data set tells from the network, where what was compared did not.
+
+    Raises:
+        TransformError: naming the split and the figures.
+    """
+    earlier = {found.split: found for found in before}
+    for found in after:
+        old, new = earlier[found.split].values.get(main.name), found.values.get(main.name)
+        if old is None or new is None:
+            continue
+        # Rounding turns a few decisions around, and moves other figures a little.
+        rounding = max(_TURNED, 200 / max(found.n, 1)) if main.share else _MOVED * max(abs(old), abs(new))
+        if abs(new - old) > rounding:
+            raise TransformError(
+                f"--fold: {found.split} {main.title} would go from {main.shown(old)} to {main.shown(new)}: "
+                "the network's code decides by its input, and on some images takes another way than on "
+                "those that were compared; nothing is written"
+            )
+
+
+def _product(checkpoint: Checkpoint, folding: Folding, split: str) -> tuple[Checkpoint, tuple[str, ...]]:
     """The checkpoint of the folded network, and notes."""
     if not folding.edits:
         earlier = any(edit["kind"] == "fold" for edit in checkpoint.spec.edits)
-        more = "all that can be is folded already" if earlier else "no layer can take anything in"
+        if earlier:
+            more = "all that can be is folded already"
+        elif folding.stays:
+            more = f"{some([item.name for item in folding.stays])} cannot be: each has its reason"
+        else:
+            more = "the network has no batch norm, computed weights or parallel branches"
         return checkpoint, (f"nothing was folded: {more}",)
     state = checkpoint.model.state_dict(keep_vars=True)
     changed = {id(checkpoint.model.get_parameter(name)) for name in folding.tensors}
@@ -143,13 +196,25 @@ def _product(checkpoint: Checkpoint, folding: Folding) -> tuple[Checkpoint, tupl
         stored=kept,
         resume=None,
     )
-    return product, tuple(_notes(checkpoint, folding, lost))
+    return product, tuple(_notes(checkpoint, folding, split, lost))
 
 
-def _notes(checkpoint: Checkpoint, folding: Folding, lost: Sequence[str]) -> Iterator[str]:
+def _notes(checkpoint: Checkpoint, folding: Folding, split: str, lost: Sequence[str]) -> Iterator[str]:
     alone = "" if folding.noise is None else f" (rounding alone: {folding.noise:.1e})"
     exact = "" if folding.double_error is None else f", and by {folding.double_error:.1e} in float64"
-    yield f"outputs on random inputs differ by {folding.error:.1e} of their range{alone}{exact}"
+    images = f", {folding.images} {split} images" if folding.images else ""
+    scales, constants = (", ".join(f"{value:g}" for value in values) for values in (SCALES, CONSTANTS))
+    yield (
+        f"outputs differ by at most {folding.error:.1e} of their range{alone}{exact}, on random inputs "
+        f"N(0, 1), these times {scales}, constants {constants}{images}"
+    )
+    if folding.decides:
+        modules = some([name or "the network" for name in folding.decides])
+        others = "other images" if folding.images else "images, which --data gives,"
+        yield (
+            f"the code of {modules} decides by the values of its input: {others} may take another way than "
+            "the inputs that were compared"
+        )
     if not folding.norms_left and any(
         "batch norm" in text for log in folding.layers.values() for text in log.what
     ):

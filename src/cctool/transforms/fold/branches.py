@@ -182,6 +182,8 @@ def _unfit(recorded: TracedPass, layer: TakingLayer, number: int) -> str:
     mode = getattr(layer.module, "padding_mode", "zeros")
     if mode != "zeros":
         return f"it pads its input by {mode}, not by zeros"
+    if len(layer.calls) > 1:
+        return f"it is called {len(layer.calls)} times, and only one result belongs to the sum"
     if not whole_module(recorded, layer.name, recorded.calls[number], number):
         return "its code does more than one convolution"
     if layer.masked:

@@ -1,39 +1,30 @@
 """Folding a network: computed tensors, then batch norms and branches in turn, each checked on its outputs.
 
-Every fold is tried on a copy in float64 and kept if all outputs for random inputs stay the same up to
-rounding: what the code of a network does with a module is seen by running it, never by the module's class.
-Networks whose code does not run in float64 are folded in their own type, with that type's rounding.
+Every fold is tried on a copy in float64 and kept if all outputs stay the same up to rounding: what the code
+of a network does with a module is seen by running it, never by the module's class. It is run on random inputs
+of several scales, constants and images (`probes.py`). Networks whose code does not run in float64 are folded
+in their own type, with that type's rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from cctool.base.errors import TransformError
-from cctool.base.networks import copied, device_of, float_type_of, in_mode, qualified
-from cctool.base.outputs import as_numbers, differences, is_measured, named_tensors
+from cctool.base.networks import copied, in_mode, qualified
 from cctool.checkpoint.edits.computed import computed_tensors, computed_values, parts_of
 from cctool.checkpoint.edits.fold import Fold
 from cctool.checkpoint.edits.mask import masked_places
-from cctool.graph.execution import blaming_the_size, execute
+from cctool.graph.execution import execute
 from cctool.transforms.fold.branches import branch_candidates
+from cctool.transforms.fold.checks import FoldChecks
 from cctool.transforms.fold.layers import Candidate, Stays, carry_out, layer_at
 from cctool.transforms.fold.norms import norm_candidates, normalises
 from cctool.transforms.fold.passes import LAYERS, TracedPass, pass_of
 
-EXACT = 1e-9
-"""Largest difference of two outputs in float64, of the range of the output."""
-_ROUNDINGS = 84
-# Times how far rounding alone moves the network's own outputs from those in float64.
-_OWN_NOISE = 4
-# Two suffice to tell samples apart; batch norm in training needs as many.
-_SAMPLES, _LARGE_SAMPLES = 4, 2
-_LARGE = 128 * 128
 _ROUNDS = 100
 
 
@@ -58,6 +49,8 @@ class Folding:
         double_error: largest difference of outputs in float64, of their range; None where it could not run.
         error: the same in the network's own type.
         noise: how far the network itself was from float64 there; None where that could not run.
+        images: number of images among the inputs that it was checked on.
+        decides: modules whose code asks for the values of tensors that depend on the input, as `if` does.
     """
 
     edits: tuple[Fold, ...]
@@ -68,33 +61,37 @@ class Folding:
     double_error: float | None
     error: float
     noise: float | None
+    images: int = 0
+    decides: tuple[str, ...] = ()
 
 
-def fold_network(model: nn.Module, input_shape: Sequence[int]) -> Folding:
+def fold_network(model: nn.Module, input_shape: Sequence[int], images: Sequence[Tensor] = ()) -> Folding:
     """Bake what can be baked into plain layers, in place.
 
     Args:
         model: without quantizers and codecs.
         input_shape: (C, H, W) of one input.
+        images: batches (B, C, H, W), as the network is given them, on which outputs have to stay, too.
 
     Raises:
         ArchitectureError: if the network does not run on such inputs.
         TransformError: if its outputs change by more than rounding; the network is then not to be used.
     """
-    worker = _Worker(model, input_shape)
-    worker.fold()
-    if not worker.edits:
-        return Folding((), (), {}, tuple(worker.stays), worker.norms_left, None, 0.0, None)
-    carry_out(model, list(worker.edits.values()), worker.values)
-    double_error = _distance(worker.reference, worker.outputs(worker.network)) if worker.exact else None
-    error = _distance(worker.own, worker.outputs(model, worker.inputs.to(worker.type)))
-    noise = _distance(worker.reference, worker.own) if worker.exact else None
-    limit = max(_ROUNDINGS * torch.finfo(worker.type).eps, _OWN_NOISE * (noise or 0.0))
-    if not error <= limit:
-        raise TransformError(
-            f"the folded network's outputs differ by {error:.1e} of their range, and rounding explains "
-            f"{limit:.1e}: nothing is written"
-        )
+    start = FoldChecks(model, input_shape, images)
+    watched = [0]
+    while True:
+        worker = _Worker(start, watched)
+        worker.fold()
+        moved = start.moved(worker.network, watched) if worker.edits else []
+        if not moved:
+            break
+        # Folded anew, because a fold that changes something may be any of them.
+        watched += moved
+    double_error, error, noise = None, 0.0, None
+    if worker.edits:
+        double_error, noise = start.double_error(worker.network), start.noise
+        carry_out(model, list(worker.edits.values()), worker.values)
+        error = start.error(model)
     return Folding(
         edits=tuple(worker.edits.values()),
         tensors=tuple(worker.values),
@@ -104,6 +101,8 @@ def fold_network(model: nn.Module, input_shape: Sequence[int]) -> Folding:
         double_error=double_error,
         error=error,
         noise=noise,
+        images=start.images,
+        decides=worker.decides,
     )
 
 
@@ -111,25 +110,16 @@ class _Worker:
     """A copy of the network that is folded step by step.
 
     Attributes:
-        network: the copy, in float64 if its code runs so (`exact`).
+        network: the copy.
         edits: by module, all that was done to it.
         values: of the tensors that were set, by name.
+        watched: numbers of the probes whose outputs have to stay.
     """
 
-    def __init__(self, model: nn.Module, input_shape: Sequence[int]) -> None:
-        self.type = float_type_of(model)
-        generator = torch.Generator().manual_seed(0)
-        samples = _SAMPLES if prod(input_shape[1:]) <= _LARGE else _LARGE_SAMPLES
-        inputs = torch.randn((samples, *input_shape), generator=generator, dtype=torch.float64)
-        self.inputs = inputs.to(self.type).double().to(device_of(model))
-        with blaming_the_size(input_shape):
-            self.own = self.outputs(model, self.inputs.to(self.type))
-        self.network, self.reference, self.exact = copied(model), self.own, False
-        try:
-            doubled = copied(model).double()
-            self.reference, self.network, self.exact = self.outputs(doubled), doubled, True
-        except Exception:  # the network's code may need its own type in any way
-            self.inputs = self.inputs.to(self.type)
+    def __init__(self, start: FoldChecks, watched: Sequence[int]) -> None:
+        self.start, self.watched = start, watched
+        self.network = start.network
+        self.inputs = start.reference.probes[0].inputs.to(start.reference.dtype)
         self.trains = _runs_in_training(self.network, self.inputs)
         self.edits: dict[str, Fold] = {}
         self.values: dict[str, Tensor] = {}
@@ -137,13 +127,7 @@ class _Worker:
         self.stays: list[Stays] = []
         self.failed: dict[tuple[str, ...], str] = {}
         self.norms_left = 0
-
-    def outputs(self, network: nn.Module, inputs: Tensor | None = None) -> dict[str, Tensor]:
-        """All outputs of a network in evaluation mode, by name."""
-        with in_mode(network, training=False):
-            # A copy, because networks may change their input in place.
-            found = named_tensors(network((self.inputs if inputs is None else inputs).clone()))
-            return {name: value.detach().clone() for name, value in found.items()}
+        self.decides: tuple[str, ...] = ()
 
     def fold(self) -> None:
         """Fold until nothing more can be folded."""
@@ -156,6 +140,7 @@ class _Worker:
             if not candidates or not self._try(candidates):
                 break
         recorded = pass_of(self.network, (self.inputs.clone(),))
+        self.decides = recorded.decides
         self.norms_left = len({call.module for call in recorded.calls if normalises(call)})
         failed = [Stays(names[0], reason) for names, reason in self.failed.items()]
         unique = {
@@ -198,12 +183,11 @@ class _Worker:
                 more, set_values = candidate.change(trial)
                 edits += more
                 values |= set_values
-            found = self.outputs(trial)
+            for number in self.watched:
+                if not self.start.reference.distance(number, trial) <= self.start.limit:
+                    return self._moved_by(number)
         except Exception as error:  # the network's own code may ask anything of a module that is gone
             return f"without it the network's code fails: {' '.join(str(error).split())[:100]}"
-        limit = EXACT if self.exact else _ROUNDINGS * torch.finfo(self.type).eps
-        if not _distance(self.reference, found) <= limit:
-            return "without it the outputs differ by more than rounding"
         if self.trains and not _runs_in_training(trial, self.inputs):
             return "without it the network could not be trained"
         self.network = trial
@@ -217,29 +201,18 @@ class _Worker:
             self.log.pop(name, None)
         return ""
 
+    def _moved_by(self, number: int) -> str:
+        if not number:
+            return "without it the outputs differ by more than rounding"
+        on = "images" if self.start.reference.probes[number].images else "inputs of another size"
+        return f"the network's code decides by its input: without it the outputs on {on} differ"
+
     def _note(self, candidate: Candidate) -> None:
         log = self.log.setdefault(candidate.layer, TakenIn())
         log.what += candidate.what
         for name in candidate.modules:
             # What went into a branch is told with the branch.
             log.modules += [name, *(self.log[name].modules if name in self.log else ())]
-
-
-def _distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """Largest difference of two sets of outputs, of the range of each; infinite if shapes differ."""
-    if {n: v.shape for n, v in left.items()} != {n: v.shape for n, v in right.items()}:
-        return float("inf")
-    largest = 0.0
-    for name, value in left.items():
-        if not value.numel():
-            continue
-        if not is_measured(value):
-            largest = largest if torch.equal(value, right[name]) else float("inf")
-            continue
-        numbers = as_numbers(value).nan_to_num(0.0, 0.0, 0.0)
-        spread = float(numbers.max() - numbers.min()) or float(numbers.abs().max()) or 1.0
-        largest = max(largest, float(differences(value, right[name]).max()) / spread)
-    return largest
 
 
 def _runs_in_training(network: nn.Module, inputs: Tensor) -> bool:

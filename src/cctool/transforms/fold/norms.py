@@ -3,6 +3,7 @@
 In evaluation batch norm computes y = s x + t per channel, with s = gamma / sqrt(var + eps) and
 t = beta - s mean (Ioffe and Szegedy 2015, algorithm 2). Behind a layer, W <- s W and b <- s b + t. Before
 one, W <- W s along its inputs and b <- b + sum(W t): not with zero padding, whose zeros t does not reach.
+Instance norm that tracks statistics computes the same in evaluation.
 """
 
 from __future__ import annotations
@@ -28,21 +29,24 @@ from cctool.transforms.fold.layers import (
 )
 from cctool.transforms.fold.passes import INPUT, LAYERS, TRANSPOSED, UNKNOWN, TracedCall, TracedPass
 
+_NORMS = {"batch_norm": "batch norm", "instance_norm": "instance norm"}
 _STATISTICS = ("running_mean", "running_var", "weight", "bias")
 
 
 @dataclass(frozen=True)
 class RunningNorm:
-    """A module whose own code does nothing but one batch norm by running statistics.
+    """A module whose own code does nothing but one batch or instance norm by running statistics.
 
     Attributes:
         name: of the module.
+        kind: of norm, in words.
         calls: numbers of its calls.
         children: that it calls afterwards, one after another, such as an activation.
         epsilon: that is added to the variance.
     """
 
     name: str
+    kind: str
     calls: tuple[int, ...]
     children: tuple[str, ...]
     epsilon: float
@@ -65,8 +69,13 @@ class RunningNorm:
 
 
 def normalises(call: TracedCall) -> bool:
-    """Whether a call is batch norm of what the network computes, not of weights."""
-    return call.function == "batch_norm" and call.live
+    """Whether a call is batch norm, or its like, of what the network computes, not of weights.
+
+    Instance norm by the statistics of each image is another function.
+    """
+    if call.function == "instance_norm" and argument(call.event, "use_input_stats", True):
+        return False
+    return call.function in _NORMS and call.live
 
 
 def norms_of(model: nn.Module, recorded: TracedPass) -> tuple[dict[str, RunningNorm], list[Stays]]:
@@ -83,8 +92,9 @@ def norms_of(model: nn.Module, recorded: TracedPass) -> tuple[dict[str, RunningN
         if reason or isinstance(children, str):
             stays.append(Stays(name or "the network", reason or str(children)))
         else:
-            epsilon = float(argument(recorded.calls[calls[0]].event, "eps", 1e-5))
-            found[name] = RunningNorm(name, tuple(calls), children, epsilon)
+            first = recorded.calls[calls[0]]
+            epsilon = float(argument(first.event, "eps", 1e-5))
+            found[name] = RunningNorm(name, _NORMS[first.function], tuple(calls), children, epsilon)
     return found, stays
 
 
@@ -99,13 +109,14 @@ def _statistics(model: nn.Module, recorded: TracedPass, name: str, calls: Sequen
             tensor = argument(event, leaf)
             if tensor is not None and tensor is not getattr(module, leaf, None):
                 return (
-                    f"the code of {name or 'the network'} calls batch_norm with tensors that are not its own"
+                    f"the code of {name or 'the network'} calls {recorded.calls[number].function} with "
+                    "tensors that are not its own"
                 )
             sharing = [owner for owner in recorded.owners.get(id(tensor), ()) if owner != name]
             if sharing:
                 return f"it shares a tensor with {sharing[0]}"
             taken = recorded.takers.get(recorded.names.get(id(tensor), ""), ())
-            if any(recorded.calls[taker].function != "batch_norm" for taker in taken):
+            if any(recorded.calls[taker].function not in _NORMS for taker in taken):
                 return f"its {leaf} is used elsewhere, too"
     if next(masked_places(module), None) is not None:
         return "its parameters have masks; fold before masks are set"
@@ -118,7 +129,7 @@ def _children(
     """Children that a module calls after its batch norm, or why it is not batch norm followed by children."""
     entries, found = recorded.entries.get(name, ()), set()
     own = [call for call in recorded.calls if call.module == name]
-    mixed = f"the code of {name or 'the network'} does more than batch norm"
+    mixed = f"the code of {name or 'the network'} does more than a norm"
     if not name or len(entries) != len(calls) or len(own) != len(calls):
         return mixed
     for entry, number in zip(entries, calls, strict=True):
@@ -194,7 +205,7 @@ def _behind(model: nn.Module, recorded: TracedPass, norm: RunningNorm) -> Candid
         carry_out(network, (edit, norm.edit), values)
         return (edit, norm.edit), values
 
-    return Candidate(layer.name, (f"batch norm {near(norm.name, layer.name)}",), (norm.name,), change)
+    return Candidate(layer.name, (f"{norm.kind} {near(norm.name, layer.name)}",), (norm.name,), change)
 
 
 def _before(model: nn.Module, recorded: TracedPass, norm: RunningNorm) -> Candidate | str:
@@ -233,7 +244,7 @@ def _before(model: nn.Module, recorded: TracedPass, norm: RunningNorm) -> Candid
         return edits, values
 
     names = tuple(layer.name for layer in layers)
-    text = f"batch norm {near(norm.name, names[0])}"
+    text = f"{norm.kind} {near(norm.name, names[0])}"
     if names[1:]:
         text += f" (also into {', '.join(near(name, names[0]) for name in names[1:])})"
     return Candidate(names[0], (text,), (norm.name, *names[1:]), change)

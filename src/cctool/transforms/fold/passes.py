@@ -21,6 +21,10 @@ UNKNOWN = -2
 
 CONVOLUTIONS = frozenset(f"conv{n}d" for n in (1, 2, 3))
 TRANSPOSED = frozenset(f"conv_transpose{n}d" for n in (1, 2, 3))
+_ASKING = frozenset(
+    ("allclose", "array", "bool", "equal", "float", "index", "int", "is_nonzero", "item", "numpy", "tolist")
+)
+"""Functions whose results leave torch, so that Python may decide by them."""
 LAYERS = CONVOLUTIONS | TRANSPOSED | {"linear"}
 """Functions that batch norm can be folded into."""
 
@@ -81,6 +85,7 @@ class TracedPass:
         owners: modules that own each parameter or buffer, by its `id`.
         takers: numbers of the calls that take each parameter or buffer, by its name.
         output: what the network returned.
+        decides: modules whose code asks for the values of tensors that depend on the input.
     """
 
     calls: tuple[TracedCall, ...]
@@ -90,6 +95,7 @@ class TracedPass:
     owners: Mapping[int, tuple[str, ...]]
     takers: Mapping[str, tuple[int, ...]]
     output: Any
+    decides: tuple[str, ...] = ()
 
     def name_of(self, call: TracedCall, argument_name: str) -> str | None:
         """Qualified name of the parameter or buffer that is an argument of a call; None for anything else."""
@@ -144,9 +150,12 @@ class _Recorder:
         self.entries: defaultdict[str, list[Execution]] = defaultdict(list)
         self.stack: list[Execution] = []
         self.alive: list[Any] = list(inputs)
+        self.decides: dict[str, None] = {}
 
     def record(self, event: Event) -> None:
         results = list(tensors_in(event.result))
+        if not results and event.name in _ASKING:
+            self.ask(event)
         if not results or getattr(event.function, "__name__", "") == "__set__":
             return
         arguments = [*tensors_in(event.args), *tensors_in(event.kwargs)]
@@ -166,6 +175,11 @@ class _Recorder:
         for tensor in results:
             if id(tensor) not in self.names:
                 self.made[id(tensor)] = number
+
+    def ask(self, event: Event) -> None:
+        made = [self.made.get(id(tensor), UNKNOWN) for tensor in tensors_in(event.args)]
+        if any(number == INPUT or (number >= 0 and self.calls[number].live) for number in made):
+            self.decides[event.module] = None
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
         if module in self.modules:
@@ -203,4 +217,5 @@ def pass_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> TracedPass:
         owners=recorder.owners,
         takers={name: tuple(found) for name, found in recorder.takers.items()},
         output=output,
+        decides=tuple(recorder.decides),
     )
