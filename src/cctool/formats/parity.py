@@ -9,6 +9,7 @@ errors. `verdict.py` says what is allowed. Samples are drawn until the verdict w
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,7 @@ from cctool.formats.rounding import (
     COARSE,
     FINE,
     MOST,
+    POOL,
     Counted,
     Run,
     Shake,
@@ -163,7 +165,7 @@ class _Comparison:
         self.chosen = Chosen(self.candidate)
         self._named: dict[str, OutputTally] = {}
         self._sizes: set[int] = set()
-        self._others = 0
+        self._others = self._pixels = 0
         self.n = 0
 
     @property
@@ -199,6 +201,7 @@ class _Comparison:
                 self.choices.add(batch, expected, other)
         self.chosen.add(batch, errors, found)
         self.n += len(batch)
+        self._pixels = math.prod(batch.shape[-2:])
         self._sizes.add(len(batch))
 
     def settled(self, share: float) -> bool:
@@ -213,10 +216,9 @@ class _Comparison:
             return limits
         tallies, plain = self.tallies, failing
         if self.rounds:
-            drawn = self.chosen.first()
-            if least_of(tuple(drawn.samples.shape)) == LEAST:
-                # Movements are measured in many passes, which take long on large inputs.
-                drawn = drawn.part(torch.arange(len(drawn.samples))[: MOST // 2])
+            # Movements are measured in many passes, which take long on large inputs.
+            small = self._pixels <= _SMALL
+            drawn = self.chosen.first((MOST, 2 * MOST, POOL) if small else (MOST // 2, MOST))
             given = (self.references.intended, self.references.as_written)
             runs = [None if run is None else Counted(run, single=self.candidate.single) for run in given]
             limits |= by_steps(
@@ -263,7 +265,8 @@ class _Comparison:
     def agreement(self, tolerance: float, limits: dict[int, Limit]) -> Agreement:
         """What was found."""
         choices = None
-        if self.agreeing is not None and self.choices is not None and self.choices.n:
+        told = self.choices is not None and not self.tallies[self.choices.index].not_compared()
+        if told and self.agreeing is not None and self.choices is not None and self.choices.n:
             n, same = self.choices.n, self.choices.n - self.choices.different
             what = self.agreeing
             choices = ChoiceAgreement(what.name, what.title, what.things, n, 100 * same / n)
@@ -311,6 +314,7 @@ def _record(tally: OutputTally, limit: Limit | None, whole: dict[str, ChoiceTall
         limit_from=limit.source,
         compared_with=limit.compared,
         insensitive=_insensitive(tally, limit),
+        unchecked=limit.dull if limit.sensitive else (),
     )
 
 

@@ -23,6 +23,9 @@ AGREED = 0.99
 MOST = 16
 """Samples that references are run on."""
 
+POOL = 4 * MOST
+"""Samples that they are run on at most, where the verdict would not be clear otherwise."""
+
 SHAKES = 8
 """Perturbations that the movement of outputs is measured over."""
 

@@ -54,9 +54,12 @@ def _agreement_line(agreement: Any) -> str:
     judged = ", judged in float64" if agreement.judged_in_float64 else ""
     judged += ", judged by the steps of what rounds it" if agreement.judged_by_steps else ""
     chosen = agreement.choices
-    sizes = f"{agreement.batch_sizes[0]} to {agreement.batch_sizes[-1]}"
+    first, last = agreement.batch_sizes[0], agreement.batch_sizes[-1]
+    sizes = str(first) if first == last else f"{first} to {last}"
     error = "outputs of whole numbers"
-    if any(output.max_abs_error is not None for output in agreement.outputs):
+    if all(output.not_compared for output in agreement.outputs):
+        error = "; ".join(f"{o.name} not compared, {o.not_compared}" for o in agreement.outputs)
+    elif any(output.max_abs_error is not None for output in agreement.outputs):
         error = (
             f"max abs error {agreement.max_abs_error:.2g} of a range of {agreement.output_range:.3g}{judged}"
         )
