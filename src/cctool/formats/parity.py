@@ -29,6 +29,7 @@ from cctool.formats.rounding import (
     Counted,
     Run,
     Shake,
+    choices_settled,
     returned,
     runner_of,
     shaken_outputs,
@@ -107,6 +108,7 @@ def compare(
     task: Task | None = None,
     references: References | None = None,
     least: int | None = None,
+    offered: int | None = None,
 ) -> Agreement:
     """Compare a candidate's outputs with the model's, each channel of each output by its own signal.
 
@@ -122,6 +124,7 @@ def compare(
         task: what the network is for; None asks classification if the first output is (N, C).
         references: what else the candidate is compared with where activations are rounded.
         least: stop after so many samples if the verdict is certain; None takes all batches.
+        offered: number of inputs that there are, for the report; None if it is not known.
 
     Raises:
         ExportError: if shapes differ that do not depend on the data, values are not finite, the error of an
@@ -145,8 +148,9 @@ def compare(
     found.refuse_other_numbers()
     chosen = found.choices
     differs = quantized and chosen is not None and chosen.different
-    undecided = undecided_choices(chosen, found.changed) if differs else 0
-    return replace(agreement, undecided=undecided, forward_passes=found.passes())
+    as_written = found.references.as_written
+    undecided = undecided_choices(chosen, found.changed, as_written) if differs else 0
+    return replace(agreement, undecided=undecided, forward_passes=found.passes(), offered=offered)
 
 
 class _Comparison:
@@ -206,7 +210,8 @@ class _Comparison:
 
     def settled(self, share: float) -> bool:
         """Whether other samples would hardly give another verdict."""
-        return all(certain(tally, share) for tally in self.tallies if tally.measured)
+        told = not self.rounds or choices_settled(self.choices)
+        return told and all(certain(tally, share) for tally in self.tallies if tally.measured)
 
     def judged(self, share: float) -> dict[int, Limit]:
         """The place of each output of numbers that is closest to its limit, by its index."""

@@ -21,10 +21,12 @@ class Samples:
     Attributes:
         name: data set and split, for the report.
         batches: preprocessed inputs [B, C, H, W]; iterated once.
+        count: number of inputs; None if it is not known.
     """
 
     name: str
     batches: Iterable[Tensor]
+    count: int | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ class Agreement:
         choices: how often both choose the same, as the task asks; None if it asks nothing.
         outputs: every output by itself.
         forward_passes: of one sample each, that the comparison took, by what was run.
+        offered: number of inputs that there were, of which ``n`` were enough; None if it is not known.
     """
 
     inputs: str
@@ -190,6 +193,7 @@ class Agreement:
     choices: ChoiceAgreement | None = None
     outputs: tuple[OutputAgreement, ...] = ()
     forward_passes: Mapping[str, int] = field(default_factory=dict)
+    offered: int | None = None
 
     def lines(self) -> list[str]:
         """A line for each output, unless there is but one of real numbers, which was compared."""

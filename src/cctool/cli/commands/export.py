@@ -65,8 +65,10 @@ def _agreement_line(agreement: Any) -> str:
         )
     alone = agreement.outputs[0] if len(agreement.outputs) == 1 else None
     passes = sum(agreement.forward_passes.values())
+    enough = agreement.offered is not None and agreement.n < agreement.offered
+    count = f"{agreement.n:,} of {agreement.offered:,}, which were enough" if enough else f"{agreement.n:,}"
     return (
-        f"  {agreement.inputs} (n={agreement.n:,}, batches of {sizes}; {passes:,} forward passes): {error}"
+        f"  {agreement.inputs} (n={count}, batches of {sizes}; {passes:,} forward passes): {error}"
         + ("" if alone is None else alone.judged)
         + (f", {chosen.title} agreement {chosen.percent:.2f} %" if chosen is not None else "")
         + (f", {agreement.undecided} of the others undecided within rounding" if agreement.undecided else "")
