@@ -2,10 +2,10 @@
 
 python benchmarks/export_verdicts.py --seeds 10
 
-Each network is exported once. Its file, and ten copies of it with a fault each at other places, are each judged
-by the code of `cctool export` with ten seeds, which draw the random inputs and nothing else. A fault that moves
-no channel of the outputs by more than the limit that was stated for the true file is none; `differs` counts
-the files whose verdict is not the same at all seeds.
+Each network is exported once. Its file, and ten copies of it with a fault each at other places, are judged by
+the code of `cctool export` with ten seeds each, which draw the random inputs and nothing else. A fault that
+moves no channel of the outputs by more than the limit that was stated for the true file is none; `differs`
+counts the files whose verdict is not the same at all seeds.
 """
 
 from __future__ import annotations
