@@ -2,9 +2,10 @@
 
 python benchmarks/export_verdicts.py --seeds 10
 
-Each network is exported once. Its file, and copies of it with a fault each, are judged by the code of
-`cctool export` with ten seeds, which draw the random inputs, the place of the fault and nothing else. A fault
-that moves no channel of the outputs by more than the limit that was stated for the true file is none.
+Each network is exported once. Its file, and ten copies of it with a fault each at other places, are judged by
+the code of `cctool export` with ten seeds each, which draw the random inputs and nothing else. A fault that
+moves no channel of the outputs by more than the limit that was stated for the true file is none; `differs`
+counts the files whose verdict is not the same at all seeds.
 """
 
 from __future__ import annotations
@@ -52,12 +53,16 @@ def measure(toy: str, steps: int, state: str, seeds: int, folder: Path) -> dict[
     row["passes"] = sum(sum(a.forward_passes.values()) for a in accepted[0]) if accepted else 0
     for fault in faults.FAULTS:
         counts: Counter[str] = Counter()
-        for seed in range(seeds):
+        for place in range(seeds):
             path = folder / "faulty.onnx"
-            if not faults.plant(made, fault, path, seed):
+            if not faults.plant(made, fault, path, place):
                 continue
-            if not isinstance(faults.judged(made, path, seed), list):
+            # One and the same file at every seed.
+            verdicts = {isinstance(faults.judged(made, path, seed), list) for seed in range(seeds)}
+            if verdicts == {False}:
                 counts["refused"] += 1
+            elif len(verdicts) > 1:
+                counts["differs"] += 1
             elif accepted and faults.moved(made, path, accepted[-1]) < 1:
                 counts["none"] += 1
             else:

@@ -122,6 +122,17 @@ def test_values_that_are_not_finite_need_permission_and_the_same_place() -> None
         )
 
 
+def test_nothing_is_said_about_outputs_that_are_all_nan() -> None:
+    model = net()
+    with torch.no_grad():
+        model[3].bias[:] = torch.nan
+    found = compare(model, runner_of(model), inputs(), "noise", allow_nonfinite=True)
+    (output,) = found.outputs
+    assert (output.max_abs_error, output.output_range, output.rms_error, output.signal) == (None,) * 4
+    assert output.not_compared == "it holds nothing but NaN and infinities"
+    assert (found.choices, found.top1_agreement) == (None, None)
+
+
 def test_no_inputs_are_no_agreement() -> None:
     model = net()
     with pytest.raises(ExportError, match="no inputs"):

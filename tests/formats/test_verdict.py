@@ -1,5 +1,6 @@
 """What the verdict on a written model rests on: channels, ulps, float64, steps, what cannot be verified."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,12 @@ import verdict_toys as toys
 from cctool.base.errors import ExportError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec
-from cctool.formats import pt2
+from cctool.formats import pt2, verdict
 from cctool.formats.converting import agreements_with
 from cctool.formats.onnx.write import write_onnx
-from cctool.formats.parity import compare, growing_batches, least_of
+from cctool.formats.parity import compare, growing_batches, least_of, require_agreement
 from cctool.formats.records import Agreement, ExportRequest
-from cctool.formats.rounding import runner_of
+from cctool.formats.rounding import Run, Shake, runner_of
 from cctool.formats.tally import OutputTally
 from cctool.formats.verdict import References, quick
 from cctool.quantization.export.network import other_constants
@@ -172,6 +173,118 @@ def test_a_file_is_compared_with_the_network_that_has_its_constants() -> None:
 
     with pytest.raises(ExportError, match="at channel 3"):
         compare(model, faulty, inputs(), "noise", quantized=True, references=References(intended, faulty))
+
+
+def test_one_step_in_one_draw_hides_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, intended = Rounded(), runner_of(Rounded(0.01))
+
+    def shaken(model: nn.Module, run: Run, samples: Tensor, shake: Shake) -> Iterator[list[Tensor]]:
+        for draw in range(8):
+            (moved,) = run(samples)
+            # The only step that is seen moves one sample by half of the signal.
+            moved[5] += 0.3 * (draw == 2)
+            yield [moved]
+
+    monkeypatch.setattr(verdict, "shaken_outputs", shaken)
+
+    def faulty(batch: Tensor) -> list[Tensor]:
+        return [output + 0.1 * output.std() * (torch.arange(10) == 3) for output in intended(batch)]
+
+    def stepping(batch: Tensor) -> list[Tensor]:
+        (found,) = intended(batch)
+        found[::8] += 0.3
+        return [found]
+
+    references = References(intended, stepping)
+    assert compare(model, intended, inputs(), "noise", quantized=True, references=references).judged_by_steps
+    with pytest.raises(ExportError, match="at channel 3"):
+        compare(model, intended, inputs(), "noise", quantized=True, references=References(intended, faulty))
+
+
+def test_samples_are_added_while_a_verdict_by_steps_is_not_clear() -> None:
+    model, intended = Rounded(), runner_of(Rounded(0.003))
+
+    def passes(error: float) -> int:
+        def written(batch: Tensor) -> list[Tensor]:
+            return [output + error * output.std(0) for output in intended(batch)]
+
+        found = compare(
+            model, intended, inputs(), "noise", quantized=True, references=References(intended, written)
+        )
+        return found.forward_passes["references"]
+
+    assert (passes(1e-4), passes(0.9e-3)) == (2 * 16, 2 * (16 + 32 + 64))
+
+
+def test_each_channel_is_judged_in_ulps_of_its_own_values() -> None:
+    class Mixed(Scores):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.tensor([1e5] + [1e-2] * 9)
+
+    model = Mixed()
+
+    def candidate(batch: Tensor) -> list[Tensor]:
+        (found,) = runner_of(model)(batch)
+        # A fifth of its signal, and less than an ulp of the first channel.
+        found[:, 4] += 1e-3
+        return [found]
+
+    with pytest.raises(ExportError, match=r"at channel 4 by 0\.001"):
+        compare(model, candidate, inputs(), "noise")
+
+
+def test_ulps_do_not_jump_at_powers_of_two() -> None:
+    limits = []
+    for offset in (0.2499, 0.2501):
+        model = Scores(signal=1e-7, offset=offset)
+        limits.append(compare(model, runner_of(model), inputs(), "noise").outputs[0].limit or 0.0)
+    assert limits[0] == pytest.approx(limits[1], rel=0.01)
+
+
+def test_channels_that_could_not_be_checked_are_named(tmp_path: Path) -> None:
+    model = Scores()
+    with torch.no_grad():
+        model.linear.weight[[2, 7]] = 0
+    written = write_onnx(request(model, tmp_path / "a.onnx"))
+    assert written.verified == "verified but for channels 2, 7 of output, which hardly depend on the inputs"
+    assert written.agreements[0].outputs[0].unchecked == (2, 7)
+
+
+class Tied(nn.Module):
+    """Two scores that differ by less than an error that is let pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x.flatten(1)[:, :1]
+        return torch.cat((first, first + 1e-4 * x.flatten(1)[:, 1:2].sign()), 1)
+
+
+def test_choices_that_integer_kernels_alone_change_are_no_fault_of_the_file() -> None:
+    model = Tied()
+    exact = runner_of(model)
+
+    def kernels(batch: Tensor) -> list[Tensor]:
+        return [output.flip(1) for output in exact(batch)]
+
+    found = compare(model, kernels, inputs(), "noise", quantized=True, references=References(exact, exact))
+    assert (found.top1_agreement, found.undecided) == (0.0, 64)
+    require_agreement(found)
+    found = compare(model, kernels, inputs(), "noise", quantized=True, references=References(exact, kernels))
+    assert found.undecided == 0
+    with pytest.raises(ExportError, match="chooses another class"):
+        require_agreement(found)
+
+
+@pytest.mark.parametrize(("one_in", "taken"), [(200, 64), (10, 256)])
+def test_samples_are_added_while_too_many_choices_differ(one_in: int, taken: int) -> None:
+    model = Tied()
+
+    def candidate(batch: Tensor) -> list[Tensor]:
+        (found,) = runner_of(model)(batch)
+        which = torch.arange(len(batch)) % one_in == one_in - 1
+        found[which] = found[which].flip(1)
+        return [found]
+
+    assert compare(model, candidate, inputs(256), "noise", quantized=True, least=64).n == taken
 
 
 def test_a_constant_in_place_of_rounded_outputs_is_refused() -> None:

@@ -141,7 +141,7 @@ def agreements_with(
         batches = request.samples.batches
         if not free_batch:
             batches = (batch[i : i + 1] for batch in batches for i in range(len(batch)))
-        found.append(judge(batches, request.samples.name))
+        found.append(judge(batches, request.samples.name, offered=request.samples.count))
         if request.quantized:
             require_agreement(found[-1])
     return found

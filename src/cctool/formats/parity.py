@@ -9,6 +9,7 @@ errors. `verdict.py` says what is allowed. Samples are drawn until the verdict w
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -24,9 +25,11 @@ from cctool.formats.rounding import (
     COARSE,
     FINE,
     MOST,
+    POOL,
     Counted,
     Run,
     Shake,
+    choices_settled,
     returned,
     runner_of,
     shaken_outputs,
@@ -105,6 +108,7 @@ def compare(
     task: Task | None = None,
     references: References | None = None,
     least: int | None = None,
+    offered: int | None = None,
 ) -> Agreement:
     """Compare a candidate's outputs with the model's, each channel of each output by its own signal.
 
@@ -120,6 +124,7 @@ def compare(
         task: what the network is for; None asks classification if the first output is (N, C).
         references: what else the candidate is compared with where activations are rounded.
         least: stop after so many samples if the verdict is certain; None takes all batches.
+        offered: number of inputs that there are, for the report; None if it is not known.
 
     Raises:
         ExportError: if shapes differ that do not depend on the data, values are not finite, the error of an
@@ -143,8 +148,9 @@ def compare(
     found.refuse_other_numbers()
     chosen = found.choices
     differs = quantized and chosen is not None and chosen.different
-    undecided = undecided_choices(chosen, found.changed) if differs else 0
-    return replace(agreement, undecided=undecided, forward_passes=found.passes())
+    as_written = found.references.as_written
+    undecided = undecided_choices(chosen, found.changed, as_written) if differs else 0
+    return replace(agreement, undecided=undecided, forward_passes=found.passes(), offered=offered)
 
 
 class _Comparison:
@@ -163,7 +169,7 @@ class _Comparison:
         self.chosen = Chosen(self.candidate)
         self._named: dict[str, OutputTally] = {}
         self._sizes: set[int] = set()
-        self._others = 0
+        self._others = self._pixels = 0
         self.n = 0
 
     @property
@@ -199,11 +205,13 @@ class _Comparison:
                 self.choices.add(batch, expected, other)
         self.chosen.add(batch, errors, found)
         self.n += len(batch)
+        self._pixels = math.prod(batch.shape[-2:])
         self._sizes.add(len(batch))
 
     def settled(self, share: float) -> bool:
         """Whether other samples would hardly give another verdict."""
-        return all(certain(tally, share) for tally in self.tallies if tally.measured)
+        told = not self.rounds or choices_settled(self.choices)
+        return told and all(certain(tally, share) for tally in self.tallies if tally.measured)
 
     def judged(self, share: float) -> dict[int, Limit]:
         """The place of each output of numbers that is closest to its limit, by its index."""
@@ -213,10 +221,9 @@ class _Comparison:
             return limits
         tallies, plain = self.tallies, failing
         if self.rounds:
-            drawn = self.chosen.first()
-            if least_of(tuple(drawn.samples.shape)) == LEAST:
-                # Movements are measured in many passes, which take long on large inputs.
-                drawn = drawn.part(torch.arange(len(drawn.samples))[: MOST // 2])
+            # Movements are measured in many passes, which take long on large inputs.
+            small = self._pixels <= _SMALL
+            drawn = self.chosen.first((MOST, 2 * MOST, POOL) if small else (MOST // 2, MOST))
             given = (self.references.intended, self.references.as_written)
             runs = [None if run is None else Counted(run, single=self.candidate.single) for run in given]
             limits |= by_steps(
@@ -263,7 +270,8 @@ class _Comparison:
     def agreement(self, tolerance: float, limits: dict[int, Limit]) -> Agreement:
         """What was found."""
         choices = None
-        if self.agreeing is not None and self.choices is not None and self.choices.n:
+        told = self.choices is not None and not self.tallies[self.choices.index].not_compared()
+        if told and self.agreeing is not None and self.choices is not None and self.choices.n:
             n, same = self.choices.n, self.choices.n - self.choices.different
             what = self.agreeing
             choices = ChoiceAgreement(what.name, what.title, what.things, n, 100 * same / n)
@@ -311,6 +319,7 @@ def _record(tally: OutputTally, limit: Limit | None, whole: dict[str, ChoiceTall
         limit_from=limit.source,
         compared_with=limit.compared,
         insensitive=_insensitive(tally, limit),
+        unchecked=limit.dull if limit.sensitive else (),
     )
 
 

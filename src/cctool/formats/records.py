@@ -21,10 +21,12 @@ class Samples:
     Attributes:
         name: data set and split, for the report.
         batches: preprocessed inputs [B, C, H, W]; iterated once.
+        count: number of inputs; None if it is not known.
     """
 
     name: str
     batches: Iterable[Tensor]
+    count: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class OutputAgreement:
         limit: largest error allowed there.
         limit_from: what it follows from: tolerance (a share of the signal), ulps, float64 or steps.
         compared_with: what the file was compared with there.
-        insensitive: why the comparison could hardly have failed; empty if it could.
+        insensitive: why the comparison could hardly have failed; empty if it could at some channel.
+        unchecked: the channels at which it could not, among others at which it could.
     """
 
     name: str
@@ -106,6 +109,7 @@ class OutputAgreement:
     limit_from: str = ""
     compared_with: str = ""
     insensitive: str = ""
+    unchecked: tuple[int, ...] = ()
 
     @property
     def line(self) -> str:
@@ -172,6 +176,7 @@ class Agreement:
         choices: how often both choose the same, as the task asks; None if it asks nothing.
         outputs: every output by itself.
         forward_passes: of one sample each, that the comparison took, by what was run.
+        offered: number of inputs that there were, of which ``n`` were enough; None if it is not known.
     """
 
     inputs: str
@@ -188,6 +193,7 @@ class Agreement:
     choices: ChoiceAgreement | None = None
     outputs: tuple[OutputAgreement, ...] = ()
     forward_passes: Mapping[str, int] = field(default_factory=dict)
+    offered: int | None = None
 
     def lines(self) -> list[str]:
         """A line for each output, unless there is but one of real numbers, which was compared."""
@@ -257,7 +263,20 @@ class Written:
             return f"compared but not verified: of {some(dull)}, {why}"
         but = [f"{some(missed)}, which could not be compared"] if missed else []
         but += [f"{some(dull)}, which hardly depends on the inputs"] if dull else []
+        but += [_unchecked(name, [o for o in found if o.name == name]) for name in names if name in told]
+        but = [part for part in but if part]
         return f"verified but for {', and '.join(but)}" if but else "verified"
+
+
+def _unchecked(name: str, found: Iterable[OutputAgreement]) -> str:
+    """The channels of an output at which no comparison could have failed; empty if there are none."""
+    told = [set(output.unchecked) for output in found if not output.not_compared and not output.insensitive]
+    channels = sorted(set.intersection(*told))
+    if not channels:
+        return ""
+    which = "channel" if len(channels) == 1 else "channels"
+    depend = "depends" if len(channels) == 1 else "depend"
+    return f"{which} {some(list(map(str, channels)))} of {name}, which hardly {depend} on the inputs"
 
 
 Writer = Callable[[ExportRequest], Written]

@@ -23,6 +23,9 @@ AGREED = 0.99
 MOST = 16
 """Samples that references are run on."""
 
+POOL = 4 * MOST
+"""Samples that they are run on at most, where the verdict would not be clear otherwise."""
+
 SHAKES = 8
 """Perturbations that the movement of outputs is measured over."""
 
@@ -126,13 +129,19 @@ def shaken_outputs(model: nn.Module, run: Run, samples: Tensor, shake: Shake) ->
 
 
 def undecided_choices(
-    tally: ChoiceTally | None, references: Callable[[Tensor], Iterator[list[Tensor]]]
+    tally: ChoiceTally | None,
+    references: Callable[[Tensor], Iterator[list[Tensor]]],
+    as_written: Run | None = None,
 ) -> int:
-    """Number of differing choices that the model makes otherwise under small changes.
+    """Number of differing choices that are no fault of the file.
+
+    Those are the ones that the model makes otherwise under small changes, and those that the file makes as
+    the model does where the runtime does not optimize it: there only the rounding of integer kernels differs.
 
     Args:
         tally: the choices; None counts as none.
         references: gives the model's outputs for samples first, then its outputs under each change.
+        as_written: runs the file without the runtime's optimizations; None if there are none.
     """
     if tally is None:
         return 0
@@ -143,9 +152,16 @@ def undecided_choices(
         changed = torch.zeros_like(chosen, dtype=torch.bool)
         for outputs in runs:
             changed |= choose(outputs) != chosen
+        if as_written is not None:
+            changed |= choose(as_written(samples)) == chosen
         return changed
 
     return tally.undecided(changes, MOST)
+
+
+def choices_settled(tally: ChoiceTally | None) -> bool:
+    """Whether no more choices differ than may differ anyway; otherwise more samples tell."""
+    return tally is None or tally.different <= tally.n * (1 - AGREED)
 
 
 def too_many(different: int, n: int) -> bool:

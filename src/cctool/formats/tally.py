@@ -90,6 +90,7 @@ class OutputTally:
         self._high: Tensor | None = None
         self._errors: list[Tensor] = []
         self._deviations = _Deviations()
+        self._magnitudes: Tensor | None = None
 
     def add(self, batch: Tensor, expected: Tensor, found: Tensor) -> Tensor | None:
         """Compare the output of a batch; both of one shape and finite in the same places.
@@ -108,10 +109,21 @@ class OutputTally:
         self.largest = max(self.largest, float(values.abs().max()))
         per_sample = values.dim() and len(values) == len(batch)
         self._widen(*((values.amin(0), values.amax(0)) if per_sample else (values, values)))
-        self._deviations.add(by_place(values, len(batch)))
+        self._measure(by_place(values, len(batch)))
         found_errors = squares(expected, found, len(batch))
         self._errors.append(found_errors)
         return found_errors.mean(1) if per_sample else None
+
+    def _measure(self, values: Tensor) -> None:
+        """Take in float64 [samples, places, values of each]."""
+        self._deviations.add(values)
+        largest = values.abs().amax((0, 2))
+        if self._magnitudes is None:
+            self._magnitudes = largest
+        elif len(self._magnitudes) == len(largest):
+            self._magnitudes = torch.maximum(self._magnitudes, largest)
+        else:
+            self._magnitudes = torch.cat((self._magnitudes, largest)).amax().reshape(1)
 
     def _widen(self, low: Tensor, high: Tensor) -> None:
         if self._low is None or self._high is None:
@@ -132,6 +144,14 @@ class OutputTally:
     def signals(self) -> Tensor:
         """Standard deviation over the inputs at each place, float64 [places]."""
         return self._deviations.at_places()
+
+    @property
+    def magnitudes(self) -> Tensor:
+        """Largest magnitude of the model's values at each place, float64 [places]."""
+        found, places = self._magnitudes, len(self.signals)
+        if found is None:
+            return torch.zeros(1, dtype=torch.float64)
+        return found if len(found) == places else found.amax().expand(places)
 
     @property
     def signal(self) -> float:
@@ -164,12 +184,12 @@ class OutputTally:
     def record(self, choices: ChoiceTally | None = None) -> OutputAgreement:
         """The result; ``choices`` are the values of an output that is not measured."""
         different = None if choices is None or not choices.n else 100 * choices.different / choices.n
-        measured = bool(self.measured)
+        measured = bool(self.measured) and not self.not_compared()
         return OutputAgreement(
             name=self.name,
             max_abs_error=self.error if measured else None,
             output_range=self.range if measured else None,
-            different=None if measured else different,
+            different=None if self.measured else different,
             elements=self.elements,
             other_shapes=self.missed,
             not_compared=self.not_compared(),

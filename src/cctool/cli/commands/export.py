@@ -55,16 +55,20 @@ def _agreement_line(agreement: Any) -> str:
     judged += ", judged by the steps of what rounds it" if agreement.judged_by_steps else ""
     chosen = agreement.choices
     first, last = agreement.batch_sizes[0], agreement.batch_sizes[-1]
-    sizes = f"{first} to {last}" if first != last else str(first)
+    sizes = str(first) if first == last else f"{first} to {last}"
     error = "outputs of whole numbers"
-    if any(output.max_abs_error is not None for output in agreement.outputs):
+    if all(output.not_compared for output in agreement.outputs):
+        error = "; ".join(f"{o.name} not compared, {o.not_compared}" for o in agreement.outputs)
+    elif any(output.max_abs_error is not None for output in agreement.outputs):
         error = (
             f"max abs error {agreement.max_abs_error:.2g} of a range of {agreement.output_range:.3g}{judged}"
         )
     alone = agreement.outputs[0] if len(agreement.outputs) == 1 else None
     passes = sum(agreement.forward_passes.values())
+    enough = agreement.offered is not None and agreement.n < agreement.offered
+    count = f"{agreement.n:,} of {agreement.offered:,}, which were enough" if enough else f"{agreement.n:,}"
     return (
-        f"  {agreement.inputs} (n={agreement.n:,}, batches of {sizes}; {passes:,} forward passes): {error}"
+        f"  {agreement.inputs} (n={count}, batches of {sizes}; {passes:,} forward passes): {error}"
         + ("" if alone is None else alone.judged)
         + (f", {chosen.title} agreement {chosen.percent:.2f} %" if chosen is not None else "")
         + (f", {agreement.undecided} of the others undecided within rounding" if agreement.undecided else "")

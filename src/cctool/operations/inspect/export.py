@@ -27,7 +27,7 @@ from cctool.transforms.layers.base import swapped_layers
 from cctool.transforms.plain import plain_model
 
 if TYPE_CHECKING:
-    from cctool.data.records import DataSource
+    from cctool.data.records import DataSource, Split
 
 
 # Formats that hold the computation, and not the tensors alone.
@@ -172,15 +172,31 @@ def samples_of(checkpoint: Checkpoint, options: DataOptions, context: Context) -
         return None
     # Images that the network was not trained on, if there are any.
     split = next(name for name in ("test", "validation", "train") if name in source.loaders)
-    return Samples(f"{source.reference}, {split} split", _images(source, split, checkpoint, options))
+    served = source.split(split)
+    if served.loaded is None:
+        served = served.take(_spread(len(served)))
+    images = _images(served, source, checkpoint, options)
+    return Samples(f"{source.reference}, {split} split", images, len(served))
 
 
-def _images(source: DataSource, split: str, checkpoint: Checkpoint, options: DataOptions) -> Iterator[Tensor]:
+def _spread(count: int) -> list[int]:
+    """Indices in an order whose every beginning is spread evenly over all of them.
+
+    They are sorted by the fractional parts of multiples of the golden ratio. A comparison that stops early
+    has then seen all classes of a data set that is sorted by class.
+    """
+    golden = (5**0.5 - 1) / 2
+    return sorted(range(count), key=lambda index: index * golden % 1)
+
+
+def _images(
+    split: Split, source: DataSource, checkpoint: Checkpoint, options: DataOptions
+) -> Iterator[Tensor]:
     from cctool.data.serving.batches import batches
 
     known = checkpoint.spec.preprocessing
     found = batches(
-        source.split(split),
+        split,
         batch_size=options.batch_size,
         mean=known.mean if known else source.mean,
         std=known.std if known else source.std,
