@@ -223,11 +223,11 @@ class _Comparison:
         if self.rounds:
             # Movements are measured in many passes, which take long on large inputs.
             small = self._pixels <= _SMALL
-            drawn = self.chosen.first((MOST, 2 * MOST, POOL) if small else (MOST // 2, MOST))
+            growing = self.chosen.first((MOST, 2 * MOST, POOL) if small else (MOST // 2, MOST))
             given = (self.references.intended, self.references.as_written)
             runs = [None if run is None else Counted(run, single=self.candidate.single) for run in given]
             limits |= by_steps(
-                self.model, self.network, References(*runs), tallies, failing, drawn, coded=self.coded
+                self.model, self.network, References(*runs), tallies, failing, growing, coded=self.coded
             )
             self._others += sum(run.passes for run in runs if run is not None)
             plain = [i for i in failing if limits[i].over > 1] if not self.references.intended else []
