@@ -117,9 +117,8 @@ def test_new_head(here: Path) -> None:
 
 
 def test_processes_on_several_devices_are_refused_where_there_is_one(here: Path) -> None:
-    line = (
-        f"train class.pt {ARCH['class']} {DATA['class']} --device cuda --devices 99 --batch-size 198 -o x.pt"
-    )
+    data = "--data digits --limit 64 --batch-size 198"
+    line = f"train class.pt {ARCH['class']} {data} --device cuda --devices 99 -o x.pt"
     assert "usable CUDA devices" in ran(*line.split(), says="--devices 99")
 
 

@@ -1,6 +1,7 @@
 """What the verdict on a written model rests on: channels, ulps, float64, steps, what cannot be verified."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,15 @@ import verdict_toys as toys
 from cctool.base.errors import ExportError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec
-from cctool.formats import pt2, verdict
+from cctool.formats import pt2, steps
 from cctool.formats.converting import agreements_with
 from cctool.formats.onnx.write import write_onnx
 from cctool.formats.parity import compare, growing_batches, least_of, require_agreement
 from cctool.formats.records import Agreement, ExportRequest
-from cctool.formats.rounding import Run, Shake, runner_of
+from cctool.formats.rounding import Run, Shake, exact_runner, runner_of
+from cctool.formats.steps import References
 from cctool.formats.tally import OutputTally
-from cctool.formats.verdict import References, quick
+from cctool.formats.verdict import quick
 from cctool.quantization.export.network import other_constants
 
 SHAPE = (3, 8, 8)
@@ -185,7 +187,7 @@ def test_one_step_in_one_draw_hides_no_fault(monkeypatch: pytest.MonkeyPatch) ->
             moved[5] += 0.3 * (draw == 2)
             yield [moved]
 
-    monkeypatch.setattr(verdict, "shaken_outputs", shaken)
+    monkeypatch.setattr(steps, "shaken_outputs", shaken)
 
     def faulty(batch: Tensor) -> list[Tensor]:
         return [output + 0.1 * output.std() * (torch.arange(10) == 3) for output in intended(batch)]
@@ -199,6 +201,44 @@ def test_one_step_in_one_draw_hides_no_fault(monkeypatch: pytest.MonkeyPatch) ->
     assert compare(model, intended, inputs(), "noise", quantized=True, references=references).judged_by_steps
     with pytest.raises(ExportError, match="at channel 3"):
         compare(model, intended, inputs(), "noise", quantized=True, references=References(intended, faulty))
+
+
+class Cancelling(Rounded):
+    """Scores that are what is left of terms ten thousand times as large, added in one order or the other."""
+
+    def __init__(self, shift: float = 0.0, *, reverse: bool = False) -> None:
+        super().__init__(shift)
+        self.reverse = reverse
+        terms = torch.randn(10, 32, generator=torch.Generator().manual_seed(2))
+        self.register_buffer("terms", 300 * torch.cat((terms, -terms[:, torch.randperm(32)]), 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = 1e-3 * super().forward(x).unsqueeze(2) + self.terms
+        total = torch.zeros_like(parts[..., 0])
+        for i in reversed(range(64)) if self.reverse else range(64):
+            total = total + parts[..., i]
+        return total
+
+
+@pytest.mark.parametrize("fault", [0.0, 0.5])
+def test_large_terms_that_cancel_are_judged_in_float64_where_a_network_rounds(fault: float) -> None:
+    """The file adds them in the other order: its error is that of float32, which no step explains."""
+    model, intended, other = Cancelling(), Cancelling(0.01), Cancelling(0.01, reverse=True)
+
+    def file(batch: Tensor) -> list[Tensor]:
+        return [output + fault * output.std() * (torch.arange(10) == 3) for output in runner_of(other)(batch)]
+
+    references = References(runner_of(intended), file, exact_runner(intended))
+    if fault:
+        with pytest.raises(ExportError, match="at channel 3"):
+            compare(model, file, inputs(), "noise", quantized=True, references=references)
+        return
+    found = compare(model, file, inputs(), "noise", quantized=True, references=references)
+    assert found.judged_in_float64
+    assert found.outputs[0].compared_with == "the network with the file's constants"
+    with pytest.raises(ExportError, match="at channel"):
+        # Without it, float32 alone cannot tell.
+        compare(model, file, inputs(), "noise", quantized=True, references=replace(references, exact=None))
 
 
 def test_samples_are_added_while_a_verdict_by_steps_is_not_clear() -> None:

@@ -22,7 +22,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.formats.parity import compare, growing_batches, least_of, require_agreement
 from cctool.formats.records import Agreement, ExportRequest
 from cctool.formats.rounding import Run
-from cctool.formats.verdict import References
+from cctool.formats.steps import References
 
 BATCH = "batch"
 EXPORT_BATCH = 2

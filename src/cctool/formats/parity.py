@@ -36,16 +36,15 @@ from cctool.formats.rounding import (
     too_many,
     undecided_choices,
 )
+from cctool.formats.samples import Chosen
+from cctool.formats.steps import References, by_steps
 from cctool.formats.tally import ChoiceTally, OutputTally
 from cctool.formats.verdict import (
     COMPARED_INTENDED,
     LOST,
     SHARE,
     TOLERANCE,
-    Chosen,
     Limit,
-    References,
-    by_steps,
     certain,
     in_float64,
     quick,
@@ -224,7 +223,7 @@ class _Comparison:
             # Movements are measured in many passes, which take long on large inputs.
             small = self._pixels <= _SMALL
             growing = self.chosen.first((MOST, 2 * MOST, POOL) if small else (MOST // 2, MOST))
-            given = (self.references.intended, self.references.as_written)
+            given = (self.references.intended, self.references.as_written, self.references.exact)
             runs = [None if run is None else Counted(run, single=self.candidate.single) for run in given]
             limits |= by_steps(
                 self.model, self.network, References(*runs), tallies, failing, growing, coded=self.coded

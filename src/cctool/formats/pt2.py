@@ -31,8 +31,8 @@ from cctool.formats.converting import (
     reason,
 )
 from cctool.formats.records import Agreement, ExportRequest, Written
-from cctool.formats.rounding import Run, runner_of
-from cctool.formats.verdict import References
+from cctool.formats.rounding import Run, exact_runner, runner_of
+from cctool.formats.steps import References
 from cctool.graph.execution import blaming_the_size
 
 DESCRIPTION = "cctool.json"
@@ -67,7 +67,9 @@ def _write(model: nn.Module, request: ExportRequest) -> Written:
 
     def check(temporary: Path) -> None:
         network = request.network
-        references = References() if network is None else References(runner_of(network))
+        references = References()
+        if network is not None:
+            references = References(runner_of(network), exact=lambda batch: exact_runner(network)(batch))
         run = _read_back(temporary)
         agreements.extend(agreements_with(run, request, free_batch=not notes, references=references))
 

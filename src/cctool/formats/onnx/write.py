@@ -38,8 +38,8 @@ from cctool.formats.onnx.graph import name_outputs
 from cctool.formats.onnx.integers import PACKED_OPSET, Placed, with_integers
 from cctool.formats.onnx.kernels import SATURATES, kernels_of, saturating_cpu, session_options
 from cctool.formats.records import Agreement, ExportRequest, Kernels, Written
-from cctool.formats.rounding import Run, returned, runner_of
-from cctool.formats.verdict import References
+from cctool.formats.rounding import Run, exact_runner, returned, runner_of
+from cctool.formats.steps import References
 from cctool.graph.execution import blaming_the_size
 from cctool.quantization.export.network import other_constants
 
@@ -127,7 +127,12 @@ def _references(path: Path, request: ExportRequest, placed: Placed) -> Reference
     with other_constants(network, changed) as complete:
         if not complete:
             return References()
-    return References(run, _runtime(path, plain=True) if request.quantized else None)
+
+    def exact(batch: Tensor) -> list[Tensor]:
+        with other_constants(network, changed):
+            return exact_runner(network)(batch)
+
+    return References(run, _runtime(path, plain=True) if request.quantized else None, exact)
 
 
 def _put_integers(document: Any, request: ExportRequest) -> Placed:

@@ -1,0 +1,236 @@
+"""Verdicts on networks that round: a difference in the last digit becomes a whole step.
+
+The file is compared with the network that was converted, with the file's own constants, so that nothing but
+float32 is left between them; what its biases and the runtime round moves the outputs no more than a
+thirty-second of a step does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cctool.formats.rounding import COARSE, FINE, MOST, Run, Shake, shaken_outputs
+from cctool.formats.samples import Drawn
+from cctool.formats.tally import OutputTally, squares
+from cctool.formats.verdict import (
+    COMPARED_INTENDED,
+    ROUNDING,
+    SHARE,
+    Limit,
+    closest,
+    floor_of,
+    largest_ulp,
+    signals_at,
+    usual,
+)
+
+_STEPS = 4.0  # allowed error over the movement of outputs
+_CLEAR = 2.0  # error over limit, or limit over error, from which on no more samples are looked at
+_UNSTABLE = 1 / 2  # of the samples: those are left out at which the last digit makes the most of a step
+_SPARED = 1 / 4  # of the others: their errors are left out, for not every step is foreseen
+_RUNTIME = 0.02  # of the signal: error of a runtime's integer kernels that is let pass
+
+
+@dataclass(frozen=True)
+class References:
+    """What a file is compared with where the model in its own precision cannot decide.
+
+    Attributes:
+        intended: the network that was converted, with the constants that the file has after rounding; None
+            if it is the model itself.
+        as_written: the file without the runtime's optimizations; None if it has none.
+        exact: `intended` in float64; it may fail where a dtype is written into the network's code.
+    """
+
+    intended: Run | None = None
+    as_written: Run | None = None
+    exact: Run | None = None
+
+
+def by_steps(
+    model: nn.Module, network: Run, references: References,
+    tallies: Sequence[OutputTally], failing: Sequence[int], drawn: Iterable[Drawn], *, coded: bool,
+) -> dict[int, Limit]:  # fmt: skip
+    """Errors of failing outputs of a network that rounds; what changes of the last digit cause is allowed.
+
+    Args:
+        model: the network, with quantizers or codecs.
+        network: runs it.
+        references: to compare with.
+        tallies: of all outputs.
+        failing: indices of outputs.
+        drawn: samples, more and more of them; the next ones are looked at while the verdict is not clear.
+        coded: whether codecs round.
+    """
+    limits: dict[int, Limit] = {}
+    for part in drawn:
+        steps = _Steps(model, network, references, tallies, part, coded)
+        found = {i: parts for i, parts in steps.parts(failing).items() if parts}
+        for i, parts in found.items():
+            largest = max(parts, key=lambda one: one.over)
+            limits[i] = parts[-1] if largest.over <= 1 else largest
+        overs = [one.over for parts in found.values() for one in parts]
+        if max(overs, default=0.0) >= _CLEAR or all(over <= 1 / _CLEAR for over in overs):
+            break
+    return limits
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """A network that rounds, its file, and samples to judge on; the fields are those of `by_steps`."""
+
+    model: nn.Module
+    network: Run
+    references: References
+    tallies: Sequence[OutputTally]
+    drawn: Drawn
+    coded: bool
+
+    def parts(self, failing: Sequence[int]) -> dict[int, list[Limit]]:
+        """What each failing output is held to; the last one is stated where all are kept."""
+        samples, found, references = self.drawn.samples, self.drawn.found, self.references
+        expected = self.network(samples)
+        coarse = self._moved(expected, failing, COARSE)
+        own: _OwnRounding | None = None
+        if references.intended is not None:
+            wanted, fine = references.intended(samples), self._moved(expected, failing, FINE)
+            own = _OwnRounding(references.exact, samples, wanted, {i: fine[i].amax(0) for i in failing})
+
+        def whole(i: int, left: list[Tensor]) -> Limit:
+            moved = _STEPS * coarse[i].mean(1).sqrt().amax(0)
+            return _pooled(i, self.tallies[i], (left[i], found[i]), len(samples), moved, own)
+
+        # The whole way from the network to the file's outputs, by all that rounds on it.
+        parts = {i: [whole(i, expected)] for i in failing}
+        if own is None:
+            return parts
+        written = found if references.as_written is None else references.as_written(samples)
+        for i in failing:
+            if references.as_written is not None:
+                parts[i].append(whole(i, written))
+            parts[i].append(_by_place(i, self.tallies[i], written[i], own))
+        return parts
+
+    def _moved(self, expected: list[Tensor], outputs: Sequence[int], shake: Shake) -> dict[int, Tensor]:
+        """Mean square movement of each output, [changes, samples, places]."""
+        shake = shake if self.coded else Shake(shake.steps, 0.0)
+        samples = self.drawn.samples
+        moved: dict[int, list[Tensor]] = {i: [] for i in outputs}
+        for shifted in shaken_outputs(self.model, self.network, samples, shake):
+            for i in outputs:
+                if shifted[i].shape == expected[i].shape:
+                    moved[i].append(squares(expected[i], shifted[i], len(samples)))
+        none = torch.zeros(1, 1, 1, dtype=torch.float64)
+        return {i: torch.stack(found) if found else none for i, found in moved.items()}
+
+
+def _pooled(
+    index: int, tally: OutputTally, outputs: tuple[Tensor, Tensor], n: int, moved: Tensor,
+    own: _OwnRounding | None,
+) -> Limit:  # fmt: skip
+    """Error of a whole output; biases that are rounded shift single channels by more than noise does."""
+    left, right = outputs
+    if left.shape != right.shape:
+        return _other_shape(tally)
+    error = squares(left, right, n).mean().sqrt().reshape(1)
+    moved_by = float(moved.square().mean().sqrt())
+    allowed = torch.tensor([max(moved_by, _RUNTIME * tally.signal, largest_ulp(tally))], dtype=torch.float64)
+    limit = closest(error, allowed, tally, "steps")
+    if limit.over <= 1 or own is None:
+        return limit
+    exact = torch.maximum(allowed, ROUNDING * own.of(index).square().mean().sqrt().reshape(1))
+    return closest(error, exact, tally, "float64")
+
+
+def _by_place(index: int, tally: OutputTally, written: Tensor, own: _OwnRounding) -> Limit:
+    """Error at each place, of the network with the file's constants and of the file."""
+    wanted, moved = own.outputs[index], own.moved[index]
+    if wanted.shape != written.shape:
+        return _other_shape(tally)
+    found = squares(wanted, written, own.n)
+    stable = _Stable(moved, found.shape)
+    errors, signals = stable.error(found), signals_at(tally, found.shape[-1])
+    by_steps, floor = _STEPS * stable.moved, floor_of(tally, len(errors))
+    # A place at which no step was seen takes the share of the others.
+    allowed = torch.stack((SHARE * signals, by_steps, usual(by_steps, signals), floor)).amax(0)
+    limit = closest(errors, allowed, tally, "steps", COMPARED_INTENDED)
+    if limit.over <= 1:
+        return limit
+    rounding = own.of(index).expand_as(floor)
+    exact = torch.maximum(allowed, ROUNDING * torch.maximum(rounding, usual(rounding, floor)))
+    return closest(errors, exact, tally, "float64", COMPARED_INTENDED)
+
+
+def _other_shape(tally: OutputTally) -> Limit:
+    return Limit(0, torch.inf, 0.0, "steps", tally.signal, False)
+
+
+class _Stable:
+    """The samples at which rounding moves an output the least, at each place.
+
+    A step is rare but large: on most samples there is none, and what is not rounding moves these, too. So the
+    other half is left out, and of the rest those with the largest errors.
+
+    Args:
+        moved: largest mean square movement, [samples, places].
+        shape: of the errors, to which it is expanded.
+    """
+
+    def __init__(self, moved: Tensor, shape: torch.Size) -> None:
+        moved, self._order = moved.expand(shape).sort(dim=0, stable=True)
+        self._kept = len(moved) - int(_UNSTABLE * len(moved))
+        self.moved = moved[: self._kept].mean(0).sqrt()
+
+    def error(self, errors: Tensor) -> Tensor:
+        """Root mean square of errors [samples, places] over these samples, [places]."""
+        errors = errors.gather(0, self._order)[: self._kept]
+        return errors.sort(0).values[: self._kept - int(_SPARED * self._kept)].mean(0).sqrt()
+
+
+class _OwnRounding:
+    """What float32 makes of a network's own outputs, against float64; computed where it is asked for.
+
+    Large terms that cancel leave few digits right, which neither a step nor the values' size shows.
+
+    Args:
+        exact: the network in float64; None if there is none.
+        samples: on the CPU.
+        outputs: the network's, in its own precision.
+        moved: largest mean square movement of an output by rounding, [samples, places], by index.
+    """
+
+    def __init__(
+        self, exact: Run | None, samples: Tensor, outputs: list[Tensor], moved: dict[int, Tensor]
+    ) -> None:
+        self._exact, self._samples, self.outputs, self.moved = exact, samples, outputs, moved
+        self._found: list[Tensor] | None = None
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return len(self._samples)
+
+    def of(self, index: int) -> Tensor:
+        """Root mean square error of an output, [places] or [1]; 0 if it is not known."""
+        few = min(self.n, MOST)
+        if self._found is None:
+            self._found = self._in_float64(few)
+        value = self.outputs[index]
+        # An output that is no row for each sample cannot be compared on a few of them.
+        if not self._found or len(value) != self.n or self._found[index].shape != value[:few].shape:
+            return torch.zeros(1, dtype=torch.float64)
+        errors = squares(self._found[index], value[:few], few)
+        moved = self.moved[index]
+        return _Stable(moved if len(moved) == 1 else moved[:few], errors.shape).error(errors)
+
+    def _in_float64(self, few: int) -> list[Tensor]:
+        if self._exact is None:
+            return []
+        try:
+            return self._exact(self._samples[:few])
+        except Exception:  # a dtype written into the network's code
+            return []
