@@ -28,7 +28,8 @@ def export_verdicts(result: dict[str, Any], table: Draw) -> str:
                 name,
                 len(rows),
                 f"{files - sum(row['accepted'] for row in rows)} of {files}",
-                f"{counts['accepted']} of {counts['accepted'] + counts['refused']}",
+                f"{counts['accepted']} of {counts['accepted'] + counts['refused'] + counts['differs']}",
+                counts["differs"],
                 counts["none"],
                 f"{max(row['closest'] for row in rows):.2f}",
             )
@@ -36,18 +37,19 @@ def export_verdicts(result: dict[str, Any], table: Draw) -> str:
     kinds = []
     for fault in _FAULTS:
         counts = sum((Counter(row[fault]) for row in result["rows"]), Counter())
-        kinds.append((fault, counts["refused"], counts["accepted"], counts["none"]))
-    first = ("networks", "n", "true refused", "faulty accepted", "no fault", "closest")
+        kinds.append((fault, *(counts[what] for what in ("refused", "accepted", "differs", "none"))))
+    first = ("networks", "n", "true refused", "faulty accepted", "differs", "no fault", "closest")
     return (
         "## Verdicts of exports\n\n"
         "40 small networks (classifiers, depthwise, residual, U-Net, autoencoder, attention, two heads, "
         "gates; outputs nearly constant, or of 1e-7), each exported once; its file, and copies with a fault "
-        f"each, are judged as `cctool export` does, with {result['rows'][0]['seeds']} seeds. A change that "
-        "moves no channel of the outputs by more than the limit stated for the true file is no fault. "
+        f"each, are judged as `cctool export` does, every file at {result['rows'][0]['seeds']} seeds: refused at "
+        "all of them, accepted at all, or not the same at all (differs). A change that moves no channel of the "
+        "outputs by more than the limit stated for the true file is no fault. "
         "Closest: the largest error of a true file, over its limit.\n\n"
         + table(first, shown)
         + "\n\n"
-        + table(("fault", "refused", "accepted", "no fault"), kinds)
+        + table(("fault", "refused", "accepted", "differs", "no fault"), kinds)
     )
 
 
