@@ -107,9 +107,10 @@ def moved(made: Exported, path: Path, truth: list[Agreement]) -> float:
                 continue
             apart = squares(left, right, len(x)).mean(0).sqrt()
             signals = (by_place(left, len(x)) - by_place(left, len(x)).mean(0)).square().mean((0, 2)).sqrt()
-            # Ulps are the same at all channels; other limits are shares of the channel's signal.
-            share = 0.0 if output.limit_from == "ulps" else output.limit / (output.place_signal or 1.0)
-            stated = (signals * share).clamp(min=1e-30 if share else output.limit)
+            # A limit in ulps is one of each channel's own values; others are shares of its signal.
+            sizes = by_place(left, len(x)).abs().amax((0, 2)) if output.limit_from == "ulps" else signals
+            share = output.limit / float(sizes[output.place] or 1.0)
+            stated = (sizes * share).clamp(min=1e-30)
             largest = max(largest, float((apart / stated).max()))
     return largest
 

@@ -147,8 +147,7 @@ def compare(
     found.refuse_other_numbers()
     chosen = found.choices
     differs = quantized and chosen is not None and chosen.different
-    as_written = found.references.as_written
-    undecided = undecided_choices(chosen, found.changed, as_written) if differs else 0
+    undecided = undecided_choices(chosen, found.changed, found.as_written()) if differs else 0
     return replace(agreement, undecided=undecided, forward_passes=found.passes(), offered=offered)
 
 
@@ -244,6 +243,11 @@ class _Comparison:
             yield self.references.intended(samples)
         shake = COARSE if self.rounds else Shake(0.0, FINE.inputs)
         yield from shaken_outputs(self.model, self.network, samples, shake)
+
+    def as_written(self) -> Run | None:
+        """Runs the file without the runtime's optimizations, in batches that it takes; None if none are known."""
+        run = self.references.as_written
+        return None if run is None else Counted(run, single=self.candidate.single)
 
     def passes(self) -> dict[str, int]:
         """Forward passes of one sample so far."""

@@ -166,10 +166,10 @@ def choices_settled(tally: ChoiceTally | None) -> bool:
 
 def too_many(different: int, n: int) -> bool:
     """Whether a program that chooses alike in 99 % of cases would hardly ever differ in so many of ``n``."""
-    return different > 1 and _chance_of(different, n, 1 - AGREED) < _UNLIKELY
+    return different > 1 and chance_of(different, n, 1 - AGREED) < _UNLIKELY
 
 
-def _chance_of(least: int, n: int, share: float) -> float:
+def chance_of(least: int, n: int, share: float) -> float:
     """Probability of ``least`` or more successes in ``n`` trials of probability ``share``."""
     if least > n * share + 10 * math.sqrt(n * share) + 10:
         # Ten standard deviations; the sum below would round to no more than this.

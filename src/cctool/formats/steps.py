@@ -8,14 +8,15 @@ thirty-second of a step does.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from cctool.formats.rare import Off
 from cctool.formats.rounding import COARSE, FINE, MOST, Run, Shake, shaken_outputs
 from cctool.formats.samples import Drawn
-from cctool.formats.tally import OutputTally, squares
+from cctool.formats.tally import OutputTally, by_place, squares
 from cctool.formats.verdict import (
     COMPARED_INTENDED,
     ROUNDING,
@@ -74,7 +75,10 @@ def by_steps(
             largest = max(parts, key=lambda one: one.over)
             limits[i] = parts[-1] if largest.over <= 1 else largest
         overs = [one.over for parts in found.values() for one in parts]
-        if max(overs, default=0.0) >= _CLEAR or all(over <= 1 / _CLEAR for over in overs):
+        settled = all(over <= 1 / _CLEAR for over in overs) and not any(
+            one.unexplained for one in limits.values()
+        )
+        if settled or max(overs, default=0.0) >= _CLEAR:
             break
     return limits
 
@@ -98,7 +102,7 @@ class _Steps:
         own: _OwnRounding | None = None
         if references.intended is not None:
             wanted, fine = references.intended(samples), self._moved(expected, failing, FINE)
-            own = _OwnRounding(references.exact, samples, wanted, {i: fine[i].amax(0) for i in failing})
+            own = _OwnRounding(references.exact, samples, wanted, fine)
 
         def whole(i: int, left: list[Tensor]) -> Limit:
             moved = _STEPS * coarse[i].mean(1).sqrt().amax(0)
@@ -152,17 +156,25 @@ def _by_place(index: int, tally: OutputTally, written: Tensor, own: _OwnRounding
     if wanted.shape != written.shape:
         return _other_shape(tally)
     found = squares(wanted, written, own.n)
-    stable = _Stable(moved, found.shape)
+    stable = _Stable(moved.amax(0), found.shape)
     errors, signals = stable.error(found), signals_at(tally, found.shape[-1])
     by_steps, floor = _STEPS * stable.moved, floor_of(tally, len(errors))
     # A place at which no step was seen takes the share of the others.
     allowed = torch.stack((SHARE * signals, by_steps, usual(by_steps, signals), floor)).amax(0)
     limit = closest(errors, allowed, tally, "steps", COMPARED_INTENDED)
-    if limit.over <= 1:
-        return limit
-    rounding = own.of(index).expand_as(floor)
-    exact = torch.maximum(allowed, ROUNDING * torch.maximum(rounding, usual(rounding, floor)))
-    return closest(errors, exact, tally, "float64", COMPARED_INTENDED)
+    if limit.over > 1:
+        rounding = own.of(index).expand_as(floor)
+        allowed = torch.maximum(allowed, ROUNDING * torch.maximum(rounding, usual(rounding, floor)))
+        limit = closest(errors, allowed, tally, "float64", COMPARED_INTENDED)
+    if limit.over <= 1 and moved.shape[1:] == found.shape:
+        off = Off(found, moved, allowed)
+        fault = off.fault(by_place(wanted, own.n), lambda asked: own.exact(index, asked))
+        if fault is not None:
+            place, error = fault
+            found_there = replace(limit, place=place, error=error, limit=float(allowed[place]))
+            return replace(found_there, signal=float(signals[place]))
+        return replace(limit, unexplained=bool(off.which.any()))
+    return limit
 
 
 def _other_shape(tally: OutputTally) -> Limit:
@@ -200,14 +212,14 @@ class _OwnRounding:
         exact: the network in float64; None if there is none.
         samples: on the CPU.
         outputs: the network's, in its own precision.
-        moved: largest mean square movement of an output by rounding, [samples, places], by index.
+        moved: mean square movements of an output by rounding, [trials, samples, places], by index.
     """
 
     def __init__(
         self, exact: Run | None, samples: Tensor, outputs: list[Tensor], moved: dict[int, Tensor]
     ) -> None:
         self._exact, self._samples, self.outputs, self.moved = exact, samples, outputs, moved
-        self._found: list[Tensor] | None = None
+        self._found: dict[tuple[int, ...], list[Tensor]] = {}
 
     @property
     def n(self) -> int:
@@ -216,21 +228,29 @@ class _OwnRounding:
 
     def of(self, index: int) -> Tensor:
         """Root mean square error of an output, [places] or [1]; 0 if it is not known."""
-        few = min(self.n, MOST)
-        if self._found is None:
-            self._found = self._in_float64(few)
-        value = self.outputs[index]
-        # An output that is no row for each sample cannot be compared on a few of them.
-        if not self._found or len(value) != self.n or self._found[index].shape != value[:few].shape:
+        first = torch.arange(min(self.n, MOST))
+        exact = self.exact(index, first)
+        if exact is None:
             return torch.zeros(1, dtype=torch.float64)
-        errors = squares(self._found[index], value[:few], few)
-        moved = self.moved[index]
-        return _Stable(moved if len(moved) == 1 else moved[:few], errors.shape).error(errors)
+        errors = (exact - by_place(self.outputs[index], self.n)[first]).square().mean(2)
+        moved = self.moved[index].amax(0)
+        return _Stable(moved if len(moved) == 1 else moved[first], errors.shape).error(errors)
 
-    def _in_float64(self, few: int) -> list[Tensor]:
+    def exact(self, index: int, asked: Tensor) -> Tensor | None:
+        """An output for some samples in float64, [asked, places, values of each]; None if it is not known."""
+        key = tuple(asked.tolist())
+        if key not in self._found:
+            self._found[key] = self._in_float64(asked)
+        found, own = self._found[key], self.outputs[index]
+        # An output that is no row for each sample cannot be compared on a few of them.
+        if not found or len(own) != self.n or found[index].shape != own[asked].shape:
+            return None
+        return by_place(found[index], len(asked))
+
+    def _in_float64(self, asked: Tensor) -> list[Tensor]:
         if self._exact is None:
             return []
         try:
-            return self._exact(self._samples[:few])
+            return self._exact(self._samples[asked])
         except Exception:  # a dtype written into the network's code
             return []
