@@ -43,9 +43,9 @@ def export_verdicts(result: dict[str, Any], table: Draw) -> str:
         "## Verdicts of exports\n\n"
         "40 small networks (classifiers, depthwise, residual, U-Net, autoencoder, attention, two heads, "
         "gates; outputs nearly constant, or of 1e-7), each exported once; its file, and copies with a fault "
-        f"each, are judged as `cctool export` does, every file at {result['rows'][0]['seeds']} seeds: refused at "
-        "all of them, accepted at all, or not the same at all (differs). A change that moves no channel of the "
-        "outputs by more than the limit stated for the true file is no fault. "
+        f"each, are judged as `cctool export` does, every file at {result['rows'][0]['seeds']} seeds: "
+        "refused at all of them, accepted at all, or not the same at all (differs). A change that moves no "
+        "channel of the outputs by more than the limit stated for the true file is no fault. "
         "Closest: the largest error of a true file, over its limit.\n\n"
         + table(first, shown)
         + "\n\n"

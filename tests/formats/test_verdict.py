@@ -314,6 +314,18 @@ def test_choices_that_integer_kernels_alone_change_are_no_fault_of_the_file() ->
         require_agreement(found)
 
 
+def test_a_file_that_takes_one_sample_is_run_on_single_ones_wherever_it_is_a_reference() -> None:
+    exact = runner_of(Tied())
+
+    def kernels(batch: Tensor) -> list[Tensor]:
+        assert len(batch) == 1
+        return [output.flip(1) for output in exact(batch)]
+
+    single = [sample for batch in inputs() for sample in batch.split(1)]
+    found = compare(Tied(), kernels, single, "noise", quantized=True, references=References(exact, kernels))
+    assert (found.top1_agreement, found.undecided) == (0.0, 0)
+
+
 @pytest.mark.parametrize(("one_in", "taken"), [(200, 64), (10, 256)])
 def test_samples_are_added_while_too_many_choices_differ(one_in: int, taken: int) -> None:
     model = Tied()
