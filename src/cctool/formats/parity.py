@@ -245,7 +245,7 @@ class _Comparison:
         yield from shaken_outputs(self.model, self.network, samples, shake)
 
     def as_written(self) -> Run | None:
-        """Runs the file without the runtime's optimizations, in batches that it takes; None if none are known."""
+        """Runs the file without the runtime's optimizations, in batches that it takes."""
         run = self.references.as_written
         return None if run is None else Counted(run, single=self.candidate.single)
 
