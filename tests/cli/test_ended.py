@@ -48,8 +48,11 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of another kind")
 def test_a_signal_says_what_is_left(number: signal.Signals, word: str, status: int) -> None:
+    # Shells start commands in the background with SIGINT ignored, which these would inherit.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    start += "from cctool.cli.main import main; main()"
     ended = subprocess.run(
-        [sys.executable, "-c", "from cctool.cli.main import main; main()", *LINE, "--loss", "net.py:ended"],
+        [sys.executable, "-c", start, *LINE, "--loss", "net.py:ended"],
         env={**os.environ, "SIGNAL": str(int(number))},
         capture_output=True,
         text=True,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cctool.formats.rounding import MOST, chance_of
 
+_LARGE = 4.0  # limits: the limit is one of root mean squares, and rounding alone has no tails as long
 _WORSE = 4.0  # times as many samples are expected to step as a further trial would move for the first time
 _ALWAYS = 0.02  # of the samples, which are expected to
 _UNLIKELY = 1e-3  # significance level of their number
@@ -22,7 +23,7 @@ _ONE_SIDED = 0.01  # the same, of float64 taking the network's side
 
 @dataclass(frozen=True)
 class Off:
-    """Samples at which an output is off although no trial moved them.
+    """Samples at which an output is far off although no trial moved them.
 
     Args:
         errors: mean square errors, [samples, places].
@@ -38,7 +39,7 @@ class Off:
     def which(self) -> Tensor:
         """Bool [samples, places]."""
         quiet = self.moved.amax(0).sqrt() <= self.allowed
-        return quiet & (self.errors.sqrt() > self.allowed)
+        return quiet & (self.errors.sqrt() > _LARGE * self.allowed)
 
     def place(self) -> int | None:
         """The place with more of these samples than steps explain, the least explained one; None if none is.
