@@ -134,7 +134,9 @@ def test_a_failing_worker_becomes_one_line(tmp_path: Path, net: str) -> None:
     assert "Traceback" in (tmp_path / "a.run/worker-1.log").read_text()
 
 
-COMMAND = "from cctool.cli.main import main; main()"
+# Shells start commands in the background with SIGINT ignored, which these would inherit.
+COMMAND = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+COMMAND += "from cctool.cli.main import main; main()"
 
 
 @pytest.mark.slow
