@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -222,17 +222,21 @@ class _Comparison:
             # Movements are measured in many passes, which take long on large inputs.
             small = self._pixels <= _SMALL
             growing = self.chosen.first((MOST, 2 * MOST, POOL) if small else (MOST // 2, MOST))
-            given = (self.references.intended, self.references.as_written, self.references.exact)
-            runs = [None if run is None else Counted(run, single=self.candidate.single) for run in given]
+            runs = {
+                one.name: Counted(run, single=self.candidate.single)
+                for one in fields(References)
+                if (run := getattr(self.references, one.name)) is not None
+            }
             limits |= by_steps(
-                self.model, self.network, References(*runs), tallies, failing, growing, coded=self.coded
-            )
-            self._others += sum(run.passes for run in runs if run is not None)
+                self.model, self.network, References(**runs), tallies, failing, growing,
+                worst=self.chosen.first_and_worst, coded=self.coded,
+            )  # fmt: skip
+            self._others += sum(run.passes for run in runs.values())
             plain = [i for i in failing if limits[i].over > 1] if not self.references.intended else []
         if plain:
             drawn = self.chosen.first_and_worst()
             exact = in_float64(self.model, self.network, tallies, plain, drawn)
-            self._others += len(drawn.samples)
+            self._others += 2 * len(drawn.samples)
             limits |= {i: limit for i, limit in exact.items() if not self.rounds or limit.over <= 1}
         return limits
 

@@ -31,7 +31,7 @@ from cctool.formats.converting import (
     reason,
 )
 from cctool.formats.records import Agreement, ExportRequest, Written
-from cctool.formats.rounding import Run, exact_runner, runner_of
+from cctool.formats.rounding import Run, exact_between_steps, exact_runner, runner_of
 from cctool.formats.steps import References
 from cctool.graph.execution import blaming_the_size
 
@@ -69,7 +69,11 @@ def _write(model: nn.Module, request: ExportRequest) -> Written:
         network = request.network
         references = References()
         if network is not None:
-            references = References(runner_of(network), exact=lambda batch: exact_runner(network)(batch))
+            references = References(
+                intended=runner_of(network),
+                exact=lambda batch: exact_runner(network)(batch),
+                between_steps=lambda batch: exact_between_steps(network)(batch),
+            )
         run = _read_back(temporary)
         agreements.extend(agreements_with(run, request, free_batch=not notes, references=references))
 

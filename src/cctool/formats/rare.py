@@ -77,3 +77,35 @@ class Off:
         if chance_of(sided, len(asked), 0.5) >= _ONE_SIDED:
             return None
         return place, float(self.errors[off, place].mean().sqrt())
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The samples with the largest errors of all, a fault in what one input in hundreds reaches among them.
+
+    Args:
+        errors: root mean square errors, [samples, places].
+        allowed: what no step moves a sample by, [places].
+    """
+
+    errors: Tensor
+    allowed: Tensor
+
+    def fault(self, wanted: Tensor, exact: Callable[[Tensor], Tensor | None]) -> tuple[int, float] | None:
+        """Place and root mean square error of a fault at such samples; None if float64 does not say so.
+
+        Args:
+            wanted: what the network makes at each place, [samples, places, values of each].
+            exact: gives the same in float64 for some samples; None if that is not known.
+        """
+        over = (self.errors / self.allowed.clamp(min=1e-300)).nan_to_num(0, torch.inf)
+        place = int(over.amax(0).argmax())
+        off = (over[:, place] > 1).nonzero().flatten()
+        values = exact(off) if len(off) else None
+        if values is None:
+            return None
+        apart = (values[:, place] - wanted[off, place]).square().mean(1).sqrt()
+        with_network = apart <= self.errors[off, place] / 2
+        if 2 * int(with_network.sum()) <= len(off):
+            return None
+        return place, float(self.errors[off, place].square().mean().sqrt())

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cctool.base.networks import device_of, in_mode
 from cctool.base.outputs import named_tensors
 from cctool.formats.tally import ChoiceTally
 from cctool.quantization.export.noise import shaken
+from cctool.quantization.export.onnx_operator import ON_GRID
 
 AGREED = 0.99
 """Required share of equal choices."""
@@ -105,10 +107,92 @@ def _without_tf32() -> Iterator[None]:
         convolution.allow_tf32, product.allow_tf32 = before
 
 
-def exact_runner(model: nn.Module) -> Run:
-    """A function that runs a copy of a model in float64, on the CPU; the outputs have float64."""
+def exact_runner(model: nn.Module, *, loosely: bool = False) -> Run:
+    """A function that runs a copy of a model in float64, on the CPU; the outputs have float64.
+
+    Args:
+        model: on any device.
+        loosely: with sigmoids right to half a unit in the last place of 1. Runtimes compute them so,
+            however small they are; those of torch in float32 are right to their own last place.
+    """
     run = runner_of(copy.deepcopy(model).to("cpu", torch.float64))
-    return lambda batch: run(batch.detach().cpu().double())
+
+    def exact(batch: Tensor) -> list[Tensor]:
+        with _LooseSigmoids() if loosely else contextlib.nullcontext():
+            return run(batch.detach().cpu().double())
+
+    return exact
+
+
+def exact_between_steps(model: nn.Module) -> Run:
+    """As `exact_runner`, but every step is the one that the model takes in its own precision.
+
+    So what is left of its error is that of sums and products, and no step that float64 takes otherwise. Its
+    sigmoids are loose.
+    """
+    own, exact = runner_of(model), exact_runner(model, loosely=True)
+
+    def run(batch: Tensor) -> list[Tensor]:
+        jumps = _Jumps()
+        with jumps:
+            own(batch)
+        jumps.repeating = True
+        with jumps:
+            return exact(batch)
+
+    return run
+
+
+_aten = torch.ops.aten
+_JUMPING = {_aten.round, _aten.round_, _aten.floor, _aten.floor_, _aten.ceil, _aten.ceil_, _aten.trunc}
+_JUMPING |= {_aten.trunc_, _aten.sign, _aten.sign_, ON_GRID.overloadpacket}
+
+
+class _Jumps(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps what operations put out that jump, then lets them put it out again, in the same order.
+
+    These are the ones that round, and all that make integers or truth values of floating-point numbers.
+
+    Attributes:
+        repeating: whether results are those that were kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.repeating = False
+        self._kept: list[Tensor] = []
+        self._at = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        floats = any(value.is_floating_point() for value in args if isinstance(value, Tensor))
+        for value in found if isinstance(found, tuple | list) else (found,):
+            if not isinstance(value, Tensor) or not floats:
+                continue
+            if value.is_floating_point() and func.overloadpacket not in _JUMPING:
+                continue
+            if not self.repeating:
+                self._kept.append(value.detach().clone())
+            else:
+                value.copy_(self._kept[self._at])
+                self._at += 1
+        return found
+
+
+class _LooseSigmoids(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds noise to sigmoids, the same at every use."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        factor = args[0].clone() if func.overloadpacket in (_aten.silu, _aten.silu_) else 1.0
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (_aten.sigmoid, _aten.sigmoid_, _aten.silu, _aten.silu_):
+            noise = torch.rand(found.shape, generator=self._generator, dtype=found.dtype) * 2 - 1
+            found.add_(noise * 2.0**-24 * factor)
+        return found
 
 
 def shaken_outputs(model: nn.Module, run: Run, samples: Tensor, shake: Shake) -> Iterator[list[Tensor]]:

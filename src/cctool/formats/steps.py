@@ -7,13 +7,14 @@ thirty-second of a step does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from cctool.formats.rare import Off
+from cctool.formats.rare import Off, Tail
 from cctool.formats.rounding import COARSE, FINE, MOST, Run, Shake, shaken_outputs
 from cctool.formats.samples import Drawn
 from cctool.formats.tally import OutputTally, by_place, squares
@@ -45,16 +46,19 @@ class References:
             if it is the model itself.
         as_written: the file without the runtime's optimizations; None if it has none.
         exact: `intended` in float64; it may fail where a dtype is written into the network's code.
+        between_steps: the same, with the steps that `intended` takes.
     """
 
     intended: Run | None = None
     as_written: Run | None = None
     exact: Run | None = None
+    between_steps: Run | None = None
 
 
 def by_steps(
     model: nn.Module, network: Run, references: References,
-    tallies: Sequence[OutputTally], failing: Sequence[int], drawn: Iterable[Drawn], *, coded: bool,
+    tallies: Sequence[OutputTally], failing: Sequence[int], drawn: Iterable[Drawn],
+    *, worst: Callable[[], Drawn], coded: bool,
 ) -> dict[int, Limit]:  # fmt: skip
     """Errors of failing outputs of a network that rounds; what changes of the last digit cause is allowed.
 
@@ -65,6 +69,7 @@ def by_steps(
         tallies: of all outputs.
         failing: indices of outputs.
         drawn: samples, more and more of them; the next ones are looked at while the verdict is not clear.
+        worst: gives the samples with the largest errors of all that were compared, and some others.
         coded: whether codecs round.
     """
     limits: dict[int, Limit] = {}
@@ -80,6 +85,9 @@ def by_steps(
         )
         if settled or max(overs, default=0.0) >= _CLEAR:
             break
+    kept = [i for i, limit in limits.items() if limit.over <= 1]
+    if kept and references.intended is not None:
+        limits |= _Steps(model, network, references, tallies, worst(), coded).tails(kept)
     return limits
 
 
@@ -102,7 +110,7 @@ class _Steps:
         own: _OwnRounding | None = None
         if references.intended is not None:
             wanted, fine = references.intended(samples), self._moved(expected, failing, FINE)
-            own = _OwnRounding(references.exact, samples, wanted, fine)
+            own = _OwnRounding(references, samples, wanted, fine)
 
         def whole(i: int, left: list[Tensor]) -> Limit:
             moved = _STEPS * coarse[i].mean(1).sqrt().amax(0)
@@ -118,6 +126,31 @@ class _Steps:
                 parts[i].append(whole(i, written))
             parts[i].append(_by_place(i, self.tallies[i], written[i], own))
         return parts
+
+    def tails(self, outputs: Sequence[int]) -> dict[int, Limit]:
+        """The places of outputs at which single samples are farther off than steps could move them."""
+        samples, references = self.drawn.samples, self.references
+        assert references.intended is not None
+        wanted, moved = references.intended(samples), self._moved(self.network(samples), outputs, COARSE)
+        written = self.drawn.found if references.as_written is None else references.as_written(samples)
+        own = _OwnRounding(references, samples, wanted, moved)
+        found = {}
+        for i in outputs:
+            if wanted[i].shape != written[i].shape:
+                continue
+            errors, signals = squares(wanted[i], written[i], len(samples)), self.tallies[i].signals
+            if moved[i].shape[1:] != errors.shape or len(signals) != errors.shape[1]:
+                continue
+            largest = moved[i].amax((0, 1)).sqrt()
+            floor = floor_of(self.tallies[i], len(signals))
+            allowed = (_STEPS * largest, usual(_STEPS * largest, signals), _RUNTIME * signals, floor)
+            tail = Tail(errors.sqrt(), torch.stack(allowed).amax(0))
+            fault = tail.fault(by_place(wanted[i], len(samples)), partial(own.exact, i))
+            if fault is not None:
+                place, error = fault
+                limit, signal = float(tail.allowed[place]), float(signals[place])
+                found[i] = Limit(place, error, limit, "steps", signal, True, COMPARED_INTENDED)
+        return found
 
     def _moved(self, expected: list[Tensor], outputs: Sequence[int], shake: Shake) -> dict[int, Tensor]:
         """Mean square movement of each output, [changes, samples, places]."""
@@ -209,17 +242,17 @@ class _OwnRounding:
     Large terms that cancel leave few digits right, which neither a step nor the values' size shows.
 
     Args:
-        exact: the network in float64; None if there is none.
+        references: the network in float64.
         samples: on the CPU.
         outputs: the network's, in its own precision.
         moved: mean square movements of an output by rounding, [trials, samples, places], by index.
     """
 
     def __init__(
-        self, exact: Run | None, samples: Tensor, outputs: list[Tensor], moved: dict[int, Tensor]
+        self, references: References, samples: Tensor, outputs: list[Tensor], moved: dict[int, Tensor]
     ) -> None:
-        self._exact, self._samples, self.outputs, self.moved = exact, samples, outputs, moved
-        self._found: dict[tuple[int, ...], list[Tensor]] = {}
+        self._references, self._samples, self.outputs, self.moved = references, samples, outputs, moved
+        self._found: dict[tuple[Run | None, tuple[int, ...]], list[Tensor]] = {}
 
     @property
     def n(self) -> int:
@@ -227,30 +260,31 @@ class _OwnRounding:
         return len(self._samples)
 
     def of(self, index: int) -> Tensor:
-        """Root mean square error of an output, [places] or [1]; 0 if it is not known."""
+        """Root mean square error of an output between its steps, [places] or [1]; 0 if it is not known."""
         first = torch.arange(min(self.n, MOST))
-        exact = self.exact(index, first)
+        exact = self._values(self._references.between_steps, index, first)
         if exact is None:
             return torch.zeros(1, dtype=torch.float64)
-        errors = (exact - by_place(self.outputs[index], self.n)[first]).square().mean(2)
-        moved = self.moved[index].amax(0)
-        return _Stable(moved if len(moved) == 1 else moved[first], errors.shape).error(errors)
+        return (exact - by_place(self.outputs[index], self.n)[first]).square().mean((0, 2)).sqrt()
 
     def exact(self, index: int, asked: Tensor) -> Tensor | None:
         """An output for some samples in float64, [asked, places, values of each]; None if it is not known."""
-        key = tuple(asked.tolist())
+        return self._values(self._references.exact, index, asked)
+
+    def _values(self, run: Run | None, index: int, asked: Tensor) -> Tensor | None:
+        key = run, tuple(asked.tolist())
         if key not in self._found:
-            self._found[key] = self._in_float64(asked)
+            self._found[key] = _tried(run, self._samples[asked])
         found, own = self._found[key], self.outputs[index]
         # An output that is no row for each sample cannot be compared on a few of them.
         if not found or len(own) != self.n or found[index].shape != own[asked].shape:
             return None
         return by_place(found[index], len(asked))
 
-    def _in_float64(self, asked: Tensor) -> list[Tensor]:
-        if self._exact is None:
-            return []
-        try:
-            return self._exact(self._samples[asked])
-        except Exception:  # a dtype written into the network's code
-            return []
+
+def _tried(run: Run | None, samples: Tensor) -> list[Tensor]:
+    """Outputs; empty if they are not to be had, as where a dtype is written into the network's code."""
+    try:
+        return [] if run is None else run(samples)
+    except Exception:
+        return []

@@ -7,7 +7,7 @@ identify the network; what would identify the exporting machine (stack traces, p
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from cctool.formats.onnx.graph import name_outputs
 from cctool.formats.onnx.integers import PACKED_OPSET, Placed, with_integers
 from cctool.formats.onnx.kernels import SATURATES, kernels_of, saturating_cpu, session_options
 from cctool.formats.records import Agreement, ExportRequest, Kernels, Written
-from cctool.formats.rounding import Run, exact_runner, returned, runner_of
+from cctool.formats.rounding import Run, exact_between_steps, exact_runner, returned, runner_of
 from cctool.formats.steps import References
 from cctool.graph.execution import blaming_the_size
 from cctool.quantization.export.network import other_constants
@@ -128,11 +128,19 @@ def _references(path: Path, request: ExportRequest, placed: Placed) -> Reference
         if not complete:
             return References()
 
-    def exact(batch: Tensor) -> list[Tensor]:
-        with other_constants(network, changed):
-            return exact_runner(network)(batch)
+    def in_float64(runner: Callable[[nn.Module], Run]) -> Run:
+        def exact(batch: Tensor) -> list[Tensor]:
+            with other_constants(network, changed):
+                return runner(network)(batch)
 
-    return References(run, _runtime(path, plain=True) if request.quantized else None, exact)
+        return exact
+
+    return References(
+        intended=run,
+        as_written=_runtime(path, plain=True) if request.quantized else None,
+        exact=in_float64(exact_runner),
+        between_steps=in_float64(exact_between_steps),
+    )
 
 
 def _put_integers(document: Any, request: ExportRequest) -> Placed:
