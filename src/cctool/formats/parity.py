@@ -25,7 +25,7 @@ from cctool.formats.rounding import (
     COARSE,
     FINE,
     MOST,
-    POOL,
+    SMALL,
     Counted,
     Run,
     Shake,
@@ -58,7 +58,6 @@ BATCH_SIZES = (1, 5)
 LEAST, LEAST_SMALL = 32, 256
 """Samples that a comparison takes at least; the second where an input has at most 64 x 64 pixels."""
 
-_SMALL = 64 * 64  # pixels
 _GROWTH = 4  # times the least number, at most
 _BATCH_PIXELS = 32 * 224 * 224  # in one batch at most
 _ROUNDS = 3  # random batches of each size
@@ -77,7 +76,7 @@ def random_batches(
 
 def least_of(shape: tuple[int, ...]) -> int:
     """Samples of (C, H, W) that a comparison takes at least."""
-    return LEAST_SMALL if shape[-1] * shape[-2] <= _SMALL else LEAST
+    return LEAST_SMALL if shape[-1] * shape[-2] <= SMALL else LEAST
 
 
 def growing_batches(shape: tuple[int, ...], seed: int, *, free_batch: bool) -> Iterator[Tensor]:
@@ -220,8 +219,8 @@ class _Comparison:
         tallies, plain = self.tallies, failing
         if self.rounds:
             # Movements are measured in many passes, which take long on large inputs.
-            small = self._pixels <= _SMALL
-            growing = self.chosen.first((MOST, 2 * MOST, POOL) if small else (MOST // 2, MOST))
+            small = self._pixels <= SMALL
+            growing = self.chosen.first((MOST, 2 * MOST, 4 * MOST) if small else (MOST // 2, MOST))
             runs = {
                 one.name: Counted(run, single=self.candidate.single)
                 for one in fields(References)
@@ -229,7 +228,7 @@ class _Comparison:
             }
             limits |= by_steps(
                 self.model, self.network, References(**runs), tallies, failing, growing,
-                worst=self.chosen.first_and_worst, coded=self.coded,
+                everything=self.chosen.all_kept, coded=self.coded,
             )  # fmt: skip
             self._others += sum(run.passes for run in runs.values())
             plain = [i for i in failing if limits[i].over > 1] if not self.references.intended else []

@@ -25,8 +25,11 @@ AGREED = 0.99
 MOST = 16
 """Samples that references are run on."""
 
-POOL = 4 * MOST
-"""Samples that they are run on at most, where the verdict would not be clear otherwise."""
+POOL = 16 * MOST
+"""Samples of small inputs that are kept, to look for faults that few of them show."""
+
+SMALL = 64 * 64
+"""Pixels of small inputs, on which many passes take little time."""
 
 SHAKES = 8
 """Perturbations that the movement of outputs is measured over."""
@@ -143,9 +146,9 @@ def exact_between_steps(model: nn.Module) -> Run:
     return run
 
 
-_aten = torch.ops.aten
+_aten, _ON_GRID = torch.ops.aten, ON_GRID.overloadpacket
 _JUMPING = {_aten.round, _aten.round_, _aten.floor, _aten.floor_, _aten.ceil, _aten.ceil_, _aten.trunc}
-_JUMPING |= {_aten.trunc_, _aten.sign, _aten.sign_, ON_GRID.overloadpacket}
+_JUMPING |= {_aten.trunc_, _aten.sign, _aten.sign_, _ON_GRID}
 
 
 class _Jumps(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -210,6 +213,37 @@ def shaken_outputs(model: nn.Module, run: Run, samples: Tensor, shake: Shake) ->
         moved = samples + shake.inputs * noise * samples.std() if shake.inputs else samples
         with shaken(model, shake.steps, generator):
             yield run(moved)
+
+
+def shaken_roundings(run: Run, samples: Tensor, share: float) -> Iterator[list[Tensor]]:
+    """Outputs of a program under `SHAKES` random changes of whatever it rounds, the same ones at every call.
+
+    Args:
+        run: calls torch functions.
+        samples: on the CPU.
+        share: largest change, as a fraction of a step.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(SHAKES):
+        with _ShakenRoundings(share, generator):
+            yield run(samples)
+
+
+class _ShakenRoundings(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds noise to numbers before they are rounded."""
+
+    def __init__(self, share: float, generator: torch.Generator) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._share, self._generator = share, generator
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        step = {_aten.round: 1.0, _aten.round_: 1.0, _ON_GRID: args[1] if len(args) > 1 else 1.0}
+        if func.overloadpacket in step:
+            x = args[0]
+            noise = torch.rand(x.shape, generator=self._generator, dtype=x.dtype) * 2 - 1
+            noise *= self._share * step[func.overloadpacket]
+            args = (x.add_(noise) if func.overloadpacket is _aten.round_ else x + noise, *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def undecided_choices(

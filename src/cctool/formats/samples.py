@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cctool.formats.rounding import MOST, POOL, Run
+from cctool.formats.rounding import MOST, POOL, SMALL, Run
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,15 @@ class Chosen:
         """Take in a batch, the error of each sample [samples], and the file's outputs."""
         rows = all(value.dim() and len(value) == len(batch) for value in found)
         drawn = Drawn(batch, found if rows else [])
+        most = POOL if math.prod(batch.shape[-2:]) <= SMALL else MOST
         if self._first is None or self._worst is None:
-            self._first = drawn.part(torch.arange(len(batch))[:POOL])
+            self._first = drawn.part(torch.arange(len(batch))[:most])
             self._worst = drawn
         else:
             if not _fit(self._worst.found, drawn.found):
                 drawn = Drawn(batch, [])
                 self._first, self._worst = Drawn(self._first.samples, []), Drawn(self._worst.samples, [])
-            room = POOL - len(self._first.samples)
+            room = most - len(self._first.samples)
             if room > 0:
                 self._first = self._first.joined(drawn.part(torch.arange(len(batch))[:room]))
             self._worst = self._worst.joined(drawn)
@@ -80,6 +82,13 @@ class Chosen:
         assert self._worst is not None, "samples were added"
         half = torch.arange(len(self._first.samples))[: MOST // 2]
         return self._complete(self._first.part(half).joined(self._worst))
+
+    def all_kept(self) -> Drawn:
+        """All first ones and the worst."""
+        assert self._first is not None, "samples were added"
+        assert self._worst is not None, "samples were added"
+        seen = [bool((self._first.samples == one).flatten(1).all(1).any()) for one in self._worst.samples]
+        return self._complete(self._first.joined(self._worst.part(~torch.tensor(seen))))
 
     def _complete(self, drawn: Drawn) -> Drawn:
         return drawn if drawn.found else Drawn(drawn.samples, self._candidate(drawn.samples))

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from cctool.formats.rare import Off, Tail
-from cctool.formats.rounding import COARSE, FINE, MOST, Run, Shake, shaken_outputs
+from cctool.formats.rare import Far
+from cctool.formats.rounding import COARSE, FINE, MOST, Run, Shake, shaken_outputs, shaken_roundings
 from cctool.formats.samples import Drawn
 from cctool.formats.tally import OutputTally, by_place, squares
 from cctool.formats.verdict import (
@@ -34,6 +33,7 @@ _STEPS = 4.0  # allowed error over the movement of outputs
 _CLEAR = 2.0  # error over limit, or limit over error, from which on no more samples are looked at
 _UNSTABLE = 1 / 2  # of the samples: those are left out at which the last digit makes the most of a step
 _SPARED = 1 / 4  # of the others: their errors are left out, for not every step is foreseen
+_SPARED_NORMAL = 1.65  # root mean square of normal errors over that of their smaller three quarters
 _RUNTIME = 0.02  # of the signal: error of a runtime's integer kernels that is let pass
 
 
@@ -58,7 +58,7 @@ class References:
 def by_steps(
     model: nn.Module, network: Run, references: References,
     tallies: Sequence[OutputTally], failing: Sequence[int], drawn: Iterable[Drawn],
-    *, worst: Callable[[], Drawn], coded: bool,
+    *, everything: Callable[[], Drawn], coded: bool,
 ) -> dict[int, Limit]:  # fmt: skip
     """Errors of failing outputs of a network that rounds; what changes of the last digit cause is allowed.
 
@@ -69,25 +69,23 @@ def by_steps(
         tallies: of all outputs.
         failing: indices of outputs.
         drawn: samples, more and more of them; the next ones are looked at while the verdict is not clear.
-        worst: gives the samples with the largest errors of all that were compared, and some others.
+        everything: gives all samples there are to look at, those with the largest errors among them.
         coded: whether codecs round.
     """
     limits: dict[int, Limit] = {}
+    allowed: dict[int, Tensor] = {}
     for part in drawn:
         steps = _Steps(model, network, references, tallies, part, coded)
-        found = {i: parts for i, parts in steps.parts(failing).items() if parts}
+        found = {i: parts for i, parts in steps.parts(failing, allowed).items() if parts}
         for i, parts in found.items():
             largest = max(parts, key=lambda one: one.over)
             limits[i] = parts[-1] if largest.over <= 1 else largest
         overs = [one.over for parts in found.values() for one in parts]
-        settled = all(over <= 1 / _CLEAR for over in overs) and not any(
-            one.unexplained for one in limits.values()
-        )
-        if settled or max(overs, default=0.0) >= _CLEAR:
+        if all(over <= 1 / _CLEAR for over in overs) or max(overs, default=0.0) >= _CLEAR:
             break
-    kept = [i for i, limit in limits.items() if limit.over <= 1]
-    if kept and references.intended is not None:
-        limits |= _Steps(model, network, references, tallies, worst(), coded).tails(kept)
+    kept = {i: allowed[i] for i, limit in limits.items() if limit.over <= 1 and i in allowed}
+    if kept:
+        limits |= _Steps(model, network, references, tallies, everything(), coded).rare_faults(kept)
     return limits
 
 
@@ -102,8 +100,11 @@ class _Steps:
     drawn: Drawn
     coded: bool
 
-    def parts(self, failing: Sequence[int]) -> dict[int, list[Limit]]:
-        """What each failing output is held to; the last one is stated where all are kept."""
+    def parts(self, failing: Sequence[int], allowed: dict[int, Tensor]) -> dict[int, list[Limit]]:
+        """What each failing output is held to; the last one is stated where all are kept.
+
+        What each place may be off by is put into ``allowed``, by the index of the output.
+        """
         samples, found, references = self.drawn.samples, self.drawn.found, self.references
         expected = self.network(samples)
         coarse = self._moved(expected, failing, COARSE)
@@ -124,33 +125,59 @@ class _Steps:
         for i in failing:
             if references.as_written is not None:
                 parts[i].append(whole(i, written))
-            parts[i].append(_by_place(i, self.tallies[i], written[i], own))
+            limit, allowed[i] = _by_place(i, self.tallies[i], written[i], own)
+            parts[i].append(limit)
         return parts
 
-    def tails(self, outputs: Sequence[int]) -> dict[int, Limit]:
-        """The places of outputs at which single samples are farther off than steps could move them."""
+    def rare_faults(self, allowed: dict[int, Tensor]) -> dict[int, Limit]:
+        """The places of outputs at which few samples are farther off than steps explain.
+
+        Args:
+            allowed: by which each place may be off, [places], by the index of the output.
+        """
         samples, references = self.drawn.samples, self.references
         assert references.intended is not None
-        wanted, moved = references.intended(samples), self._moved(self.network(samples), outputs, COARSE)
+        wanted = references.intended(samples)
         written = self.drawn.found if references.as_written is None else references.as_written(samples)
-        own = _OwnRounding(references, samples, wanted, moved)
-        found = {}
-        for i in outputs:
-            if wanted[i].shape != written[i].shape:
+        found: dict[int, Limit] = {}
+        for i, limits in allowed.items():
+            if wanted[i].shape != written[i].shape or len(wanted[i]) != len(samples):
                 continue
-            errors, signals = squares(wanted[i], written[i], len(samples)), self.tallies[i].signals
-            if moved[i].shape[1:] != errors.shape or len(signals) != errors.shape[1]:
-                continue
-            largest = moved[i].amax((0, 1)).sqrt()
-            floor = floor_of(self.tallies[i], len(signals))
-            allowed = (_STEPS * largest, usual(_STEPS * largest, signals), _RUNTIME * signals, floor)
-            tail = Tail(errors.sqrt(), torch.stack(allowed).amax(0))
-            fault = tail.fault(by_place(wanted[i], len(samples)), partial(own.exact, i))
-            if fault is not None:
-                place, error = fault
-                limit, signal = float(tail.allowed[place]), float(signals[place])
-                found[i] = Limit(place, error, limit, "steps", signal, True, COMPARED_INTENDED)
+            far = Far(squares(wanted[i], written[i], len(samples)).sqrt(), limits)
+            if far.errors.shape[1] == len(limits) and len(far.samples):
+                fault = self._rare_fault(i, far, wanted)
+                found |= {} if fault is None else {i: fault}
         return found
+
+    def _rare_fault(self, index: int, far: Far, wanted: list[Tensor]) -> Limit | None:
+        """The fault of an output that the samples which are far off show; None if steps explain them."""
+        tally, which = self.tallies[index], far.samples
+        there = replace(self, drawn=self.drawn.part(which))
+        samples, run = there.drawn.samples, self.references.intended
+        assert run is not None
+        own = _OwnRounding(self.references, samples, [one[which] for one in wanted], {})
+        shaken = shaken_roundings(run, samples, FINE.steps)
+        fine = [squares(own.outputs[index], one[index], len(samples)) for one in shaken]
+        coarse = there._moved(self.network(samples), [index], COARSE)[index]
+        if coarse.shape[1:] != fine[0].shape:
+            return None
+        signals, floor = signals_at(tally, len(far.allowed)), floor_of(tally, len(far.allowed))
+        most = _STEPS * coarse.amax((0, 1)).sqrt()
+        limits = torch.stack((usual(most, signals), _RUNTIME * signals, floor)).amax(0)
+
+        def sides(asked: Tensor, place: int) -> Tensor | None:
+            values = own.exact(index, asked)
+            if values is None:
+                return None
+            mine = by_place(own.outputs[index], own.n)[asked, place]
+            return (values[:, place] - mine).square().mean(1).sqrt()
+
+        fault = far.fault(torch.stack(fine).sqrt(), coarse.sqrt(), limits, sides)
+        if fault is None:
+            return None
+        place, error = fault
+        limit, signal = float(far.allowed[place]), float(signals[place])
+        return Limit(place, error, limit, "steps", signal, True, COMPARED_INTENDED)
 
     def _moved(self, expected: list[Tensor], outputs: Sequence[int], shake: Shake) -> dict[int, Tensor]:
         """Mean square movement of each output, [changes, samples, places]."""
@@ -183,11 +210,11 @@ def _pooled(
     return closest(error, exact, tally, "float64")
 
 
-def _by_place(index: int, tally: OutputTally, written: Tensor, own: _OwnRounding) -> Limit:
-    """Error at each place, of the network with the file's constants and of the file."""
+def _by_place(index: int, tally: OutputTally, written: Tensor, own: _OwnRounding) -> tuple[Limit, Tensor]:
+    """Error at each place, of the network with the file's constants and of the file; what each may be."""
     wanted, moved = own.outputs[index], own.moved[index]
     if wanted.shape != written.shape:
-        return _other_shape(tally)
+        return _other_shape(tally), torch.zeros(0)
     found = squares(wanted, written, own.n)
     stable = _Stable(moved.amax(0), found.shape)
     errors, signals = stable.error(found), signals_at(tally, found.shape[-1])
@@ -199,15 +226,7 @@ def _by_place(index: int, tally: OutputTally, written: Tensor, own: _OwnRounding
         rounding = own.of(index).expand_as(floor)
         allowed = torch.maximum(allowed, ROUNDING * torch.maximum(rounding, usual(rounding, floor)))
         limit = closest(errors, allowed, tally, "float64", COMPARED_INTENDED)
-    if limit.over <= 1 and moved.shape[1:] == found.shape:
-        off = Off(found, moved, allowed)
-        fault = off.fault(by_place(wanted, own.n), lambda asked: own.exact(index, asked))
-        if fault is not None:
-            place, error = fault
-            found_there = replace(limit, place=place, error=error, limit=float(allowed[place]))
-            return replace(found_there, signal=float(signals[place]))
-        return replace(limit, unexplained=bool(off.which.any()))
-    return limit
+    return limit, allowed
 
 
 def _other_shape(tally: OutputTally) -> Limit:
@@ -231,9 +250,14 @@ class _Stable:
         self.moved = moved[: self._kept].mean(0).sqrt()
 
     def error(self, errors: Tensor) -> Tensor:
-        """Root mean square of errors [samples, places] over these samples, [places]."""
+        """Root mean square of mean square errors [samples, places] over these samples, [places].
+
+        It is that of all of them if they are normal.
+        """
         errors = errors.gather(0, self._order)[: self._kept]
-        return errors.sort(0).values[: self._kept - int(_SPARED * self._kept)].mean(0).sqrt()
+        spared = int(_SPARED * self._kept)
+        found = errors.sort(0).values[: self._kept - spared].mean(0).sqrt()
+        return _SPARED_NORMAL * found if spared else found
 
 
 class _OwnRounding:

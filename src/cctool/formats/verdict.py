@@ -65,7 +65,6 @@ class Limit:
         dull: the places that do not depend on the inputs clearly more than their limits.
         sensitive: whether some place does.
         compared: what the file was compared with.
-        unexplained: whether single samples are off more than that, as by steps that were not foreseen.
     """
 
     place: int
@@ -76,7 +75,6 @@ class Limit:
     sensitive: bool
     compared: str = "the network"
     dull: tuple[int, ...] = ()
-    unexplained: bool = False
 
     @property
     def over(self) -> float:
