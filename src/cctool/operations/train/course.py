@@ -107,7 +107,9 @@ def conduct(
         yield _untrained(make_goal, checkpoint, options, context)
         return
     folder = RunFolder(context.output, context.tables)
-    if not options.run.resume:
+    if options.run.resume:
+        folder.refuse_other_product()
+    else:
         folder.refuse_earlier(force=context.force)
         folder.refuse_reading(context.read)
     new_head = options.start.new_head
@@ -133,6 +135,9 @@ def conduct(
     # A fresh last layer's accuracy is chance; a resumed training has its first metrics in the history.
     if start.resume is None and checkpoint.origin is not None and not new_head:
         start = replace(start, metrics_before=metrics_of(start.checkpoint, source, options, context))
+    lost = None if options.run.resume else folder.other_product()
+    if lost is not None:
+        context.reporter.note(f"the training of {lost} in {folder.path} is deleted and cannot be resumed")
     folder.begin(context.device, resume=start.resume is not None)
     context = replace(context, reporter=LoggedReporter(context.reporter, folder))
     yield from _fit(verb, goal, start, source, options, context, folder)
