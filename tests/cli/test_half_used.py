@@ -97,6 +97,11 @@ CODED = ("transform", "a.pt", *NAMED, "--target", "features", "--taps", "act1", 
         ("t.csv", "2.0\nact2,3.0\n", "act2 never counts, because a pattern before it matches"),
         ("t.json", '{"act2": [2.0], "act2": [3.0]}', "the key 'act2' is there twice"),
         ("t.csv", "act2,2.0\nact2,3.0\n", "act2 begins two lines"),
+        ("t.csv", "act1,,2.0\n", "line 1 (act1,,2.0): cell 2 is empty"),
+        ("t.csv", "tap,steps\n,2.0\n", "line 2 (,2.0): cell 1 is empty"),
+        ("t.json", '{"act1": [null]}', "null is no number"),
+        ("t.json", '{"act1": [true]}', "true is no number"),
+        ("t.json", '{"act1": ["2"]}', '"2" is no number'),
     ],
 )
 def test_a_table_of_steps_is_used_as_a_whole(name: str, text: str, message: str) -> None:
@@ -199,6 +204,11 @@ def test_a_number_names_a_tap(numbered: Path) -> None:
 def test_an_argument_that_a_file_was_built_without_is_named() -> None:
     message = refused("evaluate", "a.pt", *NAMED, *DATA, "--arg", "kind=3")
     assert "a.pt was built without kind, --arg says 3: leave it out" in message
+
+
+def test_a_table_from_a_spreadsheet_is_read() -> None:
+    Path("t.csv").write_text("tap,steps,\nact1,3.0,\n,,\n*,2.0\n", encoding="utf-8-sig")
+    said(*CODED, "--q-table", "t.csv", "-o", "b.pt")
 
 
 DEFAULTS = ['{"act2": [2.0], "*": [3.0]}', '{"act1": [2.0], "act2": [1.0], "*": [3.0]}', "[2.0]"]

@@ -1,8 +1,8 @@
 """The run folder of one training: logs, environment, and what resuming needs.
 
 ``NAME.run`` next to the product ``NAME.pt`` holds ``product.txt``, ``log.txt``, ``command.txt``,
-``environment.json``, ``metrics.csv`` and ``last.pt``; on request ``epoch-NNNN.pt``, ``tensorboard`` and ``mlflow``; ``best.pt``
-if training was interrupted; and the job and logs of worker processes.
+``environment.json``, ``metrics.csv`` and ``last.pt``; on request ``epoch-NNNN.pt``, ``tensorboard`` and
+``mlflow``; ``best.pt`` if training was interrupted; and the job and logs of worker processes.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class RunFolder:
         other = self.other_product()
         if other is not None:
             raise CheckpointError(
-                f"{self.path} holds the training of {other}, not of {self._product}: --resume -o {other} goes "
-                "on with it"
+                f"{self.path} holds the training of {other}, not of {self._product}: --resume -o {other} "
+                "goes on with it"
             )
 
     def refuse_reading(self, read: Iterable[NamedFile]) -> None:
