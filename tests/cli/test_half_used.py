@@ -270,6 +270,65 @@ def test_an_argument_of_the_teacher_is_given_once() -> None:
     assert "given twice" in refused(*line, "--teacher-arg", "act=relu", "--teacher-arg", "act=tanh")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("--teacher-mean", ".5"), "error: --teacher-mean and --teacher-std go together"),
+        (
+            ("--teacher-mean", ".5,.5", "--teacher-std", "1"),
+            "error: --teacher-mean has 2 values and --teacher-std 1: one per channel each",
+        ),
+        (
+            ("--teacher-mean", ".5", "--teacher-std", "0"),
+            "error: --teacher-std (0.0,): positive values are needed",
+        ),
+        (("--teacher-mean", "x", "--teacher-std", "1"), "error: --teacher-mean x: comma-separated numbers"),
+        (("--teacher-input", "8x8"), "error: --teacher-input 8x8: CxHxW is expected"),
+        (("--teacher-arg", "width"), "error: --teacher-arg width: key=value is expected"),
+        (("--teacher-arg", "a=1", "--teacher-arg", "a=2"), "error: --teacher-arg a: given twice"),
+        (("--teacher-arg", "width=9"), "--teacher-arg says 9: leave it out"),
+        (("--teacher-arch", "lenet"), "--teacher-arch says lenet: leave --teacher-arch out"),
+        (
+            ("--teacher-mean", ".9", "--teacher-std", ".1"),
+            "leave --teacher-mean and --teacher-std out, which say otherwise",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verb", [("distill", "--epochs"), ("prune", "--finetune-epochs")])
+def test_errors_about_a_teacher_name_the_teachers_options(
+    verb: tuple[str, str], line: tuple[str, ...], message: str
+) -> None:
+    asked = (verb[0], "a.pt", *NAMED, *DATA, verb[1], "1", "--teacher", "a.pt", *line, "-o", "b.pt")
+    assert message in refused(*asked)
+
+
+def test_notes_about_a_teacher_name_the_teachers_options() -> None:
+    torch.save(opened("a.pt").model.state_dict(), "t.pth")
+    teacher = ("--teacher", "t.pth", "--teacher-arch", "net.py:make_net")
+    text = said("distill", "a.pt", *NAMED, *DATA, "--epochs", "1", *teacher, "-o", "b.pt")
+    assert "its preprocessing is unknown (--teacher-mean, --teacher-std)" in text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("evaluate",),
+        ("quantize", "--method", "int8"),
+        ("prune", "--method", "l1"),
+        ("train", "--epochs", "1"),
+        ("export", "-o", "b.onnx"),
+    ],
+)
+def test_statistics_that_contradict_a_file_are_refused(line: tuple[str, ...]) -> None:
+    known = opened("a.pt").spec.preprocessing
+    assert known is not None
+    asked = (line[0], "a.pt", *NAMED, *DATA, *line[1:])
+    message = refused(*asked, "--mean", ".9", "--std", ".1")
+    assert "a.pt says that inputs are normalised with mean 0.3053 and std 0.3236" in message
+    assert "leave --mean and --std out" in message
+    said(*asked, "--mean", str(known.mean[0]), "--std", str(known.std[0]))
+
+
 # -- weights -----------------------------------------------------------------------------------------------
 
 
