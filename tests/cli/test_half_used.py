@@ -454,6 +454,54 @@ def test_help_may_be_asked_for_twice() -> None:
     assert CliRunner().invoke(app, ["prune", "--rate", "1", "--rate", "2", "--help", "--help"]).exit_code == 0
 
 
+ATTENTION = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(1, 8, 4, stride=4)
+        self.norm = nn.LayerNorm(8)
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.num_heads = 4
+        self.out, self.fc = nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.norm(self.patches(x).flatten(2).transpose(1, 2))
+        b, n, c = x.shape
+        q, k, v = (f(x).view(b, n, self.num_heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.fc(self.out(x.transpose(1, 2).reshape(b, n, -1)).mean(1))
+
+def make():
+    return Net()
+"""
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        (("--exact",), "--exact changes nothing: no statistic runs over channels that could go"),
+        (("--attention", "heads"), "--attention heads changes nothing: no attention has heads that could go"),
+    ],
+)
+def test_units_that_a_network_does_not_have_are_said(option: tuple[str, ...], text: str) -> None:
+    line = ("--method", "l1", *option, "-o", "b.pt", "--force")
+    assert text in said("prune", "a.pt", *NAMED, *line)
+    Path("heads.py").write_text(ATTENTION)
+    made = ("--arch", "heads.py:make")
+    said("train", *made, "--input", "1x8x8", "--epochs", "0", "-o", "h.pt")
+    assert "changes nothing" not in said("prune", "h.pt", *made, *line)
+
+
+def test_a_group_that_no_channel_fills_is_said() -> None:
+    line = ("quantize", "a.pt", *NAMED, "--method", "int4", "-o", "b.pt", "--force", "--group-size")
+    text = "divides nothing: no channel has more than 36 weights, so that each has one scale"
+    assert f"--group-size 100,000 {text}" in said(*line, "100000")
+    assert f"--group-size 36 {text}" in said(*line, "36")
+    assert "divides nothing" not in said(*line, "32")
+
+
 # -- training ----------------------------------------------------------------------------------------------
 
 
@@ -484,10 +532,40 @@ def test_a_batch_larger_than_the_set_is_said() -> None:
         (("--lr-schedule", "multistep", "--milestones", "1,2"), "--milestones 2 changes nothing"),
         (("--eval-from", "3"), "--eval-from 3 is after the last epoch"),
         (("--keep-storage",), "--keep-storage changes nothing: INPUT has no encoded tensors"),
+        (("--save-every", "9"), "--save-every 9 changes nothing: the training ends at epoch 2"),
+        (("--stop-after", "9"), "--stop-after 9 changes nothing: the training ends at epoch 2"),
+        (("--stop-after", "2"), "--stop-after 2 changes nothing: the training ends at epoch 2"),
     ],
 )
-def test_an_option_of_a_training_that_changes_nothing_is_said(line: tuple[str, ...], text: str) -> None:
-    assert text in said("train", "a.pt", *NAMED, *DATA, "--epochs", "2", *line, "-o", "b.pt")
+@pytest.mark.parametrize("verb", [("train",), ("distill", "--teacher", "a.pt")])
+def test_an_option_of_a_training_that_changes_nothing_is_said(
+    verb: tuple[str, ...], line: tuple[str, ...], text: str
+) -> None:
+    asked = (verb[0], "a.pt", *verb[1:], *NAMED, *DATA, "--epochs", "2")
+    assert text in said(*asked, *line, "-o", "b.pt")
+
+
+def test_options_of_a_training_that_goes_on_count_its_epochs() -> None:
+    line = ("train", "a.pt", *NAMED, *DATA, "--epochs", "3")
+    text = said(*line, "--stop-after", "2", "--save-every", "2", "-o", "b.pt")
+    assert "changes nothing" not in text
+    text = said(*line, "--resume", "--stop-after", "1", "--save-every", "2", "-o", "b.pt")
+    assert "--stop-after 1 changes nothing: the training ends at epoch 3" in text
+    assert "--save-every 2 changes nothing: the training ends at epoch 3" in text
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "poly"])
+def test_a_rate_does_not_rise_to_the_smallest(schedule: str) -> None:
+    line = ("train", "a.pt", *NAMED, *DATA, "--epochs", "1", "--lr-schedule", schedule, "-o", "b.pt")
+    message = refused(*line, "--min-lr", "5")
+    assert "--min-lr 5 is above the learning rate, 0.003, which falls to it" in message
+    assert "above the learning rate, 0.1, " in refused(*line, "--min-lr", "0.2", "--lr", "0.1")
+    said(*line, "--min-lr", "0.1", "--lr", "0.1")
+
+
+def test_what_decays_is_not_chosen_where_nothing_does() -> None:
+    line = ("train", *NAMED, *DATA, "--epochs", "1", "--weight-decay", "0", "--decay", "weights")
+    assert "--decay: --weight-decay 0 decays nothing" in refused(*line, "-o", "b.pt")
 
 
 def test_frozen_norms_of_a_network_without_any_are_said() -> None:

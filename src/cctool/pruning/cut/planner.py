@@ -60,12 +60,15 @@ class Planner:
         self.model = model
         self.inputs = inputs
         self.options = options
-        self.graph = _coupled(
-            model, inputs, exact=options.exact, heads=options.attention is AttentionUnit.HEADS
-        )
+        heads = options.attention is AttentionUnit.HEADS
+        self.graph = _coupled(model, inputs, exact=options.exact, heads=heads)
         self.scores = score_families(self.graph, options, score_context(model, seed, evidence))
         self.spared: dict[str, str] = {}
         self.notes = list(idle_patterns(self.graph, options))
+        if options.exact and _same(self.graph, _coupled(model, inputs, exact=False, heads=heads)):
+            self.notes.append("--exact changes nothing: no statistic runs over channels that could go")
+        if heads and _same(self.graph, _coupled(model, inputs, exact=options.exact, heads=False)):
+            self.notes.append("--attention heads changes nothing: no attention has heads that could go")
         self._computed = why_not_parameters(model)
         if self._computed:
             self.notes.append(f"channels stay: {self._computed}")
@@ -181,3 +184,11 @@ def _coupled(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool, heads: 
     # Code with a bare squeeze() may fail in any way on a batch of one; other errors will recur.
     except Exception:
         return couple(model, list(inputs), exact, heads)
+
+
+def _same(graph: ChannelGraph, other: ChannelGraph) -> bool:
+    """Whether the same units could be cut."""
+    ours, theirs = (
+        [(family.name, family.units, family.width) for family in found.families] for found in (graph, other)
+    )
+    return ours == theirs
