@@ -609,6 +609,30 @@ def test_an_index_without_streams_is_nothing_to_decode() -> None:
     assert not Path("out").exists()
 
 
+def decoded(*sources: str) -> str:
+    """What a decoding that works says on stderr."""
+    result = CliRunner().invoke(app, ["decode", *sources, "-o", "out", "--force"])
+    assert result.exit_code == 0, result.stderr
+    return result.stderr
+
+
+def test_streams_that_an_index_does_not_name_are_said() -> None:
+    said(*CODED, "-o", "c.pt")
+    said("evaluate", "c.pt", *NAMED, *DATA, "--bitstream", "maps")
+    assert "does not name" not in decoded("maps")
+    streams = sorted(path.name for path in Path("maps").glob("*.seg"))
+    Path("maps/extra.seg").write_bytes(Path("maps", streams[0]).read_bytes())
+    Path("maps/notes.txt").touch()
+    text = "maps/index.json does not name extra.seg"
+    assert f"{text}: not decoded; named as files, streams are decoded without verification" in decoded("maps")
+    assert len(list(Path("out").iterdir())) == len(streams)
+    for sources in (("maps", "maps/extra.seg"), ("maps/extra.seg",)):
+        found = decoded(*sources)
+        assert f"{text}: what is decoded from it is not verified" in found
+        assert "not decoded" not in found
+        assert Path("out/extra.npy").is_file()
+
+
 # -- data --------------------------------------------------------------------------------------------------
 
 

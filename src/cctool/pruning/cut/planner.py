@@ -65,7 +65,7 @@ class Planner:
         self.scores = score_families(self.graph, options, score_context(model, seed, evidence))
         self.spared: dict[str, str] = {}
         self.notes = list(idle_patterns(self.graph, options))
-        if options.exact and _same(self.graph, _coupled(model, inputs, exact=False, heads=heads)):
+        if options.exact and not _coupled(model, inputs, exact=False, heads=heads).statistics:
             self.notes.append("--exact changes nothing: no statistic runs over channels that could go")
         if heads and _same(self.graph, _coupled(model, inputs, exact=options.exact, heads=False)):
             self.notes.append("--attention heads changes nothing: no attention has heads that could go")
