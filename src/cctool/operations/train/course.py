@@ -142,7 +142,7 @@ def conduct(
         start = replace(start, metrics_before=metrics_of(start.checkpoint, source, options, context))
     lost = None if options.run.resume else folder.other_product()
     if lost is not None:
-        context.reporter.note(f"the training of {lost} in {folder.path} is deleted and cannot be resumed")
+        context.reporter.warn(f"the training of {lost} in {folder.path} is deleted and cannot be resumed")
     folder.begin(context.device, resume=start.resume is not None)
     context = replace(context, reporter=LoggedReporter(context.reporter, folder))
     yield from _fit(verb, goal, start, source, options, context, folder)

@@ -95,9 +95,9 @@ def _csv_rows(text: str, path: str) -> list[tuple[str, Any]]:
     for number, cells in enumerate(rows, start=1):
         where = f"--rates {path}: row {number}"
         if len(cells) != len(columns):
+            hint = "; a number has a point, not a comma" if len(cells) > len(columns) else ""
             raise UsageError(
-                f"{where} ({','.join(cells)}): the header has {len(columns)} cells, this row {len(cells)}; "
-                "numbers have a point, not a comma"
+                f"{where} ({','.join(cells)}): the header has {len(columns)} cells, this row {len(cells)}{hint}"
             )
         found.append(_row(dict(zip(columns, cells, strict=True)), where))
     return found
