@@ -97,7 +97,8 @@ def _csv_rows(text: str, path: str) -> list[tuple[str, Any]]:
         if len(cells) != len(columns):
             hint = "; a number has a point, not a comma" if len(cells) > len(columns) else ""
             raise UsageError(
-                f"{where} ({','.join(cells)}): the header has {len(columns)} cells, this row {len(cells)}{hint}"
+                f"{where} ({','.join(cells)}): the header has {len(columns)} cells, this row {len(cells)}"
+                + hint
             )
         found.append(_row(dict(zip(columns, cells, strict=True)), where))
     return found
