@@ -494,6 +494,13 @@ def test_units_that_a_network_does_not_have_are_said(option: tuple[str, ...], te
     assert "changes nothing" not in said("prune", "h.pt", *made, *line)
 
 
+def test_widths_that_rounding_keeps_are_said() -> None:
+    line = ("prune", "a.pt", *NAMED, "--method", "l1", "-o", "b.pt", "--force")
+    text = said(*line, "--round-to", "64")
+    assert "nothing to remove: --round-to or --min-channels keeps every width" in text
+    assert "nothing to remove: the rate is below one unit" in said(*line, "--rate", "0.01")
+
+
 def test_a_group_that_no_channel_fills_is_said() -> None:
     line = ("quantize", "a.pt", *NAMED, "--method", "int4", "-o", "b.pt", "--force", "--group-size")
     text = "divides nothing: no channel has more than 36 weights, so that each has one scale"
@@ -532,6 +539,10 @@ def test_a_batch_larger_than_the_set_is_said() -> None:
         (("--lr-schedule", "multistep", "--milestones", "1,2"), "--milestones 2 changes nothing"),
         (("--eval-from", "3"), "--eval-from 3 is after the last epoch"),
         (("--keep-storage",), "--keep-storage changes nothing: INPUT has no encoded tensors"),
+        (
+            ("--lr-schedule", "multistep", "--milestones", "1", "--lr-gamma", "1"),
+            "--lr-gamma 1 changes nothing",
+        ),
         (("--save-every", "9"), "--save-every 9 changes nothing: the training ends at epoch 2"),
         (("--stop-after", "9"), "--stop-after 9 changes nothing: the training ends at epoch 2"),
         (("--stop-after", "2"), "--stop-after 2 changes nothing: the training ends at epoch 2"),

@@ -84,6 +84,8 @@ def _of_options(checkpoint: Checkpoint, fit: FitOptions) -> Iterator[str]:
             f"--milestones {','.join(map(str, late))} changes nothing: the training ends at epoch "
             f"{fit.epochs}"
         )
+    if fit.lr_gamma == 1:
+        yield "--lr-gamma 1 changes nothing: the learning rate stays as it is at every milestone"
     if fit.eval_from > max(fit.epochs, 1):
         yield f"--eval-from {fit.eval_from} is after the last epoch, {fit.epochs}, which alone is evaluated"
     if fit.freeze_norm and not has_batch_norm(checkpoint.model):

@@ -102,11 +102,18 @@ class Planner:
         while True:
             chosen = self.candidates()
             self._refuse_nothing(chosen)
-            selection, plan = self.planned(chosen, counts(chosen))
+            wanted = counts(chosen)
+            selection, plan = self.planned(chosen, wanted)
             notes = list(self.notes)
             if not plan.tensors:
                 outcome = Check(0.0, 0.0, "", "")
-                notes.append("nothing to remove: the rate is below one unit")
+                fewer = any(kept < self.graph.families[number].units for number, kept in wanted.items())
+                why = (
+                    "--round-to or --min-channels keeps every width"
+                    if fewer
+                    else "the rate is below one unit"
+                )
+                notes.append(f"nothing to remove: {why}")
                 break
             outcome = check(self.model, self.graph, selection, plan, self.inputs)
             if not outcome.failure:
