@@ -131,7 +131,11 @@ def test_distill_on_cuda(here: Path, task: str) -> None:
 
 def test_distill_from_a_teacher_of_other_images(here: Path) -> None:
     """It sees images of other statistics and another size, and its classes are in another order."""
-    other = "--teacher class.pt --teacher-arch net.py:classifier --teacher-mean 0.3 --teacher-std 0.4"
+    bare = "export class.pt --arch net.py:classifier -o class.safetensors --device cpu"
+    ran(*bare.split())
+    other = (
+        "--teacher class.safetensors --teacher-arch net.py:classifier --teacher-mean 0.3 --teacher-std 0.4"
+    )
     line = f"distill {ARCH['class']} {other} --teacher-input 1x24x24 {DATA['class']} --epochs 1"
     assert_equal_checkpoints(*on_both(line))
 

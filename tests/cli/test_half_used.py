@@ -97,6 +97,11 @@ CODED = ("transform", "a.pt", *NAMED, "--target", "features", "--taps", "act1", 
         ("t.csv", "2.0\nact2,3.0\n", "act2 never counts, because a pattern before it matches"),
         ("t.json", '{"act2": [2.0], "act2": [3.0]}', "the key 'act2' is there twice"),
         ("t.csv", "act2,2.0\nact2,3.0\n", "act2 begins two lines"),
+        ("t.csv", "act1,,2.0\n", "line 1 (act1,,2.0): cell 2 is empty"),
+        ("t.csv", "tap,steps\n,2.0\n", "line 2 (,2.0): cell 1 is empty"),
+        ("t.json", '{"act1": [null]}', "null is no number"),
+        ("t.json", '{"act1": [true]}', "true is no number"),
+        ("t.json", '{"act1": ["2"]}', '"2" is no number'),
     ],
 )
 def test_a_table_of_steps_is_used_as_a_whole(name: str, text: str, message: str) -> None:
@@ -201,6 +206,11 @@ def test_an_argument_that_a_file_was_built_without_is_named() -> None:
     assert "a.pt was built without kind, --arg says 3: leave it out" in message
 
 
+def test_a_table_from_a_spreadsheet_is_read() -> None:
+    Path("t.csv").write_text("tap,steps,\nact1,3.0,\n,,\n*,2.0\n", encoding="utf-8-sig")
+    said(*CODED, "--q-table", "t.csv", "-o", "b.pt")
+
+
 DEFAULTS = ['{"act2": [2.0], "*": [3.0]}', '{"act1": [2.0], "act2": [1.0], "*": [3.0]}', "[2.0]"]
 
 
@@ -258,6 +268,65 @@ def test_arguments_in_a_reference_are_given_once() -> None:
 def test_an_argument_of_the_teacher_is_given_once() -> None:
     line = ("distill", "a.pt", *NAMED, *DATA, "--teacher", "t.pth", "--teacher-arch", "lenet")
     assert "given twice" in refused(*line, "--teacher-arg", "act=relu", "--teacher-arg", "act=tanh")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("--teacher-mean", ".5"), "error: --teacher-mean and --teacher-std go together"),
+        (
+            ("--teacher-mean", ".5,.5", "--teacher-std", "1"),
+            "error: --teacher-mean has 2 values and --teacher-std 1: one per channel each",
+        ),
+        (
+            ("--teacher-mean", ".5", "--teacher-std", "0"),
+            "error: --teacher-std (0.0,): positive values are needed",
+        ),
+        (("--teacher-mean", "x", "--teacher-std", "1"), "error: --teacher-mean x: comma-separated numbers"),
+        (("--teacher-input", "8x8"), "error: --teacher-input 8x8: CxHxW is expected"),
+        (("--teacher-arg", "width"), "error: --teacher-arg width: key=value is expected"),
+        (("--teacher-arg", "a=1", "--teacher-arg", "a=2"), "error: --teacher-arg a: given twice"),
+        (("--teacher-arg", "width=9"), "--teacher-arg says 9: leave it out"),
+        (("--teacher-arch", "lenet"), "--teacher-arch says lenet: leave --teacher-arch out"),
+        (
+            ("--teacher-mean", ".9", "--teacher-std", ".1"),
+            "leave --teacher-mean and --teacher-std out, which say otherwise",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verb", [("distill", "--epochs"), ("prune", "--finetune-epochs")])
+def test_errors_about_a_teacher_name_the_teachers_options(
+    verb: tuple[str, str], line: tuple[str, ...], message: str
+) -> None:
+    asked = (verb[0], "a.pt", *NAMED, *DATA, verb[1], "1", "--teacher", "a.pt", *line, "-o", "b.pt")
+    assert message in refused(*asked)
+
+
+def test_notes_about_a_teacher_name_the_teachers_options() -> None:
+    torch.save(opened("a.pt").model.state_dict(), "t.pth")
+    teacher = ("--teacher", "t.pth", "--teacher-arch", "net.py:make_net")
+    text = said("distill", "a.pt", *NAMED, *DATA, "--epochs", "1", *teacher, "-o", "b.pt")
+    assert "its preprocessing is unknown (--teacher-mean, --teacher-std)" in text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("evaluate",),
+        ("quantize", "--method", "int8"),
+        ("prune", "--method", "l1"),
+        ("train", "--epochs", "1"),
+        ("export", "-o", "b.onnx"),
+    ],
+)
+def test_statistics_that_contradict_a_file_are_refused(line: tuple[str, ...]) -> None:
+    known = opened("a.pt").spec.preprocessing
+    assert known is not None
+    asked = (line[0], "a.pt", *NAMED, *DATA, *line[1:])
+    message = refused(*asked, "--mean", ".9", "--std", ".1")
+    assert "a.pt says that inputs are normalised with mean 0.3053 and std 0.3236" in message
+    assert "leave --mean and --std out" in message
+    said(*asked, "--mean", str(known.mean[0]), "--std", str(known.std[0]))
 
 
 # -- weights -----------------------------------------------------------------------------------------------
@@ -385,6 +454,61 @@ def test_help_may_be_asked_for_twice() -> None:
     assert CliRunner().invoke(app, ["prune", "--rate", "1", "--rate", "2", "--help", "--help"]).exit_code == 0
 
 
+ATTENTION = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(1, 8, 4, stride=4)
+        self.norm = nn.LayerNorm(8)
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.num_heads = 4
+        self.out, self.fc = nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.norm(self.patches(x).flatten(2).transpose(1, 2))
+        b, n, c = x.shape
+        q, k, v = (f(x).view(b, n, self.num_heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.fc(self.out(x.transpose(1, 2).reshape(b, n, -1)).mean(1))
+
+def make():
+    return Net()
+"""
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        (("--exact",), "--exact changes nothing: no statistic runs over channels that could go"),
+        (("--attention", "heads"), "--attention heads changes nothing: no attention has heads that could go"),
+    ],
+)
+def test_units_that_a_network_does_not_have_are_said(option: tuple[str, ...], text: str) -> None:
+    line = ("--method", "l1", *option, "-o", "b.pt", "--force")
+    assert text in said("prune", "a.pt", *NAMED, *line)
+    Path("heads.py").write_text(ATTENTION)
+    made = ("--arch", "heads.py:make")
+    said("train", *made, "--input", "1x8x8", "--epochs", "0", "-o", "h.pt")
+    assert "changes nothing" not in said("prune", "h.pt", *made, *line)
+
+
+def test_widths_that_rounding_keeps_are_said() -> None:
+    line = ("prune", "a.pt", *NAMED, "--method", "l1", "-o", "b.pt", "--force")
+    text = said(*line, "--round-to", "64")
+    assert "nothing to remove: --round-to or --min-channels keeps every width" in text
+    assert "nothing to remove: the rate is below one unit" in said(*line, "--rate", "0.01")
+
+
+def test_a_group_that_no_channel_fills_is_said() -> None:
+    line = ("quantize", "a.pt", *NAMED, "--method", "int4", "-o", "b.pt", "--force", "--group-size")
+    text = "divides nothing: no channel has more than 36 weights, so that each has one scale"
+    assert f"--group-size 100,000 {text}" in said(*line, "100000")
+    assert f"--group-size 36 {text}" in said(*line, "36")
+    assert "divides nothing" not in said(*line, "32")
+
+
 # -- training ----------------------------------------------------------------------------------------------
 
 
@@ -415,10 +539,44 @@ def test_a_batch_larger_than_the_set_is_said() -> None:
         (("--lr-schedule", "multistep", "--milestones", "1,2"), "--milestones 2 changes nothing"),
         (("--eval-from", "3"), "--eval-from 3 is after the last epoch"),
         (("--keep-storage",), "--keep-storage changes nothing: INPUT has no encoded tensors"),
+        (
+            ("--lr-schedule", "multistep", "--milestones", "1", "--lr-gamma", "1"),
+            "--lr-gamma 1 changes nothing",
+        ),
+        (("--save-every", "9"), "--save-every 9 changes nothing: the training ends at epoch 2"),
+        (("--stop-after", "9"), "--stop-after 9 changes nothing: the training ends at epoch 2"),
+        (("--stop-after", "2"), "--stop-after 2 changes nothing: the training ends at epoch 2"),
     ],
 )
-def test_an_option_of_a_training_that_changes_nothing_is_said(line: tuple[str, ...], text: str) -> None:
-    assert text in said("train", "a.pt", *NAMED, *DATA, "--epochs", "2", *line, "-o", "b.pt")
+@pytest.mark.parametrize("verb", [("train",), ("distill", "--teacher", "a.pt")])
+def test_an_option_of_a_training_that_changes_nothing_is_said(
+    verb: tuple[str, ...], line: tuple[str, ...], text: str
+) -> None:
+    asked = (verb[0], "a.pt", *verb[1:], *NAMED, *DATA, "--epochs", "2")
+    assert text in said(*asked, *line, "-o", "b.pt")
+
+
+def test_options_of_a_training_that_goes_on_count_its_epochs() -> None:
+    line = ("train", "a.pt", *NAMED, *DATA, "--epochs", "3")
+    text = said(*line, "--stop-after", "2", "--save-every", "2", "-o", "b.pt")
+    assert "changes nothing" not in text
+    text = said(*line, "--resume", "--stop-after", "1", "--save-every", "2", "-o", "b.pt")
+    assert "--stop-after 1 changes nothing: the training ends at epoch 3" in text
+    assert "--save-every 2 changes nothing: the training ends at epoch 3" in text
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "poly"])
+def test_a_rate_does_not_rise_to_the_smallest(schedule: str) -> None:
+    line = ("train", "a.pt", *NAMED, *DATA, "--epochs", "1", "--lr-schedule", schedule, "-o", "b.pt")
+    message = refused(*line, "--min-lr", "5")
+    assert "--min-lr 5 is above the learning rate, 0.003, which falls to it" in message
+    assert "above the learning rate, 0.1, " in refused(*line, "--min-lr", "0.2", "--lr", "0.1")
+    said(*line, "--min-lr", "0.1", "--lr", "0.1")
+
+
+def test_what_decays_is_not_chosen_where_nothing_does() -> None:
+    line = ("train", *NAMED, *DATA, "--epochs", "1", "--weight-decay", "0", "--decay", "weights")
+    assert "--decay: --weight-decay 0 decays nothing" in refused(*line, "-o", "b.pt")
 
 
 def test_frozen_norms_of_a_network_without_any_are_said() -> None:
@@ -460,6 +618,30 @@ def test_an_index_without_streams_is_nothing_to_decode() -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     assert "names no streams: there is nothing to decode" in result.stderr
     assert not Path("out").exists()
+
+
+def decoded(*sources: str) -> str:
+    """What a decoding that works says on stderr."""
+    result = CliRunner().invoke(app, ["decode", *sources, "-o", "out", "--force"])
+    assert result.exit_code == 0, result.stderr
+    return result.stderr
+
+
+def test_streams_that_an_index_does_not_name_are_said() -> None:
+    said(*CODED, "-o", "c.pt")
+    said("evaluate", "c.pt", *NAMED, *DATA, "--bitstream", "maps")
+    assert "does not name" not in decoded("maps")
+    streams = sorted(path.name for path in Path("maps").glob("*.seg"))
+    Path("maps/extra.seg").write_bytes(Path("maps", streams[0]).read_bytes())
+    Path("maps/notes.txt").touch()
+    text = "maps/index.json does not name extra.seg"
+    assert f"{text}: not decoded; named as files, streams are decoded without verification" in decoded("maps")
+    assert len(list(Path("out").iterdir())) == len(streams)
+    for sources in (("maps", "maps/extra.seg"), ("maps/extra.seg",)):
+        found = decoded(*sources)
+        assert f"{text}: what is decoded from it is not verified" in found
+        assert "not decoded" not in found
+        assert Path("out/extra.npy").is_file()
 
 
 # -- data --------------------------------------------------------------------------------------------------

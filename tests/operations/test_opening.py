@@ -17,7 +17,7 @@ from cctool.base.errors import (
 )
 from cctool.base.runtime import Silent
 from cctool.checkpoint.checkpoint import Checkpoint, save
-from cctool.checkpoint.spec import ModelSpec
+from cctool.checkpoint.spec import ModelSpec, Preprocessing
 from cctool.models import registry
 from cctool.operations.opening import open_checkpoint, parse_arguments
 from cctool.operations.registries import load, tables
@@ -181,3 +181,32 @@ def test_arguments_are_json_where_they_can_be() -> None:
     assert parse_arguments(("a=1", "b=[2, 3]", "c=text", "d=1.5", "e=")) == {
         "a": 1, "b": [2, 3], "c": "text", "d": 1.5, "e": "",
     }  # fmt: skip
+
+
+def test_statistics_of_a_file_are_not_contradicted(tmp_path: Path) -> None:
+    registries = tables(())
+    model = registries.build("lenet", {})
+    spec = ModelSpec(
+        architecture="lenet", arguments={}, input_shape=(1, 32, 32), preprocessing=statistics(0.5, 0.25)
+    )
+    save(Checkpoint(model, spec), tmp_path / "a.pt", registries)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    (tmp_path / "s.json").write_text(spec.model_dump_json())
+    bare = {"spec": str(tmp_path / "s.json")}
+    for name, more, whose in (("a.pt", {}, "a.pt"), ("bare.pth", bare, "s.json")):
+        for mean, std in ((0.5, 0.2), (0.4, 0.25)):
+            with pytest.raises(UsageError, match=rf"{whose} says that inputs .* mean 0\.5 and std 0\.25"):
+                opened(tmp_path / name, mean=(mean,), std=(std,), **more)
+        assert opened(tmp_path / name, mean=(0.5,), std=(0.25,), **more).spec == spec
+
+
+def test_statistics_complete_a_file_that_has_none(tmp_path: Path) -> None:
+    registries = tables(())
+    spec = ModelSpec(architecture="lenet", arguments={}, input_shape=(1, 32, 32))
+    save(Checkpoint(registries.build("lenet", {}), spec), tmp_path / "a.pt", registries)
+    found = opened(tmp_path / "a.pt", mean=(0.5,), std=(0.25,)).spec
+    assert found.preprocessing == statistics(0.5, 0.25)
+
+
+def statistics(mean: float, std: float) -> Preprocessing:
+    return Preprocessing(mean=(mean,), std=(std,))

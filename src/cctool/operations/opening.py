@@ -161,7 +161,7 @@ def open_checkpoint(
     if opened.payload is not None:
         return build(opened, _adjusted(opened.payload.spec, options, path), tables)
     if options.spec is not None:
-        return build(opened, _overridden(_read_spec(options.spec), options), tables)
+        return build(opened, _overridden(_read_spec(options.spec), options, f"--spec {options.spec}"), tables)
     if options.arch is None:
         raise CheckpointError(
             f"{path} does not say which network it holds; name it with --arch, "
@@ -224,15 +224,26 @@ def _adjusted(spec: ModelSpec, options: ModelOptions, path: Path) -> ModelSpec:
         if spec.arguments.get(key) != value:
             there = f"with {key}={spec.arguments[key]!r}" if key in spec.arguments else f"without {key}"
             raise UsageError(f"{path} was built {there}, --arg says {value!r}: leave it out")
-    return _overridden(spec, options)
+    return _overridden(spec, options, str(path))
 
 
-def _overridden(spec: ModelSpec, options: ModelOptions) -> ModelSpec:
+def _shown(values: tuple[float, ...]) -> str:
+    return ",".join(map(str, values))
+
+
+def _overridden(spec: ModelSpec, options: ModelOptions, whose: str) -> ModelSpec:
+    """The spec with what the command line adds; ``whose`` it is begins the error if both contradict."""
     update: dict[str, Any] = {}
+    known, given = spec.preprocessing, _preprocessing(options)
+    if known is not None and given not in (None, known):
+        raise UsageError(
+            f"{whose} says that inputs are normalised with mean {_shown(known.mean)} and std "
+            f"{_shown(known.std)}: leave --mean and --std out, which say otherwise"
+        )
     if options.input_shape is not None:
         update["input_shape"] = options.input_shape
     if options.mean is not None:
-        update["preprocessing"] = _preprocessing(options)
+        update["preprocessing"] = given
     return spec.model_copy(update=update)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import partial
@@ -275,7 +275,10 @@ class Leaf:
 
     def _item(self, value: Any) -> Any:
         if self.spec.parse is not None:
-            return self._parsed(value)
+            try:
+                return self._parsed(value)
+            except UsageError as error:
+                raise UsageError(self._named(str(error))) from None
         if self.enum is not None and value is not None:
             words = [str(item.value) for item in self.enum]
             if str(value) not in words:
@@ -291,6 +294,11 @@ class Leaf:
             names = " or ".join(kind.__name__ for kind in simple)
             raise UsageError(f"{self.flag} {value!r}: {names} is expected")
         return tuple(value) if isinstance(value, list) else value
+
+    def _named(self, text: str) -> str:
+        """An error of the parser, which knows the flag without the prefix of its group."""
+        flag, blank, rest = text.partition(" ")
+        return f"{self.flag}{blank}{rest}" if self.flag.endswith(flag[1:]) else text
 
     def _parsed(self, value: Any) -> Any:
         """What text means, or a value that stands for text: 8 for ``8``, (3, 32, 32) for ``3x32x32``."""
@@ -428,10 +436,25 @@ def _built(kind: type, values: Mapping[tuple[str, ...], Any], path: tuple[str, .
             record = getattr(default, item.name) if default is not None else None
             if record is None and item.default_factory is not MISSING:
                 record = item.default_factory()
-            made[item.name] = _built(inner.kind, values, place, record)
+            with _saying_prefix(inner):
+                made[item.name] = _built(inner.kind, values, place, record)
         elif values.get((*place, inner.key)) is not None:
             made[item.name] = _built(inner.kind, values, place, None)
     return kind(**made) if default is None else replace(default, **made)
+
+
+@contextmanager
+def _saying_prefix(group: GroupSpec) -> Iterator[None]:
+    """Let errors of a group whose flags have a prefix name them with it."""
+    try:
+        yield
+    except UsageError as error:
+        if not group.prefix:
+            raise
+        plain = leaves_of(replace(group, prefix=""))
+        flags = {one.flag: other.flag for one, other in zip(plain, leaves_of(group), strict=True)}
+        named = re.sub(r"(?<![\w-])--[\w-]+", lambda found: flags.get(found[0], found[0]), str(error))
+        raise UsageError(named) from None
 
 
 def idle_problems(options: Any, of: Iterable[Leaf], given: Collection[str]) -> list[str]:

@@ -142,6 +142,9 @@ def test_a_run_folder_moves_with_its_product() -> None:
     begun("a.pt")
     Path("a.run").rename("b.run")
     Path("a.pt").rename("b.pt")
+    Path("b.safetensors").touch()
+    said = refused("train", "b.pt", *ARCH, "-o", "b.safetensors", "--resume", "--device", "cpu")
+    assert "b.run holds the training of b.pt, not of b.safetensors" in said
     made("train", "b.pt", *ARCH, "--resume", "--device", "cpu")
     whole = made("train", *SMALL, "--epochs", "2", "-o", "whole.pt")
     assert Path("b.pt").read_bytes() == Path(whole).read_bytes()
@@ -201,3 +204,31 @@ def test_a_last_checkpoint_finds_a_product_of_either_suffix(tmp_path: Path) -> N
     assert find_resumed("x.run/last.pt", None, "train") == ("x.run/last.pt", "x.pt")
     (tmp_path / "x.safetensors").touch()
     assert find_resumed("x.run/last.pt", None, "train") == ("x.run/last.pt", "x.safetensors")
+
+
+@pytest.mark.parametrize("verb", ["train", "distill"])
+@pytest.mark.parametrize(("first", "second"), [("g.pt", "g.safetensors"), ("g.safetensors", "g.pt")])
+def test_products_of_one_stem_do_not_resume_each_others_training(verb: str, first: str, second: str) -> None:
+    one = made("train", *SMALL, "--epochs", "0", "--seed", "1", "-o", "one.pt")
+    two = made("train", *SMALL, "--epochs", "0", "--seed", "2", "-o", "two.pt")
+    line = (*SMALL, *(("--teacher", one) if verb == "distill" else ()), "--epochs", "2", "--stop-after", "1")
+    made(verb, one, *line, "-o", first)
+    said = refused(verb, two, *line, "-o", second)
+    assert f"g.run holds the training of {first}, which --force would delete; another -o keeps it" in said
+    forced = run(verb, two, *line, "-o", second, "--force")
+    assert forced.exit_code == 0
+    assert f"the training of {first} in g.run is deleted and cannot be resumed" in forced.stderr
+    kept = {path: path.read_bytes() for path in (Path(first), Path(second))}
+    more = (*ARCH, *(("--teacher", one) if verb == "distill" else ()), "--device", "cpu", "--resume")
+    for name in ((first,), (one, "-o", first), (two, "-o", first)):
+        assert f"g.run holds the training of {second}" in refused(verb, *name, *more)
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert made(verb, "g.run/last.pt", *more) == second
+    assert Path(first).read_bytes() == kept[Path(first)]
+
+
+def test_a_run_folder_that_does_not_name_its_product_goes_on() -> None:
+    begun("a.pt")
+    Path("a.run/product.txt").unlink()
+    made("train", "a.pt", *ARCH, "--resume", "--device", "cpu")
+    assert Path("a.run/product.txt").read_text() == "a.pt\n"

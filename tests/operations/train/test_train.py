@@ -249,7 +249,7 @@ def test_the_run_folder_tells_the_run(tmp_path: Path, net: str) -> None:
     found = {item.name for item in folder.iterdir()}
     assert found == {
         "command.txt", "environment.json", "epoch-0002.pt", "epoch-0004.pt", "last.pt", "log.txt",
-        "metrics.csv", "mlflow-run.txt", "tensorboard",
+        "metrics.csv", "mlflow-run.txt", "product.txt", "tensorboard",
     }  # fmt: skip
     assert json.loads((folder / "environment.json").read_text())["torch"] == str(torch.__version__)
     assert (folder / "command.txt").read_text().strip()

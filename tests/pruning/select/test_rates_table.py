@@ -18,8 +18,8 @@ def test_json_objects_lists_and_csv_say_the_same(tmp_path: Path) -> None:
     expected = {"conv1": 0.25, "layer.2": 0.5}
     (tmp_path / "a.json").write_text(json.dumps(expected))
     rows = [{"family": name, "rate": rate, "accuracy": 90} for name, rate in expected.items()]
-    (tmp_path / "b.json").write_text(json.dumps([*rows, {"family": "skipped", "rate": None}]))
-    (tmp_path / "c.csv").write_text("Layer, top1, Rate\nconv1,91.2,0.25\nlayer.2,90.1,.5\nskipped,90,\n")
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    (tmp_path / "c.csv").write_text("Layer, top1, Rate\nconv1,91.2,0.25\nlayer.2,90.1,.5\n\n,,\n")
     (tmp_path / "d.csv").write_bytes(b"\xef\xbb\xbfname,rate\r\nconv1,0.25\r\nlayer.2,0.5\r\n")
     for name in ("a.json", "b.json", "c.csv", "d.csv"):
         assert read_rates(str(tmp_path / name)) == expected, name
@@ -41,12 +41,27 @@ def test_json_objects_lists_and_csv_say_the_same(tmp_path: Path) -> None:
         ("a.csv", "", "empty"),
         ("a.csv", "family,rate\nconv,0.5\nconv,0.25\n", "two rates"),
         ("a.csv", "family,rate\n,0.5\n", "without a name"),
+        ("a.csv", "layer,rate\nconv,0.3\nfc,0,5\n", r"row 2 \(fc,0,5\): the header has 2 cells, this row 3"),
+        ("a.csv", "layer,rate\nconv,0.3\nfc\n", r"row 2 \(fc\): the header has 2 cells, this row 1"),
+        ("a.csv", "layer,rate\nconv,0.3\nfc,\n", r"row 2 \(fc: without a rate\)"),
+        ("a.csv", "layer,rate,Rate\nconv,.1,.5\n", "names the column rate twice"),
+        ("a.csv", "layer,Layer,rate\nconv,fc,.5\n", "names the column layer twice"),
+        ("a.csv", "family,layer,rate\nconv,fc,.5\n", r"row 1 \(family conv, layer fc\): has several"),
+        ("a.json", '[{"layer": "conv", "rate": 0.3}, {"layer": "fc", "rate": null}]', r"row 2 \(fc: without"),
+        ("a.json", '[{"layer": "conv", "rate": 0.3}, {"layer": "fc"}]', r"row 2 \(fc: without a rate\)"),
+        ("a.json", '{"conv": 0.3, "fc": null}', r"row 2 \(fc: without a rate\)"),
+        ("a.json", '[{"layer": "conv", "name": "fc", "rate": 0.3}]', "has several names"),
     ],
 )
 def test_malformed_tables_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=message):
         read_rates(str(tmp_path / name))
+
+
+def test_a_row_may_have_its_name_in_either_column(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("family,layer,rate\nconv,,.5\n,fc,.25\nx,x,.75\n")
+    assert read_rates(str(tmp_path / "a.csv")) == {"conv": 0.5, "fc": 0.25, "x": 0.75}
 
 
 def test_a_missing_table_is_a_clear_error(tmp_path: Path) -> None:

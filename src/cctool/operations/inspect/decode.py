@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +13,7 @@ from typing import IO, Any
 import torch
 
 from cctool.base.errors import BitstreamError, UsageError
+from cctool.base.networks import some
 from cctool.base.runtime import Reporter, device_errors, resolve_device
 from cctool.checkpoint.file.atomic_folder import folder_atomically, refuse_existing_folder
 from cctool.coding.stream import Chunk, StreamReader
@@ -90,6 +91,8 @@ def run(options: DecodeOptions, runtime: RuntimeOptions, reporter: Reporter) -> 
     refuse_existing_folder(folder, overwrite=options.force, ours=_is_array)
     sources = [source for text in options.sources for source in _sources(Path(text))]
     _refuse_doubled(sources)
+    for text in _unnamed(options.sources, sources):
+        reporter.note(text)
     stems = file_stems([source.path.name.removesuffix(SUFFIX) for source in sources])
     found: list[DecodedMaps] = []
     writing = folder_atomically(folder, overwrite=options.force, ours=_is_array)
@@ -126,6 +129,24 @@ def _sources(path: Path) -> list[_Source]:
             if entry.file == path.name:
                 return [_indexed(path.parent, entry, index)]
     return [_Source(path, None, "")]
+
+
+def _unnamed(named: Sequence[str], sources: Sequence[_Source]) -> Iterator[str]:
+    """Notes on streams that the index of their folder does not name, decoded or not."""
+    taken = {source.path.resolve() for source in sources}
+    for folder in filter(Path.is_dir, map(Path, named)):
+        left = sorted(
+            path.name for path in folder.iterdir() if path.suffix == SUFFIX and path.resolve() not in taken
+        )
+        if left:
+            yield (
+                f"{folder / INDEX} does not name {some(left)}: not decoded; named as files, streams are "
+                "decoded without verification"
+            )
+    for source in sources:
+        index = source.path.parent / INDEX
+        if source.entry is None and index.is_file():
+            yield f"{index} does not name {source.path.name}: what is decoded from it is not verified"
 
 
 def _refuse_doubled(sources: Sequence[_Source]) -> None:

@@ -5,6 +5,7 @@ Tensors are encoded on the CPU, where division is correctly rounded: all devices
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -38,6 +39,7 @@ from cctool.quantization.encodings.apot_levels import default_terms
 from cctool.quantization.encodings.codebook import CODEBOOK
 from cctool.quantization.encodings.float16 import BF16, FP16
 from cctool.quantization.encodings.intn import INTN
+from cctool.quantization.encodings.scale_groups import ScaleGroups
 from cctool.quantization.encodings.uint8 import AFFINE_U8
 from cctool.quantization.network.tensors import SelectedTensor, Skipped, select
 
@@ -93,6 +95,7 @@ def run(checkpoint: Checkpoint, options: QuantizeOptions, context: Context) -> I
     signal, warned = signal_and_warning(checkpoint, product, source, options.data, context, (before, after))
     notes = (
         *_idle_patterns(checkpoint.model, options, selected),
+        *_idle_group(options, product, reports),
         *_storage_notes(checkpoint, product, reports),
         *counted(skipped),
         *followed,
@@ -128,6 +131,25 @@ def _idle_patterns(
             found, _ = select(model, include_1d=options.include_1d, **chosen)
             if [item.names for item in found] == names:
                 yield f"--{flag} {pattern} changes nothing: the same tensors are quantized without it"
+
+
+def _idle_group(
+    options: QuantizeOptions, product: Checkpoint, reports: Sequence[TensorReport]
+) -> Iterator[str]:
+    """A note if no channel has more weights than a group."""
+    forms = [product.stored[report.name] for report in reports]
+    longest = max(math.prod(ScaleGroups(form.shape, _axis(form)).rest) for form in forms)
+    if options.group is not None and options.group >= longest:
+        one = "channel has" if options.channelwise else "tensor has"
+        yield (
+            f"--group-size {options.group:,} divides nothing: no {one} more than {longest:,} weights, so "
+            "that each has one scale"
+        )
+
+
+def _axis(form: EncodedTensor) -> int | None:
+    axis = form.parameters.get("axis")
+    return axis if isinstance(axis, int) else None
 
 
 def encode_selected(

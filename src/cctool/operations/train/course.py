@@ -16,6 +16,7 @@ from cctool.base.errors import (
     UserCodeError,
 )
 from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.file.payload import ResumeState
 from cctool.checkpoint.spec import Metrics, Parent
 from cctool.data.classes import NEW_HEAD
 from cctool.data.records import DataSource
@@ -27,7 +28,7 @@ from cctool.operations.keep.follower import Followed
 from cctool.operations.train.new_head import with_new_head
 from cctool.operations.train.one_process import Fitted, Start, fit_here, metrics_of
 from cctool.operations.train.rate_penalty import refuse_rate_without_taps
-from cctool.operations.train.remarks import say_remarks
+from cctool.operations.train.remarks import refuse_rising_rate, say_idle_ends, say_remarks
 from cctool.operations.train.resume import (
     forms_from,
     may_resume,
@@ -46,7 +47,7 @@ from cctool.options.paths import INPUT
 from cctool.tasks.base import LOSS
 from cctool.training.averaging import average_in
 from cctool.training.evaluate import trial_outputs
-from cctool.training.objectives import Objective
+from cctool.training.objectives import Objective, has_batch_norm
 from cctool.training.resume.progress import EpochRow, best_of
 
 
@@ -107,7 +108,9 @@ def conduct(
         yield _untrained(make_goal, checkpoint, options, context)
         return
     folder = RunFolder(context.output, context.tables)
-    if not options.run.resume:
+    if options.run.resume:
+        folder.refuse_other_product()
+    else:
         folder.refuse_earlier(force=context.force)
         folder.refuse_reading(context.read)
     new_head = options.start.new_head
@@ -123,7 +126,11 @@ def conduct(
         start = _started(checkpoint, source, options, context)
     _refuse_other_classes(start.checkpoint, source, context)
     refuse_rate_without_taps(start.checkpoint.model, options.fit.rate_weight)
+    if start.resume is None:
+        normalised = has_batch_norm(start.checkpoint.model)
+        refuse_rising_rate(options.fit, options.fit.learning_rate(fresh=start.fresh, normalised=normalised))
     say_remarks(start.checkpoint, source, options.fit, options.data, context)
+    say_idle_ends(options.fit, options.run, _epochs_done(start.resume), context)
     if options.keep_storage and not start.forms:
         context.say_once("--keep-storage changes nothing: INPUT has no encoded tensors")
     goal = make_goal(start.checkpoint, source, options, context)
@@ -133,6 +140,9 @@ def conduct(
     # A fresh last layer's accuracy is chance; a resumed training has its first metrics in the history.
     if start.resume is None and checkpoint.origin is not None and not new_head:
         start = replace(start, metrics_before=metrics_of(start.checkpoint, source, options, context))
+    lost = None if options.run.resume else folder.other_product()
+    if lost is not None:
+        context.reporter.warn(f"the training of {lost} in {folder.path} is deleted and cannot be resumed")
     folder.begin(context.device, resume=start.resume is not None)
     context = replace(context, reporter=LoggedReporter(context.reporter, folder))
     yield from _fit(verb, goal, start, source, options, context, folder)
@@ -316,8 +326,8 @@ def _resumed(
         refuse_other_input(earlier, found, checkpoint, source_path, folder.last)
     now = recorded(options) | {"runtime": recorded(context.runtime)}
     refuse_other_options(earlier, verb, now, found.spec.data)
-    epoch, rows = found.resume.state.get("epoch"), found.resume.state.get("rows")
-    if not isinstance(epoch, int) or "best" not in found.resume.state:
+    epoch, rows = _epochs_done(found.resume), found.resume.state.get("rows")
+    if not epoch or "best" not in found.resume.state:
         raise CorruptCheckpointError(f"{folder.last} holds a malformed state of training")
     if isinstance(rows, list) and rows and isinstance(rows[-1], dict):
         refuse_other_data(rows[-1], source, options.run.processes)
@@ -331,6 +341,12 @@ def _resumed(
         metrics_before=found.history[-1].metrics_after if cut else earlier.metrics_before,
         remarks=() if cut else tuple(map(str, found.resume.state.get("remarks") or ())),  # type: ignore[arg-type]
     )
+
+
+def _epochs_done(resume: ResumeState | None) -> int:
+    """Completed epochs of a training; 0 for none, or if its state is malformed."""
+    epoch = None if resume is None else resume.state.get("epoch")
+    return epoch if isinstance(epoch, int) else 0
 
 
 def _refuse_other_classes(checkpoint: Checkpoint, source: DataSource, context: Context) -> None:

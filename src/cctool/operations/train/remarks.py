@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cctool.base.errors import UsageError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.data.records import DataSource
 from cctool.operations.context import Context
 from cctool.operations.judge.task import judge_of
 from cctool.options.common import DataOptions
 from cctool.options.train.fit import FitOptions
+from cctool.options.train.run import RunOptions
 from cctool.training.evaluate import trial_outputs
 from cctool.training.objectives import has_batch_norm
 
@@ -24,6 +26,32 @@ def say_remarks(
         *_of_options(checkpoint, fit),
     ):
         context.say_once(text)
+
+
+def say_idle_ends(fit: FitOptions, run: RunOptions, done: int, context: Context) -> None:
+    """Say which options of a run folder change nothing in a call that begins after ``done`` epochs."""
+    left = fit.epochs - done
+    if run.stop_after is not None and run.stop_after >= left:
+        context.say_once(
+            f"--stop-after {run.stop_after} changes nothing: the training ends at epoch {fit.epochs}"
+        )
+    if run.save_every is not None and fit.epochs // run.save_every == done // run.save_every:
+        context.say_once(
+            f"--save-every {run.save_every} changes nothing: the training ends at epoch {fit.epochs}"
+        )
+
+
+def refuse_rising_rate(fit: FitOptions, rate: float) -> None:
+    """Refuse a ``--min-lr`` above the learning rate that the schedule falls from, ``rate``.
+
+    Raises:
+        UsageError: naming both.
+    """
+    if fit.min_lr > rate:
+        raise UsageError(
+            f"--min-lr {fit.min_lr:g} is above the learning rate, {rate:g}, which falls to it: give a larger "
+            "--lr or a smaller --min-lr"
+        )
 
 
 def _of_classes(checkpoint: Checkpoint, source: DataSource, context: Context) -> Iterator[str]:
@@ -56,6 +84,8 @@ def _of_options(checkpoint: Checkpoint, fit: FitOptions) -> Iterator[str]:
             f"--milestones {','.join(map(str, late))} changes nothing: the training ends at epoch "
             f"{fit.epochs}"
         )
+    if fit.lr_gamma == 1:
+        yield "--lr-gamma 1 changes nothing: the learning rate stays as it is at every milestone"
     if fit.eval_from > max(fit.epochs, 1):
         yield f"--eval-from {fit.eval_from} is after the last epoch, {fit.epochs}, which alone is evaluated"
     if fit.freeze_norm and not has_batch_norm(checkpoint.model):

@@ -15,6 +15,7 @@ from cctool.checkpoint.encoding import EncodedTensor
 from cctool.checkpoint.spec import Parent, Step
 from cctool.data.records import DataSource
 from cctool.data.serving.batches import MINIMUM_TRAINING_SAMPLES
+from cctool.operations.train.run_folder import product_in
 from cctool.options.paths import is_same_file
 from cctool.options.train.fit import Schedule
 from cctool.options.transform.choices import Mode
@@ -204,6 +205,9 @@ def _product_of(last: Path) -> Path | None:
     """The product whose run folder a ``last.pt`` is in; None if it is in none."""
     if last.name != "last.pt" or last.parent.suffix != ".run":
         return None
+    named = product_in(last.parent)
+    if named is not None:
+        return named
     products = [last.parent.with_suffix(suffix) for suffix in (".pt", ".safetensors")]
     return next((found for found in products if found.exists()), products[0])
 

@@ -1,8 +1,8 @@
 """The run folder of one training: logs, environment, and what resuming needs.
 
-``NAME.run`` next to the product ``NAME.pt`` holds ``log.txt``, ``command.txt``, ``environment.json``,
-``metrics.csv`` and ``last.pt``; on request ``epoch-NNNN.pt``, ``tensorboard`` and ``mlflow``; ``best.pt``
-if training was interrupted; and the job and logs of worker processes.
+``NAME.run`` next to the product ``NAME.pt`` holds ``product.txt``, ``log.txt``, ``command.txt``,
+``environment.json``, ``metrics.csv`` and ``last.pt``; on request ``epoch-NNNN.pt``, ``tensorboard`` and
+``mlflow``; ``best.pt`` if training was interrupted; and the job and logs of worker processes.
 """
 
 from __future__ import annotations
@@ -34,9 +34,25 @@ T = TypeVar("T")
 
 # What a new training may delete; other files in the folder are the user's.
 _OURS = (
-    "log.txt", "command.txt", "environment.json", "metrics.csv", "last.pt", "best.pt", "start.pt",
-    "mlflow-run.txt", "epoch-*.pt", "job*.json", "worker-*.log", "tensorboard", "mlflow",
+    "product.txt", "log.txt", "command.txt", "environment.json", "metrics.csv", "last.pt", "best.pt",
+    "start.pt", "mlflow-run.txt", "epoch-*.pt", "job*.json", "worker-*.log", "tensorboard", "mlflow",
 )  # fmt: skip
+
+
+_PRODUCT = "product.txt"
+
+
+def product_in(folder: Path) -> Path | None:
+    """The product that a run folder belongs to, next to it; None if it does not say.
+
+    ``NAME.pt`` and ``NAME.safetensors`` have one folder. A folder that was renamed along with its product is
+    still that one's, so of the recorded file name the ending tells. Folders of older versions record none.
+    """
+    try:
+        recorded = (folder / _PRODUCT).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return folder.with_name(f"{folder.stem}{Path(recorded).suffix}") if recorded else None
 
 
 class RunFolder:
@@ -44,6 +60,7 @@ class RunFolder:
 
     def __init__(self, output: Path, tables: Tables) -> None:
         self.path = output.with_name(f"{output.stem}.run")
+        self._product = output
         self._tables = tables
         # Checkpoints: the last completed epoch, with all that resuming needs; what worker processes start
         # from; the best epoch so far, of a training that was interrupted.
@@ -57,9 +74,33 @@ class RunFolder:
         Raises:
             CheckpointError: naming the options that resume it or start again.
         """
-        if self.last.exists() and not force:
+        if not self.last.exists() or force:
+            return
+        other = self.other_product()
+        if other is not None:
             raise CheckpointError(
-                f"{self.path} holds an earlier training; --resume goes on with it, --force starts anew"
+                f"{self.path} holds the training of {other}, which --force would delete; another -o keeps it"
+            )
+        raise CheckpointError(
+            f"{self.path} holds an earlier training; --resume goes on with it, --force starts anew"
+        )
+
+    def other_product(self) -> Path | None:
+        """The product whose training the folder holds, if that is known to be another one than ``output``."""
+        product = product_in(self.path) if self.last.exists() else None
+        return None if product == self._product else product
+
+    def refuse_other_product(self) -> None:
+        """Refuse to resume the training of another product.
+
+        Raises:
+            CheckpointError: naming both.
+        """
+        other = self.other_product()
+        if other is not None:
+            raise CheckpointError(
+                f"{self.path} holds the training of {other}, not of {self._product}: --resume -o {other} "
+                "goes on with it"
             )
 
     def refuse_reading(self, read: Iterable[NamedFile]) -> None:
@@ -86,6 +127,7 @@ class RunFolder:
             if not resume:
                 self._clean()
             self.path.mkdir(exist_ok=True)
+            (self.path / _PRODUCT).write_text(f"{self._product.name}\n", encoding="utf-8")
             # Appended, because a resumed training has several commands.
             with (self.path / "command.txt").open("a", encoding="utf-8") as stream:
                 stream.write(f"{shlex.join(sys.argv)}\n")

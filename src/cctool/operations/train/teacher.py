@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cctool.base.errors import CctoolError, TrainingError
 from cctool.base.networks import nonfinite
-from cctool.base.runtime import autocast
+from cctool.base.runtime import Reporter, autocast
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.file.checksum import verify_checksum
 from cctool.checkpoint.spec import Parent, Preprocessing
@@ -70,7 +70,7 @@ def distillation(
             _named(checkpoint, options, context),
             context.tables,
             context.user_code,
-            context.reporter,
+            _TeachersReporter(context.reporter),
         )
     bad = nonfinite(found.model)
     if bad is not None:
@@ -111,8 +111,27 @@ def _teachers_options() -> Iterator[None]:
     try:
         yield
     except CctoolError as error:
-        text = re.sub(r"(?<!\S)--(arch|arg|input|mean|std)\b", r"--teacher-\1", str(error))
-        raise type(error)(text) from error
+        raise type(error)(_teachers(str(error))) from error
+
+
+def _teachers(text: str) -> str:
+    return re.sub(r"(?<![\w-])--(arch|arg|input|mean|std)\b", r"--teacher-\1", text)
+
+
+class _TeachersReporter:
+    """Passes everything to another reporter; options that describe a network are the teacher's."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self.progress = reporter.progress
+
+    def note(self, text: str) -> None:
+        """Say something worth knowing."""
+        self._reporter.note(_teachers(text))
+
+    def warn(self, text: str) -> None:
+        """Say something that may be wrong."""
+        self._reporter.warn(_teachers(text))
 
 
 def _named(checkpoint: Checkpoint, options: TeacherOptions, context: Context) -> ModelOptions:

@@ -106,7 +106,8 @@ class FitOptions(TaskOptions):
     weight_decay: float = _optimizer(
         5e-4, "L2 penalty (sgd, adam) or decoupled decay (adamw).", bounds=at_least(0))
     decay: DecayScope = _optimizer(
-        DecayScope.ALL, "Decay all parameters, or only weights (no biases, no normalisation).")
+        DecayScope.ALL, "Decay all parameters, or only weights (no biases, no normalisation).",
+        idle=(UNTRAINED, Idle(lambda asked: asked.fit.weight_decay == 0, "--weight-decay 0 decays nothing")))
     schedule: Schedule = _rate(
         Schedule.COSINE, "How the learning rate changes after the warm-up.", "--lr-schedule", "--schedule")
     milestones: tuple[int, ...] = _rate(

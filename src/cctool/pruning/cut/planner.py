@@ -60,12 +60,15 @@ class Planner:
         self.model = model
         self.inputs = inputs
         self.options = options
-        self.graph = _coupled(
-            model, inputs, exact=options.exact, heads=options.attention is AttentionUnit.HEADS
-        )
+        heads = options.attention is AttentionUnit.HEADS
+        self.graph = _coupled(model, inputs, exact=options.exact, heads=heads)
         self.scores = score_families(self.graph, options, score_context(model, seed, evidence))
         self.spared: dict[str, str] = {}
         self.notes = list(idle_patterns(self.graph, options))
+        if options.exact and not _coupled(model, inputs, exact=False, heads=heads).statistics:
+            self.notes.append("--exact changes nothing: no statistic runs over channels that could go")
+        if heads and _same(self.graph, _coupled(model, inputs, exact=options.exact, heads=False)):
+            self.notes.append("--attention heads changes nothing: no attention has heads that could go")
         self._computed = why_not_parameters(model)
         if self._computed:
             self.notes.append(f"channels stay: {self._computed}")
@@ -99,11 +102,18 @@ class Planner:
         while True:
             chosen = self.candidates()
             self._refuse_nothing(chosen)
-            selection, plan = self.planned(chosen, counts(chosen))
+            wanted = counts(chosen)
+            selection, plan = self.planned(chosen, wanted)
             notes = list(self.notes)
             if not plan.tensors:
                 outcome = Check(0.0, 0.0, "", "")
-                notes.append("nothing to remove: the rate is below one unit")
+                fewer = any(kept < self.graph.families[number].units for number, kept in wanted.items())
+                why = (
+                    "--round-to or --min-channels keeps every width"
+                    if fewer
+                    else "the rate is below one unit"
+                )
+                notes.append(f"nothing to remove: {why}")
                 break
             outcome = check(self.model, self.graph, selection, plan, self.inputs)
             if not outcome.failure:
@@ -181,3 +191,11 @@ def _coupled(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool, heads: 
     # Code with a bare squeeze() may fail in any way on a batch of one; other errors will recur.
     except Exception:
         return couple(model, list(inputs), exact, heads)
+
+
+def _same(graph: ChannelGraph, other: ChannelGraph) -> bool:
+    """Whether the same units could be cut."""
+    ours, theirs = (
+        [(family.name, family.units, family.width) for family in found.families] for found in (graph, other)
+    )
+    return ours == theirs

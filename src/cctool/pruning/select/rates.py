@@ -1,4 +1,4 @@
-"""A table of rates, family or layer -> rate, as users and the sensitivity analysis write it."""
+"""A table of rates, family or layer -> rate, as users write it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cctool.base.errors import UsageError
-from cctool.base.json_text import DoubledKeyError, read_json
+from cctool.base.json_text import DoubledKeyError, read_json, twice
 from cctool.base.networks import some
 from cctool.graph.records import ChannelGraph
 from cctool.pruning.select.order import names_of
@@ -21,9 +21,9 @@ _LARGEST = 16 * 2**20  # bytes; a larger file is no table of rates
 def read_rates(path: str) -> dict[str, float]:
     """Read a table of rates.
 
-    JSON: ``{"conv1": 0.5}``, or a list of objects. CSV: a header that names the columns. The name is in the
-    first non-empty of the columns family, layer, name, module, parameter, tensor, the rate in ``rate``.
-    Other columns are ignored, as are rows with an empty rate.
+    JSON: ``{"conv1": 0.5}``, or a list of objects. CSV: a header that names the columns, each once, and rows
+    of as many cells. The name is in one of the columns family, layer, name, module, parameter, tensor, the
+    rate in ``rate``, of every row. Other columns are ignored, as are rows without any text.
 
     Args:
         path: of a ``.csv`` or ``.json`` file.
@@ -51,8 +51,8 @@ def read_rates(path: str) -> dict[str, float]:
         rate = _rate(value)
         if not name or rate is None:
             raise UsageError(
-                f"--rates {path}: row {number} ({name or 'without a name'}: {value!r}): a name and a rate in "
-                "[0, 1) are expected"
+                f"--rates {path}: row {number} ({name or 'without a name'}: {_shown(value)}): a name and a "
+                "rate in [0, 1) are expected"
             )
         if rates.get(name, rate) != rate:
             raise UsageError(f"--rates {path}: {name} has two rates, {rates[name]:g} and {rate:g}")
@@ -72,28 +72,49 @@ def _json_rows(text: str, path: str) -> list[tuple[str, Any]]:
     if isinstance(document, Mapping):
         return [(str(name), value) for name, value in document.items()]
     if isinstance(document, list) and all(isinstance(row, Mapping) for row in document):
-        return [_row(row) for row in document if row.get("rate") not in (None, "")]
+        return [_row(row, f"--rates {path}: row {number}") for number, row in enumerate(document, start=1)]
     raise UsageError(f"--rates {path}: an object of name: rate, or a list of rows, is expected")
 
 
 def _csv_rows(text: str, path: str) -> list[tuple[str, Any]]:
     try:
-        reader = csv.DictReader(text.splitlines())
-        columns = [column.strip().lower() for column in reader.fieldnames or ()]
-        if "rate" not in columns or not set(columns) & set(_NAMES):
-            raise UsageError(
-                f"--rates {path}: the header must name a column rate and one of {', '.join(_NAMES)}; it is "
-                f"{', '.join(columns) or 'empty'}"
-            )
-        reader.fieldnames = columns
-        return [_row(row) for row in reader if (row.get("rate") or "").strip()]
+        lines = [[cell.strip() for cell in line] for line in csv.reader(text.splitlines())]
     except csv.Error as error:
         raise UsageError(f"--rates {path}: is no CSV ({error})") from None
+    # Spreadsheets write rows of nothing but commas.
+    header, *rows = [line for line in lines if any(line)] or [[]]
+    columns = [column.lower() for column in header]
+    if "rate" not in columns or not set(columns) & set(_NAMES):
+        raise UsageError(
+            f"--rates {path}: the header must name a column rate and one of {', '.join(_NAMES)}; it is "
+            f"{', '.join(columns) or 'empty'}"
+        )
+    if doubled := [column for column in twice(columns) if column]:
+        raise UsageError(f"--rates {path}: the header names the column {doubled[0]} twice")
+    found = []
+    for number, cells in enumerate(rows, start=1):
+        where = f"--rates {path}: row {number}"
+        if len(cells) != len(columns):
+            hint = "; a number has a point, not a comma" if len(cells) > len(columns) else ""
+            raise UsageError(
+                f"{where} ({','.join(cells)}): the header has {len(columns)} cells, this row {len(cells)}"
+                + hint
+            )
+        found.append(_row(dict(zip(columns, cells, strict=True)), where))
+    return found
 
 
-def _row(row: Mapping[str, Any]) -> tuple[str, Any]:
-    name = next((row[column] for column in _NAMES if row.get(column)), "")
-    return str(name).strip(), row.get("rate")
+def _row(row: Mapping[str, Any], where: str) -> tuple[str, Any]:
+    """Name and rate of one row; ``where`` begins the error for a row that has several names."""
+    names = {column: str(row[column]).strip() for column in _NAMES if row.get(column)}
+    if len(set(names.values())) > 1:
+        several = ", ".join(f"{column} {name}" for column, name in names.items())
+        raise UsageError(f"{where} ({several}): has several names, one is expected")
+    return next(iter(names.values()), ""), row.get("rate")
+
+
+def _shown(value: Any) -> str:
+    return "without a rate" if value is None or value == "" else repr(value)
 
 
 def _rate(value: Any) -> float | None:

@@ -9,6 +9,7 @@ bottom edges use the table's top left corner.
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,7 +168,7 @@ def read_tables(
     try:
         if file.stat().st_size > _MAX_FILE:
             raise UsageError(f"--q-table {path}: larger than {_MAX_FILE // 2**20} MiB")
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
         found = _from_json(read_json(text)) if file.suffix == ".json" else _from_csv(text, taps, lengths)
     # RecursionError: deeply nested JSON.
     except (OSError, UnicodeDecodeError, ValueError, TypeError, RecursionError) as error:
@@ -187,11 +188,15 @@ def _numbers(value: Any) -> list[float]:
     if not isinstance(value, list):
         raise TypeError("a list of numbers is expected, or patterns with a list each")
     rows = [item if isinstance(item, list) else [item] for item in value]
-    return [float(item) for row in rows for item in row]
+    found = [item for row in rows for item in row]
+    wrong = [item for item in found if isinstance(item, bool) or not isinstance(item, (int, float))]
+    if wrong:
+        raise TypeError(f"{json.dumps(wrong[0])} is no number")
+    return [float(item) for item in found]
 
 
 def _from_csv(text: str, taps: Collection[str], lengths: Collection[int]) -> dict[str, tuple[float, ...]]:
-    lines = [[cell.strip() for cell in line if cell.strip()] for line in csv.reader(text.splitlines())]
+    lines = [_cells(line, number) for number, line in enumerate(csv.reader(text.splitlines()), start=1)]
     lines = [line for line in lines if line]
     if lines and lines[0][0] == "tap" and not any(map(_is_number, lines[0])):
         return _named(lines[1:], [line[0] for line in lines[1:]])
@@ -213,6 +218,16 @@ def _from_csv(text: str, taps: Collection[str], lengths: Collection[int]) -> dic
             f"{numbers[0]} is a tap, and may be a step, too: a first line tap,steps says that taps are named"
         )
     return named if fits(named) else plain
+
+
+def _cells(line: Sequence[str], number: int) -> list[str]:
+    """The cells of a line up to its last with text; spreadsheets make all lines equally long."""
+    cells = [cell.strip() for cell in line]
+    while cells and not cells[-1]:
+        cells.pop()
+    if not all(cells):
+        raise ValueError(f"line {number} ({','.join(cells)}): cell {cells.index('') + 1} is empty")
+    return cells
 
 
 def _named(lines: Sequence[Sequence[str]], names: Collection[str]) -> dict[str, tuple[float, ...]]:
