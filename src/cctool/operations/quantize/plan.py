@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError, UsageError
-from cctool.base.networks import qualified
+from cctool.base.networks import qualified, some
 from cctool.base.patterns import refuse_unmatched
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.data import example
@@ -20,7 +20,7 @@ from cctool.options.quantize.choices import CLIPPING, TRAINED, Edges, QuantizeMe
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.quantize.parts import LayerBits
 from cctool.quantization.network.attach import attach
-from cctool.quantization.network.calls import CallSite, Flow, flow_of, training_shapes
+from cctool.quantization.network.calls import LOOPED, CallSite, Flow, flow_of, training_shapes
 from cctool.quantization.network.placement import (
     Activation,
     Left,
@@ -93,6 +93,8 @@ def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, in
     points = plan_points(flow, _way(options))
     if not options.activations:
         points = stored_alone(points)
+    if options.activations or trained is not None:
+        points = _called_alike(points, flow)
     if trained is not None:
         points = _seen_in_training(points, trained)
     names = {layer.weight: _names(layer) for layer in points.layers}
@@ -112,14 +114,40 @@ def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, in
         and (config := _activation(activation, points, options)) is not None
     }
     if not weights and all(layer.at_call for layer in points.layers):
-        reasons = "; ".join(dict.fromkeys(item.reason for item in left))
-        raise QuantizationError(f"nothing is left to quantize: {reasons}")
+        raise QuantizationError(f"nothing is left to quantize: {_reasons(left)}")
     used = {name for layer in points.layers if layer.kernel is not None for name in layer.kernel.made_of}
     if options.activations:
         # Weights alone are stored in few bits whatever takes them.
         left += [Left(place.title, "only some inputs reach it") for place in flow.elsewhere]
-        left += [*points.left, *_other_weights(model, used.union(names), flow)]
+        left += [item for item in points.left if item not in left]
+        left += [*_other_weights(model, used.union(names), flow)]
     return Plan(flow, points, weights, activations, tuple(left))
+
+
+def _reasons(left: Collection[Left]) -> str:
+    """Why layers stay in floating point; of those in a loop over the batch their names and a way out."""
+    names = list(dict.fromkeys(item.name for item in left if item.reason == LOOPED))
+    return "; ".join(
+        f"{some(names)}: {reason}; --method int8 --weight-only stores weights in few bits"
+        if reason == LOOPED
+        else reason
+        for reason in dict.fromkeys(item.reason for item in left)
+    )
+
+
+def _called_alike(points: Points, flow: Flow) -> Points:
+    """The layers, of which those vary that are called in a loop over the batch.
+
+    A call has a range, and is rounded, by its number: those of a larger batch than the traced one have none.
+    """
+    looped = {call.place for call in flow.calls if call.looped}
+    return replace(
+        points,
+        layers=tuple(
+            replace(layer, varies=LOOPED) if layer.place in looped and not layer.varies else layer
+            for layer in points.layers
+        ),
+    )
 
 
 def _seen_in_training(points: Points, shapes: Mapping[CallSite, tuple[int, ...]]) -> Points:
@@ -187,7 +215,10 @@ def _weights(
     for layer in points.layers:
         reason = _unwanted(layer, options)
         if reason:
-            left.append(Left(layer.place.title, reason))
+            item = Left(layer.place.title, reason)
+            # A loop calls one layer several times.
+            if reason != LOOPED or item not in left:
+                left.append(item)
         elif layer.weight not in found and not _encoded_directly(layer):
             config = _weight_config(layer, options, bits.get(layer.weight))
             channels = None if config.axis is None else layer.shape[config.axis]
@@ -222,9 +253,9 @@ def _unwanted(layer: PlacedLayer, options: QuantizeOptions) -> str:
         return "--exclude"
     if options.include and not any(_matches(pattern, layer) for pattern in options.include):
         return "no --include matches it"
-    if given is not None:
-        return f"--layer {given.pattern}=float" if given.weights is None else ""
-    if _edge(layer, options) is Edges.FLOAT:
+    if given is not None and given.weights is None:
+        return f"--layer {given.pattern}=float"
+    if given is None and _edge(layer, options) is Edges.FLOAT:
         return "the first or the last layer (--edges float)"
     return "its weight has no elements" if 0 in layer.shape else layer.varies
 
