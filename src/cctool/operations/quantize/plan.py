@@ -20,7 +20,7 @@ from cctool.options.quantize.choices import CLIPPING, TRAINED, Edges, QuantizeMe
 from cctool.options.quantize.options import QuantizeOptions
 from cctool.options.quantize.parts import LayerBits
 from cctool.quantization.network.attach import attach
-from cctool.quantization.network.calls import LOOPED, CallSite, Flow, flow_of, training_shapes
+from cctool.quantization.network.calls import CallSite, Flow, flow_of, training_shapes
 from cctool.quantization.network.placement import (
     Activation,
     Left,
@@ -114,7 +114,7 @@ def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, in
         and (config := _activation(activation, points, options)) is not None
     }
     if not weights and all(layer.at_call for layer in points.layers):
-        raise QuantizationError(f"nothing is left to quantize: {_reasons(left)}")
+        raise QuantizationError(f"nothing is left to quantize: {_reasons(left, _looped(flow).values())}")
     used = {name for layer in points.layers if layer.kernel is not None for name in layer.kernel.made_of}
     if options.activations:
         # Weights alone are stored in few bits whatever takes them.
@@ -124,28 +124,33 @@ def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, in
     return Plan(flow, points, weights, activations, tuple(left))
 
 
-def _reasons(left: Collection[Left]) -> str:
-    """Why layers stay in floating point; of those in a loop over the batch their names and a way out."""
-    names = list(dict.fromkeys(item.name for item in left if item.reason == LOOPED))
+def _reasons(left: Collection[Left], looped: Collection[str]) -> str:
+    """Why layers stay in floating point; of those in loops their names and a way out."""
+    names: dict[str, list[str]] = {}
+    for item in left:
+        names.setdefault(item.reason, []).append(item.name)
     return "; ".join(
-        f"{some(names)}: {reason}; --method int8 --weight-only stores weights in few bits"
-        if reason == LOOPED
+        f"{some(found)}: {reason}; --method int8 --weight-only stores weights in few bits"
+        if reason in looped
         else reason
-        for reason in dict.fromkeys(item.reason for item in left)
+        for reason, found in names.items()
     )
 
 
+def _looped(flow: Flow) -> dict[CallSite, str]:
+    return {call.place: call.looped for call in flow.calls if call.looped}
+
+
 def _called_alike(points: Points, flow: Flow) -> Points:
-    """The layers, of which those vary that are called in a loop over the batch.
+    """The layers, of which those vary that are called in a loop of varying length.
 
     A call has a range, and is rounded, by its number: those of a larger batch than the traced one have none.
     """
-    looped = {call.place for call in flow.calls if call.looped}
+    looped = _looped(flow)
     return replace(
         points,
         layers=tuple(
-            replace(layer, varies=LOOPED) if layer.place in looped and not layer.varies else layer
-            for layer in points.layers
+            replace(layer, varies=layer.varies or looped.get(layer.place, "")) for layer in points.layers
         ),
     )
 
@@ -215,10 +220,7 @@ def _weights(
     for layer in points.layers:
         reason = _unwanted(layer, options)
         if reason:
-            item = Left(layer.place.title, reason)
-            # A loop calls one layer several times.
-            if reason != LOOPED or item not in left:
-                left.append(item)
+            left.append(Left(layer.place.title, reason))
         elif layer.weight not in found and not _encoded_directly(layer):
             config = _weight_config(layer, options, bits.get(layer.weight))
             channels = None if config.axis is None else layer.shape[config.axis]
@@ -231,7 +233,8 @@ def _weights(
             made_of = layer.kernel.made_of if layer.kernel is not None and layer.at_call else ()
             point = WeightPoint(config=config, channels=channels, norm=norm, made_of=made_of[:_MOST_NAMES])
             found[layer.weight] = point
-    return found, left
+    # A loop calls one layer several times.
+    return found, list(dict.fromkeys(left))
 
 
 def _grows(layer: PlacedLayer, config: QuantizerConfig, channels: int) -> bool:

@@ -24,8 +24,8 @@ COMPUTING = frozenset(
 )
 """Functions with a weight that is quantized."""
 
-LOOPED = "how often it is called depends on the number of samples, as in a loop over them"
-"""Why a call has no range of its own."""
+_BY_SAMPLES = "how often it is called depends on the number of samples, as in a loop over them"
+_BY_INPUT = "how often it is called depends on the network's input"
 
 _MANY = 1024
 """Samples of a pass that only counts calls: loops over chunks of a batch show there."""
@@ -75,7 +75,8 @@ class FlowCall:
             what it returned is not what others use.
         constant: whether no argument depends on the network's input.
         varies: of computing calls, why the values of the weight cannot be known in advance; "" if they can.
-        looped: whether how often its module calls its function depends on the number of samples.
+        looped: on what it depends how often its module calls its function, as a reason why no call has a
+            range of its own; "" if it is called equally often in every pass.
     """
 
     place: CallSite
@@ -93,7 +94,7 @@ class FlowCall:
     lost: bool = False
     constant: bool = False
     varies: str = ""
-    looped: bool = False
+    looped: str = ""
 
 
 @dataclass(frozen=True)
@@ -274,20 +275,34 @@ def flow_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Flow:
         if flow.kernels:
             # Random numbers and buffers go on from here: they may change weights, too.
             model(*others)
-        second = _layers(_recorded(model, others))
+        other = _recorded(model, others).calls
         more = _calls_of_more(model, inputs)
-        third = {call.place: call for call in more if call.weight is not None}
-    looped = _differing(flow.calls, more) or _differing(flow.calls, _calls_of_many(model, inputs))
+    second, third = _layers(other), _layers(more)
+    counts = _counted(flow.calls)
+    for reason, found in (
+        (_BY_INPUT, _counted(other)),
+        (_BY_SAMPLES, _counted(more)),
+        (_BY_SAMPLES, _counts_of_many(model, inputs)),
+    ):
+        for call in flow.calls:
+            key = call.place.module, call.place.function
+            # Where a pass has none, another branch was taken: its calls are no others of this function.
+            if found[key] and found[key] != counts[key]:
+                call.looped = reason
     for call in flow.calls:
-        call.looped = (call.place.module, call.place.function) in looped
         if call.weight is not None:
-            other = third.get(call.place, call)
-            call.varies = _varies(call, second.pop(call.place, call)) or _varies_with_batch(call, other)
+            larger = third.get(call.place, call)
+            call.varies = _varies(call, second.pop(call.place, call)) or _varies_with_batch(call, larger)
     return replace(flow, elsewhere=tuple(second))
 
 
-def _layers(flow: Flow) -> dict[CallSite, FlowCall]:
-    return {call.place: call for call in flow.calls if call.weight is not None}
+def _layers(calls: Sequence[FlowCall]) -> dict[CallSite, FlowCall]:
+    return {call.place: call for call in calls if call.weight is not None}
+
+
+def _counted(calls: Sequence[FlowCall]) -> Counter[tuple[str, str]]:
+    """How often each module calls each function."""
+    return Counter((call.place.module, call.place.function) for call in calls)
 
 
 def _calls_of_more(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[FlowCall, ...]:
@@ -300,18 +315,26 @@ def _calls_of_more(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[FlowCa
         return ()
 
 
-def _calls_of_many(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[FlowCall, ...]:
-    """The calls of a pass with many samples, of which only shapes are computed; none where that fails."""
-    shapes = [(_MANY, *tensor.shape[1:]) if tensor.dim() else () for tensor in inputs]
-    many = tuple(
-        torch.empty(shape, dtype=tensor.dtype, device="meta")
-        for shape, tensor in zip(shapes, inputs, strict=True)
-    )
+def _counts_of_many(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counter[tuple[str, str]]:
+    """`_counted` of a pass with many samples, of which only shapes are computed; empty where that fails."""
+    counts: Counter[tuple[str, str]] = Counter()
+
+    def count(event: Event) -> None:
+        if next(tensors_in(event.result), None) is not None:
+            counts[event.module, event.name] += 1
+
     try:
-        return _recorded(_without_values(model), many).calls
+        # Also for what the network's code makes on the way: nothing takes memory.
+        with torch.device("meta"):
+            shapes = [(_MANY, *tensor.shape[1:]) if tensor.dim() else () for tensor in inputs]
+            many = [
+                torch.empty(shape, dtype=tensor.dtype) for shape, tensor in zip(shapes, inputs, strict=True)
+            ]
+            execute(_without_values(model), many, [count])
     except Exception:
         # The network's own code asks for values, or takes no other batch: it may raise anything.
-        return ()
+        return Counter()
+    return counts
 
 
 def _without_values(model: nn.Module) -> nn.Module:
@@ -322,12 +345,6 @@ def _without_values(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         shapes[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copied(model, shapes)
-
-
-def _differing(calls: Sequence[FlowCall], others: Sequence[FlowCall]) -> set[tuple[str, str]]:
-    """Modules and functions of which both passes have calls, and one has more than the other."""
-    first, second = (Counter((c.place.module, c.place.function) for c in made) for made in (calls, others))
-    return {key for key in first.keys() & second.keys() if first[key] != second[key]}
 
 
 def _varies(call: FlowCall, second: FlowCall) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cctool.quantization.network.calls import COMPUTING, INPUT, LOOPED, CallSite, Flow, FlowCall
+from cctool.quantization.network.calls import COMPUTING, INPUT, CallSite, Flow, FlowCall
 from cctool.quantization.network.kernels import Kernel
 
 Way = Literal["all", "inputs", "clips", "none"]
@@ -119,9 +119,9 @@ def plan_points(flow: Flow, way: Way) -> Points:
     lost = dict.fromkeys(activation.place for activation in found if plan.is_lost(activation))
     reason = "the network goes on with what {} wrote in place, not with its result"
     left = [Left(place.title, reason.format(place.function)) for place in lost]
-    looped = {call.place for call in flow.calls if call.looped}
-    left += dict.fromkeys(Left(place.title, LOOPED) for place in (a.place for a in found) if place in looped)
-    kept = tuple(activation for activation in found if activation.place not in looped.union(lost))
+    looped = {call.place: call.looped for call in flow.calls if call.looped}
+    left += dict.fromkeys(Left(a.place.title, looped[a.place]) for a in found if a.place in looped)
+    kept = tuple(a for a in found if a.place not in lost and a.place not in looped)
     if way == "clips":
         left += plan.unclipped(kept)
     return Points(layers, kept, tuple(left))
