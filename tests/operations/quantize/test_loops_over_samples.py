@@ -152,3 +152,9 @@ def test_weights_alone_that_are_trained_leave_the_loop_in_floats(method: Quantiz
 def test_a_network_that_is_all_in_the_loop_is_refused() -> None:
     with pytest.raises(QuantizationError, match=r"body\.0, body\.3: how often .*--weight-only"):
         quantized("whole", data=replace(DATA, limit=32))
+
+
+def test_a_target_that_cannot_be_reached_names_the_loop_once() -> None:
+    with pytest.raises(QuantizationError, match=r"cannot be reached") as caught:
+        quantized("singly", target=parse_target("bytes=0.01"))
+    assert str(caught.value).count("branch.0 stays in floating point") == 1
