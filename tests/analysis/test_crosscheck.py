@@ -89,4 +89,7 @@ def test_a_failure_is_reported_and_not_raised() -> None:
 
     check = checked(Uncopyable(4, 4), 4)
     assert check.total is None
-    assert check.failure == "thop failed: TypeError: cannot be copied"
+    assert (
+        check.failure
+        == "thop failed: ArchitectureError: the network cannot be copied: TypeError: cannot be copied"
+    )

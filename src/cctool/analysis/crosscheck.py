@@ -8,7 +8,6 @@ they do not explain are listed by layer.
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from cctool.analysis.layers import ROOT
-from cctool.base.networks import some
+from cctool.base.networks import copied, some
 from cctool.graph.cost import ModelCost
 from cctool.graph.cost_rules import Cost
 
@@ -134,7 +133,7 @@ def _run_thop(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, dict
     with _silent():
         import thop
 
-        duplicate = copy.deepcopy(model).eval()
+        duplicate = copied(model).eval()
         example = next(duplicate.parameters(), torch.empty(0))
         inputs = torch.zeros(1, *input_shape, device=example.device, dtype=example.dtype)
         total, _, layers = thop.profile(duplicate, inputs=(inputs,), verbose=False, ret_layer_info=True)

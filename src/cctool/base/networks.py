@@ -7,13 +7,17 @@ weights) can leave them out without knowing what they are.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from types import FunctionType, ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from cctool.base.errors import ArchitectureError, CctoolError
 
 MARK = "is_companion"
 """Attribute that is true on a companion's module or hook."""
@@ -136,15 +140,53 @@ def _version(tensor: Tensor) -> int:
 def copied(model: nn.Module, memo: Mapping[int, object] | None = None) -> nn.Module:
     """A deep copy that shares the attributes of modules which cannot be copied (locks, open files).
 
+    Tensors that were computed from others with gradients, such as a buffer of a parameter's signs, are copied
+    without what they were computed from.
+
     Args:
         model: any module.
         memo: by `id`, what replaces an object in the copy, as `copy.deepcopy` takes it.
+
+    Raises:
+        ArchitectureError: if a module or one of its tensors refuses to be copied.
     """
     known = dict(memo or {})
     try:
         return deepcopy(model, dict(known))
     except Exception:  # attributes of the user's modules may refuse a copy in any way
-        return deepcopy(model, known | _refusing(model, known))
+        known = _computed_tensors(model) | known
+    try:
+        return deepcopy(model, dict(known))
+    except Exception:  # see above
+        known |= _refusing(model, known)
+    try:
+        return deepcopy(model, known)
+    except (CctoolError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # see above
+        text = " ".join(str(error).split())[:200]
+        raise ArchitectureError(f"the network cannot be copied: {type(error).__name__}: {text}") from error
+
+
+def _computed_tensors(model: nn.Module) -> dict[int, object]:
+    """Copies, by `id`, of the tensors in a network that torch refuses to copy deeply, wherever they lie."""
+    found: dict[int, object] = {}
+    seen: set[int] = set()
+    left: list[object] = [model]
+    while left:
+        item = left.pop()
+        if id(item) in seen or isinstance(item, (type, FunctionType, ModuleType)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            if not item.is_leaf:
+                found[id(item)] = item.detach().clone()
+        elif isinstance(item, dict):
+            left += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple, set, frozenset, deque)):
+            left += item
+        left += getattr(item, "__dict__", {}).values()
+    return found
 
 
 def _refusing(model: nn.Module, memo: Mapping[int, object]) -> dict[int, object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import CheckpointError, UnsafeCheckpointError
+from cctool.base.networks import copied
 from cctool.checkpoint.file.torch_file import load_torch_file
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "module", "weights", "params", "model_state")
@@ -96,7 +96,7 @@ def _spellings(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 def _translated(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Let each module rename what older versions of it stored, as `load_state_dict` does internally."""
     state: dict[str, Any] = dict(tensors)
-    for prefix, module in copy.deepcopy(model).named_modules(remove_duplicate=False):
+    for prefix, module in copied(model).named_modules(remove_duplicate=False):
         start = f"{prefix}." if prefix else ""
         module._load_from_state_dict(state, start, {"assign_to_params_buffers": True}, True, [], [], [])
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}

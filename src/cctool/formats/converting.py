@@ -54,7 +54,10 @@ def reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     if type(error).__name__ == "GuardOnDataDependentSymNode":
-        return "shapes inside it depend on the data, as where boxes are chosen by their scores"
+        return (
+            "it decides by values that it computes, as `if y.max() > 1` does or code that depends on how "
+            "many boxes were chosen, and an exported program has no such choice"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 

@@ -423,3 +423,37 @@ def test_cuda_gives_the_same_bytes(resnet: Path) -> None:
         for name, form in stored[0].items():
             for key, part in form.parts.items():
                 assert torch.equal(part, stored[1][name].parts[key])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--method apot --weight-bits 4 --terms 9", "--terms 9: 1 to 3 are allowed with 4 bits"),
+        ("--method apot --terms 0", "--terms 0: 1 to 3 are allowed with 4 bits"),
+        ("--method apot --weight-bits 2 --terms 2", "--terms 2: 1 is allowed with 2 bits"),
+        ("--method int8 --weight-only --layer *=1", "--layer *=1: a weight has 2 bits or more"),
+        ("--method int8 --layer fc=1", "--layer fc=1: a weight has 2 bits or more"),
+        ("--method qat --layer fc=w1a8", "--layer fc=1: a weight has 2 bits or more"),
+        ("--method lsq --layer fc=1", "--layer fc=1: a weight has 2 bits or more"),
+        ("--method wrpn --layer fc=1", "--layer fc=1: a weight has 2 bits or more"),
+        ("--method int8 --layer fc=w8a1", "--layer fc: 1 bit is not enough for activations"),
+        ("--method lsq --layer fc=w8a1", "--layer fc: 1 bit is not enough for activations"),
+        (
+            "--method dorefa --activation-bits 0",
+            "--activation-bits 0: 1 to 8 are allowed",
+        ),
+        ("--method wrpn --weight-bits 1", "--weight-bits 1: 2 to 8 are allowed with --method wrpn"),
+    ],
+)
+def test_bits_and_terms_that_a_method_lacks_are_wrong_command_lines(line: str, said: str) -> None:
+    # No such file: nothing is opened before.
+    found = CliRunner().invoke(app, ["quantize", "missing.pt", "-o", "out.pt", *line.split()])
+    assert found.exit_code == 2
+    assert said in found.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_all_terms_that_are_allowed_are_possible(resnet: Path, terms: int) -> None:
+    products(resnet, QuantizeOptions(method=QuantizeMethod.APOT, weight_bits=4, terms=terms))
+    stored = load(resnet.with_name("out.pt"), tables()).stored
+    assert {form.parameters["terms"] for form in stored.values() if form.encoding == "codebook"} == {terms}

@@ -65,3 +65,35 @@ def test_the_network_stays_as_it_is() -> None:
     assert torch.equal(x, kept)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not model._forward_hooks
+
+
+class Loops(nn.Module):
+    """Layers called for each sample, for chunks of 100, as often as the input says, and three times."""
+
+    def __init__(self, *, asks: bool) -> None:
+        super().__init__()
+        self.asks = asks
+        self.single, self.chunked, self.repeated, self.thrice = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.mean((2, 3)).repeat(1, 2)[:, :4]
+        y = torch.stack([self.single(sample) for sample in y])
+        y = torch.cat([self.chunked(part) for part in y.split(100)])
+        for _ in range(3):
+            y = self.thrice(y)
+        # The values that a network is traced with have a smaller sum than those of another pass.
+        for _ in range(1 + int(x.abs().sum() > 1) if self.asks else 1):
+            y = self.repeated(y)
+        return y
+
+
+def test_loops_of_varying_length_are_told_from_fixed_ones() -> None:
+    x = torch.full((2, 3, 4, 4), 1e-3)
+    found = {c.place.module: c.looped for c in flow_of(Loops(asks=False).eval(), (x,)).calls if c.weight}
+    samples = "how often it is called depends on the number of samples, as in a loop over them"
+    assert found == {"single": samples, "chunked": samples, "thrice": "", "repeated": ""}
+    # Nothing is known of chunks where the code asks for values, which a pass of shapes has none of.
+    found = {c.place.module: c.looped for c in flow_of(Loops(asks=True).eval(), (x,)).calls if c.weight}
+    assert found["single"] == samples
+    assert found["thrice"] == ""
+    assert found["repeated"] == "how often it is called depends on the network's input"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cctool.base.errors import QuantizationError, UsageError
-from cctool.base.networks import qualified
+from cctool.base.networks import qualified, some
 from cctool.base.patterns import refuse_unmatched
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.operations.data import example
@@ -93,6 +93,8 @@ def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, in
     points = plan_points(flow, _way(options))
     if not options.activations:
         points = stored_alone(points)
+    if options.activations or trained is not None:
+        points = _called_alike(points, flow)
     if trained is not None:
         points = _seen_in_training(points, trained)
     names = {layer.weight: _names(layer) for layer in points.layers}
@@ -112,14 +114,45 @@ def plan(checkpoint: Checkpoint, options: QuantizeOptions, bits: Mapping[str, in
         and (config := _activation(activation, points, options)) is not None
     }
     if not weights and all(layer.at_call for layer in points.layers):
-        reasons = "; ".join(dict.fromkeys(item.reason for item in left))
-        raise QuantizationError(f"nothing is left to quantize: {reasons}")
+        raise QuantizationError(f"nothing is left to quantize: {_reasons(left, _looped(flow).values())}")
     used = {name for layer in points.layers if layer.kernel is not None for name in layer.kernel.made_of}
     if options.activations:
         # Weights alone are stored in few bits whatever takes them.
         left += [Left(place.title, "only some inputs reach it") for place in flow.elsewhere]
-        left += [*points.left, *_other_weights(model, used.union(names), flow)]
+        left += [item for item in points.left if item not in left]
+        left += [*_other_weights(model, used.union(names), flow)]
     return Plan(flow, points, weights, activations, tuple(left))
+
+
+def _reasons(left: Collection[Left], looped: Collection[str]) -> str:
+    """Why layers stay in floating point; of those in loops their names and a way out."""
+    names: dict[str, list[str]] = {}
+    for item in left:
+        names.setdefault(item.reason, []).append(item.name)
+    return "; ".join(
+        f"{some(found)}: {reason}; --method int8 --weight-only stores weights in few bits"
+        if reason in looped
+        else reason
+        for reason, found in names.items()
+    )
+
+
+def _looped(flow: Flow) -> dict[CallSite, str]:
+    return {call.place: call.looped for call in flow.calls if call.looped}
+
+
+def _called_alike(points: Points, flow: Flow) -> Points:
+    """The layers, of which those vary that are called in a loop of varying length.
+
+    A call has a range, and is rounded, by its number: those of a larger batch than the traced one have none.
+    """
+    looped = _looped(flow)
+    return replace(
+        points,
+        layers=tuple(
+            replace(layer, varies=layer.varies or looped.get(layer.place, "")) for layer in points.layers
+        ),
+    )
 
 
 def _seen_in_training(points: Points, shapes: Mapping[CallSite, tuple[int, ...]]) -> Points:
@@ -200,7 +233,8 @@ def _weights(
             made_of = layer.kernel.made_of if layer.kernel is not None and layer.at_call else ()
             point = WeightPoint(config=config, channels=channels, norm=norm, made_of=made_of[:_MOST_NAMES])
             found[layer.weight] = point
-    return found, left
+    # A loop calls one layer several times.
+    return found, list(dict.fromkeys(left))
 
 
 def _grows(layer: PlacedLayer, config: QuantizerConfig, channels: int) -> bool:
@@ -222,9 +256,9 @@ def _unwanted(layer: PlacedLayer, options: QuantizeOptions) -> str:
         return "--exclude"
     if options.include and not any(_matches(pattern, layer) for pattern in options.include):
         return "no --include matches it"
-    if given is not None:
-        return f"--layer {given.pattern}=float" if given.weights is None else ""
-    if _edge(layer, options) is Edges.FLOAT:
+    if given is not None and given.weights is None:
+        return f"--layer {given.pattern}=float"
+    if given is None and _edge(layer, options) is Edges.FLOAT:
         return "the first or the last layer (--edges float)"
     return "its weight has no elements" if 0 in layer.shape else layer.varies
 

@@ -261,11 +261,14 @@ def _in_floats(product: Checkpoint, planned: Plan) -> str:
     # The last of them are buffers that calls take as they are.
     floats = made_of.intersection(state) - planned.weights.keys() | (planned.kernels.keys() & state.keys())
     size = sum(state[name].numel() * state[name].element_size() for name in floats)
-    found = [
-        f". {layer.place.title} stays in floating point: {layer.varies}"
-        for layer in planned.points.layers
-        if layer.varies
-    ]
+    # A loop calls one layer several times.
+    found = list(
+        dict.fromkeys(
+            f". {layer.place.title} stays in floating point: {layer.varies}"
+            for layer in planned.points.layers
+            if layer.varies
+        )
+    )
     if size:
         found.append(
             f". {size:,} bytes are what kernels are computed from ({several(len(floats), 'tensor')}), which "

@@ -63,7 +63,7 @@ def _parameters(item: SelectedTensor, options: QuantizeOptions, seed: int) -> di
     if method is QuantizeMethod.CODEBOOK:
         return {"kind": "kmeans", "bits": bits, "axis": None, "init": str(options.init), "seed": seed}
     if method is QuantizeMethod.APOT:
-        terms = options.terms or default_terms(bits)
+        terms = default_terms(bits) if options.terms is None else options.terms
         return {"kind": "apot", "bits": bits, "axis": axis, "terms": terms}
     return {"bits": bits, "symmetric": not options.asymmetric, "axis": axis, "group": options.group}
 

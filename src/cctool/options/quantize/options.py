@@ -33,6 +33,8 @@ _DEFAULT_BITS: dict[QuantizeMethod, int] = {
     QuantizeMethod.WRPN: 4,
 }
 _FLOATS = frozenset({QuantizeMethod.FP16, QuantizeMethod.BF16})
+# Of one bit, which is no sign but chooses between two values.
+_SINGLE_BITS = frozenset({QuantizeMethod.PACT, QuantizeMethod.DOREFA, QuantizeMethod.CODEBOOK})
 _UNIFORM = frozenset({*INTEGERS, QuantizeMethod.QAT})
 _EPOCHS = 10
 _weights = section("Weights")
@@ -118,7 +120,6 @@ class QuantizeOptions(Options):
     def clashes(self) -> Iterable[tuple[bool, str]]:
         """What the method has no use for, bits that it lacks, and choices that exclude each other."""
         method, given = self.method, self.layers
-        clipped = method in {*CLIPPING, QuantizeMethod.CODEBOOK}
         fixed = method in _FLOATS or method is QuantizeMethod.UINT8
         integers, trained, grouped = method in INTEGERS, method in TRAINED, self.group is not None
         ranged = {*_UNIFORM, QuantizeMethod.UINT8, QuantizeMethod.LSQ, QuantizeMethod.APOT}
@@ -126,14 +127,13 @@ class QuantizeOptions(Options):
         eights = {*self.choices} if self.searches else {self.bits, *(layer.weights for layer in given)}
         edges = self.activations and self.effective_edges is Edges.EIGHT
         adaround = self.rounding is Rounding.ADAROUND
-        weight, activation, lowest = self.weight_bits, self.activation_bits, 1 if clipped else 2
+        weight, activation = self.weight_bits, self.activation_bits
         # fmt: off
         return (
+            *self._numbers(),
             (weight is not None and fixed, f"--weight-bits: --method {method} says how many bits there are"),
             (weight is not None and INTEGERS.get(method) not in (None, 8, weight),
              f"--weight-bits {weight}: --method {method} says {INTEGERS.get(method)}"),
-            (weight is not None and not lowest <= weight <= 8,
-             f"--weight-bits {weight}: {lowest} to 8 are allowed with --method {method}"),
             (bool(self.per_channel) and method not in ranged,
              f"--per-channel sets ranges, which {method} does not have for each channel; use it with "
              "--method uint8, intN, qat, lsq or apot"),
@@ -149,8 +149,6 @@ class QuantizeOptions(Options):
              f"--weight-only: --method {method} leaves activations anyway"),
             (activation is not None and not self.activations,
              f"--activation-bits: --method {method} leaves activations in float"),
-            (activation is not None and not (1 if method in CLIPPING else 2) <= activation <= 8,
-             f"--activation-bits {activation}: 2 to 8 are allowed"),
             (fitted and not integers, "--equalize and --bias-correction are for --method intN"),
             (self.max_drop is not None and not self.max_drop > 0,
              "--max-drop 0: a positive number is needed"),
@@ -173,6 +171,37 @@ class QuantizeOptions(Options):
              f"--epochs: --method {method} trains nothing; codebook, qat, lsq, pact, dorefa, wrpn do"),
         )
         # fmt: on
+
+    def _numbers(self) -> Iterable[tuple[bool, str]]:
+        """Bits and terms that the method has no quantizer for."""
+        method, weight, activation, terms = self.method, self.weight_bits, self.activation_bits, self.terms
+        lowest, fewest = 1 if method in _SINGLE_BITS else 2, 1 if method in CLIPPING else 2
+        yield (
+            weight is not None and not lowest <= weight <= 8,
+            f"--weight-bits {weight}: {lowest} to 8 are allowed with --method {method}",
+        )
+        yield (
+            activation is not None and not fewest <= activation <= 8,
+            f"--activation-bits {activation}: {fewest} to 8 are allowed with --method {method}",
+        )
+        for layer in self.layers if method in INTEGERS or method in TRAINED else ():
+            yield (
+                layer.weights is not None and layer.weights < lowest,
+                f"--layer {layer.pattern}={layer.weights}: a weight has {lowest} bits or more with --method "
+                f"{method}, one of which is the sign",
+            )
+            yield (
+                layer.activations is not None and layer.activations < fewest,
+                f"--layer {layer.pattern}: {layer.activations} bit is not enough for activations with "
+                f"--method {method}; {fewest} to 16 are allowed",
+            )
+        if method is QuantizeMethod.APOT and lowest <= self.bits <= 8:
+            most = self.bits - 1
+            yield (
+                terms is not None and not 1 <= terms <= most,
+                f"--terms {terms}: {'1 is' if most == 1 else f'1 to {most} are'} allowed with {self.bits} "
+                "bits, one of which is the sign",
+            )
 
     @property
     def observes(self) -> bool:

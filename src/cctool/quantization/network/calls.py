@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cctool.base.networks import in_mode, qualified
+from cctool.base.networks import copied, in_mode, qualified
 from cctool.graph.execution import Event, execute, tensors_in
 from cctool.graph.trace import ARGUMENTS, argument, tensor_names
 from cctool.quantization.network.kernels import Kernel, fed_by, same, whole_parameter
@@ -23,6 +23,12 @@ COMPUTING = frozenset(
     [*(f"conv{n}d" for n in (1, 2, 3)), *(f"conv_transpose{n}d" for n in (1, 2, 3)), "linear"]
 )
 """Functions with a weight that is quantized."""
+
+_BY_SAMPLES = "how often it is called depends on the number of samples, as in a loop over them"
+_BY_INPUT = "how often it is called depends on the network's input"
+
+_MANY = 1024
+"""Samples of a pass that only counts calls: loops over chunks of a batch show there."""
 
 INPUT = -1
 """The network's input, where calls are given by their number."""
@@ -69,6 +75,8 @@ class FlowCall:
             what it returned is not what others use.
         constant: whether no argument depends on the network's input.
         varies: of computing calls, why the values of the weight cannot be known in advance; "" if they can.
+        looped: on what it depends how often its module calls its function, as a reason why no call has a
+            range of its own; "" if it is called equally often in every pass.
     """
 
     place: CallSite
@@ -86,6 +94,7 @@ class FlowCall:
     lost: bool = False
     constant: bool = False
     varies: str = ""
+    looped: str = ""
 
 
 @dataclass(frozen=True)
@@ -253,7 +262,8 @@ def flow_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Flow:
     """Record one pass of a network without quantizers and codecs, in evaluation mode; it is not changed.
 
     A second pass, with other inputs, shows which layers take the same weight whatever comes in, and a third,
-    with a sample more, which do so whatever the batch.
+    with a sample more, which do so whatever the batch. That one, and one of many samples on the meta device,
+    show which calls lie in a loop over the batch.
     """
     flow = _recorded(model, inputs)
     generator = torch.Generator().manual_seed(1)
@@ -265,27 +275,76 @@ def flow_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Flow:
         if flow.kernels:
             # Random numbers and buffers go on from here: they may change weights, too.
             model(*others)
-        second = _layers(_recorded(model, others))
-        third = _layers_of_more(model, inputs)
+        other = _recorded(model, others).calls
+        more = _calls_of_more(model, inputs)
+    second, third = _layers(other), _layers(more)
+    counts = _counted(flow.calls)
+    for reason, found in (
+        (_BY_INPUT, _counted(other)),
+        (_BY_SAMPLES, _counted(more)),
+        (_BY_SAMPLES, _counts_of_many(model, inputs)),
+    ):
+        for call in flow.calls:
+            key = call.place.module, call.place.function
+            # Where a pass has none, another branch was taken: its calls are no others of this function.
+            if found[key] and found[key] != counts[key]:
+                call.looped = reason
     for call in flow.calls:
         if call.weight is not None:
-            other = third.get(call.place, call)
-            call.varies = _varies(call, second.pop(call.place, call)) or _varies_with_batch(call, other)
+            larger = third.get(call.place, call)
+            call.varies = _varies(call, second.pop(call.place, call)) or _varies_with_batch(call, larger)
     return replace(flow, elsewhere=tuple(second))
 
 
-def _layers(flow: Flow) -> dict[CallSite, FlowCall]:
-    return {call.place: call for call in flow.calls if call.weight is not None}
+def _layers(calls: Sequence[FlowCall]) -> dict[CallSite, FlowCall]:
+    return {call.place: call for call in calls if call.weight is not None}
 
 
-def _layers_of_more(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[CallSite, FlowCall]:
-    """The layers of a pass with one sample more; none if the network takes no other batch."""
+def _counted(calls: Sequence[FlowCall]) -> Counter[tuple[str, str]]:
+    """How often each module calls each function."""
+    return Counter((call.place.module, call.place.function) for call in calls)
+
+
+def _calls_of_more(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[FlowCall, ...]:
+    """The calls of a pass with one sample more; none if the network takes no other batch."""
     more = tuple(torch.cat((tensor, tensor[:1])) if tensor.dim() else tensor for tensor in inputs)
     try:
-        return _layers(_recorded(model, more))
+        return _recorded(model, more).calls
     except Exception:
         # A network of a fixed batch, whose own code may raise anything: its weights have one shape.
-        return {}
+        return ()
+
+
+def _counts_of_many(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counter[tuple[str, str]]:
+    """`_counted` of a pass with many samples, of which only shapes are computed; empty where that fails."""
+    counts: Counter[tuple[str, str]] = Counter()
+
+    def count(event: Event) -> None:
+        if next(tensors_in(event.result), None) is not None:
+            counts[event.module, event.name] += 1
+
+    try:
+        # Also for what the network's code makes on the way: nothing takes memory.
+        with torch.device("meta"):
+            shapes = [(_MANY, *tensor.shape[1:]) if tensor.dim() else () for tensor in inputs]
+            many = [
+                torch.empty(shape, dtype=tensor.dtype) for shape, tensor in zip(shapes, inputs, strict=True)
+            ]
+            execute(_without_values(model), many, [count])
+    except Exception:
+        # The network's own code asks for values, or takes no other batch: it may raise anything.
+        return Counter()
+    return counts
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have shapes alone."""
+    shapes: dict[int, object] = {}
+    for parameter in model.parameters():
+        shapes[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in model.buffers():
+        shapes[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copied(model, shapes)
 
 
 def _varies(call: FlowCall, second: FlowCall) -> str:

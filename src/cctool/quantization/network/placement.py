@@ -119,7 +119,9 @@ def plan_points(flow: Flow, way: Way) -> Points:
     lost = dict.fromkeys(activation.place for activation in found if plan.is_lost(activation))
     reason = "the network goes on with what {} wrote in place, not with its result"
     left = [Left(place.title, reason.format(place.function)) for place in lost]
-    kept = tuple(activation for activation in found if activation.place not in lost)
+    looped = {call.place: call.looped for call in flow.calls if call.looped}
+    left += dict.fromkeys(Left(a.place.title, looped[a.place]) for a in found if a.place in looped)
+    kept = tuple(a for a in found if a.place not in lost and a.place not in looped)
     if way == "clips":
         left += plan.unclipped(kept)
     return Points(layers, kept, tuple(left))
