@@ -17,7 +17,7 @@ from cctool.formats.converting import agreements_with
 from cctool.formats.onnx.write import write_onnx
 from cctool.formats.parity import compare, growing_batches, least_of, require_agreement
 from cctool.formats.records import Agreement, ExportRequest
-from cctool.formats.rounding import Run, Shake, exact_runner, runner_of
+from cctool.formats.rounding import Run, Shake, exact_between_steps, exact_runner, runner_of
 from cctool.formats.steps import References
 from cctool.formats.tally import OutputTally
 from cctool.formats.verdict import quick
@@ -228,7 +228,8 @@ def test_large_terms_that_cancel_are_judged_in_float64_where_a_network_rounds(fa
     def file(batch: Tensor) -> list[Tensor]:
         return [output + fault * output.std() * (torch.arange(10) == 3) for output in runner_of(other)(batch)]
 
-    references = References(runner_of(intended), file, exact_runner(intended))
+    exact = exact_runner(intended), exact_between_steps(intended)
+    references = References(runner_of(intended), file, *exact)
     if fault:
         with pytest.raises(ExportError, match="at channel 3"):
             compare(model, file, inputs(), "noise", quantized=True, references=references)
@@ -238,7 +239,76 @@ def test_large_terms_that_cancel_are_judged_in_float64_where_a_network_rounds(fa
     assert found.outputs[0].compared_with == "the network with the file's constants"
     with pytest.raises(ExportError, match="at channel"):
         # Without it, float32 alone cannot tell.
-        compare(model, file, inputs(), "noise", quantized=True, references=replace(references, exact=None))
+        without = replace(references, between_steps=None)
+        compare(model, file, inputs(), "noise", quantized=True, references=without)
+
+
+def test_float64_takes_the_steps_of_the_network_where_its_own_error_is_asked_for() -> None:
+    """Halfway between two levels float64 takes the other one: that is no error of sums and products."""
+
+    class Halfway(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            tenths = (x.flatten(1)[:, :10] * 100).round() / 100
+            levels = (tenths / 0.02).round() * 0.02  # an odd number of hundredths lies halfway
+            return levels.cumsum(1).clamp(min=-2)
+
+    model, batch = Halfway(), torch.cat(inputs())
+    own, exact, steps = (
+        run(batch)[0].double() for run in (runner_of(model), exact_runner(model), exact_between_steps(model))
+    )
+    assert float((own - exact).abs().max()) > 0.01
+    assert float((own - steps).abs().max()) < 1e-5
+
+
+class Switching(Rounded):
+    """Scores of another layer where the first pixel is large: for one input in a hundred."""
+
+    def __init__(self, shift: float = 0.0, turned: int = 0) -> None:
+        super().__init__(shift)
+        self.other, self.turned = nn.Linear(192, 10), turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        rare = (x[:, 0, 0, 0] > 2.3)[:, None]
+        return torch.where(rare, self.other(x.flatten(1)).roll(self.turned, 1), super().forward(x))
+
+
+@pytest.mark.parametrize("turned", [0, 1])
+def test_a_fault_that_few_inputs_reach_is_refused_where_a_network_rounds(turned: int) -> None:
+    model, intended, file = Switching(), Switching(0.003), Switching(0.003, turned)
+    for one in (intended, file):
+        one.load_state_dict(model.state_dict(), strict=False)
+    references = References(
+        runner_of(intended), runner_of(file), exact_runner(intended), exact_between_steps(intended)
+    )
+    if turned:
+        with pytest.raises(ExportError, match="off by up to"):
+            compare(model, runner_of(file), inputs(256), "noise", quantized=True, references=references)
+    else:
+        compare(model, runner_of(file), inputs(256), "noise", quantized=True, references=references)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("fault", [0.0, 0.25])
+def test_sigmoids_near_zero_are_judged_as_runtimes_compute_them(silu: bool, fault: float) -> None:
+    class Seldom(Scores):
+        def forward(self, x: Tensor) -> Tensor:
+            scores = super().forward(x) - 9 * (torch.arange(10) == 4)
+            return nn.functional.silu(scores) if silu else scores.sigmoid()
+
+    model = Seldom()
+
+    def candidate(batch: Tensor) -> list[Tensor]:
+        (found,) = runner_of(model)(batch)
+        noise = torch.rand(found.shape, generator=torch.Generator().manual_seed(len(batch))) - 0.5
+        found += 2.0**-23 * noise * (9 if silu else 1)
+        found[:, 4] += fault * found[:, 4].std()
+        return [found]
+
+    if fault:
+        with pytest.raises(ExportError, match="at channel 4"):
+            compare(model, candidate, inputs(), "noise")
+    else:
+        assert compare(model, candidate, inputs(), "noise").judged_in_float64
 
 
 def test_samples_are_added_while_a_verdict_by_steps_is_not_clear() -> None:
@@ -253,7 +323,8 @@ def test_samples_are_added_while_a_verdict_by_steps_is_not_clear() -> None:
         )
         return found.forward_passes["references"]
 
-    assert (passes(1e-4), passes(0.9e-3)) == (2 * 16, 2 * (16 + 32 + 64))
+    # At the end both run all samples, to look for those that are far off.
+    assert (passes(1e-4), passes(0.55e-3)) == (2 * (16 + 64), 2 * (16 + 32 + 64 + 64))
 
 
 def test_each_channel_is_judged_in_ulps_of_its_own_values() -> None:

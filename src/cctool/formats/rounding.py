@@ -128,10 +128,10 @@ def exact_runner(model: nn.Module, *, loosely: bool = False) -> Run:
 
 
 def exact_between_steps(model: nn.Module) -> Run:
-    """As `exact_runner`, but every step is the one that the model takes in its own precision.
+    """As `exact_runner`, but it rounds as the model does where that is no matter of float32's own error.
 
-    So what is left of its error is that of sums and products, and no step that float64 takes otherwise. Its
-    sigmoids are loose.
+    Sums that lie halfway between two levels are rounded otherwise by any other program. So what is left of
+    the model's error is that of its sums and products. Sigmoids are loose.
     """
     own, exact = runner_of(model), exact_runner(model, loosely=True)
 
@@ -147,14 +147,21 @@ def exact_between_steps(model: nn.Module) -> Run:
 
 
 _aten, _ON_GRID = torch.ops.aten, ON_GRID.overloadpacket
-_JUMPING = {_aten.round, _aten.round_, _aten.floor, _aten.floor_, _aten.ceil, _aten.ceil_, _aten.trunc}
-_JUMPING |= {_aten.trunc_, _aten.sign, _aten.sign_, _ON_GRID}
+_ROUNDING = {_aten.round, _aten.floor, _aten.ceil, _aten.trunc, _ON_GRID}
+_ROUNDING |= {_aten.round_, _aten.floor_, _aten.ceil_, _aten.trunc_}
+_SIGNS = {_aten.sign, _aten.sign_}
+
+
+def _step(func: Any, args: Any) -> float:
+    """Distance of two levels of an operation that rounds."""
+    return float(args[1]) if func.overloadpacket is _ON_GRID else 1.0
 
 
 class _Jumps(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps what operations put out that jump, then lets them put it out again, in the same order.
 
-    These are the ones that round, and all that make integers or truth values of floating-point numbers.
+    These are the ones that round, and all that make integers or truth values of floating-point numbers. A
+    number that was rounded is rounded anew where it is another one than before, by more than `FINE` allows.
 
     Attributes:
         repeating: whether results are those that were kept.
@@ -163,22 +170,29 @@ class _Jumps(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.repeating = False
-        self._kept: list[Tensor] = []
+        self._kept: list[tuple[Tensor | None, Tensor]] = []
         self._at = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
         floats = any(value.is_floating_point() for value in args if isinstance(value, Tensor))
+        rounds = func.overloadpacket in _ROUNDING
+        before = args[0].detach().clone() if rounds else None
+        found = func(*args, **(kwargs or {}))
         for value in found if isinstance(found, tuple | list) else (found,):
             if not isinstance(value, Tensor) or not floats:
                 continue
-            if value.is_floating_point() and func.overloadpacket not in _JUMPING:
+            if value.is_floating_point() and not rounds and func.overloadpacket not in _SIGNS:
                 continue
             if not self.repeating:
-                self._kept.append(value.detach().clone())
+                self._kept.append((before, value.detach().clone()))
+                continue
+            known, kept = self._kept[self._at]
+            self._at += 1
+            if before is None or known is None:
+                value.copy_(kept)
             else:
-                value.copy_(self._kept[self._at])
-                self._at += 1
+                near = (before - known).abs() <= FINE.steps * _step(func, args)
+                value.copy_(torch.where(near, kept.to(value.dtype), value))
         return found
 
 
@@ -237,12 +251,12 @@ class _ShakenRoundings(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._share, self._generator = share, generator
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        step = {_aten.round: 1.0, _aten.round_: 1.0, _ON_GRID: args[1] if len(args) > 1 else 1.0}
-        if func.overloadpacket in step:
+        if func.overloadpacket in _ROUNDING:
             x = args[0]
             noise = torch.rand(x.shape, generator=self._generator, dtype=x.dtype) * 2 - 1
-            noise *= self._share * step[func.overloadpacket]
-            args = (x.add_(noise) if func.overloadpacket is _aten.round_ else x + noise, *args[1:])
+            noise *= self._share * _step(func, args)
+            # An operation in place changes the tensor that it is given.
+            args = (x.add_(noise) if func._schema.is_mutable else x + noise, *args[1:])
         return func(*args, **(kwargs or {}))
 
 

@@ -34,6 +34,8 @@ _CLEAR = 2.0  # error over limit, or limit over error, from which on no more sam
 _UNSTABLE = 1 / 2  # of the samples: those are left out at which the last digit makes the most of a step
 _SPARED = 1 / 4  # of the others: their errors are left out, for not every step is foreseen
 _SPARED_NORMAL = 1.65  # root mean square of normal errors over that of their smaller three quarters
+_QUIET = 0.1  # of the values at a place, which tell if no step of sums between two levels moves them
+_TIES = 1.8  # allowed error over what such steps make, where there are fewer: both are draws of them
 _RUNTIME = 0.02  # of the signal: error of a runtime's integer kernels that is let pass
 
 
@@ -226,7 +228,32 @@ def _by_place(index: int, tally: OutputTally, written: Tensor, own: _OwnRounding
         rounding = own.of(index).expand_as(floor)
         allowed = torch.maximum(allowed, ROUNDING * torch.maximum(rounding, usual(rounding, floor)))
         limit = closest(errors, allowed, tally, "float64", COMPARED_INTENDED)
+    if limit.over > 1:
+        errors, allowed = _besides_ties(index, written, own, allowed)
+        limit = closest(errors, allowed, tally, "steps", COMPARED_INTENDED)
     return limit, allowed
+
+
+def _besides_ties(index: int, written: Tensor, own: _OwnRounding, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """Error at each place, and what it may be, where sums lie halfway between two levels; both [places].
+
+    Biases that are rounded to the steps of products put them there, and any two programs then step at others
+    of them. So the error is that of the values that such steps do not move, or of all, if these are few; then
+    it may be what such steps make.
+    """
+    errors = (by_place(own.outputs[index], own.n) - by_place(written, own.n)).abs()
+    moved, usual_size = own.moved_by_ties(index)
+    quiet = (moved <= allowed[:, None]).transpose(0, 1).flatten(1)
+    squared = errors.square().transpose(0, 1).flatten(1)
+    counts = quiet.sum(1)
+    kept = (counts - (_SPARED * counts).long()).clamp(min=1)
+    sums = torch.where(quiet, squared, torch.inf).sort(1).values.nan_to_num(posinf=0.0).cumsum(1)
+    calm = _SPARED_NORMAL * (sums.gather(1, kept[:, None] - 1)[:, 0] / kept).sqrt()
+    enough = counts >= _QUIET * quiet.shape[1]
+    return (
+        torch.where(enough, calm, squared.mean(1).sqrt()),
+        torch.where(enough, allowed, torch.maximum(allowed, _TIES * usual_size)),
+    )
 
 
 def _other_shape(tally: OutputTally) -> Limit:
@@ -276,6 +303,7 @@ class _OwnRounding:
         self, references: References, samples: Tensor, outputs: list[Tensor], moved: dict[int, Tensor]
     ) -> None:
         self._references, self._samples, self.outputs, self.moved = references, samples, outputs, moved
+        self._shaken: list[list[Tensor]] | None = None
         self._found: dict[tuple[Run | None, tuple[int, ...]], list[Tensor]] = {}
 
     @property
@@ -290,6 +318,24 @@ class _OwnRounding:
         if exact is None:
             return torch.zeros(1, dtype=torch.float64)
         return (exact - by_place(self.outputs[index], self.n)[first]).square().mean((0, 2)).sqrt()
+
+    def moved_by_ties(self, index: int) -> tuple[Tensor, Tensor]:
+        """How far each value of an output is moved at most by steps of sums that lie between two levels.
+
+        Returns:
+            Float64 [samples, places, values of each], and the root mean square at each place, [places].
+        """
+        assert self._references.intended is not None
+        if self._shaken is None:
+            shaken = shaken_roundings(self._references.intended, self._samples, FINE.steps)
+            self._shaken = list(shaken)
+        own = by_place(self.outputs[index], self.n)
+        largest, squared = torch.zeros_like(own), torch.zeros_like(own[0, :, 0])
+        for outputs in self._shaken:
+            moved = by_place(outputs[index], self.n) - own
+            largest = torch.maximum(largest, moved.abs())
+            squared += moved.square().mean((0, 2)) / len(self._shaken)
+        return largest, squared.sqrt()
 
     def exact(self, index: int, asked: Tensor) -> Tensor | None:
         """An output for some samples in float64, [asked, places, values of each]; None if it is not known."""
