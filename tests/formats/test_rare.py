@@ -52,13 +52,16 @@ def test_what_no_trial_moves_is_a_fault(count: int, moved: int, found: bool) -> 
 @pytest.mark.parametrize(("largest", "found"), [(2.0, True), (3.0, False)])
 def test_what_is_farther_than_steps_go_is_a_fault_at_one_sample(largest: float, found: bool) -> None:
     one = far(1)
-    fault = one.fault(movements(one, 1), movements(one, 1, largest), ALLOWED, network_is_right)
-    assert (fault is not None) == found
+    small, large = movements(one, 1, 1.5), movements(one, 1, largest)
+    for fine, coarse in ((small, large), (large, small)):
+        assert (one.fault(fine, coarse, ALLOWED, network_is_right) is not None) == found
 
 
 def test_some_limits_hold_whatever_steps_do() -> None:
     one = far(1)
-    assert one.fault(movements(one, 1), movements(one), 20 * ALLOWED, network_is_right) is None
+    small = movements(one, 1, 1.5)
+    assert one.fault(small, movements(one), ALLOWED, network_is_right) is not None
+    assert one.fault(small, movements(one), 20 * ALLOWED, network_is_right) is None
 
 
 def test_tails_of_rounding_are_no_fault() -> None:

@@ -48,16 +48,17 @@ class Far:
         Args:
             fine: how far changes that no float32 program can be held to move the network at these samples,
                 [trials, samples, places], root mean square.
-            coarse: the same for changes that no integer runtime can be held to.
+            coarse: the same for changes that no integer runtime can be held to, at any samples.
             limits: that hold whatever steps do, [places].
             sides: tells for some of these samples and a place how far the network is from itself in float64;
                 None if that is not known.
         """
         errors = self.errors[self.samples]
         quiet = (errors > _LARGE * self.allowed) & (fine.amax(0) <= self.allowed)
-        beyond = errors > torch.maximum(_FARTHER * coarse.amax((0, 1)), limits)
+        steps = torch.maximum(fine.amax((0, 1)), coarse.amax((0, 1)))
+        beyond = errors > torch.maximum(_FARTHER * steps, limits)
         for which, certain in ((quiet, _ONE_SIDED), (beyond, _HALF)):
-            place = int(which.sum(0).argmax())
+            place = int(which.sum(0).max(0).indices)
             asked = which[:, place].nonzero().flatten()[:MOST]
             apart = sides(asked, place) if len(asked) else None
             if apart is None:

@@ -154,14 +154,17 @@ class _Steps:
     def _rare_fault(self, index: int, far: Far, wanted: list[Tensor]) -> Limit | None:
         """The fault of an output that the samples which are far off show; None if steps explain them."""
         tally, which = self.tallies[index], far.samples
-        there = replace(self, drawn=self.drawn.part(which))
-        samples, run = there.drawn.samples, self.references.intended
+        samples, run = self.drawn.samples[which], self.references.intended
         assert run is not None
         own = _OwnRounding(self.references, samples, [one[which] for one in wanted], {})
         shaken = shaken_roundings(run, samples, FINE.steps)
         fine = [squares(own.outputs[index], one[index], len(samples)) for one in shaken]
-        coarse = there._moved(self.network(samples), [index], COARSE)[index]
-        if coarse.shape[1:] != fine[0].shape:
+        # Some of the others, too: few samples say little of how far steps go.
+        some = replace(
+            self, drawn=self.drawn.part(torch.cat((which, torch.arange(len(self.drawn.samples))[:MOST])))
+        )
+        coarse = some._moved(self.network(some.drawn.samples), [index], COARSE)[index]
+        if coarse.shape[2:] != fine[0].shape[1:]:
             return None
         signals, floor = signals_at(tally, len(far.allowed)), floor_of(tally, len(far.allowed))
         most = _STEPS * coarse.amax((0, 1)).sqrt()
