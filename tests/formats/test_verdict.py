@@ -316,6 +316,30 @@ def test_a_fault_that_few_inputs_reach_is_refused_where_a_network_rounds(turned:
         compare(model, runner_of(file), inputs(256), "noise", quantized=True, references=references)
 
 
+def test_an_output_beside_may_have_no_row_for_each_sample() -> None:
+    def with_scale(run: Run) -> Run:
+        return lambda batch: [*run(batch), torch.tensor(3.0)]
+
+    class Scaled(nn.Module):
+        def __init__(self, one: nn.Module) -> None:
+            super().__init__()
+            self.one = one
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.one(x), torch.tensor(3.0)
+
+    model, intended, file = Switching(), Switching(0.003), Switching(0.003, 1)
+    for one in (intended, file):
+        one.load_state_dict(model.state_dict(), strict=False)
+    exact = exact_runner(intended), exact_between_steps(intended)
+    references = References(*map(with_scale, (runner_of(intended), runner_of(file), *exact)))
+    with pytest.raises(ExportError, match="its output output is off by up to"):
+        compare(
+            Scaled(model), with_scale(runner_of(file)), inputs(256), "noise",
+            quantized=True, references=references,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("fault", [0.0, 0.25])
 def test_sigmoids_near_zero_are_judged_as_runtimes_compute_them(silu: bool, fault: float) -> None:

@@ -156,13 +156,13 @@ class _Steps:
         tally, which = self.tallies[index], far.samples
         samples, run = self.drawn.samples[which], self.references.intended
         assert run is not None
-        own = _OwnRounding(self.references, samples, [one[which] for one in wanted], {})
+        # The other outputs may have no row for each sample.
+        there = [one[which] if i == index else one for i, one in enumerate(wanted)]
+        own = _OwnRounding(self.references, samples, there, {})
         shaken = shaken_roundings(run, samples, FINE.steps)
         fine = [squares(own.outputs[index], one[index], len(samples)) for one in shaken]
         # Some of the others, too: few samples say little of how far steps go.
-        some = replace(
-            self, drawn=self.drawn.part(torch.cat((which, torch.arange(len(self.drawn.samples))[:MOST])))
-        )
+        some = replace(self, drawn=Drawn(torch.cat((samples, self.drawn.samples[:MOST])), []))
         coarse = some._moved(self.network(some.drawn.samples), [index], COARSE)[index]
         if coarse.shape[2:] != fine[0].shape[1:]:
             return None
