@@ -13,7 +13,7 @@ SOURCE = Path(cctool.__file__).parent
 
 ELSEWHERE = {
     "argmax": {
-        "formats/verdict.py": "the place of an output that is closest to its limit",
+        "formats/verdict/limits.py": "the place of an output that is closest to its limit",
         "graph/cost_rules.py": "a name in the table of operations that cost nothing",
         "graph/solution.py": "the reason that freezes most channels",
         "pruning/masks/granularity.py": "the group that is worth most stays, so that no layer is left empty",

@@ -21,7 +21,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec
 from cctool.formats.onnx import write as writer
 from cctool.formats.records import Agreement, ExportRequest, Samples
-from cctool.formats.tally import by_place, squares
+from cctool.formats.verdict.tally import by_place, squares
 
 Array = np.ndarray[Any, Any]
 Fault = Callable[[Any, "Exported", np.random.Generator], bool]

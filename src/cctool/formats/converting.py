@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import os
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 
 from cctool import __version__
 from cctool.base.detectors import before_boxes, chooses_boxes
-from cctool.base.networks import float_type_of
+from cctool.base.networks import copied, float_type_of
 from cctool.checkpoint.checkpoint import Checkpoint
-from cctool.formats.parity import compare, growing_batches, least_of, require_agreement
 from cctool.formats.records import Agreement, ExportRequest
-from cctool.formats.rounding import Run
-from cctool.formats.steps import References
+from cctool.formats.verdict.compare import compare, growing_batches, least_of, require_agreement
+from cctool.formats.verdict.own_rounding import References
+from cctool.formats.verdict.rounding import Run
 
 BATCH = "batch"
 EXPORT_BATCH = 2
@@ -41,7 +40,7 @@ def on_cpu(model: nn.Module) -> nn.Module:
     """The model, or a copy of it where some of its tensors are on another device."""
     tensors = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
     here = all(tensor.device.type == "cpu" for tensor in tensors)
-    return model if here else copy.deepcopy(model).to("cpu")
+    return model if here else copied(model).to("cpu")
 
 
 def example(model: nn.Module, batch: int, shape: tuple[int, int, int]) -> Tensor:

@@ -31,8 +31,8 @@ from cctool.formats.converting import (
     reason,
 )
 from cctool.formats.records import Agreement, ExportRequest, Written
-from cctool.formats.rounding import Run, exact_between_steps, exact_runner, runner_of
-from cctool.formats.steps import References
+from cctool.formats.verdict.own_rounding import References
+from cctool.formats.verdict.rounding import Run, exact_between_steps, exact_runner, runner_of
 from cctool.graph.execution import blaming_the_size
 
 DESCRIPTION = "cctool.json"

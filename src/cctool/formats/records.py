@@ -177,6 +177,8 @@ class Agreement:
         outputs: every output by itself.
         forward_passes: of one sample each, that the comparison took, by what was run.
         offered: number of inputs that there were, of which ``n`` were enough; None if it is not known.
+        without_float64: why the network could not be run in float64 where its rounding was to be looked at;
+            empty if it could, or that was not needed.
     """
 
     inputs: str
@@ -194,12 +196,19 @@ class Agreement:
     outputs: tuple[OutputAgreement, ...] = ()
     forward_passes: Mapping[str, int] = field(default_factory=dict)
     offered: int | None = None
+    without_float64: str = ""
 
     def lines(self) -> list[str]:
         """A line for each output, unless there is but one of real numbers, which was compared."""
-        if len(self.outputs) == 1 and self.outputs[0].max_abs_error is not None:
-            return [output.line for output in self.outputs if output.not_compared or output.other_shapes]
-        return [output.line for output in self.outputs]
+        single = len(self.outputs) == 1 and self.outputs[0].max_abs_error is not None
+        told = [one for one in self.outputs if not single or one.not_compared or one.other_shapes]
+        lines = [output.line for output in told]
+        if self.without_float64:
+            lines.append(
+                "the network does not run in float64, so an error at single samples counts as rounding: "
+                + self.without_float64
+            )
+        return lines
 
 
 @dataclass(frozen=True)

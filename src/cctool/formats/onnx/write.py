@@ -38,8 +38,8 @@ from cctool.formats.onnx.graph import name_outputs
 from cctool.formats.onnx.integers import PACKED_OPSET, Placed, with_integers
 from cctool.formats.onnx.kernels import SATURATES, kernels_of, saturating_cpu, session_options
 from cctool.formats.records import Agreement, ExportRequest, Kernels, Written
-from cctool.formats.rounding import Run, exact_between_steps, exact_runner, returned, runner_of
-from cctool.formats.steps import References
+from cctool.formats.verdict.own_rounding import References
+from cctool.formats.verdict.rounding import Run, exact_between_steps, exact_runner, returned, runner_of
 from cctool.graph.execution import blaming_the_size
 from cctool.quantization.export.network import other_constants
 

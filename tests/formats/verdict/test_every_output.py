@@ -14,10 +14,10 @@ from cctool.base.errors import ExportError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec
 from cctool.formats.onnx.write import write_onnx
-from cctool.formats.parity import compare, random_batches, require_agreement
 from cctool.formats.pt2 import write_pt2
 from cctool.formats.records import ExportRequest
-from cctool.formats.rounding import runner_of
+from cctool.formats.verdict.compare import compare, random_batches, require_agreement
+from cctool.formats.verdict.rounding import runner_of
 from cctool.models.registry import build
 from cctool.tasks.regression import Regression
 from cctool.tasks.segmentation import Segmentation

@@ -12,15 +12,16 @@ import verdict_toys as toys
 from cctool.base.errors import ExportError
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec
-from cctool.formats import pt2, steps
+from cctool.formats import pt2
 from cctool.formats.converting import agreements_with
 from cctool.formats.onnx.write import write_onnx
-from cctool.formats.parity import compare, growing_batches, least_of, require_agreement
 from cctool.formats.records import Agreement, ExportRequest
-from cctool.formats.rounding import Run, Shake, exact_between_steps, exact_runner, runner_of
-from cctool.formats.steps import References
-from cctool.formats.tally import OutputTally
-from cctool.formats.verdict import quick
+from cctool.formats.verdict.compare import compare, growing_batches, least_of, require_agreement
+from cctool.formats.verdict.limits import quick
+from cctool.formats.verdict.own_rounding import OwnRounding, References
+from cctool.formats.verdict.rounding import Run, Shake, exact_between_steps, exact_runner, runner_of
+from cctool.formats.verdict.steps import besides_ties
+from cctool.formats.verdict.tally import OutputTally
 from cctool.quantization.export.network import other_constants
 
 SHAPE = (3, 8, 8)
@@ -187,7 +188,7 @@ def test_one_step_in_one_draw_hides_no_fault(monkeypatch: pytest.MonkeyPatch) ->
             moved[5] += 0.3 * (draw == 2)
             yield [moved]
 
-    monkeypatch.setattr(steps, "shaken_outputs", shaken)
+    monkeypatch.setattr("cctool.formats.verdict.steps.shaken_outputs", shaken)
 
     def faulty(batch: Tensor) -> list[Tensor]:
         return [output + 0.1 * output.std() * (torch.arange(10) == 3) for output in intended(batch)]
@@ -283,8 +284,8 @@ def test_other_steps_of_sums_between_two_levels_are_no_fault(mixed: bool, bias: 
     network, file = Between(mixed=mixed), Between(1e-7, bias, mixed=mixed)
     samples = torch.cat(inputs())
     (wanted,), (written,) = runner_of(network)(samples), runner_of(file)(samples)
-    own = steps._OwnRounding(References(runner_of(network)), samples, [wanted], {})
-    errors, allowed = steps._besides_ties(0, written, own, torch.full((wanted.shape[1],), 1e-4).double())
+    own = OwnRounding(References(runner_of(network)), samples, [wanted], {})
+    errors, allowed = besides_ties(0, written, own, torch.full((wanted.shape[1],), 1e-4).double())
     assert float((wanted - written).abs().max()) > 0.01
     assert bool((errors > allowed).any()) == bool(bias)
 
@@ -314,6 +315,24 @@ def test_a_fault_that_few_inputs_reach_is_refused_where_a_network_rounds(turned:
             compare(model, runner_of(file), inputs(256), "noise", quantized=True, references=references)
     else:
         compare(model, runner_of(file), inputs(256), "noise", quantized=True, references=references)
+
+
+def test_a_network_that_does_not_run_in_float64_is_said() -> None:
+    """Nothing tells rare steps from rare faults then."""
+
+    def refusing(batch: Tensor) -> list[Tensor]:
+        raise ValueError(f"{batch.dtype} is no type\nof this network")
+
+    model, file = Switching(), Switching(turned=1)
+    file.load_state_dict(model.state_dict())
+    references = References(runner_of(model), runner_of(file), refusing, refusing)
+    found = compare(model, runner_of(file), inputs(256), "noise", quantized=True, references=references)
+    assert found.without_float64 == "ValueError: torch.float32 is no type"
+    assert "does not run in float64" in found.lines()[-1]
+    references = replace(references, exact=exact_runner(model), between_steps=exact_between_steps(model))
+    same = compare(model, runner_of(model), inputs(256), "noise", quantized=True, references=references)
+    assert not same.without_float64
+    assert not same.lines()
 
 
 def test_an_output_beside_may_have_no_row_for_each_sample() -> None:

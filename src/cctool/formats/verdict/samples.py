@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cctool.formats.rounding import MOST, POOL, SMALL, Run
+from cctool.formats.verdict.rounding import MOST, POOL, SMALL, Run
 
 
 @dataclass(frozen=True)

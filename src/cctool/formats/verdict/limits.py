@@ -18,15 +18,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from cctool.formats.rounding import (
+from cctool.formats.verdict.rounding import (
     Counted,
     Run,
     Shake,
     exact_runner,
     shaken_outputs,
 )
-from cctool.formats.samples import Drawn
-from cctool.formats.tally import OutputTally, squares
+from cctool.formats.verdict.samples import Drawn
+from cctool.formats.verdict.tally import OutputTally, squares
 
 TOLERANCE = 5e-5
 """Allowed error of a float32 program, as a fraction of the signal; 1e-7 to 5e-6 is usual."""

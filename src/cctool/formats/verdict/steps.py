@@ -13,11 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from cctool.formats.rare import Far
-from cctool.formats.rounding import COARSE, FINE, MOST, Run, Shake, shaken_outputs, shaken_roundings
-from cctool.formats.samples import Drawn
-from cctool.formats.tally import OutputTally, by_place, squares
-from cctool.formats.verdict import (
+from cctool.formats.verdict.limits import (
     COMPARED_INTENDED,
     ROUNDING,
     SHARE,
@@ -28,6 +24,11 @@ from cctool.formats.verdict import (
     signals_at,
     usual,
 )
+from cctool.formats.verdict.own_rounding import OwnRounding, References
+from cctool.formats.verdict.rare import Far
+from cctool.formats.verdict.rounding import COARSE, FINE, MOST, Run, Shake, shaken_outputs, shaken_roundings
+from cctool.formats.verdict.samples import Drawn
+from cctool.formats.verdict.tally import OutputTally, by_place, squares
 
 _STEPS = 4.0  # allowed error over the movement of outputs
 _CLEAR = 2.0  # error over limit, or limit over error, from which on no more samples are looked at
@@ -37,24 +38,6 @@ _SPARED_NORMAL = 1.65  # root mean square of normal errors over that of their sm
 _QUIET = 0.1  # of the values at a place, which tell if no step of sums between two levels moves them
 _TIES = 1.8  # allowed error over what such steps make, where there are fewer: both are draws of them
 _RUNTIME = 0.02  # of the signal: error of a runtime's integer kernels that is let pass
-
-
-@dataclass(frozen=True)
-class References:
-    """What a file is compared with where the model in its own precision cannot decide.
-
-    Attributes:
-        intended: the network that was converted, with the constants that the file has after rounding; None
-            if it is the model itself.
-        as_written: the file without the runtime's optimizations; None if it has none.
-        exact: `intended` in float64; it may fail where a dtype is written into the network's code.
-        between_steps: the same, with the steps that `intended` takes.
-    """
-
-    intended: Run | None = None
-    as_written: Run | None = None
-    exact: Run | None = None
-    between_steps: Run | None = None
 
 
 def by_steps(
@@ -110,10 +93,10 @@ class _Steps:
         samples, found, references = self.drawn.samples, self.drawn.found, self.references
         expected = self.network(samples)
         coarse = self._moved(expected, failing, COARSE)
-        own: _OwnRounding | None = None
+        own: OwnRounding | None = None
         if references.intended is not None:
             wanted, fine = references.intended(samples), self._moved(expected, failing, FINE)
-            own = _OwnRounding(references, samples, wanted, fine)
+            own = OwnRounding(references, samples, wanted, fine)
 
         def whole(i: int, left: list[Tensor]) -> Limit:
             moved = _STEPS * coarse[i].mean(1).sqrt().amax(0)
@@ -158,7 +141,7 @@ class _Steps:
         assert run is not None
         # The other outputs may have no row for each sample.
         there = [one[which] if i == index else one for i, one in enumerate(wanted)]
-        own = _OwnRounding(self.references, samples, there, {})
+        own = OwnRounding(self.references, samples, there, {})
         shaken = shaken_roundings(run, samples, FINE.steps)
         fine = [squares(own.outputs[index], one[index], len(samples)) for one in shaken]
         # Some of the others, too: few samples say little of how far steps go.
@@ -199,7 +182,7 @@ class _Steps:
 
 def _pooled(
     index: int, tally: OutputTally, outputs: tuple[Tensor, Tensor], n: int, moved: Tensor,
-    own: _OwnRounding | None,
+    own: OwnRounding | None,
 ) -> Limit:  # fmt: skip
     """Error of a whole output; biases that are rounded shift single channels by more than noise does."""
     left, right = outputs
@@ -215,7 +198,7 @@ def _pooled(
     return closest(error, exact, tally, "float64")
 
 
-def _by_place(index: int, tally: OutputTally, written: Tensor, own: _OwnRounding) -> tuple[Limit, Tensor]:
+def _by_place(index: int, tally: OutputTally, written: Tensor, own: OwnRounding) -> tuple[Limit, Tensor]:
     """Error at each place, of the network with the file's constants and of the file; what each may be."""
     wanted, moved = own.outputs[index], own.moved[index]
     if wanted.shape != written.shape:
@@ -232,12 +215,12 @@ def _by_place(index: int, tally: OutputTally, written: Tensor, own: _OwnRounding
         allowed = torch.maximum(allowed, ROUNDING * torch.maximum(rounding, usual(rounding, floor)))
         limit = closest(errors, allowed, tally, "float64", COMPARED_INTENDED)
     if limit.over > 1:
-        errors, allowed = _besides_ties(index, written, own, allowed)
+        errors, allowed = besides_ties(index, written, own, allowed)
         limit = closest(errors, allowed, tally, "steps", COMPARED_INTENDED)
     return limit, allowed
 
 
-def _besides_ties(index: int, written: Tensor, own: _OwnRounding, allowed: Tensor) -> tuple[Tensor, Tensor]:
+def besides_ties(index: int, written: Tensor, own: OwnRounding, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """Error at each place, and what it may be, where sums lie halfway between two levels; both [places].
 
     Biases that are rounded to the steps of products put them there, and any two programs then step at others
@@ -288,76 +271,3 @@ class _Stable:
         spared = int(_SPARED * self._kept)
         found = errors.sort(0).values[: self._kept - spared].mean(0).sqrt()
         return _SPARED_NORMAL * found if spared else found
-
-
-class _OwnRounding:
-    """What float32 makes of a network's own outputs, against float64; computed where it is asked for.
-
-    Large terms that cancel leave few digits right, which neither a step nor the values' size shows.
-
-    Args:
-        references: the network in float64.
-        samples: on the CPU.
-        outputs: the network's, in its own precision.
-        moved: mean square movements of an output by rounding, [trials, samples, places], by index.
-    """
-
-    def __init__(
-        self, references: References, samples: Tensor, outputs: list[Tensor], moved: dict[int, Tensor]
-    ) -> None:
-        self._references, self._samples, self.outputs, self.moved = references, samples, outputs, moved
-        self._shaken: list[list[Tensor]] | None = None
-        self._found: dict[tuple[Run | None, tuple[int, ...]], list[Tensor]] = {}
-
-    @property
-    def n(self) -> int:
-        """Number of samples."""
-        return len(self._samples)
-
-    def of(self, index: int) -> Tensor:
-        """Root mean square error of an output between its steps, [places] or [1]; 0 if it is not known."""
-        first = torch.arange(min(self.n, MOST))
-        exact = self._values(self._references.between_steps, index, first)
-        if exact is None:
-            return torch.zeros(1, dtype=torch.float64)
-        return (exact - by_place(self.outputs[index], self.n)[first]).square().mean((0, 2)).sqrt()
-
-    def moved_by_ties(self, index: int) -> tuple[Tensor, Tensor]:
-        """How far each value of an output is moved at most by steps of sums that lie between two levels.
-
-        Returns:
-            Float64 [samples, places, values of each], and the root mean square at each place, [places].
-        """
-        assert self._references.intended is not None
-        if self._shaken is None:
-            shaken = shaken_roundings(self._references.intended, self._samples, FINE.steps)
-            self._shaken = list(shaken)
-        own = by_place(self.outputs[index], self.n)
-        largest, squared = torch.zeros_like(own), torch.zeros_like(own[0, :, 0])
-        for outputs in self._shaken:
-            moved = by_place(outputs[index], self.n) - own
-            largest = torch.maximum(largest, moved.abs())
-            squared += moved.square().mean((0, 2)) / len(self._shaken)
-        return largest, squared.sqrt()
-
-    def exact(self, index: int, asked: Tensor) -> Tensor | None:
-        """An output for some samples in float64, [asked, places, values of each]; None if it is not known."""
-        return self._values(self._references.exact, index, asked)
-
-    def _values(self, run: Run | None, index: int, asked: Tensor) -> Tensor | None:
-        key = run, tuple(asked.tolist())
-        if key not in self._found:
-            self._found[key] = _tried(run, self._samples[asked])
-        found, own = self._found[key], self.outputs[index]
-        # An output that is no row for each sample cannot be compared on a few of them.
-        if not found or len(own) != self.n or found[index].shape != own[asked].shape:
-            return None
-        return by_place(found[index], len(asked))
-
-
-def _tried(run: Run | None, samples: Tensor) -> list[Tensor]:
-    """Outputs; empty if they are not to be had, as where a dtype is written into the network's code."""
-    try:
-        return [] if run is None else run(samples)
-    except Exception:
-        return []

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cctool.base.errors import ExportError
-from cctool.formats.parity import compare, random_batches, require_agreement
 from cctool.formats.records import Agreement, ChoiceAgreement
-from cctool.formats.rounding import runner_of
+from cctool.formats.verdict.compare import compare, random_batches, require_agreement
+from cctool.formats.verdict.rounding import runner_of
 from cctool.quantization.network.attach import attach
 from cctool.quantization.network.placement import INPUT_PLACE
 from cctool.quantization.network.points import CallPoint, activation_key

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cctool.formats.rare import Far
+from cctool.formats.verdict.rare import Far
 
 SAMPLES, PLACES, TRIALS = 256, 3, 8
 ALLOWED = torch.ones(PLACES, dtype=torch.float64)

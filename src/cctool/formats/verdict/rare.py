@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cctool.formats.rounding import MOST, chance_of
+from cctool.formats.verdict.rounding import MOST, chance_of
 
 _LARGE = 4.0  # limits: the limit is one of root mean squares, and rounding alone has no tails as long
 _FARTHER = 4.0  # times what steps move a sample by at most

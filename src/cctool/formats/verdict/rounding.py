@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from cctool.base.networks import device_of, in_mode
+from cctool.base.networks import copied, device_of, in_mode
 from cctool.base.outputs import named_tensors
-from cctool.formats.tally import ChoiceTally
+from cctool.formats.verdict.modes import Jumps, LooseSigmoids, Otherwise, ShakenRoundings, doubled
+from cctool.formats.verdict.tally import ChoiceTally
 from cctool.quantization.export.noise import shaken
-from cctool.quantization.export.onnx_operator import ON_GRID
 
 AGREED = 0.99
 """Required share of equal choices."""
@@ -65,17 +63,24 @@ class Counted:
     Args:
         run: the program.
         single: whether it gets one sample at a time.
+
+    Attributes:
+        failed: why it could not be run, the last time that it could not.
     """
 
     def __init__(self, run: Run, *, single: bool = False) -> None:
-        self._run, self.single, self.passes = run, single, 0
+        self._run, self.single, self.passes, self.failed = run, single, 0, ""
 
     def __call__(self, batch: Tensor) -> list[Tensor]:
         """Outputs for a batch, in order."""
         self.passes += len(batch)
-        if not self.single or len(batch) == 1:
-            return self._run(batch)
-        parts = [self._run(batch[i : i + 1]) for i in range(len(batch))]
+        try:
+            if not self.single or len(batch) == 1:
+                return self._run(batch)
+            parts = [self._run(batch[i : i + 1]) for i in range(len(batch))]
+        except Exception as error:
+            self.failed = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise
         return [torch.cat(pieces) if pieces[0].dim() else pieces[0] for pieces in zip(*parts, strict=True)]
 
 
@@ -113,103 +118,54 @@ def _without_tf32() -> Iterator[None]:
 def exact_runner(model: nn.Module, *, loosely: bool = False) -> Run:
     """A function that runs a copy of a model in float64, on the CPU; the outputs have float64.
 
+    Where the network's code asks for float32, it gets float64, too.
+
     Args:
         model: on any device.
         loosely: with sigmoids right to half a unit in the last place of 1. Runtimes compute them so,
             however small they are; those of torch in float32 are right to their own last place.
     """
-    run = runner_of(copy.deepcopy(model).to("cpu", torch.float64))
+    run = runner_of(copied(model).to("cpu", torch.float64))
+
+    def loose() -> Otherwise:
+        return Otherwise(LooseSigmoids())
 
     def exact(batch: Tensor) -> list[Tensor]:
-        with _LooseSigmoids() if loosely else contextlib.nullcontext():
+        with _default(torch.float64), Otherwise(doubled), loose() if loosely else contextlib.nullcontext():
             return run(batch.detach().cpu().double())
 
     return exact
+
+
+@contextlib.contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """The type of new tensors whose type is not said."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def exact_between_steps(model: nn.Module) -> Run:
     """As `exact_runner`, but it rounds as the model does where that is no matter of float32's own error.
 
     Sums that lie halfway between two levels are rounded otherwise by any other program. So what is left of
-    the model's error is that of its sums and products. Sigmoids are loose.
+    the model's error is that of its sums and products. Sigmoids are loose. A number that is another one than
+    before by more than `FINE` allows is rounded anew.
     """
     own, exact = runner_of(model), exact_runner(model, loosely=True)
 
     def run(batch: Tensor) -> list[Tensor]:
-        jumps = _Jumps()
-        with jumps:
+        jumps = Jumps(FINE.steps)
+        with Otherwise(jumps):
             own(batch)
         jumps.repeating = True
-        with jumps:
+        with Otherwise(jumps):
             return exact(batch)
 
     return run
-
-
-_aten, _ON_GRID = torch.ops.aten, ON_GRID.overloadpacket
-_ROUNDING = {_aten.round, _aten.floor, _aten.ceil, _aten.trunc, _ON_GRID}
-_ROUNDING |= {_aten.round_, _aten.floor_, _aten.ceil_, _aten.trunc_}
-_SIGNS = {_aten.sign, _aten.sign_}
-
-
-def _step(func: Any, args: Any) -> float:
-    """Distance of two levels of an operation that rounds."""
-    return float(args[1]) if func.overloadpacket is _ON_GRID else 1.0
-
-
-class _Jumps(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps what operations put out that jump, then lets them put it out again, in the same order.
-
-    These are the ones that round, and all that make integers or truth values of floating-point numbers. A
-    number that was rounded is rounded anew where it is another one than before, by more than `FINE` allows.
-
-    Attributes:
-        repeating: whether results are those that were kept.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.repeating = False
-        self._kept: list[tuple[Tensor | None, Tensor]] = []
-        self._at = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        floats = any(value.is_floating_point() for value in args if isinstance(value, Tensor))
-        rounds = func.overloadpacket in _ROUNDING
-        before = args[0].detach().clone() if rounds else None
-        found = func(*args, **(kwargs or {}))
-        for value in found if isinstance(found, tuple | list) else (found,):
-            if not isinstance(value, Tensor) or not floats:
-                continue
-            if value.is_floating_point() and not rounds and func.overloadpacket not in _SIGNS:
-                continue
-            if not self.repeating:
-                self._kept.append((before, value.detach().clone()))
-                continue
-            known, kept = self._kept[self._at]
-            self._at += 1
-            if before is None or known is None:
-                value.copy_(kept)
-            else:
-                near = (before - known).abs() <= FINE.steps * _step(func, args)
-                value.copy_(torch.where(near, kept.to(value.dtype), value))
-        return found
-
-
-class _LooseSigmoids(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds noise to sigmoids, the same at every use."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._generator = torch.Generator().manual_seed(0)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        factor = args[0].clone() if func.overloadpacket in (_aten.silu, _aten.silu_) else 1.0
-        found = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (_aten.sigmoid, _aten.sigmoid_, _aten.silu, _aten.silu_):
-            noise = torch.rand(found.shape, generator=self._generator, dtype=found.dtype) * 2 - 1
-            found.add_(noise * 2.0**-24 * factor)
-        return found
 
 
 def shaken_outputs(model: nn.Module, run: Run, samples: Tensor, shake: Shake) -> Iterator[list[Tensor]]:
@@ -239,25 +195,8 @@ def shaken_roundings(run: Run, samples: Tensor, share: float) -> Iterator[list[T
     """
     generator = torch.Generator().manual_seed(0)
     for _ in range(SHAKES):
-        with _ShakenRoundings(share, generator):
+        with Otherwise(ShakenRoundings(share, generator)):
             yield run(samples)
-
-
-class _ShakenRoundings(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds noise to numbers before they are rounded."""
-
-    def __init__(self, share: float, generator: torch.Generator) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._share, self._generator = share, generator
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in _ROUNDING:
-            x = args[0]
-            noise = torch.rand(x.shape, generator=self._generator, dtype=x.dtype) * 2 - 1
-            noise *= self._share * _step(func, args)
-            # An operation in place changes the tensor that it is given.
-            args = (x.add_(noise) if func._schema.is_mutable else x + noise, *args[1:])
-        return func(*args, **(kwargs or {}))
 
 
 def undecided_choices(

@@ -1,0 +1,1 @@
+"""Verdicts on written files: both programs are run, and what rounding does is told from faults."""
