@@ -8,6 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +20,16 @@ from cctool.base.detectors import before_boxes, chooses_boxes
 from cctool.base.networks import copied, float_type_of
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.formats.records import Agreement, ExportRequest
-from cctool.formats.verdict.compare import compare, growing_batches, least_of, require_agreement
+from cctool.formats.verdict.compare import (
+    compare,
+    growing_batches,
+    least_of,
+    many_batches,
+    prime_size,
+    require_agreement,
+)
 from cctool.formats.verdict.own_rounding import References
+from cctool.formats.verdict.rarely_on import rarely_on
 from cctool.formats.verdict.rounding import Run
 
 BATCH = "batch"
@@ -32,6 +41,9 @@ BEFORE_BOXES = (
     "image, and torch cannot export that"
 )
 """The note on detectors."""
+
+RARE_INPUTS = "random inputs that reach what few do"
+"""Those that switch on parts of the network which most leave off."""
 
 _FLAT = 1e-4  # of the largest output: a smaller range of outputs is near the noise of float32
 
@@ -113,6 +125,8 @@ def agreements_with(
 ) -> list[Agreement]:
     """Compare a written program with the request's model, on random inputs and on the request's samples.
 
+    If hardly any random inputs switch on some parts of the network, others that do come last.
+
     Args:
         candidate: runs the program.
         request: what was exported.
@@ -122,7 +136,7 @@ def agreements_with(
     Raises:
         ExportError: if they do not compute the same.
     """
-    model = request.checkpoint.model
+    model, least = request.checkpoint.model, least_of(request.input_shape)
     random = (
         batch.to(float_type_of(model))
         for batch in growing_batches(request.input_shape, request.seed, free_batch=free_batch)
@@ -136,7 +150,7 @@ def agreements_with(
         quantized=request.quantized,
         task=request.task,
         references=references,
-        least=least_of(request.input_shape),
+        least=least,
     )
     found = [judge(random, "random inputs")]
     if request.samples is not None:
@@ -146,6 +160,13 @@ def agreements_with(
         found.append(judge(batches, request.samples.name, offered=request.samples.count))
         if request.quantized:
             require_agreement(found[-1])
+    drawn = many_batches(request.input_shape, request.seed, free_batch=free_batch)
+    rare, looked = rarely_on(model, (batch.to(float_type_of(model)) for batch in drawn), least)
+    passes = found[0].forward_passes
+    found[0] = replace(found[0], forward_passes={**passes, "network": passes["network"] + looked})
+    if len(rare):
+        batches = torch.split(rare, prime_size(request.input_shape, free_batch=free_batch))
+        found.append(judge(batches, RARE_INPUTS, least=None))
     return found
 
 

@@ -3,10 +3,16 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
 
+import cctool
 from cctool.base.errors import ExportError
+from cctool.checkpoint.checkpoint import Checkpoint
+from cctool.checkpoint.spec import ModelSpec
 from cctool.formats.onnx import kernels
 from cctool.formats.onnx.kernels import kernels_of, saturating_cpu
 
@@ -62,6 +68,48 @@ def test_what_runs_in_floating_point_is_named_with_the_reason(
     ((name, why),) = [(layer.name, layer.reason) for layer in found.floating]
     assert name == "first"
     assert why.startswith(reason)
+
+
+class Tokens(nn.Module):
+    """A layer over tokens, which is a matrix product in the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix, self.head = nn.Linear(8, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mix(x[:, 0]).relu().mean(1))
+
+
+@pytest.mark.parametrize("method", ["int4", "int8"])
+def test_a_layer_whose_weight_alone_has_integers_is_compared_with_float_inputs(
+    tmp_path: Path, method: str
+) -> None:
+    """Onnxruntime rounds the inputs of matrix products with such weights, which the file does not say."""
+    spec = ModelSpec(architecture="tokens.py:Tokens", input_shape=(1, 8, 8))
+    made, _ = cctool.quantize(Checkpoint(Tokens().eval(), spec), method=method, weight_only=True)
+    _, report = cctool.export(made, output=str(tmp_path / "a.onnx"))
+    (file,) = report.files
+    assert file.verified == "verified"
+    assert file.kernels is not None
+    reasons = {layer.reason for layer in file.kernels.floating}
+    rounded = "onnxruntime rounds its input to 8 bits unless session.qdq_matmulnbits_accuracy_level is 1"
+    images = torch.randn(64, 1, 8, 8)
+    with torch.no_grad():
+        expected = made.model(images)
+    apart = {}
+    for level in ("default", "1"):
+        options = onnxruntime.SessionOptions()
+        if level != "default":
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
+        session = onnxruntime.InferenceSession(tmp_path / "a.onnx", options)
+        (found,) = session.run(None, {"input": images.numpy()})
+        apart[level] = float(abs(torch.from_numpy(found) - expected).max())
+    assert apart["1"] < 1e-6
+    # Versions before 1.25 or so have no such kernel for 8 bits.
+    assert (apart["default"] > 1e-5) == (rounded in reasons)
+    assert any("compared on inputs in floats" in note for note in file.notes) == (rounded in reasons)
 
 
 def test_a_file_that_is_no_model_is_an_error(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_signed_activations_run_on_integers_whatever_their_bits(tmp_path: Path, 
 
 
 def test_outputs_agree_within_steps_and_on_the_class(toy: tuple[nn.Module, Written]) -> None:
-    random, data = toy[1].agreements
+    random, data = toy[1].agreements[:2]
     assert random.batch_sizes == (1, 5, 238)
     assert (data.inputs, data.n) == ("images", 128)
     assert data.top1_agreement >= 99

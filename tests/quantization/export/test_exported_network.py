@@ -29,7 +29,7 @@ PER_TENSOR = QuantizerConfig(method="uniform", bits=8, narrow=True)
 def settle(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.running_mean.copy_(torch.randn(module.num_features, generator=generator) / 4)
             module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
             with torch.no_grad():
@@ -106,6 +106,21 @@ class Branches(nn.Module):
         return self.head(self.up_norm(self.up(z)).flatten(1))
 
 
+class Tokens(nn.Module):
+    """Layers over tokens; there are as many tokens as channels, and a batch norm takes the former."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.conv, self.conv_norm = nn.Conv1d(8, 8, 3, padding=1), nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.mix(x[:, 0]))
+        return self.head(F.relu(self.conv_norm(self.conv(x))).mean(2))
+
+
 def settled(kind: type[nn.Module]) -> nn.Module:
     return settle(kind())
 
@@ -125,7 +140,7 @@ def export(model: nn.Module) -> ExportNetwork:
 
 
 @pytest.mark.parametrize("weights", [PER_CHANNEL, PER_TENSOR], ids=["channels", "tensor"])
-@pytest.mark.parametrize("kind", [Plain, Branches])
+@pytest.mark.parametrize("kind", [Plain, Branches, Tokens])
 def test_weights_alone_give_the_quantized_networks_outputs(
     kind: type[nn.Module], weights: QuantizerConfig
 ) -> None:
@@ -139,7 +154,7 @@ def test_weights_alone_give_the_quantized_networks_outputs(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("kind", [Plain, Branches])
+@pytest.mark.parametrize("kind", [Plain, Branches, Tokens])
 def test_with_activations_outputs_are_as_close_as_a_tenth_of_a_step_allows(
     kind: type[nn.Module], bits: int
 ) -> None:

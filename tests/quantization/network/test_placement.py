@@ -95,6 +95,26 @@ def test_a_convolution_whose_result_is_also_taken_elsewhere_keeps_its_norm_apart
     assert "conv/conv2d#0:output" in named(found)
 
 
+class Tokens(nn.Module):
+    """Batch norms of other channels than those of the layer before: of tokens, and of rows of one image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.by_token = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.conv, self.by_row = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm1d(8)
+        self.head, self.by_class = nn.Linear(8, 10), nn.BatchNorm1d(10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        single = self.by_row(self.conv(x.mean(0)[:, :8, :8])).mean(0)
+        x = self.by_token(self.mix(x[:, 0, :8, :8] + single))
+        return self.by_class(self.head(x.mean(2)))
+
+
+def test_a_batch_norm_of_other_channels_is_not_folded() -> None:
+    norms = {layer.weight: layer.norm for layer in points(Tokens).layers}
+    assert norms == {"conv.weight": None, "mix.weight": None, "head.weight": "by_class"}
+
+
 def test_what_cannot_be_quantized_in_place_is_named() -> None:
     found = points(Lost)
     assert [item.name for item in found.left] == ["relu"]

@@ -12,19 +12,26 @@ from cctool.base.errors import ExportError
 from cctool.formats.onnx.graph import OnnxGraph
 from cctool.formats.records import FloatLayer, Kernels
 
+_BITS = "MatMulNBits"
 _INTEGER = frozenset((
     "QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger",
     "DynamicQuantizeMatMul",
 ))  # fmt: skip
 _FLOAT = frozenset((
-    "Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits",
+    "Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", _BITS,
 ))  # fmt: skip
 _PRECISE = "session.x64quantprecision"
+_BITS_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 
 SATURATES = (
     "this CPU has no VNNI: onnxruntime's kernels saturate here where two products of 8 bits add up to more "
     "than 16 bits hold; weights of 7 bits (quantize --reduce-range) do not, and CPUs with VNNI do not"
 )
+
+
+def rounds_inputs(what: str = "its input") -> str:
+    """Why a layer whose weight alone has integers differs from what the file says."""
+    return f"onnxruntime rounds {what} to 8 bits unless {_BITS_LEVEL} is 1"
 
 
 @lru_cache(maxsize=1)
@@ -42,11 +49,13 @@ def saturating_cpu() -> bool:
     return bool(flags) and not {"avx512_vnni", "avx_vnni", "avx_vnni_int8"} & set(flags)
 
 
-def session_options(*, precise: bool) -> Any:
+def session_options(*, precise: bool, as_stored: bool = False) -> Any:
     """Options of a session that logs nothing but fatal errors.
 
     Args:
         precise: whether to prefer kernels that do not saturate.
+        as_stored: whether layers of which the file has integers for the weights alone get their inputs as
+            they are; by default onnxruntime rounds those of matrix products to 8 bits.
     """
     import onnxruntime
 
@@ -54,6 +63,8 @@ def session_options(*, precise: bool) -> Any:
     options.log_severity_level = 4
     if precise:
         options.add_session_config_entry(_PRECISE, "1")
+    if as_stored:
+        options.add_session_config_entry(_BITS_LEVEL, "1")
     return options
 
 
@@ -88,7 +99,8 @@ def kernels_of(path: Path) -> Kernels:
     for node in others:
         source = named.get(node.name) or taking.get(node.input[1])
         name = (node if source is None else source).name or node.op_type
-        layers.append(FloatLayer(name, _reason(graph, source)))
+        why = rounds_inputs() if node.op_type == _BITS else _reason(graph, source)
+        layers.append(FloatLayer(name, why))
     return Kernels(integer=len(integer), floating=tuple(layers))
 
 

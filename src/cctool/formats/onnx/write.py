@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cctool import __version__
 from cctool.base.errors import ExportError
-from cctool.base.networks import in_mode, removing, some
+from cctool.base.networks import in_mode, removing, several, some
 from cctool.base.outputs import OUTPUT, named_tensors, other_values
 from cctool.checkpoint.file.atomic import write_atomically
 from cctool.formats.converting import (
@@ -36,7 +36,7 @@ from cctool.formats.converting import (
 from cctool.formats.onnx.chains import rounding
 from cctool.formats.onnx.graph import name_outputs
 from cctool.formats.onnx.integers import PACKED_OPSET, Placed, with_integers
-from cctool.formats.onnx.kernels import SATURATES, kernels_of, saturating_cpu, session_options
+from cctool.formats.onnx.kernels import SATURATES, kernels_of, rounds_inputs, saturating_cpu, session_options
 from cctool.formats.records import Agreement, ExportRequest, Kernels, Written
 from cctool.formats.verdict.own_rounding import References
 from cctool.formats.verdict.rounding import Run, exact_between_steps, exact_runner, returned, runner_of
@@ -92,6 +92,10 @@ def _write(model: nn.Module, request: ExportRequest) -> Written:
     wide = not all(weight.reduced for weight in request.weights)
     if found is not None and found.integer and wide and saturating_cpu():
         notes = (*notes, SATURATES)
+    rounded = sum(layer.reason == rounds_inputs() for layer in found.floating) if found is not None else 0
+    if rounded:
+        what = f"{several(rounded, 'layer')} compared on inputs in floats"
+        notes = (*notes, f"{what}: {rounds_inputs('them')}")
     return Written(str(request.path), "onnx", request.path.stat().st_size, tuple(agreements), notes, found)
 
 
@@ -317,7 +321,7 @@ def _check(path: Path) -> None:
 def _session(path: Path, *, precise: bool, plain: bool) -> Any:
     import onnxruntime
 
-    options, providers = session_options(precise=precise), ["CPUExecutionProvider"]
+    options, providers = session_options(precise=precise, as_stored=True), ["CPUExecutionProvider"]
     if plain:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

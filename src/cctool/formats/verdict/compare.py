@@ -40,9 +40,9 @@ LEAST, LEAST_SMALL = 32, 256
 
 _GROWTH = 4  # times the least number, at most
 _BATCH_PIXELS = 32 * 224 * 224  # in one batch at most
+_PRIMES = (251, 127, 61, 31, 13, 7, 3, 1)
+_SEARCHED = 2**32  # added to the seed of inputs to search among
 _ROUNDS = 3  # random batches of each size
-
-_LOGITS = 2  # dimensions of scores of classes
 
 
 def random_batches(
@@ -71,6 +71,23 @@ def growing_batches(shape: tuple[int, ...], seed: int, *, free_batch: bool) -> I
         size = min(sizes.pop(0) if sizes else max(least - drawn, drawn), most) if free_batch else 1
         yield torch.randn((size, *shape), generator=generator)
         drawn += size
+
+
+def many_batches(shape: tuple[int, ...], seed: int, *, free_batch: bool) -> Iterator[Tensor]:
+    """Standard normal inputs to search among: eight times the least number of small ones, or four times.
+
+    They are others than those of `growing_batches`, in batches of `prime_size`.
+    """
+    generator, least = torch.Generator().manual_seed(_SEARCHED + seed), least_of(shape)
+    size = prime_size(shape, free_batch=free_batch)
+    for _ in range((8 if least == LEAST_SMALL else 4) * least // size):
+        yield torch.randn((size, *shape), generator=generator)
+
+
+def prime_size(shape: tuple[int, ...], *, free_batch: bool) -> int:
+    """A size of batches of (C, H, W) that hardly any width in a network equals; 1 without a free batch."""
+    most = max(_BATCH_PIXELS // (shape[-1] * shape[-2]), 1) if free_batch else 1
+    return next(prime for prime in _PRIMES if prime <= most)
 
 
 def compare(

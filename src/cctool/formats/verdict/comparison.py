@@ -119,7 +119,7 @@ class Comparison:
                 if (run := getattr(self.references, one.name)) is not None
             }
             limits |= by_steps(
-                self.model, self.network, References(**runs), tallies, failing, growing,
+                self.model, self.network, self.candidate, References(**runs), tallies, failing, growing,
                 everything=self.chosen.all_kept, coded=self.coded,
             )  # fmt: skip
             self._others += sum(run.passes for run in runs.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,12 @@ _SPARED = 1 / 4  # of the others: their errors are left out, for not every step 
 _SPARED_NORMAL = 1.65  # root mean square of normal errors over that of their smaller three quarters
 _QUIET = 0.1  # of the values at a place, which tell if no step of sums between two levels moves them
 _TIES = 1.8  # allowed error over what such steps make, where there are fewer: both are draws of them
+_NEAR = 1 / 64  # of the deviation of inputs: less than a step of 8 bits, and 1e5 ulps
 _RUNTIME = 0.02  # of the signal: error of a runtime's integer kernels that is let pass
 
 
 def by_steps(
-    model: nn.Module, network: Run, references: References,
+    model: nn.Module, network: Run, file: Run, references: References,
     tallies: Sequence[OutputTally], failing: Sequence[int], drawn: Iterable[Drawn],
     *, everything: Callable[[], Drawn], coded: bool,
 ) -> dict[int, Limit]:  # fmt: skip
@@ -50,6 +52,7 @@ def by_steps(
     Args:
         model: the network, with quantizers or codecs.
         network: runs it.
+        file: runs the file.
         references: to compare with.
         tallies: of all outputs.
         failing: indices of outputs.
@@ -60,7 +63,7 @@ def by_steps(
     limits: dict[int, Limit] = {}
     allowed: dict[int, Tensor] = {}
     for part in drawn:
-        steps = _Steps(model, network, references, tallies, part, coded)
+        steps = _Steps(model, network, file, references, tallies, part, coded)
         found = {i: parts for i, parts in steps.parts(failing, allowed).items() if parts}
         for i, parts in found.items():
             largest = max(parts, key=lambda one: one.over)
@@ -70,7 +73,7 @@ def by_steps(
             break
     kept = {i: allowed[i] for i, limit in limits.items() if limit.over <= 1 and i in allowed}
     if kept:
-        limits |= _Steps(model, network, references, tallies, everything(), coded).rare_faults(kept)
+        limits |= _Steps(model, network, file, references, tallies, everything(), coded).rare_faults(kept)
     return limits
 
 
@@ -80,6 +83,7 @@ class _Steps:
 
     model: nn.Module
     network: Run
+    file: Run
     references: References
     tallies: Sequence[OutputTally]
     drawn: Drawn
@@ -120,28 +124,52 @@ class _Steps:
         Args:
             allowed: by which each place may be off, [places], by the index of the output.
         """
-        samples, references = self.drawn.samples, self.references
-        assert references.intended is not None
-        wanted = references.intended(samples)
-        written = self.drawn.found if references.as_written is None else references.as_written(samples)
         found: dict[int, Limit] = {}
         for i, limits in allowed.items():
-            if wanted[i].shape != written[i].shape or len(wanted[i]) != len(samples):
-                continue
-            far = Far(squares(wanted[i], written[i], len(samples)).sqrt(), limits)
-            if far.errors.shape[1] == len(limits) and len(far.samples):
-                fault = self._rare_fault(i, far, wanted)
-                found |= {} if fault is None else {i: fault}
+            far = self._far(i, limits)
+            fault = self._rare_fault(i, far)
+            if fault is None and far is not None:
+                # A step is left behind when the inputs change a little, a fault is not.
+                near = replace(self, drawn=Drawn(_neighbours(self.drawn.samples[far.samples]), []))
+                fault = near._rare_fault(i, near._far(i, limits))
+            found |= {} if fault is None else {i: fault}
         return found
 
-    def _rare_fault(self, index: int, far: Far, wanted: list[Tensor]) -> Limit | None:
+    @cached_property
+    def _both(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs of the network with the file's constants, and of the file."""
+        samples, references = self.drawn.samples, self.references
+        assert references.intended is not None
+        if references.as_written is not None:
+            return references.intended(samples), references.as_written(samples)
+        return references.intended(samples), self.drawn.found or self.file(samples)
+
+    def _far(self, index: int, allowed: Tensor) -> Far | None:
+        """The samples at which an output is far off; None if there are none."""
+        wanted, written = (outputs[index] for outputs in self._both)
+        n = len(self.drawn.samples)
+        if wanted.shape != written.shape or len(wanted) != n:
+            return None
+        far = Far(squares(wanted, written, n).sqrt(), allowed)
+        return far if far.errors.shape[1] == len(allowed) and len(far.samples) else None
+
+    def _own_rounding(self, index: int, which: Tensor) -> OwnRounding:
+        """That of some of the samples at an output; others may have no row for each sample."""
+        there = [one[which] if i == index else one for i, one in enumerate(self._both[0])]
+        return OwnRounding(self.references, self.drawn.samples[which], there, {})
+
+    def _rare_fault(self, index: int, far: Far | None) -> Limit | None:
         """The fault of an output that the samples which are far off show; None if steps explain them."""
-        tally, which = self.tallies[index], far.samples
-        samples, run = self.drawn.samples[which], self.references.intended
-        assert run is not None
-        # The other outputs may have no row for each sample.
-        there = [one[which] if i == index else one for i, one in enumerate(wanted)]
-        own = OwnRounding(self.references, samples, there, {})
+        run = self.references.intended
+        if far is None or run is None:
+            return None
+        # Float32 alone may be that far off, as where a sigmoid is near 0.
+        alone = ROUNDING * self._own_rounding(index, far.samples).of(index)
+        far = replace(far, allowed=torch.maximum(far.allowed, alone))
+        if not len(far.samples):
+            return None
+        tally, samples = self.tallies[index], self.drawn.samples[far.samples]
+        own = self._own_rounding(index, far.samples)
         shaken = shaken_roundings(run, samples, FINE.steps)
         fine = [squares(own.outputs[index], one[index], len(samples)) for one in shaken]
         # Some of the others, too: few samples say little of how far steps go.
@@ -244,6 +272,13 @@ def besides_ties(index: int, written: Tensor, own: OwnRounding, allowed: Tensor)
 
 def _other_shape(tally: OutputTally) -> Limit:
     return Limit(0, torch.inf, 0.0, "steps", tally.signal, False)
+
+
+def _neighbours(samples: Tensor) -> Tensor:
+    """As many inputs as float64 is asked for that hardly differ from the samples, from each in turn."""
+    few = samples[torch.arange(MOST) % len(samples)]
+    noise = torch.randn(few.shape, generator=torch.Generator().manual_seed(0)).to(few.dtype)
+    return few + _NEAR * few.std() * noise
 
 
 class _Stable:

@@ -52,6 +52,11 @@ class CallSite(NamedTuple):
         return self.module or self.function
 
 
+def channel_dim(place: CallSite, dims: int) -> int:
+    """The channel dimension of a layer's result with ``dims`` dimensions."""
+    return dims - 1 if place.function == "linear" else dims - 1 - int(place.function[-2])
+
+
 @dataclass
 class FlowCall:
     """One call.

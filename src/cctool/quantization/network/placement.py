@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cctool.quantization.network.calls import COMPUTING, INPUT, CallSite, Flow, FlowCall
+from cctool.quantization.network.calls import COMPUTING, INPUT, CallSite, Flow, FlowCall, channel_dim
 from cctool.quantization.network.kernels import Kernel
 
 Way = Literal["all", "inputs", "clips", "none"]
@@ -42,6 +42,8 @@ _INTEGER = COMPUTING | frozenset([
 ])
 # fmt: on
 """Functions that integer runtimes have kernels for."""
+
+_NORMED_DIM = 1  # which a batch norm takes for channels
 
 
 @dataclass(frozen=True)
@@ -204,11 +206,13 @@ class _Placement:
             )
 
     def _norm(self, number: int) -> str | None:
-        """Name of the module whose batch norm is the only user of a call's result."""
-        users = self.calls[number].users
-        if len(users) != 1 or number in self.flow.outputs:
+        """Name of the module whose batch norm of its channels is the only user of a call's result."""
+        call = self.calls[number]
+        if len(call.users) != 1 or number in self.flow.outputs or not self._is_layer(call):
             return None
-        user = self.calls[users[0]]
+        if channel_dim(call.place, len(call.shape)) != _NORMED_DIM:
+            return None
+        user = self.calls[call.users[0]]
         statistics = {"running_mean", "running_var"} <= set(user.tensors)
         if user.place.function != "batch_norm" or not statistics or user.settings.get("training"):
             return None

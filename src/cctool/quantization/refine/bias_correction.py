@@ -19,7 +19,7 @@ from cctool.base.errors import QuantizationError
 from cctool.base.networks import in_eval_mode
 from cctool.base.runtime import Reporter, Silent
 from cctool.quantization.network.attach import EndOfPassError, following_calls, norm_factors, quantizers_of
-from cctool.quantization.network.calls import CallSite, Flow
+from cctool.quantization.network.calls import CallSite, Flow, channel_dim
 from cctool.quantization.network.placement import Left, PlacedLayer, plan_points
 
 
@@ -112,11 +112,6 @@ def correct_biases(
         if layer.kernel is not None and layer.place not in places
     ]
     return BiasReport(tuple(corrected), tuple(skipped), seen)
-
-
-def channel_dim(place: CallSite, dims: int) -> int:
-    """The channel dimension of a layer's result with ``dims`` dimensions."""
-    return dims - 1 if place.function == "linear" else dims - 1 - int(place.function[-2])
 
 
 def _means(
