@@ -601,6 +601,26 @@ def test_options_of_a_training_that_is_none_are_refused(option: tuple[str, ...])
     assert "--epochs 0 trains nothing" in message
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("uint8", "--symmetric"), "--symmetric: --method uint8 has no such choice; intN and qat have"),
+        (("uint8", "--asymmetric"), "--asymmetric: --method uint8 has no such choice; intN and qat have"),
+        (("bf16", "--per-tensor"), "--per-tensor: --method bf16 has no scales"),
+        (("int4", "--target", "bytes=0.1", "--weight-bits", "4"), "--weight-bits: --target and --max-drop"),
+        (("int8", "--max-drop", "2", "--weight-bits", "8"), "--weight-bits: --target and --max-drop choose"),
+        (
+            ("int8", "--observer", "n-std", "--deviations", "2e6"),
+            "--deviations 2000000.0: (0, 1e6] is allowed",
+        ),
+    ],
+)
+def test_options_of_quantizers_that_have_no_such_choice_are_refused(
+    line: tuple[str, ...], message: str
+) -> None:
+    assert message in refused("quantize", "a.pt", *NAMED, *DATA, "--method", *line, "-o", "b.pt")
+
+
 def test_the_mode_of_a_metric_that_is_not_named_is_refused() -> None:
     line = ("train", *NAMED, *DATA, "--epochs", "1", "-o", "b.pt")
     for mode in ("max", "min"):

@@ -235,6 +235,16 @@ class Leaf:
         """Its first long flag."""
         return self.flags[0].partition("/")[0]
 
+    def flag_for(self, value: Any) -> str:
+        """Its first long flag that gives a value: of a switch that is off, the one that switches it off."""
+        return self.flags[0].partition("/")[2 if value is False else 0] or self.flag
+
+    def value_in(self, options: Any) -> Any:
+        """Its value in the verb's options; None in a group that there is not."""
+        for name in self.path:
+            options = getattr(options, name, None)
+        return options
+
     @property
     def required(self) -> bool:
         """Whether it must be given."""
@@ -469,7 +479,7 @@ def idle_problems(options: Any, of: Iterable[Leaf], given: Collection[str]) -> l
         for rule in leaf.spec.idle:
             if rule.when(options):
                 why = rule.why if isinstance(rule.why, str) else rule.why(options)
-                found.setdefault(why, []).append(leaf.flag)
+                found.setdefault(why, []).append(leaf.flag_for(leaf.value_in(options)))
         for key in leaf.keys:
             if key not in given and leaf.keyword not in free:
                 found.setdefault(f"there is no {flags[key]}", []).append(leaf.flag)

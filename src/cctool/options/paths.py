@@ -51,9 +51,7 @@ def files_written(options: Any) -> Iterator[NamedFile]:
 
 def _values(options: Any, use: str) -> Iterator[tuple[str, str]]:
     for leaf in leaves(type(options)):
-        value = options
-        for name in leaf.path:
-            value = getattr(value, name, None)
+        value = leaf.value_in(options)
         if value is not None and getattr(leaf.spec, use):
             yield leaf.flag, str(value)
 

@@ -357,6 +357,27 @@ def test_the_tail_of_a_sigmoid_that_rounds_may_be_0_in_a_file() -> None:
     assert found.outputs[0].insensitive or found.outputs[0].limit_from == "float64"
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("ulps", [10, 200])
+def test_outputs_that_are_the_same_for_all_inputs_may_be_ten_ulps_off(quantized: bool, ulps: int) -> None:
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0 * x.flatten(1)[:, :4] + torch.tensor([0.1, 0.2, 0.3, 0.4])
+
+    def file(batch: Tensor) -> list[Tensor]:
+        return [(1 + ulps * 2.0**-23) * output for output in runner_of(Constant())(batch)]
+
+    own = runner_of(Constant())
+    references = References(own, file, exact_runner(Constant()), exact_between_steps(Constant()))
+    given: dict[str, Any] = {"quantized": True, "references": references} if quantized else {}
+    if ulps > 32:
+        with pytest.raises(ExportError, match="off by up to"):
+            compare(Constant(), file, inputs(), "noise", **given)
+        return
+    found = compare(Constant(), file, inputs(), "noise", **given)
+    assert found.outputs[0].insensitive == "it is the same for all of these inputs"
+
+
 def test_a_network_that_does_not_run_in_float64_is_said() -> None:
     """Nothing tells rare steps from rare faults then."""
 

@@ -415,6 +415,29 @@ def test_branches_that_other_inputs_take_are_not_folded_over(name: str, double: 
             assert error_of(model, before(x), x) < 2e-6
 
 
+SHAPES: dict[str, tuple[Callable[[Tensor], bool], tuple[int, ...]]] = {
+    "larger": (lambda x: x.shape[-1] > 8, (2, 3, 16, 16)),
+    "smaller": (lambda x: x.shape[-2] < 8, (2, 3, 4, 4)),
+    "many": (lambda x: len(x) > 96, (128, 3, 8, 8)),
+    "one": (lambda x: len(x) == 1, (1, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_branches_that_other_shapes_take_are_not_folded_over(name: str) -> None:
+    condition, shape = SHAPES[name]
+    torch.manual_seed(0)
+    model = gated(condition)  # type: ignore[arg-type]
+    before = copy.deepcopy(model)
+    found = fold_network(model, (3, 8, 8))
+    assert [item.name for item in found.stays] == ["norm"]
+    assert "inputs of another scale, number or size differ" in found.stays[0].reason
+    assert set(found.layers) == {"unit.0"}
+    with torch.no_grad():
+        for x in (torch.randn(4, 3, 8, 8), torch.randn(shape)):
+            assert error_of(model, before(x), x) < 2e-6
+
+
 def test_branches_that_only_images_take_are_not_folded_over() -> None:
     def of_images(x: Tensor) -> Tensor:
         return (x.mean() - 0.3).abs() < 0.05

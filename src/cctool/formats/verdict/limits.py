@@ -40,6 +40,9 @@ CERTAIN = 3.29
 ULPS = 3.0
 """Allowed error in units of the last place of the largest value of the channel."""
 
+DULL_ULPS = 32.0
+"""The same where the channel hardly depends on the inputs, so that it cannot be verified anyway."""
+
 _ULP = 2.0**-23  # of a number: at most this share; without the jumps at powers of two
 
 LOST = 0.5
@@ -88,6 +91,16 @@ def floor_of(tally: OutputTally, places: int) -> Tensor:
     return ULPS * _ULP * (found if len(found) == places else found.amax().expand(places))
 
 
+def resolution(tally: OutputTally, places: int) -> Tensor:
+    """The error at each place that its resolution allows, [places].
+
+    It is `floor_of`; but where that is more than half of the signal, no comparison could fail for a fault
+    that matters, and what is left is the rounding of sums of any length.
+    """
+    floor = floor_of(tally, places)
+    return torch.where(floor > LOST * signals_at(tally, places), floor * (DULL_ULPS / ULPS), floor)
+
+
 def largest_ulp(tally: OutputTally) -> float:
     """A few ulps of the largest value of an output."""
     return ULPS * _ULP * tally.largest
@@ -96,7 +109,7 @@ def largest_ulp(tally: OutputTally) -> float:
 def quick(tally: OutputTally, share: float) -> Limit:
     """Error and limit over all samples, against the network in its own precision."""
     errors = tally.errors.mean(0).sqrt()
-    floor = floor_of(tally, len(errors))
+    floor = resolution(tally, len(errors))
     found = closest(errors, torch.maximum(share * tally.signals, floor), tally, "tolerance")
     return replace(found, source="ulps") if found.limit <= float(floor[found.place]) else found
 
@@ -160,7 +173,8 @@ def in_float64(
         floor = floor_of(tally, len(errors))
         # Where the inputs hardly matter, a place's own error is one draw: the others say what is usual.
         allowed = ROUNDING * torch.maximum(ours, usual(ours, floor))
-        allowed = torch.stack((allowed, floor, TOLERANCE * signals_at(tally, len(errors)))).amax(0)
+        signals = signals_at(tally, len(errors))
+        allowed = torch.stack((allowed, resolution(tally, len(errors)), TOLERANCE * signals)).amax(0)
         limits[i] = closest(errors, allowed, tally, "float64", compared)
     return limits
 

@@ -138,8 +138,8 @@ class _Seen:
         varies = towards.amax(0) > towards.nan_to_num(neginf=torch.inf).amin(0)
         parts = ((share <= RARE) & varies).nonzero().flatten()
         parts = parts[share[parts].where(share[parts] > 0, 1.0).argsort(stable=True)]
-        found = towards[:, parts].topk(min(_EACH, len(towards)), 0)
-        turns = found.indices.flatten()[found.values.flatten() > -torch.inf]
+        values, indices = towards[:, parts].sort(dim=0, descending=True, stable=True)
+        turns = indices[:_EACH].flatten()[values[:_EACH].flatten() > -torch.inf]
         return torch.tensor(list(dict.fromkeys(turns.tolist()))[:most], dtype=torch.long)
 
 

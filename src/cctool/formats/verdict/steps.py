@@ -22,6 +22,7 @@ from cctool.formats.verdict.limits import (
     closest,
     floor_of,
     largest_ulp,
+    resolution,
     signals_at,
     usual,
 )
@@ -236,7 +237,8 @@ def _by_place(index: int, tally: OutputTally, written: Tensor, own: OwnRounding)
     errors, signals = stable.error(found), signals_at(tally, found.shape[-1])
     by_steps, floor = _STEPS * stable.moved, floor_of(tally, len(errors))
     # A place at which no step was seen takes the share of the others.
-    allowed = torch.stack((SHARE * signals, by_steps, usual(by_steps, signals), floor)).amax(0)
+    least = resolution(tally, len(errors))
+    allowed = torch.stack((SHARE * signals, by_steps, usual(by_steps, signals), least)).amax(0)
     limit = closest(errors, allowed, tally, "steps", COMPARED_INTENDED)
     if limit.over > 1:
         rounding = own.of(index).expand_as(floor)

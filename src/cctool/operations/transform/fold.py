@@ -206,7 +206,7 @@ def _notes(checkpoint: Checkpoint, folding: Folding, split: str, lost: Sequence[
     scales, constants = (", ".join(f"{value:g}" for value in values) for values in (SCALES, CONSTANTS))
     yield (
         f"outputs differ by at most {folding.error:.1e} of their range{alone}{exact}, on random inputs "
-        f"N(0, 1), these times {scales}, constants {constants}{images}"
+        f"N(0, 1), these times {scales}, constants {constants}, other numbers and sizes{images}"
     )
     if folding.decides:
         modules = some([name or "the network" for name in folding.decides])

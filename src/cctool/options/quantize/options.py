@@ -65,12 +65,16 @@ class QuantizeOptions(Options):
     weight_only: bool = _activations(False, "Leave activations in floating point.")
     per_channel: bool | None = _weights(
         None, "One scale for each output channel, or one for the tensor.", "--per-channel/--per-tensor",
-        unset="--per-channel; for uint8 and lsq --per-tensor")
+        unset="--per-channel; for uint8 and lsq --per-tensor",
+        idle=Idle(lambda asked: asked.method in _FLOATS,
+                  lambda asked: f"--method {asked.method} has no scales"))
     group: int | None = _weights(
         None, "One scale for every N neighbouring weights of a channel (stored integers).", "--group-size",
         metavar="N", bounds=at_least(1))
     asymmetric: bool = _weights(
-        False, "Whether weights have a zero point (intN, qat).", "--asymmetric/--symmetric")
+        False, "Whether weights have a zero point (intN, qat).", "--asymmetric/--symmetric",
+        idle=Idle(lambda asked: asked.method not in _UNIFORM,
+                  lambda asked: f"--method {asked.method} has no such choice; intN and qat have"))
     rounding: Rounding = _weights(
         Rounding.NEAREST, "Round to the nearest level, or as learnt for each layer's output (intN).")
     rounding_steps: int = _weights(
@@ -132,6 +136,7 @@ class QuantizeOptions(Options):
         return (
             *self._numbers(),
             (weight is not None and fixed, f"--weight-bits: --method {method} says how many bits there are"),
+            (weight is not None and self.searches, "--weight-bits: --target and --max-drop choose the bits"),
             (weight is not None and INTEGERS.get(method) not in (None, 8, weight),
              f"--weight-bits {weight}: --method {method} says {INTEGERS.get(method)}"),
             (bool(self.per_channel) and method not in ranged,
@@ -139,8 +144,6 @@ class QuantizeOptions(Options):
              "--method uint8, intN, qat, lsq or apot"),
             (grouped and (self.activations or not integers),
              "--group-size is for stored integers: --method intN, with int8 --weight-only"),
-            (self.asymmetric and method not in _UNIFORM,
-             f"--asymmetric: --method {method} has no such choice; intN and qat have"),
             (adaround and not integers, "--rounding adaround is for --method intN"),
             (adaround and grouped,
              "--rounding adaround learns with one scale a channel: leave --group-size out"),

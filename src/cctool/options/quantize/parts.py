@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from cctool.base.errors import UsageError
-from cctool.options.fields import Bounds, Idle, Options, at_least, positive, section
+from cctool.options.fields import Bounds, Idle, Options, at_least, between, section
 from cctool.options.quantize.choices import INTEGERS, Observer, QuantizeMethod
 from cctool.options.teacher import (
     TeacherOptions,
@@ -47,7 +47,7 @@ class CalibrationOptions(Options):
               Idle(lambda asked: asked.calibration.observer is not Observer.PERCENTILE,
                    "it is for --observer percentile")))
     deviations: float = _activations(
-        3.0, "Standard deviations of --observer n-std.", bounds=positive(),
+        3.0, "Standard deviations of --observer n-std.", bounds=between("(0, 1e6]"),
         idle=(_CALIBRATES_NONE,
               Idle(lambda asked: asked.calibration.observer is not Observer.N_STD,
                    "it is for --observer n-std")))

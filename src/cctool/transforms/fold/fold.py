@@ -204,7 +204,11 @@ class _Worker:
     def _moved_by(self, number: int) -> str:
         if not number:
             return "without it the outputs differ by more than rounding"
-        on = "images" if self.start.reference.probes[number].images else "inputs of another size"
+        on = (
+            "images"
+            if self.start.reference.probes[number].images
+            else "inputs of another scale, number or size"
+        )
         return f"the network's code decides by its input: without it the outputs on {on} differ"
 
     def _note(self, candidate: Candidate) -> None:

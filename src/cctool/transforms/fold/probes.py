@@ -1,7 +1,8 @@
 """The inputs that a fold is checked on, and how far outputs are apart on them.
 
-The code of a network may decide by what it sees: by how large its inputs are, or whether there is anything in
-them. So random inputs of one scale say nothing of others, and constants and images are looked at as well.
+The code of a network may decide by what it sees: by how large its inputs are, whether there is anything in
+them, how many they are or of which size. So random inputs of one kind say nothing of others, and constants
+and images are looked at as well.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ SCALES, CONSTANTS = (0.01, 0.1, 10.0), (0.0, 1.0, -1.0)
 _SAMPLES, _LARGE_SAMPLES = 4, 2
 _LARGE = 128 * 128
 _SINGLES = 4
+_MANY = 131  # samples of small inputs, as many as a batch may have
+_SMALL = 64 * 64
 
 Outputs = Mapping[str, Tensor]
 
@@ -39,13 +42,21 @@ class CheckInput:
 def probes_of(
     input_shape: Sequence[int], images: Sequence[Tensor], dtype: torch.dtype, device: torch.device
 ) -> list[CheckInput]:
-    """Random inputs first, then their multiples, constants, and the images, some of them also alone."""
+    """Random inputs first, then their multiples, constants, others in number and size, and the images.
+
+    Some of the images are also there alone.
+    """
     generator = torch.Generator().manual_seed(0)
     samples = _SAMPLES if prod(input_shape[1:]) <= _LARGE else _LARGE_SAMPLES
     drawn = torch.randn((samples, *input_shape), generator=generator, dtype=torch.float64)
     made = [drawn, *(scale * drawn for scale in SCALES)]
     made += [torch.full_like(drawn[:2], value) for value in CONSTANTS]
     singles = [image[None] for image in images[0][:_SINGLES]] if images else []
+    channels, height, width = input_shape
+    sizes: list[tuple[int, ...]] = [(1, channels, height, width), (1, channels, 2 * height, 2 * width)]
+    sizes += [(2, channels, height // 2, width // 2)] if min(height, width) > 1 else []
+    sizes += [(_MANY, *input_shape)] if height * width <= _SMALL else []
+    made += [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
     found = [CheckInput(inputs) for inputs in made] + [
         CheckInput(batch, True) for batch in (*images, *singles)
     ]
