@@ -270,6 +270,27 @@ def blaming_the_size(input_shape: Sequence[int]) -> Iterator[None]:
         ) from error
 
 
+def run_at_once(model: nn.Module, images: Tensor) -> Any:
+    """What a network returns for a batch (N, C, H, W).
+
+    Raises:
+        ArchitectureError: if it does not run on inputs of this size, or not on several at once.
+    """
+    with blaming_the_size(tuple(images.shape[1:])):
+        try:
+            return model(images)
+        except (CctoolError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if len(images) > 1:
+                model(images[:1])
+                size, text = "x".join(map(str, images.shape[1:])), " ".join(str(error).split())[:200]
+                raise ArchitectureError(
+                    f"the network runs on one input of {size}, but not on {len(images)} at once ({text})"
+                ) from error
+            raise
+
+
 def execute(
     model: nn.Module,
     inputs: Sequence[Tensor],

@@ -16,7 +16,7 @@ from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import Metrics, Preprocessing
 from cctool.data.classes import by_name
 from cctool.data.serving.batches import Batch, Batches
-from cctool.graph.execution import blaming_the_size
+from cctool.graph.execution import run_at_once
 from cctool.operations.context import Context
 from cctool.operations.judge.task import Judge, judge_of
 from cctool.operations.opening import parse_arguments
@@ -394,6 +394,6 @@ def example(checkpoint: Checkpoint) -> tuple[Tensor, ...]:
     # Normal noise, not zeros: the cut and the masked network are compared on these very images.
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, *checkpoint.spec.input_shape, generator=generator).to(device_of(checkpoint.model))
-    with blaming_the_size(checkpoint.spec.input_shape), in_mode(checkpoint.model, training=False):
-        checkpoint.model(images)
+    with in_mode(checkpoint.model, training=False):
+        run_at_once(checkpoint.model, images)
     return (images,)

@@ -14,7 +14,7 @@ from cctool.base.networks import device_of, in_eval_mode
 from cctool.base.runtime import autocast
 from cctool.checkpoint.spec import Metrics
 from cctool.data.serving.batches import Batch
-from cctool.graph.execution import blaming_the_size
+from cctool.graph.execution import run_at_once
 from cctool.tasks.base import Task
 from cctool.tasks.details import Weighing
 from cctool.training.objectives import CLASSIFICATION
@@ -29,8 +29,8 @@ def trial_outputs(model: nn.Module, input_shape: tuple[int, int, int]) -> Any:
         ArchitectureError: if it does not run on them.
     """
     device = device_of(model)
-    with blaming_the_size(input_shape), in_eval_mode(model), torch.no_grad():
-        return model(torch.zeros(2, *input_shape, device=device))
+    with in_eval_mode(model), torch.no_grad():
+        return run_at_once(model, torch.zeros(2, *input_shape, device=device))
 
 
 def outputs_of(
@@ -53,9 +53,8 @@ def outputs_of(
     for batch in batches:
         # Modes are set for each batch, because the caller's code runs between them and expects its own.
         images = batch.images.to(device, non_blocking=True)
-        shape = tuple(images.shape[1:])
-        with blaming_the_size(shape), in_eval_mode(model), torch.no_grad(), autocast(device, precision):
-            outputs = model(images)
+        with in_eval_mode(model), torch.no_grad(), autocast(device, precision):
+            outputs = run_at_once(model, images)
         yield _each(outputs, _in_full_precision), batch
 
 
