@@ -53,7 +53,9 @@ def probes_of(
     made += [torch.full_like(drawn[:2], value) for value in CONSTANTS]
     singles = [image[None] for image in images[0][:_SINGLES]] if images else []
     channels, height, width = input_shape
-    sizes: list[tuple[int, ...]] = [(1, channels, height, width), (1, channels, 2 * height, 2 * width)]
+    # A quarter more of large ones, which take long.
+    larger = [2 * side if samples == _SAMPLES else side + side // 4 for side in (height, width)]
+    sizes: list[tuple[int, ...]] = [(1, channels, height, width), (1, channels, *larger)]
     sizes += [(2, channels, height // 2, width // 2)] if min(height, width) > 1 else []
     sizes += [(_MANY, *input_shape)] if height * width <= _SMALL else []
     made += [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
