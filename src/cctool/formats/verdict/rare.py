@@ -23,21 +23,23 @@ _HALF = 0.5  # of the steps that only one of two programs makes are made by eith
 
 @dataclass(frozen=True)
 class Far:
-    """Samples at which an output is far off; at most twice as many as float64 is asked for.
+    """Samples at which an output is far off.
 
     Args:
         errors: root mean square errors at each place of all samples, [samples, places].
         allowed: by which a place may be off, [places].
+        most: samples that are looked at.
     """
 
     errors: Tensor
     allowed: Tensor
+    most: int = 2 * MOST
 
     @property
     def samples(self) -> Tensor:
         """Their indices, the farthest first."""
         over = (self.errors / self.allowed.clamp(min=1e-300)).nan_to_num(0, torch.inf).amax(1)
-        order = over.argsort(descending=True, stable=True)[: 2 * MOST]
+        order = over.argsort(descending=True, stable=True)[: self.most]
         return order[over[order] > _LARGE]
 
     def fault(

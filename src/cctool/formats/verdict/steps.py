@@ -7,6 +7,7 @@ thirty-second of a step does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,7 +29,16 @@ from cctool.formats.verdict.limits import (
 )
 from cctool.formats.verdict.own_rounding import OwnRounding, References
 from cctool.formats.verdict.rare import Far
-from cctool.formats.verdict.rounding import COARSE, FINE, MOST, Run, Shake, shaken_outputs, shaken_roundings
+from cctool.formats.verdict.rounding import (
+    COARSE,
+    FINE,
+    MOST,
+    SMALL,
+    Run,
+    Shake,
+    shaken_outputs,
+    shaken_roundings,
+)
 from cctool.formats.verdict.samples import Drawn
 from cctool.formats.verdict.tally import OutputTally, by_place, squares
 
@@ -131,10 +141,16 @@ class _Steps:
             fault = self._rare_fault(i, far)
             if fault is None and far is not None:
                 # A step is left behind when the inputs change a little, a fault is not.
-                near = replace(self, drawn=Drawn(_neighbours(self.drawn.samples[far.samples]), []))
+                around = _neighbours(self.drawn.samples[far.samples], self._few)
+                near = replace(self, drawn=Drawn(around, []))
                 fault = near._rare_fault(i, near._far(i, limits))
             found |= {} if fault is None else {i: fault}
         return found
+
+    @property
+    def _few(self) -> int:
+        """Samples that are run many times; large ones take long."""
+        return MOST if math.prod(self.drawn.samples.shape[-2:]) <= SMALL else MOST // 2
 
     @cached_property
     def _both(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -151,7 +167,7 @@ class _Steps:
         n = len(self.drawn.samples)
         if wanted.shape != written.shape or len(wanted) != n:
             return None
-        far = Far(squares(wanted, written, n).sqrt(), allowed)
+        far = Far(squares(wanted, written, n).sqrt(), allowed, 2 * self._few)
         return far if far.errors.shape[1] == len(allowed) and len(far.samples) else None
 
     def _own_rounding(self, index: int, which: Tensor) -> OwnRounding:
@@ -174,7 +190,7 @@ class _Steps:
         shaken = shaken_roundings(run, samples, FINE.steps)
         fine = [squares(own.outputs[index], one[index], len(samples)) for one in shaken]
         # Some of the others, too: few samples say little of how far steps go.
-        some = replace(self, drawn=Drawn(torch.cat((samples, self.drawn.samples[:MOST])), []))
+        some = replace(self, drawn=Drawn(torch.cat((samples, self.drawn.samples[: self._few])), []))
         coarse = some._moved(self.network(some.drawn.samples), [index], COARSE)[index]
         if coarse.shape[2:] != fine[0].shape[1:]:
             return None
@@ -276,9 +292,9 @@ def _other_shape(tally: OutputTally) -> Limit:
     return Limit(0, torch.inf, 0.0, "steps", tally.signal, False)
 
 
-def _neighbours(samples: Tensor) -> Tensor:
-    """As many inputs as float64 is asked for that hardly differ from the samples, from each in turn."""
-    few = samples[torch.arange(MOST) % len(samples)]
+def _neighbours(samples: Tensor, count: int) -> Tensor:
+    """So many inputs that hardly differ from the samples, from each in turn."""
+    few = samples[torch.arange(count) % len(samples)]
     noise = torch.randn(few.shape, generator=torch.Generator().manual_seed(0)).to(few.dtype)
     return few + _NEAR * few.std() * noise
 
