@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -136,38 +136,62 @@ def agreements_with(
     Raises:
         ExportError: if they do not compute the same.
     """
-    model, least = request.checkpoint.model, least_of(request.input_shape)
-    random = (
-        batch.to(float_type_of(model))
-        for batch in growing_batches(request.input_shape, request.seed, free_batch=free_batch)
-    )
-    judge = partial(
-        compare,
-        model,
-        candidate,
-        allow_nonfinite=request.allow_nonfinite,
-        coded=request.coded,
-        quantized=request.quantized,
-        task=request.task,
-        references=references,
-        least=least,
-    )
-    found = [judge(random, "random inputs")]
-    if request.samples is not None:
-        batches = request.samples.batches
-        if not free_batch:
+    on = _Comparisons(candidate, request, free_batch, references)
+    ways = [on.random_inputs, *([on.samples] if request.samples is not None else []), on.rare_inputs]
+    for way in request.reporter.progress(ways, f"comparing {request.path.name}"):
+        way()
+    return on.found
+
+
+class _Comparisons:
+    """Comparisons of a written program with the request's model; the arguments are `agreements_with`'s."""
+
+    def __init__(
+        self, candidate: Run, request: ExportRequest, free_batch: bool, references: References | None
+    ) -> None:
+        self.found: list[Agreement] = []
+        self._request, self._free_batch, self._model = request, free_batch, request.checkpoint.model
+        self._least = least_of(request.input_shape)
+        self._judge = partial(
+            compare,
+            self._model,
+            candidate,
+            allow_nonfinite=request.allow_nonfinite,
+            coded=request.coded,
+            quantized=request.quantized,
+            task=request.task,
+            references=references,
+        )
+
+    def _drawn(self, draw: Callable[..., Iterator[Tensor]]) -> Iterator[Tensor]:
+        request, kind = self._request, float_type_of(self._model)
+        batches = draw(request.input_shape, request.seed, free_batch=self._free_batch)
+        return (batch.to(kind) for batch in batches)
+
+    def random_inputs(self) -> None:
+        """On so many random inputs that the verdict is certain."""
+        self.found.append(self._judge(self._drawn(growing_batches), "random inputs", least=self._least))
+
+    def samples(self) -> None:
+        """On the request's samples."""
+        samples = self._request.samples
+        assert samples is not None
+        batches = samples.batches
+        if not self._free_batch:
             batches = (batch[i : i + 1] for batch in batches for i in range(len(batch)))
-        found.append(judge(batches, request.samples.name, offered=request.samples.count))
-        if request.quantized:
-            require_agreement(found[-1])
-    drawn = many_batches(request.input_shape, request.seed, free_batch=free_batch)
-    rare, looked = rarely_on(model, (batch.to(float_type_of(model)) for batch in drawn), least)
-    passes = found[0].forward_passes
-    found[0] = replace(found[0], forward_passes={**passes, "network": passes["network"] + looked})
-    if len(rare):
-        batches = torch.split(rare, prime_size(request.input_shape, free_batch=free_batch))
-        found.append(judge(batches, RARE_INPUTS, least=None))
-    return found
+        self.found.append(self._judge(batches, samples.name, offered=samples.count, least=self._least))
+        if self._request.quantized:
+            require_agreement(self.found[-1])
+
+    def rare_inputs(self) -> None:
+        """On random inputs that reach what few do; the search for them is a cost of the first comparison."""
+        rare, looked = rarely_on(self._model, self._drawn(many_batches), self._least)
+        passes = self.found[0].forward_passes
+        passes = {**passes, "network": passes["network"] + looked}
+        self.found[0] = replace(self.found[0], forward_passes=passes)
+        if len(rare):
+            size = prime_size(self._request.input_shape, free_batch=self._free_batch)
+            self.found.append(self._judge(torch.split(rare, size), RARE_INPUTS))
 
 
 def comparison_notes(request: ExportRequest, agreements: Iterable[Agreement]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from cctool.base.networks import some
+from cctool.base.runtime import Reporter, Silent
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.quantization.export.integer_weights import IntegerWeight
 from cctool.tasks.base import Task
@@ -49,6 +50,7 @@ class ExportRequest:
         packed: whether integers of 4 bits and fewer take half a byte each.
         task: what the network is for, which says what the written one must choose alike; None asks
             classification if the first output is (N, C), and otherwise nothing.
+        reporter: shows how far the comparison is.
     """
 
     checkpoint: Checkpoint
@@ -64,6 +66,7 @@ class ExportRequest:
     quantized: bool = False
     packed: bool = False
     task: Task | None = None
+    reporter: Reporter = field(default_factory=Silent)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """What the verdict on a written model rests on: channels, ulps, float64, steps, what cannot be verified."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 import verdict_toys as toys
 from cctool.base.errors import ExportError
+from cctool.base.runtime import Silent
 from cctool.checkpoint.checkpoint import Checkpoint
 from cctool.checkpoint.spec import ModelSpec
 from cctool.formats import pt2
 from cctool.formats.converting import agreements_with
 from cctool.formats.onnx.write import write_onnx
-from cctool.formats.records import Agreement, ExportRequest
+from cctool.formats.records import Agreement, ExportRequest, Samples
 from cctool.formats.verdict.compare import compare, growing_batches, least_of, require_agreement
 from cctool.formats.verdict.limits import quick
 from cctool.formats.verdict.own_rounding import OwnRounding, References
@@ -581,6 +582,24 @@ def test_signals_leave_the_mean_out_and_follow_changing_shapes() -> None:
 
 def agreements(model: nn.Module, path: Path) -> list[Agreement]:
     return agreements_with(runner_of(model), request(model, path, toys.SHAPE), free_batch=True)
+
+
+def test_how_far_the_comparison_is_can_be_seen(tmp_path: Path) -> None:
+    class Recorder(Silent):
+        shown: ClassVar[list[str]] = []
+
+        def progress(self, items: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
+            for number, item in enumerate(items):
+                self.shown.append(f"{description} {number}")
+                yield item
+
+    torch.manual_seed(0)
+    asked = replace(request(toys.Classifier(), tmp_path / "a.onnx", toys.SHAPE), reporter=Recorder())
+    write_onnx(asked)
+    assert Recorder.shown == ["comparing a.onnx 0", "comparing a.onnx 1"]
+    samples = Samples("noise", [torch.randn(32, *toys.SHAPE)])
+    write_onnx(replace(asked, samples=samples, overwrite=True))
+    assert len(Recorder.shown) == 5
 
 
 def test_a_network_of_code_in_float32_is_judged_in_float64(tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def export(
         quantized=quantizers_of(checkpoint.model) is not None,
         packed=int4,
         task=judge_of(checkpoint, context).task,
+        reporter=context.reporter,
     )
     written = FORMATS[kind](request)
     notes = (
